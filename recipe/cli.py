@@ -1,0 +1,131 @@
+"""What every script's command line has in common: one parser, one kind of error, one spelling of flags."""
+
+import difflib
+import errno
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, set_docstring_parse_options
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: what was found, what was expected, and the command that mends it.
+
+    A script prints it as one message and ends with exit code 1; every other exception is a bug and keeps its traceback.
+    """
+
+
+def run_door(
+    function: Callable[..., Any], argv: Sequence[str] | None = None, *, optional_positional: str | None = None
+) -> Any:
+    """Parses the command line for ``function``'s signature, calls it, and turns a user's mistake into one message.
+
+    Args:
+        function: its parameters (annotated; dataclasses allowed) become flags, their docstrings the help texts; those
+            without a default become positional.
+        argv: the arguments, ``sys.argv[1:]`` when None.
+        optional_positional: name of a parameter with a default that may also be given first and without its flag.
+
+    Raises:
+        SystemExit: with code 1 after a message on stderr (130 after Ctrl-C), with code 0 after ``--help``.
+    """
+    return exit_with_message(lambda: _call(function, argv, optional_positional))
+
+
+def exit_with_message(call: Callable[[], Any]) -> Any:
+    """Runs ``call`` and turns a user's mistake, a full disk or a refused file into one message and exit code 1."""
+    try:
+        return call()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        message = _describe_os_error(error)
+        if not message:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def make_parser(**kwargs: Any) -> ArgumentParser:
+    """A jsonargparse parser that raises ``ArgumentError`` and reads field docstrings as help texts."""
+    set_docstring_parse_options(attribute_docstrings=True)
+    return ArgumentParser(exit_on_error=False, **kwargs)
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
+    """Parses ``argv`` with dashes and underscores as one spelling; an unknown key names the nearest known one.
+
+    Raises:
+        UserError: for anything that the parser refuses.
+    """
+    arguments = underscored(sys.argv[1:] if argv is None else argv)
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(explain(str(error), known_flags(parser))) from None
+
+
+def underscored(argv: Iterable[str]) -> list[str]:
+    """Writes ``--micro-batch-size=4`` as ``--micro_batch_size=4``; values and positional arguments stay as they are."""
+    result, only_values = [], False
+    for argument in argv:
+        only_values = only_values or argument == "--"
+        if argument.startswith("--") and not only_values:
+            name, equals, value = argument[2:].partition("=")
+            argument = "--" + name.replace("-", "_") + equals + value
+        result.append(argument)
+    return result
+
+
+def known_flags(parser: ArgumentParser) -> list[str]:
+    """The names of all flags of a parser, without their dashes."""
+    flags = (option for action in parser._actions for option in action.option_strings)
+    return [flag.lstrip("-") for flag in flags if flag.startswith("--")]
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like ``name`` (also by its last part alone), or None where nothing is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
+        found = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
+        close = [by_last_part[found[0]]] if found else []
+    return close[0] if close else None
+
+
+def explain(message: str, known: Iterable[str]) -> str:
+    """Shortens jsonargparse's message and adds the nearest known name where it complains about an unknown one."""
+    message = re.sub(r"\n\s*\n+", "\n", message.strip())
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message) or re.search(
+        r"(?:Key|key|option|Group key) '([\w.]+)' (?:is not expected|does not exist)", message
+    )
+    if unknown:
+        suggestion = nearest(unknown.group(1), known)
+        hint = f"the nearest known one is --{suggestion}" if suggestion else "no known flag is like it"
+        return f"unknown setting {unknown.group(1)!r}; {hint}. `--help` lists all of them."
+    return message + "\n`--help` lists all flags and their types."
+
+
+def _call(function: Callable[..., Any], argv: Sequence[str] | None, optional_positional: str | None) -> Any:
+    parser = make_parser()
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if optional_positional and arguments and not arguments[0].startswith("-"):
+        arguments[0] = f"--{optional_positional}={arguments[0]}"
+    settings = parse(parser, arguments)
+    return function(**parser.instantiate_classes(settings).as_dict())
+
+
+def _describe_os_error(error: OSError) -> str:
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT if hasattr(errno, "EDQUOT") else errno.ENOSPC):
+        return f"the disk is full{place}; free some space and run the same command again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write or read{place}; choose another folder or change its permissions."
+    return ""
