@@ -1,0 +1,57 @@
+"""The one place where names in LitGPT are replaced, for as long as a ``with`` block runs."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import litgpt.model
+
+from custom_moe.block import MoEBlock
+from custom_moe.layer import MoE
+
+# What the replacements rely on: LitGPT's names and the parameters that they take.
+_EXPECTED = {
+    "LLaMAMoE.__init__": ("self", "config"),
+    "LLaMAMoE.forward": ("self", "x"),
+    "LLaMAMLP.__init__": ("self", "config", "intermediate_size"),
+    "GroupedTopkRouter.__init__": ("self", "config"),
+    "Block.__init__": ("self", "config", "block_idx"),
+    "Block.forward": ("self", "x", "cos", "sin", "mask", "input_pos", "input_pos_maxp1"),
+}
+
+
+@contextmanager
+def use_custom_moe() -> Iterator[None]:
+    """While open, ``litgpt.GPT(config)`` builds with ``MoE`` and ``MoEBlock``; afterwards LitGPT is as it was.
+
+    ``litgpt.Config.mlp_class`` finds the layer by the name ``LLaMAMoE`` in ``litgpt.model``, so that the config (and
+    the ``model_config.yaml`` of a checkpoint) can keep this name and stock LitGPT reads it. May be nested.
+
+    Raises:
+        RuntimeError: where the installed LitGPT does not have the names and signatures that this replaces.
+    """
+    stock = litgpt.model.LLaMAMoE, litgpt.model.Block
+    if stock != (MoE, MoEBlock):
+        _check_litgpt()
+    litgpt.model.LLaMAMoE, litgpt.model.Block = MoE, MoEBlock
+    try:
+        yield
+    finally:
+        litgpt.model.LLaMAMoE, litgpt.model.Block = stock
+
+
+def _check_litgpt() -> None:
+    problems = []
+    for name, parameters in _EXPECTED.items():
+        owner, method = name.split(".")
+        function = getattr(getattr(litgpt.model, owner, None), method, None)
+        if function is None:
+            problems.append(f"litgpt.model.{name} is missing")
+        elif (found := tuple(inspect.signature(function).parameters)) != parameters:
+            problems.append(f"litgpt.model.{name} takes ({', '.join(found)}), expected ({', '.join(parameters)})")
+    if problems:
+        raise RuntimeError(
+            f"custom_moe does not fit the installed litgpt {version('litgpt')}: {'; '.join(problems)}. "
+            "Install the version that pyproject.toml pins."
+        )
