@@ -1,0 +1,678 @@
+"""The checkpoint folder: saved whole or not at all, checked before it is read, readable by every `litgpt` command.
+
+```
+step-00000010/            or final/
+    lit_model.pth         LitGPT's state dict, plain, so that every stock command reads it
+    training_state.pth    what only resuming needs: optimizer, data position, counters, random states
+    model_config.yaml     litgpt.Config
+    hyperparameters.yaml  the settings of the run
+    prompt_style.yaml     none: `litgpt chat` hands the prompt over as it was typed
+    tokenizer.json ...    the tokenizer's files
+    config.json           the same model as transformers describes it, for `litgpt evaluate` (where one exists)
+    manifest.json         what the training tokens were made of
+    complete.json         written last: step, tokens, time, versions, and the size and sha256 of every file above
+```
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from recipe.cli import UserError
+
+if TYPE_CHECKING:  # torch and litgpt are imported where they are used: a wrong path is told at once
+    from litgpt import Config
+    from torch import Tensor
+
+WEIGHTS = "lit_model.pth"
+TRAINING_STATE = "training_state.pth"
+MODEL_CONFIG = "model_config.yaml"
+HYPERPARAMETERS = "hyperparameters.yaml"
+MANIFEST = "manifest.json"
+MARK = "complete.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+
+_DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_PACKAGES = ("torch", "litgpt", "lightning", "litdata")
+
+
+@dataclass(frozen=True)
+class FileMark:
+    """A file as it was saved."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CheckpointMark:
+    """What ``complete.json`` says of its folder."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Tokens trained on, over all devices."""
+    time: str
+    """When it was saved: ISO 8601 in UTC, so that text order is time order."""
+    versions: dict[str, str]
+    files: dict[str, FileMark]
+
+
+class _Damaged(Exception):
+    """Why a folder is no whole checkpoint."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def save(
+    folder: Path,
+    *,
+    weights: "dict[str, Tensor]",
+    config: "Config",
+    hyperparameters: dict[str, Any],
+    step: int,
+    tokens: int,
+    tokenizer_dir: Path | None = None,
+    training_state: dict[str, Any] | None = None,
+    manifest_path: Path | None = None,
+) -> None:
+    """Writes a checkpoint beside ``folder``, marks it complete and moves it into place; to be called by one process.
+
+    At every moment either no ``folder`` of this name was ever whole, or a whole one lies at ``folder`` or beside it
+    under a hidden name that `newest` and `newest_step` find. An older ``folder`` is replaced.
+
+    Args:
+        weights: the full state dict in LitGPT's keys, on any device. Tied embeddings stand under both their keys.
+        hyperparameters: the settings of the run; paths and dataclasses are written as text and mappings.
+        step, tokens: optimizer steps done, and tokens trained on over all devices.
+        tokenizer_dir: its tokenizer files are copied.
+        training_state: tensors, numbers, strings, lists, tuples and dicts only (`torch.load(weights_only=True)`).
+        manifest_path: the manifest of the tokens that it was trained on; copied as ``manifest.json``.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written. What was there before is still whole.
+        ValueError, TypeError: ``weights`` is not the model of ``config``, or ``training_state`` holds other objects.
+    """
+    folder = Path(folder)
+    _check_weights(weights, config)
+    _check_plain(training_state, "training_state")
+    partial, old = _hidden(folder, "partial"), _hidden(folder, "old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _finish_interrupted_save(folder)
+        partial.mkdir()
+        _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state, manifest_path)
+        _write_mark(partial, step, tokens)
+        _sync(partial)
+        if folder.exists():
+            # Windows moves no folder over another, so the older one steps aside: in this moment both are whole.
+            os.rename(folder, old)
+        os.rename(partial, folder)
+        _sync(folder.parent)
+    except BaseException as error:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise UserError(_cannot_save(folder, cause, weights, training_state)) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Puts right what a killed `save` left: whole folders take their place, halves are removed."""
+    for candidate in (_hidden(folder, "partial"), _hidden(folder, "old")):
+        if not candidate.exists():
+            continue
+        if not folder.exists() and is_whole(candidate):
+            os.rename(candidate, folder)
+        else:
+            shutil.rmtree(candidate)
+
+
+def _write_files(
+    folder: Path,
+    weights: "dict[str, Tensor]",
+    config: "Config",
+    hyperparameters: dict[str, Any],
+    tokenizer_dir: Path | None,
+    training_state: dict[str, Any] | None,
+    manifest_path: Path | None,
+) -> None:
+    from litgpt.prompts import Default, save_prompt_style
+    from litgpt.utils import save_config
+
+    on_cpu = {name: _own_storage(tensor) for name, tensor in weights.items()}
+    if tied := _is_tied(weights):
+        on_cpu["lm_head.weight"] = on_cpu["transformer.wte.weight"]  # two keys, stored once
+    _write_torch(folder / WEIGHTS, on_cpu)
+    if training_state is not None:
+        _write_torch(folder / TRAINING_STATE, training_state)
+    save_config(config, folder)
+    # Without it LitGPT picks a chat format by the model's name ("Llama-3-small-Instruct", "R1").
+    save_prompt_style(Default(), folder)
+    with open(folder / HYPERPARAMETERS, "w", encoding="utf-8", newline="\n") as file:
+        yaml.safe_dump(_plain(hyperparameters), file, sort_keys=False)
+    if tokenizer_dir is not None:
+        for path in (Path(tokenizer_dir) / name for name in TOKENIZER_FILES):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    if manifest_path is not None:
+        shutil.copyfile(manifest_path, folder / MANIFEST)
+    described = huggingface_config(config, tied=tied, dtype=_dtype_name(weights), tokenizer_dir=tokenizer_dir)
+    if described is not None:
+        _write_json(folder / "config.json", described)
+
+
+def _own_storage(tensor: "Tensor") -> "Tensor":
+    """The tensor on the CPU in a storage of exactly its size.
+
+    A view of a stacked parameter (one expert of many) would otherwise be saved with the whole storage behind it, and
+    LitGPT's lazy loading would read that storage once per expert.
+    """
+    tensor = tensor.detach().cpu()
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.contiguous().clone()
+
+
+def _is_tied(weights: "dict[str, Tensor]") -> bool:
+    head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
+    return head.data_ptr() == embedding.data_ptr() and head.numel() > 0
+
+
+def _dtype_name(weights: "dict[str, Tensor]") -> str:
+    return str(weights["lm_head.weight"].dtype).removeprefix("torch.")
+
+
+def _write_torch(path: Path, content: Any) -> None:
+    import torch
+
+    # Through a file of Python's: torch's own writer turns a full disk into an error without its cause.
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _write_mark(folder: Path, step: int, tokens: int) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        files[path.name] = FileMark(path.stat().st_size, _sha256(path))
+    mark = CheckpointMark(step, tokens, datetime.now(UTC).isoformat(), _versions(), files)
+    _write_json(folder / MARK, asdict(mark))
+    _sync(folder / MARK)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, has reached the disk."""
+    if path.is_dir():
+        if os.name == "nt":  # Windows opens no folder, and keeps its list of names in a journal
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _plain(value: Any) -> Any:
+    """Settings as YAML can hold them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check_weights(weights: "dict[str, Tensor]", config: "Config") -> None:
+    """Raises ValueError unless LitGPT's own GPT of this config would load ``weights`` strictly."""
+    import torch
+    from litgpt.model import GPT
+
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    if found != expected:
+        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise ValueError(f"weights are not those of the model config {config.name!r}; they differ in {different[:5]}")
+
+
+def _check_plain(value: Any, place: str) -> None:
+    """Raises TypeError for what `torch.load(weights_only=True)` would refuse: better now than when resuming."""
+    from torch import Tensor
+
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, f"{place}'s keys")
+            _check_plain(item, f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{place}[{index}]")
+    elif value is not None and not isinstance(value, Tensor) and type(value) not in (bool, int, float, str, bytes):
+        raise TypeError(f"{place} is a {type(value).__module__}.{type(value).__qualname__}; expected plain values")
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind ``error`` (torch.save raises a RuntimeError on top of it), if any."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _cannot_save(folder: Path, cause: OSError, weights: "dict[str, Tensor]", training_state: Any) -> str:
+    kept = folder if is_whole(folder) else _beside(folder)
+    kept_text = f"the newest whole checkpoint is {kept}" if kept else "no older checkpoint is there"
+    if cause.errno in _DISK_FULL:
+        needed = _bytes(weights) + _bytes(training_state)
+        free = shutil.disk_usage(folder.parent).free
+        return (
+            f"the disk is full: the checkpoint {folder} needs about {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
+            f"free; {kept_text}. Free some space, or choose another --out_dir, and continue with `--resume auto`."
+        )
+    reason = cause.strerror or str(cause)
+    place = cause.filename or folder
+    return (
+        f"cannot write the checkpoint {folder}: {reason} ({place}); {kept_text}. Choose a folder that can be written "
+        "with --out_dir, or change its permissions."
+    )
+
+
+def _bytes(content: Any) -> int:
+    from torch import Tensor
+
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        return sum(_bytes(item) for item in content.values())
+    return sum(_bytes(item) for item in content) if isinstance(content, list | tuple) else 0
+
+
+# ------------------------------------------------------------------------------------------------------------- verify
+
+
+def verify(folder: Path, files: Collection[str] | None = None) -> CheckpointMark:
+    """Reads ``files`` of a checkpoint (all when None) and compares their sizes and checksums with its mark.
+
+    Args:
+        folder: the checkpoint folder; its ``lit_model.pth`` is taken for it too.
+        files: what will be used, so that generating from a checkpoint does not read its optimizer state.
+
+    Raises:
+        UserError: not a checkpoint, not complete, or damaged: names the file and the newest whole one beside it.
+    """
+    folder = as_folder(folder)
+    try:
+        return _checked(folder, files, checksums=True)
+    except _Damaged as damage:
+        found = _beside(folder)
+        hint = f"the newest whole checkpoint beside it is {found}" if found else "no whole checkpoint lies beside it"
+        raise UserError(f"{damage}; {hint}.") from None
+
+
+def as_folder(checkpoint: Path) -> Path:
+    """The checkpoint folder that is meant: ``checkpoint``, or its parent where a ``.pth`` file is named."""
+    checkpoint = Path(checkpoint)
+    return checkpoint.parent if checkpoint.suffix == ".pth" and not checkpoint.is_dir() else checkpoint
+
+
+def is_whole(folder: Path, files: Collection[str] | None = None) -> bool:
+    """Whether ``folder`` is marked complete and its files have the sizes of the mark: quick, reads no contents."""
+    try:
+        _checked(Path(folder), files, checksums=False)
+    except _Damaged:
+        return False
+    return True
+
+
+def read_mark(folder: Path) -> CheckpointMark:
+    """The mark of a checkpoint folder, unchecked against its files.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+    """
+    try:
+        return _read_mark(as_folder(folder))
+    except _Damaged as damage:
+        raise UserError(f"{damage}.") from None
+
+
+def _read_mark(folder: Path) -> CheckpointMark:
+    if not folder.is_dir():
+        raise _Damaged(f"found no checkpoint at {folder}; expected a folder with {WEIGHTS} and {MARK}")
+    path = folder / MARK
+    if not path.is_file():
+        if (folder / WEIGHTS).is_file():
+            raise _Damaged(
+                f"{folder} has no {MARK}: it is half a checkpoint, or was not written here "
+                "(`litgpt generate` and `litgpt chat` read LitGPT's own checkpoints)"
+            )
+        raise _Damaged(f"{folder} is no checkpoint: it holds neither {WEIGHTS} nor {MARK}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: FileMark(**file) for name, file in content.pop("files").items()}
+        return CheckpointMark(**content, files=files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise _Damaged(f"{path} is damaged: it can't be read") from None
+
+
+def _checked(folder: Path, files: Collection[str] | None, *, checksums: bool) -> CheckpointMark:
+    mark = _read_mark(folder)
+    for name in mark.files if files is None else files:
+        path = folder / name
+        if name not in mark.files:
+            raise _Damaged(f"{folder} was saved without {name}")
+        try:
+            size = path.stat().st_size
+            if size != mark.files[name].size:
+                raise _Damaged(f"{path} is truncated or changed: {size:,} bytes instead of {mark.files[name].size:,}")
+            if checksums and _sha256(path) != mark.files[name].sha256:
+                raise _Damaged(f"{path} is damaged: its checksum is not the one that {MARK} names")
+        except FileNotFoundError:
+            raise _Damaged(f"{path} is missing") from None
+        except OSError as error:
+            raise _Damaged(f"{path} can't be read: {error.strerror or error}") from None
+    return mark
+
+
+# --------------------------------------------------------------------------------------------------------------- find
+
+
+def newest(root: Path) -> Path | None:
+    """The whole checkpoint that was saved last anywhere under ``root`` (judged by marks and sizes), or None.
+
+    Its training state may have been removed to save space: generating and evaluating need none.
+    """
+    return _last_saved(Path(root).rglob(MARK))
+
+
+def _beside(folder: Path) -> Path | None:
+    """As `newest`, among the folders beside ``folder``."""
+    return _last_saved(path for path in folder.parent.glob(f"*/{MARK}") if path.parent != folder)
+
+
+def _last_saved(marks: Iterable[Path]) -> Path | None:
+    found = []
+    for folder, mark in _marked(marks):
+        if is_whole(folder, mark.files.keys() - {TRAINING_STATE}):
+            found.append((mark.time, mark.step, folder))
+    return max(found)[-1] if found else None
+
+
+def newest_step(out_dir: Path) -> Path | None:
+    """The whole checkpoint of the highest step that training can go on from, among those of one run, or None."""
+    found = []
+    for folder, mark in _marked(Path(out_dir).glob(f"*/{MARK}")):
+        if TRAINING_STATE in mark.files and is_whole(folder):
+            found.append((mark.step, mark.time, folder))
+    return max(found)[-1] if found else None
+
+
+def _marked(marks: Iterable[Path]) -> Iterator[tuple[Path, CheckpointMark]]:
+    for path in marks:
+        try:
+            yield path.parent, _read_mark(path.parent)
+        except _Damaged:
+            continue
+
+
+def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
+    """The folder that a script works on: the one named, or the newest whole one under ``root``.
+
+    Raises:
+        UserError: none is named and none is there; or the named one is no whole checkpoint.
+    """
+    if checkpoint is not None:
+        folder = as_folder(checkpoint)
+        try:
+            _read_mark(folder)
+        except _Damaged as damage:
+            below = newest(folder) if folder.is_dir() else None
+            found = below or _beside(folder)
+            where = "in it" if below else "beside it"
+            hint = f"the newest whole checkpoint {where} is {found}" if found else f"no whole checkpoint lies {where}"
+            raise UserError(f"{damage}; {hint}.") from None
+        return folder
+    found = newest(root)
+    if found is None:
+        raise UserError(
+            f"found no whole checkpoint under {root}; expected one that `uv run python run_train.py` wrote. "
+            "Train a model first (`make quickstart`), or name the checkpoint folder."
+        )
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- load
+
+
+def load_config(folder: Path) -> "Config":
+    """The model config of a checkpoint folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    from litgpt import Config
+
+    path = as_folder(folder) / MODEL_CONFIG
+    _verify_if_marked(path)
+    try:
+        return Config.from_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; expected a checkpoint folder with its model config.") from None
+    except (OSError, ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no LitGPT model config: {error}.") from None
+
+
+def load_weights(folder: Path, *, mmap: bool = False) -> "dict[str, Tensor]":
+    """The state dict in LitGPT's keys, on the CPU. Also of a folder that LitGPT wrote (no mark, key ``model``).
+
+    Args:
+        mmap: map the file instead of reading it. While the tensors live, Windows can't replace the folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    weights = _load_torch(as_folder(folder) / WEIGHTS, mmap=mmap)
+    inner: dict[str, Tensor] = weights.get("model", weights)
+    return inner
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """What `save` was given as ``training_state``, on the CPU.
+
+    Raises:
+        UserError: the checkpoint was saved without it, or it is missing or damaged.
+    """
+    return _load_torch(as_folder(folder) / TRAINING_STATE)
+
+
+def load_hyperparameters(folder: Path) -> dict[str, Any]:
+    """The settings of the run that wrote the checkpoint.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    path = as_folder(folder) / HYPERPARAMETERS
+    _verify_if_marked(path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {error}.") from None
+
+
+def _verify_if_marked(path: Path) -> None:
+    if (path.parent / MARK).exists() or not path.exists():
+        verify(path.parent, [path.name])
+
+
+def _load_torch(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    import torch
+
+    _verify_if_marked(path)
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return content
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
+
+
+# ------------------------------------------------------------------------------------------- as transformers names it
+
+
+def huggingface_config(
+    config: "Config", *, tied: bool = False, dtype: str = "float32", tokenizer_dir: Path | None = None
+) -> dict[str, Any] | None:
+    """The ``config.json`` of the transformers model that `litgpt convert_from_litgpt` turns this model into.
+
+    Mixtral for a mixture of experts, Llama for its dense twin, GPT-NeoX for LitGPT's default block; None where none of
+    them computes exactly the same (shared experts, softcapping, partly rotated Llama heads, ...).
+
+    Args:
+        tied: whether embedding and output matrix are one.
+        dtype: of the saved weights, as torch names it.
+        tokenizer_dir: for the ids of its begin and end tokens.
+    """
+    if not _is_plain_decoder(config):
+        return None
+    common: dict[str, Any] = {
+        "vocab_size": config.padded_vocab_size,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "max_position_embeddings": config.block_size,
+        "tie_word_embeddings": tied,
+        "dtype": dtype,
+        "pad_token_id": None,
+        **_special_ids(tokenizer_dir),
+    }
+    rope = {"rope_type": "default", "rope_theta": float(config.rope_base)}
+    if config.mlp_class_name in ("LLaMAMoE", "LLaMAMLP"):
+        if config.norm_class_name != "RMSNorm" or config.bias or config.parallel_residual or config.norm_qk:
+            return None
+        if config.rotary_percentage != 1.0:
+            return None
+        common |= {
+            "num_key_value_heads": config.n_query_groups,
+            "head_dim": config.head_size,
+            "hidden_act": "silu",
+            "rms_norm_eps": config.norm_eps,
+            "rope_theta": float(config.rope_base),
+            "rope_parameters": rope,
+        }
+        if config.mlp_class_name == "LLaMAMLP":
+            return common | {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "intermediate_size": config.intermediate_size,
+                "attention_bias": False,
+                "mlp_bias": False,
+            }
+        if config.n_shared_expert or config.n_expert_groups or config.first_k_dense_replace or config.n_expert < 1:
+            return None
+        if config.routed_scaling_factor != 1.0:
+            return None
+        return common | {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "intermediate_size": config.moe_intermediate_size or config.intermediate_size,
+            "num_local_experts": config.n_expert,
+            "num_experts_per_tok": config.n_expert_per_token,
+            "sliding_window": None,
+        }
+    if config.mlp_class_name == "GptNeoxMLP" and config.norm_class_name == "LayerNorm" and config.bias:
+        whole_heads = config.n_query_groups == config.n_head and config.head_size * config.n_head == config.n_embd
+        if not whole_heads or config.norm_qk or "OLMo" in config.name:
+            return None
+        return common | {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "model_type": "gpt_neox",
+            "intermediate_size": config.intermediate_size,
+            "hidden_act": "gelu" if config.gelu_approximate == "none" else "gelu_pytorch_tanh",
+            "layer_norm_eps": config.norm_eps,
+            "use_parallel_residual": config.parallel_residual,
+            "attention_bias": True,
+            "rotary_pct": config.rotary_percentage,
+            "rotary_emb_base": config.rope_base,
+            "rope_parameters": rope | {"partial_rotary_factor": config.rotary_percentage},
+        }
+    return None
+
+
+def _is_plain_decoder(config: "Config") -> bool:
+    """Whether a config uses none of the options that Llama, Mixtral and GPT-NeoX do not have."""
+    # LitGPT's conversion goes by the name first, and "Gemma" changes its RMSNorm too.
+    if any(part in config.name for part in ("falcon", "Gemma")):
+        return False
+    if config.name.lower().startswith(("phi", "qwen2.5", "qwq", "olmo-2-", "qwen3")):
+        return False
+    return (
+        config.norm_1
+        and config.norm_2
+        and config.attention_scores_scalar in (None, config.head_size)
+        and config.rope_condense_ratio == 1
+        and not any(
+            (
+                config.post_attention_norm,
+                config.post_mlp_norm,
+                config.shared_attention_norm,
+                config.attn_bias,
+                config.lm_head_bias,
+                config.sliding_window_size,
+                config.attention_logit_softcapping,
+                config.final_logit_softcapping,
+                config.rope_adjustments,
+                config.rope_interleave,
+                config.rope_local_base_freq,
+                config.scale_embeddings,
+                config.latent_attention,
+            )
+        )
+    )
+
+
+def _special_ids(tokenizer_dir: Path | None) -> dict[str, int | None]:
+    if tokenizer_dir is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    from litgpt import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_dir)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
