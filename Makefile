@@ -1,0 +1,74 @@
+# The commands of this project; `make` alone lists them. Everything here is a short form of `uv run ...`, which needs no
+# make: on Windows use those.
+
+PYTHON ?= $(shell command -v python3 2>/dev/null || command -v python 2>/dev/null || echo python3)
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+RUN := "$(UV)" run
+WORKERS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help environment uv venv lock quickstart train ddp-train tensorboard test test-slow check lint types bench \
+        gpu-status kill-gpu gpu-hot clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+
+environment: venv ## Install everything: uv if it is missing, then the pinned dependencies into .venv
+	@echo "Ready. Try: make quickstart"
+
+uv: ## Get uv into .uv/ of this folder if it is not on the PATH
+	@"$(PYTHON)" scripts/get_uv.py > /dev/null
+
+venv: uv ## Bring .venv in line with the pins in pyproject.toml
+	"$(UV)" sync
+
+lock: uv ## Renew the pins in pyproject.toml: the newest versions that fit its dependencies
+	@"$(UV)" run --no-project --python ">=3.11" python scripts/lock.py "$(UV)"
+
+quickstart: venv ## Train a small mixture of experts on the built-in stories and read what it writes (5 minutes on 2 cores)
+	$(RUN) python run_train.py --config configs/quickstart.yaml $(ARGS)
+
+train: venv ## Train MoE-200M by model_config.yaml and train_config.yaml; more flags by ARGS="--train.max_tokens 1000000"
+	$(RUN) python run_train.py $(ARGS)
+
+ddp-train: venv ## The same on several GPUs of this machine: make ddp-train NGPUS=2
+	@case "$(NGPUS)" in ''|*[!0-9]*|0) echo "error: say on how many GPUs: make ddp-train NGPUS=2" >&2; exit 1;; esac
+	$(RUN) torchrun --standalone --nproc_per_node=$(NGPUS) run_train.py --devices=$(NGPUS) $(ARGS)
+
+tensorboard: venv ## Show the curves of all runs under checkpoints/ in the browser (LOGDIR=... for another folder)
+	$(RUN) tensorboard --logdir "$(or $(LOGDIR),checkpoints)"
+
+test: venv ## Run the quick tests, WORKERS=2 at a time
+	$(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: venv ## Run the tests that take minutes each
+	$(RUN) pytest -m slow $(ARGS)
+
+check: lint types test ## Everything that must be green before a commit: lint, format, types, quick tests
+
+lint: venv
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: venv
+	$(RUN) mypy
+
+bench: venv ## Run the benchmarks that need no GPU and write their results into benchmarks/results/
+	$(RUN) python benchmarks/data_prep.py $(ARGS)
+
+gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them
+	@$(RUN) python scripts/gpu.py status
+
+kill-gpu: venv ## List your own training processes of this project, ask, and end them
+	@$(RUN) python scripts/gpu.py kill
+
+gpu-hot: venv ## Keep GPUs busy with matrix products until Ctrl-C: make gpu-hot GPUS=0,1 MINUTES=10
+	@$(RUN) python scripts/gpu.py hot --gpus "$(or $(GPUS),all)" --minutes "$(or $(MINUTES),10)"
+
+clean: ## Remove caches and build products; never data, checkpoints, logs or the environment
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -path ./.venv -prune -o -path ./.uv -prune -o -path ./data -prune -o -path ./checkpoints -prune \
+	  -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	@echo "Kept: data/, checkpoints/, out/, wandb/ (what you made) and .venv, .uv, uv.lock (what 'make environment' made)."
+	@echo "Remove those by hand where you are sure."
