@@ -30,8 +30,9 @@ import yaml
 
 from recipe.cli import UserError
 
-if TYPE_CHECKING:  # torch and litgpt are imported where they are used: a wrong path is told at once
-    from litgpt import Config
+if TYPE_CHECKING:  # torch and litgpt are imported where they are used, so that a wrong path is told at once
+    import torch
+    from litgpt import GPT, Config
     from torch import Tensor
 
 WEIGHTS = "lit_model.pth"
@@ -536,6 +537,33 @@ def load_hyperparameters(folder: Path) -> dict[str, Any]:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {error}.") from None
+
+
+def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "GPT":
+    """The model of a checkpoint, in evaluation mode, with the layers of ``custom_moe``.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    import torch
+    from litgpt import GPT
+
+    from custom_moe import use_custom_moe
+
+    config = load_config(folder)
+    # Mapped, the weights are in memory once; but Windows could not replace the folder while the model lives.
+    weights = load_weights(folder, mmap=os.name != "nt")
+    with use_custom_moe(), torch.device("meta"):
+        gpt = GPT(config)
+    weights = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in weights.items()
+    }
+    try:
+        gpt.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {as_folder(folder)} are not those of its {MODEL_CONFIG}: {error}") from None
+    gpt.cos, gpt.sin = gpt.rope_cache(device=device)  # not in the state dict
+    return gpt.eval()
 
 
 def _verify_if_marked(path: Path) -> None:
