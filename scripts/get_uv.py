@@ -111,10 +111,10 @@ def wheel_tags() -> tuple[str, str]:
 
 
 def run(command: list[str]) -> None:
-    """Runs a command and raises RuntimeError with the end of its output where it fails."""
+    """Runs a command and raises RuntimeError with the last line of its output where it fails."""
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
-        raise RuntimeError(result.stdout.strip()[-500:] or f"exit code {result.returncode}")
+        raise RuntimeError((result.stdout.strip().splitlines() or ["no output"])[-1])
 
 
 def fetch(url: str) -> bytes:

@@ -58,16 +58,29 @@ def kill() -> None:
         return
     for process in processes:
         end(process, psutil.Process.terminate)
-    _, alive = psutil.wait_procs(family.values(), timeout=60)
-    if alive:
+    if alive := still_alive(list(family.values()), seconds=60):
         print("Still running after a minute:")
         show(alive)
         if not confirmed("End them at once, without saving? [y/N] "):
             sys.exit("They were left running.")
         for process in alive:
             end(process, psutil.Process.kill)
-        psutil.wait_procs(alive, timeout=10)
+        still_alive(alive, seconds=10)
     print("Ended.")
+
+
+def still_alive(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Waits until all have ended, at most so long; those that have not (a zombie has)."""
+
+    def alive(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        return False
+
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
 
 
 def training_processes() -> list[psutil.Process]:

@@ -23,7 +23,10 @@ SECTION = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}\n", re.DOTALL)
 
 def main() -> None:
     """Rewrites the section between the two marker lines; pyproject.toml stays as it was where anything fails."""
-    uv = sys.argv[1] if len(sys.argv) > 1 else "uv"
+    uv = shutil.which(sys.argv[1] if len(sys.argv) > 1 else "uv")
+    if uv is None:
+        sys.exit("error: uv was not found; run: make lock")
+    uv = str(Path(uv).absolute())
     path = PROJECT / "pyproject.toml"
     text = path.read_text(encoding="utf-8")
     if len(SECTION.findall(text)) != 1:

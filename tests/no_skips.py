@@ -4,6 +4,7 @@ A skip is expected only for one of the reasons below, and only where that reason
 """
 
 import os
+import shutil
 from collections.abc import Callable, Generator
 
 import pytest
@@ -25,6 +26,7 @@ EXPECTED: dict[str, Callable[[], bool]] = {
     "needs a CUDA GPU": _no_gpu,
     "needs two CUDA GPUs": _no_two_gpus,
     "needs Windows": lambda: os.name != "nt",
+    "needs make": lambda: shutil.which("make") is None,
     "needs a POSIX system": lambda: os.name == "nt",
     "needs a user other than root": lambda: hasattr(os, "geteuid") and os.geteuid() == 0,
 }
