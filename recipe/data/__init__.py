@@ -1,0 +1,14 @@
+"""From text to batches: corpora, tokenizers, token folders and the reader that training takes its batches from."""
+
+from typing import Any
+
+__all__ = ["TokenizedText"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: the processes that only tokenize text must not import torch.
+    if name == "TokenizedText":
+        from recipe.data.module import TokenizedText
+
+        return TokenizedText
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

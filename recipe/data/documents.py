@@ -1,0 +1,410 @@
+"""Text files as documents: what ends a document, what belongs to it, and which split it goes to.
+
+A file is read in parts (about 1 MB each, ending where a document ends), so that memory stays flat, several processes
+can read one file, and what a part holds never depends on how many processes there are.
+"""
+
+import json
+import mmap
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipe.cli import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+PART_BYTES = 1 << 20
+LONG_DOCUMENT_BYTES = 4 << 20  # a longer one is read in several parts
+HASHED_BYTES = 1 << 16  # of a document's beginning decide its split: enough to tell documents apart, and known at once
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How files become documents."""
+
+    separator: str | None = None
+    """A line of a .txt that ends a document, beside ``<|endoftext|>``."""
+    text_column: str | None = None
+    """The field of a .jsonl or the column of a .parquet that holds the text; None finds it."""
+    val_fraction: float | None = None
+    """The share of documents that become validation text, by hash; None: no split is made."""
+    cut: bool = False
+    """Split each document, its end becoming validation text, instead of the corpus: for a corpus of few documents."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is read at once: bytes ``start`` to ``stop`` of a .txt or .jsonl, row groups of a .parquet."""
+
+    path: Path
+    start: int
+    stop: int
+    column: str | None = None
+    size: int = 0
+    """Bytes of text, about."""
+    split: str | None = None
+    """The split that all of it goes to; None: each document's hash decides."""
+    opens: bool = True
+    closes: bool = True
+    """False at either end where a long document goes on in the part before or after."""
+
+
+class Piece(NamedTuple):
+    """A document, or the part of a long one."""
+
+    text: str
+    split: str
+    closes: bool  # the document ends here
+
+
+class PartText(NamedTuple):
+    """What a part holds."""
+
+    pieces: list[Piece]
+    empty: int  # documents without text, left out
+    marks: int  # ``<|endoftext|>`` inside a line: text like any other
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The .txt, .jsonl and .parquet files under ``folder``, in a fixed order; hidden ones are left out."""
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+    ]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def clean(text: str) -> str:
+    """A document's text: line ends as ``\\n``, no white space around it, no half of a surrogate pair."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.strip()
+
+
+def split_of(text: str, val_fraction: float) -> str:
+    """``train`` or ``val``, by the document's own text alone: the same document is always in the same split."""
+    digest = blake2b(text[:HASHED_BYTES].encode()[:HASHED_BYTES], digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+
+
+def cut_document(text: str, val_fraction: float) -> tuple[str, str]:
+    """The beginning and the end of a document, cut where a line (or else a word) ends; the end may be empty."""
+    middle = round(len(text) * (1 - val_fraction))
+    reach = round(len(text) * val_fraction / 2)
+    for blank in ("\n", ". ", " "):
+        # The nearest one after or before the middle, not so far that the share becomes another.
+        after, before = text.find(blank, middle, middle + reach), text.rfind(blank, middle - reach, middle)
+        at = before if after < 0 or 0 <= middle - before < after - middle else after
+        if at >= 0 and (head := text[: at + 1].rstrip()) and (tail := text[at + 1 :].lstrip()):
+            return head, tail
+    return text, ""
+
+
+def documents_of(text: str, separator: str | None = None) -> Iterator[str]:
+    """Divides at lines that hold only ``<|endoftext|>`` (or ``separator``); documents come out cleaned, maybe empty."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # A "\n" in front, so that a separator in the first line looks like any other and the search has a fixed beginning.
+    for document in re.split(rf"\n{_separator_pattern(separator)}(?=\n|\Z)", "\n" + text):
+        yield document.strip()
+
+
+def _separator_pattern(separator: str | None) -> str:
+    # No group around a single literal: re then searches for the literal itself, many times faster.
+    lines = re.escape(END_OF_TEXT) if separator is None else f"(?:{re.escape(END_OF_TEXT)}|{re.escape(separator)})"
+    return lines + r"[ \t]*"
+
+
+def parts(path: Path, rules: Rules, split: str | None, *, may_cut: bool) -> Iterator[Part]:
+    """Divides a file.
+
+    Args:
+        path: a .txt, .jsonl or .parquet file.
+        rules: what ends a document, where the text is, how splits are made.
+        split: the split of the whole file, None where the documents are to be split.
+        may_cut: a long document may be divided at line ends (its tokens are the same, divided or not).
+
+    Raises:
+        UserError: for a .jsonl or .parquet file without text in it, or a broken one.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _parquet_parts(path, rules, split)
+        return
+    if path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        begin = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+        if suffix == ".jsonl":
+            yield from _jsonl_parts(path, data, begin, rules, split)
+        else:
+            yield from _txt_parts(path, data, begin, rules, split, may_cut)
+
+
+def read(part: Part, rules: Rules) -> PartText:
+    """Reads a part.
+
+    Raises:
+        UserError: for text that is not UTF-8, for a broken line or row.
+    """
+    suffix = part.path.suffix.lower()
+    if suffix == ".txt":
+        texts: Iterable[str] = _read_txt(part, rules)
+    else:
+        rows = _read_jsonl(part) if suffix == ".jsonl" else _read_parquet(part)
+        texts = (document for row in rows for document in (documents_of(row) if row else [""]))
+    pieces: list[Piece] = []
+    empty = marks = 0
+    for text in texts:
+        if not text:
+            empty += 1
+            continue
+        marks += text.count(END_OF_TEXT)
+        if part.split is not None or rules.val_fraction is None:
+            pieces.append(Piece(text, part.split or "train", True))
+        elif rules.cut:
+            head, tail = cut_document(text, rules.val_fraction)
+            pieces.append(Piece(head, "train", True))
+            if tail:
+                pieces.append(Piece(tail, "val", True))
+        else:
+            pieces.append(Piece(text, split_of(text, rules.val_fraction), True))
+    if pieces and not part.closes:
+        pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + "\n", closes=False)
+    return PartText(pieces, empty, marks)
+
+
+# --- .txt ---
+
+
+def _txt_parts(
+    path: Path, data: mmap.mmap, begin: int, rules: Rules, split: str | None, may_cut: bool
+) -> Iterator[Part]:
+    pattern = re.compile(rf"\n{_separator_pattern(rules.separator)}\r?(?:\n|\Z)".encode())
+    size = len(data)
+    while begin < size:
+        # One byte early: a separator's own "\n" may be the last byte of the target.
+        match = pattern.search(data, begin + PART_BYTES - 1) if begin + PART_BYTES < size else None
+        end = match.end() if match else size
+        if end - begin > LONG_DOCUMENT_BYTES and may_cut:
+            before = [found.end() for found in pattern.finditer(data, begin, begin + PART_BYTES)]
+            long_begin = before[-1] if before else begin
+            if long_begin > begin:
+                yield Part(path, begin, long_begin, size=long_begin - begin, split=split)
+            yield from _long_document(path, data, long_begin, match.start() if match else size, rules, split)
+        else:
+            yield Part(path, begin, end, size=end - begin, split=split)
+        begin = end
+
+
+def _long_document(
+    path: Path, data: mmap.mmap, begin: int, end: int, rules: Rules, split: str | None
+) -> Iterator[Part]:
+    """Parts of a single document; its split is settled here, since none of them holds all of it."""
+    sections = [(begin, end, split)]
+    if split is None and rules.val_fraction is not None:
+        if rules.cut:
+            middle = _line_end(data, begin + round((end - begin) * (1 - rules.val_fraction)), end)
+            sections = [(begin, middle, "train"), (middle, end, "val")]
+        else:
+            head = data[begin : begin + 8 * HASHED_BYTES].decode("utf-8", errors="ignore")
+            sections = [(begin, end, split_of(clean(head), rules.val_fraction))]
+    for section_begin, section_end, section_split in sections:
+        start = section_begin
+        while start < section_end:
+            stop = section_end
+            if start + PART_BYTES < section_end:
+                stop = _line_end(data, start + PART_BYTES, section_end)
+            yield Part(
+                path,
+                start,
+                stop,
+                size=stop - start,
+                split=section_split,
+                opens=start == section_begin,
+                closes=stop == section_end,
+            )
+            start = stop
+
+
+def _line_end(data: mmap.mmap, start: int, end: int) -> int:
+    """The place after the next line end that stands alone between two visible characters, or ``end``.
+
+    There, and not inside a run of white space, a byte-level pre-tokenizer divides in any case.
+    """
+    at = data.find(b"\n", start, end)
+    while 0 <= at < end - 1:
+        before = data[max(0, at - 5) : at].removesuffix(b"\r").decode("utf-8", errors="ignore")[-1:]
+        after = data[at + 1 : at + 5].decode("utf-8", errors="ignore")[:1]
+        if before and after and not before.isspace() and not after.isspace():
+            return at + 1
+        at = data.find(b"\n", at + 1, end)
+    return end
+
+
+def _read_txt(part: Part, rules: Rules) -> Iterator[str]:
+    text = _decode(part.path, _bytes(part), part.start)
+    if not (part.opens and part.closes):
+        # No separator is in here; a byte order mark or a "\r" is all that may need mending.
+        yield clean(text)
+        return
+    documents = list(documents_of(text, rules.separator))
+    # Nothing stands before a leading separator or after a trailing one: no document, not an empty one.
+    while len(documents) > 1 and not documents[-1]:
+        documents.pop()
+    while len(documents) > 1 and not documents[0]:
+        documents.pop(0)
+    yield from documents
+
+
+def _bytes(part: Part) -> bytes:
+    with open(part.path, "rb") as file:
+        file.seek(part.start)
+        return file.read(part.stop - part.start)
+
+
+def _decode(path: Path, data: bytes, offset: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start} (line "
+            f"{_line_number(path, offset + error.start)}) cannot be read; expected text in UTF-8. Convert it, for "
+            f"instance from Latin-1: iconv -f ISO-8859-1 -t UTF-8 {path.name} > utf8.txt"
+        ) from None
+
+
+def _line_number(path: Path, offset: int) -> int:
+    number = 1
+    with open(path, "rb") as file:
+        while offset > 0 and (block := file.read(min(offset, 1 << 20))):
+            number += block.count(b"\n")
+            offset -= len(block)
+    return number
+
+
+# --- .jsonl ---
+
+
+def _jsonl_parts(path: Path, data: mmap.mmap, begin: int, rules: Rules, split: str | None) -> Iterator[Part]:
+    column = rules.text_column
+    size = len(data)
+    if column is None:
+        start = begin
+        while start < size and column is None:
+            stop = data.find(b"\n", start) + 1 or size
+            if line := data[start:stop].strip():
+                column = _text_column(path, _json_row(path, line, start))
+            start = stop
+    while begin < size:
+        end = size if begin + PART_BYTES >= size else data.find(b"\n", begin + PART_BYTES) + 1 or size
+        yield Part(path, begin, end, column=column, size=end - begin, split=split)
+        begin = end
+
+
+def _read_jsonl(part: Part) -> Iterator[str]:
+    offset = part.start
+    for line in _bytes(part).split(b"\n"):
+        if line.strip():
+            row = _json_row(part.path, line, offset)
+            if part.column not in row:
+                raise UserError(
+                    f"{part.path}, line {_line_number(part.path, offset)}: no field {part.column!r} (it has "
+                    f"{', '.join(map(repr, row))}); --text_column names the field that holds the text."
+                )
+            yield _text_of(row[part.column], part.path, offset)
+        offset += len(line) + 1
+
+
+def _json_row(path: Path, line: bytes, offset: int) -> dict[str, Any]:
+    try:
+        row = json.loads(_decode(path, line, offset))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {_line_number(path, offset)}: not JSON ({error.msg} at column {error.colno}); a .jsonl "
+            'holds one object a line, such as {"text": "Once upon a time"}.'
+        ) from None
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{path}, line {_line_number(path, offset)}: {type(row).__name__} where an object was expected, such as "
+            '{"text": "Once upon a time"}.'
+        )
+    return row
+
+
+def _text_column(path: Path, row: dict[str, Any]) -> str:
+    """The field that holds the text: ``text`` where there is one, else the only one that holds a string."""
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise UserError(
+        f"{path}: none of its fields ({', '.join(map(repr, row)) or 'none'}) is called 'text', and "
+        f"{len(strings)} hold text; say which one with --text_column NAME."
+    )
+
+
+def _text_of(value: Any, path: Path, offset: int | None) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        place = f"{path}, line {_line_number(path, offset)}" if offset is not None else path
+        raise UserError(
+            f"{place}: {type(value).__name__} where text was expected; --text_column names the right field."
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+# --- .parquet ---
+
+
+def _parquet_parts(path: Path, rules: Rules, split: str | None) -> Iterator[Part]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}); get the file anew.") from None
+    example = {
+        field.name: "" if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type) else None
+        for field in schema
+    }
+    column = rules.text_column or _text_column(path, example)
+    if column not in example:
+        raise UserError(f"{path}: no column {column!r}; it has {', '.join(map(repr, example))} (--text_column).")
+    index = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).column(index).total_uncompressed_size
+        yield Part(path, group, group + 1, column=column, size=size, split=split)
+
+
+def _read_parquet(part: Part) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(part.path) as file:
+            groups = list(range(part.start, part.stop))
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[part.column]):
+                for value in batch.column(0).to_pylist():
+                    yield _text_of(value, part.path, None)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{part.path} cannot be read as parquet ({_first_line(error)}); get the file anew.") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,275 @@
+"""What a folder of tokens was made from, and whether that still holds.
+
+Each split's token folder carries ``split.json`` (what went in, what came out), moved into place together with the
+tokens; ``manifest.json`` joins the splits and is written last. No manifest: not complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from recipe.cli import UserError
+
+FORMAT = 1  # of the tokens and their manifests; another one makes tokens stale
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A text file as it was when it was read."""
+
+    path: str
+    """Below the corpus's folder (or the source's), with forward slashes."""
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the text came from."""
+
+    name: str
+    """A corpus's name, ``files`` for the user's own (``--source PATH``), ``text`` for text that lay in place."""
+    location: str | None
+    """The path given, or a dataset and its revision."""
+    sha256: str
+    """Fingerprint of the text in train/ and val/."""
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that made the tokens."""
+
+    name: str
+    """A hub name, a folder, or ``train``."""
+    sha256: str
+    """``tokenizer_fingerprint`` of its folder."""
+    vocab_size: int
+    """Its largest id plus one: what a model's vocabulary must hold."""
+    eos_token: str
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decided how text became documents and splits."""
+
+    val_fraction: float | None
+    """None: the text came with validation text of its own."""
+    document_separator: str | None
+    text_column: str | None
+    max_documents: int | None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split's counts and the text that it was made from."""
+
+    documents: int
+    tokens: int
+    """With one end-of-text token after each document."""
+    bytes: int
+    """UTF-8 bytes of the documents, what bits per byte divides by."""
+    empty_documents: int
+    """Left out."""
+    chunks: int
+    dtype: str
+    """``uint16`` below 65,536 ids, else ``int32``."""
+    text: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
+class BuiltSplit:
+    """``split.json``: what a split's token folder was built from."""
+
+    format: int
+    tokenizer: str
+    """Fingerprint."""
+    rules: dict[str, Any]
+    """How the text was read (``documents.Rules``)."""
+    counts: Split
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``tokens/manifest.json`` says."""
+
+    format: int
+    source: Source
+    tokenizer: TokenizerRecord
+    settings: Settings
+    splits: dict[str, Split]
+    versions: dict[str, str]
+
+
+def tokens_dir(data_dir: Path, split: str | None = None) -> Path:
+    """The folder of all tokens, or of a split's."""
+    return data_dir / "tokens" / split if split else data_dir / "tokens"
+
+
+def manifest_path(data_dir: Path) -> Path:
+    """Where the manifest of ``data_dir`` stands."""
+    return tokens_dir(data_dir) / "manifest.json"
+
+
+def read(data_dir: Path) -> Manifest | None:
+    """The manifest of complete tokens; None where there is none, or where the token files are not those it counts."""
+    try:
+        values = json.loads(manifest_path(data_dir).read_text(encoding="utf-8"))
+        manifest = from_dict(values)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    whole = manifest.format == FORMAT and all(
+        _chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in manifest.splits.items()
+    )
+    return manifest if whole else None
+
+
+def write(data_dir: Path, manifest: Manifest) -> None:
+    """Writes the manifest, whole or not at all."""
+    write_json(manifest_path(data_dir), asdict(manifest))
+
+
+def read_split(data_dir: Path, split: str) -> BuiltSplit | None:
+    """What a split's token folder says of itself; None where it is not there, not whole or of another format."""
+    folder = tokens_dir(data_dir, split)
+    try:
+        values = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+        found = BuiltSplit(**{**values, "counts": _split(values["counts"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if found.format == FORMAT and _chunk_tokens(folder) == found.counts.tokens else None
+
+
+def write_split(folder: Path, built: BuiltSplit) -> None:
+    """Writes ``split.json`` into a token folder."""
+    write_json(folder / "split.json", asdict(built))
+
+
+def _split(values: dict[str, Any]) -> Split:
+    return Split(**{**values, "text": tuple(FileRecord(**entry) for entry in values["text"])})
+
+
+def from_dict(values: dict[str, Any]) -> Manifest:
+    """A manifest from what ``json.load`` gives."""
+    splits = {name: _split(split) for name, split in values["splits"].items()}
+    known = {field.name: values[field.name] for field in fields(Manifest)}
+    return Manifest(
+        **{
+            **known,
+            "source": Source(**values["source"]),
+            "tokenizer": TokenizerRecord(**values["tokenizer"]),
+            "settings": Settings(**values["settings"]),
+            "splits": splits,
+        }
+    )
+
+
+def _chunk_tokens(folder: Path) -> int:
+    """The tokens of a split's chunks; -1 where a chunk is missing or of another size than its index says."""
+    try:
+        chunks = json.loads((folder / "index.json").read_text(encoding="utf-8"))["chunks"]
+        whole = all((folder / chunk["filename"]).stat().st_size == chunk["chunk_bytes"] for chunk in chunks)
+        return sum(chunk["dim"] for chunk in chunks) if whole else -1
+    except (OSError, ValueError, KeyError):
+        return -1
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside and renames, so that nobody ever reads half of it."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    os.replace(beside, path)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Puts ``new`` in the place of ``old``. Windows renames no folder onto another, so the old one goes first."""
+    if old.exists():
+        shutil.rmtree(old)
+    os.replace(new, old)
+
+
+# --- fingerprints ---
+
+
+def record(path: Path, folder: Path) -> FileRecord:
+    """Reads a file for its fingerprint."""
+    status = path.stat()
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns, digest)
+
+
+def refresh(paths: Iterable[Path], folder: Path, known: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+    """The records of files; one whose size and time are those of a known record is not read again."""
+    records = {entry.path: entry for entry in known}
+    fresh = []
+    for path in paths:
+        entry, status = records.get(path.relative_to(folder).as_posix()), path.stat()
+        same = entry and (entry.bytes, entry.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        fresh.append(entry if entry and same else record(path, folder))
+    return tuple(fresh)
+
+
+def contents(records: Iterable[FileRecord]) -> dict[str, str]:
+    """Path to content: what makes two sets of files the same text."""
+    return {entry.path: entry.sha256 for entry in records}
+
+
+def changed_files(old: Iterable[FileRecord], new: Iterable[FileRecord]) -> list[str]:
+    """Names what differs, one phrase a file."""
+    before, after = contents(old), contents(new)
+    return (
+        [f"{path} changed" for path in before if path in after and before[path] != after[path]]
+        + [f"{path} is gone" for path in before if path not in after]
+        + [f"{path} is new" for path in after if path not in before]
+    )
+
+
+def text_fingerprint(records: Iterable[FileRecord]) -> str:
+    """One fingerprint of many files."""
+    return hashlib.sha256(json.dumps(sorted(contents(records).items())).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
+    """Fingerprint of what a tokenizer does: ``tokenizer.json`` in any formatting, and its end-of-text token.
+
+    Truncation and padding, which change no id here, are left out. The same for ``data/tokenizer`` and for the copy in
+    a checkpoint.
+
+    Raises:
+        UserError: for a folder without a readable ``tokenizer.json``.
+    """
+    path = Path(tokenizer_dir) / "tokenizer.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"no tokenizer at {tokenizer_dir}: {path.name} is missing. `python prepare_data.py --tokenizer NAME|FOLDER|"
+            f"train --tokenizer_dir {tokenizer_dir}` puts one there."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is broken ({error}); prepare the tokenizer anew with --overwrite.") from None
+    return fingerprint_of(values, end_of_text_token(Path(tokenizer_dir)))
+
+
+def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None) -> str:
+    """See ``tokenizer_fingerprint``."""
+    essence = {key: value for key, value in tokenizer_json.items() if key not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps([essence, eos_token], sort_keys=True).encode()).hexdigest()
+
+
+def end_of_text_token(tokenizer_dir: Path) -> str | None:
+    """The end-of-text token that ``tokenizer_config.json`` names, None where it names none."""
+    try:
+        config = json.loads((tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    token = config.get("eos_token")
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,368 @@
+"""Tokenizers from the Hub, from a folder or trained here, and the fastest encoder that gives a tokenizer's own ids."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe.cli import UserError
+from recipe.data.documents import END_OF_TEXT
+from recipe.data.manifest import end_of_text_token, fingerprint_of, write_json
+
+DEFAULT = "gpt2"
+DEFAULT_VOCAB_SIZE = 8192
+TRAINING_BYTES = 16 << 20  # of text are enough for the merges of a small vocabulary, and take seconds
+ORIGIN = "prepared_from"  # key in tokenizer_config.json: what prepare_data.py made the folder from
+# Read where they stand, beside tokenizer.json and tokenizer_config.json, which every prepared folder has.
+OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+OFFLINE_WAYS = """Without a network:
+  --source sample --tokenizer train    the built-in stories and a tokenizer trained on them
+  --source PATH --tokenizer FOLDER     your own .txt, .jsonl or .parquet, a folder with a tokenizer.json (or: train)
+  or put text into train/ and val/ below --data_dir, and a tokenizer.json into --tokenizer_dir."""
+
+Files = dict[str, Any]
+"""A tokenizer folder in memory: file name to parsed JSON, or to text."""
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a prepared tokenizer folder holds."""
+
+    folder: Path
+    name: str
+    sha256: str
+    vocab_size: int
+    """Largest id plus one."""
+    eos_token: str
+    eos_id: int
+
+
+# --- where a tokenizer comes from ---
+
+
+def from_folder(folder: Path, name: str | None = None) -> Files:
+    """Reads and completes a tokenizer folder: ``tokenizer.json`` alone will do, or ``vocab.json`` and ``merges.txt``.
+
+    Args:
+        folder: where the files lie; nothing is written there.
+        name: what messages call it, when not by its path.
+
+    Raises:
+        UserError: for a missing or broken tokenizer, for an end-of-text token that cannot be told.
+    """
+    files: Files = {}
+    if (folder / "tokenizer.json").is_file():
+        files["tokenizer.json"] = _read_json(folder / "tokenizer.json")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        files["tokenizer.json"] = _from_vocab_and_merges(folder)
+    else:
+        raise UserError(
+            f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json and merges.txt. Name another folder or a "
+            "tokenizer of the Hub (--tokenizer gpt2), or train one on your text (--tokenizer train)."
+        )
+    config = folder / "tokenizer_config.json"
+    files["tokenizer_config.json"] = _read_json(config) if config.is_file() else {}
+    for file in OPTIONAL_FILES:
+        if (folder / file).is_file():
+            files[file] = (folder / file).read_text(encoding="utf-8")
+    return _completed(files, name or str(folder))
+
+
+def from_hub(name: str) -> Files:
+    """Downloads a tokenizer from the Hugging Face Hub, or takes it from the Hub's cache where there is no network.
+
+    Raises:
+        UserError: for an unknown name, or without a network.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        # One short question first: where the Hub cannot be reached, a download alone would retry for a long time.
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+        reachable, problem = True, ""
+    except GatedRepoError:
+        raise UserError(f"the tokenizer {name!r} is gated: accept its terms on the Hub and `hf auth login`.") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"no tokenizer {name!r}: neither a folder here nor a model on the Hub. --tokenizer takes a Hub name such "
+            "as gpt2, a folder with a tokenizer.json, or the word train."
+        ) from None
+    except Exception as error:  # the transport has many ways to say that there is no network
+        reachable, problem = False, in_short(error)
+    found: dict[str, str] = {}
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", *OPTIONAL_FILES):
+        if file in ("vocab.json", "merges.txt") and "tokenizer.json" in found:
+            continue
+        try:
+            found[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=not reachable)
+        except EntryNotFoundError:  # also LocalEntryNotFoundError
+            continue
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
+            ) from None
+    if not found and not reachable:
+        raise UserError(f"the tokenizer {name!r} cannot be had from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}")
+    if not found.get("tokenizer.json") and not (found.get("vocab.json") and found.get("merges.txt")):
+        raise UserError(f"{name!r} on the Hub has no tokenizer.json, nor vocab.json and merges.txt; name another one.")
+    return from_folder(Path(next(iter(found.values()))).parent, name)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Files:
+    """Trains a byte-level BPE with ``<|endoftext|>`` as its one special token; the same text gives the same one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    config = {"eos_token": END_OF_TEXT}
+    return _completed({"tokenizer.json": json.loads(tokenizer.to_str()), "tokenizer_config.json": config}, "train")
+
+
+def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise UserError(f"vocab.json and merges.txt in {folder} are broken ({error}).") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    known = [name for name in END_OF_TEXT_NAMES if tokenizer.token_to_id(name) is not None]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in known])
+    return json.loads(tokenizer.to_str())
+
+
+def _completed(files: Files, origin: str) -> Files:
+    """Adds what LitGPT and transformers need to know: the end-of-text token, a class, no truncation."""
+    tokenizer_json, config = files["tokenizer.json"], dict(files["tokenizer_config.json"])
+    for key in ("truncation", "padding"):  # a limit saved by somebody else's run would cut every document
+        if tokenizer_json.get(key) is not None:
+            tokenizer_json = {**tokenizer_json, key: None}
+    _parse(tokenizer_json, origin)
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if eos is None:
+        eos = _infer_end_of_text(tokenizer_json, files, origin)
+        print(f"The tokenizer of {origin} does not name its end-of-text token: taking {eos!r}.")
+    config["eos_token"] = eos
+    config.setdefault("bos_token", eos)
+    if config["bos_token"] is None:
+        config["bos_token"] = eos
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    return {**files, "tokenizer.json": tokenizer_json, "tokenizer_config.json": config}
+
+
+def _infer_end_of_text(tokenizer_json: dict[str, Any], files: Files, origin: str) -> str:
+    added = {token["id"]: token["content"] for token in tokenizer_json.get("added_tokens", []) if token.get("special")}
+    if "generation_config.json" in files:
+        named = json.loads(files["generation_config.json"]).get("eos_token_id")
+        if isinstance(named, int) and named in added:
+            return added[named]
+    known = [content for content in added.values() if content in END_OF_TEXT_NAMES]
+    if len(known) == 1:
+        return known[0]
+    if len(added) == 1:
+        return next(iter(added.values()))
+    raise UserError(
+        f"the tokenizer of {origin} does not say which token ends a text, and its special tokens "
+        f"({', '.join(map(repr, added.values())) or 'none'}) do not make it clear. Put a tokenizer_config.json beside "
+        'its tokenizer.json: {"eos_token": "<|endoftext|>"}, with the right token.'
+    )
+
+
+def _parse(tokenizer_json: dict[str, Any], origin: str) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(tokenizer_json))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise UserError(f"the tokenizer.json of {origin} is broken ({error}); get it anew.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is broken ({error}); get it anew.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is broken (no JSON object in it); get it anew.")
+    return values
+
+
+# --- a prepared folder ---
+
+
+def install(files: Files, origin: dict[str, Any], folder: Path) -> None:
+    """Writes a tokenizer folder: ``tokenizer.json`` last, since it is what makes a folder a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**files["tokenizer_config.json"], ORIGIN: origin}
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    for name in OPTIONAL_FILES:
+        if name in files:
+            (folder / name).write_text(files[name], encoding="utf-8", newline="\n")
+        else:
+            (folder / name).unlink(missing_ok=True)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer.json", files["tokenizer.json"])
+
+
+def fingerprint(files: Files) -> str:
+    """``manifest.tokenizer_fingerprint`` of a folder in memory."""
+    return fingerprint_of(files["tokenizer.json"], files["tokenizer_config.json"]["eos_token"])
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """What ``prepare_data.py`` made the folder from; empty for a folder that it did not make."""
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(ORIGIN, {})
+    except (OSError, ValueError):
+        return {}
+
+
+def load(folder: Path) -> TokenizerInfo:
+    """Describes a tokenizer folder.
+
+    Raises:
+        UserError: for a missing or broken tokenizer.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"no tokenizer at {folder}: tokenizer.json is missing. `uv run python prepare_data.py --tokenizer "
+            f"NAME|FOLDER|train --tokenizer_dir {folder}` puts one there."
+        )
+    values = _read_json(path)
+    tokenizer = _parse(values, str(folder))
+    eos_token = end_of_text_token(folder)
+    eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
+    if eos_token is None or eos_id is None:
+        raise UserError(
+            f"the tokenizer at {folder} names no end-of-text token that it has (eos_token in tokenizer_config.json: "
+            f"{eos_token!r}); `--tokenizer {folder} --tokenizer_dir ANOTHER` completes it where that is clear."
+        )
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    name = str(origin(folder).get("name", folder))
+    return TokenizerInfo(folder, name, fingerprint_of(values, eos_token), vocab_size, eos_token, eos_id)
+
+
+# --- encoding ---
+
+
+class Encoder:
+    """Text to ids. ``<|endoftext|>`` inside a text is text, never the special id, in both ways of encoding.
+
+    Args:
+        tokenizer_json: path of the file.
+        fast: through tiktoken, for a tokenizer that ``agrees_with_tiktoken``; else through ``tokenizers``.
+    """
+
+    def __init__(self, tokenizer_json: Path, fast: bool) -> None:
+        if fast:
+            import tiktoken
+
+            found = byte_level_bpe(json.loads(tokenizer_json.read_text(encoding="utf-8")))
+            assert found is not None
+            pattern, ranks = found
+            encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self._encode: Callable[[str], list[int]] | None = encoding.encode_ordinary
+        else:
+            from tokenizers import Tokenizer
+
+            self._encode = None
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = True
+
+    def __call__(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each text, without beginning or end tokens."""
+        if self._encode is not None:
+            return map(self._encode, texts)
+        return (found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def agrees_with_tiktoken(tokenizer_json: Path, sample: list[str]) -> bool:
+    """Whether tiktoken gives exactly this tokenizer's ids: possible by its kind, and true on ``sample``."""
+    if byte_level_bpe(json.loads(tokenizer_json.read_text(encoding="utf-8"))) is None:
+        return False
+    try:
+        fast = Encoder(tokenizer_json, fast=True)
+    except ValueError:  # a pattern that tiktoken's regex engine does not know
+        return False
+    return list(fast(sample)) == list(Encoder(tokenizer_json, fast=False)(sample))
+
+
+def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:
+    """The pattern and ranks for tiktoken of a byte-level BPE whose ids rise with merge rank; None for other kinds."""
+    model = tokenizer_json.get("model") or {}
+    plain = not any(
+        model.get(key)
+        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
+    special_only = all(token.get("special") for token in tokenizer_json.get("added_tokens") or [])
+    pattern = _pattern(tokenizer_json.get("pre_tokenizer") or {})
+    if model.get("type") != "BPE" or not plain or not special_only or pattern is None:
+        return None
+    if tokenizer_json.get("normalizer") is not None:
+        return None
+    vocab: dict[str, int] = model["vocab"]
+    to_byte = {character: byte for byte, character in byte_characters().items()}
+    if any(character not in vocab for character in to_byte):
+        return None
+    ranks = {bytes([byte]): vocab[character] for character, byte in to_byte.items()}
+    last = -1
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        rank = vocab.get(left + right, -1)
+        if rank <= last or not all(character in to_byte for character in left + right):
+            return None
+        last = rank
+        ranks[bytes(to_byte[character] for character in left + right)] = rank
+    return pattern, ranks
+
+
+def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
+    """The regular expression that a byte-level pre-tokenizer divides by; None where it does anything else."""
+    if pre_tokenizer.get("type") == "ByteLevel":
+        plain = not pre_tokenizer.get("add_prefix_space") and pre_tokenizer.get("use_regex", True)
+        return GPT2_PATTERN if plain else None
+    if pre_tokenizer.get("type") != "Sequence" or len(pre_tokenizer["pretokenizers"]) != 2:
+        return None
+    split, level = pre_tokenizer["pretokenizers"]
+    byte_level = level["type"] == "ByteLevel" and not level.get("add_prefix_space") and not level.get("use_regex", True)
+    isolated = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
+    return split["pattern"].get("Regex") if byte_level and isolated else None
+
+
+def divides_at_line_ends(tokenizer_json: Path) -> bool:
+    """Whether a text cut after a lone line end gives the ids of the whole: true of byte-level pre-tokenizers."""
+    values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    return values.get("normalizer") is None and _pattern(values.get("pre_tokenizer") or {}) is not None
+
+
+def in_short(error: Exception) -> str:
+    """An exception of another library in a line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py: bytes_to_unicode)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}

@@ -1,0 +1,267 @@
+"""Text to token folders: worker processes encode parts of the text, this process writes litdata's chunks in order."""
+
+import os
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recipe.cli import UserError
+from recipe.data.documents import Part, Piece, Rules, read
+from recipe.data.tokenizers import Encoder
+
+# A chunk's last tokens that fill no window are lost, so chunks are long; and there are about 16 of them where the text
+# allows it, so that shuffling their order mixes the text. litdata divides a chunk among readers where it must.
+MIN_CHUNK_TOKENS = 1 << 20
+MAX_CHUNK_TOKENS = 1 << 25
+CHUNKS = 16
+BYTES_PER_TOKEN = 4  # of English under a common vocabulary: for the size of chunks alone
+SERIAL_PARTS = 3  # so little text is encoded sooner than processes start
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know."""
+
+    tokenizer_json: Path
+    fast: bool
+    """Through tiktoken."""
+    eos_id: int
+    dtype: str
+    rules: Rules
+
+
+@dataclass
+class Counts:
+    """What a split came to."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    empty_documents: int = 0
+    marks: int = 0
+    chunks: int = 0
+
+
+class Encoded(NamedTuple):
+    """A part's tokens and counts for each split."""
+
+    tokens: dict[str, np.ndarray]  # (n,) of the job's dtype
+    documents: dict[str, int]
+    bytes: dict[str, int]
+    empty: int
+    marks: int
+
+
+def encode_part(part: Part, job: Job, encoder: Encoder) -> Encoded:
+    """Reads and encodes a part; each document ends with the end-of-text id."""
+    text = read(part, job.rules)
+    ids: dict[str, list[int]] = {}
+    documents: dict[str, int] = {}
+    size: dict[str, int] = {}
+    for piece, piece_ids in zip(text.pieces, encoder([piece.text for piece in text.pieces]), strict=True):
+        found = ids.setdefault(piece.split, [])
+        found += piece_ids
+        if piece.closes:
+            found.append(job.eos_id)
+        documents[piece.split] = documents.get(piece.split, 0) + piece.closes
+        size[piece.split] = size.get(piece.split, 0) + _utf8_size(piece)
+    tokens = {split: np.array(found, dtype=job.dtype) for split, found in ids.items()}
+    return Encoded(tokens, documents, size, text.empty, text.marks)
+
+
+def _utf8_size(piece: Piece) -> int:
+    return len(piece.text) if piece.text.isascii() else len(piece.text.encode())
+
+
+def encode(parts: list[Part], job: Job, num_workers: int) -> Iterator[Encoded]:
+    """Encodes parts in their order, by ``num_workers`` processes (0: in this one); memory does not grow with the text.
+
+    Raises:
+        UserError: for text that cannot be read, or when a worker was killed.
+    """
+    workers = min(num_workers, len(parts))
+    if workers == 0 or len(parts) <= SERIAL_PARTS:
+        encoder = Encoder(job.tokenizer_json, job.fast)
+        yield from (encode_part(part, job, encoder) for part in parts)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (job,))
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        with _no_main_module():
+            # The first call starts all processes.
+            waiting.extend(pool.submit(_encode_in_worker, part) for part in parts[: 4 * workers])
+        for part in parts[4 * workers :]:
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(_encode_in_worker, part))
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a tokenizing process was killed, most likely for want of memory; run the same command with fewer of them "
+            f"(--num_workers {max(1, workers // 2)})."
+        ) from None
+    except BaseException:
+        # Not to wait for what nobody wants any more.
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_job: Job
+_encoder: Encoder
+
+
+def _start_worker(job: Job) -> None:
+    global _job, _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _job, _encoder = job, Encoder(job.tokenizer_json, job.fast)
+
+
+def _encode_in_worker(part: Part) -> Encoded:
+    return encode_part(part, _job, _encoder)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it was killed: nobody else would."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Hides the running script while processes start.
+
+    They would import it again: with torch and all else that it imports, and to no end but errors where it has no
+    ``if __name__ == "__main__"``.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+# --- chunks ---
+
+
+class ChunkWriter:
+    """Writes a split's tokens as litdata chunks for ``TokensLoader``, one item a chunk.
+
+    Args:
+        folder: empty or not there yet.
+        text_bytes: how much text there is, about: the chunks' size follows from it, and from nothing else.
+        dtype: ``uint16`` or ``int32``.
+    """
+
+    def __init__(self, folder: Path, text_bytes: int, dtype: str) -> None:
+        tokens = text_bytes // (BYTES_PER_TOKEN * CHUNKS)
+        self.chunk_tokens = min(max(tokens, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+        self.chunks = 0
+        self._folder, self._dtype = folder, dtype
+        self._waiting: list[np.ndarray] = []
+        self._length = 0
+        self._writer: Any = None
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Takes the next tokens, ``(n,)``."""
+        self._waiting.append(tokens)
+        self._length += len(tokens)
+        # Half a chunk is kept back, so that the last one is never a scrap.
+        while self._length >= self.chunk_tokens * 3 // 2:
+            joined = np.concatenate(self._waiting)
+            self._write(joined[: self.chunk_tokens])
+            self._waiting = [joined[self.chunk_tokens :]]
+            self._length -= self.chunk_tokens
+
+    def close(self) -> None:
+        """Writes the rest and the index."""
+        if self._length:
+            self._write(np.concatenate(self._waiting))
+        if self._writer is None:
+            return
+        self._writer.done()
+        # What litdata's merge of several writers' indices comes to for one writer, without its waiting for ranks.
+        os.replace(self._folder / f"{self._writer.rank}.index.json", self._folder / "index.json")
+
+    def _write(self, tokens: np.ndarray) -> None:
+        if self._writer is None:
+            # Only now, and after the workers have started: the import takes seconds (it brings torch).
+            from litdata.streaming import TokensLoader
+            from litdata.streaming.writer import BinaryWriter
+
+            self._writer = BinaryWriter(str(self._folder), chunk_size=1, item_loader=TokensLoader())
+        import torch
+
+        self._writer.add_item(self.chunks, torch.from_numpy(tokens))
+        self.chunks += 1
+
+
+def build(
+    parts: list[Part],
+    job: Job,
+    folders: dict[str, Path],
+    num_workers: int,
+    on_progress: Callable[[int, int, int], None],
+) -> dict[str, Counts]:
+    """Encodes parts into one token folder for each split.
+
+    Args:
+        parts: all of the text.
+        job: how.
+        folders: split to (new) folder.
+        num_workers: processes; 0 encodes in this one.
+        on_progress: called with the documents, tokens and bytes that each part added.
+
+    Returns:
+        What was counted for each split.
+    """
+    writers = {
+        split: ChunkWriter(folder, sum(part.size for part in parts if part.split in (split, None)), job.dtype)
+        for split, folder in folders.items()
+    }
+    counts = {split: Counts() for split in folders}
+    for part, encoded in zip(parts, encode(parts, job, num_workers), strict=True):
+        first = next(iter(counts)) if part.split is None else part.split
+        counts[first].empty_documents += encoded.empty
+        counts[first].marks += encoded.marks
+        for split, tokens in encoded.tokens.items():
+            writers[split].append(tokens)
+            counts[split].documents += encoded.documents[split]
+            counts[split].tokens += len(tokens)
+            counts[split].bytes += encoded.bytes[split]
+        on_progress(sum(encoded.documents.values()), sum(map(len, encoded.tokens.values())), part.size)
+    for split, writer in writers.items():
+        writer.close()
+        counts[split].chunks = writer.chunks
+    return counts
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The smallest type that litdata's token reader knows for these ids."""
+    return "uint16" if vocab_size <= 1 << 16 else "int32"
+
+
+def total_size(parts: Iterable[Part]) -> int:
+    """Bytes of text, about."""
+    return sum(part.size for part in parts)
