@@ -53,10 +53,7 @@ class OpenCorpus:
 class Stories:
     """The built-in corpus: made here, from a seed."""
 
-    @property
-    def about(self) -> str:
-        """What it is, in a line."""
-        ...
+    about: str
 
     def open(self) -> OpenCorpus:
         """Needs nothing."""
