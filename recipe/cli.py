@@ -102,13 +102,18 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def explain(message: str, known: Iterable[str]) -> str:
     """Shortens jsonargparse's message and adds the nearest known name where it complains about an unknown one."""
     message = re.sub(r"\n\s*\n+", "\n", message.strip())
-    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message) or re.search(
-        r"(?:Key|key|option|Group key) '([\w.]+)' (?:is not expected|does not exist)", message
-    )
-    if unknown:
-        suggestion = nearest(unknown.group(1), known)
-        hint = f"the nearest known one is --{suggestion}" if suggestion else "no known flag is like it"
-        return f"unknown setting {unknown.group(1)!r}; {hint}. `--help` lists all of them."
+    name = ""
+    if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
+        name = found.group(1)
+    elif found := re.search(r"Group '([\w.]+)' does not accept nested key '([\w.]+)'", message):
+        name = ".".join(found.groups())
+    elif found := re.search(r"[Kk]ey '([\w.]+)' (?:is not expected|does not exist)", message):
+        parent = re.search(r'Parser key "([\w.]+)"', message)
+        name = f"{parent.group(1)}.{found.group(1)}" if parent else found.group(1)
+    if name:
+        suggestion = nearest(name, known)
+        hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is like it"
+        return f"unknown setting {name!r}; {hint}. `--help` lists all of them."
     return message + "\n`--help` lists all flags and their types."
 
 

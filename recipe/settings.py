@@ -1,0 +1,392 @@
+"""The settings of a training run: one dataclass, YAML files and flags into it, and every check in one place."""
+
+import inspect
+import os
+import pydoc
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
+from litgpt import Config
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.data import DataModule
+
+from recipe.cli import UserError, explain, known_flags, make_parser, underscored
+
+PROJECT = Path(__file__).resolve().parent.parent
+DEFAULT_RUN = PROJECT / "train_config.yaml"
+
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"]
+
+SHORT_FLAGS = {
+    "micro_batch_size": "train.micro_batch_size",
+    "global_batch_size": "train.global_batch_size",
+    "max_seq_length": "train.max_seq_length",
+}
+"""Flags that people reach for most, and the settings that they stand for."""
+
+
+@dataclass
+class MoESettings:
+    """How the experts are balanced during training; the layer itself is described by the model's config."""
+
+    load_balancing_loss: float = 0.01
+    """Weight of the load-balancing loss, a mean over layers (Switch Transformer, arXiv 2101.03961); 0 turns it off"""
+    z_loss: float = 0.001
+    """Weight of the router z-loss, a mean over layers (ST-MoE, arXiv 2202.08906); 0 turns it off"""
+
+
+@dataclass
+class SampleSettings:
+    """The text that the model writes at each evaluation."""
+
+    prompt: str | None = "Once upon a time"
+    """What it continues; null for no samples"""
+    max_new_tokens: int = 64
+    """Tokens at most; it stops by itself at the end-of-text token (`eval.max_new_tokens` overrides it)"""
+    temperature: float = 0.8
+    """0 takes the most probable token each time"""
+    top_k: int | None = 50
+    """Only the k most probable tokens may be drawn"""
+    seed: int = 1234
+    """The sample has a random generator of its own, so that the run's random state stays as it is"""
+
+
+@dataclass
+class PrepareSettings:
+    """What `prepare_data.py` is told where the run's data folder is still empty (the same names as its flags)."""
+
+    source: str | None = None
+    """A corpus by name, or a file or folder of text; null: the text that lies in the data folder"""
+    tokenizer: str = "gpt2"
+    """A name on the Hugging Face Hub, a folder, or `train`"""
+    vocab_size: int | None = None
+    """Vocabulary size for `tokenizer: train`"""
+
+
+@dataclass
+class RunSettings:
+    """Everything that `run_train.py` can be told. Names and meanings up to `seed` are `litgpt.pretrain.setup`'s."""
+
+    model: Config
+    """The model, in LitGPT's fields; in a run file also the path of a YAML file with them"""
+    train: TrainArgs
+    """Batches, limits, learning-rate schedule, clipping"""
+    eval: EvalArgs
+    """Validation during training"""
+    data: DataModule
+    """Where the batches come from; `litgpt.data.TextFiles` works too"""
+    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
+    """Any optimizer by class_path; it gets one parameter group with and one without weight decay"""
+    log: LogArgs = field(default_factory=LogArgs)
+    """Names for the loggers that want them"""
+    out_dir: Path = Path("checkpoints")
+    """Where checkpoints and metrics go"""
+    precision: Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"] | None = None
+    """Numbers that the model computes in; null picks what the hardware does well"""
+    initial_checkpoint_dir: Path | None = None
+    """A checkpoint folder whose weights the run starts from"""
+    resume: bool | Literal["auto"] | Path = False
+    """`auto` goes on with the run in out_dir, or starts it where there is none; a checkpoint folder goes on from it"""
+    devices: int | str = "auto"
+    """How many GPUs (or CPU processes); `auto` takes all GPUs, or one CPU process"""
+    num_nodes: int = 1
+    """How many machines"""
+    tokenizer_dir: Path = Path("data/tokenizer")
+    """Folder of the tokenizer"""
+    logger_name: LoggerName = "csv"
+    """One more logger beside the CSV file"""
+    seed: int = 42
+    """Seed of weights and data order"""
+    loggers: list[LoggerName] | None = None
+    """Several loggers at once; the CSV file is always written"""
+    run_name: str | None = None
+    """Name of the run for W&B and in the settings that are saved"""
+    compile: bool | None = None
+    """torch.compile; null turns it on where a CUDA GPU and a compiler are there"""
+    progress: bool | None = None
+    """A progress bar; null shows one in a terminal and plain lines elsewhere"""
+    overwrite: bool = False
+    """Delete the run that lies in out_dir and start anew"""
+    moe: MoESettings = field(default_factory=MoESettings)
+    """Balance of the experts"""
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    """Text that is generated at each evaluation"""
+    prepare: PrepareSettings = field(default_factory=PrepareSettings)
+    """Where text and tokenizer come from when they are not there yet"""
+    wandb_dataset: str | None = None
+    """A W&B dataset artifact to train on: `entity/project/name:alias`, or `project/name:alias` with WANDB_ENTITY"""
+    wandb_artifacts_dir: Path = Path("data/wandb_artifacts")
+    """Where W&B dataset artifacts are kept"""
+
+
+@dataclass(frozen=True)
+class ParsedRun:
+    """Settings as objects, and the same settings as plain values that a YAML file can hold."""
+
+    settings: RunSettings
+    optimizer: dict[str, Any]
+    """`class_path` and `init_args`"""
+    resolved: dict[str, Any]
+    """Everything, as it is saved with each checkpoint; a valid run file"""
+
+
+def parse_run(argv: Sequence[str]) -> ParsedRun:
+    """Reads the run file and the flags; a flag beats the run file, which beats the defaults.
+
+    Args:
+        argv: command-line arguments. ``--config FILE`` names the run file (default: the project's
+            ``train_config.yaml``), ``--model FILE`` a model file in place of the run file's.
+
+    Raises:
+        UserError: for an unknown key, a value of the wrong type, or a file that is missing or no YAML mapping.
+        SystemExit: after ``--help`` and ``--print_config``.
+    """
+    run_file, model_file, flags = _split_files_off(underscored(argv))
+    run = read_run_file(run_file or DEFAULT_RUN, model_file)
+    parser = run_parser()
+    try:
+        # First the file alone, so that a complaint about a key can say where the key stands.
+        parser.parse_object(run)
+    except Exception as error:
+        raise UserError(f"in {run_file or DEFAULT_RUN}: {explain(str(error), _known_names(parser, run))}") from None
+    try:
+        namespace = parser.parse_args(["--config", yaml.safe_dump(run), *flags])
+        resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
+        values = vars(parser.instantiate_classes(namespace))
+    except ArgumentError as error:
+        raise UserError(explain(str(error), _known_names(parser, run))) from None
+    except (TypeError, ValueError, AssertionError) as error:  # LitGPT's dataclasses check some fields themselves
+        failed = traceback.extract_tb(error.__traceback__)[-1].line
+        raise UserError(
+            f"these settings do not fit together: {str(error) or f'LitGPT holds that `{failed}`'}"
+        ) from None
+    settings = RunSettings(**{name: values[name] for name in (f.name for f in fields(RunSettings))})
+    return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
+
+
+def run_parser() -> ArgumentParser:
+    """The parser of ``run_train.py``: a flag for each field of ``RunSettings`` and of what lies in it."""
+    parser = make_parser(description="Pretrain a model with LitGPT.")
+    parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
+    parser.add_class_arguments(RunSettings, sub_configs=True)
+    shortcuts = parser.add_argument_group("Short forms")
+    for short, target in SHORT_FLAGS.items():
+        shortcuts.add_argument(f"--{short}", type=int, default=SUPPRESS, help=f"the same as --{target}")
+    parser.set_defaults(
+        {
+            "data": {
+                "class_path": "recipe.data.TokenizedText",
+                "init_args": {"train_data_path": "data/custom_text/train", "val_data_path": "data/custom_text/val"},
+            },
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3.0e-4, "weight_decay": 0.01}},
+        }
+    )
+    return parser
+
+
+def read_run_file(path: Path, model_file: Path | None = None) -> dict[str, Any]:
+    """The run file as plain values, its model file (or ``model_file``) read in.
+
+    A path under ``model:`` is looked for beside the run file, then from the working directory.
+    """
+    run = _read_yaml(path)
+    model: Any = model_file or run.get("model")
+    if isinstance(model, (str, Path)):
+        beside = path.parent / model
+        run["model"] = _read_yaml(beside if model_file is None and beside.is_file() else Path(model))
+    return run
+
+
+def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
+    """All flags of the parser and the parameters of the classes that the run file names."""
+    names = known_flags(parser)
+    for group in ("data", "optimizer"):
+        chosen = run.get(group) or {}
+        class_path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+        with suppress(ImportError, AttributeError, TypeError, ValueError):
+            chosen_class: Any = pydoc.locate(class_path or parser.get_default(group)["class_path"])
+            parameters = inspect.signature(chosen_class).parameters
+            names += [f"{group}.init_args.{name}" for name in parameters if name != "params"]
+    return names
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones lie under configs/.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
+    return content
+
+
+def _split_files_off(arguments: list[str]) -> tuple[Path | None, Path | None, list[str]]:
+    """Takes ``--config`` and ``--model`` out, wherever they stand, and writes the short flags in full."""
+    files: dict[str, Path | None] = {"config": None, "model": None}
+    flags: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in files:
+            value = value if equals else next(remaining, "")
+            if not value:
+                raise UserError(f"--{name} expects the path of a YAML file.")
+            files[name] = Path(value)
+        elif argument.startswith("--") and name in SHORT_FLAGS:
+            flags.append(f"--{SHORT_FLAGS[name]}{equals}{value}")
+        else:
+            flags.append(argument)
+    return files["config"], files["model"], flags
+
+
+def processes(settings: RunSettings) -> tuple[int, int]:
+    """(devices per machine, machines): what torchrun started, else what the settings ask for.
+
+    Raises:
+        UserError: for a number of devices that is not there.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    gpus = torch.cuda.device_count()
+    if settings.devices == "auto":
+        return max(gpus, 1), settings.num_nodes
+    try:
+        devices = int(settings.devices)
+    except ValueError:
+        devices = 0
+    if devices < 1 or (gpus and devices > gpus):
+        there = f"this machine has {gpus} GPU(s)" if gpus else "this machine has no GPU, so devices are CPU processes"
+        raise UserError(f"--devices {settings.devices}: {there}; expected `auto` or a number from 1.")
+    return devices, settings.num_nodes
+
+
+def choose_precision(asked: str | None) -> tuple[str, str | None]:
+    """(precision, a line that says why it is not the one asked for, or None).
+
+    bf16 needs a GPU with it. A GPU without it gets fp16 with a gradient scaler; a CPU gets fp32, which is the fastest
+    there for small models and the same on every machine; `bf16-true` on a CPU is taken at its word.
+    """
+    if not torch.cuda.is_available():
+        if asked in (None, "32-true", "bf16-true"):
+            return asked or "32-true", None
+        return "32-true", f"precision {asked} needs a GPU; this run computes in 32-true on the CPU."
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked is None:
+        return ("bf16-mixed" if bf16 else "16-mixed"), None
+    if asked.startswith("bf16") and not bf16:
+        name = torch.cuda.get_device_name()
+        return "16-mixed", f"{name} has no bf16, so this run computes in 16-mixed in place of {asked}."
+    return asked, None
+
+
+def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
+    """All that can be known to be wrong before anything is read or written, in one message.
+
+    Raises:
+        UserError: with a line for each problem.
+    """
+    problems = [
+        *_check_model(settings.model),
+        *_check_batches(settings),
+        *_check_schedule(settings.train, optimizer),
+        *_check_evaluation(settings),
+    ]
+    if settings.initial_checkpoint_dir and settings.resume:
+        problems.append(
+            "both `initial_checkpoint_dir` and `resume` are set; choose one: the first starts a new run from weights,"
+            " the second continues an old one."
+        )
+    if problems:
+        raise UserError("\n  ".join(["the settings do not fit together:", *problems]))
+
+
+def _check_model(config: Config) -> list[str]:
+    problems = []
+    if config.mlp_class_name == "LLaMAMoE":
+        if config.n_expert < 1:
+            problems.append(
+                "mlp_class_name is LLaMAMoE but n_expert is 0, which would build a model without feed-forward layers;"
+                " set n_expert (8, say), or mlp_class_name: LLaMAMLP for a dense model."
+            )
+        elif not 1 <= config.n_expert_per_token <= config.n_expert:
+            problems.append(
+                f"n_expert_per_token is {config.n_expert_per_token}; expected a number from 1 to n_expert"
+                f" ({config.n_expert})."
+            )
+        if config.moe_intermediate_size is None:
+            problems.append("moe_intermediate_size is not set; expected the width of one expert, such as 2048.")
+    elif config.n_expert:
+        problems.append(
+            f"n_expert is {config.n_expert} but mlp_class_name is {config.mlp_class_name}, which has no experts;"
+            " set mlp_class_name: LLaMAMoE, or n_expert: 0."
+        )
+    return problems
+
+
+def _check_batches(settings: RunSettings) -> list[str]:
+    problems = []
+    train, (devices, num_nodes) = settings.train, processes(settings)
+    ranks = devices * num_nodes
+    smallest = train.micro_batch_size * ranks
+    if train.micro_batch_size < 1 or train.global_batch_size < smallest or train.global_batch_size % smallest:
+        per_step = f"micro_batch_size {train.micro_batch_size}" + (f" x {ranks} devices" if ranks > 1 else "")
+        upper = max(smallest, -(-train.global_batch_size // max(smallest, 1)) * smallest)
+        problems.append(
+            f"global_batch_size {train.global_batch_size} is no multiple of {per_step};"
+            f" --global-batch-size {upper} would fit."
+        )
+    context = train.max_seq_length
+    if context is not None and not 1 <= context <= settings.model.block_size:
+        problems.append(
+            f"max_seq_length is {context} but the model's block_size is {settings.model.block_size}; expected at most"
+            f" that: --max-seq-length {settings.model.block_size}, or a larger --model.block_size."
+        )
+    for name in ("log_interval", "save_interval"):
+        if (interval := getattr(train, name)) is not None and interval < 1:
+            problems.append(f"train.{name} is {interval}; expected at least 1.")
+    return problems
+
+
+def _check_schedule(train: TrainArgs, optimizer: dict[str, Any]) -> list[str]:
+    problems = []
+    limits = {name: getattr(train, name) for name in ("max_tokens", "max_steps", "epochs")}
+    if not any(limits.values()):
+        problems.append(
+            "no end is set; expected train.max_tokens, train.max_steps or train.epochs"
+            " (train.max_time alone gives the learning-rate schedule no length)."
+        )
+    for name, limit in {**limits, "max_time": train.max_time}.items():
+        if limit is not None and limit <= 0:
+            problems.append(f"train.{name} is {limit}; expected more than 0.")
+    learning_rate = (optimizer.get("init_args") or {}).get("lr")
+    if isinstance(learning_rate, float) and not 0 <= train.min_lr <= learning_rate:
+        problems.append(
+            f"train.min_lr is {train.min_lr} but the optimizer's lr is {learning_rate}; expected a min_lr from 0 to lr:"
+            f" --train.min_lr {learning_rate / 10:.1e}"
+        )
+    return problems
+
+
+def _check_evaluation(settings: RunSettings) -> list[str]:
+    problems = []
+    if settings.eval.interval < 1 or settings.eval.max_iters < 1:
+        problems.append(
+            f"eval.interval is {settings.eval.interval} and eval.max_iters {settings.eval.max_iters};"
+            " expected at least 1 each."
+        )
+    if settings.eval.evaluate_example != "first":
+        problems.append(
+            "eval.evaluate_example picks an instruction for finetuning and means nothing in pretraining;"
+            " the sample's prompt is --sample.prompt."
+        )
+    return problems

@@ -1,0 +1,235 @@
+"""Where a run's numbers go: one CSV file always, other loggers beside it, and the terminal."""
+
+import csv
+import io
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import litgpt.utils
+from lightning.fabric.loggers import Logger, TensorBoardLogger
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from recipe.cli import UserError
+
+METRICS_FILE = "metrics.csv"
+COLUMNS = (
+    *("step", "train_loss", "val_loss", "learning_rate", "epoch", "time", "iter_tokens", "total_tokens"),
+    *("tokens_per_second", "mfu", "grad_norm", "load_balancing_loss", "z_loss", "val_perplexity"),
+)
+"""Columns of the CSV file that every run has; per-layer expert loads follow."""
+
+
+class MetricsCSV(Logger):
+    """One row per step in ``<out_dir>/metrics.csv``, on disk as soon as it is logged.
+
+    Lightning's ``CSVLogger`` starts another ``version_1/`` file for a resumed run. This one goes on in the same file,
+    less the rows after the step that the run resumes from, so that no step stands in it twice.
+    """
+
+    name = None
+    version = None
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        self.path = path
+        self._resume_step = resume_step
+        self._columns: list[str] = []
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        row = {"step": step, **metrics}
+        if not self._columns:
+            self._open()
+        if new := [name for name in row if name not in self._columns]:
+            rows = self._read_rows()
+            self._columns += new
+            self._write_all(rows)
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the settings stand in the checkpoint's ``hyperparameters.yaml``."""
+
+    def _open(self) -> None:
+        self._columns = list(COLUMNS)
+        rows: list[dict[str, str]] = []
+        if self._resume_step is not None and self.path.is_file():
+            rows = [row for row in self._read_rows() if int(row["step"]) <= self._resume_step]
+            self._columns += [name for row in rows[:1] for name in row if name not in self._columns]
+        self._write_all(rows)
+
+    def _read_rows(self) -> list[dict[str, str]]:
+        with open(self.path, encoding="utf-8", newline="") as file:
+            # A row that a kill cut off has no step, or holds None where cells are missing.
+            return [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row.values()]
+
+    def _write_all(self, rows: Iterable[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
+        os.replace(partial, self.path)
+
+
+class Loggers(Logger):
+    """Several loggers behind one, since ``litgpt.pretrain.setup`` takes one."""
+
+    name = None
+    version = None
+
+    def __init__(self, loggers: list[Logger]) -> None:
+        self.loggers = loggers
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        for logger in self.loggers:
+            logger.log_hyperparams(params)
+
+    @rank_zero_only
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Sends a generated text to the loggers that show texts."""
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(name, text, step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_text(name, columns=["step", "text"], data=[[str(step), text]], step=step)
+
+    def finalize(self, status: str) -> None:
+        for logger in self.loggers:
+            logger.finalize(status)
+
+
+def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: int | None) -> Callable[..., Loggers]:
+    """What stands in for ``litgpt.utils.choose_logger`` (same parameters): the CSV file and the loggers named."""
+
+    def choose_logger(
+        logger_name: str,
+        out_dir: Path,
+        name: str,
+        log_interval: int = 1,
+        log_args: dict[str, Any] | None = None,
+        resume: bool | None = None,
+        **kwargs: Any,
+    ) -> Loggers:
+        loggers: list[Logger] = [MetricsCSV(out_dir / METRICS_FILE, resume_step)]
+        for wanted in dict.fromkeys(names):
+            if wanted == "tensorboard":
+                loggers.append(_tensorboard(out_dir, resume_step))
+            elif wanted == "wandb":
+                loggers.append(_wandb(out_dir, name, run_name, log_args or {}))
+            elif wanted != "csv":
+                loggers.append(litgpt.utils.choose_logger(wanted, out_dir, name, log_interval, dict(log_args or {})))
+        return Loggers(loggers)
+
+    return choose_logger
+
+
+def _tensorboard(out_dir: Path, resume_step: int | None) -> Logger:
+    purge = None if resume_step is None else resume_step + 1
+    return TensorBoardLogger(root_dir=out_dir / "logs", name="tensorboard", version="", purge_step=purge)
+
+
+def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, Any]) -> Logger:
+    """A W&B logger that goes on with the run whose id lies in ``out_dir``.
+
+    LitGPT's takes the id from ``./wandb``, so that it continued another folder's run, and calls the project
+    ``lightning_logs``.
+    """
+    import wandb
+
+    id_file = out_dir / "wandb_run_id"
+    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else uuid.uuid4().hex[:8]
+    logger = WandbLogger(
+        project=log_args.get("project") or os.environ.get("WANDB_PROJECT") or name,
+        name=run_name or log_args.get("run") or os.environ.get("WANDB_RUN_NAME"),
+        group=log_args.get("group") or os.environ.get("WANDB_RUN_GROUP"),
+        id=run_id,
+        resume="allow",
+        save_dir=out_dir,
+    )
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            _ = logger.experiment  # starts the run now, so that a missing login is known before the model is built
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"W&B can't start a run: {error}; log in with `uv run wandb login`, or keep the run on this machine"
+                " with WANDB_MODE=offline."
+            ) from None
+        id_file.write_text(run_id + "\n", encoding="utf-8")
+    return logger
+
+
+class RunDisplay:
+    """The terminal of a run: a progress bar where there is a terminal, plain lines elsewhere.
+
+    Use as a context manager; only the process with ``enabled`` prints.
+    """
+
+    def __init__(self, *, enabled: bool, bar: bool | None, steps: int, first_step: int) -> None:
+        self._enabled = enabled
+        self._steps = steps
+        self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        show = enabled and (self.console.is_terminal if bar is None else bar)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+            disable=not show,
+            refresh_per_second=4,
+        )
+        self._shown = show
+        self._task = self._progress.add_task("", total=steps, completed=first_step, numbers="")
+
+    def __enter__(self) -> "RunDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def print(self, text: str) -> None:
+        """A line above the progress bar, on the main process alone."""
+        self.console.print(text, markup=False)
+
+    def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:
+        """Shows that ``step`` steps are done; with a row of metrics (an empty one is none) also the numbers."""
+        if not row:
+            self._progress.update(self._task, completed=step)
+            return
+        parts = [f"{row['total_tokens']:,} tokens", f"loss {row['train_loss']:.3f}"]
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.1%}")
+        self._progress.update(self._task, completed=step, numbers=" | ".join(parts))
+        if not self._shown:
+            minutes, seconds = divmod(int(seconds_left), 60)
+            left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+            self.print(f"step {step}/{self._steps} | {' | '.join(parts)} | {left}")
+
+
+def replaced_files(out_dir: Path) -> list[Path]:
+    """What a run leaves in its ``out_dir``: checkpoints, metrics, logs. Nothing else there is its own."""
+    names = (METRICS_FILE, "wandb_run_id", "logs", "wandb", "final", "run_config.yaml")
+    with suppress(FileNotFoundError):
+        return sorted(out_dir.glob("step-*")) + [out_dir / name for name in names if (out_dir / name).exists()]
+    return []

@@ -1,0 +1,67 @@
+"""GPT with its losses: the module whose forward the training loop calls."""
+
+from typing import NamedTuple
+
+import torch
+from litgpt import GPT
+from litgpt.model import do_softcapping
+from litgpt.utils import chunked_cross_entropy
+from torch import Tensor, nn
+
+from custom_moe import expert_load, load_balancing_loss, router_z_loss, score_function
+
+
+class Losses(NamedTuple):
+    """What one micro batch gives. Scalars in fp32; 0 and empty for a model without experts."""
+
+    cross_entropy: Tensor
+    """Mean over tokens, nats"""
+    load_balancing: Tensor
+    """Mean over MoE layers, without its coefficient; 1 when even"""
+    z_loss: Tensor
+    """Mean over MoE layers, without its coefficient"""
+    expert_load: Tensor
+    """``(MoE layers, n_expert)``: each expert's share of its layer's assignments"""
+
+
+class PretrainingModel(nn.Module):
+    """Wraps a GPT whose blocks are ``custom_moe.MoEBlock`` so that the forward returns the losses.
+
+    The balance losses travel with the result: one compiled graph, right under DDP and activation checkpointing, nothing
+    stored on the side. Drives LitGPT's modules as ``GPT.forward`` does without a KV cache (held against it by a test).
+    """
+
+    def __init__(self, gpt: GPT) -> None:
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Losses:
+        """``input_ids`` and ``targets``: ``(B, T)`` token ids, the targets one position ahead."""
+        gpt, config = self.gpt, self.gpt.config
+        seq_length = input_ids.size(1)
+        cos, sin = gpt.cos[:seq_length].unsqueeze(0), gpt.sin[:seq_length].unsqueeze(0)
+        x = gpt.transformer.wte(input_ids)  # (B, T, C)
+        if config.scale_embeddings:
+            x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
+
+        score = score_function(config) if config.mlp_class_name == "LLaMAMoE" else "softmax"
+        balancing, z_losses, loads = [], [], []
+        for index, block in enumerate(gpt.transformer.h):
+            # Models with local and global attention keep two rotations side by side in the last dimension.
+            pick = (Ellipsis,) if config.rope_indices is None else (Ellipsis, config.rope_indices[index])
+            x, router = block(x, cos[pick], sin[pick], return_router_output=True)
+            if router is not None:
+                balancing.append(load_balancing_loss(router.logits, router.indices, score))
+                z_losses.append(router_z_loss(router.logits))
+                loads.append(expert_load(router.indices, config.n_expert))
+
+        logits = gpt.lm_head(gpt.transformer.ln_f(x))  # (B, T, padded_vocab_size)
+        if config.final_logit_softcapping is not None:
+            logits = do_softcapping(logits, thresh=config.final_logit_softcapping)
+        nothing = torch.zeros((), device=x.device)
+        return Losses(
+            cross_entropy=chunked_cross_entropy(logits, targets).float(),
+            load_balancing=torch.stack(balancing).mean() if balancing else nothing,
+            z_loss=torch.stack(z_losses).mean() if z_losses else nothing,
+            expert_load=torch.stack(loads) if loads else torch.zeros(0, 0, device=x.device),
+        )

@@ -1,0 +1,162 @@
+"""What must be there before the first step: data, a tokenizer that fits the model, a place to write, a checkpoint."""
+
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from litgpt import Config, Tokenizer
+
+from recipe import checkpoints
+from recipe.cli import UserError
+from recipe.data import TokenizedText
+from recipe.data.manifest import manifest_path
+from recipe.data.prepare import PrepareArgs, prepare
+from recipe.settings import ParsedRun, RunSettings
+from recipe.training.logs import METRICS_FILE, replaced_files
+
+
+def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
+    """Brings everything into place that training needs; every process of a run may call it.
+
+    Returns:
+        The run, its data paths those of the W&B dataset where it asks for one, and the checkpoint folder to resume from
+        (None for a fresh start).
+
+    Raises:
+        UserError: for what is missing or does not fit. Nothing is lost then.
+    """
+    run = _with_wandb_dataset(run)
+    settings = run.settings
+    resume_from = find_checkpoint(settings)
+    for folder in (resume_from, settings.initial_checkpoint_dir):
+        if folder is not None:
+            checkpoints.verify(folder)
+            check_same_model(folder, settings.model)
+    prepare_data(settings)
+    check_vocabulary(settings.tokenizer_dir, settings.model)
+    if _main_process():
+        _clear(settings.out_dir, resume_from, overwrite=settings.overwrite)
+    return run, resume_from
+
+
+def prepare_data(settings: RunSettings) -> None:
+    """Tokenizes what was never tokenized, and fetches the text where the run file names a source."""
+    data = settings.data
+    if not isinstance(data, TokenizedText):
+        return
+    data_dir = Path(data.train_data_path).parent
+    source = settings.prepare.source
+    has_text = Path(data.train_data_path).is_dir() and any(Path(data.train_data_path).iterdir())
+    if not has_text and manifest_path(data_dir).is_file():
+        return  # tokens whose text was removed to save space
+    if not has_text and source is None:
+        raise UserError(
+            f"no data: there is no text in {data.train_data_path}."
+            f" `uv run python prepare_data.py --data_dir {data_dir}` fetches TinyStories;"
+            " with --source PATH it takes your own text, with --source sample the built-in stories."
+        )
+    prepare(
+        PrepareArgs(
+            source=source,
+            data_dir=data_dir,
+            tokenizer=settings.prepare.tokenizer,
+            tokenizer_dir=settings.tokenizer_dir,
+            vocab_size=settings.prepare.vocab_size,
+        )
+    )
+
+
+def check_vocabulary(tokenizer_dir: Path, config: Config) -> None:
+    """An id beyond the embedding dies in an IndexError at some step, or is read from foreign memory on a GPU."""
+    try:
+        tokenizer = Tokenizer(tokenizer_dir)
+    except Exception as error:  # whatever the tokenizers library says of a broken file
+        raise UserError(
+            f"no usable tokenizer in {tokenizer_dir} ({error or type(error).__name__}); expected a tokenizer.json:"
+            f" `uv run python prepare_data.py --tokenizer gpt2 --tokenizer_dir {tokenizer_dir}` brings one."
+        ) from None
+    fast = tokenizer.backend == "huggingface"
+    size = max(tokenizer.processor.get_vocab().values()) + 1 if fast else tokenizer.vocab_size
+    if size > (config.padded_vocab_size or 0):
+        raise UserError(
+            f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary holds"
+            f" {config.padded_vocab_size:,}; give it room: --model.vocab_size {size} --model.padded_vocab_size {size}"
+        )
+
+
+def find_checkpoint(settings: RunSettings) -> Path | None:
+    """The folder that ``resume`` means, or None for a fresh start.
+
+    Raises:
+        UserError: where there is none at the path named, or a fresh start would go over another run.
+    """
+    out_dir, resume = settings.out_dir, settings.resume
+    if isinstance(resume, Path):
+        return checkpoints.resolve(resume)
+    newest = checkpoints.newest_step(out_dir) if out_dir.is_dir() else None
+    if resume == "auto":
+        if newest is None and _main_process():
+            print(f"Nothing to resume in {out_dir}: this is a fresh start.")
+        return newest
+    if resume is True and newest is None:
+        raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
+    if resume is True:
+        return newest
+    occupied = [path for path in replaced_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
+    if occupied and not settings.overwrite and _main_process():
+        raise UserError(
+            f"{out_dir} holds a run already ({', '.join(path.name for path in occupied[:4])}). Continue it with"
+            " --resume auto, put this one elsewhere with --out_dir, or delete the old one with --overwrite."
+        )
+    return None
+
+
+def check_same_model(folder: Path, config: Config) -> None:
+    """Raises ``UserError`` with the fields in which the checkpoint's model differs from the run's."""
+    saved, wanted = asdict(checkpoints.load_config(folder)), asdict(config)
+    ignored = ("name", "hf_config", "vocab_size", "padding_multiple")  # they change neither weights nor computation
+    different = [f"{name}: {saved[name]} there, {wanted[name]} here" for name in wanted if saved[name] != wanted[name]]
+    different = [line for line in different if line.split(":")[0] not in ignored]
+    if different:
+        raise UserError(
+            f"{folder} holds another model than this run's: {'; '.join(different)}."
+            f" Take its own config: --model {folder / 'model_config.yaml'}"
+        )
+
+
+def _with_wandb_dataset(run: ParsedRun) -> ParsedRun:
+    settings = run.settings
+    if settings.wandb_dataset is None:
+        return run
+    from recipe.data.artifacts import fetch_dataset
+
+    if not isinstance(settings.data, TokenizedText):
+        raise UserError("--wandb_dataset brings tokens, so the run's data must be recipe.data.TokenizedText.")
+    data_dir = fetch_dataset(settings.wandb_dataset, settings.wandb_artifacts_dir)
+    paths = {"train_data_path": data_dir / "train", "val_data_path": data_dir / "val"}
+    data = replace(settings.data, **paths)
+    tokenizer_dir = data_dir / "tokenizer"
+    resolved: dict[str, Any] = {**run.resolved, "tokenizer_dir": str(tokenizer_dir)}
+    texts = {name: str(path) for name, path in paths.items()}
+    resolved["data"] = {**resolved["data"], "init_args": {**resolved["data"]["init_args"], **texts}}
+    return replace(run, settings=replace(settings, data=data, tokenizer_dir=tokenizer_dir), resolved=resolved)
+
+
+def _clear(out_dir: Path, resume_from: Path | None, *, overwrite: bool) -> None:
+    """Makes ``out_dir`` and, for a fresh start over an old run, removes what that run left; nothing else."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"{out_dir} is a file; expected a folder to write checkpoints to: --out_dir")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    probe = out_dir / f".writable.{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+    if overwrite and resume_from is None:
+        for path in replaced_files(out_dir):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _main_process() -> bool:
+    """Of those that torchrun or Fabric started; one process alone has none of these variables."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0

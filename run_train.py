@@ -1,0 +1,30 @@
+"""Pretrain a model with LitGPT.
+
+uv run python run_train.py                                                # MoE-200M by train_config.yaml
+uv run python run_train.py --config configs/quickstart.yaml               # minutes on a CPU, brings its own text
+uv run python run_train.py --micro-batch-size 2 --max-seq-length 512      # what to lower when memory runs out
+uv run python run_train.py --train.max_tokens 1000000000 --optimizer.init_args.lr 6.0e-4 --model.n_layer 6
+uv run python run_train.py --resume auto                                  # go on where the last one stopped
+uv run python run_train.py --print_config                                 # what would run
+uv run torchrun --standalone --nproc_per_node=2 run_train.py              # two GPUs
+"""
+
+import sys
+
+from recipe.cli import exit_with_message
+
+
+def main() -> None:
+    """Reads the settings, brings data and checkpoint into place, trains."""
+    from recipe.settings import check, parse_run
+    from recipe.training.pretrain import pretrain
+    from recipe.training.ready import ready
+
+    run = parse_run(sys.argv[1:])
+    check(run.settings, run.optimizer)
+    run, resume_from = ready(run)
+    pretrain(run, resume_from=resume_from)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
