@@ -79,7 +79,7 @@ class Experts(nn.Module):
         h_SJ = grouped_linear(x_SC, fc_weight, fc_bias, ends_E, expert_S, backend)
         gate_SI, up_SI = h_SJ.chunk(2, dim=-1)
         y_SC = grouped_linear(F.silu(gate_SI) * up_SI, proj_weight, proj_bias, ends_E, expert_S, backend)
-        y_NKC = gather_rows(y_SC, inverse_S, order_S).view(N, K, -1)
+        y_NKC = gather_rows(y_SC, inverse_S, order_S).view(N, K, y_SC.size(1))
         y_NC: Tensor = (y_NKC * weights_NK.unsqueeze(-1)).sum(dim=1)
         return y_NC.to(x_NC.dtype)
 
