@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,17 +17,7 @@ from typing import BinaryIO
 
 from recipe.cli import UserError, nearest
 from recipe.data import manifest
-from recipe.data.documents import (
-    END_OF_TEXT,
-    Piece,
-    Rules,
-    cut_document,
-    documents_of,
-    parts,
-    read,
-    split_of,
-    text_files,
-)
+from recipe.data.documents import END_OF_TEXT, PartText, Rules, documents_of, part_text, parts, read, text_files
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.tokenizers import OFFLINE_WAYS, in_short
 
@@ -136,6 +126,8 @@ class TextOrigin:
     """The user's files as they were read, for ``--source PATH``."""
     text: dict[str, tuple[FileRecord, ...]]
     """What was written, for each split."""
+    empty_documents: int
+    """Left out."""
 
 
 def find(source: str) -> Corpus | Path:
@@ -244,6 +236,7 @@ def read_origin(data_dir: Path) -> TextOrigin | None:
             Settings(**values["settings"]),
             tuple(FileRecord(**entry) for entry in values["source_files"]),
             {split: tuple(FileRecord(**entry) for entry in entries) for split, entries in values["text"].items()},
+            values["empty_documents"],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -293,81 +286,77 @@ def _write_files(
 ) -> TextOrigin:
     files = source_files(path)
     own_validation = "val" in files
-    settings = _with_fraction(settings, own_validation)
+    settings = replace(settings, val_fraction=None if own_validation else settings.val_fraction)
     base = path.parent if path.is_file() else path
 
-    def pieces(cut: bool) -> Iterator[Piece]:
+    def contents(cut: bool) -> Iterator[PartText]:
         rules = Rules(settings.document_separator, settings.text_column, settings.val_fraction, cut)
         for split, paths in files.items():
-            left = (settings.max_documents or sys.maxsize) * (2 if cut else 1)
-            all_parts = (
-                part for file in paths for part in parts(file, rules, split if own_validation else None, may_cut=True)
-            )
-            for piece in (piece for part in all_parts for piece in read(part, rules).pieces):
-                yield piece
-                left -= piece.closes
-                if left == 0:
+            left = (settings.max_documents or sys.maxsize) * (2 if cut else 1)  # cut documents come in two
+            for file in paths:
+                for part in parts(file, rules, split if own_validation else None, may_cut=True):
+                    text = read(part, rules)
+                    yield _first_documents(text, left)
+                    left -= sum(piece.closes for piece in text.pieces)
+                    if left <= 0:
+                        break
+                if left <= 0:
                     break
 
-    text = _write_split(pieces, incoming, settings, on_progress)
+    text, empty = _write_splits(contents, incoming, settings, on_progress)
     records = tuple(manifest.record(file, base) for paths in files.values() for file in paths)
-    return TextOrigin("files", str(path.resolve()), settings, records, text)
+    return TextOrigin("files", str(path.resolve()), settings, records, text, empty)
+
+
+def _first_documents(text: PartText, number: int) -> PartText:
+    ends = [i for i, piece in enumerate(text.pieces, 1) if piece.closes]
+    return text if len(ends) <= number else text._replace(pieces=text.pieces[: ends[number - 1]])
 
 
 def _write_corpus(
     corpus: OpenCorpus, source: str, incoming: Path, settings: Settings, on_progress: Callable[[int, int], None]
 ) -> TextOrigin:
     own_validation = "val" in corpus.documents
-    settings = _with_fraction(settings, own_validation)
+    settings = replace(settings, val_fraction=None if own_validation else settings.val_fraction)
 
-    def pieces(cut: bool) -> Iterator[Piece]:
+    def contents(cut: bool) -> Iterator[PartText]:
+        rules = Rules(val_fraction=settings.val_fraction, cut=cut)
         for split, documents in corpus.documents.items():
             for row in islice(documents(), settings.max_documents):
-                for text in documents_of(row):
-                    if own_validation:
-                        yield Piece(text, split, True)
-                    elif cut:
-                        head, tail = cut_document(text, settings.val_fraction or 0.0)
-                        yield from (Piece(head, "train", True), Piece(tail, "val", True))
-                    else:
-                        yield Piece(text, split_of(text, settings.val_fraction or 0.0), True)
+                yield part_text(documents_of(row), rules, split if own_validation else None)
 
-    text = _write_split(pieces, incoming, settings, on_progress)
-    return TextOrigin(source, corpus.location, settings, (), text)
+    text, empty = _write_splits(contents, incoming, settings, on_progress)
+    return TextOrigin(source, corpus.location, settings, (), text, empty)
 
 
-def _with_fraction(settings: Settings, own_validation: bool) -> Settings:
-    values = asdict(settings)
-    return Settings(**{**values, "val_fraction": None if own_validation else settings.val_fraction})
-
-
-def _write_split(
-    pieces: Callable[[bool], Iterable[Piece]],
+def _write_splits(
+    contents: Callable[[bool], Iterable[PartText]],
     incoming: Path,
     settings: Settings,
     on_progress: Callable[[int, int], None],
-) -> dict[str, tuple[FileRecord, ...]]:
+) -> tuple[dict[str, tuple[FileRecord, ...]], int]:
+    """Writes both splits; returns their files and how many empty documents were left out."""
     for cut in (False, True):
         writers = {split: TextWriter(incoming, split) for split in SPLITS}
-        documents = size = 0
+        documents = size = empty = 0
         try:
-            for piece in pieces(cut):
-                if not piece.text:
-                    continue
-                writers[piece.split].write(piece.text, piece.closes)
-                documents += piece.closes
-                size += len(piece.text)
+            for text in contents(cut):
+                empty += text.empty
+                for piece in text.pieces:
+                    writers[piece.split].write(piece.text, piece.closes)
+                    documents += piece.closes
+                    size += len(piece.text)
                 on_progress(documents, size)
         finally:
             for writer in writers.values():
                 writer.close()
-        text = {split: tuple(writer.records) for split, writer in writers.items()}
-        if settings.val_fraction is None or all(text.values()) or not any(text.values()):
+        written = {split: tuple(writer.records) for split, writer in writers.items()}
+        if settings.val_fraction is None or all(written.values()) or not any(written.values()):
             break
-        shutil.rmtree(incoming)
         if not cut:
+            shutil.rmtree(incoming)
             print(few_documents(documents, settings.val_fraction))
-    return text
+    return written, empty
 
 
 def few_documents(documents: int, val_fraction: float) -> str:

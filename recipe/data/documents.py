@@ -160,6 +160,14 @@ def read(part: Part, rules: Rules) -> PartText:
     else:
         rows = _read_jsonl(part) if suffix == ".jsonl" else _read_parquet(part)
         texts = (document for row in rows for document in (documents_of(row) if row else [""]))
+    found = part_text(texts, rules, part.split)
+    if found.pieces and not part.closes:
+        found.pieces[-1] = found.pieces[-1]._replace(text=found.pieces[-1].text + "\n", closes=False)
+    return found
+
+
+def part_text(texts: Iterable[str], rules: Rules, split: str | None) -> PartText:
+    """Documents, cleaned, with the split that each belongs to; empty ones are counted."""
     pieces: list[Piece] = []
     empty = marks = 0
     for text in texts:
@@ -167,8 +175,8 @@ def read(part: Part, rules: Rules) -> PartText:
             empty += 1
             continue
         marks += text.count(END_OF_TEXT)
-        if part.split is not None or rules.val_fraction is None:
-            pieces.append(Piece(text, part.split or "train", True))
+        if split is not None or rules.val_fraction is None:
+            pieces.append(Piece(text, split or "train", True))
         elif rules.cut:
             head, tail = cut_document(text, rules.val_fraction)
             pieces.append(Piece(head, "train", True))
@@ -176,8 +184,6 @@ def read(part: Part, rules: Rules) -> PartText:
                 pieces.append(Piece(tail, "val", True))
         else:
             pieces.append(Piece(text, split_of(text, rules.val_fraction), True))
-    if pieces and not part.closes:
-        pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + "\n", closes=False)
     return PartText(pieces, empty, marks)
 
 

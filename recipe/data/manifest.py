@@ -40,6 +40,8 @@ class Source:
     """The path given, or a dataset and its revision."""
     sha256: str
     """Fingerprint of the text in train/ and val/."""
+    empty_documents: int
+    """Left out when the text was written from the source."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The reader: prepared tokens as LitGPT's data module, any context length, resumable to the batch."""
 
+import json
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
@@ -49,7 +51,7 @@ class TokenizedText(DataModule):
             )
 
     def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int = -1) -> None:
-        """Called by LitGPT; the tokenizer has done its work already."""
+        """Called by LitGPT with what the batches are to be; the tokenizer has done its work already."""
         self.batch_size = batch_size
         self.max_seq_length = max_seq_length
 
@@ -74,7 +76,7 @@ class TokenizedText(DataModule):
     def _loader(self, split: str, shuffle: bool) -> StreamingDataLoader:
         dataset = _dataset(self.data_dir, split, self.max_seq_length, shuffle=shuffle, seed=self.seed, drop_last=True)
         world_size = dataset.distributed_env.world_size
-        self._require_batches(checked_manifest(self.data_dir), split, world_size)
+        self._require_batches(_manifest(self.data_dir), split, world_size)
         return StreamingDataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -104,22 +106,28 @@ def checked_manifest(data_dir: Path) -> Manifest:
     Raises:
         UserError: for missing, incomplete or stale tokens.
     """
-    found = manifest.read(data_dir)
-    if found is None:
-        state = "are not complete" if manifest.tokens_dir(data_dir).is_dir() else "do not exist"
-        raise UserError(
-            f"the tokens of {data_dir} {state}; `uv run python prepare_data.py --data_dir {data_dir}` makes them."
-        )
+    found = _manifest(data_dir)
     for split, entry in found.splits.items():
-        known = {record.path.split("/")[0] for record in entry.text}
-        files = [file for name in sorted(known) for file in text_files(data_dir / name)]
-        if not files and not text_files(data_dir / split):
+        # A split without text of its own was made from the other's.
+        folders = {record.path.split("/")[0] for record in entry.text} | {split}
+        files = [file for name in sorted(folders) for file in text_files(data_dir / name)]
+        if not files:
             continue
         if changes := manifest.changed_files(entry.text, manifest.refresh(files, data_dir, entry.text)):
             raise UserError(
                 f"the text of {data_dir} changed since it was tokenized ({'; '.join(changes[:3])}); "
                 f"`uv run python prepare_data.py --data_dir {data_dir}` tokenizes it anew."
             )
+    return found
+
+
+def _manifest(data_dir: Path) -> Manifest:
+    found = manifest.read(data_dir)
+    if found is None:
+        state = "are not complete" if manifest.tokens_dir(data_dir).is_dir() else "do not exist"
+        raise UserError(
+            f"the tokens of {data_dir} {state}; `uv run python prepare_data.py --data_dir {data_dir}` makes them."
+        )
     return found
 
 
@@ -148,8 +156,6 @@ def validation_windows(data_dir: Path, split: str, block_size: int) -> Streaming
 
 def count_windows(data_dir: Path, split: str, block_size: int) -> int:
     """How many windows of ``block_size`` tokens and the next one a split has. A window never spans two chunks."""
-    import json
-
     index = json.loads((manifest.tokens_dir(data_dir, split) / "index.json").read_text(encoding="utf-8"))
     return sum(chunk["dim"] // (block_size + 1) for chunk in index["chunks"])
 
@@ -177,3 +183,13 @@ def ignore_signals(_worker: int) -> None:
     """Lets the main process save and stop: a signal to the whole group would end the workers first."""
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def moved_here(state: dict[str, Any], loader: StreamingDataLoader) -> dict[str, Any]:
+    """The saved state of a loader for tokens that lie elsewhere now; litdata refuses any other absolute path.
+
+    Args:
+        state: what ``state_dict`` of a loader of the same tokens gave; left as it is.
+        loader: the loader that is to go on from there.
+    """
+    return {**state, "dataset": {**state["dataset"], "input_dir_path": loader.dataset.input_dir.path}}

@@ -83,7 +83,9 @@ def prepare(args: PrepareArgs) -> Manifest:
             or lost then.
     """
     _check(args)
-    found = _already_done(args)
+    found = None
+    with suppress(UserError):  # it may be about another process's work half-way; asked again below
+        found = _already_done(args)
     if found is None:
         with _locked(args.data_dir):
             corpora.publish(args.data_dir)
@@ -357,7 +359,8 @@ def _build(args: PrepareArgs) -> Manifest:
     info = tokenizers.load(args.tokenizer_dir)
     print(
         f"Tokenizer: {info.name}, in {args.tokenizer_dir}. Its vocabulary needs a model with padded_vocab_size of "
-        f"{info.vocab_size:,} or more; {info.eos_token!r} ({info.eos_id}) ends each document."
+        f"{info.vocab_size:,} or more; {info.eos_token!r} ({info.eos_id}) ends each document"
+        + (" (the tokenizer named no such token; it is the only one that can be)." if files and files.inferred else ".")
     )
     stale = _stale(lying, settings, info.sha256)
     if args.overwrite:
@@ -366,10 +369,7 @@ def _build(args: PrepareArgs) -> Manifest:
         _tokenize(args, lying, settings, info, stale)
     found = _write_manifest(args, settings, info)
     print(_summary(found))
-    print(
-        f"Prepared in {time.perf_counter() - started:.1f} s: {manifest.tokens_dir(args.data_dir)}, for any context "
-        "length. Next: uv run python run_train.py"
-    )
+    print(f"Prepared in {time.perf_counter() - started:.1f} s. The tokens serve any context length.")
     return found
 
 
@@ -386,21 +386,21 @@ def _write_text(args: PrepareArgs, text: _TextToWrite, settings: Settings) -> No
         corpora.write_text(text.source, args.data_dir, settings, on_progress)
 
 
-def _fetch_tokenizer(args: PrepareArgs, name: str | None) -> tokenizers.Files:
+def _fetch_tokenizer(args: PrepareArgs, name: str | None) -> tokenizers.TokenizerFiles:
     assert name is not None
     files = tokenizers.from_folder(Path(name)) if Path(name).is_dir() else tokenizers.from_hub(name)
     _may_replace(args, tokenizers.fingerprint(files), name, ours=False)
     return files
 
 
-def _train_tokenizer(args: PrepareArgs, lying: _Lying, settings: Settings) -> tokenizers.Files:
+def _train_tokenizer(args: PrepareArgs, lying: _Lying, settings: Settings) -> tokenizers.TokenizerFiles:
     wanted = args.vocab_size or tokenizers.DEFAULT_VOCAB_SIZE
     print(f"Training a tokenizer of {wanted:,} tokens on {args.data_dir / 'train'}")
     files = tokenizers.train(_training_sample(args.data_dir, lying, settings), wanted)
     origin = tokenizers.origin(args.tokenizer_dir)
     ours = origin.get("name") == "train" and origin.get("data_dir") == _beside(args.tokenizer_dir, args.data_dir)
     _may_replace(args, tokenizers.fingerprint(files), "the newly trained one", ours)
-    found = len(files["tokenizer.json"]["model"]["vocab"])
+    found = len(files.tokenizer["model"]["vocab"])
     if found < wanted:
         print(f"  This text gives no more than {found:,} tokens.")
     return files
@@ -530,6 +530,7 @@ def _write_manifest(args: PrepareArgs, settings: Settings, info: TokenizerInfo) 
             written.name if written else "text",
             _shown_location(written),
             manifest.text_fingerprint(text),
+            written.empty_documents if written else 0,
         ),
         tokenizer=TokenizerRecord(info.name, info.sha256, info.vocab_size, info.eos_token, info.eos_id),
         settings=written.settings
@@ -563,7 +564,7 @@ def _summary(found: Manifest) -> str:
     lines = [f"{'':6} {'documents':>12} {'tokens':>15} {'text':>12}"]
     for name, split in found.splits.items():
         lines.append(f"{name:6} {split.documents:>12,} {split.tokens:>15,} {split.bytes / 1e6:>9,.2f} MB")
-    empty = sum(split.empty_documents for split in found.splits.values())
+    empty = found.source.empty_documents + sum(split.empty_documents for split in found.splits.values())
     if empty:
         lines.append(f"{empty:,} empty documents left out.")
     return "\n".join(lines)
@@ -580,9 +581,10 @@ def _log_to_wandb(args: PrepareArgs) -> None:
 
 @contextmanager
 def _locked(data_dir: Path) -> Iterator[None]:
-    """Holds the folder; one that the call made and put nothing into is gone afterwards."""
+    """Holds the folder; folders that the call made and put nothing into are gone afterwards."""
     from filelock import FileLock, Timeout
 
+    made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / LOCK)
     try:
@@ -600,7 +602,8 @@ def _locked(data_dir: Path) -> Iterator[None]:
                 (data_dir / LOCK).unlink()
         lock.release()
         with suppress(OSError):
-            data_dir.rmdir()
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipe.cli import UserError
 from recipe.data.documents import END_OF_TEXT
-from recipe.data.manifest import end_of_text_token, fingerprint_of, write_json
+from recipe.data.manifest import end_of_text_token, fingerprint_of, tokenizer_fingerprint, write_json
 
 DEFAULT = "gpt2"
 DEFAULT_VOCAB_SIZE = 8192
@@ -25,8 +26,19 @@ OFFLINE_WAYS = """Without a network:
   --source PATH --tokenizer FOLDER     your own .txt, .jsonl or .parquet, a folder with a tokenizer.json (or: train)
   or put text into train/ and val/ below --data_dir, and a tokenizer.json into --tokenizer_dir."""
 
-Files = dict[str, Any]
-"""A tokenizer folder in memory: file name to parsed JSON, or to text."""
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer folder in memory, completed."""
+
+    tokenizer: dict[str, Any]
+    """``tokenizer.json``."""
+    config: dict[str, Any]
+    """``tokenizer_config.json``, with the end-of-text token."""
+    others: dict[str, str]
+    """File name to text."""
+    inferred: bool
+    """The end-of-text token was not named and had to be inferred."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class TokenizerInfo:
 # --- where a tokenizer comes from ---
 
 
-def from_folder(folder: Path, name: str | None = None) -> Files:
+def from_folder(folder: Path, name: str | None = None) -> TokenizerFiles:
     """Reads and completes a tokenizer folder: ``tokenizer.json`` alone will do, or ``vocab.json`` and ``merges.txt``.
 
     Args:
@@ -55,25 +67,21 @@ def from_folder(folder: Path, name: str | None = None) -> Files:
     Raises:
         UserError: for a missing or broken tokenizer, for an end-of-text token that cannot be told.
     """
-    files: Files = {}
     if (folder / "tokenizer.json").is_file():
-        files["tokenizer.json"] = _read_json(folder / "tokenizer.json")
+        tokenizer = _read_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        files["tokenizer.json"] = _from_vocab_and_merges(folder)
+        tokenizer = _from_vocab_and_merges(folder)
     else:
         raise UserError(
             f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json and merges.txt. Name another folder or a "
             "tokenizer of the Hub (--tokenizer gpt2), or train one on your text (--tokenizer train)."
         )
     config = folder / "tokenizer_config.json"
-    files["tokenizer_config.json"] = _read_json(config) if config.is_file() else {}
-    for file in OPTIONAL_FILES:
-        if (folder / file).is_file():
-            files[file] = (folder / file).read_text(encoding="utf-8")
-    return _completed(files, name or str(folder))
+    others = {file: (folder / file).read_text("utf-8") for file in OPTIONAL_FILES if (folder / file).is_file()}
+    return _completed(tokenizer, _read_json(config) if config.is_file() else {}, others, name or str(folder))
 
 
-def from_hub(name: str) -> Files:
+def from_hub(name: str) -> TokenizerFiles:
     """Downloads a tokenizer from the Hugging Face Hub, or takes it from the Hub's cache where there is no network.
 
     Raises:
@@ -115,7 +123,7 @@ def from_hub(name: str) -> Files:
     return from_folder(Path(next(iter(found.values()))).parent, name)
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Files:
+def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
     """Trains a byte-level BPE with ``<|endoftext|>`` as its one special token; the same text gives the same one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -129,8 +137,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Files:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    config = {"eos_token": END_OF_TEXT}
-    return _completed({"tokenizer.json": json.loads(tokenizer.to_str()), "tokenizer_config.json": config}, "train")
+    return _completed(json.loads(tokenizer.to_str()), {"eos_token": END_OF_TEXT}, {}, "train")
 
 
 def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
@@ -147,41 +154,40 @@ def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
     return json.loads(tokenizer.to_str())
 
 
-def _completed(files: Files, origin: str) -> Files:
+def _completed(
+    tokenizer: dict[str, Any], config: dict[str, Any], others: dict[str, str], origin: str
+) -> TokenizerFiles:
     """Adds what LitGPT and transformers need to know: the end-of-text token, a class, no truncation."""
-    tokenizer_json, config = files["tokenizer.json"], dict(files["tokenizer_config.json"])
-    for key in ("truncation", "padding"):  # a limit saved by somebody else's run would cut every document
-        if tokenizer_json.get(key) is not None:
-            tokenizer_json = {**tokenizer_json, key: None}
-    _parse(tokenizer_json, origin)
-    eos = config.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if eos is None:
-        eos = _infer_end_of_text(tokenizer_json, files, origin)
-        print(f"The tokenizer of {origin} does not name its end-of-text token: taking {eos!r}.")
-    config["eos_token"] = eos
-    config.setdefault("bos_token", eos)
-    if config["bos_token"] is None:
-        config["bos_token"] = eos
-    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    return {**files, "tokenizer.json": tokenizer_json, "tokenizer_config.json": config}
+    # A limit that somebody else's run left there would cut every document.
+    tokenizer = {key: None if key in ("truncation", "padding") else value for key, value in tokenizer.items()}
+    parsed = _parse(tokenizer, origin)
+    named = config.get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    eos = named if named is not None else _infer_end_of_text(tokenizer, others, origin)
+    if parsed.token_to_id(eos) is None:
+        raise UserError(
+            f"the tokenizer of {origin} has no token {eos!r}, which its tokenizer_config.json names as eos_token; name "
+            "the token that ends a text there."
+        )
+    config = {"bos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"} | {
+        key: value for key, value in config.items() if value is not None and key != ORIGIN
+    }
+    return TokenizerFiles(tokenizer, {**config, "eos_token": eos}, others, inferred=named is None)
 
 
-def _infer_end_of_text(tokenizer_json: dict[str, Any], files: Files, origin: str) -> str:
-    added = {token["id"]: token["content"] for token in tokenizer_json.get("added_tokens", []) if token.get("special")}
-    if "generation_config.json" in files:
-        named = json.loads(files["generation_config.json"]).get("eos_token_id")
-        if isinstance(named, int) and named in added:
-            return added[named]
-    known = [content for content in added.values() if content in END_OF_TEXT_NAMES]
-    if len(known) == 1:
-        return known[0]
-    if len(added) == 1:
-        return next(iter(added.values()))
+def _infer_end_of_text(tokenizer: dict[str, Any], others: dict[str, str], origin: str) -> str:
+    """The one token that can end a text: the one that generation ends at, the one with a usual name, the only one."""
+    special = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or [] if token.get("special")}
+    with suppress(KeyError, ValueError):
+        return special[json.loads(others["generation_config.json"])["eos_token_id"]]
+    usual = [content for content in special.values() if content in END_OF_TEXT_NAMES]
+    for candidates in (usual, list(special.values())):
+        if len(candidates) == 1:
+            return candidates[0]
     raise UserError(
         f"the tokenizer of {origin} does not say which token ends a text, and its special tokens "
-        f"({', '.join(map(repr, added.values())) or 'none'}) do not make it clear. Put a tokenizer_config.json beside "
-        'its tokenizer.json: {"eos_token": "<|endoftext|>"}, with the right token.'
+        f"({', '.join(map(repr, special.values())) or 'none'}) do not make it clear. Put a tokenizer_config.json "
+        'beside its tokenizer.json: {"eos_token": "<|endoftext|>"}, with the right token.'
     )
 
 
@@ -207,30 +213,40 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- a prepared folder ---
 
 
-def install(files: Files, origin: dict[str, Any], folder: Path) -> None:
-    """Writes a tokenizer folder: ``tokenizer.json`` last, since it is what makes a folder a tokenizer."""
+def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None:
+    """Writes a tokenizer folder, with a note of where it came from.
+
+    A new ``tokenizer.json`` is written last, after the old one is gone: killed in between, the folder is none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**files["tokenizer_config.json"], ORIGIN: origin}
-    (folder / "tokenizer.json").unlink(missing_ok=True)
-    for name in OPTIONAL_FILES:
-        if name in files:
-            (folder / name).write_text(files[name], encoding="utf-8", newline="\n")
+    path = folder / "tokenizer.json"
+    try:
+        is_new = json.loads(path.read_text(encoding="utf-8")) != files.tokenizer
+    except (OSError, ValueError):
+        is_new = True
+    if is_new:
+        path.unlink(missing_ok=True)
+    for file in OPTIONAL_FILES:
+        if file in files.others:
+            (folder / file).write_text(files.others[file], encoding="utf-8", newline="\n")
         else:
-            (folder / name).unlink(missing_ok=True)
-    write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "tokenizer.json", files["tokenizer.json"])
+            (folder / file).unlink(missing_ok=True)
+    write_json(folder / "tokenizer_config.json", {**files.config, ORIGIN: {**origin, "sha256": fingerprint(files)}})
+    if is_new:
+        write_json(path, files.tokenizer)
 
 
-def fingerprint(files: Files) -> str:
+def fingerprint(files: TokenizerFiles) -> str:
     """``manifest.tokenizer_fingerprint`` of a folder in memory."""
-    return fingerprint_of(files["tokenizer.json"], files["tokenizer_config.json"]["eos_token"])
+    return fingerprint_of(files.tokenizer, files.config["eos_token"])
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """What ``prepare_data.py`` made the folder from; empty for a folder that it did not make."""
+    """What ``prepare_data.py`` made the folder from; empty for one that it did not make, or that was changed since."""
     try:
-        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(ORIGIN, {})
-    except (OSError, ValueError):
+        noted = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[ORIGIN])
+        return noted if noted.pop("sha256") == tokenizer_fingerprint(folder) else {}
+    except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
         return {}
 
 

@@ -24,7 +24,7 @@ from recipe.data.tokenizers import Encoder
 # A chunk's last tokens that fill no window are lost, so chunks are long; and there are about 16 of them where the text
 # allows it, so that shuffling their order mixes the text. litdata divides a chunk among readers where it must.
 MIN_CHUNK_TOKENS = 1 << 20
-MAX_CHUNK_TOKENS = 1 << 25
+MAX_CHUNK_TOKENS = 1 << 24
 CHUNKS = 16
 BYTES_PER_TOKEN = 4  # of English under a common vocabulary: for the size of chunks alone
 SERIAL_PARTS = 3  # so little text is encoded sooner than processes start
