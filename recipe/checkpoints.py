@@ -32,7 +32,7 @@ from recipe.cli import UserError
 
 if TYPE_CHECKING:  # torch and litgpt are imported where they are used, so that a wrong path is told at once
     import torch
-    from litgpt import GPT, Config
+    from litgpt import GPT, Config, Tokenizer
     from torch import Tensor
 
 WEIGHTS = "lit_model.pth"
@@ -41,7 +41,14 @@ MODEL_CONFIG = "model_config.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
 MANIFEST = "manifest.json"
 MARK = "complete.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _PACKAGES = ("torch", "litgpt", "lightning", "litdata")
@@ -300,14 +307,14 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 def _cannot_save(folder: Path, cause: OSError, weights: "dict[str, Tensor]", training_state: Any) -> str:
-    kept = folder if is_whole(folder) else _beside(folder)
+    kept = _last_saved(folder.parent.glob(f"*/{MARK}"))
     kept_text = f"the newest whole checkpoint is {kept}" if kept else "no older checkpoint is there"
     if cause.errno in _DISK_FULL:
         needed = _bytes(weights) + _bytes(training_state)
         free = shutil.disk_usage(folder.parent).free
         return (
-            f"the disk is full: the checkpoint {folder} needs about {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
-            f"free; {kept_text}. Free some space, or choose another --out_dir, and continue with `--resume auto`."
+            f"the disk is full: the checkpoint {folder} needs about {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB "
+            f"are free; {kept_text}. Free some space, or choose another --out_dir, and continue with `--resume auto`."
         )
     reason = cause.strerror or str(cause)
     place = cause.filename or folder
@@ -564,6 +571,38 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "G
         raise UserError(f"the weights in {as_folder(folder)} are not those of its {MODEL_CONFIG}: {error}") from None
     gpt.cos, gpt.sin = gpt.rope_cache(device=device)  # not in the state dict
     return gpt.eval()
+
+
+def load_tokenizer(folder: Path) -> "Tokenizer":
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint was saved without one, or its files are damaged.
+    """
+    from litgpt import Tokenizer
+
+    files = read_mark(folder).files.keys() & set(TOKENIZER_FILES)
+    if not files:
+        raise UserError(f"{folder} holds no tokenizer: it was trained without a tokenizer_dir. Use `litgpt generate`.")
+    verify(folder, files)
+    return Tokenizer(folder)
+
+
+def choose_device(device: str) -> "torch.device":
+    """The device of that name; "auto" is a GPU where there is one (CUDA, then Apple's), else the CPU.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot use the device {device!r}: {reason}. `--device cpu` works everywhere.") from None
 
 
 def _verify_if_marked(path: Path) -> None:

@@ -1,6 +1,8 @@
 """A checkpoint of a tiny model with random weights, for the tests of whatever reads checkpoints."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,3 +34,13 @@ def save_tiny(folder: Path, gpt: GPT, tokenizer_dir: Path | None, *, step: int =
         **kwargs,
     )
     return folder
+
+
+def door(name: str) -> ModuleType:
+    """A script of the project as a module, by its path: packages of the same name exist (``evaluate``)."""
+    path = Path(__file__).parent.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"door_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,91 @@
+"""Writes text with a trained model.
+
+    uv run python generate.py --prompt "Once upon a time"
+    uv run python generate.py checkpoints/final --prompt "Lily found a key" --temperature 0.5 --max_new_tokens 200
+    uv run python generate.py --num_samples 5 --seed 7 > stories.txt
+
+The text goes to stdout as it is written, everything else to stderr.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from recipe.cli import run_door
+
+
+def main(
+    checkpoint: Path | None = None,
+    prompt: str = "Once upon a time",
+    max_new_tokens: int = 256,
+    num_samples: int = 1,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    seed: int = 42,
+    device: str = "auto",
+    precision: Literal["auto", "32-true", "bf16-true", "16-true"] = "auto",
+) -> None:
+    """Writes text with a trained model. The text goes to stdout as it is written, everything else to stderr.
+
+    Args:
+        checkpoint: The checkpoint folder; without one, the newest whole one under checkpoints/.
+        prompt: What the text begins with; an empty one starts a new document.
+        max_new_tokens: Tokens to write at most. A sample ends before at the end-of-text token or a full context.
+        num_samples: Samples to write, all in one batch.
+        temperature: Below 1 the likely tokens become likelier; 0 always takes the most probable one.
+        top_k: Sample among this many most probable tokens; null for all.
+        top_p: Sample among the fewest tokens whose probability exceeds this; 1 for all.
+        seed: The same seed writes the same text on the same machine.
+        device: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
+        precision: Type of the weights; auto is bf16-true on a GPU that computes in it, else 32-true.
+    """
+    from recipe import checkpoints
+
+    folder = checkpoints.resolve(checkpoint)
+    mark = checkpoints.read_mark(folder)
+    print(
+        f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}, step {mark.step:,}",
+        file=sys.stderr,
+    )
+    from recipe.inference.generate import load, stream_pieces  # takes seconds
+
+    model = load(folder, device, precision)
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
+
+    start, cut, began = time.perf_counter(), 0, -1
+    pieces = stream_pieces(
+        model.gpt,
+        model.tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    try:
+        for piece in pieces:
+            if piece.sample != began:
+                began = piece.sample
+                if num_samples > 1:
+                    print(f"--- sample {began + 1} of {num_samples} ---")
+                print(prompt, end="")
+            print(piece.text, end="\n" if piece.end else "", flush=True)
+            cut += piece.end == "block_size"
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if cut:
+        print(
+            f"Note: {cut} of {num_samples} filled the model's context of {model.config.block_size:,} tokens.",
+            file=sys.stderr,
+        )
+    print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_door(main, optional_positional="checkpoint")

@@ -1,0 +1,370 @@
+"""Text from a model: several samples in one batch, with LitGPT's KV cache.
+
+>>> from recipe import load
+>>> model = load("checkpoints/final")
+>>> print(model.generate("Once upon a time", max_new_tokens=50))
+>>> for piece in model.stream("Once upon a time", temperature=0.5):
+...     print(piece, end="", flush=True)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict, Unpack
+
+import torch
+from litgpt import GPT, Config, Tokenizer
+from torch import Tensor
+
+from recipe import checkpoints
+from recipe.cli import UserError
+
+End = Literal["end_of_text", "max_new_tokens", "block_size"]
+Precision = Literal["auto", "32-true", "bf16-true", "16-true"]
+
+_DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+class Piece(NamedTuple):
+    """Some text of one sample, in the order in which a reader wants it: all of sample 0 before any of sample 1."""
+
+    sample: int
+    text: str
+    end: End | None
+    """Why the sample ends with this piece; None while it goes on."""
+
+
+class Sample(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str
+    """Without the prompt and the end-of-text token."""
+    end: End | None
+
+
+class Sampling(TypedDict, total=False):
+    """How to sample; the defaults stand in `stream_pieces`."""
+
+    max_new_tokens: int
+    num_samples: int
+    seed: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+    """Scales logits by the temperature and sets those that may not be sampled to -inf, each row by itself.
+
+    In the order of `litgpt.generate.base.sample`: the ``top_k`` best, then the temperature, then the fewest tokens
+    whose probability exceeds ``top_p``.
+
+    Args:
+        logits: ``(B, V)``; the result has the same shape.
+    """
+    if top_k is not None and top_k < logits.size(-1):
+        best, indices = torch.topk(logits, top_k)
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, indices, best)
+    logits = logits / temperature
+    if top_p < 1.0:
+        ascending, indices = torch.sort(logits)
+        remove = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        remove[:, -1] = False  # the most probable one always stays
+        logits = logits.masked_fill(torch.zeros_like(remove).scatter(-1, indices, remove), float("-inf"))
+    return logits
+
+
+def sample_tokens(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """The next token of each row, ``(B, V) -> (B,)``; the most probable one where temperature or top_p is 0."""
+    if temperature == 0.0 or top_p == 0.0:
+        return logits.argmax(dim=-1)
+    probabilities = restrict(logits.float(), temperature, top_k, top_p).softmax(dim=-1)
+    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def generate_tokens(
+    gpt: GPT,
+    prompt: Tensor,
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Continues one prompt ``num_samples`` times in one batch; yields each sample's next token, ``(num_samples,)``.
+
+    A sample that has reached ``eos_id`` stays at it. Ends when all have, after ``max_new_tokens``, or where the model's
+    context is full. The prompt is computed once, whatever the number of samples.
+
+    Leaves the model as it was found (also when the caller stops early), so that it may be the one in training; pass
+    the plain `litgpt.GPT`, not what `torch.compile` or Fabric made of it.
+
+    Args:
+        prompt: token ids, ``(T,)`` with ``1 <= T <= gpt.max_seq_length``, on the model's device.
+        generator: on the model's device; with None the global random state is used and changed.
+
+    Raises:
+        UserError: sampling settings out of range, a prompt too long, or a model whose output is not a number.
+    """
+    check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
+    length = prompt.numel()
+    steps = min(max_new_tokens, room_after(length, gpt.max_seq_length))
+    with _as_it_was(gpt):
+        gpt.eval()
+        gpt.mask_cache = None
+        gpt.set_kv_cache(batch_size=num_samples, max_seq_length=length + steps - 1, device=prompt.device)
+        positions = torch.arange(length, device=prompt.device)
+        logits = gpt(prompt.view(1, -1), positions, input_pos_maxp1=length)[:, -1]  # (1, V)
+        if not logits.isfinite().all():
+            raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
+        for block in gpt.transformer.h:
+            for buffer in (block.attn.kv_cache.k, block.attn.kv_cache.v):
+                buffer[1:] = buffer[:1]
+        logits = logits.expand(num_samples, -1)
+        finished = torch.zeros(num_samples, dtype=torch.bool, device=prompt.device)
+        for step in range(1, steps + 1):
+            tokens = sample_tokens(logits, temperature, top_k, top_p, generator)  # (num_samples,)
+            if eos_id is not None:
+                tokens = tokens.masked_fill(finished, eos_id)
+                finished |= tokens == eos_id
+            yield tokens
+            if step == steps or finished.all():
+                return
+            positions = torch.tensor([length + step - 1], device=prompt.device)
+            logits = gpt(tokens.view(-1, 1), positions, input_pos_maxp1=length + step)[:, -1]  # (num_samples, V)
+
+
+@contextmanager
+def _as_it_was(gpt: GPT) -> Iterator[None]:
+    """Puts KV caches, mask and training modes of a model back as they are now."""
+    training = [(module, module.training) for module in gpt.modules()]
+    kv_caches = [block.attn.kv_cache for block in gpt.transformer.h]
+    mask_cache = gpt.mask_cache
+    try:
+        yield
+    finally:
+        gpt.mask_cache = mask_cache
+        for block, kv_cache in zip(gpt.transformer.h, kv_caches, strict=True):
+            del block.attn.kv_cache  # a None set over a module would stay listed among the modules
+            block.attn.kv_cache = kv_cache
+        for module, mode in training:
+            module.training = mode
+
+
+def room_after(length: int, context: int) -> int:
+    """How many tokens can follow a prompt of ``length``: the last one need not be read by the model.
+
+    Raises:
+        UserError: the prompt does not fit.
+    """
+    if not 1 <= length <= context:
+        raise UserError(
+            f"the prompt has {length:,} tokens; expected 1 to {context:,}, the model's context. Shorten the prompt."
+        )
+    return context - length + 1
+
+
+def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+    """Raises UserError for the settings that are out of range, all in one message."""
+    problems = []
+    if num_samples < 1:
+        problems.append(f"num_samples is {num_samples}; expected 1 or more")
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+    if not 0.0 <= temperature < float("inf"):
+        problems.append(f"temperature is {temperature}; expected 0 (always the most probable token) or more")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k is {top_k}; expected 1 or more, or null for all tokens")
+    if not 0.0 <= top_p <= 1.0:
+        problems.append(f"top_p is {top_p}; expected 0 to 1, where 1 means all tokens")
+    if problems:
+        raise UserError("; ".join(problems) + ".")
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+class TextStream:
+    """Turns one sample's tokens into text as they come; bytes of an unfinished character wait for the rest of it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.context = 0  # tokens before it no longer change how those after it are written
+        self.done = 0  # tokens before it have been handed out as text
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with ``token``; often one word, sometimes none."""
+        self.tokens.append(token)
+        text = self._new_text()
+        return "" if text.endswith("\ufffd") else self._hand_out(text)
+
+    def flush(self) -> str:
+        """What is left at the end: an unfinished character becomes U+FFFD."""
+        return self._hand_out(self._new_text())
+
+    def _new_text(self) -> str:
+        before = self._decode(self.tokens[self.context : self.done])
+        return self._decode(self.tokens[self.context :])[len(before) :]
+
+    def _hand_out(self, text: str) -> str:
+        self.context, self.done = self.done, len(self.tokens)
+        return text
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(torch.tensor(tokens)) if tokens else ""
+        return text
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """The prompt's token ids, ``(T,)``. An empty one is the end-of-text token, after which a new document begins.
+
+    Raises:
+        UserError: the prompt is empty and the tokenizer has no end-of-text token.
+    """
+    tokens: Tensor = tokenizer.encode(prompt).long()
+    if tokens.numel() == 0:
+        if tokenizer.eos_id is None:
+            raise UserError(
+                "the prompt is empty and the tokenizer has no end-of-text token to start from; give a --prompt."
+            )
+        tokens = torch.tensor([tokenizer.eos_id])
+    return tokens
+
+
+def stream_pieces(
+    gpt: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 256,
+    num_samples: int = 1,
+    seed: int = 42,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+) -> Iterator[Piece]:
+    """What the model writes after ``prompt``: sample 0 as it comes, then the others, which grew in the same batch.
+
+    The global random state is neither used nor changed. Arguments and errors as `generate_tokens`.
+    """
+    device = gpt.lm_head.weight.device
+    tokens = encode_prompt(tokenizer, prompt).to(device)
+    room = room_after(tokens.numel(), gpt.max_seq_length)
+    at_limit: End = "max_new_tokens" if max_new_tokens <= room else "block_size"
+    limit = min(max_new_tokens, room)
+    streams = [TextStream(tokenizer) for _ in range(num_samples)]
+    waiting = [""] * num_samples
+    ends: list[End | None] = [None] * num_samples
+    current = 0
+    steps = generate_tokens(
+        gpt,
+        tokens,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_id=tokenizer.eos_id,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    for step, next_tokens in enumerate(steps, start=1):
+        for row, token in enumerate(next_tokens.tolist()):
+            if ends[row] is not None:
+                continue
+            if token == tokenizer.eos_id:
+                ends[row] = "end_of_text"
+            else:
+                waiting[row] += streams[row].push(token)
+                ends[row] = at_limit if step == limit else None
+            if ends[row] is not None:
+                waiting[row] += streams[row].flush()
+        while current < num_samples:
+            if waiting[current] or ends[current] is not None:
+                yield Piece(current, waiting[current], ends[current])
+                waiting[current] = ""
+            if ends[current] is None:
+                break
+            current += 1
+
+
+def draw_samples(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack[Sampling]) -> list[Sample]:
+    """``num_samples`` continuations of ``prompt``, one batch, without touching the global random state or the model."""
+    texts: dict[int, str] = {}
+    ends: dict[int, End | None] = {}
+    for piece in stream_pieces(gpt, tokenizer, prompt, **sampling):
+        texts[piece.sample] = texts.get(piece.sample, "") + piece.text
+        ends[piece.sample] = piece.end
+    return [Sample(text, ends[sample]) for sample, text in texts.items()]
+
+
+def sample_text(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack[Sampling]) -> list[str]:
+    """As `draw_samples`, each with the prompt before it."""
+    return [prompt + sample.text for sample in draw_samples(gpt, tokenizer, prompt, **sampling)]
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+class Model:
+    """A trained model with its tokenizer, as `load` returns it."""
+
+    def __init__(self, gpt: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+        self.gpt = gpt
+        self.tokenizer = tokenizer
+        self.folder = folder
+
+    @property
+    def config(self) -> Config:
+        """The LitGPT config."""
+        return self.gpt.config
+
+    def generate(self, prompt: str = "", **sampling: Unpack[Sampling]) -> str | list[str]:
+        """The prompt and what the model writes after it; a list of them where ``num_samples`` is given.
+
+        Ends at the end-of-text token, after ``max_new_tokens``, or where the model's context is full.
+
+        Raises:
+            UserError: sampling settings out of range, or a prompt longer than the model's context.
+        """
+        texts = sample_text(self.gpt, self.tokenizer, prompt, **sampling)
+        return texts if "num_samples" in sampling else texts[0]
+
+    def stream(self, prompt: str = "", **sampling: Unpack[Sampling]) -> Iterator[str]:
+        """What `generate` returns, in pieces as they are written; several samples one after the other."""
+        yield prompt
+        yield from (piece.text for piece in stream_pieces(self.gpt, self.tokenizer, prompt, **sampling))
+
+
+def load(folder: str | Path | None = None, device: str = "auto", precision: Precision = "auto") -> Model:
+    """Loads a checkpoint for generating, after checking the files that it reads.
+
+    Args:
+        folder: the newest whole checkpoint under ``checkpoints/`` when None.
+        device: as torch names it; "auto" is the GPU where there is one.
+        precision: "auto" is bf16-true on a GPU that computes in it, else 32-true.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or it was saved without a tokenizer.
+    """
+    path = checkpoints.resolve(None if folder is None else Path(folder))
+    tokenizer = checkpoints.load_tokenizer(path)
+    where = checkpoints.choose_device(device)
+    return Model(checkpoints.load_model(path, where, choose_dtype(precision, where)), tokenizer, path)
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of the weights: "auto" is bf16 on a CUDA GPU that computes in it, else fp32."""
+    if precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16-true" if bf16 else "32-true"
+    return _DTYPES[precision]

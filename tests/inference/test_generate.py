@@ -1,0 +1,355 @@
+"""Text from a model: LitGPT's sampling in one batch, streamed, with nothing left behind."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from litgpt import GPT, Config, Tokenizer
+from litgpt.generate.base import generate as litgpt_generate
+from litgpt.generate.base import sample as litgpt_sample
+from litgpt.generate.base import sample_top_p
+
+from custom_moe import use_custom_moe
+from recipe import checkpoints
+from recipe.cli import UserError, run_door
+from recipe.inference.generate import (
+    Model,
+    TextStream,
+    draw_samples,
+    generate_tokens,
+    load,
+    restrict,
+    sample_text,
+    sample_tokens,
+    stream_pieces,
+)
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def gpt(moe_fields: dict) -> GPT:
+    return tiny_gpt(moe_fields)
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_dir)
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
+@pytest.mark.parametrize("top_p", [0.05, 0.7, 1.0])
+def test_each_row_keeps_what_litgpt_would(temperature: float, top_k: int | None, top_p: float) -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
+    ours = restrict(logits, temperature, top_k, top_p)
+    for row, kept in zip(logits, ours, strict=True):
+        # the lines of litgpt.generate.base.sample, up to its draw
+        if top_k is not None:
+            values, indices = torch.topk(row, min(top_k, row.size(-1)))
+            row = torch.full_like(row, float("-inf")).scatter_(-1, indices, values)
+        row = row / temperature
+        if top_p < 1.0:
+            row = sample_top_p(row, top_p)
+        assert torch.equal(kept.isfinite(), row.isfinite())
+        torch.testing.assert_close(kept, row)
+
+
+def test_one_row_draws_the_same_as_litgpt() -> None:
+    logits = torch.randn(200, 1, 50) * 2
+    for seed, row in enumerate(logits):
+        torch.manual_seed(seed)
+        expected = litgpt_sample(row.unsqueeze(0), temperature=0.7, top_k=20, top_p=0.9)
+        drawn = sample_tokens(row, 0.7, 20, 0.9, torch.Generator().manual_seed(seed))
+        assert torch.equal(drawn, expected)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
+    tokens = sample_tokens(logits, 1.0, None, 1.0, torch.Generator().manual_seed(0))
+    shares = tokens.bincount(minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["litgpt", "custom_moe"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 0.0)])
+def test_greedy_is_litgpts(moe_fields: dict, stock: bool, temperature: float, top_p: float) -> None:
+    gpt, prompt = tiny_gpt(moe_fields), torch.tensor([5, 17, 300, 42])
+    ours = gpt
+    if not stock:
+        with use_custom_moe():
+            ours = GPT(Config(**moe_fields)).eval()
+        ours.load_state_dict(gpt.state_dict())
+    tokens = generate_tokens(
+        ours, prompt, num_samples=3, max_new_tokens=40, temperature=temperature, top_p=top_p, top_k=None
+    )
+    rows = torch.stack(list(tokens), dim=1)
+    gpt.set_kv_cache(batch_size=1)
+    expected = litgpt_generate(gpt, prompt, max_returned_tokens=44, temperature=0.0)[4:]
+    assert rows.shape == (3, 40)
+    assert all(torch.equal(row, expected) for row in rows)
+
+
+def test_the_cache_changes_nothing(gpt: GPT) -> None:
+    """Each token is the best one by a plain forward, without a cache, over all tokens before it."""
+    prompt = torch.tensor([7, 8, 9])
+    generator = torch.Generator().manual_seed(0)
+    drawn = list(generate_tokens(gpt, prompt, num_samples=4, max_new_tokens=12, top_k=1, generator=generator))
+    rows = torch.stack(drawn, dim=1)
+    for row in rows:
+        for position in range(12):
+            logits = gpt(torch.cat((prompt, row[:position])).unsqueeze(0))[0, -1]
+            assert logits.argmax() == row[position]
+
+
+def test_batched_samples_have_their_own_caches(gpt: GPT) -> None:
+    """A row of a batch goes on as it would alone."""
+    prompt = torch.tensor([1, 2, 3, 4, 5])
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.stack(
+        list(generate_tokens(gpt, prompt, num_samples=5, max_new_tokens=20, temperature=3.0, generator=generator)),
+        dim=1,
+    )
+    assert len({tuple(row.tolist()) for row in rows}) == 5
+    for row in rows:
+        plain = gpt(torch.cat((prompt, row)).unsqueeze(0))[0, 4:-1]  # (20, V): what each next token was drawn from
+        kept = restrict(plain, 3.0, 50, 1.0)
+        assert kept.gather(1, row.unsqueeze(1)).isfinite().all()
+
+
+def test_finished_samples_stay_at_the_end_of_text(gpt: GPT) -> None:
+    with torch.no_grad():
+        gpt.lm_head.weight[0] += 0.4  # the end-of-text token comes up now and then
+    prompt = torch.tensor([1, 2, 3])
+    generator = torch.Generator().manual_seed(0)
+    tokens = generate_tokens(
+        gpt, prompt, num_samples=8, max_new_tokens=60, temperature=2.0, top_k=None, eos_id=0, generator=generator
+    )
+    rows = torch.stack(list(tokens), dim=1)
+    ended = [row.tolist().index(0) for row in rows if 0 in row]
+    assert len(set(ended)) > 1, "the samples should end at different places"
+    for row in rows:
+        row = row.tolist()
+        if 0 in row:
+            assert set(row[row.index(0) :]) == {0}
+    if len(ended) == 8:
+        assert rows.size(1) == max(ended) + 1
+
+
+# ----------------------------------------------------------------------------------------------- nothing left behind
+
+
+def test_the_model_in_training_is_left_as_it_was(moe_fields: dict, tokenizer: Tokenizer) -> None:
+    with use_custom_moe():
+        gpt = GPT(Config(**moe_fields))
+    gpt.train()
+    gpt.transformer.h[0].eval()  # a mode that is not the same everywhere
+    gpt.lm_head.weight.requires_grad_(False)
+    gpt.max_seq_length = 48  # train.max_seq_length
+    ids = torch.randint(384, (2, 48), generator=torch.Generator().manual_seed(0))
+    gpt(ids).sum().backward()
+
+    def state() -> dict:
+        return {
+            "modules": list(dict(gpt.named_modules())),
+            "attributes": [sorted(vars(block.attn)) for block in gpt.transformer.h],
+            "training": [module.training for module in gpt.modules()],
+            "kv_cache": [block.attn.kv_cache for block in gpt.transformer.h],
+            "mask_cache": gpt.mask_cache,
+            "max_seq_length": gpt.max_seq_length,
+            "rope": (gpt.cos.data_ptr(), gpt.sin.data_ptr(), tuple(gpt.cos.shape)),
+            "requires_grad": [parameter.requires_grad for parameter in gpt.parameters()],
+            "inference": [tensor.is_inference() for tensor in (*gpt.parameters(), *gpt.buffers())],
+            "grads": [None if p.grad is None else p.grad.sum().item() for p in gpt.parameters()],
+            "weights": [parameter.sum().item() for parameter in gpt.parameters()],
+        }
+
+    before, random_state, output = state(), torch.get_rng_state(), gpt(ids)
+    sample_text(gpt, tokenizer, "Once", num_samples=2, max_new_tokens=20)
+    assert state() == before
+    stopped = stream_pieces(gpt, tokenizer, "Once", max_new_tokens=20)
+    next(stopped)
+    stopped.close()
+    assert state() == before
+    with pytest.raises(UserError):
+        sample_text(gpt, tokenizer, "word " * 100)
+    assert state() == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(gpt(ids), output)
+    assert gpt(ids).requires_grad
+
+
+def test_a_cache_that_the_caller_had_is_still_there(gpt: GPT) -> None:
+    gpt.set_kv_cache(batch_size=1)
+    caches, mask = [block.attn.kv_cache for block in gpt.transformer.h], gpt.mask_cache
+    list(generate_tokens(gpt, torch.tensor([1, 2]), max_new_tokens=5))
+    assert [block.attn.kv_cache for block in gpt.transformer.h] == caches
+    assert gpt.mask_cache is mask
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def test_characters_of_several_tokens_come_whole(tokenizer: Tokenizer) -> None:
+    """Byte-level tokens cut them: each piece is readable by itself, and together they are the text."""
+    text = "Mia saw a 🦊 and a 鲸鱼, naïve. \ufffd!"
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text).tolist()]
+    assert "".join(pieces) + stream.flush() == text
+    assert [piece for piece in pieces if "\ufffd" in piece] == ["\ufffd!"]
+    assert "🦊" in pieces
+
+
+def test_an_unfinished_character_at_the_end(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer)
+    tokens = tokenizer.encode("hi 🦊").tolist()[:-1]
+    assert "".join(stream.push(token) for token in tokens) == "hi "
+    assert set(stream.flush()) == {"\ufffd"}
+    assert stream.flush() == ""
+
+
+def test_the_stream_is_the_text(gpt: GPT, tokenizer: Tokenizer) -> None:
+    model = Model(gpt, tokenizer, Path())
+    options = {"max_new_tokens": 50, "temperature": 3.0, "top_k": None, "seed": 5}
+    text = model.generate("Once upon", **options)
+    assert text.startswith("Once upon") and len(text) > 20
+    assert "".join(model.stream("Once upon", **options)) == text
+    samples = model.generate("Once upon", num_samples=3, **options)
+    assert len(set(samples)) == 3
+    pieces = list(stream_pieces(gpt, tokenizer, "Once upon", num_samples=3, **options))
+    assert [piece.sample for piece in pieces] == sorted(piece.sample for piece in pieces)
+    for sample in range(3):
+        own = [piece for piece in pieces if piece.sample == sample]
+        assert "Once upon" + "".join(piece.text for piece in own) == samples[sample]
+        assert [piece.end is None for piece in own] == [True] * (len(own) - 1) + [False]
+    assert len([piece for piece in pieces if piece.sample == 0]) > 10, "the first sample streams"
+
+
+def test_the_seed_decides(gpt: GPT, tokenizer: Tokenizer) -> None:
+    def texts(seed: int) -> list[str]:
+        return sample_text(gpt, tokenizer, "Once", num_samples=2, max_new_tokens=10, temperature=2.0, seed=seed)
+
+    torch.manual_seed(0)
+    first = texts(1)
+    torch.manual_seed(1)
+    assert texts(1) == first
+    assert texts(2) != first
+
+
+def test_why_a_sample_ends(gpt: GPT, tokenizer: Tokenizer) -> None:
+    assert draw_samples(gpt, tokenizer, "Once", max_new_tokens=3)[0].end == "max_new_tokens"
+    prompt_length = tokenizer.encode("Once").numel()
+    full = draw_samples(gpt, tokenizer, "Once", max_new_tokens=1000, temperature=3.0)[0]
+    assert full.end == "block_size"
+    tokens = list(generate_tokens(gpt, tokenizer.encode("Once").long(), max_new_tokens=1000))
+    assert len(tokens) == 64 - prompt_length + 1  # the last one is never read
+    with torch.no_grad():
+        gpt.lm_head.weight.zero_()  # all tokens alike: the first id, end-of-text, wins
+    assert draw_samples(gpt, tokenizer, "Once", temperature=0.0)[0] == ("", "end_of_text")
+
+
+def test_an_empty_prompt_starts_after_the_end_of_text(gpt: GPT, tokenizer: Tokenizer) -> None:
+    expected = list(generate_tokens(gpt, torch.tensor([tokenizer.eos_id]), max_new_tokens=5, temperature=0.0))
+    for prompt in ("", "<|endoftext|>"):
+        sample = draw_samples(gpt, tokenizer, prompt, max_new_tokens=5, temperature=0.0)[0]
+        assert sample.text == tokenizer.decode(torch.cat(expected))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"max_new_tokens": 0, "top_k": -1}, "max_new_tokens is 0.*; top_k is -1"),
+    ],
+)
+def test_settings_out_of_range(gpt: GPT, tokenizer: Tokenizer, wrong: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        sample_text(gpt, tokenizer, "Once", **wrong)
+
+
+def test_a_prompt_longer_than_the_context(gpt: GPT, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="expected 1 to 64"):
+        sample_text(gpt, tokenizer, "cat " * 65)
+
+
+def test_a_diverged_model_is_told(gpt: GPT, tokenizer: Tokenizer) -> None:
+    with torch.no_grad():
+        gpt.transformer.ln_f.weight[0] = float("nan")
+    with pytest.raises(UserError, match="diverged"):
+        sample_text(gpt, tokenizer, "Once")
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def test_load(tmp_path: Path, gpt: GPT, tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
+    import recipe
+
+    folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
+    (folder / "training_state.pth").unlink()  # not needed
+    model = recipe.load(folder, precision="32-true")
+    assert model.config == gpt.config
+    expected = sample_text(gpt, tokenizer, "Once", max_new_tokens=20, temperature=0.0)[0]
+    assert model.generate("Once", max_new_tokens=20, temperature=0.0) == expected
+    half = load(folder, device="cpu", precision="bf16-true")
+    assert {parameter.dtype for parameter in half.gpt.parameters()} == {torch.bfloat16}
+    assert half.gpt.cos.dtype == torch.float32
+    assert half.generate("Once", max_new_tokens=5).startswith("Once")
+
+
+def test_load_refuses(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
+    folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
+    with pytest.raises(UserError, match="--device cpu"):
+        load(folder, device="warp")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json is truncated"):
+        load(folder)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load(save_tiny(tmp_path / "bare", gpt, None))
+
+
+# ---------------------------------------------------------------------------------------------------------------- door
+
+
+def test_the_script(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
+    """The newest checkpoint under checkpoints/, text alone on stdout, several samples with headers."""
+    save_tiny(tmp_path / "checkpoints" / "final", gpt, tokenizer_dir, step=3)
+    command = [sys.executable, str(ROOT / "generate.py"), "--prompt", "Once", "--num-samples", "2", "--device", "cpu"]
+    command += ["--max_new_tokens=70", "--temperature", "2", "--top_k", "null", "--seed", "3"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=200)
+    assert result.returncode == 0, result.stderr
+    texts = sample_text(
+        gpt, Tokenizer(tokenizer_dir), "Once", num_samples=2, max_new_tokens=70, temperature=2.0, top_k=None, seed=3
+    )
+    out = io.StringIO(newline=None)
+    for number, text in enumerate(texts, start=1):
+        print(f"--- sample {number} of 2 ---\n{text}", file=out)
+    assert result.stdout.replace("\r\n", "\n") == out.getvalue().replace("\r\n", "\n")
+    assert f"{Path('checkpoints') / 'final'}, step 3" in result.stderr
+    assert "filled the model's context of 64 tokens" in result.stderr
+
+
+def test_the_script_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for argv, told in (
+        ([], "found no whole checkpoint under checkpoints"),
+        (["nowhere"], "found no checkpoint at nowhere"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            run_door(door("generate").main, argv, optional_positional="checkpoint")
+        captured = capsys.readouterr()
+        assert exit_.value.code == 1
+        assert captured.err.startswith(f"error: {told}")
+        assert captured.out == ""
+    assert checkpoints.newest(tmp_path) is None
