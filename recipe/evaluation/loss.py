@@ -1,0 +1,319 @@
+"""How well a checkpoint predicts text: loss, perplexity and bits per byte over every token of the validation text.
+
+What is counted. The tokens of all documents, each followed by the end-of-text token, are one long text. It is cut into
+windows of the context length that do not overlap: each token is predicted exactly once, from the tokens before it in
+its window (the first one from the last token of the window before; the very first one from the end-of-text token,
+after which documents begin). The last window is as short as it comes out.
+
+- ``loss``: mean over these tokens, end-of-text tokens among them, of the negative log-probability, in nats.
+- ``perplexity``: exp(loss).
+- ``bits_per_byte``: the sum of the same, in bits, over the UTF-8 bytes of the documents. The end-of-text tokens add
+  bits and no bytes: a model of text has to tell where it ends. Comparable between tokenizers; the loss is not.
+
+Where ``max_iters`` stops early, the bytes are those of all documents times the share of the tokens that were read.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from litgpt import GPT
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from recipe import checkpoints
+from recipe.cli import UserError
+from recipe.data import manifest
+from recipe.data.manifest import Manifest
+
+Precision = Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
+
+_LOGITS = 1 << 28  # at once, in fp32 1 GiB: decides the batch size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured, and on what."""
+
+    checkpoint: str
+    step: int
+    data_dir: str
+    same_data: bool | None
+    """Whether this is the text that the checkpoint was trained beside; None where the checkpoint does not say."""
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    """Predicted tokens."""
+    bytes: int
+    """UTF-8 bytes of their text."""
+    context: int
+    """Tokens in a window."""
+    windows: int
+    device: str
+    precision: str
+    seconds: float
+
+
+def evaluate(
+    folder: Path,
+    data_dir: Path | None = None,
+    *,
+    max_iters: int | None = None,
+    batch_size: int | None = None,
+    max_seq_length: int | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+) -> Evaluation:
+    """Evaluates a checkpoint on the validation text of a prepared corpus; a progress bar goes to stderr.
+
+    Args:
+        folder: the checkpoint.
+        data_dir: the corpus; the one that the checkpoint was trained on when None.
+        max_iters: batches at most.
+        batch_size: windows at once; when None as many as give 2^28 logits.
+        max_seq_length: tokens in a window; when None as many as in training.
+        device: as torch names it; "auto" is the GPU where there is one.
+        precision: "auto" is bf16-mixed on a GPU that computes in it, else 32-true.
+
+    Raises:
+        UserError: no or a damaged checkpoint, no tokens, tokens of another tokenizer, a context longer than the
+            model's, or a loss that is not a number.
+    """
+    mark = checkpoints.read_mark(folder)
+    config = checkpoints.load_config(folder)
+    settings = checkpoints.load_hyperparameters(folder)
+    data_dir = trained_on(settings, folder) if data_dir is None else data_dir
+    found = _prepared(data_dir)
+    _check_tokenizer(folder, mark, found, data_dir, config.padded_vocab_size)
+    context = max_seq_length or (settings.get("train") or {}).get("max_seq_length") or config.block_size
+    if not 1 <= context <= config.block_size:
+        raise UserError(
+            f"max_seq_length is {context:,}; expected 1 to {config.block_size:,}, the model's block size. "
+            "Choose a smaller --max_seq_length."
+        )
+    batch_size = batch_size or min(64, max(1, _LOGITS // (context * config.padded_vocab_size)))
+
+    where = checkpoints.choose_device(device)
+    if precision == "auto":
+        bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16-mixed" if bf16 else "32-true"
+    compute = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[precision.partition("-")[0]]
+    mixed = precision.endswith("-mixed")
+    gpt = checkpoints.load_model(folder, where, torch.float32 if mixed else compute)
+
+    start = time.perf_counter()
+    split = found.splits["val"]
+    total = -(-split.tokens // (context * batch_size))
+    batches = batched(windows(read_tokens(data_dir, "val"), context, found.tokenizer.eos_id), batch_size)
+    shown = _with_progress(islice(batches, max_iters), min(total, max_iters or total))
+    nats, tokens, n_windows = sum_loss(gpt, shown, torch.autocast(where.type, compute) if mixed else nullcontext())
+    loss = nats / tokens
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of {folder} is {loss}: its training diverged. Use an earlier checkpoint.")
+    n_bytes = round(split.bytes * tokens / split.tokens)
+    return Evaluation(
+        checkpoint=str(folder),
+        step=mark.step,
+        data_dir=str(data_dir),
+        same_data=_same_data(folder, mark, found),
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=nats / math.log(2) / n_bytes,
+        tokens=tokens,
+        bytes=n_bytes,
+        context=context,
+        windows=n_windows,
+        device=torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
+        precision=precision,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def table(result: Evaluation) -> Table:
+    """The result for people."""
+    shown = Table(title=f"{result.checkpoint}, step {result.step:,}, on {result.data_dir}", show_header=False)
+    rows = {
+        "loss": f"{result.loss:.4f} nats per token",
+        "perplexity": f"{result.perplexity:,.3f}",
+        "bits per byte": f"{result.bits_per_byte:.4f}",
+        "tokens": f"{result.tokens:,} ({result.bytes:,} bytes of text)",
+        "windows": f"{result.windows:,} of {result.context:,} tokens, not overlapping",
+        "computed": f"on {result.device} in {result.precision}, {result.tokens / result.seconds:,.0f} tokens/s",
+    }
+    for name, value in rows.items():
+        shown.add_row(name, value)
+    if result.same_data is False:
+        shown.caption = "not the text that this checkpoint was trained beside"
+    return shown
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+@torch.inference_mode()
+def sum_loss(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> tuple[float, int, int]:
+    """The summed negative log-probability of each token of each row but the row's first.
+
+    Args:
+        batches: token ids, each ``(B, T + 1)``.
+        autocast: the context of the forward passes.
+
+    Returns:
+        The sum in nats, the number of predicted tokens, and the number of rows.
+    """
+    device = gpt.lm_head.weight.device
+    nats, tokens, rows = torch.zeros((), dtype=torch.float64), 0, 0
+    for batch in batches:
+        ids = batch.to(device)
+        with autocast or nullcontext():
+            logits = gpt(ids[:, :-1])  # (B, T, V)
+        targets = ids[:, 1:].flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+        nats += losses.double().sum().cpu()  # in fp32 the sum over a large corpus would lose digits
+        tokens += targets.numel()
+        rows += ids.size(0)
+    return nats.item(), tokens, rows
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def read_tokens(data_dir: Path, split: str) -> Iterator[Tensor]:
+    """All tokens of a split in the order of the text, one tensor ``(n,)`` a chunk.
+
+    litdata's own reader leaves out what fills no window at the end of a chunk; this reads the same files as its
+    ``TokensLoader`` does.
+    """
+    folder = manifest.tokens_dir(data_dir, split)
+    found = manifest.read(data_dir)
+    assert found is not None, "the caller has checked the manifest"
+    for chunk in json.loads((folder / "index.json").read_text(encoding="utf-8"))["chunks"]:
+        header = 4 * (1 + chunk["chunk_size"] + 1)  # number of items, then their offsets, as uint32
+        tokens = np.memmap(folder / chunk["filename"], np.dtype(found.splits[split].dtype), "r", header, chunk["dim"])
+        yield torch.from_numpy(tokens.astype(np.int64))
+
+
+def windows(chunks: Iterable[Tensor], context: int, first: int) -> Iterator[Tensor]:
+    """Cuts a text into windows in which each token is a target exactly once.
+
+    Args:
+        chunks: the text's tokens, ``(n,)`` each.
+        context: tokens to predict in a window.
+        first: what stands before the text.
+
+    Yields:
+        ``(context + 1,)``: the last token of the window before, then the tokens to predict; the last one is shorter.
+    """
+    waiting = torch.tensor([first])
+    for chunk in chunks:
+        waiting = torch.cat((waiting, chunk))
+        count = (waiting.numel() - 1) // context
+        for index in range(count):
+            yield waiting[index * context : (index + 1) * context + 1]
+        waiting = waiting[count * context :]
+    if waiting.numel() > 1:
+        yield waiting
+
+
+def batched(rows: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Stacks up to ``batch_size`` rows of the same length: ``(B, T + 1)``."""
+    waiting: list[Tensor] = []
+    for row in rows:
+        if waiting and (len(waiting) == batch_size or row.numel() != waiting[0].numel()):
+            yield torch.stack(waiting)
+            waiting = []
+        waiting.append(row)
+    if waiting:
+        yield torch.stack(waiting)
+
+
+def _with_progress(batches: Iterable[Tensor], total: int) -> Iterator[Tensor]:
+    columns = (
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(batches, total=total)
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def trained_on(settings: dict[str, Any], folder: Path) -> Path:
+    """The corpus that a run's settings name.
+
+    Raises:
+        UserError: they name none, or it is not there.
+    """
+    data = settings.get("data")
+    paths = data.get("init_args", data) if isinstance(data, dict) else {}
+    if not isinstance(paths, dict) or not paths.get("val_data_path"):
+        raise UserError(f"{folder} does not say what it was trained on; name a prepared corpus with --data_dir.")
+    data_dir = Path(paths["val_data_path"]).parent
+    if not data_dir.is_dir():
+        raise UserError(
+            f"{folder} was trained on {data_dir}, which is not there (seen from {Path.cwd()}); "
+            "name a prepared corpus with --data_dir."
+        )
+    return data_dir
+
+
+def _prepared(data_dir: Path) -> Manifest:
+    from recipe.data.module import checked_manifest
+
+    return checked_manifest(data_dir)
+
+
+def _check_tokenizer(
+    folder: Path, mark: checkpoints.CheckpointMark, found: Manifest, data_dir: Path, vocabulary: int
+) -> None:
+    theirs = _trained_manifest(folder, mark)
+    if "tokenizer.json" in mark.files:
+        checkpoints.verify(folder, mark.files.keys() & set(checkpoints.TOKENIZER_FILES))
+        sha256 = manifest.tokenizer_fingerprint(folder)
+    else:
+        sha256 = theirs.tokenizer.sha256 if theirs else found.tokenizer.sha256
+    if sha256 != found.tokenizer.sha256:
+        raise UserError(
+            f"the tokens of {data_dir} were made by another tokenizer ({found.tokenizer.name}, "
+            f"{found.tokenizer.vocab_size:,} tokens) than the one of {folder}. Prepare the text with it: "
+            f"`uv run python prepare_data.py --source {data_dir} --tokenizer {folder} --data_dir ANOTHER_FOLDER "
+            "--tokenizer_dir ANOTHER_FOLDER`, then --data_dir ANOTHER_FOLDER here."
+        )
+    if found.tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"the tokens of {data_dir} have ids up to {found.tokenizer.vocab_size - 1:,}; the model of {folder} knows "
+            f"{vocabulary:,}. Name a corpus of its tokenizer with --data_dir."
+        )
+
+
+def _trained_manifest(folder: Path, mark: checkpoints.CheckpointMark) -> Manifest | None:
+    if checkpoints.MANIFEST not in mark.files:
+        return None
+    checkpoints.verify(folder, [checkpoints.MANIFEST])
+    values = json.loads((folder / checkpoints.MANIFEST).read_text(encoding="utf-8"))
+    try:
+        return manifest.from_dict(values)
+    except (KeyError, TypeError):  # of another version
+        return None
+
+
+def _same_data(folder: Path, mark: checkpoints.CheckpointMark, found: Manifest) -> bool | None:
+    theirs = _trained_manifest(folder, mark)
+    return None if theirs is None else theirs.source.sha256 == found.source.sha256

@@ -1,0 +1,221 @@
+"""The evaluation: every token of the validation text is predicted once, and the numbers are what they say."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from litgpt import GPT, Tokenizer
+
+from recipe import checkpoints
+from recipe.cli import UserError, run_door
+from recipe.data import manifest
+from recipe.data.module import validation_windows
+from recipe.data.prepare import PrepareArgs, prepare
+from recipe.evaluation.loss import batched, evaluate, read_tokens, sum_loss, windows
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+
+CPU = {"device": "cpu", "precision": "32-true"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> Path:
+    """A prepared corpus of three validation stories, one of them not ASCII."""
+    source = tmp_path_factory.mktemp("source")
+    for split, texts in (("train", stories), ("val", [*stories[:2], "Mia saw a 🦊."])):
+        (source / split).mkdir()
+        (source / split / "text.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+        )
+    data_dir = tmp_path_factory.mktemp("data") / "corpus"
+    prepare(
+        PrepareArgs(
+            source=str(source),
+            data_dir=data_dir,
+            tokenizer=str(tokenizer_dir),
+            tokenizer_dir=data_dir.parent / "tokenizer",
+            num_workers=0,
+        )
+    )
+    return data_dir
+
+
+@pytest.fixture
+def gpt(moe_fields: dict) -> GPT:
+    return tiny_gpt(moe_fields)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, gpt: GPT, corpus: Path) -> Path:
+    """A checkpoint that says that it was trained on the corpus."""
+    return save_trained(tmp_path / "checkpoints" / "final", gpt, corpus)
+
+
+def save_trained(folder: Path, gpt: GPT, corpus: Path, **train: int) -> Path:
+    paths = {"train_data_path": str(corpus / "train"), "val_data_path": str(corpus / "val")}
+    settings = {"data": {"class_path": "recipe.data.TokenizedText", "init_args": paths}, "train": train}
+    return save_tiny(
+        folder,
+        gpt,
+        corpus.parent / "tokenizer",
+        hyperparameters=settings,
+        manifest_path=manifest.manifest_path(corpus),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("sizes", [[23], [10, 13], [1, 1, 2, 19], [5, 5, 5]])
+@pytest.mark.parametrize("context", [1, 4, 5, 23, 100])
+def test_each_token_is_predicted_once(sizes: list[int], context: int) -> None:
+    text = torch.arange(1, sum(sizes) + 1)
+    cut = list(windows(text.split(sizes), context, first=0))
+    assert torch.equal(torch.cat([window[1:] for window in cut]), text)
+    assert torch.equal(torch.stack([window[0] for window in cut]), torch.arange(len(cut)) * context)
+    assert all(window.numel() == context + 1 for window in cut[:-1])
+
+
+def test_batches_hold_windows_of_one_length() -> None:
+    rows = [torch.full((3,), value) for value in range(5)] + [torch.tensor([9, 9])]
+    assert [tuple(batch.shape) for batch in batched(rows, 2)] == [(2, 3), (2, 3), (1, 3), (1, 2)]
+    assert [tuple(batch.shape) for batch in batched(rows[:4], 2)] == [(2, 3), (2, 3)]
+
+
+def test_the_tokens_are_those_that_training_validates_on(corpus: Path, stories: list[str]) -> None:
+    tokens = torch.cat(list(read_tokens(corpus, "val")))
+    split = manifest.read(corpus).splits["val"]  # type: ignore[union-attr]
+    assert tokens.numel() == split.tokens
+    tokenizer = Tokenizer(corpus.parent / "tokenizer")
+    texts = tokenizer.processor.decode(tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    assert texts == [*stories[:2], "Mia saw a 🦊.", ""]
+    assert split.bytes == sum(len(text.encode()) for text in texts)
+    seen = torch.cat([validation_windows(corpus, "val", 7)[index] for index in range(3)])
+    assert torch.equal(seen, tokens[: 3 * 8])
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_the_loss_by_hand(gpt: GPT, corpus: Path, checkpoint: Path) -> None:
+    """Token by token, from the definition: tokens before it in its window, log-softmax, sum."""
+    tokens = [0, *torch.cat(list(read_tokens(corpus, "val"))).tolist()]
+    nats = 0.0
+    for position in range(1, len(tokens)):
+        start = (position - 1) // 16 * 16
+        with torch.no_grad():
+            logits = gpt(torch.tensor([tokens[start:position]]))[0, -1].double()
+        nats -= logits.log_softmax(-1)[tokens[position]].item()
+    split = manifest.read(corpus).splits["val"]  # type: ignore[union-attr]
+    result = evaluate(checkpoint, max_seq_length=16, batch_size=3, **CPU)
+    assert result.tokens == len(tokens) - 1 == split.tokens
+    assert result.bytes == split.bytes
+    assert result.windows == math.ceil(split.tokens / 16)
+    assert result.loss == pytest.approx(nats / split.tokens, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(nats / split.tokens), rel=1e-4)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / split.bytes, rel=1e-5)
+
+
+def test_a_model_that_knows_nothing(tmp_path: Path, gpt: GPT, corpus: Path) -> None:
+    torch.nn.init.zeros_(gpt.lm_head.weight)
+    result = evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU)
+    assert result.loss == pytest.approx(math.log(384))
+    assert result.perplexity == pytest.approx(384)
+
+
+def test_the_batch_size_changes_nothing(gpt: GPT, checkpoint: Path) -> None:
+    results = [evaluate(checkpoint, max_seq_length=16, batch_size=size, **CPU) for size in (1, 4, None)]
+    assert len({(result.tokens, result.windows) for result in results}) == 1
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6) == pytest.approx(results[2].loss, rel=1e-6)
+
+
+def test_stopping_early_counts_what_was_read(checkpoint: Path, corpus: Path) -> None:
+    whole = evaluate(checkpoint, max_seq_length=16, batch_size=2, **CPU)
+    part = evaluate(checkpoint, max_seq_length=16, batch_size=2, max_iters=1, **CPU)
+    assert (part.windows, part.tokens) == (2, 32)
+    assert part.bytes == round(whole.bytes * 32 / whole.tokens)
+
+
+def test_the_context_is_that_of_training(tmp_path: Path, gpt: GPT, corpus: Path, checkpoint: Path) -> None:
+    assert evaluate(checkpoint, **CPU).context == 64
+    assert evaluate(save_trained(tmp_path / "short", gpt, corpus, max_seq_length=24), **CPU).context == 24
+    with pytest.raises(UserError, match="expected 1 to 64"):
+        evaluate(checkpoint, max_seq_length=65, **CPU)
+
+
+def test_half_precision_is_close(checkpoint: Path) -> None:
+    exact = evaluate(checkpoint, **CPU).loss
+    assert evaluate(checkpoint, device="cpu", precision="bf16-true").loss == pytest.approx(exact, rel=0.02)
+    mixed = evaluate(checkpoint, device="cpu", precision="bf16-mixed")
+    assert mixed.loss != exact
+    assert mixed.loss == pytest.approx(exact, rel=0.02)
+
+
+def test_random_state_and_settings_of_the_model_in_hand_stay(gpt: GPT) -> None:
+    before = torch.get_rng_state()
+    gpt.train()
+    sum_loss(gpt, [torch.randint(384, (2, 9), generator=torch.Generator().manual_seed(0))])
+    assert gpt.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_another_tokenizer_is_an_error(tmp_path: Path, gpt: GPT, corpus: Path, tokenizer_dir: Path) -> None:
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (other / "tokenizer_config.json").write_bytes((tokenizer_dir / "tokenizer_config.json").read_bytes())
+    folder = save_tiny(tmp_path / "final", gpt, other)
+    with pytest.raises(UserError, match=r"another tokenizer .* prepare_data\.py"):
+        evaluate(folder, corpus, **CPU)
+
+
+def test_a_vocabulary_too_small_is_an_error(tmp_path: Path, moe_fields: dict, corpus: Path) -> None:
+    gpt = tiny_gpt(moe_fields | {"vocab_size": 300, "padded_vocab_size": 300})
+    with pytest.raises(UserError, match="knows 300"):
+        evaluate(save_tiny(tmp_path / "final", gpt, None), corpus, **CPU)
+
+
+def test_no_data(tmp_path: Path, gpt: GPT, corpus: Path, checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="--data_dir"):
+        evaluate(save_tiny(tmp_path / "silent", gpt, None), **CPU)
+    moved = save_tiny(tmp_path / "moved", gpt, None, hyperparameters={"data": {"val_data_path": "nowhere/val"}})
+    with pytest.raises(UserError, match=r"was trained on nowhere, which is not there .*--data_dir"):
+        evaluate(moved, **CPU)
+    with pytest.raises(UserError, match=r"prepare_data\.py --data_dir"):
+        evaluate(checkpoint, tmp_path, **CPU)
+
+
+def test_a_diverged_model_is_told(tmp_path: Path, gpt: GPT, corpus: Path) -> None:
+    torch.nn.init.constant_(gpt.transformer.ln_f.weight, float("nan"))
+    with pytest.raises(UserError, match="diverged"):
+        evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------- door
+
+
+def test_the_script(checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The newest checkpoint, its own data; a table on stderr, JSON on stdout and in a file."""
+    monkeypatch.chdir(tmp_path)
+    main = door("evaluate").main
+    run_door(main, ["--device=cpu", "--json-file", "result.json"], optional_positional="checkpoint")
+    captured = capsys.readouterr()
+    shown = json.loads(captured.out)
+    assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    expected = asdict(evaluate(Path("checkpoints") / "final", **CPU))
+    assert {**shown, "seconds": 0} == {**expected, "seconds": 0}
+    assert shown["same_data"] is True
+    for part in ("nats per token", "perplexity", "bits per byte", f"{shown['tokens']:,}"):
+        assert part in captured.err
+    with pytest.raises(SystemExit) as exit_:
+        run_door(main, ["--max_iters", "0"], optional_positional="checkpoint")
+    assert exit_.value.code == 1
+    assert "max_iters is 0" in capsys.readouterr().err
+    assert checkpoints.verify(checkpoint).step == 1
