@@ -44,10 +44,11 @@ def use_custom_moe() -> Iterator[None]:
 def _check_litgpt() -> None:
     problems = []
     for name, parameters in _EXPECTED.items():
-        owner, method = name.split(".")
-        function = getattr(getattr(litgpt.model, owner, None), method, None)
+        class_name, method = name.split(".")
+        owner = getattr(litgpt.model, class_name, None)
+        function = None if owner is None else getattr(owner, method, None)
         if function is None:
-            problems.append(f"litgpt.model.{name} is missing")
+            problems.append(f"litgpt.model.{name if owner is not None else class_name} is missing")
         elif (found := tuple(inspect.signature(function).parameters)) != parameters:
             problems.append(f"litgpt.model.{name} takes ({', '.join(found)}), expected ({', '.join(parameters)})")
     if problems:

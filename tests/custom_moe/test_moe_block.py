@@ -1,0 +1,111 @@
+"""The block against LitGPT's, and the guard around the names that are replaced."""
+
+import litgpt.model
+import pytest
+import torch
+from litgpt import GPT, Config
+from litgpt.model import Block, LLaMAMLP, LLaMAMoE
+
+from custom_moe import MoE, MoEBlock, use_custom_moe
+
+BLOCKS = {
+    "sequential": {},
+    "parallel": {"parallel_residual": True},
+    "parallel, shared norm": {"parallel_residual": True, "shared_attention_norm": True},
+    "post norms": {"post_attention_norm": True, "post_mlp_norm": True},
+    "no first norms": {"norm_1": False, "norm_2": False, "post_attention_norm": True, "post_mlp_norm": True},
+    "dense first layer": {"first_k_dense_replace": 1, "intermediate_size": 40},
+    "dense model": {"mlp_class_name": "GptNeoxMLP", "n_expert": 0, "bias": True, "norm_class_name": "LayerNorm"},
+}
+
+
+@pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS.keys())
+def test_output_and_gradients_are_litgpts_with_and_without_the_router(moe_fields: dict, fields: dict) -> None:
+    config = Config(**{**moe_fields, **fields})
+    torch.manual_seed(0)
+    with use_custom_moe():
+        gpt = GPT(config)
+    stock = GPT(config)
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    gpt.load_state_dict(stock.state_dict())
+    cos, sin = gpt.cos[:9].unsqueeze(0), gpt.sin[:9].unsqueeze(0)
+    x = torch.randn(2, 9, 32)
+
+    for index, (block, block_stock) in enumerate(zip(gpt.transformer.h, stock.transformer.h, strict=True)):
+        leaves = [x.clone().requires_grad_() for _ in range(3)]
+        y_stock = block_stock(leaves[0], cos, sin)
+        y = block(leaves[1], cos, sin)
+        y_with, router = block(leaves[2], cos, sin, return_router_output=True)
+        torch.testing.assert_close(y, y_stock)
+        torch.testing.assert_close(y_with, y_stock)
+        assert (router is not None) == isinstance(block_stock.mlp, LLaMAMoE)
+        if router is not None:
+            assert router.logits.shape == (18, config.n_expert)
+            assert router.weights.shape == router.indices.shape == (18, config.n_expert_per_token)
+        for out in (y_stock, y, y_with):
+            out.square().sum().backward()
+        torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+        torch.testing.assert_close(leaves[2].grad, leaves[0].grad)
+        assert isinstance(block.mlp, LLaMAMLP) == (index < (config.first_k_dense_replace or 0))
+
+
+def test_generation_with_a_kv_cache_is_litgpts(moe_fields: dict) -> None:
+    config = Config(**moe_fields)
+    with use_custom_moe():
+        gpt = GPT(config)
+    stock = GPT(config)
+    stock.load_state_dict(gpt.state_dict())
+    ids = torch.randint(0, 384, (1, 6))
+    for model in (gpt, stock):
+        model.set_kv_cache(batch_size=1)
+    with torch.inference_mode():
+        for start, end in ((0, 4), (4, 5), (5, 6)):
+            position = torch.arange(start, end)
+            logits = gpt(ids[:, start:end], position, input_pos_maxp1=end)
+            torch.testing.assert_close(logits, stock(ids[:, start:end], position, input_pos_maxp1=end))
+
+
+def test_litgpt_is_as_it_was_after_the_context_also_after_an_error(moe_fields: dict) -> None:
+    config = Config(**moe_fields)
+    with use_custom_moe():
+        assert (litgpt.model.LLaMAMoE, litgpt.model.Block) == (MoE, MoEBlock)
+        with use_custom_moe():
+            inner = GPT(config)
+        assert (litgpt.model.LLaMAMoE, litgpt.model.Block) == (MoE, MoEBlock)
+    with pytest.raises(KeyError), use_custom_moe():
+        raise KeyError
+    assert (litgpt.model.LLaMAMoE, litgpt.model.Block) == (LLaMAMoE, Block)
+    assert type(inner.transformer.h[0]) is MoEBlock and type(inner.transformer.h[0].mlp) is MoE
+    after = GPT(config).transformer.h[0]
+    assert type(after) is Block and type(after.mlp) is LLaMAMoE
+
+
+def test_a_block_with_litgpts_layer_is_refused(moe_fields: dict) -> None:
+    """It would have no router output, and the balance losses would silently be zero."""
+    with pytest.raises(TypeError, match="use_custom_moe"):
+        MoEBlock(Config(**moe_fields), 0)
+
+
+def forward_with_other_arguments(self, hidden, cos, sin):
+    raise AssertionError("never called")
+
+
+def test_another_litgpt_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, moe_fields: dict) -> None:
+    with monkeypatch.context() as patch:
+        patch.delattr(litgpt.model, "GroupedTopkRouter")
+        with (
+            pytest.raises(RuntimeError, match=r"litgpt 0\.\d+.*litgpt\.model\.GroupedTopkRouter is missing"),
+            use_custom_moe(),
+        ):
+            pass
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "forward", forward_with_other_arguments)
+        with (
+            pytest.raises(RuntimeError, match=r"Block\.forward takes \(self, hidden, cos, sin\), expected \(self, x,"),
+            use_custom_moe(),
+        ):
+            pass
+        assert (litgpt.model.LLaMAMoE, litgpt.model.Block) == (LLaMAMoE, Block)
+    with use_custom_moe():
+        GPT(Config(**moe_fields))

@@ -1,0 +1,90 @@
+"""Initial values: LitGPT's distribution in every parameter, from uninitialised memory."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from litgpt import GPT, Config
+from litgpt.pretrain import initialize_weights
+
+from custom_moe import MoE, use_custom_moe
+
+SIZES = dict(
+    n_layer=3,
+    n_embd=64,
+    n_head=4,
+    block_size=16,
+    padded_vocab_size=64,
+    mlp_class_name="LLaMAMoE",
+    moe_intermediate_size=96,
+    n_expert=16,
+    n_expert_per_token=2,
+    norm_class_name="RMSNorm",
+    bias=True,
+    n_shared_expert=1,
+)
+SIGMOID = dict(n_expert_groups=2, n_topk_groups=1, n_topk_scores_per_group=2)
+
+
+def check_distribution(state: dict[str, torch.Tensor], prefix: str) -> None:
+    wide, narrow = math.sqrt(2 / 5 / 64), 1 / math.sqrt(64) / 3
+    layer = {key: value for key, value in state.items() if key.startswith(prefix)}
+    assert len(layer) >= 1 + 6 * (16 + 1)  # the gate, and 3 weights and 3 biases of each expert and the shared one
+    for key, value in layer.items():
+        if "bias" in key:
+            assert not value.any(), key
+            continue
+        std = narrow if key.endswith("proj.weight") else wide
+        # 1,024 values or more: three standard errors of the standard deviation are within 7%, of the mean within 10%.
+        assert value.numel() >= 1024
+        assert value.std().item() == pytest.approx(std, rel=0.08), key
+        assert abs(value.mean().item()) < 0.12 * std, key
+        assert value.abs().max() > 2.5 * std, key  # normal, not uniform
+
+
+@pytest.mark.parametrize("fields", [{}, SIGMOID], ids=["softmax", "sigmoid"])
+def test_pretrainings_initialisation_reaches_every_parameter(fields: dict) -> None:
+    """``initialize_weights`` knows linear layers only: a stacked parameter, or the sigmoid router's weight, would stay
+    uninitialised memory under ``init_module(empty_init=True)``."""
+    torch.manual_seed(0)
+    config = Config(**SIZES, **fields)
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    with fabric.init_module(empty_init=True), use_custom_moe():
+        gpt = GPT(config)
+    with torch.no_grad():
+        for name, value in gpt.state_dict().items():
+            if ".mlp." in name:
+                value.fill_(math.nan)
+    initialize_weights(fabric, gpt, n_layer=config.n_layer, n_embd=config.n_embd)
+    for layer in range(config.n_layer):
+        check_distribution(gpt.state_dict(), f"transformer.h.{layer}.mlp.")
+
+
+@pytest.mark.parametrize("fields", [{}, SIGMOID], ids=["softmax", "sigmoid"])
+def test_a_new_layer_is_initialised_and_can_be_again(fields: dict) -> None:
+    torch.manual_seed(0)
+    moe = MoE(Config(**SIZES, **fields))
+    check_distribution(moe.state_dict(), "")
+    with torch.no_grad():
+        for value in moe.state_dict().values():
+            value.fill_(math.nan)
+    moe.reset_parameters()
+    check_distribution(moe.state_dict(), "")
+
+
+def test_a_layer_from_meta_is_whole_after_reset() -> None:
+    with torch.device("meta"):
+        moe = MoE(Config(**SIZES, **SIGMOID))
+    moe.to_empty(device="cpu").reset_parameters()
+    check_distribution(moe.state_dict(), "")
+
+
+def test_the_correction_bias_is_fp32_in_a_model_built_in_bf16() -> None:
+    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    with fabric.init_module(), use_custom_moe():
+        gpt = GPT(Config(**SIZES, **SIGMOID))
+    gate = gpt.transformer.h[0].mlp.gate
+    assert gate.weight.dtype == torch.bfloat16
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    assert gpt(torch.zeros(1, 4, dtype=torch.int64)).dtype == torch.bfloat16

@@ -1,0 +1,168 @@
+"""The formulas against built models (on the meta device) and against torch's own FLOP counter."""
+
+import pytest
+import torch
+from litgpt import GPT, Config
+from litgpt.config import configs
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from recipe.flops import count_parameters, training_flops_per_token
+
+MOE_200M = dict(
+    name="MoE-200M",
+    block_size=2048,
+    vocab_size=50257,
+    padded_vocab_size=50257,
+    n_layer=12,
+    n_embd=768,
+    n_head=12,
+    n_query_groups=4,
+    mlp_class_name="LLaMAMoE",
+    moe_intermediate_size=2048,
+    n_expert=8,
+    n_expert_per_token=2,
+    norm_class_name="RMSNorm",
+    bias=False,
+    parallel_residual=False,
+    rotary_percentage=1.0,
+)
+TINY = dict(block_size=32, n_layer=3, n_embd=32, n_head=4, n_query_groups=2, padded_vocab_size=96, bias=False)
+TINY_MOE = dict(mlp_class_name="LLaMAMoE", moe_intermediate_size=24, n_expert=6, n_expert_per_token=2)
+
+
+def built(config: Config) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+def test_the_default_model() -> None:
+    config = Config(**MOE_200M)
+    counts = count_parameters(config)
+    assert counts.total == built(config) == 549_146_880
+    assert counts.active == 209_408_256
+    assert counts.embedding == 50257 * 768
+    assert training_flops_per_token(config, 2048) == 1_137_996_288
+    assert training_flops_per_token(config, 2048, causal=False) == 1_251_242_496
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pythia-14m",
+        "pythia-1b",
+        "phi-2",
+        "falcon-7b",
+        "Llama-2-7b-hf",
+        "Llama-3.2-1B",
+        "Mixtral-8x7B-v0.1",
+        "Gemma-2b",
+        "Gemma-2-2b",
+        "Gemma-3-1b-it",
+        "OLMo-1B-hf",
+        "OLMo-2-1124-7B",
+        "Qwen2.5-0.5B",
+        "Qwen3-30B-A3B",
+        "stablelm-base-alpha-3b",
+        "SmolLM2-135M",
+    ],
+)
+def test_total_equals_the_built_model(name: str) -> None:
+    config = Config.from_name(name)
+    assert count_parameters(config).total == built(config)
+
+
+def test_total_equals_the_built_model_for_every_family_that_litgpt_knows() -> None:
+    structures = {}
+    for fields in configs:
+        key = str(sorted((name, str(value)) for name, value in fields.items() if name not in ("name", "hf_config")))
+        structures.setdefault(key, fields)
+    assert len(structures) > 50
+    for fields in structures.values():
+        config = Config(**{**fields, "n_layer": 2})
+        assert count_parameters(config).total == built(config), config.name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"bias": True, "lm_head_bias": True},
+        {"n_shared_expert": 2, "bias": True},
+        {"first_k_dense_replace": 1, "intermediate_size": 56},
+        {"moe_intermediate_size": None, "intermediate_size": 40},
+        {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2, "norm_topk_prob": True},
+        {"norm_qk": True, "norm_qk_type": "olmo2", "post_attention_norm": True, "post_mlp_norm": True},
+    ],
+    ids=str,
+)
+def test_mixture_of_experts_parameters(fields: dict) -> None:
+    """Active is what stays when all but ``n_expert_per_token`` experts of each layer are taken away."""
+    config = Config(**{**TINY, **TINY_MOE, "norm_class_name": "RMSNorm", **fields})
+    counts = count_parameters(config)
+    assert counts.total == built(config)
+    with torch.device("meta"):
+        gpt = GPT(config)
+    unused = sum(
+        parameter.numel()
+        for block in gpt.transformer.h
+        for expert in list(getattr(block.mlp, "experts", []))[config.n_expert_per_token :]
+        for parameter in expert.parameters()
+    )
+    assert unused > 0
+    assert counts.active == counts.total - unused
+
+
+def test_tied_embeddings_count_once() -> None:
+    config = Config(**TINY, lm_head_bias=True)
+    with torch.device("meta"):
+        gpt = GPT(config)
+    gpt.transformer.wte.weight = gpt.lm_head.weight
+    tied = count_parameters(config, tie_embeddings=True)
+    assert tied.total == tied.active == sum(parameter.numel() for parameter in gpt.parameters())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": True},
+        {"mlp_class_name": "LLaMAMLP", "intermediate_size": 88, "norm_class_name": "RMSNorm"},
+        {"mlp_class_name": "GemmaMLP", "intermediate_size": 88, "n_query_groups": 1, "head_size": 12},
+        {"parallel_residual": False, "norm_qk": True, "attn_bias": True, "lm_head_bias": True},
+        {"sliding_window_size": 4, "sliding_window_indices": [1, 0, 1]},
+        {**TINY_MOE, "norm_class_name": "RMSNorm"},
+        {**TINY_MOE, "n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2},
+        {**TINY_MOE, "n_shared_expert": 2, "first_k_dense_replace": 1, "intermediate_size": 40, "bias": True},
+    ],
+    ids=str,
+)
+def test_flops_equal_torchs_counter(fields: dict) -> None:
+    """Exactly, with attention in full: the counter sees LitGPT's masked T x T products, and through the plain (math)
+    attention kernel, since the fused kernels' backward computes the scores again and is counted with it."""
+    config = Config(**{**TINY, **fields})
+    gpt = GPT(config)
+    ids = torch.randint(0, 96, (2, 16))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = gpt(ids)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    assert counter.get_total_flops() == ids.numel() * training_flops_per_token(config, 16, causal=False)
+
+
+def test_causal_attention_is_counted_by_half_and_windows_by_their_area() -> None:
+    def attention(causal: bool, seq_length: int = 16, **fields: object) -> int:
+        config = Config(**{**TINY, **fields})
+        return training_flops_per_token(config, seq_length, causal) - training_flops_per_token(config, 0, False)
+
+    assert attention(causal=True) * 2 == attention(causal=False) == 3 * 3 * 4 * 16 * 32
+    assert attention(causal=True, sliding_window_size=16) == attention(causal=True)
+    # The area of the band below the diagonal: a triangle of T less a triangle of T - window.
+    band = (16**2 - 12**2) / 2 / 16
+    assert attention(causal=True, sliding_window_size=4) == 3 * 3 * 4 * band * 32
+
+
+@pytest.mark.parametrize("count", [count_parameters, lambda config: training_flops_per_token(config, 16)])
+def test_what_is_not_covered_is_refused(count) -> None:
+    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4)
+    config = Config(**{**TINY, "n_query_groups": 4}, latent_attention=latent)
+    with pytest.raises(ValueError, match="latent_attention"):
+        count(config)
