@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, set_docstring_parse_options
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 
 class UserError(ValueError):
@@ -53,7 +53,7 @@ def exit_with_message(call: Callable[[], Any]) -> Any:
 
 def make_parser(**kwargs: Any) -> ArgumentParser:
     """A jsonargparse parser that raises ``ArgumentError`` and reads field docstrings as help texts."""
-    set_docstring_parse_options(attribute_docstrings=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(exit_on_error=False, **kwargs)
 
 

@@ -64,8 +64,8 @@ class PrepareSettings:
 
     source: str | None = None
     """A corpus by name, or a file or folder of text; null: the text that lies in the data folder"""
-    tokenizer: str = "gpt2"
-    """A name on the Hugging Face Hub, a folder, or `train`"""
+    tokenizer: str | None = None
+    """A name on the Hugging Face Hub, a folder, or `train`; null: the one that lies in tokenizer_dir, else gpt2"""
     vocab_size: int | None = None
     """Vocabulary size for `tokenizer: train`"""
 
@@ -162,6 +162,8 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         values = vars(parser.instantiate_classes(namespace))
     except ArgumentError as error:
         raise UserError(explain(str(error), _known_names(parser, run))) from None
+    except UserError:
+        raise
     except (TypeError, ValueError, AssertionError) as error:  # LitGPT's dataclasses check some fields themselves
         failed = traceback.extract_tb(error.__traceback__)[-1].line
         raise UserError(

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+pytest_plugins = ["tests.no_skips"]
+
 END_OF_TEXT = "<|endoftext|>"
 STORIES = [
     f"Once upon a time, {name} the {animal} went to the {place}. {name} was {mood}. The end."

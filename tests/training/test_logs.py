@@ -1,0 +1,44 @@
+import csv
+
+from recipe.training.logs import MetricsCSV
+
+
+def read(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_resumed_file_goes_on_after_the_step(tmp_path):
+    path = tmp_path / "metrics.csv"
+    first = MetricsCSV(path, resume_step=None)
+    for step in (1, 2, 3):
+        first.log_metrics({"train_loss": step / 2, "expert_load_max/layer_0": 1.5}, step)
+    resumed = MetricsCSV(path, resume_step=2)
+    resumed.log_metrics({"train_loss": 9.0}, 3)
+    assert [(row["step"], row["train_loss"]) for row in read(path)] == [("1", "0.5"), ("2", "1.0"), ("3", "9.0")]
+    assert read(path)[0]["expert_load_max/layer_0"] == "1.5"
+
+
+def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
+    path = tmp_path / "metrics.csv"
+    MetricsCSV(path, resume_step=None).log_metrics({"train_loss": 0.5}, 1)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("2,0.4")
+    MetricsCSV(path, resume_step=2).log_metrics({"train_loss": 0.25}, 2)
+    assert [(row["step"], row["train_loss"]) for row in read(path)] == [("1", "0.5"), ("2", "0.25")]
+
+
+def test_a_fresh_start_begins_a_fresh_file(tmp_path):
+    path = tmp_path / "metrics.csv"
+    MetricsCSV(path, resume_step=None).log_metrics({"train_loss": 0.5}, 1)
+    MetricsCSV(path, resume_step=None).log_metrics({"train_loss": 0.75}, 1)
+    assert [row["train_loss"] for row in read(path)] == ["0.75"]
+
+
+def test_a_new_column_keeps_the_rows_before_it(tmp_path):
+    path = tmp_path / "metrics.csv"
+    logger = MetricsCSV(path, resume_step=None)
+    logger.log_metrics({"train_loss": 0.5}, 1)
+    logger.log_metrics({"train_loss": 0.4, "expert_load_max/layer_0": 2.0}, 2)
+    assert [row["expert_load_max/layer_0"] for row in read(path)] == ["", "2.0"]
+    assert [row["train_loss"] for row in read(path)] == ["0.5", "0.4"]

@@ -1,0 +1,78 @@
+import re
+
+import pytest
+import torch
+from litgpt import GPT, Config
+
+from custom_moe import use_custom_moe
+from recipe.cli import UserError
+from recipe.training.optimizers import load_optimizer_state, make_optimizer, parameter_groups, set_learning_rate
+
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3, "weight_decay": 0.1, "fused": None}}
+
+
+def build(fields, **changes) -> GPT:
+    with use_custom_moe():
+        return GPT(Config(**{**fields, **changes}))
+
+
+def test_each_parameter_is_in_one_group_and_only_matrices_decay(moe_fields):
+    gpt = build(moe_fields, bias=True, norm_class_name="LayerNorm")
+    decayed, kept = parameter_groups(gpt)
+    names = {id(p): re.sub(r"transformer\.h\.\d+\.", "", name) for name, p in gpt.named_parameters()}
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "attn.qkv.weight",
+        "attn.proj.weight",
+        "mlp.experts.fc_weight",
+        "mlp.experts.proj_weight",
+        "lm_head.weight",
+    }
+    assert kept["weight_decay"] == 0.0
+    assert {"mlp.gate.weight", "mlp.experts.fc_bias", "mlp.experts.proj_bias", "norm_1.weight", "attn.qkv.bias"} <= {
+        names[id(p)] for p in kept["params"]
+    }
+
+
+def test_a_tied_head_counts_as_the_embedding(moe_fields):
+    gpt = build(moe_fields)
+    gpt.transformer.wte.weight = gpt.lm_head.weight
+    decayed, kept = parameter_groups(gpt)
+    assert sum(p is gpt.lm_head.weight for p in kept["params"]) == 1
+    assert not any(p is gpt.lm_head.weight for p in decayed["params"])
+
+
+def test_the_optimizer_leaves_the_settings_as_they_are(moe_fields):
+    """LitGPT writes `fused` into the mapping that is later saved with the run."""
+    optimizer = make_optimizer(ADAMW, build(moe_fields), fused=True)
+    assert ADAMW["init_args"] == {"lr": 1.0e-3, "weight_decay": 0.1, "fused": None}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_groups_keep_the_ratio_of_their_rates(moe_fields):
+    optimizer = make_optimizer(ADAMW, build(moe_fields), fused=False)
+    optimizer.param_groups[1]["initial_lr"] = 5.0e-3
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5e-3, 2.5e-3]
+
+
+def test_an_optimizer_that_refuses_gives_one_message(moe_fields):
+    with pytest.raises(UserError, match=r"torch\.optim\.Muon refuses"):
+        make_optimizer({"class_path": "torch.optim.Muon", "init_args": {"lr": 0.1}}, build(moe_fields), fused=False)
+
+
+def test_resuming_keeps_this_runs_settings(moe_fields):
+    """A resumed run took weight decay and betas from the checkpoint but the learning rate from the run file."""
+    gpt = build(moe_fields)
+    optimizer = make_optimizer(ADAMW, gpt, fused=False)
+    for parameter in gpt.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    changed = {**ADAMW, "init_args": {"lr": 2.0e-3, "weight_decay": 0.3}}
+    resumed = make_optimizer(changed, gpt, fused=False)
+    load_optimizer_state(resumed, optimizer.state_dict())
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.3, 0.0]
+    assert [group["initial_lr"] for group in resumed.param_groups] == [2.0e-3, 2.0e-3]
+    some = next(gpt.parameters())
+    assert torch.equal(resumed.state[some]["exp_avg"], optimizer.state[some]["exp_avg"])

@@ -1,0 +1,234 @@
+"""Whole runs of a tiny model through ``litgpt.pretrain.setup``."""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import litgpt.pretrain
+import pytest
+import torch
+from litgpt import GPT, Config
+
+from recipe import checkpoints
+from recipe.cli import UserError
+
+SETTINGS_THAT_DIFFER = {"hyperparameters.yaml", "complete.json"}
+
+
+def rows(out_dir: Path) -> list[dict[str, str]]:
+    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(out_dir: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in rows(out_dir) if row[name]]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = checkpoints.load_weights(a), checkpoints.load_weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_from_the_first_step_to_the_last(train):
+    out = train("--train.max_steps", "40")
+    losses = column(out, "train_loss")
+    assert len(losses) == 40
+    assert losses[-1] < losses[0] - 1
+    assert losses[0] == pytest.approx(math.log(384), abs=0.5)
+    assert column(out, "step") == list(range(1, 41))
+    assert column(out, "total_tokens") == [64 * step for step in range(1, 41)]
+    assert set(column(out, "iter_tokens")) == {64}
+    rates = column(out, "learning_rate")
+    assert (rates[0], rates[1], rates[-1]) == (pytest.approx(5e-3), pytest.approx(1e-2), pytest.approx(1e-4))
+    assert len(column(out, "val_loss")) == 10
+    assert column(out, "val_loss")[-1] < 4
+    assert column(out, "time") == sorted(column(out, "time"))
+    assert all(value > 0 for value in column(out, "grad_norm"))
+    for layer in (0, 1):
+        assert all(1 <= load <= 4 for load in column(out, f"expert_load_max/layer_{layer}"))
+        assert all(0 <= load <= 1 for load in column(out, f"expert_load_min/layer_{layer}"))
+    assert all(1 <= value < 4 for value in column(out, "load_balancing_loss"))
+    assert sorted(path.name for path in out.glob("step-*")) == [f"step-{step:08d}" for step in range(4, 40, 4)]
+    assert checkpoints.read_mark(out / "final").step == 40
+
+
+def test_the_final_checkpoint_is_stock_litgpts(train):
+    """Strictly loaded by LitGPT's own GPT, and it computes what was trained: the validation loss is the logged one."""
+    out = train()
+    gpt = GPT(Config.from_file(out / "final" / "model_config.yaml"))
+    assert type(gpt.transformer.h[0].mlp) is litgpt.model.LLaMAMoE
+    gpt.load_state_dict(torch.load(out / "final" / "lit_model.pth", weights_only=True))
+    from recipe.data.module import validation_windows
+    from recipe.settings import parse_run
+
+    run = parse_run(["--config", str(out / "run_config.yaml")])
+    windows = validation_windows(Path(run.settings.data.data_dir), "val", 16)
+    tokens = torch.stack([windows[index].long() for index in range(6)])  # 3 batches of 2
+    with torch.no_grad():
+        logits = gpt(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(loss) == pytest.approx(column(out, "val_loss")[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, stop):
+    """Bit for bit: losses, learning rates, weights, optimizer; a sample is drawn on the way."""
+    whole = train("--out_dir", str(tmp_path / "whole"))
+    train("--out_dir", str(tmp_path / "cut"))
+    cut = tmp_path / "cut"
+    resumed = train("--out_dir", str(cut), "--resume", str(cut / f"step-{stop:08d}"))
+    assert_same_weights(whole / "final", resumed / "final")
+    same = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "epoch", "total_tokens")
+    assert [[row[name] for name in same] for row in rows(whole)] == [
+        [row[name] for name in same] for row in rows(resumed)
+    ]
+    one, other = (checkpoints.load_training_state(out / "final") for out in (whole, resumed))
+    for key, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], other["optimizer"]["state"][key][name]) for name in state)
+
+
+def test_resume_across_the_end_of_an_epoch(train, tmp_path):
+    flags = ("--train.max_steps", "150", "--train.save_interval", "50", "--eval.interval", "100")
+    whole = train("--out_dir", str(tmp_path / "whole"), *flags)
+    epochs = column(whole, "epoch")
+    assert epochs[0] == 0
+    assert epochs[-1] >= 1
+    assert epochs == sorted(epochs)
+    cut = train("--out_dir", str(tmp_path / "cut"), *flags)
+    for step in (50, 100):
+        train("--out_dir", str(cut), *flags, "--resume", str(cut / f"step-{step:08d}"))
+        assert_same_weights(whole / "final", cut / "final")
+        assert column(whole, "epoch") == column(cut, "epoch")
+
+
+def test_resume_auto(train, capsys):
+    out = train("--resume", "auto")
+    assert "fresh start" in capsys.readouterr().out
+    before = checkpoints.read_mark(out / "final").files["lit_model.pth"].sha256
+    train("--resume", "auto")
+    assert "This run is finished" in capsys.readouterr().out
+    assert checkpoints.read_mark(out / "final").files["lit_model.pth"].sha256 == before
+    train("--resume", "auto", "--train.max_steps", "16")
+    assert "step 12 of 16" in capsys.readouterr().out
+    assert column(out, "step") == list(range(1, 17))
+    assert checkpoints.read_mark(out / "final").step == 16
+
+
+def test_a_used_up_time_ends_in_a_checkpoint_to_resume_from(train, capsys):
+    out = train("--train.max_time", "0.001")
+    assert not (out / "final").exists()
+    assert checkpoints.read_mark(out / "step-00000001").step == 1
+    assert "--resume auto" in capsys.readouterr().out
+    train("--resume", "auto")
+    assert column(out, "step") == list(range(1, 13))
+
+
+def test_leftover_micro_batches_are_trained_on(train):
+    out = train("--train.max_steps", "null", "--train.max_tokens", "240")  # 7 micro batches of 32, two a step
+    assert column(out, "iter_tokens") == [64, 64, 64, 32]
+    assert column(out, "total_tokens")[-1] == 224
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(train, tmp_path):
+    """Without the balance losses, which are per micro batch, two micro batches of 2 are one of 4."""
+    flags = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0", "--train.max_steps", "1")
+    accumulated = train(*flags, "--out_dir", str(tmp_path / "a"))
+    at_once = train(*flags, "--out_dir", str(tmp_path / "b"), "--micro-batch-size", "4")
+    for name in ("train_loss", "grad_norm"):
+        assert column(accumulated, name) == pytest.approx(column(at_once, name), rel=1e-5)
+
+
+def test_logged_loss_is_the_mean_of_its_interval(train, tmp_path):
+    each = column(train("--out_dir", str(tmp_path / "each")), "train_loss")
+    third = column(train("--out_dir", str(tmp_path / "third"), "--train.log_interval", "3"), "train_loss")
+    # Rows of steps 4 and 8 hold a validation loss alone.
+    assert third == pytest.approx([sum(each[i : i + 3]) / 3 for i in range(0, 12, 3)], rel=1e-6)
+
+
+def test_samples_leave_the_run_as_it_is(train, tmp_path):
+    with_samples = train("--out_dir", str(tmp_path / "a"), "--sample.temperature", "1.0")
+    without = train("--out_dir", str(tmp_path / "b"), "--sample.prompt", "null")
+    assert_same_weights(with_samples / "final", without / "final")
+
+
+def test_tied_embeddings_are_one_matrix(train):
+    out = train("--train.tie_embeddings", "true")
+    weights = checkpoints.load_weights(out / "final")
+    assert torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+    train("--train.tie_embeddings", "true", "--resume", "auto", "--train.max_steps", "14")
+
+
+def test_a_run_from_the_weights_of_another(train, tmp_path):
+    first = train()
+    second = train(
+        "--initial_checkpoint_dir",
+        str(first / "final"),
+        "--out_dir",
+        str(tmp_path / "second"),
+        "--train.max_steps",
+        "4",
+    )
+    assert column(second, "train_loss")[0] < column(first, "train_loss")[0] - 0.5
+
+
+def test_loggers_side_by_side(train):
+    out = train("--loggers", "[csv,tensorboard,wandb]")
+    assert list((out / "logs" / "tensorboard").glob("events.*"))
+    assert list((out / "wandb").glob("offline-run-*"))
+    run_id = (out / "wandb_run_id").read_text(encoding="utf-8")
+    train("--loggers", "[csv,tensorboard,wandb]", "--resume", "auto", "--train.max_steps", "14")
+    assert (out / "wandb_run_id").read_text(encoding="utf-8") == run_id
+    assert {path.name.rsplit("-", 1)[1] for path in (out / "wandb").glob("offline-run-*")} == {run_id.strip()}
+    assert column(out, "step") == list(range(1, 15))
+
+
+def test_litgpts_own_text_files(train, tmp_path, stories, monkeypatch):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for index in range(3):
+        (folder / f"{index}.txt").write_text("\n".join(stories * 2), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run_train.py"])
+    out = train(
+        *("--data.class_path", "litgpt.data.TextFiles", "--data.init_args.train_data_path", str(folder)),
+        *("--data.init_args.val_data_path", "null", "--data.init_args.num_workers", "0", "--train.max_steps", "3"),
+    )
+    assert len(column(out, "train_loss")) == 3
+
+
+def test_bf16_true_trains(train):
+    out = train("--precision", "bf16-true", "--train.max_steps", "4")
+    assert checkpoints.load_weights(out / "final")["lm_head.weight"].dtype == torch.bfloat16
+    assert all(math.isfinite(loss) for loss in column(out, "train_loss"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    with pytest.raises(UserError, match="no longer finite at step"):
+        train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null")
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_other_batches_are_not_resumed(train):
+    out = train()
+    with pytest.raises(UserError, match="micro_batch_size was 2 and is now 4"):
+        train("--resume", str(out / "step-00000004"), "--micro-batch-size", "4")
+
+
+def test_another_model_is_not_resumed(train):
+    out = train()
+    with pytest.raises(UserError, match="n_layer: 2 there, 1 here"):
+        train("--resume", str(out / "step-00000004"), "--model.n_layer", "1")
+
+
+def test_a_fresh_start_does_not_go_over_a_run(train):
+    out = train()
+    mark = (out / "final" / "complete.json").read_bytes()
+    with pytest.raises(UserError, match=r"--resume auto.*--out_dir.*--overwrite"):
+        train()
+    assert (out / "final" / "complete.json").read_bytes() == mark
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    train("--overwrite", "true", "--train.max_steps", "2")
+    assert column(out, "step") == [1, 2]
+    assert not list(out.glob("step-*"))
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"

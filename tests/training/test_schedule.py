@@ -1,0 +1,65 @@
+import math
+
+import pytest
+from litgpt.args import TrainArgs
+
+from recipe.cli import UserError
+from recipe.training.schedule import learning_rate, plan_run
+
+
+def plan(**train):
+    defaults = dict(global_batch_size=8, micro_batch_size=2, lr_warmup_steps=3)
+    return plan_run(TrainArgs(**{**defaults, **train}), devices=1, seq_length=10, epoch_micro_batches=50)
+
+
+def test_leftover_micro_batches_make_a_shorter_last_step():
+    # 230 tokens are 11 micro batches of 20; LitGPT would drop the three that do not fill a third step of four.
+    run = plan(max_tokens=230)
+    assert (run.micro_batches, run.accumulation, run.steps, run.tokens) == (11, 4, 3, 220)
+    assert [run.micro_batches_in(step) for step in range(run.steps)] == [4, 4, 3]
+
+
+def test_the_first_limit_wins_and_is_named():
+    assert plan(max_tokens=10_000, max_steps=2).ended_by == "max_steps 2"
+    assert plan(max_tokens=10_000, max_steps=2).micro_batches == 8
+    epochs = plan(max_tokens=10_000, epochs=2)
+    assert (epochs.ended_by, epochs.micro_batches) == ("epochs 2", 100)
+
+
+def test_devices_share_the_tokens():
+    run = plan_run(
+        TrainArgs(global_batch_size=8, micro_batch_size=2, max_tokens=800),
+        devices=2,
+        seq_length=10,
+        epoch_micro_batches=50,
+    )
+    assert (run.micro_batches, run.accumulation, run.tokens) == (20, 2, 800)
+
+
+def test_a_run_shorter_than_a_micro_batch_is_refused():
+    with pytest.raises(UserError, match="less than one micro batch of 20 tokens"):
+        plan(max_tokens=19)
+
+
+def test_warmup_fraction_is_of_an_epoch():
+    assert plan(lr_warmup_steps=None, lr_warmup_fraction=0.2, max_steps=100).warmup_steps == math.ceil(0.2 * 50 / 4)
+
+
+def test_warmup_leaves_the_last_step_at_the_minimum():
+    run = plan(lr_warmup_steps=100, max_steps=5)
+    assert run.warmup_steps == 4
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0, 7), (3, 7), (6, 7), (100, 1000)])
+def test_learning_rate_from_the_first_update_to_the_last(warmup, steps):
+    rates = [learning_rate(s, peak=1.0, minimum=0.1, warmup_steps=warmup, steps=steps) for s in range(steps)]
+    assert all(rate > 0 for rate in rates)
+    assert rates[-1] == pytest.approx(0.1)
+    if warmup:
+        assert rates[0] == pytest.approx(1 / warmup)
+        assert rates[warmup - 1] == pytest.approx(1.0)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_halfway_down_the_cosine():
+    assert learning_rate(14, peak=1.0, minimum=0.0, warmup_steps=10, steps=20) == pytest.approx(0.5)
