@@ -129,7 +129,7 @@ def parts(path: Path, rules: Rules, split: str | None, *, may_cut: bool) -> Iter
         path: a .txt, .jsonl or .parquet file.
         rules: what ends a document, where the text is, how splits are made.
         split: the split of the whole file, None where the documents are to be split.
-        may_cut: a long document may be divided at line ends (its tokens are the same, divided or not).
+        may_cut: a long document may be divided between words and lines (its tokens are the same, divided or not).
 
     Raises:
         UserError: for a .jsonl or .parquet file without text in it, or a broken one.
@@ -162,7 +162,7 @@ def read(part: Part, rules: Rules) -> PartText:
         texts = (document for row in rows for document in (documents_of(row) if row else [""]))
     found = part_text(texts, rules, part.split)
     if found.pieces and not part.closes:
-        found.pieces[-1] = found.pieces[-1]._replace(text=found.pieces[-1].text + "\n", closes=False)
+        found.pieces[-1] = found.pieces[-1]._replace(closes=False)
     return found
 
 
@@ -217,7 +217,10 @@ def _long_document(
     sections = [(begin, end, split)]
     if split is None and rules.val_fraction is not None:
         if rules.cut:
-            middle = _line_end(data, begin + round((end - begin) * (1 - rules.val_fraction)), end)
+            wanted = begin + round((end - begin) * (1 - rules.val_fraction))
+            near = wanted + round((end - begin) * rules.val_fraction / 2)
+            middle = _cut_place(data, wanted, near, b"\n")
+            middle = middle if middle < near else _cut_place(data, wanted, end)
             sections = [(begin, middle, "train"), (middle, end, "val")]
         else:
             head = data[begin : begin + 8 * HASHED_BYTES].decode("utf-8", errors="ignore")
@@ -227,7 +230,7 @@ def _long_document(
         while start < section_end:
             stop = section_end
             if start + PART_BYTES < section_end:
-                stop = _line_end(data, start + PART_BYTES, section_end)
+                stop = _cut_place(data, start + PART_BYTES, section_end)
             yield Part(
                 path,
                 start,
@@ -240,26 +243,30 @@ def _long_document(
             start = stop
 
 
-def _line_end(data: mmap.mmap, start: int, end: int) -> int:
-    """The place after the next line end that stands alone between two visible characters, or ``end``.
+def _cut_place(data: mmap.mmap, start: int, end: int, blanks: bytes = b" \n") -> int:
+    """The next place where a byte-level pre-tokenizer divides in any case, or ``end``.
 
-    There, and not inside a run of white space, a byte-level pre-tokenizer divides in any case.
+    That is after a lone line end between two visible characters, or before a lone space between two letters; in longer
+    runs of white space it depends on what follows.
     """
-    at = data.find(b"\n", start, end)
-    while 0 <= at < end - 1:
+    for match in re.compile(b"[" + blanks + b"]").finditer(data, start, end - 1):
+        at = match.start()
         before = data[max(0, at - 5) : at].removesuffix(b"\r").decode("utf-8", errors="ignore")[-1:]
         after = data[at + 1 : at + 5].decode("utf-8", errors="ignore")[:1]
-        if before and after and not before.isspace() and not after.isspace():
+        if match.group() == b" ":
+            if before.isalpha() and after.isalpha():
+                return at
+        elif before and after and not before.isspace() and not after.isspace():
             return at + 1
-        at = data.find(b"\n", at + 1, end)
     return end
 
 
 def _read_txt(part: Part, rules: Rules) -> Iterator[str]:
     text = _decode(part.path, _bytes(part), part.start)
-    if not (part.opens and part.closes):
-        # No separator is in here; a byte order mark or a "\r" is all that may need mending.
-        yield clean(text)
+    if not (part.opens and part.closes):  # of a single document, so no separator is in here
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = text.lstrip() if part.opens else text
+        yield text.rstrip() if part.closes else text
         return
     documents = list(documents_of(text, rules.separator))
     # Nothing stands before a leading separator or after a trailing one: no document, not an empty one.

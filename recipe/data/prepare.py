@@ -446,7 +446,7 @@ def _tokenize(
         print(f"Tokenizing {split}: {'; '.join(reasons[:3])}{more}")
     building = manifest.tokens_dir(args.data_dir) / BUILDING
     tokenizer_json = info.folder / "tokenizer.json"
-    may_cut = tokenizers.divides_at_line_ends(tokenizer_json)
+    may_cut = tokenizers.divides_between_words(tokenizer_json)
     folders = {split: building / split for split in stale}
     try:
         for cut in (False, True):
@@ -571,9 +571,17 @@ def _summary(found: Manifest) -> str:
 
 
 def _log_to_wandb(args: PrepareArgs) -> None:
+    if int(os.environ.get("RANK", 0)) > 0:  # of a run on several devices, in which every process prepares
+        return
     from recipe.data import artifacts
 
-    artifacts.log_dataset(args.data_dir, name=args.wandb_artifact, project=args.wandb_project, entity=args.wandb_entity)
+    artifacts.log_dataset(
+        args.data_dir,
+        tokenizer_dir=args.tokenizer_dir,
+        name=args.wandb_artifact,
+        project=args.wandb_project,
+        entity=args.wandb_entity,
+    )
 
 
 # --- one at a time, and how far it is ---

@@ -365,8 +365,8 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
     return split["pattern"].get("Regex") if byte_level and isolated else None
 
 
-def divides_at_line_ends(tokenizer_json: Path) -> bool:
-    """Whether a text cut after a lone line end gives the ids of the whole: true of byte-level pre-tokenizers."""
+def divides_between_words(tokenizer_json: Path) -> bool:
+    """Whether a text cut at a lone blank gives the ids of the whole: true of byte-level pre-tokenizers."""
     values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     return values.get("normalizer") is None and _pattern(values.get("pre_tokenizer") or {}) is not None
 

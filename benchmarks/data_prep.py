@@ -1,0 +1,247 @@
+"""Text to tokens: LitGPT's TextFiles against prepare_data.py, both over the same text on the same cores.
+
+    uv run python benchmarks/data_prep.py                                  # 20 MB of the built-in stories
+    uv run python benchmarks/data_prep.py --megabytes 100 --repeat 1
+    uv run python benchmarks/data_prep.py --text my.txt --tokenizer data/tokenizer
+
+Each run is a process of its own, timed whole ("with imports") and from the moment when all is imported ("without").
+TextFiles puts no end-of-text after documents; apart from document ends both must give the same ids, which is checked.
+Writes benchmarks/results/data_prep.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+MARK = "<|endoftext|>"
+FILES = 8  # TextFiles divides its work by files
+OUTPUTS = {"TextFiles": ("train/train", "val/val"), "ours": ("tokens/train", "tokens/val")}
+WAYS = tuple(OUTPUTS)
+PACKAGES = ("litgpt", "litdata", "torch", "tokenizers", "tiktoken")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=20, help="size of the built-in corpus")
+    parser.add_argument("--text", type=Path, help=f"a text of your own, its documents divided by lines of {MARK}")
+    parser.add_argument("--tokenizer", default="train", help="a tokenizer folder, or `train`")
+    parser.add_argument("--vocab_size", type=int, default=8192, help="of the trained tokenizer")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each; the median counts")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "data_prep.json")
+    parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)  # the process that is timed
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--preload", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        run(args.run, args.folder, args.preload)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        result = compare(args, Path(name))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+    print(f"Written to {args.output}")
+
+
+def compare(args: argparse.Namespace, folder: Path) -> dict:
+    """Runs both ways in turns and checks that the ids agree."""
+    text_bytes = write_corpus(args, folder)
+    make_tokenizer(args, folder)
+    seconds: dict[str, list[float]] = {f"{way} {imports}": [] for way in WAYS for imports in ("with", "without")}
+    memory: dict[str, float] = {}
+    for _ in range(args.repeat):
+        for way in WAYS:
+            whole, inside, peak = timed_process(way, folder, preload=False)
+            if way == "ours":
+                # It imports torch while its workers tokenize: what it takes without imports needs a run of its own.
+                _, inside, _ = timed_process(way, folder, preload=True)
+            seconds[f"{way} with"].append(round(whole, 2))
+            seconds[f"{way} without"].append(round(inside, 2))
+            memory[way] = max(peak, memory.get(way, 0.0))
+    documents = {way: read_documents(way, folder) for way in WAYS}
+    same = documents["TextFiles"] == documents["ours"]
+    tokens = sum(map(len, documents["ours"]))
+    return {
+        "command": " ".join(["python", "benchmarks/data_prep.py", *sys.argv[1:]]),
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "text_bytes": text_bytes,
+        "documents": len(documents["ours"]),
+        "tokens": tokens,
+        "same_ids_apart_from_document_ends": same,
+        "seconds": seconds,
+        "tokens_per_second": {key: round(tokens / statistics.median(values)) for key, values in seconds.items()},
+        "ratio": {
+            imports: round(
+                statistics.median(seconds[f"TextFiles {imports}"]) / statistics.median(seconds[f"ours {imports}"]), 1
+            )
+            for imports in ("with", "without")
+        },
+        "peak_memory_gb": {way: round(value / 1e9, 2) for way, value in memory.items()},
+    }
+
+
+def write_corpus(args: argparse.Namespace, folder: Path) -> int:
+    """The same text for both: 8 files to train on, a small one to validate on; returns their bytes."""
+    from recipe.data.documents import documents_of
+    from recipe.data.stories import generate_stories
+
+    if args.text:
+        documents = [text for text in documents_of(args.text.read_text(encoding="utf-8")) if text]
+    else:
+        documents, size = [], 0
+        for story in generate_stories():
+            if size >= args.megabytes * 1e6:
+                break
+            documents.append(story)
+            size += len(story)
+    cut = max(1, len(documents) // 20)
+    (folder / "train").mkdir()
+    (folder / "val").mkdir()
+    shards = [documents[cut + i :: FILES] for i in range(FILES)]
+    for name, shard in [("val/0.txt", documents[:cut]), *((f"train/{i}.txt", s) for i, s in enumerate(shards))]:
+        (folder / name).write_text(f"\n{MARK}\n".join(shard), encoding="utf-8", newline="\n")
+    return sum(path.stat().st_size for path in folder.rglob("*.txt"))
+
+
+def make_tokenizer(args: argparse.Namespace, folder: Path) -> None:
+    """Puts the tokenizer into ``folder``, in the form that both read."""
+    from recipe.data import tokenizers
+
+    if args.tokenizer == "train":
+        texts = (path.read_text(encoding="utf-8") for path in sorted((folder / "train").glob("*.txt")))
+        files = tokenizers.train((text.replace(MARK, "") for text in texts), args.vocab_size)
+    else:
+        files = tokenizers.from_folder(Path(args.tokenizer))
+    tokenizers.install(files, {"name": "benchmark"}, folder / "tokenizer")
+
+
+def timed_process(way: str, folder: Path, preload: bool) -> tuple[float, float, float]:
+    """Seconds of the whole process, seconds after its imports, peak memory of it and its children in bytes."""
+    import psutil
+
+    for place in OUTPUTS[way]:
+        shutil.rmtree(folder / place, ignore_errors=True)
+    command = [sys.executable, __file__, "--run", way, "--folder", str(folder), *(["--preload"] if preload else [])]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+    peak = [0.0]
+
+    def watch() -> None:
+        while process.poll() is None:
+            try:
+                family = [psutil.Process(process.pid)]
+                family += family[0].children(recursive=True)
+                peak[0] = max(peak[0], sum(member.memory_info().rss for member in family))
+            except psutil.Error:
+                pass
+            time.sleep(0.2)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, _ = process.communicate()
+    whole = time.perf_counter() - started
+    watcher.join()
+    lines = [line for line in output.splitlines() if line.startswith("SECONDS ")]
+    if process.returncode or not lines:
+        sys.exit(f"{way} failed:\n{output}")
+    inside = float(lines[-1].split()[1])
+    kind = "without imports" if preload else "whole process"
+    print(f"{way}: {inside if preload else whole:.2f} s ({kind})", flush=True)
+    return whole, inside, peak[0]
+
+
+def run(way: str, folder: Path, preload: bool) -> None:
+    """What is timed."""
+    if way == "TextFiles":
+        from litdata import optimize  # noqa: F401
+        from litgpt.data import TextFiles
+        from litgpt.tokenizer import Tokenizer
+
+        started = time.perf_counter()
+        data = TextFiles(folder / "train", folder / "val")
+        data.connect(Tokenizer(folder / "tokenizer"), batch_size=1, max_seq_length=256)
+        data.prepare_data()
+    else:
+        if preload:
+            import litdata.streaming.writer  # noqa: F401
+        from recipe.data.prepare import PrepareArgs, prepare
+
+        started = time.perf_counter()
+        prepare(PrepareArgs(data_dir=folder, tokenizer_dir=folder / "tokenizer"))
+    print(f"SECONDS {time.perf_counter() - started}")
+
+
+def read_documents(way: str, folder: Path) -> list[bytes]:
+    """The ids of every document, in a fixed order, without what stands between documents."""
+    import numpy as np
+    from litgpt.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(folder / "tokenizer")
+    between = tokenizer.token_to_id("Ċ")  # the line ends around a mark, which TextFiles keeps
+    documents = []
+    for place in OUTPUTS[way]:
+        index = json.loads((folder / place / "index.json").read_text(encoding="utf-8"))
+        dtype = {"16": np.int32, "15": np.int32, "20": np.uint16}[index["config"]["data_format"][0].split(":")[1]]
+        for chunk in index["chunks"]:
+            offset = 4 * (chunk["chunk_size"] + 2)
+            ids = np.fromfile(folder / place / chunk["filename"], dtype=dtype, offset=offset).astype(np.int32)
+            for piece in np.split(ids, np.flatnonzero(ids == tokenizer.eos_id)):
+                words = piece[np.flatnonzero((piece != tokenizer.eos_id) & (piece != between))]
+                if len(words):
+                    inner = piece[piece != tokenizer.eos_id]
+                    if way == "TextFiles":
+                        kept = np.flatnonzero(inner != between)
+                        inner = inner[kept[0] : kept[-1] + 1]
+                    documents.append(inner.tobytes())
+    return sorted(documents)
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(result: dict) -> str:
+    """The result for people."""
+    lines = [
+        f"{result['text_bytes'] / 1e6:.1f} MB, {result['documents']:,} documents, {result['tokens']:,} tokens, "
+        f"{result['hardware']['cores']} cores; the same ids apart from document ends: "
+        f"{result['same_ids_apart_from_document_ends']}",
+        f"{'':28} {'TextFiles':>12} {'ours':>12} {'ratio':>7}",
+    ]
+    for imports in ("with", "without"):
+        speeds = [f"{result['tokens_per_second'][f'{way} {imports}']:,}" for way in WAYS]
+        lines.append(
+            f"{f'tokens/s, {imports} imports':28} {speeds[0]:>12} {speeds[1]:>12} {result['ratio'][imports]:>6}x"
+        )
+    memory = [f"{result['peak_memory_gb'][way]:.2f}" for way in WAYS]
+    lines.append(f"{'peak memory, GB':28} {memory[0]:>12} {memory[1]:>12}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""What is a document, what belongs to it, which split it goes to, and that parts never change any of that."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recipe.cli import UserError
+from recipe.data import documents
+from recipe.data.documents import END_OF_TEXT, Rules, cut_document, documents_of, parts, read, split_of, text_files
+
+
+def texts(path: Path, rules: Rules | None = None, split: str | None = "train", may_cut: bool = True) -> list[str]:
+    """The documents of a file, read part by part."""
+    rules = rules or Rules()
+    found, unfinished = [], ""
+    for part in parts(path, rules, split, may_cut=may_cut):
+        for piece in read(part, rules).pieces:
+            unfinished += piece.text
+            if piece.closes:
+                found.append(unfinished)
+                unfinished = ""
+    assert unfinished == ""
+    return found
+
+
+def write(path: Path, data: str | bytes) -> Path:
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of some 100 bytes, so that small files come in many."""
+    monkeypatch.setattr(documents, "PART_BYTES", 100)
+    monkeypatch.setattr(documents, "LONG_DOCUMENT_BYTES", 300)
+
+
+# --- .txt ---
+
+
+def test_a_file_without_a_mark_is_one_document(tmp_path: Path) -> None:
+    assert texts(write(tmp_path / "a.txt", "\n one\n\n two \n")) == ["one\n\n two"]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_a_line_with_the_mark_ends_a_document(tmp_path: Path, line_end: str, bom: str) -> None:
+    lines = [END_OF_TEXT, "a", "", "b", END_OF_TEXT + "  ", "c", END_OF_TEXT]
+    assert texts(write(tmp_path / "a.txt", bom + line_end.join(lines))) == ["a\n\nb", "c"]
+
+
+def test_a_mark_inside_a_line_is_text_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", f"a {END_OF_TEXT} b\n{END_OF_TEXT}c\nd{END_OF_TEXT}\n{END_OF_TEXT}\ne")
+    assert texts(path) == [f"a {END_OF_TEXT} b\n{END_OF_TEXT}c\nd{END_OF_TEXT}", "e"]
+    (part,) = parts(path, Rules(), "train", may_cut=True)
+    assert read(part, Rules()).marks == 3
+
+
+def test_a_separator_of_ones_own_stands_beside_the_mark(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", f"a\n---\nb --- c\n----\n{END_OF_TEXT}\nd\n")
+    assert texts(path, Rules(separator="---")) == ["a", "b --- c\n----", "d"]
+
+
+def test_the_empty_separator_is_an_empty_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "a\nb\n\nc\r\n\r\nd\n  \ne")
+    assert texts(path, Rules(separator="")) == ["a\nb", "c", "d", "e"]
+
+
+def test_documents_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", f"a\n{END_OF_TEXT}\n \n\n{END_OF_TEXT}\n{END_OF_TEXT}\nb\n{END_OF_TEXT}\n")
+    (part,) = parts(path, Rules(), "train", may_cut=True)
+    found = read(part, Rules())
+    assert [piece.text for piece in found.pieces] == ["a", "b"]
+    assert found.empty == 2
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_parts_hold_the_documents_of_the_whole(tmp_path: Path, small_parts: None, line_end: str) -> None:
+    wanted = [f"Document {i}:\n" + "word \u00e9\u4e2d " * (i % 9) + "end" for i in range(60)]
+    path = write(tmp_path / "a.txt", f"\n{END_OF_TEXT}\n".join(wanted).replace("\n", line_end))
+    assert len(list(parts(path, Rules(), "train", may_cut=True))) > 10
+    assert texts(path) == wanted
+
+
+def test_parts_do_not_depend_on_where_a_mark_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mark that straddles the target size of a part once went missing when it is searched from there."""
+    wanted = ["a" * 30, "b" * 30, "c" * 30]
+    path = write(tmp_path / "a.txt", f"\n{END_OF_TEXT}\n".join(wanted))
+    for size in range(1, 120):
+        monkeypatch.setattr(documents, "PART_BYTES", size)
+        assert texts(path) == wanted, size
+
+
+def test_a_long_document_comes_in_pieces(tmp_path: Path, small_parts: None) -> None:
+    """Cut after a lone line end or before a lone space, never inside a run of white space."""
+    blanks = ["\n", "\n\n", "  ", " ", "\u3000\n", ".\n ", "\r\n", "1 ", " 2"]
+    long = "Begin" + "".join(f"{blanks[i * 7 % 9]}w\u00e9rd" for i in range(500)) + "end"
+    path = write(tmp_path / "a.txt", f"short\n{END_OF_TEXT}\n{long}\n{END_OF_TEXT}\nlast")
+    assert texts(path) == ["short", long.replace("\r", ""), "last"]
+    found = [piece for part in parts(path, Rules(), "train", may_cut=True) for piece in read(part, Rules()).pieces]
+    assert len(found) > 20
+    for piece, following in pairwise(found):
+        if not piece.closes:
+            around = piece.text[-2:] + "|" + following.text[:2]
+            assert re.fullmatch(r"\S\n\|\S.|.[^\W\d]\| [^\W\d]", around), around
+    # A tokenizer that looks across words gets it whole.
+    assert all(part.opens and part.closes for part in parts(path, Rules(), "train", may_cut=False))
+    assert texts(path, may_cut=False) == texts(path)
+
+
+def test_a_long_document_goes_to_the_split_of_its_hash_whole(tmp_path: Path, small_parts: None) -> None:
+    splits = set()
+    for i in range(20):
+        long = "\n".join(f"Book {i}, line {j}." for j in range(50))
+        path = write(tmp_path / f"{i}.txt", long)
+        rules = Rules(val_fraction=0.5)
+        pieces = [piece for part in parts(path, rules, None, may_cut=True) for piece in read(part, rules).pieces]
+        assert len(pieces) > 3
+        assert {piece.split for piece in pieces} == {split_of(long, 0.5)}
+        splits.add(pieces[0].split)
+    assert splits == {"train", "val"}
+
+
+def test_a_long_document_is_cut_once_where_each_document_is(tmp_path: Path, small_parts: None) -> None:
+    long = "\n".join(f"Line {i} of it." for i in range(100))
+    path = write(tmp_path / "a.txt", long)
+    rules = Rules(val_fraction=0.2, cut=True)
+    pieces = [piece for part in parts(path, rules, None, may_cut=True) for piece in read(part, rules).pieces]
+    train = "".join(piece.text for piece in pieces if piece.split == "train")
+    val = "".join(piece.text for piece in pieces if piece.split == "val")
+    assert train + "\n" + val == long
+    assert val.startswith("Line ")
+    assert 0.15 < len(val) / len(long) < 0.25
+    assert [piece.split for piece in pieces if piece.closes] == ["train", "val"]
+
+
+def test_text_that_is_not_utf8_names_file_offset_and_line(tmp_path: Path, small_parts: None) -> None:
+    good = f"one line\n{END_OF_TEXT}\n" * 20
+    path = write(tmp_path / "latin.txt", good.encode() + "caf\u00e9".encode("latin-1"))
+    with pytest.raises(UserError, match=rf"latin\.txt is not UTF-8: byte 0xe9 at offset {len(good) + 3} \(line 41\)"):
+        texts(path)
+
+
+def test_utf16_is_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="0xff at offset 0"):
+        texts(write(tmp_path / "a.txt", "text".encode("utf-16")))
+
+
+# --- .jsonl and .parquet ---
+
+
+def test_jsonl_rows_are_documents(tmp_path: Path, small_parts: None) -> None:
+    rows = [{"id": i, "text": f"Row {i}\r\nand more \u00e9"} for i in range(50)]
+    path = write(tmp_path / "a.jsonl", "\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n")
+    assert texts(path) == [f"Row {i}\nand more \u00e9" for i in range(50)]
+
+
+def test_parquet_rows_are_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": range(50), "text": [f"Row {i}" for i in range(50)]}), path, row_group_size=7)
+    assert len(list(parts(path, Rules(), "train", may_cut=True))) == 8
+    assert texts(path) == [f"Row {i}" for i in range(50)]
+
+
+def test_empty_rows_are_left_out_and_marks_end_documents_in_rows_too(tmp_path: Path) -> None:
+    values = ["a", None, "", " \n", f"b\n{END_OF_TEXT}\nc", f"d {END_OF_TEXT} e"]
+    jsonl = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": value}) for value in values))
+    parquet = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": values}), parquet)
+    for path in (jsonl, parquet):
+        (part,) = parts(path, Rules(), "train", may_cut=True)
+        found = read(part, Rules())
+        assert [piece.text for piece in found.pieces] == ["a", "b", "c", f"d {END_OF_TEXT} e"]
+        assert (found.empty, found.marks) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "wanted"),
+    [
+        ({"text": "right", "title": "wrong"}, None, "right"),
+        ({"id": 1, "story": "right"}, None, "right"),
+        ({"text": "wrong", "story": "right"}, "story", "right"),
+    ],
+)
+def test_the_text_column_is_found_or_named(tmp_path: Path, row: dict, column: str | None, wanted: str) -> None:
+    rules = Rules(text_column=column)
+    assert texts(write(tmp_path / "a.jsonl", json.dumps(row)), rules) == [wanted]
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet", rules) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("lines", "column", "message"),
+    [
+        (['{"a": "x", "b": "y"}'], None, "'a', 'b'.*--text_column"),
+        (['{"text": "x"}', '{"texte": "y"}'], None, "line 2: no field 'text' .*'texte'"),
+        (['{"text": "x"}'], "story", "line 1: no field 'story'"),
+        (['{"text": "x"}', "", '{"text": 5}'], None, "line 3: int where text was expected"),
+        (['{"text": "x"}', '{"text": "y"'], None, "line 2: not JSON"),
+        (['["x"]'], None, "line 1: list where an object"),
+        ([b'{"text": "caf\xe9"}'], None, "not UTF-8: byte 0xe9 at offset 13"),
+    ],
+)
+def test_a_broken_jsonl_names_the_line(tmp_path: Path, lines: list, column: str | None, message: str) -> None:
+    data = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+    with pytest.raises(UserError, match=message):
+        texts(write(tmp_path / "a.jsonl", data), Rules(text_column=column))
+
+
+def test_a_broken_parquet_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read as parquet"):
+        texts(write(tmp_path / "a.parquet", b"PAR1 but not really PAR1"))
+    pq.write_table(pa.table({"a": ["x"], "b": ["y"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="--text_column"):
+        texts(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="no column 'text'"):
+        texts(tmp_path / "b.parquet", Rules(text_column="text"))
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+    """JSON can write what UTF-8 cannot; encoding it would end the whole run."""
+    path = write(tmp_path / "a.jsonl", '{"text": "a \\ud83d b \\ud83d\\ude00"}')
+    assert texts(path) == ["a \ufffd b \U0001f600"]
+
+
+# --- splits ---
+
+
+def test_the_split_depends_on_the_document_alone() -> None:
+    many = [f"Document number {i}." for i in range(4000)]
+    val = {text for text in many if split_of(text, 0.1) == "val"}
+    assert 0.08 < len(val) / len(many) < 0.12
+    # A larger share keeps every document that was in the smaller one.
+    assert val <= {text for text in many if split_of(text, 0.3) == "val"}
+
+
+def test_the_same_document_has_the_same_split_in_every_format(tmp_path: Path) -> None:
+    many = [f"Document number {i}.\nIt has two lines." for i in range(200)]
+    write(tmp_path / "a.txt", f"\n{END_OF_TEXT}\n".join(many))
+    write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": " " + text.replace("\n", "\r\n")}) for text in many))
+    pq.write_table(pa.table({"text": many}), tmp_path / "a.parquet")
+    rules = Rules(val_fraction=0.3)
+    found = []
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        pieces = [p for part in parts(tmp_path / name, rules, None, may_cut=True) for p in read(part, rules).pieces]
+        found.append({piece.text: piece.split for piece in pieces})
+    assert found[0] == found[1] == found[2] == {text: split_of(text, 0.3) for text in many}
+    assert set(found[0].values()) == {"train", "val"}
+
+
+@pytest.mark.parametrize("blank", ["\n", " ", ". "])
+def test_a_document_is_cut_where_a_line_a_sentence_or_a_word_ends(blank: str) -> None:
+    text = blank.join(f"word{i}" for i in range(200))
+    head, tail = cut_document(text, 0.1)
+    assert text in (head + blank + tail, head + " " + tail)
+    assert 0.07 < len(tail) / len(text) < 0.13
+
+
+def test_a_single_word_is_not_cut() -> None:
+    assert cut_document("x" * 100, 0.1) == ("x" * 100, "")
+
+
+def test_documents_of_is_what_reading_a_file_gives(tmp_path: Path) -> None:
+    text = f"a\r\n{END_OF_TEXT}\r\nb\n\nc\n{END_OF_TEXT}\nd"
+    assert list(documents_of(text)) == texts(write(tmp_path / "a.txt", text)) == ["a", "b\n\nc", "d"]
+
+
+def test_text_files_come_in_a_fixed_order_without_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/c.jsonl", "a/b.PARQUET", ".hidden.txt", ".git/x.txt", "notes.md", "a-a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = [path.relative_to(tmp_path).as_posix() for path in text_files(tmp_path)]
+    assert found == ["a-a.txt", "a/b.PARQUET", "a/c.jsonl", "b.txt"]

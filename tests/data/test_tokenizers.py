@@ -1,0 +1,313 @@
+"""Tokenizers from every kind of folder and from training; and that the fast encoder gives the tokenizer's own ids."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from recipe.cli import UserError
+from recipe.data import manifest, tokenizers
+from recipe.data.tokenizers import Encoder, agrees_with_tiktoken, byte_level_bpe, from_folder, install
+
+END = "<|endoftext|>"
+# What GPT-4's and Llama 3's tokenizers divide by, in the form of a tokenizer.json.
+MODERN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def trained(stories: list[str], pre_tokenizer: Any = None, special: tuple[str, ...] = (END,)) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(stories, trainer)
+    return tokenizer
+
+
+def saved(folder: Path, tokenizer: Tokenizer, config: dict | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def strange_texts() -> list[str]:
+    """Random Unicode, white space of all kinds, contractions, and the mark as text."""
+    rng = random.Random(0)
+    alphabets = [
+        "abcxyz'",
+        "   \n\t\r",
+        "0123456789",
+        "\u00e9\u00fc\u4e2d\u6587\u0431\u0638\u0939\u093f",
+        "\U0001f600\u200d\u0301",
+        "\u00a0\u3000\u2028",
+        "!?.,-()",
+    ]
+    texts = ["", " ", "\n\n", "a", "don't I'LL we've", f"a {END} b", f"{END}{END}", "a" * 3000, " " * 3000, "1" * 999]
+    for _ in range(3000):
+        texts.append("".join(rng.choice(rng.choice(alphabets)) for _ in range(rng.randint(1, 40))))
+    return texts
+
+
+# --- encoding ---
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_tiktoken_gives_the_tokenizers_own_ids(tmp_path: Path, stories: list[str], modern: bool) -> None:
+    pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(MODERN_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    path = saved(tmp_path, trained(stories, pre_tokenizer if modern else None)) / "tokenizer.json"
+    texts = stories + strange_texts()
+    fast, slow = list(Encoder(path, fast=True)(texts)), list(Encoder(path, fast=False)(texts))
+    assert fast == slow
+    assert agrees_with_tiktoken(path, stories)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_mark_inside_a_text_is_never_the_special_id(tokenizer_dir: Path, fast: bool) -> None:
+    """``tokenizers`` alone turns the literal into the special id, tiktoken does not."""
+    special = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).token_to_id(END)
+    (ids,) = Encoder(tokenizer_dir / "tokenizer.json", fast)([f"a {END} b"])
+    assert special not in ids
+    assert Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).decode(ids) == f"a {END} b"
+
+
+def test_pieces_of_a_text_give_the_ids_of_the_whole(tmp_path: Path, stories: list[str]) -> None:
+    """What long documents rest on: cut after a lone line end or before a lone space, nothing changes."""
+    path = saved(tmp_path, trained(stories)) / "tokenizer.json"
+    assert tokenizers.divides_between_words(path)
+    text = "\n".join(stories[:40]) + "\n\n  " + " ".join(stories[40:80])
+    encode = Encoder(path, fast=False)
+    (whole,) = encode([text])
+    cuts = [i + 1 for i in range(1, len(text) - 1) if text[i] == "\n" and not (text[i - 1] + text[i + 1]).isspace()]
+    cuts += [i for i in range(1, len(text) - 1) if text[i] == " " and text[i - 1].isalpha() and text[i + 1].isalpha()]
+    cuts = [cut for cut in cuts if not text[cut - 2 : cut + 1].isspace() and "\n\n" not in text[cut - 2 : cut + 1]]
+    assert len(cuts) > 500
+    for cut in random.Random(0).sample(cuts, 200):
+        left, right = encode([text[:cut], text[cut:]])
+        assert left + right == whole, text[cut - 5 : cut + 5]
+
+
+def _change(tokenizer: Tokenizer, what: str) -> Tokenizer:
+    if what == "normalizer":
+        tokenizer.normalizer = normalizers.Lowercase()
+    elif what == "prefix space":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif what == "other pre-tokenizer":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    elif what == "added word":
+        tokenizer.add_tokens([AddedToken("Once upon", special=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("what", ["normalizer", "prefix space", "other pre-tokenizer", "added word", "order", "bytes"])
+def test_any_other_kind_of_tokenizer_is_left_to_tokenizers(tmp_path: Path, stories: list[str], what: str) -> None:
+    folder = saved(tmp_path, _change(trained(stories), what))
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if what == "order":  # ids that do not rise with merge rank
+        values["model"]["merges"].reverse()
+    if what == "bytes":  # not every byte has a token: tiktoken would end the process
+        del values["model"]["vocab"]["\u0100"]
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    assert byte_level_bpe(values) is None
+    assert not agrees_with_tiktoken(folder / "tokenizer.json", stories)
+
+
+def test_tiktoken_is_not_taken_where_its_ids_differ(tmp_path: Path) -> None:
+    """tiktoken joins any two tokens whose bytes are a token; here ``abc`` comes from ``ab`` and ``c`` alone."""
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("b", "c"), ("a", "b"), ("ab", "c")]
+    tokenizer = Tokenizer(models.BPE({**vocab, "bc": 256, "ab": 257, "abc": 258}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    path = saved(tmp_path, tokenizer) / "tokenizer.json"
+    assert byte_level_bpe(json.loads(path.read_text(encoding="utf-8"))) is not None
+    assert agrees_with_tiktoken(path, ["bc ab"])
+    assert not agrees_with_tiktoken(path, ["bc ab", "abc"])
+
+
+# --- folders ---
+
+
+def as_stock_tools_read_it(folder: Path) -> None:
+    """LitGPT and transformers find the tokens that begin and end a text, and encode alike."""
+    from litgpt.tokenizer import Tokenizer as LitTokenizer
+    from transformers import AutoTokenizer
+
+    lit, auto = LitTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    info = tokenizers.load(folder)
+    assert lit.eos_id == auto.eos_token_id == info.eos_id
+    assert lit.bos_id is not None and auto.bos_token is not None
+    text = "Once upon a time, Mia went to the sea."
+    assert lit.encode(text).tolist() == auto.encode(text, add_special_tokens=False)
+    assert lit.decode(lit.encode(text)) == text
+    assert max(lit.encode(text)) < info.vocab_size
+
+
+def test_a_tokenizer_json_alone_is_completed_elsewhere(tmp_path: Path, stories: list[str]) -> None:
+    source = saved(tmp_path / "source", trained(stories))
+    files = from_folder(source)
+    assert files.inferred and files.config["eos_token"] == END
+    install(files, {"name": "source"}, tmp_path / "new")
+    assert [path.name for path in source.iterdir()] == ["tokenizer.json"]
+    as_stock_tools_read_it(tmp_path / "new")
+    assert tokenizers.origin(tmp_path / "new") == {"name": "source"}
+
+
+def test_vocab_and_merges_alone_give_a_tokenizer(tmp_path: Path, stories: list[str]) -> None:
+    tokenizer = trained(stories)
+    (tmp_path / "source").mkdir()
+    tokenizer.model.save(str(tmp_path / "source"))
+    install(from_folder(tmp_path / "source"), {"name": "source"}, tmp_path / "new")
+    as_stock_tools_read_it(tmp_path / "new")
+    (ids,) = Encoder(tmp_path / "new" / "tokenizer.json", fast=False)([stories[0]])
+    assert ids == tokenizer.encode(stories[0]).ids
+
+
+def test_what_a_folder_says_of_its_tokens_is_kept(tmp_path: Path, stories: list[str]) -> None:
+    tokenizer = trained(stories, special=("<s>", "</s>", "<pad>"))
+    tokenizer.enable_truncation(5)
+    eos = {"content": "</s>", "__type": "AddedToken"}
+    source = saved(tmp_path / "source", tokenizer, {"eos_token": eos, "bos_token": "<s>", "model_max_length": 99})
+    (source / "generation_config.json").write_text('{"eos_token_id": 1}')
+    files = from_folder(source)
+    assert not files.inferred
+    install(files, {"name": "source"}, tmp_path / "new")
+    as_stock_tools_read_it(tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert (config["bos_token"], config["eos_token"], config["model_max_length"]) == ("<s>", "</s>", 99)
+    assert (tmp_path / "new" / "generation_config.json").is_file()
+    # Somebody's limit of 5 tokens would cut every document.
+    assert json.loads((tmp_path / "new" / "tokenizer.json").read_text(encoding="utf-8"))["truncation"] is None
+
+
+@pytest.mark.parametrize(
+    ("special", "generation", "found"),
+    [
+        ((END,), None, END),
+        (("<only>",), None, "<only>"),
+        (("<pad>", "</s>", "<unk>"), None, "</s>"),
+        (("<pad>", "<x>"), {"eos_token_id": 1}, "<x>"),
+        (("<pad>", "<x>"), None, None),
+        (("</s>", END), None, None),
+    ],
+)
+def test_the_end_of_text_token_is_inferred_only_where_it_is_clear(
+    tmp_path: Path, stories: list[str], special: tuple[str, ...], generation: dict | None, found: str | None
+) -> None:
+    source = saved(tmp_path, trained(stories, special=special))
+    if generation:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    if found is not None:
+        assert from_folder(source).config["eos_token"] == found
+    else:
+        with pytest.raises(UserError, match="does not say which token ends a text"):
+            from_folder(source)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer in .*neither tokenizer.json nor vocab.json"),
+        ({"tokenizer.json": "{"}, "tokenizer.json is broken"),
+        ({"tokenizer.json": "[]"}, "no JSON object"),
+        ({"tokenizer.json": '{"model": {}}'}, "is broken"),
+        ({"vocab.json": "{}"}, "no tokenizer in"),
+        ({"vocab.json": "{", "merges.txt": ""}, "are broken"),
+    ],
+)
+def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        from_folder(tmp_path)
+
+
+def test_an_end_of_text_token_that_is_no_token_is_refused(tmp_path: Path, stories: list[str]) -> None:
+    source = saved(tmp_path, trained(stories), {"eos_token": "<|nothing|>"})
+    with pytest.raises(UserError, match=r"no token '<\|nothing\|>'"):
+        from_folder(source)
+
+
+def test_without_a_network_a_hub_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An address that nobody answers at, on this very machine: as fast as no network at all.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"(?s)'some/tokenizer' cannot be had.*--source sample --tokenizer train"):
+        tokenizers.from_hub("some/tokenizer")
+
+
+# --- training ---
+
+
+def test_training_is_deterministic_and_says_how_many_tokens_it_found(stories: list[str], tmp_path: Path) -> None:
+    first, second = tokenizers.train(stories, 300), tokenizers.train(stories, 300)
+    assert first == second
+    assert len(first.tokenizer["model"]["vocab"]) == 300
+    assert len(tokenizers.train(stories, 100_000).tokenizer["model"]["vocab"]) < 1000
+    install(first, {"name": "train"}, tmp_path)
+    as_stock_tools_read_it(tmp_path)
+    assert agrees_with_tiktoken(tmp_path / "tokenizer.json", stories)
+    assert tokenizers.load(tmp_path).vocab_size == 300
+
+
+# --- fingerprints ---
+
+
+def test_the_fingerprint_is_of_what_a_tokenizer_does(tmp_path: Path, stories: list[str]) -> None:
+    source = saved(tmp_path / "a", trained(stories), {"eos_token": END})
+    fingerprint = manifest.tokenizer_fingerprint(source)
+    copy = shutil.copytree(source, tmp_path / "b")
+    values = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    values["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (copy / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")  # another formatting too
+    assert manifest.tokenizer_fingerprint(copy) == fingerprint
+    values["model"]["merges"].pop()
+    (copy / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    assert manifest.tokenizer_fingerprint(copy) != fingerprint
+    (source / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    assert manifest.tokenizer_fingerprint(source) != fingerprint
+
+
+def test_a_changed_tokenizer_has_no_known_origin(tmp_path: Path, stories: list[str]) -> None:
+    """Else ``--tokenizer gpt2`` would take a changed folder for GPT-2's."""
+    install(tokenizers.train(stories, 300), {"name": "gpt2"}, tmp_path)
+    assert tokenizers.origin(tmp_path) == {"name": "gpt2"}
+    tokenizer = trained(stories)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizers.origin(tmp_path) == {}
+
+
+def test_an_interrupted_installation_leaves_no_tokenizer(
+    tmp_path: Path, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new config beside the old tokenizer.json would give the old one the new one's name."""
+    install(tokenizers.train(stories, 300), {"name": "one"}, tmp_path)
+    written = []
+
+    def die_at_the_last(path: Path, value: Any) -> None:
+        written.append(path.name)
+        if path.name == "tokenizer.json":
+            raise KeyboardInterrupt
+        manifest.write_json(path, value)
+
+    monkeypatch.setattr(tokenizers, "write_json", die_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        install(tokenizers.train(stories, 290), {"name": "two"}, tmp_path)
+    assert written == ["tokenizer_config.json", "tokenizer.json"]
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        tokenizers.load(tmp_path)
