@@ -1,0 +1,270 @@
+"""LitGPT's own commands read our checkpoints, and transformers computes what ``config.json`` promises. No network."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from litgpt import GPT, Config
+from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+from litgpt.utils import copy_config_files
+
+from recipe import checkpoints, load
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
+
+DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
+NEOX = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerNorm", "bias": True, "n_query_groups": 4}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    """A checkpoint of a mixture of experts as a run leaves it."""
+    return save_tiny(tmp_path / "checkpoints" / "final", tiny_gpt(moe_fields), tokenizer_dir)
+
+
+def litgpt(*arguments: str, cwd: Path, stdin: str = "") -> str:
+    """Runs `litgpt` without a network; what it prints on stdout."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), "PYTHONUTF8": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "litgpt", *arguments],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def test_chat(folder: Path, tmp_path: Path) -> None:
+    """It answers with what the model writes after the prompt as it was typed."""
+    shown = litgpt(
+        *("chat", str(folder), "--temperature", "0", "--max_new_tokens", "12", "--precision", "32-true"),
+        cwd=tmp_path,
+        stdin="Once upon a time\n\n",
+    )
+    expected = load(folder, device="cpu").generate("Once upon a time", max_new_tokens=12, temperature=0.0)
+    reply = re.search(r">> Reply: (.*?)\n", shown, re.DOTALL)
+    assert reply is not None, shown
+    # chat decodes token by token: bytes of a cut character come out as U+FFFD each
+    assert reply.group(1).split("\ufffd")[0] == expected.removeprefix("Once upon a time").split("\ufffd")[0]
+    assert len(reply.group(1)) > 5
+
+
+@pytest.mark.slow
+def test_generate(folder: Path, tmp_path: Path) -> None:
+    """Greedy, it writes what generate.py writes."""
+    options = ("--max_new_tokens", "40", "--temperature", "0", "--precision", "32-true", "--prompt", "Once upon a time")
+    shown = litgpt("generate", str(folder), *options, cwd=tmp_path)
+    text = load(folder, device="cpu").generate("Once upon a time", max_new_tokens=40, temperature=0.0)
+    assert text in shown
+
+
+@pytest.mark.slow
+def test_evaluate(folder: Path, tmp_path: Path, stories: list[str]) -> None:
+    """On a task of our own text its bits per byte are the model's."""
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": stories[0]}) + "\n", encoding="utf-8")
+    task = {
+        "task": "stories",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "text.jsonl")}},
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(task), encoding="utf-8")
+    litgpt("evaluate", str(folder), "--tasks", str(tmp_path / "task.yaml"), "--device", "cpu", cwd=tmp_path)
+    results = json.loads((folder / "evaluate" / "results.json").read_text(encoding="utf-8"))
+
+    model = load(folder, device="cpu", precision="32-true")
+    ids = torch.cat((torch.tensor([model.tokenizer.eos_id]), model.tokenizer.encode(stories[0]).long()))
+    with torch.no_grad():
+        log_probabilities = model.gpt(ids[None, :-1])[0].log_softmax(-1)
+    nats = -log_probabilities.gather(1, ids[1:, None]).sum().item()
+    bits_per_byte = nats / math.log(2) / len(stories[0].encode())
+    assert results["results"]["stories"]["bits_per_byte,none"] == pytest.approx(bits_per_byte, rel=1e-5)
+    assert checkpoints.verify(folder).step == 1, "what it leaves in the folder does no harm"
+
+
+@pytest.mark.slow
+def test_finetune_full(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    gpt = tiny_gpt(moe_fields | {"block_size": 256})
+    folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
+    pairs = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("fox", "dog", "cat", "sea")] * 3
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    options = {
+        "--data": "JSON",
+        "--data.json_path": str(tmp_path / "pairs.json"),
+        "--data.val_split_fraction": "0.3",
+        "--data.num_workers": "0",
+        "--train.max_seq_length": "256",
+        "--train.epochs": "1",
+        "--train.max_steps": "2",
+        "--train.global_batch_size": "2",
+        "--train.micro_batch_size": "1",
+        "--train.lr_warmup_steps": "1",
+        "--eval.max_new_tokens": "4",
+        "--precision": "32-true",
+        "--out_dir": str(tmp_path / "finetuned"),
+    }
+    litgpt("finetune_full", str(folder), *(part for item in options.items() for part in item), cwd=tmp_path)
+    tuned = checkpoints.load_weights(tmp_path / "finetuned" / "final")
+    assert tuned.keys() == gpt.state_dict().keys()
+    assert any(not torch.equal(tuned[name], tensor) for name, tensor in gpt.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
+def test_serve(folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--port", str(port), "--max_new_tokens", "8", "--temperature", "0", "--precision", "32-true")
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "litgpt", "serve", str(folder), "--accelerator", "cpu", *options],
+            stdout=log,
+            stderr=log,
+            cwd=tmp_path,
+            start_new_session=True,  # its processes end together
+        )
+    try:
+        answer = _ask(f"http://127.0.0.1:{port}/predict", {"prompt": "Once upon"}, server)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    expected = load(folder, device="cpu").generate("Once upon", max_new_tokens=8, temperature=0.0)
+    assert answer == {"output": expected.removeprefix("Once upon")}
+
+
+def _ask(url: str, question: dict, server: subprocess.Popen) -> dict:
+    request = urllib.request.Request(
+        url, json.dumps(question).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    while server.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=100) as response:
+                return json.load(response)
+        except OSError:
+            time.sleep(1)  # it is not up yet; the test's timeout ends this
+    raise AssertionError("the server ended")
+
+
+def test_pretrain_from_our_weights(folder: Path, moe_fields: dict) -> None:
+    """The lines of `litgpt pretrain --initial_checkpoint_dir`, which want keys without a wrapper."""
+    fabric = L.Fabric(devices=1, accelerator="cpu")
+    model = fabric.setup(torch.compile(GPT(Config(**moe_fields))))
+    fabric.load_raw(folder / "lit_model.pth", model)
+    expected = tiny_gpt(moe_fields).state_dict()
+    loaded = {name.removeprefix("_orig_mod."): tensor for name, tensor in model.state_dict().items()}
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+# -------------------------------------------------------------------------------------------------------- transformers
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Iterator[Path]:
+    """Where a model goes that was converted as `litgpt evaluate` does."""
+    yield tmp_path / "converted"
+    shutil.rmtree(tmp_path / "converted", ignore_errors=True)
+
+
+def convert(folder: Path, out: Path) -> None:
+    """The steps of `litgpt.eval.evaluate.convert_and_evaluate` before it loads the model."""
+    out.mkdir()
+    copy_config_files(source_dir=folder, out_dir=out)
+    convert_lit_checkpoint(checkpoint_dir=folder, output_dir=out)
+    torch.save(torch.load(out / "model.pth"), out / "pytorch_model.bin")
+    (out / "model.pth").unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied", "architecture"),
+    [
+        ({}, False, "MixtralForCausalLM"),
+        ({"n_expert_per_token": 1, "norm_eps": 1e-3, "rope_base": 500}, True, "MixtralForCausalLM"),
+        ({"head_size": 16, "n_query_groups": 1, "padded_vocab_size": 512}, False, "MixtralForCausalLM"),
+        (DENSE, False, "LlamaForCausalLM"),
+        (DENSE, True, "LlamaForCausalLM"),
+        (NEOX, False, "GPTNeoXForCausalLM"),
+        ({**NEOX, "parallel_residual": True, "rotary_percentage": 0.25}, False, "GPTNeoXForCausalLM"),
+        ({**NEOX, "gelu_approximate": "tanh", "norm_eps": 1e-3}, False, "GPTNeoXForCausalLM"),
+    ],
+)
+def test_transformers_computes_the_same(
+    tmp_path: Path,
+    moe_fields: dict,
+    tokenizer_dir: Path,
+    converted: Path,
+    changes: dict,
+    tied: bool,
+    architecture: str,
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gpt = tiny_gpt(moe_fields | changes)
+    if tied:
+        gpt.transformer.wte.weight = gpt.lm_head.weight
+    convert(save_tiny(tmp_path / "final", gpt, tokenizer_dir), converted)
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    assert type(model).__name__ == architecture
+    assert model.dtype == torch.float32
+    ids = torch.randint(384, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = gpt(ids)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert expected.std() > 0.1, "a test on zeros would tell nothing"
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    assert tokenizer.eos_token_id == model.config.eos_token_id == 0
+    assert (
+        tokenizer("Once upon a 🦊")["input_ids"] == load(tmp_path / "final").tokenizer.encode("Once upon a 🦊").tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rotary_percentage": 0.25},  # silently wrong as Mixtral
+        {"n_shared_expert": 1},
+        {"norm_qk": True},
+        {"bias": True},
+        {"norm_class_name": "LayerNorm"},
+        {"parallel_residual": True},
+        {"routed_scaling_factor": 2.0},
+        {"first_k_dense_replace": 1},
+        {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2},
+        {"final_logit_softcapping": 30.0},
+        {"sliding_window_size": 16},
+        {"scale_embeddings": True},
+        {"rope_condense_ratio": 2},
+        {"name": "Gemma-MoE"},
+        {"name": "phi-moe"},
+        {**DENSE, "attn_bias": True},
+        {**NEOX, "n_query_groups": 2},
+        {**NEOX, "bias": False},
+    ],
+)
+def test_no_config_where_transformers_has_no_such_model(tmp_path: Path, moe_fields: dict, changes: dict) -> None:
+    folder = save_tiny(tmp_path / "final", GPT(Config(**moe_fields | changes)), None)
+    assert not (folder / "config.json").exists()
