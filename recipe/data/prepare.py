@@ -47,15 +47,15 @@ class PrepareArgs:
     """Number of tokens of a trained tokenizer (default 8192); a small text may give fewer."""
     val_fraction: float | None = None
     """Share of the documents that become validation text, chosen by their hash, where there is none (default 0.1)."""
-    document_separator: str | None = None
-    """A line of a .txt that ends a document, beside the line <|endoftext|>; '' is an empty line. Without any, a file is
-    one document."""
+    document_separator: str = ""
+    """A line of a .txt that ends a document, as the line <|endoftext|> always does; '\\n' is an empty line. Where no
+    line does, a file is one document."""
     text_column: str | None = None
     """Field of a .jsonl or column of a .parquet that holds the text; not given: `text`, or the only one with text."""
     max_documents: int | None = None
     """Take no more than so many documents of the source, from its beginning (for a quick try)."""
     overwrite: bool = False
-    """Replace another corpus or tokenizer that lies there, and build everything anew."""
+    """Replace another corpus or tokenizer that lies there, and build everything anew with the settings given now."""
     num_workers: int | None = None
     """Tokenizing processes; 0: none beside this one; not given: one for each core."""
     log_to_wandb: bool = False
@@ -104,13 +104,16 @@ def _check(args: PrepareArgs) -> None:
         found = corpora.find(args.source)
         if isinstance(found, Path):
             corpora.source_files(found)
-            own = [args.data_dir, *(args.data_dir / split for split in SPLITS)]
-            if found.resolve() in [folder.resolve() for folder in own]:
-                problems.append(f"--source {found} is where the text already lies; leave --source out to take it so.")
+            own = [(args.data_dir / name).resolve() for name in (*SPLITS, "tokens")]
+            path = found.resolve()
+            if args.data_dir.resolve().is_relative_to(path) or any(path.is_relative_to(folder) for folder in own):
+                problems.append(f"--source {found} is where the prepared text lies; leave --source out to take it so.")
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         problems.append(f"--val_fraction {args.val_fraction}: expected a number between 0 and 1, such as 0.1.")
-    if args.document_separator is not None and ("\n" in args.document_separator or "\\n" in args.document_separator):
-        problems.append("--document_separator is a line without its line end; '' stands for an empty line.")
+    if "\n" in (_separator(args) or ""):
+        problems.append(
+            f"--document_separator {args.document_separator!r}: expected one line without its end ('\\n' is an empty one)."
+        )
     if args.vocab_size is not None and args.tokenizer != "train":
         problems.append("--vocab_size goes with --tokenizer train; other tokenizers have the size that they have.")
     if args.vocab_size is not None and args.vocab_size < 257:
@@ -174,7 +177,7 @@ def _already_done(args: PrepareArgs) -> Manifest | None:
 def _settings(args: PrepareArgs, lying: _Lying) -> Settings:
     """The settings given, for the others those from before, for the rest the defaults."""
     before = Settings(None, None, None, None)
-    if args.source is None or _is_same_source(args, lying.origin):
+    if not args.overwrite and (args.source is None or _is_same_source(args, lying.origin)):
         if lying.written:
             before = lying.written.settings
         elif lying.built:
@@ -182,10 +185,18 @@ def _settings(args: PrepareArgs, lying: _Lying) -> Settings:
             before = Settings(rules["val_fraction"], rules["separator"], rules["text_column"], None)
     return Settings(
         val_fraction=_first(args.val_fraction, before.val_fraction, DEFAULT_VAL_FRACTION),
-        document_separator=_first(args.document_separator, before.document_separator),
+        document_separator=_first(_separator(args), before.document_separator),
         text_column=_first(args.text_column, before.text_column),
         max_documents=_first(args.max_documents, before.max_documents),
     )
+
+
+def _separator(args: PrepareArgs) -> str | None:
+    """The separator given; None for none, or for the mark that always is one."""
+    given = args.document_separator.replace("\\n", "\n")
+    if given in ("", END_OF_TEXT):
+        return None
+    return given if given.strip("\n") else ""
 
 
 def _first(*values: Any) -> Any:
@@ -346,6 +357,8 @@ def _build(args: PrepareArgs) -> Manifest:
     text, name = _text_to_write(args, lying), _tokenizer_to_put(args, lying)
     # The tokenizer first: it may not be had, and the text may be long.
     files = _fetch_tokenizer(args, name) if name not in (None, "train") else None
+    if name is None:
+        tokenizers.load(args.tokenizer_dir)
     if text:
         _write_text(args, text, settings)
         lying = _look(args.data_dir)
@@ -460,7 +473,7 @@ def _tokenize(
                 counts = tokens.build(todo, job, folders, workers, advance)
             if rules.val_fraction is None or cut or all(count.tokens for count in counts.values()):
                 break
-            shutil.rmtree(building)
+            shutil.rmtree(building, ignore_errors=True)
             print(corpora.few_documents(sum(count.documents for count in counts.values()), rules.val_fraction))
         for split, count in counts.items():
             if not count.tokens:
