@@ -2,6 +2,7 @@
 
 import json
 import signal
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class TokenizedText(DataModule):
             num_workers=self.num_workers,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
         )
 
     def _require_batches(self, found: Manifest, split: str, world_size: int) -> None:
@@ -163,6 +164,7 @@ def count_windows(data_dir: Path, split: str, block_size: int) -> int:
 def _dataset(
     data_dir: Path, split: str, block_size: int, *, shuffle: bool, seed: int, drop_last: bool
 ) -> StreamingDataset:
+    _silence_litdata()
     return StreamingDataset(
         str(manifest.tokens_dir(data_dir, split)),
         item_loader=TokensLoader(block_size=block_size + 1),
@@ -179,8 +181,14 @@ def to_int64(window: torch.Tensor) -> torch.Tensor:
     return window.to(torch.int64)
 
 
-def ignore_signals(_worker: int) -> None:
+def _silence_litdata() -> None:
+    """litdata makes a tensor from a read-only file and copies it at once; torch warns of the first half."""
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def start_worker(_index: int) -> None:
     """Lets the main process save and stop: a signal to the whole group would end the workers first."""
+    _silence_litdata()
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 

@@ -112,7 +112,7 @@ def _check(args: PrepareArgs) -> None:
         problems.append(f"--val_fraction {args.val_fraction}: expected a number between 0 and 1, such as 0.1.")
     if "\n" in (_separator(args) or ""):
         problems.append(
-            f"--document_separator {args.document_separator!r}: expected one line without its end ('\\n' is an empty one)."
+            f"--document_separator {args.document_separator!r}: expected a line without its end; '\\n' is an empty one."
         )
     if args.vocab_size is not None and args.tokenizer != "train":
         problems.append("--vocab_size goes with --tokenizer train; other tokenizers have the size that they have.")

@@ -6,10 +6,10 @@ import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -85,7 +85,7 @@ def _utf8_size(piece: Piece) -> int:
     return len(piece.text) if piece.text.isascii() else len(piece.text.encode())
 
 
-def encode(parts: list[Part], job: Job, num_workers: int) -> Iterator[Encoded]:
+def encode(parts: list[Part], job: Job, num_workers: int) -> Generator[Encoded]:
     """Encodes parts in their order, by ``num_workers`` processes (0: in this one); memory does not grow with the text.
 
     Raises:
@@ -113,10 +113,8 @@ def encode(parts: list[Part], job: Job, num_workers: int) -> Iterator[Encoded]:
             f"(--num_workers {max(1, workers // 2)})."
         ) from None
     except BaseException:
-        # Not to wait for what nobody wants any more.
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+        # Not to wait for what nobody wants any more; the end of a process ends the pool.
+        for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
     finally:
@@ -241,16 +239,17 @@ def build(
         for split, folder in folders.items()
     }
     counts = {split: Counts() for split in folders}
-    for part, encoded in zip(parts, encode(parts, job, num_workers), strict=True):
-        first = next(iter(counts)) if part.split is None else part.split
-        counts[first].empty_documents += encoded.empty
-        counts[first].marks += encoded.marks
-        for split, tokens in encoded.tokens.items():
-            writers[split].append(tokens)
-            counts[split].documents += encoded.documents[split]
-            counts[split].tokens += len(tokens)
-            counts[split].bytes += encoded.bytes[split]
-        on_progress(sum(encoded.documents.values()), sum(map(len, encoded.tokens.values())), part.size)
+    with closing(encode(parts, job, num_workers)) as encoded_parts:
+        for part, encoded in zip(parts, encoded_parts, strict=True):
+            first = next(iter(counts)) if part.split is None else part.split
+            counts[first].empty_documents += encoded.empty
+            counts[first].marks += encoded.marks
+            for split, tokens in encoded.tokens.items():
+                writers[split].append(tokens)
+                counts[split].documents += encoded.documents[split]
+                counts[split].tokens += len(tokens)
+                counts[split].bytes += encoded.bytes[split]
+            on_progress(sum(encoded.documents.values()), sum(map(len, encoded.tokens.values())), part.size)
     for split, writer in writers.items():
         writer.close()
         counts[split].chunks = writer.chunks

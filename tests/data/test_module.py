@@ -1,0 +1,281 @@
+"""Batches from tokens: every window once, the right order, exact resume, any number of workers and devices."""
+
+import itertools
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from litdata.streaming import StreamingDataset, TokensLoader
+
+import recipe.data
+from recipe.cli import UserError
+from recipe.data import tokens
+from recipe.data.documents import END_OF_TEXT
+from recipe.data.module import TokenizedText, count_windows, moved_here, validation_windows
+from recipe.data.prepare import PrepareArgs, prepare
+
+T = 16  # context length of these tests
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> Path:
+    """A corpus of several chunks in train and one in val."""
+    folder = tmp_path_factory.mktemp("corpus") / "data"
+    for split, texts in (("train", stories[:120]), ("val", stories[120:])):
+        (folder / split).mkdir(parents=True)
+        (folder / split / "a.txt").write_text(f"\n{END_OF_TEXT}\n".join(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "MIN_CHUNK_TOKENS", 400)
+        found = prepare(PrepareArgs(data_dir=folder, tokenizer_dir=tokenizer_dir, num_workers=0))
+    assert found.splits["train"].chunks > 4 and found.splits["val"].chunks == 1
+    return folder
+
+
+def module(folder: Path, batch_size: int = 4, length: int = T, **settings: int) -> TokenizedText:
+    data = TokenizedText(folder / "train", folder / "val", **{"num_workers": 0, **settings})
+    data.connect(None, batch_size=batch_size, max_seq_length=length)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def stream(folder: Path, split: str) -> list[np.ndarray]:
+    """Tokens of each chunk, from the files."""
+    files = sorted((folder / "tokens" / split).glob("*.bin"), key=lambda path: int(path.stem.split("-")[-1]))
+    return [np.fromfile(path, np.uint16, offset=12) for path in files]
+
+
+def windows(folder: Path, split: str, length: int = T) -> list[tuple[int, ...]]:
+    """What a reader must give: windows of T + 1 tokens, one after the other."""
+    size = length + 1
+    return [
+        tuple(chunk[i * size : (i + 1) * size].tolist())
+        for chunk in stream(folder, split)
+        for i in range(len(chunk) // size)
+    ]
+
+
+def rows(batches: object) -> list[tuple[int, ...]]:
+    return [tuple(row.tolist()) for batch in batches for row in batch]  # type: ignore[attr-defined]
+
+
+def test_batches_are_what_litgpt_takes(prepared: Path) -> None:
+    assert recipe.data.TokenizedText is TokenizedText
+    batch = next(iter(module(prepared).train_dataloader()))
+    assert batch.shape == (4, T + 1) and batch.dtype == torch.int64
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_gives_every_window_once_an_epoch_in_new_order(prepared: Path, num_workers: int) -> None:
+    loader = module(prepared, num_workers=num_workers).train_dataloader()
+    first, second = rows(loader), rows(loader)
+    wanted = windows(prepared, "train")
+    assert set(first) <= set(wanted) and len(first) == len(wanted) // 4 * 4 == len(loader) * 4
+    assert len(wanted) - 4 < len(set(first)) <= len(wanted)
+    assert first != second and len(second) == len(first)
+    ordered = [row for row in wanted if row in set(first)]
+    assert sum(a == b for a, b in zip(first, ordered, strict=False)) < len(first) // 4
+
+
+def test_the_seed_decides_the_order(prepared: Path) -> None:
+    first = rows(module(prepared).train_dataloader())
+    assert rows(module(prepared).train_dataloader()) == first
+    assert rows(module(prepared, seed=1).train_dataloader()) != first
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_validation_keeps_the_order_of_the_text(prepared: Path, num_workers: int) -> None:
+    loader = module(prepared, batch_size=1, num_workers=num_workers).val_dataloader()
+    wanted = windows(prepared, "val")
+    once, again = rows(loader), rows(loader)
+    assert once == again and sorted(once) == sorted(wanted)
+    if num_workers < 2:  # two workers take turns
+        assert once == wanted
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 150])
+def test_the_same_tokens_serve_any_context_length(prepared: Path, length: int) -> None:
+    data = module(prepared, batch_size=1, length=length)
+    assert sorted(rows(data.train_dataloader())) == sorted(windows(prepared, "train", length))
+    assert count_windows(prepared, "train", length) == len(windows(prepared, "train", length))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batches", [1, 5, "epoch", "second epoch"])
+def test_a_resumed_reader_goes_on_where_it_was(prepared: Path, num_workers: int, batches: int | str) -> None:
+    def endless(loader: object) -> object:
+        while True:
+            yield from loader  # type: ignore[misc]
+
+    loader = module(prepared, num_workers=num_workers).train_dataloader()
+    count = {"epoch": len(loader), "second epoch": len(loader) + 3}.get(batches, batches)
+    wanted = endless(loader)
+    list(itertools.islice(wanted, count))  # type: ignore[call-overload]
+    state = loader.state_dict()
+    rest = rows(itertools.islice(wanted, len(loader) + 2))  # type: ignore[call-overload]
+
+    resumed = module(prepared, num_workers=num_workers).train_dataloader()
+    resumed.load_state_dict(state)
+    assert rows(itertools.islice(endless(resumed), len(loader) + 2)) == rest  # type: ignore[call-overload]
+
+
+def test_a_position_outlives_a_move(prepared: Path, tmp_path: Path) -> None:
+    """litdata keeps the absolute path in its state and refuses any other one."""
+    loader = module(prepared).train_dataloader()
+    wanted = iter(loader)
+    list(itertools.islice(wanted, 5))
+    state = loader.state_dict()
+    rest = rows(wanted)
+    shutil.copytree(prepared, tmp_path / "moved")
+    resumed = module(tmp_path / "moved").train_dataloader()
+    resumed.load_state_dict(moved_here(state, resumed))
+    assert rows(resumed) == rest
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "val"])  # val: a single chunk for all of them
+def test_devices_share_the_windows(
+    prepared: Path, split: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setenv("GLOBAL_RANK", str(rank))
+        data = module(prepared, batch_size=2, num_workers=num_workers)
+        seen.append(rows(data.train_dataloader() if split == "train" else data.val_dataloader()))
+    assert len(seen[0]) == len(seen[1]) > 0
+    assert len(set(seen[0]) & set(seen[1])) <= 1  # two stories may have the same words
+    assert len(seen[0]) + len(seen[1]) > len(windows(prepared, split)) - 8
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [0, 2, 5])
+def test_one_batch_is_enough(prepared: Path, num_workers: int) -> None:
+    """A split of one micro-batch, and more workers than batches."""
+    size = count_windows(prepared, "val", T)
+    data = module(prepared, batch_size=size, num_workers=num_workers)
+    (batch,) = data.val_dataloader()
+    assert rows([batch]) == windows(prepared, "val")
+
+
+def test_fewer_windows_than_a_batch_are_an_error(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = count_windows(prepared, "val", T)
+    with pytest.raises(
+        UserError, match=rf"val has [\d,]+ tokens, {size} windows of {T + 1}; expected {size + 1} or more"
+    ):
+        module(prepared, batch_size=size + 1)
+    data = module(prepared, batch_size=size)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=rf"expected {2 * size} or more .*on 2 devices"):
+        data.val_dataloader()
+
+
+def test_missing_and_stale_tokens_are_errors(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"do not exist; `uv run python prepare_data.py --data_dir .*none`"):
+        module(tmp_path / "none")
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    module(copy)
+    text = (copy / "train/a.txt").read_text()
+    (copy / "train/a.txt").write_text(text + "More.")
+    with pytest.raises(UserError, match=r"changed since it was tokenized \(train/a.txt changed\)"):
+        module(copy)
+    (copy / "train/a.txt").write_text(text)  # another time, the same text
+    (copy / "val/b.txt").write_text("More.")
+    with pytest.raises(UserError, match=r"val/b.txt is new"):
+        module(copy)
+    shutil.rmtree(copy / "train")  # tokens stand on their own
+    shutil.rmtree(copy / "val")
+    module(copy)
+    (copy / "tokens/val/chunk-0-0.bin").unlink()
+    with pytest.raises(UserError, match="are not complete"):
+        module(copy)
+
+
+def test_new_validation_text_beside_a_split_corpus_is_noticed(
+    tmp_path: Path, stories: list[str], tokenizer_dir: Path
+) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a.txt").write_text(f"\n{END_OF_TEXT}\n".join(stories))
+    prepare(PrepareArgs(data_dir=tmp_path, tokenizer_dir=tokenizer_dir, num_workers=0, val_fraction=0.3))
+    module(tmp_path)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/a.txt").write_text("Text.")
+    with pytest.raises(UserError, match=r"val/a.txt is new"):
+        module(tmp_path)
+
+
+def test_paths_of_two_corpora_are_refused() -> None:
+    with pytest.raises(UserError, match="expected the folders train and val of one prepared corpus"):
+        TokenizedText(Path("a/train"), Path("b/val"))
+
+
+def test_validation_windows_follow_each_other(prepared: Path) -> None:
+    found = validation_windows(prepared, "val", T)
+    wanted = windows(prepared, "val")
+    assert len(found) == len(wanted)
+    assert rows([[found[i]] for i in range(len(found))]) and [tuple(row.tolist()) for row in found] == wanted
+    assert found[0].dtype == torch.int64
+    with pytest.raises(UserError, match="fewer than one window"):
+        validation_windows(prepared, "val", 10**6)
+
+
+def test_workers_leave_signals_to_the_main_process(prepared: Path) -> None:
+    """A signal to the whole process group ended the workers before the main process could save."""
+    loader = module(prepared, num_workers=2).train_dataloader()
+    iterator = iter(loader)
+    next(iterator)
+    import multiprocessing
+
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(iterator)) == len(loader) - 1
+
+
+# --- chunks ---
+
+
+@pytest.mark.parametrize(("dtype", "top"), [("uint16", 65_535), ("int32", 200_000)])
+def test_chunks_keep_every_id(tmp_path: Path, dtype: str, top: int) -> None:
+    assert tokens.dtype_for(top + 1) == dtype
+    ids = np.random.default_rng(0).integers(0, top + 1, 5000).astype(dtype)
+    ids[:2] = (0, top)
+    writer = tokens.ChunkWriter(tmp_path / "t", 10**6, dtype)
+    for part in np.array_split(ids, 7):
+        writer.append(part)
+    writer.close()
+    data = StreamingDataset(str(tmp_path / "t"), item_loader=TokensLoader(block_size=10))
+    assert torch.cat([data[i].long() for i in range(len(data))]).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 149, 150, 151, 250, 1000])
+def test_no_chunk_is_a_scrap(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens after a chunk's last whole window are lost, so there must be no chunk of few tokens."""
+    monkeypatch.setattr(tokens, "MIN_CHUNK_TOKENS", 100)
+    writer = tokens.ChunkWriter(tmp_path, 0, "uint16")
+    ids = np.arange(count, dtype=np.uint16)
+    for part in np.array_split(ids, min(count, 13)):
+        writer.append(part)
+    writer.close()
+    sizes = [len(chunk) for chunk in stream_of(tmp_path)]
+    assert sum(sizes) == count and len(sizes) == writer.chunks == max(1, (count + 50) // 100)
+    assert all(50 <= size <= 150 for size in sizes) or count < 50
+    assert np.concatenate(stream_of(tmp_path)).tolist() == ids.tolist()
+
+
+def stream_of(folder: Path) -> list[np.ndarray]:
+    files = sorted(folder.glob("*.bin"), key=lambda path: int(path.stem.split("-")[-1]))
+    return [np.fromfile(path, np.uint16, offset=12) for path in files]
+
+
+def test_chunks_grow_with_the_text_up_to_32_mb() -> None:
+    def size(text_bytes: float) -> int:
+        return tokens.ChunkWriter(Path("unused"), int(text_bytes), "uint16").chunk_tokens
+
+    assert size(1e6) == 1 << 20
+    assert size(1e9) == int(1e9) // 64
+    assert size(1e11) == 1 << 24
