@@ -20,16 +20,13 @@ from functools import cache
 from hashlib import blake2b
 from random import Random
 
-# The hero: name, kind, he or she, home.
+# The hero: name, kind, he or she, home. The kind says who it is, and an animal lives where its kind lives: a home that
+# belonged to one of two boys would make a small model take the wrong name up again.
 HEROES = """
-Mina  | girl     | she | in a yellow house at the end of the lane
-Tom   | boy      | he  | in a cottage beside the mill
-Nora  | girl     | she | on a farm at the foot of the hill
-Ben   | boy      | he  | above the bakery in the village square
-Clara | girl     | she | in a tall house near the sea
-Leo   | boy      | he  | in a red brick house by the station
-Ivy   | girl     | she | in a stone house next to the church
-Sam   | boy      | he  | in a lighthouse on the cliff
+Mina  | girl     | she | in a house
+Nora  | girl     | she | in a house
+Tom   | boy      | he  | in a house
+Ben   | boy      | he  | in a house
 Pip   | mouse    | he  | in a hole under the kitchen stairs
 Ruby  | rabbit   | she | in a warm burrow under the hill
 Bruno | bear     | he  | in a cave behind the waterfall
@@ -38,6 +35,22 @@ Hazel | squirrel | she | in a hollow oak
 Milo  | mole     | he  | in a tunnel beneath the vegetable garden
 Kiki  | kitten   | she | in a basket by the fireplace
 Rex   | puppy    | he  | in a wooden kennel beside the gate
+Clara | chipmunk | she | in a crack of the garden wall
+Leo   | lizard   | he  | under a flat warm stone
+Ivy   | ferret   | she | in a barn full of straw
+Sam   | seal     | he  | on a rock in the bay
+"""
+
+# What "in a house" stands for.
+HOUSES = """
+in a yellow house at the end of the lane
+in a cottage beside the mill
+on a farm at the foot of the hill
+above the bakery in the village square
+in a tall house near the sea
+in a red brick house by the station
+in a stone house next to the church
+in a lighthouse on the cliff
 """
 
 # The friend who knows what to do: name, kind, he or she. Nobody is both hero and friend.
@@ -105,7 +118,7 @@ LOST_AND_FOUND = Plot(
     beginning="""
     The best thing that {hero} owned was {a thing}.
     For {his} birthday {hero} had been given {a thing}.
-    Wherever {he} went, {hero} took {a thing} along.
+    Everywhere {he} went, {hero} took {a thing} along.
 
     {He} played with the {thing} all morning and slept beside it at night.
     Nobody in the whole valley had such a fine {thing}.
@@ -207,9 +220,9 @@ A_QUARREL = Plot(
     drum           | in a box      | a stick broke in two                | cut a new stick           | one drummed while the other one danced
     """,
     beginning="""
-    One day {hero} and {pal} the {pal_kind} found {a thing} {where}.
-    The best friend of {hero} was {pal} the {pal_kind}. One morning they discovered {a thing} {where}.
-    Every day {hero} played with {pal} the {pal_kind}. Together they came upon {a thing} {where}.
+    In the holidays {hero} and {pal} the {pal_kind} found {a thing} {where}.
+    Last summer {hero} and {pal} the {pal_kind} discovered {a thing} {where}.
+    Nearly every day {hero} played with {pal} the {pal_kind}. Together they came upon {a thing} {where}.
 
     It was the most beautiful {thing} that they had ever seen.
     Both {hero} and {pal} wanted to use the {thing} first.
@@ -262,7 +275,7 @@ THE_MISSING_INGREDIENT = Plot(
     """,
     beginning="""
     It was a special day, because {his} {guest} was coming to visit. "I will make {a dish}," said {hero}.
-    One day {hero} wanted to surprise {his} {guest} with {a dish}.
+    Secretly {hero} planned to surprise {his} {guest} with {a dish}.
     {His} {guest} had a birthday, and {hero} decided to make {a dish}.
 
     {He} put on an apron and took out the biggest bowl.
@@ -369,7 +382,7 @@ A_LOST_BABY = Plot(
     """,
     beginning="""
     One spring day {hero} went out to pick flowers.
-    One day {hero} was on {his} way to the post office with a letter.
+    With a letter in {his} bag {hero} was on the way to the post office.
     Early one morning {hero} heard a tiny sound in the bushes.
 
     Under a hedge sat a baby {baby}, all alone.
@@ -420,7 +433,7 @@ LEARNING = Plot(
     beginning="""
     More than anything else {hero} wanted to {skill}.
     All the others could {skill}, but {hero} could not.
-    Every night {hero} dreamed that {he} could {skill}.
+    Night after night {hero} dreamed that {he} could {skill}.
 
     "It looks so easy," {he} said to {himself}.
     So one Monday {hero} decided to learn it.
@@ -472,9 +485,9 @@ TELLING_THE_TRUTH = Plot(
     honey jar      | {his} uncle       | climbing up the shelves | behind the flour sack     | picked berries to fill a new honey jar
     """,
     beginning="""
-    On a rainy day {hero} was {doing}, although it was forbidden.
-    One day {hero} was {doing}.
-    One afternoon {hero} was bored, so {he} began {doing}.
+    On a rainy day {hero} had nothing to do and began {doing}.
+    Although it was forbidden, {hero} was {doing}.
+    Bored and alone, {hero} was {doing}.
 
     "Be careful!" somebody called, but {hero} did not listen.
     Crash! There was a dreadful noise.
@@ -527,7 +540,7 @@ A_SICK_FRIEND = Plot(
     """,
     beginning="""
     {His} best friend was {pal} the {pal_kind}. Every day {hero} and {pal} met under the willow.
-    Every morning {hero} played hide and seek with {pal} the {pal_kind}.
+    Together with {pal} the {pal_kind}, {hero} played hide and seek every morning.
     Wherever {hero} went, {pal} the {pal_kind} went too.
 
     They wanted to go to the fair on Saturday.
@@ -581,7 +594,7 @@ THE_GARDEN = Plot(
     """,
     beginning="""
     In spring {hero} put a seed into the earth. {He} wanted to grow {a plant}.
-    One day {hero} planted {a plant} in the garden.
+    Behind the house {hero} planted {a plant}.
     A traveler gave {hero} a seed. "It will become {a plant}," said the traveler.
 
     Every day {hero} sat beside it and told it stories.
@@ -634,7 +647,7 @@ TOO_MUCH = Plot(
     dumplings   | in the great pot        | There was sauce on {his} nose        | cooked dumplings for the whole street
     """,
     beginning="""
-    More than any other food {hero} loved {sweets}.
+    Above all other food {hero} loved {sweets}.
     Nobody could eat as many {sweets} as {hero}.
     Morning, noon and night {hero} thought only of {sweets}.
 
@@ -755,7 +768,8 @@ def generate_stories(seed: int = 0) -> Iterator[str]:
     random = Random(seed).random
     told: set[bytes] = set()
     while True:
-        hero = heroes[int(random() * len(heroes))]
+        homes = heroes[int(random() * len(heroes))]
+        hero = homes[int(random() * len(homes))]
         friend = friends[int(random() * len(friends))]
         rows = plots[int(random() * len(plots))]
         beats = rows[int(random() * len(rows))]
@@ -783,10 +797,14 @@ def stories_until(total_bytes: int, seed: int = 0) -> Iterator[str]:
 
 
 @cache
-def _compile() -> tuple[list[dict[str, str]], list[dict[str, str]], list[list[list[list[str]]]]]:
-    """Slots of each hero, slots of each friend, and ``[plot][row][beat]`` -> the ways to say it, rows filled in."""
+def _compile() -> tuple[list[list[dict[str, str]]], list[dict[str, str]], list[list[list[list[str]]]]]:
+    """Slots of each hero in each home, slots of each friend, and ``[plot][row][beat]`` -> the ways to say it, rows filled in."""
+    houses = HOUSES.strip().splitlines()
     heroes = [
-        _slots({"kind": kind, **_pronouns(he), "home": home}) | {"hero": name}
+        [
+            _slots({"kind": kind, **_pronouns(he), "home": place}) | {"hero": name}
+            for place in (houses if home == "in a house" else [home])
+        ]
         for name, kind, he, home in _cells(HEROES)
     ]
     friends = [
