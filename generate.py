@@ -84,7 +84,7 @@ def main(
             f"Note: {cut} of {num_samples} filled the model's context of {model.config.block_size:,} tokens.",
             file=sys.stderr,
         )
-    print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
+    print(f"Written in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -474,9 +474,11 @@ def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
             _read_mark(folder)
         except _Damaged as damage:
             below = newest(folder) if folder.is_dir() else None
-            found = below or _beside(folder)
-            where = "in it" if below else "beside it"
-            hint = f"the newest whole checkpoint {where} is {found}" if found else f"no whole checkpoint lies {where}"
+            if found := below or _beside(folder) or newest(root):
+                where = "in it" if below else "beside it" if found.parent == folder.parent else f"under {root}"
+                hint = f"the newest whole checkpoint {where} is {found}"
+            else:
+                hint = f"no whole checkpoint lies beside it or under {root}"
             raise UserError(f"{damage}; {hint}.") from None
         return folder
     found = newest(root)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -298,7 +299,9 @@ def test_nothing_to_find(tmp_path: Path, run: Path) -> None:
     assert checkpoints.newest_step(tmp_path / "nowhere") is None
     with pytest.raises(UserError, match=r"run_train\.py"):
         checkpoints.resolve(None, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=f"in it is {run / 'step-00000002'}"):
+    with pytest.raises(UserError, match=re.escape(f"in it is {run / 'step-00000002'}")):
         checkpoints.resolve(run)
-    with pytest.raises(UserError, match=f"beside it is {run / 'step-00000002'}"):
+    with pytest.raises(UserError, match=re.escape(f"beside it is {run / 'step-00000002'}")):
         checkpoints.resolve(run / "step-00000003")
+    with pytest.raises(UserError, match=re.escape(f"is {run / 'step-00000002'}")):
+        checkpoints.resolve(tmp_path / "rum" / "final", root=run)

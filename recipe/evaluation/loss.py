@@ -144,8 +144,10 @@ def evaluate(
 
 def table(result: Evaluation) -> Table:
     """The result for people."""
-    shown = Table(title=f"{result.checkpoint}, step {result.step:,}, on {result.data_dir}", show_header=False)
+    shown = Table(show_header=False)
     rows = {
+        "checkpoint": f"{result.checkpoint}, step {result.step:,}",
+        "text": f"{result.data_dir}, validation",
         "loss": f"{result.loss:.4f} nats per token",
         "perplexity": f"{result.perplexity:,.3f}",
         "bits per byte": f"{result.bits_per_byte:.4f}",
@@ -153,10 +155,10 @@ def table(result: Evaluation) -> Table:
         "windows": f"{result.windows:,} of {result.context:,} tokens, not overlapping",
         "computed": f"on {result.device} in {result.precision}, {result.tokens / result.seconds:,.0f} tokens/s",
     }
+    if result.same_data is False:
+        rows["note"] = "not the text that this checkpoint was trained beside"
     for name, value in rows.items():
         shown.add_row(name, value)
-    if result.same_data is False:
-        shown.caption = "not the text that this checkpoint was trained beside"
     return shown
 
 
