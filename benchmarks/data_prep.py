@@ -43,10 +43,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "data_prep.json")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)  # the process that is timed
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--preload", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        run(args.run, args.folder, args.preload)
+        run(args.run, args.folder)
         return
     with tempfile.TemporaryDirectory() as name:
         result = compare(args, Path(name))
@@ -64,16 +63,13 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     memory: dict[str, float] = {}
     for _ in range(args.repeat):
         for way in WAYS:
-            whole, inside, peak = timed_process(way, folder, preload=False)
-            if way == "ours":
-                # It imports torch while its workers tokenize: what it takes without imports needs a run of its own.
-                _, inside, _ = timed_process(way, folder, preload=True)
+            whole, inside, peak = timed_process(way, folder)
             seconds[f"{way} with"].append(round(whole, 2))
             seconds[f"{way} without"].append(round(inside, 2))
             memory[way] = max(peak, memory.get(way, 0.0))
     documents = {way: read_documents(way, folder) for way in WAYS}
     same = documents["TextFiles"] == documents["ours"]
-    tokens = sum(map(len, documents["ours"]))
+    tokens = sum(map(len, documents["ours"])) // 4
     return {
         "command": " ".join(["python", "benchmarks/data_prep.py", *sys.argv[1:]]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
@@ -135,13 +131,13 @@ def make_tokenizer(args: argparse.Namespace, folder: Path) -> None:
     tokenizers.install(files, {"name": "benchmark"}, folder / "tokenizer")
 
 
-def timed_process(way: str, folder: Path, preload: bool) -> tuple[float, float, float]:
+def timed_process(way: str, folder: Path) -> tuple[float, float, float]:
     """Seconds of the whole process, seconds after its imports, peak memory of it and its children in bytes."""
     import psutil
 
     for place in OUTPUTS[way]:
         shutil.rmtree(folder / place, ignore_errors=True)
-    command = [sys.executable, __file__, "--run", way, "--folder", str(folder), *(["--preload"] if preload else [])]
+    command = [sys.executable, __file__, "--run", way, "--folder", str(folder)]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
     peak = [0.0]
@@ -165,12 +161,11 @@ def timed_process(way: str, folder: Path, preload: bool) -> tuple[float, float, 
     if process.returncode or not lines:
         sys.exit(f"{way} failed:\n{output}")
     inside = float(lines[-1].split()[1])
-    kind = "without imports" if preload else "whole process"
-    print(f"{way}: {inside if preload else whole:.2f} s ({kind})", flush=True)
+    print(f"{way}: {whole:.2f} s, {inside:.2f} s of them after its imports", flush=True)
     return whole, inside, peak[0]
 
 
-def run(way: str, folder: Path, preload: bool) -> None:
+def run(way: str, folder: Path) -> None:
     """What is timed."""
     if way == "TextFiles":
         from litdata import optimize  # noqa: F401
@@ -182,8 +177,9 @@ def run(way: str, folder: Path, preload: bool) -> None:
         data.connect(Tokenizer(folder / "tokenizer"), batch_size=1, max_seq_length=256)
         data.prepare_data()
     else:
-        if preload:
-            import litdata.streaming.writer  # noqa: F401
+        import tiktoken  # noqa: F401
+        import tokenizers  # noqa: F401
+
         from recipe.data.prepare import PrepareArgs, prepare
 
         started = time.perf_counter()
@@ -192,27 +188,26 @@ def run(way: str, folder: Path, preload: bool) -> None:
 
 
 def read_documents(way: str, folder: Path) -> list[bytes]:
-    """The ids of every document, in a fixed order, without what stands between documents."""
+    """The ids of every document (int32), sorted, without what stands between documents."""
     import numpy as np
     from litgpt.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder / "tokenizer")
-    between = tokenizer.token_to_id("Ċ")  # the line ends around a mark, which TextFiles keeps
+    line_end = tokenizer.token_to_id("\u010a")
     documents = []
     for place in OUTPUTS[way]:
         index = json.loads((folder / place / "index.json").read_text(encoding="utf-8"))
-        dtype = {"16": np.int32, "15": np.int32, "20": np.uint16}[index["config"]["data_format"][0].split(":")[1]]
-        for chunk in index["chunks"]:
-            offset = 4 * (chunk["chunk_size"] + 2)
-            ids = np.fromfile(folder / place / chunk["filename"], dtype=dtype, offset=offset).astype(np.int32)
-            for piece in np.split(ids, np.flatnonzero(ids == tokenizer.eos_id)):
-                words = piece[np.flatnonzero((piece != tokenizer.eos_id) & (piece != between))]
-                if len(words):
-                    inner = piece[piece != tokenizer.eos_id]
-                    if way == "TextFiles":
-                        kept = np.flatnonzero(inner != between)
-                        inner = inner[kept[0] : kept[-1] + 1]
-                    documents.append(inner.tobytes())
+        dtype = np.uint16 if index["config"]["data_format"] == ["no_header_tensor:20"] else np.int32
+        chunks = [
+            np.fromfile(folder / place / chunk["filename"], dtype=dtype, offset=4 * (chunk["chunk_size"] + 2))
+            for chunk in index["chunks"]
+        ]
+        ids = np.concatenate(chunks).astype(np.int32)
+        for piece in np.split(ids, np.flatnonzero(ids == tokenizer.eos_id)):
+            # A mark of its own begins each piece; TextFiles keeps the line ends around it.
+            words = np.flatnonzero((piece != tokenizer.eos_id) & (piece != line_end))
+            if len(words):
+                documents.append(piece[words[0] : words[-1] + 1].tobytes())
     return sorted(documents)
 
 

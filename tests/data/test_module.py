@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from litdata.streaming import StreamingDataset, TokensLoader
+from litdata.streaming.writer import BinaryWriter
 
 import recipe.data
 from recipe.cli import UserError
@@ -252,6 +253,25 @@ def test_chunks_keep_every_id(tmp_path: Path, dtype: str, top: int) -> None:
     assert torch.cat([data[i].long() for i in range(len(data))]).tolist() == ids.tolist()
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_chunks_are_byte_for_byte_litdatas_own(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format is written without litdata, whose import takes longer than the work."""
+    monkeypatch.setattr(tokens, "MIN_CHUNK_TOKENS", 100)
+    ids = np.arange(330).astype(dtype)
+    ours = tokens.ChunkWriter(tmp_path / "ours", 0, dtype)
+    ours.append(ids)
+    ours.close()
+    theirs = BinaryWriter(str(tmp_path / "theirs"), chunk_size=1, item_loader=TokensLoader())
+    for i, part in enumerate(np.split(ids, [100, 200])):
+        theirs.add_item(i, torch.from_numpy(part))
+    theirs.done()
+    (tmp_path / "theirs" / f"{theirs.rank}.index.json").rename(tmp_path / "theirs/index.json")
+    found = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    assert found.pop("index.json") == wanted.pop("index.json")
+    assert found == wanted and len(found) == 3
+
+
 @pytest.mark.parametrize("count", [1, 99, 100, 149, 150, 151, 250, 1000])
 def test_no_chunk_is_a_scrap(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens after a chunk's last whole window are lost, so there must be no chunk of few tokens."""
@@ -262,7 +282,7 @@ def test_no_chunk_is_a_scrap(tmp_path: Path, count: int, monkeypatch: pytest.Mon
         writer.append(part)
     writer.close()
     sizes = [len(chunk) for chunk in stream_of(tmp_path)]
-    assert sum(sizes) == count and len(sizes) == writer.chunks == max(1, (count + 50) // 100)
+    assert sum(sizes) == count and len(sizes) == len(writer.chunks) == max(1, (count + 50) // 100)
     assert all(50 <= size <= 150 for size in sizes) or count < 50
     assert np.concatenate(stream_of(tmp_path)).tolist() == ids.tolist()
 

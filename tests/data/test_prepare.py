@@ -500,7 +500,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict], str]]:
             r"tokenizer\.json is broken",
         ),
         "fractions": (lambda folder: {"val_fraction": 1.0}, "val_fraction 1.0: expected a number between 0 and 1"),
-        "separator": (lambda folder: {"document_separator": "a\nb"}, "expected one line"),
+        "separator": (lambda folder: {"document_separator": "a\nb"}, "expected a line"),
         "vocab size": (lambda folder: {"vocab_size": 300}, "--vocab_size goes with --tokenizer train"),
         "small vocab": (lambda folder: {"tokenizer": "train", "vocab_size": 100}, "expected 257 or more"),
         "workers": (lambda folder: {"num_workers": -1}, "expected 0 or more"),
