@@ -4,6 +4,7 @@ import inspect
 import os
 import pydoc
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -159,7 +160,10 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     try:
         namespace = parser.parse_args(["--config", yaml.safe_dump(run), *flags])
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
-        values = vars(parser.instantiate_classes(namespace))
+        with warnings.catch_warnings():
+            # LitGPT warns of a warm-up as long as the run; here it is shortened, and the run says so.
+            warnings.filterwarnings("ignore", message="`--train.lr_warmup_steps` should be less")
+            values = vars(parser.instantiate_classes(namespace))
     except ArgumentError as error:
         raise UserError(explain(str(error), _known_names(parser, run))) from None
     except UserError:

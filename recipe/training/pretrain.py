@@ -211,7 +211,10 @@ def main(
     )
     where = f"{fabric.world_size} x {_device_name(fabric)}" if fabric.world_size > 1 else _device_name(fabric)
     say(f"On {where} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}.")
-    for note in (precision_note, compile_note):
+    warmup_note = None
+    if plan.warmup_steps < (train.lr_warmup_steps or 0):
+        warmup_note = f"The run is shorter than its warm-up, which ends at step {plan.warmup_steps:,} instead."
+    for note in (precision_note, compile_note, warmup_note):
         if note:
             say(note)
     if resume_from:

@@ -57,13 +57,15 @@ def prepare_data(settings: RunSettings) -> None:
             f" `uv run python prepare_data.py --data_dir {data_dir}` fetches TinyStories;"
             " with --source PATH it takes your own text, with --source sample the built-in stories."
         )
+    # What lies there already is taken as it lies: the run file's `prepare` only fills what is empty.
+    has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
     prepare(
         PrepareArgs(
-            source=source,
+            source=None if has_text else source,
             data_dir=data_dir,
-            tokenizer=settings.prepare.tokenizer,
+            tokenizer=None if has_tokenizer else settings.prepare.tokenizer,
             tokenizer_dir=settings.tokenizer_dir,
-            vocab_size=settings.prepare.vocab_size,
+            vocab_size=None if has_tokenizer else settings.prepare.vocab_size,
         )
     )
 
@@ -146,12 +148,15 @@ def _with_wandb_dataset(run: ParsedRun) -> ParsedRun:
 
 def _clear(out_dir: Path, resume_from: Path | None, *, overwrite: bool) -> None:
     """Makes ``out_dir`` and, for a fresh start over an old run, removes what that run left; nothing else."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"{out_dir} is a file; expected a folder to write checkpoints to: --out_dir")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    probe = out_dir / f".writable.{os.getpid()}"
-    probe.touch()
-    probe.unlink()
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe = out_dir / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with --out_dir."
+        ) from None
     if overwrite and resume_from is None:
         for path in replaced_files(out_dir):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,204 @@
+"""The door of training as a user knows it: whole processes, a kill, and every mistake that a user can make."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+import run_train
+from recipe import checkpoints
+from recipe.cli import exit_with_message
+from recipe.settings import PROJECT
+
+
+@pytest.fixture
+def refusal(run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> Callable[..., str]:
+    """``refusal("--flag", "value")``: stderr of ``run_train.py``, which must be one message, with exit code 1, and must
+    leave everything below ``tmp_path`` as it was."""
+
+    def call(*flags: str) -> str:
+        before = contents(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["run_train.py", "--config", str(run_file), *flags])
+        with pytest.raises(SystemExit) as ended:
+            exit_with_message(run_train.main)
+        assert ended.value.code == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert "Traceback" not in message
+        assert contents(tmp_path) == before
+        return message
+
+    return call
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    # An empty out_dir is no loss, and a lock file no content.
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+@pytest.fixture
+def own_data(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared corpus that a test may damage."""
+    shutil.copytree(prepared, tmp_path / "own")
+    return tmp_path / "own"
+
+
+def data_flags(folder: Path) -> list[str]:
+    return [
+        f"--data.init_args.train_data_path={folder / 'data' / 'train'}",
+        f"--data.init_args.val_data_path={folder / 'data' / 'val'}",
+        f"--tokenizer_dir={folder / 'tokenizer'}",
+    ]
+
+
+def test_no_data(refusal, tmp_path):
+    message = refusal(*data_flags(tmp_path / "nowhere"))
+    assert "no data" in message
+    assert "prepare_data.py" in message
+
+
+def test_an_empty_text(refusal, own_data):
+    for path in (own_data / "data" / "train").iterdir():
+        path.write_text("  \n", encoding="utf-8")
+    assert "train" in refusal(*data_flags(own_data))
+
+
+def test_a_text_that_is_not_utf8(refusal, own_data):
+    (own_data / "data" / "train" / "stories.txt").write_bytes("Caf\u00e9 au lait.".encode("latin-1"))
+    message = refusal(*data_flags(own_data))
+    assert "UTF-8" in message
+    assert "stories.txt" in message
+
+
+def test_a_missing_tokenizer(refusal, own_data, tmp_path):
+    shutil.rmtree(own_data / "tokenizer")
+    assert "tokenizer" in refusal(*data_flags(own_data))
+
+
+def test_a_broken_tokenizer(refusal, own_data):
+    (own_data / "tokenizer" / "tokenizer.json").write_text("{", encoding="utf-8")
+    assert "tokenizer.json" in refusal(*data_flags(own_data))
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary(refusal):
+    message = refusal("--model.vocab_size", "100", "--model.padded_vocab_size", "100")
+    assert "the model's vocabulary holds 100" in message
+    assert "--model.padded_vocab_size" in message
+
+
+def test_no_checkpoint_at_the_path_to_resume(refusal, tmp_path):
+    assert "step-00000010" in refusal("--resume", str(tmp_path / "step-00000010"))
+
+
+def test_a_checkpoint_of_another_model(train, refusal):
+    out = train()
+    message = refusal("--resume", str(out / "final"), "--model.n_embd", "64")
+    assert "n_embd: 32 there, 64 here" in message
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_a_damaged_checkpoint(train, refusal, size):
+    out = train()
+    weights = out / "step-00000008" / "lit_model.pth"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:size] if size >= 0 else data[:-10] + b"?" + data[-9:])
+    message = refusal("--resume", str(out / "step-00000008"))
+    assert "lit_model.pth" in message
+
+
+def test_a_context_longer_than_the_block(refusal):
+    assert "block_size is 64" in refusal("--max-seq-length", "100")
+
+
+def test_a_global_batch_that_the_micro_batch_does_not_divide(refusal):
+    assert "is no multiple of micro_batch_size 3" in refusal("--micro-batch-size", "3")
+
+
+@pytest.mark.parametrize(("split", "size"), [("train", "50"), ("val", "10")])
+def test_a_set_shorter_than_one_batch(refusal, split, size):
+    message = refusal("--micro-batch-size", size, "--global-batch-size", size, "--max-seq-length", "64")
+    assert f": {split} has" in message
+    assert "--micro-batch-size" in message
+
+
+def test_experts_without_experts(refusal):
+    assert "without feed-forward layers" in refusal("--model.n_expert", "0")
+
+
+def test_an_unknown_corpus(refusal, tmp_path):
+    message = refusal(*data_flags(tmp_path / "new"), "--prepare.source", "tinystoriez")
+    assert "'tinystories'" in message or "tinystories" in message
+
+
+def test_a_folder_that_cannot_be_written(refusal, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert str(tmp_path / "file") in refusal("--out_dir", str(tmp_path / "file" / "out"))
+
+
+def test_wandb_dataset_that_is_no_reference(refusal):
+    assert "wandb" in refusal("--wandb-dataset", "nonsense").lower()
+
+
+def run_door(run_file: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
+
+
+def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_path):
+    steps = ("--train.max_steps", "200", "--train.save_interval", "5", "--eval.interval", "50")
+    killed = run_door(run_file, *steps, "--out_dir", str(tmp_path / "killed"))
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "killed" / "step-00000010").exists():
+            assert killed.poll() is None, killed.communicate()[0]
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    finally:
+        killed.kill()
+        killed.communicate()
+    stopped_at = checkpoints.read_mark(checkpoints.newest_step(tmp_path / "killed")).step
+    assert 10 <= stopped_at < 200
+    resumed = run_door(run_file, *steps, "--out_dir", str(tmp_path / "killed"), "--resume", "auto")
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    assert f"step {stopped_at} of 200" in output
+    whole = train(*steps, "--out_dir", str(tmp_path / "whole"))
+    one, other = (checkpoints.load_weights(out / "final") for out in (whole, tmp_path / "killed"))
+    import torch
+
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    metrics = (tmp_path / "killed" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in metrics] == ["step", *map(str, range(1, 201))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "devices"])
+def test_two_processes_on_the_cpu(run_file, tmp_path, launcher):
+    flags = ["--config", str(run_file), "--out_dir", str(tmp_path / "two"), "--train.max_steps", "6"]
+    start = [str(PROJECT / "run_train.py"), *flags]
+    if launcher == "torchrun":
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *start]
+    else:
+        start += ["--devices", "2"]
+    done = subprocess.run([sys.executable, *start], capture_output=True, text=True, encoding="utf-8", timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 steps of 64 tokens") == 1
+    metrics = (tmp_path / "two" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in metrics] == ["step", *map(str, range(1, 7))]
+    assert checkpoints.read_mark(tmp_path / "two" / "final").tokens == 6 * 64
+
+
+def test_the_settings_that_are_saved_run_again(train, tmp_path):
+    out = train("--train.max_steps", "3")
+    saved = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text(encoding="utf-8"))
+    again = train("--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "again"))
+    one, other = (checkpoints.read_mark(path / "final").files["lit_model.pth"] for path in (out, again))
+    assert saved["train"]["max_steps"] == 3
+    assert one == other
