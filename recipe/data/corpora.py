@@ -26,6 +26,8 @@ SAMPLE_BYTES = 20 << 20
 VALIDATION_FOLDERS = ("val", "validation", "valid")
 INCOMING = ".incoming"  # text on its way, below data_dir
 
+OnProgress = Callable[[int, int, int | None], None]
+
 
 @dataclass(frozen=True)
 class OpenCorpus:
@@ -35,8 +37,8 @@ class OpenCorpus:
     """What exactly it is, for the manifest."""
     documents: dict[str, Callable[[], Iterator[str]]]
     """For each split (``val`` may be missing) what iterates over its documents."""
-    totals: dict[str, int]
-    """For each split its number of documents, where it is known."""
+    size: int | None
+    """Bytes of text, about, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Stories:
                 if size >= SAMPLE_BYTES:
                     return
 
-        return OpenCorpus("generate_stories(seed=0)", {"train": documents}, {})
+        return OpenCorpus("generate_stories(seed=0)", {"train": documents}, SAMPLE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,18 @@ class HubDataset:
         return OpenCorpus(
             f"{self.path}@{revision}" if revision else self.path,
             {split: partial(self._documents, name, revision) for split, name in names.items()},
-            {},
+            self._size(names.values(), revision),
         )
+
+    def _size(self, splits: Iterable[str], revision: str | None) -> int | None:
+        """What the dataset's card says, which need not say anything."""
+        import datasets
+
+        try:
+            known = datasets.load_dataset_builder(self.path, self.config, revision=revision).info.splits or {}
+            return sum(known[split].num_bytes for split in splits)
+        except Exception:  # only the time left depends on it
+            return None
 
     def _documents(self, split: str, revision: str | None) -> Iterator[str]:
         import datasets
@@ -175,7 +187,7 @@ def write_text(
     source: str,
     data_dir: Path,
     settings: Settings,
-    on_progress: Callable[[int, int], None] = lambda documents, size: None,
+    on_progress: OnProgress = lambda documents, size, total: None,
 ) -> TextOrigin:
     """Writes a source's documents as text under ``train/`` and ``val/``, all or nothing.
 
@@ -186,7 +198,7 @@ def write_text(
         source: a known corpus or a path.
         data_dir: text that lies there is replaced.
         settings: ``val_fraction`` is ignored for a source with validation text.
-        on_progress: called with the documents and bytes so far.
+        on_progress: called with the documents and bytes so far, and how many bytes there are, about, or None.
 
     Raises:
         UserError: for a source that cannot be had or read, or that holds no text.
@@ -281,9 +293,7 @@ class TextWriter:
         self._file, self._size, self._digest = None, 0, hashlib.sha256()
 
 
-def _write_files(
-    path: Path, source: str, incoming: Path, settings: Settings, on_progress: Callable[[int, int], None]
-) -> TextOrigin:
+def _write_files(path: Path, source: str, incoming: Path, settings: Settings, on_progress: OnProgress) -> TextOrigin:
     files = source_files(path)
     own_validation = "val" in files
     settings = replace(settings, val_fraction=None if own_validation else settings.val_fraction)
@@ -303,7 +313,8 @@ def _write_files(
                 if left <= 0:
                     break
 
-    text, empty = _write_splits(contents, incoming, settings, on_progress)
+    total = sum(file.stat().st_size for paths in files.values() for file in paths)
+    text, empty = _write_splits(contents, incoming, settings, on_progress, total)
     records = tuple(manifest.record(file, base) for paths in files.values() for file in paths)
     return TextOrigin("files", str(path.resolve()), settings, records, text, empty)
 
@@ -314,7 +325,7 @@ def _first_documents(text: PartText, number: int) -> PartText:
 
 
 def _write_corpus(
-    corpus: OpenCorpus, source: str, incoming: Path, settings: Settings, on_progress: Callable[[int, int], None]
+    corpus: OpenCorpus, source: str, incoming: Path, settings: Settings, on_progress: OnProgress
 ) -> TextOrigin:
     own_validation = "val" in corpus.documents
     settings = replace(settings, val_fraction=None if own_validation else settings.val_fraction)
@@ -325,7 +336,7 @@ def _write_corpus(
             for row in islice(documents(), settings.max_documents):
                 yield part_text(documents_of(row), rules, split if own_validation else None)
 
-    text, empty = _write_splits(contents, incoming, settings, on_progress)
+    text, empty = _write_splits(contents, incoming, settings, on_progress, corpus.size)
     return TextOrigin(source, corpus.location, settings, (), text, empty)
 
 
@@ -333,7 +344,8 @@ def _write_splits(
     contents: Callable[[bool], Iterable[PartText]],
     incoming: Path,
     settings: Settings,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
+    total: int | None,
 ) -> tuple[dict[str, tuple[FileRecord, ...]], int]:
     """Writes both splits; returns their files and how many empty documents were left out."""
     for cut in (False, True):
@@ -346,7 +358,7 @@ def _write_splits(
                     writers[piece.split].write(piece.text, piece.closes)
                     documents += piece.closes
                     size += len(piece.text)
-                on_progress(documents, size)
+                on_progress(documents, size, total)
         finally:
             for writer in writers.values():
                 writer.close()

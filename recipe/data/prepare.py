@@ -388,13 +388,14 @@ def _build(args: PrepareArgs) -> Manifest:
 
 def _write_text(args: PrepareArgs, text: _TextToWrite, settings: Settings) -> None:
     print(f"Text: {text.source} into {args.data_dir}" + (f" again ({text.why})" if text.why else ""))
-    with _progress("text", None) as advance:
-        seen = [0, 0]
+    with _progress("text") as progress:
+        seen = 0
 
-        def on_progress(documents: int, size: int) -> None:
-            if size - seen[1] >= 1 << 20:
-                advance(documents - seen[0], 0, size - seen[1])
-                seen[:] = [documents, size]
+        def on_progress(documents: int, size: int, total: int | None) -> None:
+            nonlocal seen
+            if size - seen >= 1 << 18:
+                progress(documents, 0, size, total)
+                seen = size
 
         corpora.write_text(text.source, args.data_dir, settings, on_progress)
 
@@ -469,8 +470,8 @@ def _tokenize(
             job = tokens.Job(tokenizer_json, fast, info.eos_id, tokens.dtype_for(info.vocab_size), rules)
             workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             workers = workers if args.num_workers is None else args.num_workers
-            with _progress("tokens", tokens.total_size(todo)) as advance:
-                counts = tokens.build(todo, job, folders, workers, advance)
+            with _progress("tokens") as progress:
+                counts = tokens.build(todo, job, folders, workers, progress)
             if rules.val_fraction is None or cut or all(count.tokens for count in counts.values()):
                 break
             shutil.rmtree(building, ignore_errors=True)
@@ -606,6 +607,9 @@ def _locked(data_dir: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
+    for folder in (data_dir, *data_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--data_dir {data_dir}: {folder} is a file; expected a folder.")
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / LOCK)
     try:
@@ -618,53 +622,51 @@ def _locked(data_dir: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # not empty
             (data_dir / "tokens").rmdir()
-        with suppress(OSError):
-            if [entry.name for entry in data_dir.iterdir()] == [LOCK]:
-                (data_dir / LOCK).unlink()
+        is_unused = [entry.name for entry in data_dir.iterdir()] == [LOCK]
+        # An open file can be deleted on POSIX alone; once released it may be another process's, which Windows protects.
+        if is_unused and os.name != "nt":
+            (data_dir / LOCK).unlink()
         lock.release()
         with suppress(OSError):
+            if is_unused and os.name == "nt":
+                (data_dir / LOCK).unlink()
             for folder in made:
                 folder.rmdir()
 
 
 @contextmanager
-def _progress(what: str, total: int | None) -> Iterator[Callable[[int, int, int], None]]:
+def _progress(what: str) -> Iterator[Callable[[int, int, int, int | None], None]]:
     """A bar with documents, tokens and time left on a terminal; a line every ten seconds elsewhere.
 
     Yields:
-        What to call with the documents, tokens and bytes that were added.
+        What to call with the documents, tokens and bytes so far, and the bytes in all, about, or None.
     """
-    counts = [0, 0, 0]
-    started = time.perf_counter()
 
-    def line() -> str:
-        tokens_seen = f", {counts[1]:,} tokens" if counts[1] else ""
-        return f"{counts[0]:,} documents{tokens_seen}, {counts[2] / 1e6:,.1f} MB"
+    def line(documents: int, tokens_seen: int, size: int) -> str:
+        middle = f"{tokens_seen:,} tokens, " if tokens_seen else ""
+        return f"{documents:,} documents, {middle}{size / 1e6:,.1f} MB"
 
     if not sys.stdout.isatty():
-        said = [started]
+        started = said = time.perf_counter()
 
-        def advance(documents: int, new_tokens: int, size: int) -> None:
-            for i, value in enumerate((documents, new_tokens, size)):
-                counts[i] += value
+        def say(documents: int, tokens_seen: int, size: int, total: int | None) -> None:
+            nonlocal said
             now = time.perf_counter()
-            if now - said[0] >= 10:
-                said[0] = now
-                left = f", {(now - started) * (total / counts[2] - 1):.0f} s left" if total and counts[2] else ""
-                print(f"  {what}: {line()}{left}", flush=True)
+            if now - said >= 10:
+                said = now
+                left = f", {(now - started) * max(0, total / size - 1):,.0f} s left" if total and size else ""
+                print(f"  {what}: {line(documents, tokens_seen, size)}{left}", flush=True)
 
-        yield advance
+        yield say
         return
 
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}")]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task(what, total=total, line="")
+    columns = [TextColumn("  {task.description}"), BarColumn(30), TextColumn("{task.fields[line]}")]
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task(what, total=None, line="")
 
-        def advance_bar(documents: int, new_tokens: int, size: int) -> None:
-            for i, value in enumerate((documents, new_tokens, size)):
-                counts[i] += value
-            bar.update(task, advance=size, line=line())
+        def move(documents: int, tokens_seen: int, size: int, total: int | None) -> None:
+            bar.update(task, completed=size, total=total, line=line(documents, tokens_seen, size))
 
-        yield advance_bar
+        yield move

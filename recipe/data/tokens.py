@@ -230,7 +230,7 @@ def build(
     job: Job,
     folders: dict[str, Path],
     num_workers: int,
-    on_progress: Callable[[int, int, int], None],
+    on_progress: Callable[[int, int, int, int | None], None],
 ) -> dict[str, Counts]:
     """Encodes parts into one token folder for each split.
 
@@ -239,7 +239,7 @@ def build(
         job: how.
         folders: split to (new) folder.
         num_workers: processes; 0 encodes in this one.
-        on_progress: called with the documents, tokens and bytes that each part added.
+        on_progress: called with the documents, tokens and bytes of text so far, and the bytes in all, about.
 
     Returns:
         What was counted for each split.
@@ -249,6 +249,7 @@ def build(
         for split, folder in folders.items()
     }
     counts = {split: Counts() for split in folders}
+    done, total = 0, total_size(parts)
     with closing(encode(parts, job, num_workers)) as encoded_parts:
         for part, encoded in zip(parts, encoded_parts, strict=True):
             first = next(iter(counts)) if part.split is None else part.split
@@ -259,7 +260,8 @@ def build(
                 counts[split].documents += encoded.documents[split]
                 counts[split].tokens += len(tokens)
                 counts[split].bytes += encoded.bytes[split]
-            on_progress(sum(encoded.documents.values()), sum(map(len, encoded.tokens.values())), part.size)
+            done += part.size
+            on_progress(sum(c.documents for c in counts.values()), sum(c.tokens for c in counts.values()), done, total)
     for split, writer in writers.items():
         writer.close()
         counts[split].chunks = len(writer.chunks)

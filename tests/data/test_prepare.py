@@ -1,5 +1,6 @@
 """From text to tokens: right tokens, nothing done twice, nothing half, nothing lost, and clear messages."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -499,6 +500,10 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict], str]]:
             },
             r"tokenizer\.json is broken",
         ),
+        "a file for a folder": (
+            lambda folder: {**write("data", b"x")(folder), "source": "sample"},
+            "is a file; expected a folder",
+        ),
         "fractions": (lambda folder: {"val_fraction": 1.0}, "val_fraction 1.0: expected a number between 0 and 1"),
         "separator": (lambda folder: {"document_separator": "a\nb"}, "expected a line"),
         "vocab size": (lambda folder: {"vocab_size": 300}, "--vocab_size goes with --tokenizer train"),
@@ -529,6 +534,22 @@ def test_bad_new_text_leaves_the_old_text_and_tokens(prepared: Path, run: Callab
     with pytest.raises(UserError, match="not UTF-8"):
         run(source=str(bad), overwrite=True)
     assert state(prepared) == before
+    run()
+
+
+def test_a_full_disk_leaves_the_old_text_and_tokens(
+    prepared: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "chunk-0-0.bin")
+
+    put(prepared / "val/v.txt", stories)
+    before = state(prepared)
+    for place in ("_write", "close"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=r"chunk-0-0\.bin"):
+            patch.setattr(tokens.ChunkWriter, place, full)
+            run()
+        assert state(prepared) == before
     run()
 
 
@@ -646,7 +667,6 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(tmp_path: Pa
     put(tmp_path / "own/b.txt", stories[:10])
     body = """
         import shutil
-        import litdata.streaming.writer, torch
         from recipe.data import tokenizers
         CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
