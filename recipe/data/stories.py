@@ -3,8 +3,8 @@
 Each story has a hero, a friend, a beginning, a trouble, a turn and an end. A plot is written down as four paragraphs.
 Between blank lines stand the ways to say one thing, a line each, of which a story takes one; ``rows`` are the things
 that the plot can be about, of which a story takes one too, so that the kite which the wind took is found in the tree
-and not under the bed. What a story names it names again soon, and no hero is the friend of another story: so even a
-tiny model learns to keep to whom and what it began with.
+and not under the bed, by a friend who can climb. What a story names it names again soon: so even a tiny model learns to
+keep to what it began with.
 
     from recipe.data.stories import generate_stories
 
@@ -20,8 +20,8 @@ from functools import cache
 from hashlib import blake2b
 from random import Random
 
-# The hero: name, kind, he or she, home. The kind says who it is, and an animal lives where its kind lives: a home that
-# belonged to one of two boys would make a small model take the wrong name up again.
+# The hero: name, kind, he or she, home. An animal's kind says who it is. A child may live in any house: if a house
+# belonged to one of two boys, a small model would take the boy's name from the house instead of from the story.
 HEROES = """
 Mina  | girl     | she | in a house
 Nora  | girl     | she | in a house
@@ -35,10 +35,6 @@ Hazel | squirrel | she | in a hollow oak
 Milo  | mole     | he  | in a tunnel beneath the vegetable garden
 Kiki  | kitten   | she | in a basket by the fireplace
 Rex   | puppy    | he  | in a wooden kennel beside the gate
-Clara | chipmunk | she | in a crack of the garden wall
-Leo   | lizard   | he  | under a flat warm stone
-Ivy   | ferret   | she | in a barn full of straw
-Sam   | seal     | he  | on a rock in the bay
 """
 
 # What "in a house" stands for.
@@ -53,7 +49,8 @@ in a stone house next to the church
 in a lighthouse on the cliff
 """
 
-# The friend who knows what to do: name, kind, he or she. Nobody is both hero and friend.
+# The friend who knows what to do: name, kind, he or she. Each trouble has the friend that suits it, and nobody is a hero
+# in one story and a friend in another.
 FRIENDS = """
 Otto   | owl      | he
 Poppy  | pig      | she
@@ -64,13 +61,9 @@ Bella  | badger   | she
 Hugo   | hedgehog | he
 Olive  | otter    | she
 Barney | beaver   | he
-Lulu   | lamb     | she
+Dora   | duck     | she
 Dusty  | donkey   | he
 Rosie  | raccoon  | she
-Monty  | monkey   | he
-Dora   | duck     | she
-Percy  | pony     | he
-Greta  | goose    | she
 """
 
 OPENINGS = """
@@ -89,11 +82,11 @@ Long ago a merry {kind} named {hero} lived {home}.
 class Plot:
     """One kind of story.
 
-    ``rows`` is a table whose first line names the slots that the others fill. In the paragraphs ``{hero}`` and
-    ``{pal}`` are the names of hero and friend, ``{kind}``, ``{he}``, ``{him}``, ``{his}``, ``{himself}`` and ``{home}``
-    go with the hero, ``{pal_kind}``, ``{pal_he}``, ... with the friend. For every slot ``{a thing}`` is "a" or "an" and
-    the thing, and ``{Thing}`` begins a sentence. A name always follows a space, so that it is one and the same token
-    wherever it stands.
+    ``rows`` is a table whose first line names the slots that the others fill, and the friend who comes into it. In the
+    paragraphs ``{hero}`` and ``{pal}`` are the names of hero and friend, ``{kind}``, ``{he}``, ``{him}``, ``{his}``,
+    ``{himself}`` and ``{home}`` go with the hero, ``{pal_kind}``, ``{pal_he}``, ... with the friend. ``{a thing}`` is
+    the thing with "a" or "an" before it, ``{Thing}`` begins a sentence. A name always follows a space, so that it is one
+    and the same token wherever it stands.
     """
 
     rows: str
@@ -105,15 +98,15 @@ class Plot:
 
 LOST_AND_FOUND = Plot(
     rows="""
-    thing          | where                         | how
-    red kite       | at the top of the pear tree   | The wind had carried it there.
-    silver whistle | in the long grass by the gate | It had slipped through a hole in {his} pocket.
-    wooden boat    | under the little bridge       | The stream had carried it there.
-    blue scarf     | on a branch of the holly bush | The thorns had pulled it off.
-    picture book   | on the bench in the park      | It had been left behind after lunch.
-    brass bell     | in the nest of a magpie       | Magpies love shiny things.
-    rubber ball    | at the bottom of the dry well | It had bounced much too high.
-    rag doll       | among the clean washing       | It had been folded up with the sheets.
+    thing          | friend | where                         | how
+    red kite       | Rosie  | at the top of the pear tree   | The wind had carried it there.
+    silver whistle | Hugo   | in the long grass by the gate | It had slipped through a hole in {his} pocket.
+    wooden boat    | Dora   | under the little bridge       | The stream had carried it there.
+    blue scarf     | Gus    | on a branch of the holly bush | The thorns had pulled it off.
+    picture book   | Tilly  | on the bench in the park      | It had been left behind after lunch.
+    brass bell     | Otto   | in the nest of a magpie       | Magpies love shiny things.
+    rubber ball    | Finn   | at the bottom of the dry well | It had bounced much too high.
+    rag doll       | Poppy  | among the clean washing       | It had been folded up with the sheets.
     """,
     beginning="""
     The best thing that {hero} owned was {a thing}.
@@ -159,15 +152,15 @@ LOST_AND_FOUND = Plot(
 
 A_GREAT_FEAR = Plot(
     rows="""
-    fear           | scene                                                   | trick                     | after
-    the dark       | The lamp went out, and the whole room turned black      | sing a song               | the dark was soft and quiet
-    thunder        | A storm came, and the sky went crash and boom           | count to ten              | thunder was only noise
-    the tall slide | Everybody went down the slide, but {he} stood and shook | hold a friend's hand      | the tall slide was fun
-    the big dog    | The big dog ran out of the yard and barked at {him}     | stand still and whisper   | the big dog only wanted to play
-    bees           | A bee sat down on {his} sleeve and buzzed               | breathe slowly            | bees only looked for flowers
-    the cellar     | Mother needed onions, and they were down in the cellar  | carry a candle            | the cellar was just a room full of jars
-    the old bridge | The only way to the fair went over the old bridge       | look straight ahead       | the old bridge was strong and safe
-    the dentist    | {His} tooth hurt, and {he} had to see the dentist       | think of something nice   | the dentist was kind and quick
+    fear           | friend | scene                                                   | trick                   | after
+    the dark       | Otto   | The lamp went out, and the whole room turned black      | sing a song             | the dark was soft and quiet
+    thunder        | Finn   | A storm came, and the sky went crash and boom           | count to ten            | thunder was only noise
+    the tall slide | Poppy  | Everybody went down the slide, but {he} stood and shook | hold a friend's hand    | the tall slide was fun
+    the big dog    | Dusty  | The big dog ran out of the yard and barked at {him}     | stand still and whisper | the big dog only wanted to play
+    bees           | Bella  | A bee sat down on {his} sleeve and buzzed               | breathe slowly          | bees only looked for flowers
+    the cellar     | Hugo   | Mother needed onions, and they were down in the cellar  | carry a candle          | the cellar was just a room full of jars
+    the old bridge | Gus    | The only way to the fair went over the old bridge       | look straight ahead     | the old bridge was strong and safe
+    the dentist    | Barney | {His} tooth hurt, and {he} had to see the dentist       | think of something nice | the dentist was kind and quick
     """,
     beginning="""
     Spiders and ghosts did not worry {hero}. But {he} was afraid of {fear}.
@@ -209,15 +202,15 @@ A_GREAT_FEAR = Plot(
 
 A_QUARREL = Plot(
     rows="""
-    thing          | where         | broke                               | mend                      | share
-    swing          | in the park   | the rope snapped                    | tied a strong knot        | one pushed while the other one flew
-    sled           | on the hill   | the front board cracked             | nailed on a new board     | they rode down one behind the other
-    wagon          | in the barn   | a wheel came off                    | hammered the wheel back on | one pulled while the other one rode
-    paintbox       | at school     | all the colors spilled on the floor | wiped up every drop       | they painted one big picture together
-    jump rope      | in the street | the handle flew off                 | glued the handle on again | they jumped in turns and counted aloud
-    tent           | on the lawn   | the cloth tore down the middle      | sewed up the tear         | there was room for both of them inside
-    rocking horse  | in the attic  | one ear fell off                    | carved a new ear          | first one rode and then the other
-    drum           | in a box      | a stick broke in two                | cut a new stick           | one drummed while the other one danced
+    thing         | friend | where         | broke                               | mend                       | share
+    swing         | Poppy  | in the park   | the rope snapped                    | tied a strong knot         | one pushed while the other one flew
+    sled          | Olive  | on the hill   | the front board cracked             | nailed on a new board      | they rode down one behind the other
+    wagon         | Dusty  | in the barn   | a wheel came off                    | hammered the wheel back on | one pulled while the other one rode
+    paintbox      | Dora   | at school     | all the colors spilled on the floor | wiped up every drop        | they painted one big picture together
+    jump rope     | Finn   | in the street | the handle flew off                 | glued the handle on again  | they jumped in turns and counted aloud
+    tent          | Hugo   | on the lawn   | the cloth tore down the middle      | sewed up the tear          | there was room for both of them inside
+    rocking horse | Bella  | in the attic  | one ear fell off                    | carved a new ear           | first one rode and then the other
+    drum          | Rosie  | in a box      | a stick broke in two                | cut a new stick            | one drummed while the other one danced
     """,
     beginning="""
     In the holidays {hero} and {pal} the {pal_kind} found {a thing} {where}.
@@ -263,15 +256,15 @@ A_QUARREL = Plot(
 
 THE_MISSING_INGREDIENT = Plot(
     rows="""
-    dish            | lacking | without                              | guest
-    apple pie       | butter  | The crust fell into crumbs           | grandmother
-    chocolate cake  | cocoa   | It was as pale as the moon           | father
-    potato pie      | salt    | It tasted like wet paper             | uncle
-    cream cake      | milk    | The flour flew up in a cloud         | sister
-    honey bread     | yeast   | The dough would not rise             | teacher
-    berry tart      | sugar   | It was so sour that {he} made a face | cousin
-    round pizza     | cheese  | It looked bare and sad               | aunt
-    gingerbread man | ginger  | It smelled of nothing at all         | grandfather
+    dish            | friend | lacking | without                              | guest
+    apple pie       | Poppy  | butter  | The crust fell into crumbs           | grandmother
+    chocolate cake  | Rosie  | cocoa   | It was as pale as the moon           | father
+    potato pie      | Dora   | salt    | It tasted like wet paper             | uncle
+    cream cake      | Dusty  | milk    | The flour flew up in a cloud         | sister
+    honey bread     | Barney | yeast   | The dough would not rise             | teacher
+    berry tart      | Hugo   | sugar   | It was so sour that {he} made a face | cousin
+    round pizza     | Gus    | cheese  | It looked bare and sad               | aunt
+    gingerbread man | Tilly  | ginger  | It smelled of nothing at all         | grandfather
     """,
     beginning="""
     It was a special day, because {his} {guest} was coming to visit. "I will make {a dish}," said {hero}.
@@ -316,15 +309,15 @@ THE_MISSING_INGREDIENT = Plot(
 
 STUCK = Plot(
     rows="""
-    trap            | how                              | tool             | useit
-    muddy ditch     | The bank was slippery            | long rope        | threw one end of the rope down and pulled
-    blackberry bush | The thorns held on like hooks    | pair of shears   | cut the thorns one by one
-    hollow log      | It was narrower than it looked   | bar of soap      | rubbed soap on the wood until it was slippery
-    garden fence    | The gap was far too small        | saw              | sawed one board away
-    haystack        | The hay came tumbling down       | pitchfork        | lifted the hay away, bit by bit
-    drain pipe      | It became smaller and smaller    | bucket of grease | poured the grease into the pipe
-    empty barrel    | The lid fell shut                | crowbar          | lifted the lid with a crack
-    fishing net     | It was lying hidden in the grass | sharp knife      | cut the net open, knot by knot
+    trap            | friend | how                              | tool             | useit
+    muddy ditch     | Dusty  | The bank was slippery            | long rope        | threw one end of the rope down and pulled
+    blackberry bush | Gus    | The thorns held on like hooks    | pair of shears   | cut the thorns one by one
+    hollow log      | Rosie  | It was narrower than it looked   | bar of soap      | rubbed soap on the wood until it was slippery
+    garden fence    | Barney | The gap was far too small        | saw              | sawed one board away
+    haystack        | Poppy  | The hay came tumbling down       | pitchfork        | lifted the hay away, bit by bit
+    drain pipe      | Olive  | It became smaller and smaller    | bucket of grease | poured the grease into the pipe
+    empty barrel    | Bella  | The lid fell shut                | crowbar          | lifted the lid with a crack
+    fishing net     | Dora   | It was lying hidden in the grass | sharp knife      | cut the net open, knot by knot
     """,
     beginning="""
     {He} liked to explore, but {hero} never looked where {he} was going.
@@ -370,15 +363,15 @@ STUCK = Plot(
 
 A_LOST_BABY = Plot(
     rows="""
-    baby     | cry       | mother           | place                  | food
-    duckling | peeped    | the mother duck  | at the mill pond       | bread crumbs
-    calf     | mooed     | the brown cow    | in the lower field     | fresh hay
-    chick    | cheeped   | the speckled hen | in the farmyard        | a few seeds
-    gosling  | honked    | the gray goose   | on the village green   | soft grass
-    foal     | neighed   | the white horse  | by the river           | a sweet carrot
-    owlet    | hooted    | the great owl    | in the church tower    | a piece of cheese
-    fawn     | bleated   | the gentle deer  | in the birch wood      | green leaves
-    cub      | whimpered | the old lioness  | behind the circus tent | a bowl of milk
+    baby     | friend | cry       | mother           | place                  | food
+    duckling | Finn   | peeped    | the mother duck  | at the mill pond       | bread crumbs
+    calf     | Dusty  | mooed     | the brown cow    | in the lower field     | fresh hay
+    chick    | Poppy  | cheeped   | the speckled hen | in the farmyard        | a few seeds
+    gosling  | Dora   | honked    | the gray goose   | on the village green   | soft grass
+    foal     | Olive  | neighed   | the white horse  | by the river           | a sweet carrot
+    owlet    | Otto   | hooted    | the great owl    | in the church tower    | a piece of cheese
+    fawn     | Hugo   | bleated   | the gentle deer  | in the birch wood      | green leaves
+    cub      | Rosie  | whimpered | the old lioness  | behind the circus tent | a bowl of milk
     """,
     beginning="""
     One spring day {hero} went out to pick flowers.
@@ -420,15 +413,15 @@ A_LOST_BABY = Plot(
 
 LEARNING = Plot(
     rows="""
-    skill            | fail                              | tip                                 | done
-    ride a bicycle   | {He} wobbled and fell into a bush | look ahead and keep pedaling        | rode all the way to the church without falling
-    whistle          | Only air came out                 | wet your lips and blow softly       | whistled so well that the birds joined in
-    skate            | {He} slipped and sat down hard    | bend your knees and lean forward    | glided over the ice like a swan
-    juggle           | The apples dropped on {his} toes  | start with two and throw them low   | kept three apples in the air at once
-    tie a bow        | The laces turned into a knot      | make two loops and cross them       | tied the neatest bow in the class
-    play the flute   | It squeaked like a rusty hinge    | hold it gently and take your time   | played a waltz, and everybody danced
-    do a handstand   | {He} tipped over like a tree      | stretch your legs and look down     | stood upside down for a whole minute
-    write {his} name | The letters fell off the line     | go slowly, one letter at a time     | wrote it in the sand in huge letters
+    skill            | friend | fail                              | tip                               | done
+    ride a bicycle   | Poppy  | {He} wobbled and fell into a bush | look ahead and keep pedaling      | rode all the way to the church without falling
+    whistle          | Otto   | Only air came out                 | wet your lips and blow softly     | whistled so well that the birds joined in
+    skate            | Olive  | {He} slipped and sat down hard    | bend your knees and lean forward  | glided over the ice like a swan
+    juggle           | Rosie  | The apples dropped on {his} toes  | start with two and throw them low | kept three apples in the air at once
+    tie a bow        | Tilly  | The laces turned into a knot      | make two loops and cross them     | tied the neatest bow in the class
+    play the flute   | Hugo   | It squeaked like a rusty hinge    | hold it gently and take your time | played a waltz, and everybody danced
+    do a handstand   | Finn   | {He} tipped over like a tree      | stretch your legs and look down   | stood upside down for a whole minute
+    write {his} name | Bella  | The letters fell off the line     | go slowly, one letter at a time   | wrote it in the sand in huge letters
     """,
     beginning="""
     More than anything else {hero} wanted to {skill}.
@@ -474,15 +467,15 @@ LEARNING = Plot(
 
 TELLING_THE_TRUTH = Plot(
     rows="""
-    thing          | owner             | doing                   | hid                       | fix
-    blue vase      | {his} mother      | playing ball indoors    | under the carpet          | glued the blue vase together
-    shop window    | the baker         | throwing stones         | behind a wall             | swept up the glass of the shop window
-    gold watch     | {his} father      | playing pirates         | in a flowerpot            | took the gold watch to be repaired
-    green umbrella | {his} grandmother | pretending to fly       | at the back of the closet | sewed a patch on the green umbrella
-    teacup         | {his} aunt        | washing up too fast     | in the dustbin            | painted flowers on a new teacup
-    violin         | the teacher       | dancing on the table    | below the stage           | put a new string on the violin
-    stone gnome    | the mayor         | running through the flowers | in the compost        | stuck the head back on the stone gnome
-    honey jar      | {his} uncle       | climbing up the shelves | behind the flour sack     | picked berries to fill a new honey jar
+    thing          | friend | owner             | doing                       | hid                       | fix
+    blue vase      | Tilly  | {his} mother      | playing ball indoors        | under the carpet          | glued the blue vase together
+    shop window    | Bella  | the baker         | throwing stones             | behind a wall             | swept up the glass of the shop window
+    gold watch     | Otto   | {his} father      | playing pirates             | in a flowerpot            | took the gold watch to be repaired
+    green umbrella | Dora   | {his} grandmother | pretending to fly           | at the back of the closet | sewed a patch on the green umbrella
+    teacup         | Hugo   | {his} aunt        | washing up too fast         | in the dustbin            | painted flowers on a new teacup
+    violin         | Gus    | the teacher       | dancing on the table        | below the stage           | put a new string on the violin
+    stone gnome    | Poppy  | the mayor         | running through the flowers | in the compost            | stuck the head back on the stone gnome
+    honey jar      | Barney | {his} uncle       | climbing up the shelves     | behind the flour sack     | picked berries to fill a new honey jar
     """,
     beginning="""
     On a rainy day {hero} had nothing to do and began {doing}.
@@ -528,15 +521,15 @@ TELLING_THE_TRUTH = Plot(
 
 A_SICK_FRIEND = Plot(
     rows="""
-    illness        | gift           | some | hunt                                             | works
-    a sore throat  | lemon tea      | some | {He} had to climb the hill where the lemons grew | The tea ran down the throat like sunshine
-    a fever        | chicken soup   | some | {He} had to carry the hot pot through the rain   | After three spoons the fever went down
-    a tummy ache   | wild mint      | some | {He} had to wade through the cold brook          | The mint chased the pain away
-    a bad cold     | warm blanket   | a    | {He} had to knit until midnight                  | Under the blanket the sneezing stopped
-    spots all over | sock puppet    | a    | {He} had to sew it from an old sock              | The puppet was so funny that the spots faded
-    a cough        | clover honey   | some | {He} had to beg the bees politely                | The honey made the cough go away
-    a broken leg   | bunch of roses | a    | {He} had to pick them between the thorns         | The roses made the pain seem small
-    a headache     | music box      | a    | {He} had to wind it up for an hour               | The soft music carried the headache off
+    illness        | friend | gift           | some | hunt                                             | works
+    a sore throat  | Finn   | lemon tea      | some | {He} had to climb the hill where the lemons grew | The tea ran down the throat like sunshine
+    a fever        | Poppy  | chicken soup   | some | {He} had to carry the hot pot through the rain   | After three spoons the fever went down
+    a tummy ache   | Gus    | wild mint      | some | {He} had to wade through the cold brook          | The mint chased the pain away
+    a bad cold     | Tilly  | warm blanket   | a    | {He} had to knit until midnight                  | Under the blanket the sneezing stopped
+    spots all over | Rosie  | sock puppet    | a    | {He} had to sew it from an old sock              | The puppet was so funny that the spots faded
+    a cough        | Otto   | clover honey   | some | {He} had to beg the bees politely                | The honey made the cough go away
+    a broken leg   | Dusty  | bunch of roses | a    | {He} had to pick them between the thorns         | The roses made the pain seem small
+    a headache     | Barney | music box      | a    | {He} had to wind it up for an hour               | The soft music carried the headache off
     """,
     beginning="""
     {His} best friend was {pal} the {pal_kind}. Every day {hero} and {pal} met under the willow.
@@ -582,15 +575,15 @@ A_SICK_FRIEND = Plot(
 
 THE_GARDEN = Plot(
     rows="""
-    plant            | enemy                      | cure                                   | harvest
-    pumpkin          | The snails ate its leaves  | put a ring of sand around it           | It grew as big as a coach
-    sunflower        | It got no light at all     | cut back the hedge                     | It grew higher than the roof
-    bean plant       | It had nothing to climb on | gave it a tall pole                    | It was covered with long green beans
-    rosebush         | Tiny green lice sat on it  | asked the ladybugs for help            | It had one hundred pink roses
-    cherry tree      | The frost bit its buds     | wrapped it in an old coat              | Its cherries were as sweet as candy
-    strawberry plant | The weeds choked it        | pulled out all the weeds               | It was full of bright red berries
-    cabbage          | A caterpillar moved in     | carried the caterpillar to the nettles | It was so heavy that two had to carry it
-    melon            | The ground was too dry     | watered it morning and evening         | It was round and juicy
+    plant            | friend | enemy                      | cure                                   | harvest
+    pumpkin          | Hugo   | The snails ate its leaves  | put a ring of sand around it           | It grew as big as a coach
+    sunflower        | Gus    | It got no light at all     | cut back the hedge                     | It grew higher than the roof
+    bean plant       | Barney | It had nothing to climb on | gave it a tall pole                    | It was covered with long green beans
+    rosebush         | Tilly  | Tiny green lice sat on it  | asked the ladybugs for help            | It had one hundred pink roses
+    cherry tree      | Otto   | The frost bit its buds     | wrapped it in an old coat              | Its cherries were as sweet as candy
+    strawberry plant | Poppy  | The weeds choked it        | pulled out all the weeds               | It was full of bright red berries
+    cabbage          | Dora   | A caterpillar moved in     | carried the caterpillar to the nettles | It was so heavy that two had to carry it
+    melon            | Olive  | The ground was too dry     | watered it morning and evening         | It was round and juicy
     """,
     beginning="""
     In spring {hero} put a seed into the earth. {He} wanted to grow {a plant}.
@@ -636,15 +629,15 @@ THE_GARDEN = Plot(
 
 TOO_MUCH = Plot(
     rows="""
-    sweets      | place                   | sign                                 | share
-    cherries    | in the orchard          | {His} face was red with juice        | made a cherry cake for everyone
-    pancakes    | on the kitchen table    | {His} belly was as round as a barrel | baked a fresh pile of pancakes for the family
-    blueberries | behind the railway      | {His} tongue was completely blue     | filled a bucket of blueberries for the neighbors
-    candies     | in the jar on the stove | {His} teeth stuck together           | gave away the rest of the candies
-    peaches     | at the market           | {His} chin was dripping              | brought a crate of peaches to the school
-    cookies     | in the round tin        | There were crumbs in {his} ears      | hid a few cookies under every pillow
-    nuts        | in the hollow tree      | The shells lay all around {him}      | cracked the last nuts for the birds
-    dumplings   | in the great pot        | There was sauce on {his} nose        | cooked dumplings for the whole street
+    sweets      | friend | place                   | sign                                 | share
+    cherries    | Hugo   | in the orchard          | {His} face was red with juice        | made a cherry cake for everyone
+    pancakes    | Poppy  | on the kitchen table    | {His} belly was as round as a barrel | baked a fresh pile of pancakes for the family
+    blueberries | Bella  | behind the railway      | {His} tongue was completely blue     | filled a bucket of blueberries for the neighbors
+    candies     | Tilly  | in the jar on the stove | {His} teeth stuck together           | gave away the rest of the candies
+    peaches     | Dusty  | at the market           | {His} chin was dripping              | brought a crate of peaches to the school
+    cookies     | Rosie  | in the round tin        | There were crumbs in {his} ears      | hid a few cookies under every pillow
+    nuts        | Otto   | in the hollow tree      | The shells lay all around {him}      | cracked the last nuts for the birds
+    dumplings   | Finn   | in the great pot        | There was sauce on {his} nose        | cooked dumplings for the whole street
     """,
     beginning="""
     Above all other food {hero} loved {sweets}.
@@ -694,15 +687,15 @@ TOO_MUCH = Plot(
 
 THE_HUNGRY_BIRD = Plot(
     rows="""
-    bird      | trouble                     | care                             | song
-    robin     | had a broken wing           | tied the wing to a matchstick    | sang under {his} window every dawn
-    sparrow   | was half frozen             | warmed it in a woolen sock       | brought all its cousins to say thank you
-    blackbird | had not eaten for days      | gave it raisins and oats         | whistled the first song of spring
-    starling  | had flown against a window  | laid it in a box with hay        | learned to say good morning
-    wren      | had lost its nest           | hung up a tiny house for it      | raised five chicks in the tiny house
-    goldfinch | had escaped from a cage     | hid it from the bird catcher     | left a golden feather on the windowsill
-    thrush    | was caught in a net         | cut the net with scissors        | taught {him} a tune with three notes
-    swallow   | had missed the flight south | let it sleep beside the stove    | came back in May and circled over the house
+    bird      | friend | trouble                     | care                          | song
+    robin     | Tilly  | had a broken wing           | tied the wing to a matchstick | sang under {his} window every dawn
+    sparrow   | Dora   | was half frozen             | warmed it in a woolen sock    | brought all its cousins to say thank you
+    blackbird | Poppy  | had not eaten for days      | gave it raisins and oats      | whistled the first song of spring
+    starling  | Bella  | had flown against a window  | laid it in a box with hay     | learned to say good morning
+    wren      | Barney | had lost its nest           | hung up a tiny house for it   | raised five chicks in the tiny house
+    goldfinch | Hugo   | had escaped from a cage     | hid it from the bird catcher  | left a golden feather on the windowsill
+    thrush    | Rosie  | was caught in a net         | cut the net with scissors     | taught {him} a tune with three notes
+    swallow   | Otto   | had missed the flight south | let it sleep beside the stove | came back in May and circled over the house
     """,
     beginning="""
     It was a bitter winter, and {hero} sat at the window and looked at the frost.
@@ -764,17 +757,16 @@ def generate_stories(seed: int = 0) -> Iterator[str]:
     The same seed gives the same stories on every platform and Python version: of ``random.Random`` only ``random()``
     is used, whose sequence Python promises to keep.
     """
-    heroes, friends, plots = _compile()
+    heroes, plots = _compile()
     random = Random(seed).random
     told: set[bytes] = set()
     while True:
         homes = heroes[int(random() * len(heroes))]
         hero = homes[int(random() * len(homes))]
-        friend = friends[int(random() * len(friends))]
         rows = plots[int(random() * len(plots))]
         beats = rows[int(random() * len(rows))]
         template = "".join([ways[int(random() * len(ways))] for ways in beats])
-        story = template.format_map(hero | friend)
+        story = template.format_map(hero)
         digest = blake2b(story.encode(), digest_size=12).digest()
         if digest not in told:
             told.add(digest)
@@ -797,25 +789,26 @@ def stories_until(total_bytes: int, seed: int = 0) -> Iterator[str]:
 
 
 @cache
-def _compile() -> tuple[list[list[dict[str, str]]], list[dict[str, str]], list[list[list[list[str]]]]]:
-    """Slots of each hero in each home, slots of each friend, and ``[plot][row][beat]`` -> the ways to say it, rows filled in."""
+def _compile() -> tuple[list[list[dict[str, str]]], list[list[list[list[str]]]]]:
+    """The slots of each hero in each home, and ``[plot][row][beat]`` -> the ways to say it, all but the hero filled in."""
     houses = HOUSES.strip().splitlines()
     heroes = [
         [
-            _slots({"kind": kind, **_pronouns(he), "home": place}) | {"hero": name}
+            {"hero": name} | _slots({"kind": kind, **_pronouns(he), "home": place})
             for place in (houses if home == "in a house" else [home])
         ]
         for name, kind, he, home in _cells(HEROES)
     ]
-    friends = [
-        _slots({"pal_kind": kind, **{f"pal_{slot}": word for slot, word in _pronouns(he).items()}}) | {"pal": name}
+    friends = {
+        name: {"pal": name, "pal_kind": kind, **{f"pal_{slot}": word for slot, word in _pronouns(he).items()}}
         for name, kind, he in _cells(FRIENDS)
-    ]
+    }
     plots = []
     for plot in PLOTS:
-        names, *rows = _cells(plot.rows)
-        plots.append([_beats(plot, _slots(dict(zip(names, row, strict=True)))) for row in rows])
-    return heroes, friends, plots
+        columns, *cells = _cells(plot.rows)
+        rows = [dict(zip(columns, row, strict=True)) for row in cells]
+        plots.append([_beats(plot, friends[row["friend"]] | _slots(row)) for row in rows])
+    return heroes, plots
 
 
 def _beats(plot: Plot, row: dict[str, str]) -> list[list[str]]:
@@ -833,7 +826,7 @@ def _beats(plot: Plot, row: dict[str, str]) -> list[list[str]]:
 
 
 class _Row(dict[str, str]):
-    """Fills in what a row knows and leaves the slots of hero and friend for later."""
+    """Fills in what a row knows and leaves the hero's slots for later."""
 
     def __missing__(self, slot: str) -> str:
         return "{" + slot + "}"
