@@ -5,7 +5,7 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -63,7 +63,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
     Raises:
         UserError: for anything that the parser refuses.
     """
-    arguments = underscored(sys.argv[1:] if argv is None else argv)
+    arguments = with_bare_switches(parser, underscored(sys.argv[1:] if argv is None else argv))
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
@@ -80,6 +80,21 @@ def underscored(argv: Iterable[str]) -> list[str]:
             argument = "--" + name.replace("-", "_") + equals + value
         result.append(argument)
     return result
+
+
+def with_bare_switches(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Reads a yes-or-no flag without a value as yes: ``--overwrite`` as ``--overwrite=true``."""
+    switches = {
+        option
+        for action in parser._actions
+        for option in action.option_strings
+        if getattr(action, "_typehint", None) in (bool, bool | None, Optional[bool])  # noqa: UP045 - another object
+    }
+    values = ("true", "false", "yes", "no", "null")
+    return [
+        f"{argument}=true" if argument in switches and following.lower() not in values else argument
+        for argument, following in zip(argv, [*argv, ""][1:], strict=True)
+    ]
 
 
 def known_flags(parser: ArgumentParser) -> list[str]:

@@ -18,7 +18,7 @@ from litgpt import Config
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import DataModule
 
-from recipe.cli import UserError, explain, known_flags, make_parser, underscored
+from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_RUN = PROJECT / "train_config.yaml"
@@ -158,7 +158,7 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     except Exception as error:
         raise UserError(f"in {run_file or DEFAULT_RUN}: {explain(str(error), _known_names(parser, run))}") from None
     try:
-        namespace = parser.parse_args(["--config", yaml.safe_dump(run), *flags])
+        namespace = parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
         with warnings.catch_warnings():
             # LitGPT warns of a warm-up as long as the run; here it is shortened, and the run says so.

@@ -90,6 +90,12 @@ def test_a_flag_beats_the_run_file_in_either_spelling_and_order(tmp_path):
     assert (first.settings.seed, first.settings.model.name) == (7, "quickstart")
 
 
+def test_a_switch_needs_no_value():
+    settings = parse_run(["--overwrite", "--progress", "--compile", "--seed", "3"]).settings
+    assert (settings.overwrite, settings.progress, settings.compile, settings.seed) == (True, True, True, 3)
+    assert parse_run(["--compile", "false", "--progress=null"]).settings.compile is False
+
+
 def test_a_model_file_replaces_the_whole_model(tmp_path):
     (tmp_path / "dense.yaml").write_text(
         "name: dense\nn_layer: 1\nn_embd: 32\nn_head: 2\nmlp_class_name: LLaMAMLP\nintermediate_size: 64\n"
