@@ -124,16 +124,13 @@ def save(
         _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state, manifest_path)
         _write_mark(partial, step, tokens)
         _sync(partial)
-        if folder.exists():
-            # Windows moves no folder over another, so the older one steps aside: in this moment both are whole.
-            os.rename(folder, old)
-        os.rename(partial, folder)
+        _move_into_place(partial, folder, old)
         _sync(folder.parent)
     except BaseException as error:
         if old.exists() and not folder.exists():
             os.rename(old, folder)
         shutil.rmtree(partial, ignore_errors=True)
-        cause = _os_error(error)
+        cause = _os_error(error) if isinstance(error, Exception) else None
         if cause is None:
             raise
         raise UserError(_cannot_save(folder, cause, weights, training_state)) from error
@@ -145,14 +142,24 @@ def _hidden(folder: Path, suffix: str) -> Path:
 
 
 def _finish_interrupted_save(folder: Path) -> None:
-    """Puts right what a killed `save` left: whole folders take their place, halves are removed."""
-    for candidate in (_hidden(folder, "partial"), _hidden(folder, "old")):
-        if not candidate.exists():
-            continue
-        if not folder.exists() and is_whole(candidate):
-            os.rename(candidate, folder)
-        else:
-            shutil.rmtree(candidate)
+    """Puts right what a killed `save` left: a whole checkpoint takes its place, halves are removed."""
+    partial, old = _hidden(folder, "partial"), _hidden(folder, "old")
+    if is_whole(partial):
+        _move_into_place(partial, folder, old)
+    elif old.exists() and not folder.exists():
+        os.rename(old, folder)
+    for leftover in (partial, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+def _move_into_place(partial: Path, folder: Path, old: Path) -> None:
+    # Windows moves no folder over another, so the older one steps aside: in this moment both are whole.
+    if folder.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(folder, old)
+    os.rename(partial, folder)
 
 
 def _write_files(
@@ -169,7 +176,7 @@ def _write_files(
 
     on_cpu = {name: _own_storage(tensor) for name, tensor in weights.items()}
     if tied := _is_tied(weights):
-        on_cpu["lm_head.weight"] = on_cpu["transformer.wte.weight"]  # two keys, stored once
+        on_cpu["lm_head.weight"] = on_cpu["transformer.wte.weight"]  # stored once, from a GPU too
     _write_torch(folder / WEIGHTS, on_cpu)
     if training_state is not None:
         _write_torch(folder / TRAINING_STATE, training_state)

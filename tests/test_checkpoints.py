@@ -157,6 +157,9 @@ def test_killed_while_replacing(tmp_path: Path, gpt: GPT, at: int) -> None:
     found = checkpoints.newest_step(tmp_path)
     assert found is not None and checkpoints.verify(found).step == 2  # whole in both cases, though not yet in place
     assert {checkpoints.verify(folder).step for folder in tmp_path.iterdir()} == {1, 2}
+    with pytest.raises(UserError):
+        save_tiny(final, gpt, None, step=3, manifest_path=tmp_path / "nowhere")
+    assert checkpoints.verify(final).step == 2, "a save that fails takes nothing away"
     save_tiny(final, gpt, None, step=3)
     assert checkpoints.verify(final).step == 3
     assert names(tmp_path) == {"final"}

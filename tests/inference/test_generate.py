@@ -46,7 +46,7 @@ def tokenizer(tokenizer_dir: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
-@pytest.mark.parametrize("top_p", [0.05, 0.7, 1.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.05, 0.7, 1.0])  # 1 - 1e-9 is 1 in fp32
 def test_each_row_keeps_what_litgpt_would(temperature: float, top_k: int | None, top_p: float) -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
     ours = restrict(logits, temperature, top_k, top_p)
