@@ -119,7 +119,8 @@ def save(
     partial, old = _hidden(folder, "partial"), _hidden(folder, "old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _finish_interrupted_save(folder)
+        _finish_interrupted_saves(folder.parent)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state, manifest_path)
         _write_mark(partial, step, tokens)
@@ -141,16 +142,22 @@ def _hidden(folder: Path, suffix: str) -> Path:
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
-def _finish_interrupted_save(folder: Path) -> None:
-    """Puts right what a killed `save` left: a whole checkpoint takes its place, halves are removed."""
-    partial, old = _hidden(folder, "partial"), _hidden(folder, "old")
-    if is_whole(partial):
-        _move_into_place(partial, folder, old)
-    elif old.exists() and not folder.exists():
-        os.rename(old, folder)
-    for leftover in (partial, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+def leftovers(out_dir: Path) -> list[Path]:
+    """The hidden folders that killed saves left among the checkpoints of a run."""
+    names = ("final", "step-*")
+    return sorted(path for name in names for suffix in ("partial", "old") for path in out_dir.glob(f".{name}.{suffix}"))
+
+
+def _finish_interrupted_saves(out_dir: Path) -> None:
+    """Puts right what killed saves left: whole checkpoints take their places, halves are removed."""
+    for leftover in leftovers(out_dir):
+        folder = out_dir / leftover.stem.removeprefix(".")
+        if leftover.suffix == ".partial" and is_whole(leftover):
+            _move_into_place(leftover, folder, _hidden(folder, "old"))
+        elif leftover.suffix == ".old" and not folder.exists():
+            os.rename(leftover, folder)
+    for leftover in leftovers(out_dir):
+        shutil.rmtree(leftover)
 
 
 def _move_into_place(partial: Path, folder: Path, old: Path) -> None:

@@ -166,12 +166,17 @@ def test_killed_while_replacing(tmp_path: Path, gpt: GPT, at: int) -> None:
 
 
 def test_half_a_checkpoint_is_never_found(tmp_path: Path, gpt: GPT) -> None:
-    save_tiny(tmp_path / "step-00000001", gpt, None, step=1)
-    half = save_tiny(tmp_path / ".step-00000002.partial", gpt, None, step=2)
+    """What a run killed while saving leaves is removed when the next one saves; what is whole takes its place."""
+    for step in (1, 2, 3):
+        save_tiny(tmp_path / f"step-{step:08d}", gpt, None, step=step)
+    half = (tmp_path / "step-00000002").rename(tmp_path / ".step-00000002.partial")
+    whole = (tmp_path / "step-00000003").rename(tmp_path / ".step-00000003.partial")
     (half / "complete.json").unlink()
-    assert checkpoints.newest(tmp_path) == checkpoints.newest_step(tmp_path) == tmp_path / "step-00000001"
-    save_tiny(tmp_path / "step-00000002", gpt, None, step=2)
-    assert names(tmp_path) == {"step-00000001", "step-00000002"}
+    assert checkpoints.newest(tmp_path) == checkpoints.newest_step(tmp_path) == whole
+    assert checkpoints.leftovers(tmp_path) == [half, whole]
+    save_tiny(tmp_path / "final", gpt, None, step=4)
+    assert names(tmp_path) == {"step-00000001", "step-00000003", "final"}
+    assert checkpoints.verify(tmp_path / "step-00000003").step == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
