@@ -14,14 +14,35 @@ from torch import Tensor, nn
 Backend = Literal["grouped_mm", "loop"]
 
 
-def choose_backend(dtype: torch.dtype, device_type: str, rows: int, *widths: int) -> Backend:
+GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _dtypes_without_numbers() -> tuple[torch.dtype, ...]:
+    """The types of ``GROUPED_MM_DTYPES`` that work where there are shapes but no numbers; in torch 2.10 bf16 alone."""
+
+    def works(dtype: torch.dtype) -> bool:
+        x, weight = torch.empty(8, 8, dtype=dtype, device="meta"), torch.empty(1, 8, 8, dtype=dtype, device="meta")
+        try:
+            F.grouped_mm(x, weight, offs=torch.empty(1, dtype=torch.int32, device="meta"))
+        except RuntimeError:
+            return False
+        return True
+
+    return tuple(dtype for dtype in GROUPED_MM_DTYPES if works(dtype))
+
+
+TRACED_DTYPES = _dtypes_without_numbers()
+
+
+def choose_backend(dtype: torch.dtype, device_type: str, rows: int, *widths: int, traced: bool = False) -> Backend:
     """Which way to compute ``rows`` assignments: ``grouped_mm`` wherever torch has it for these shapes, else ``loop``.
 
     ``torch.nn.functional.grouped_mm`` wants bf16, fp16 or fp32, row strides of a multiple of 16 bytes, at least one
-    row, and a CPU or CUDA device (on meta it has shapes).
+    row, and a CPU or CUDA device. ``traced`` is for the meta device and ``torch.compile``, where older versions of
+    torch know fewer types.
     """
     aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
-    known = dtype in (torch.bfloat16, torch.float16, torch.float32) and device_type in ("cpu", "cuda", "meta")
+    known = dtype in (TRACED_DTYPES if traced else GROUPED_MM_DTYPES) and device_type in ("cpu", "cuda", "meta")
     return "grouped_mm" if known and aligned and rows > 0 else "loop"
 
 
@@ -29,7 +50,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that a linear layer would compute ``x`` in: autocast's where it is on for ``x``'s device, else its own.
     (grouped_mm is not registered for autocast: without an explicit cast, bf16-mixed would silently run in fp32.)"""
     device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocast and x.dtype != torch.float64 else x.dtype
 
 
@@ -65,7 +86,8 @@ class Experts(nn.Module):
         """
         N, K = indices_NK.shape
         dtype = compute_dtype(x_NC)
-        backend = choose_backend(dtype, x_NC.device.type, N * K, *self.proj_weight.shape[1:])
+        traced = x_NC.is_meta or torch.compiler.is_compiling()
+        backend = choose_backend(dtype, x_NC.device.type, N * K, *self.proj_weight.shape[1:], traced=traced)
         fc_weight, proj_weight = self.fc_weight.to(dtype), self.proj_weight.to(dtype)
         fc_bias = None if self.fc_bias is None else self.fc_bias.to(dtype)
         proj_bias = None if self.proj_bias is None else self.proj_bias.to(dtype)

@@ -91,9 +91,25 @@ def test_equals_litgpts_layer_in_output_and_every_gradient(fields: dict) -> None
     assert any(grad.any() for grad in grads.values())
 
 
-def test_the_cases_above_reach_both_backends() -> None:
-    assert choose_backend(torch.float32, "cpu", 42, 32, 48) == "grouped_mm"
-    assert choose_backend(torch.float32, "cpu", 42, 26, 17) == "loop"
+@pytest.mark.parametrize(
+    ("dtype", "device", "rows", "widths", "backend"),
+    [
+        (torch.float32, "cpu", 42, (32, 48), "grouped_mm"),  # as most of the cases above
+        (torch.float32, "cpu", 42, (26, 17), "loop"),  # the odd sizes above
+        (torch.float32, "cpu", 42, (32, 49), "loop"),
+        (torch.bfloat16, "cuda", 42, (32, 48), "grouped_mm"),
+        (torch.bfloat16, "cuda", 42, (32, 44), "loop"),  # 88 bytes
+        (torch.float32, "cuda", 42, (32, 44), "grouped_mm"),  # 176 bytes
+        (torch.float64, "cpu", 42, (32, 48), "loop"),
+        (torch.float16, "mps", 42, (32, 48), "loop"),
+        (torch.float32, "cpu", 0, (32, 48), "loop"),
+    ],
+    ids=str,
+)
+def test_choice_of_the_backend(
+    dtype: torch.dtype, device: str, rows: int, widths: tuple[int, int], backend: str
+) -> None:
+    assert choose_backend(dtype, device, rows, *widths) == backend
 
 
 def test_one_expert_equals_the_dense_feed_forward() -> None:
