@@ -38,6 +38,7 @@ class TokenizedText(DataModule):
     seed: int = 42
     """Decides the training order."""
 
+    tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
     max_seq_length: int = field(default=-1, init=False, repr=False)
 
@@ -52,17 +53,24 @@ class TokenizedText(DataModule):
             )
 
     def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int = -1) -> None:
-        """Called by LitGPT with what the batches are to be; the tokenizer has done its work already."""
+        """Called by LitGPT with what the batches are to be; the tokenizer must be the one that made the tokens."""
+        self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.max_seq_length = max_seq_length
 
     def prepare_data(self) -> None:
-        """Checks that there are tokens, that they are those of the text, and that they fill a batch.
+        """Checks that there are tokens, of the text and the tokenizer as they are now, and enough for a batch.
 
         Raises:
             UserError: where not.
         """
         found = checked_manifest(self.data_dir)
+        if self.tokenizer is not None and self.tokenizer.eos_id != found.tokenizer.eos_id:
+            raise UserError(
+                f"the tokens of {self.data_dir} were made with the tokenizer {found.tokenizer.name}, whose end-of-text "
+                f"id is {found.tokenizer.eos_id}; the run's tokenizer has {self.tokenizer.eos_id}. Name its folder "
+                f"(--tokenizer_dir), or tokenize anew: `uv run python prepare_data.py --data_dir {self.data_dir}`."
+            )
         for split in manifest.SPLITS:
             self._require_batches(found, split, world_size=1)
 

@@ -226,6 +226,8 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
                 f"{args.data_dir / 'val'} holds text and {args.data_dir / 'train'} none; put the training text there, "
                 "or name a --source."
             )
+        if not lying.text and lying.manifest and args.overwrite:
+            raise UserError(f"there is no text in {args.data_dir} to build its tokens anew from; name a --source.")
         if not lying.text:
             return None if lying.manifest else _TextToWrite(corpora.DEFAULT)
         if written and (reasons := _differences(written.settings, settings)):
@@ -351,35 +353,45 @@ def _inputs(lying: _Lying, split: str) -> tuple[FileRecord, ...]:
 
 
 def _build(args: PrepareArgs) -> Manifest:
+    """Makes what is missing or stale beside what lies there, then puts it in its place."""
     started = time.perf_counter()
     lying = _look(args.data_dir)
     settings = _settings(args, lying)
     text, name = _text_to_write(args, lying), _tokenizer_to_put(args, lying)
     # The tokenizer first: it may not be had, and the text may be long.
-    files = _fetch_tokenizer(args, name) if name not in (None, "train") else None
-    if name is None:
-        tokenizers.load(args.tokenizer_dir)
+    files = _tokenizer_at_hand(args, name)
     if text:
         _write_text(args, text, settings)
         lying = _look(args.data_dir)
         settings = _settings(replace(args, source=None), lying)
         name = name or _tokenizer_to_put(args, lying)  # trained on the text from before?
-    if name == "train":
-        files = _train_tokenizer(args, lying, settings)
-    if files is not None:
-        origin = _train_origin(args, lying) if name == "train" else {"name": _shown_name(str(name))}
-        tokenizers.install(files, origin, args.tokenizer_dir)
-    info = tokenizers.load(args.tokenizer_dir)
-    print(
-        f"Tokenizer: {info.name}, in {args.tokenizer_dir}. Its vocabulary needs a model with padded_vocab_size of "
-        f"{info.vocab_size:,} or more; {info.eos_token!r} ({info.eos_id}) ends each document"
-        + (" (the tokenizer named no such token; it is the only one that can be)." if files and files.inferred else ".")
-    )
-    stale = _stale(lying, settings, info.sha256)
-    if args.overwrite:
-        stale = {split: stale.get(split, ["--overwrite"]) for split in SPLITS if lying.text}
-    if stale:
-        _tokenize(args, lying, settings, info, stale)
+    building = manifest.tokens_dir(args.data_dir) / BUILDING
+    try:
+        folder, origin = args.tokenizer_dir, {"name": _shown_name(str(name))}
+        if name == "train":
+            files, origin = _train_tokenizer(args, lying, settings), _train_origin(args, lying)
+        if files is not None:
+            folder = building / "tokenizer"
+            tokenizers.install(files, origin, folder)
+        info = tokenizers.load(folder)
+        print(
+            f"Tokenizer: {info.name}, for {args.tokenizer_dir}. Its vocabulary needs a model with padded_vocab_size of "
+            f"{info.vocab_size:,} or more; {info.eos_token!r} ({info.eos_id}) ends each document"
+            + (" (it named no such token; no other can be meant)." if files and files.inferred else ".")
+        )
+        stale = _stale(lying, settings, info.sha256)
+        if args.overwrite:
+            stale = {split: stale.get(split, ["--overwrite"]) for split in SPLITS}
+        built = _tokenize(args, lying, settings, info, stale, building) if stale else {}
+        # From here to the new manifest nothing counts as complete; each split is whole in itself at any moment.
+        if files is not None or built:
+            manifest.manifest_path(args.data_dir).unlink(missing_ok=True)
+        if files is not None:
+            tokenizers.install(files, origin, args.tokenizer_dir)
+        for split, new in built.items():
+            manifest.replace_folder(new, manifest.tokens_dir(args.data_dir, split))
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     found = _write_manifest(args, settings, info)
     print(_summary(found))
     print(f"Prepared in {time.perf_counter() - started:.1f} s. The tokens serve any context length.")
@@ -400,10 +412,29 @@ def _write_text(args: PrepareArgs, text: _TextToWrite, settings: Settings) -> No
         corpora.write_text(text.source, args.data_dir, settings, on_progress)
 
 
-def _fetch_tokenizer(args: PrepareArgs, name: str | None) -> tokenizers.TokenizerFiles:
-    assert name is not None
-    files = tokenizers.from_folder(Path(name)) if Path(name).is_dir() else tokenizers.from_hub(name)
-    _may_replace(args, tokenizers.fingerprint(files), name, ours=False)
+def _tokenizer_at_hand(args: PrepareArgs, name: str | None) -> tokenizers.TokenizerFiles | None:
+    """The tokenizer to put into its place; None where it is to be trained, or lies there already."""
+    if name is None:
+        tokenizers.load(args.tokenizer_dir)
+        return None
+    there = tokenizers.origin(args.tokenizer_dir)
+    if name == "train":
+        # One that was trained for this very text may be renewed; on another one, other data and models may rest.
+        ours = _beside(args.tokenizer_dir, args.data_dir)
+        may_replace = (there.get("name"), there.get("data_dir")) == ("train", ours)
+        files = None
+    else:
+        files = tokenizers.from_folder(Path(name)) if Path(name).is_dir() else tokenizers.from_hub(name)
+        may_replace = Path(name) == args.tokenizer_dir  # the same one, completed
+        with suppress(UserError):
+            may_replace |= manifest.tokenizer_fingerprint(args.tokenizer_dir) == tokenizers.fingerprint(files)
+    if (args.tokenizer_dir / "tokenizer.json").is_file() and not (may_replace or args.overwrite):
+        what = "a newly trained one" if name == "train" else name
+        raise UserError(
+            f"{args.tokenizer_dir} already holds another tokenizer ({there.get('name', 'put there by hand')}), which "
+            f"{what} would replace. Choose another --tokenizer_dir, leave --tokenizer out to use the one that is "
+            "there, or replace it with --overwrite."
+        )
     return files
 
 
@@ -411,94 +442,76 @@ def _train_tokenizer(args: PrepareArgs, lying: _Lying, settings: Settings) -> to
     wanted = args.vocab_size or tokenizers.DEFAULT_VOCAB_SIZE
     print(f"Training a tokenizer of {wanted:,} tokens on {args.data_dir / 'train'}")
     files = tokenizers.train(_training_sample(args.data_dir, lying, settings), wanted)
-    origin = tokenizers.origin(args.tokenizer_dir)
-    ours = origin.get("name") == "train" and origin.get("data_dir") == _beside(args.tokenizer_dir, args.data_dir)
-    _may_replace(args, tokenizers.fingerprint(files), "the newly trained one", ours)
     found = len(files.tokenizer["model"]["vocab"])
     if found < wanted:
         print(f"  This text gives no more than {found:,} tokens.")
     return files
 
 
-def _may_replace(args: PrepareArgs, fingerprint: str, name: str, ours: bool) -> None:
-    """Refuses to replace a tokenizer that was not trained for this very text: other data and models may rest on it."""
-    if ours or args.overwrite or not (args.tokenizer_dir / "tokenizer.json").is_file():
-        return
-    try:
-        if manifest.tokenizer_fingerprint(args.tokenizer_dir) == fingerprint:
-            return
-    except UserError:
-        pass
-    if manifest.end_of_text_token(args.tokenizer_dir) is None and Path(name) == args.tokenizer_dir:
-        return  # the same tokenizer, completed
-    there = tokenizers.origin(args.tokenizer_dir).get("name", "one put there by hand")
-    raise UserError(
-        f"{args.tokenizer_dir} already holds another tokenizer ({there}), which {name} would replace. Choose another "
-        "--tokenizer_dir, leave --tokenizer out to use the one that is there, or replace it with --overwrite."
-    )
-
-
 def _training_sample(data_dir: Path, lying: _Lying, settings: Settings) -> Iterator[str]:
     """Training text for a tokenizer: all of a small text, else parts from everywhere in it."""
-    rules = _rules(lying, settings)
-    split = "train" if rules.val_fraction is None else None
-    found = [part for entry in lying.text["train"] for part in parts(data_dir / entry.path, rules, split, may_cut=True)]
-    step = max(1, -(-tokens.total_size(found) // tokenizers.TRAINING_BYTES))
-    for part in found[::step]:
-        yield from (piece.text for piece in read(part, rules).pieces if piece.split == "train")
+    found_any = False
+    for cut in (False, True):  # as in _tokenize: few documents may all have gone to validation
+        rules = replace(_rules(lying, settings), cut=cut)
+        todo = _parts(data_dir, lying, rules, ["train"], may_cut=True)
+        step = max(1, -(-tokens.total_size(todo) // tokenizers.TRAINING_BYTES))
+        for part in todo[::step]:
+            for piece in read(part, rules).pieces:
+                if piece.split == "train":
+                    found_any = True
+                    yield piece.text
+        if found_any:
+            return
 
 
 def _tokenize(
-    args: PrepareArgs, lying: _Lying, settings: Settings, info: TokenizerInfo, stale: dict[str, list[str]]
-) -> None:
-    """Builds the tokens of the stale splits beside the old ones, then puts them in their place."""
+    args: PrepareArgs,
+    lying: _Lying,
+    settings: Settings,
+    info: TokenizerInfo,
+    stale: dict[str, list[str]],
+    building: Path,
+) -> dict[str, Path]:
+    """Builds the tokens of the stale splits below ``building``; returns their folders."""
     rules = _rules(lying, settings)
     if rules.val_fraction is not None:
         stale = {split: stale.get(split, ["it shares its text with the other split"]) for split in SPLITS}
     for split, reasons in stale.items():
         more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         print(f"Tokenizing {split}: {'; '.join(reasons[:3])}{more}")
-    building = manifest.tokens_dir(args.data_dir) / BUILDING
     tokenizer_json = info.folder / "tokenizer.json"
     may_cut = tokenizers.divides_between_words(tokenizer_json)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores if args.num_workers is None else args.num_workers
     folders = {split: building / split for split in stale}
-    try:
-        for cut in (False, True):
-            rules = replace(rules, cut=cut)
-            todo = _parts(args.data_dir, lying, rules, list(stale), may_cut)
-            fast = tokenizers.agrees_with_tiktoken(tokenizer_json, _proof(todo, rules))
-            job = tokens.Job(tokenizer_json, fast, info.eos_id, tokens.dtype_for(info.vocab_size), rules)
-            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            workers = workers if args.num_workers is None else args.num_workers
-            with _progress("tokens") as progress:
-                counts = tokens.build(todo, job, folders, workers, progress)
-            if rules.val_fraction is None or cut or all(count.tokens for count in counts.values()):
-                break
-            shutil.rmtree(building, ignore_errors=True)
-            print(corpora.few_documents(sum(count.documents for count in counts.values()), rules.val_fraction))
-        for split, count in counts.items():
-            if not count.tokens:
-                raise UserError(_empty(args.data_dir, lying, split))
-            if count.marks:
-                print(
-                    f"{split}: {count.marks:,} times {END_OF_TEXT} inside a line, taken as plain text, not as an end."
-                )
-            entry = manifest.Split(
-                count.documents,
-                count.tokens,
-                count.bytes,
-                count.empty_documents,
-                count.chunks,
-                job.dtype,
-                _inputs(lying, split),
-            )
-            manifest.write_split(folders[split], BuiltSplit(manifest.FORMAT, info.sha256, asdict(rules), entry))
-        # From here to the new manifest nothing counts as complete; each split is whole in itself at any moment.
-        manifest.manifest_path(args.data_dir).unlink(missing_ok=True)
-        for split, folder in folders.items():
-            manifest.replace_folder(folder, manifest.tokens_dir(args.data_dir, split))
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    for cut in (False, True):
+        rules = replace(rules, cut=cut)
+        todo = _parts(args.data_dir, lying, rules, list(stale), may_cut)
+        fast = tokenizers.agrees_with_tiktoken(tokenizer_json, _proof(todo, rules))
+        job = tokens.Job(tokenizer_json, fast, info.eos_id, tokens.dtype_for(info.vocab_size), rules)
+        with _progress("tokens") as progress:
+            counts = tokens.build(todo, job, folders, workers, progress)
+        if rules.val_fraction is None or cut or all(count.tokens for count in counts.values()):
+            break
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        print(corpora.few_documents(sum(count.documents for count in counts.values()), rules.val_fraction))
+    for split, count in counts.items():
+        if not count.tokens:
+            raise UserError(_empty(args.data_dir, lying, split))
+        if count.marks:
+            print(f"{split}: {count.marks:,} times {END_OF_TEXT} inside a line, taken as plain text, not as an end.")
+        entry = manifest.Split(
+            count.documents,
+            count.tokens,
+            count.bytes,
+            count.empty_documents,
+            count.chunks,
+            job.dtype,
+            _inputs(lying, split),
+        )
+        manifest.write_split(folders[split], BuiltSplit(manifest.FORMAT, info.sha256, asdict(rules), entry))
+    return folders
 
 
 def _parts(data_dir: Path, lying: _Lying, rules: Rules, splits: list[str], may_cut: bool) -> list[Part]:

@@ -1,9 +1,11 @@
 """Batches from tokens: every window once, the right order, exact resume, any number of workers and devices."""
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 import torch
 from litdata.streaming import StreamingDataset, TokensLoader
 from litdata.streaming.writer import BinaryWriter
+from litgpt.tokenizer import Tokenizer as LitTokenizer
 
 import recipe.data
 from recipe.cli import UserError
-from recipe.data import tokens
+from recipe.data import tokenizers, tokens
 from recipe.data.documents import END_OF_TEXT
 from recipe.data.module import TokenizedText, count_windows, moved_here, validation_windows
 from recipe.data.prepare import PrepareArgs, prepare
@@ -209,6 +212,19 @@ def test_new_validation_text_beside_a_split_corpus_is_noticed(
         module(tmp_path)
 
 
+def test_another_tokenizers_tokens_are_an_error(
+    prepared: Path, stories: list[str], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    data = TokenizedText(prepared / "train", prepared / "val", num_workers=0)
+    data.connect(LitTokenizer(tokenizer_dir), batch_size=1, max_seq_length=T)
+    data.prepare_data()
+    files = tokenizers.train(stories, 300)
+    tokenizers.install(replace(files, config={**files.config, "eos_token": "a"}), {"name": "other"}, tmp_path)
+    data.connect(LitTokenizer(tmp_path), batch_size=1, max_seq_length=T)
+    with pytest.raises(UserError, match="whose end-of-text id is 0; the run's tokenizer has"):
+        data.prepare_data()
+
+
 def test_paths_of_two_corpora_are_refused() -> None:
     with pytest.raises(UserError, match="expected the folders train and val of one prepared corpus"):
         TokenizedText(Path("a/train"), Path("b/val"))
@@ -228,13 +244,11 @@ def test_workers_leave_signals_to_the_main_process(prepared: Path) -> None:
     """A signal to the whole process group ended the workers before the main process could save."""
     loader = module(prepared, num_workers=2).train_dataloader()
     iterator = iter(loader)
-    next(iterator)
-    import multiprocessing
-
+    next(iterator), next(iterator)  # one from each: both have started
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
-    assert len(list(iterator)) == len(loader) - 1
+    assert len(list(iterator)) == len(loader) - 2
 
 
 # --- chunks ---
