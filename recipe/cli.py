@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +37,10 @@ def run_door(
 
 def exit_with_message(call: Callable[[], Any]) -> Any:
     """Runs ``call`` and turns a user's mistake, a full disk or a refused file into one message and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Lines arrive as they are written, also in a file or a pipe; and no console's code page ends a run.
+            stream.reconfigure(line_buffering=True, errors="replace")
     try:
         return call()
     except UserError as error:

@@ -5,7 +5,6 @@ import io
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from recipe import checkpoints
 from recipe.cli import UserError
 
 METRICS_FILE = "metrics.csv"
@@ -230,6 +230,5 @@ class RunDisplay:
 def replaced_files(out_dir: Path) -> list[Path]:
     """What a run leaves in its ``out_dir``: checkpoints, metrics, logs. Nothing else there is its own."""
     names = (METRICS_FILE, "wandb_run_id", "logs", "wandb", "final", "run_config.yaml")
-    with suppress(FileNotFoundError):
-        return sorted(out_dir.glob("step-*")) + [out_dir / name for name in names if (out_dir / name).exists()]
-    return []
+    own = [out_dir / name for name in names if (out_dir / name).exists()]
+    return [*sorted(out_dir.glob("step-*")), *own, *checkpoints.leftovers(out_dir)]

@@ -221,7 +221,15 @@ def main(
         say(f"Resuming from {resume_from}: step {training.progress.step:,} of {plan.steps:,}.")
 
     tokens_before, start = training.progress.tokens, time.perf_counter()
-    finished = fit(fabric, training)
+    try:
+        finished = fit(fabric, training)
+    except KeyboardInterrupt:
+        newest = checkpoints.newest_step(out_dir)
+        say(
+            f"\nStopped after step {training.progress.step:,} of {plan.steps:,}. "
+            + (f"--resume auto goes on from {newest}." if newest else "Nothing was saved yet (train.save_interval).")
+        )
+        raise
     save_checkpoint(fabric, training, out_dir / ("final" if finished else f"step-{training.progress.step:08d}"))
     loggers.finalize("success")
     _report(fabric, training, time.perf_counter() - start, training.progress.tokens - tokens_before)

@@ -30,9 +30,10 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     run = _with_wandb_dataset(run)
     settings = run.settings
     resume_from = find_checkpoint(settings)
+    if resume_from is not None:
+        checkpoints.verify(resume_from)
     for folder in (resume_from, settings.initial_checkpoint_dir):
         if folder is not None:
-            checkpoints.verify(folder)
             check_same_model(folder, settings.model)
     prepare_data(settings)
     check_vocabulary(settings.tokenizer_dir, settings.model)
