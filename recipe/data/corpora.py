@@ -112,10 +112,12 @@ class HubDataset:
         try:
             rows = datasets.load_dataset(self.path, self.config, split=split, revision=revision, streaming=True)
             for row in rows:
+                if self.column not in row:
+                    raise UserError(f"{self.path} has no column {self.column!r}, but {', '.join(map(repr, row))}.")
                 yield row[self.column] or ""
-        except KeyError:
-            raise UserError(f"{self.path} has no column {self.column!r}.") from None
-        except (OSError, datasets.exceptions.DatasetsError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # as many ways to lose a connection half-way, or to get a broken file
             raise UserError(f"{self.path} could not be read to its end ({in_short(error)}).\n{OFFLINE_WAYS}") from None
 
 

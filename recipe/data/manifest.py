@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,9 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     """
     path = Path(tokenizer_dir) / "tokenizer.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        eos_token = end_of_text_token(Path(tokenizer_dir))
+        return _tokenizer_fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino, eos_token)
     except OSError:
         raise UserError(
             f"no tokenizer at {tokenizer_dir}: {path.name} is missing. `python prepare_data.py --tokenizer NAME|FOLDER|"
@@ -258,7 +261,12 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is broken ({error}); prepare the tokenizer anew with --overwrite.") from None
-    return fingerprint_of(values, end_of_text_token(Path(tokenizer_dir)))
+
+
+@cache
+def _tokenizer_fingerprint(path: Path, size: int, mtime_ns: int, inode: int, eos_token: str | None) -> str:
+    # Asked for many times in a run; size, time and inode only tell one state of the file from another.
+    return fingerprint_of(json.loads(path.read_text(encoding="utf-8")), eos_token)
 
 
 def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None) -> str:

@@ -230,6 +230,8 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
             raise UserError(f"there is no text in {args.data_dir} to build its tokens anew from; name a --source.")
         if not lying.text:
             return None if lying.manifest else _TextToWrite(corpora.DEFAULT)
+        if args.max_documents is not None and not written:
+            raise UserError("--max_documents goes with a --source; text that lies in place is taken whole.")
         if written and (reasons := _differences(written.settings, settings)):
             raise UserError(
                 f"the text in {args.data_dir} was written from {written.location} with other settings "
@@ -283,7 +285,7 @@ def _tokenizer_to_put(args: PrepareArgs, lying: _Lying) -> str | None:
         return None if origin == _train_origin(args, lying) else "train"
     if Path(args.tokenizer).is_dir():
         files = tokenizers.from_folder(Path(args.tokenizer))
-        same = tokenizers.fingerprint(files) == manifest.tokenizer_fingerprint(args.tokenizer_dir)
+        same = files.sha256 == manifest.tokenizer_fingerprint(args.tokenizer_dir)
         return None if same else args.tokenizer
     return None if origin.get("name") == args.tokenizer else args.tokenizer
 
@@ -375,9 +377,9 @@ def _build(args: PrepareArgs) -> Manifest:
             tokenizers.install(files, origin, folder)
         info = tokenizers.load(folder)
         print(
-            f"Tokenizer: {info.name}, for {args.tokenizer_dir}. Its vocabulary needs a model with padded_vocab_size of "
-            f"{info.vocab_size:,} or more; {info.eos_token!r} ({info.eos_id}) ends each document"
-            + (" (it named no such token; no other can be meant)." if files and files.inferred else ".")
+            f"Tokenizer in {args.tokenizer_dir} ({info.name}): {info.vocab_size:,} tokens, so a model needs a "
+            f"padded_vocab_size of that or more. Each document ends with {info.eos_token!r}, id {info.eos_id}"
+            + (" (not named by the tokenizer, but no other can be meant)." if files and files.inferred else ".")
         )
         stale = _stale(lying, settings, info.sha256)
         if args.overwrite:
@@ -427,7 +429,7 @@ def _tokenizer_at_hand(args: PrepareArgs, name: str | None) -> tokenizers.Tokeni
         files = tokenizers.from_folder(Path(name)) if Path(name).is_dir() else tokenizers.from_hub(name)
         may_replace = Path(name) == args.tokenizer_dir  # the same one, completed
         with suppress(UserError):
-            may_replace |= manifest.tokenizer_fingerprint(args.tokenizer_dir) == tokenizers.fingerprint(files)
+            may_replace |= manifest.tokenizer_fingerprint(args.tokenizer_dir) == files.sha256
     if (args.tokenizer_dir / "tokenizer.json").is_file() and not (may_replace or args.overwrite):
         what = "a newly trained one" if name == "train" else name
         raise UserError(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ class TokenizerFiles:
     """File name to text."""
     inferred: bool
     """The end-of-text token was not named and had to be inferred."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """What ``manifest.tokenizer_fingerprint`` gives for the folder."""
+        return fingerprint_of(self.tokenizer, self.config["eos_token"])
 
 
 @dataclass(frozen=True)
@@ -231,14 +237,9 @@ def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None
             (folder / file).write_text(files.others[file], encoding="utf-8", newline="\n")
         else:
             (folder / file).unlink(missing_ok=True)
-    write_json(folder / "tokenizer_config.json", {**files.config, ORIGIN: {**origin, "sha256": fingerprint(files)}})
+    write_json(folder / "tokenizer_config.json", {**files.config, ORIGIN: {**origin, "sha256": files.sha256}})
     if is_new:
         write_json(path, files.tokenizer)
-
-
-def fingerprint(files: TokenizerFiles) -> str:
-    """``manifest.tokenizer_fingerprint`` of a folder in memory."""
-    return fingerprint_of(files.tokenizer, files.config["eos_token"])
 
 
 def origin(folder: Path) -> dict[str, Any]:
@@ -273,7 +274,7 @@ def load(folder: Path) -> TokenizerInfo:
         )
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     name = str(origin(folder).get("name", folder))
-    return TokenizerInfo(folder, name, fingerprint_of(values, eos_token), vocab_size, eos_token, eos_id)
+    return TokenizerInfo(folder, name, tokenizer_fingerprint(folder), vocab_size, eos_token, eos_id)
 
 
 # --- encoding ---
@@ -343,12 +344,12 @@ def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int
     ranks = {bytes([byte]): vocab[character] for character, byte in to_byte.items()}
     last = -1
     for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        rank = vocab.get(left + right, -1)
-        if rank <= last or not all(character in to_byte for character in left + right):
+        token = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
+        rank = vocab.get(token, -1)
+        if rank <= last or not to_byte.keys() >= set(token):
             return None
         last = rank
-        ranks[bytes(to_byte[character] for character in left + right)] = rank
+        ranks[bytes(map(to_byte.__getitem__, token))] = rank
     return pattern, ranks
 
 

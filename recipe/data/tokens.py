@@ -101,7 +101,7 @@ def encode(parts: list[Part], job: Job, num_workers: int) -> Generator[Encoded]:
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (job,))
     waiting: deque[Future[Encoded]] = deque()
     try:
-        with _no_main_module():
+        with _quiet_start():
             # The first call starts all processes.
             waiting.extend(pool.submit(_encode_in_worker, part) for part in parts[: 4 * workers])
         for part in parts[4 * workers :]:
@@ -148,18 +148,22 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Hides the running script while processes start.
+def _quiet_start() -> Iterator[None]:
+    """While processes start, hides the running script from them and Ctrl-C.
 
-    They would import it again: with torch and all else that it imports, and to no end but errors where it has no
-    ``if __name__ == "__main__"``.
+    They would import the script again: with torch and all else that it imports, and to no end but errors where it has
+    no ``if __name__ == "__main__"``. Ctrl-C goes to all processes of a terminal; one that is still importing would
+    answer with a traceback. That it is ignored is inherited.
     """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    can_ignore = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if can_ignore else None
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 # --- chunks ---

@@ -339,6 +339,11 @@ def test_max_documents_takes_the_first_ones(tmp_path: Path, run: Callable, stori
     assert sorted(decoded(tmp_path / "data", "train") + decoded(tmp_path / "data", "val")) == sorted(stories[:40])
 
 
+def test_max_documents_of_text_in_place_is_refused(prepared: Path, run: Callable) -> None:
+    with pytest.raises(UserError, match="--max_documents goes with a --source"):
+        run(max_documents=5)
+
+
 def test_another_corpus_is_never_overwritten_unasked(prepared: Path, run: Callable, stories: list[str]) -> None:
     before = state(prepared)
     other = put(prepared.parent / "other.txt", [text.upper() for text in stories])
@@ -393,6 +398,27 @@ def test_a_dataset_in_the_hubs_layout(
     assert decoded(tmp_path / "data", "val") == stories[100:]
     assert (found.source.name, found.settings.val_fraction) == ("tinystories", None)
     assert found.source.empty_documents == 1
+
+
+def test_a_dataset_that_breaks_off_leaves_nothing(
+    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub/data"
+    hub.mkdir(parents=True)
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({"text": stories, "other": stories}), hub / f"{split}-00000-of-00002.parquet")
+        (hub / f"{split}-00001-of-00002.parquet").write_bytes(
+            (hub / f"{split}-00000-of-00002.parquet").read_bytes()[:-9]
+        )
+    for column, message in (
+        ("text", "could not be read to its end"),
+        ("story", "no column 'story', but 'text', 'other'"),
+    ):
+        dataset = corpora.HubDataset("stories", str(tmp_path / "hub"), column=column)
+        monkeypatch.setitem(corpora.CORPORA, "tinystories", dataset)
+        with pytest.raises(UserError, match=message):
+            run()
+        assert not (tmp_path / "data").exists()
 
 
 def test_without_a_network_one_message_names_the_other_ways(
