@@ -375,7 +375,9 @@ def _check_schedule(train: TrainArgs, optimizer: dict[str, Any]) -> list[str]:
         if limit is not None and limit <= 0:
             problems.append(f"train.{name} is {limit}; expected more than 0.")
     learning_rate = (optimizer.get("init_args") or {}).get("lr")
-    if isinstance(learning_rate, float) and not 0 <= train.min_lr <= learning_rate:
+    if isinstance(learning_rate, float) and learning_rate <= 0:
+        problems.append(f"the optimizer's lr is {learning_rate}; expected more than 0, such as 3.0e-4.")
+    elif isinstance(learning_rate, float) and not 0 <= train.min_lr <= learning_rate:
         problems.append(
             f"train.min_lr is {train.min_lr} but the optimizer's lr is {learning_rate}; expected a min_lr from 0 to lr:"
             f" --train.min_lr {learning_rate / 10:.1e}"

@@ -160,6 +160,7 @@ def test_each_flag_of_our_own_is_explained():
         (["--train.max_steps", "null"], "no end is set"),
         (["--train.max_steps", "-1"], "train.max_steps is -1"),
         (["--train.min_lr", "1.0"], "--train.min_lr 3.0e-05"),
+        (["--optimizer.init_args.lr", "0.0"], "the optimizer's lr is 0.0"),
         (["--train.log_interval", "0"], "train.log_interval is 0"),
         (["--eval.interval", "0"], "eval.interval is 0"),
         (["--eval.evaluate_example", "random"], "eval.evaluate_example picks an instruction"),

@@ -285,8 +285,10 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             row: dict[str, Any] = {}
             if progress.step % train.log_interval == 0 or last:
                 row = training_row(fabric, run, interval, norm, rate, micro_batches * plan.tokens_per_micro_batch)
-                if not math.isfinite(row["train_loss"]):
-                    raise UserError(_not_finite(progress.step, out_dir))
+            saves = train.save_interval and progress.step % train.save_interval == 0 and not last
+            if (row or saves) and not interval.is_finite():
+                raise UserError(_not_finite(progress.step, out_dir))
+            if row:
                 interval = Interval()
             session = time.perf_counter() - start
             progress.seconds = seconds_before + session
@@ -297,7 +299,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
                     row |= evaluate(fabric, run, display)
             if row:
                 fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
-            if train.save_interval and progress.step % train.save_interval == 0 and not last:
+            if saves:
                 with interval.paused():
                     save_checkpoint(fabric, run, out_dir / f"step-{progress.step:08d}")
             if train.max_time and not last and _any_rank(fabric, session >= train.max_time):
@@ -360,6 +362,10 @@ class Interval:
         """Means over micro batches and devices; waits for the device."""
         assert self._sums is not None
         return Losses(*(mean_over_devices(fabric, value / self.micro_batches) for value in self._sums))
+
+    def is_finite(self) -> bool:
+        """Whether every loss since the interval began was a number; waits for the device."""
+        return self._sums is None or bool(torch.isfinite(self._sums.cross_entropy))
 
     @property
     def seconds(self) -> float:

@@ -209,6 +209,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     assert not (tmp_path / "out" / "final").exists()
 
 
+def test_a_loss_that_is_not_finite_is_not_saved_between_log_lines(train, tmp_path):
+    with pytest.raises(UserError, match="no longer finite at step 4"):
+        train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null", "--train.log_interval", "100")
+    assert checkpoints.newest_step(tmp_path / "out") is None
+
+
 def test_other_batches_are_not_resumed(train):
     out = train()
     with pytest.raises(UserError, match="micro_batch_size was 2 and is now 4"):
