@@ -44,7 +44,7 @@ def status() -> None:
 def kill() -> None:
     """Lists this user's training processes of this project and, after a yes, asks each to end (SIGTERM).
 
-    Those that are still there after a minute, time enough to save a checkpoint, are listed and ended for good after a
+    Those that are still there after a minute, such as one that saves for long, are listed and ended for good after a
     second yes. Without an answer nothing happens.
     """
     processes = training_processes()
