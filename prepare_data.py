@@ -8,24 +8,10 @@ Text goes into DATA_DIR/train and DATA_DIR/val, tokens into DATA_DIR/tokens, the
 already lies in train/ and val/ is tokenized as it lies. Called again, it builds anew only what changed.
 """
 
-import sys
-
-SWITCHES = ("--overwrite", "--log_to_wandb", "--log-to-wandb")
-
-
-def bare_switches(argv: list[str]) -> list[str]:
-    """Reads ``--overwrite`` alone as ``--overwrite=true``."""
-    values = ("true", "false")
-    return [
-        f"{flag}=true" if flag in SWITCHES and following.lower() not in values else flag
-        for flag, following in zip(argv, [*argv[1:], ""], strict=True)
-    ]
-
-
 if __name__ == "__main__":
     # Imported here alone: processes that tokenize do not need it.
     from recipe.cli import exit_with_message, run_door
     from recipe.data.prepare import PrepareArgs, prepare
 
-    args = run_door(PrepareArgs, bare_switches(sys.argv[1:]))
+    args = run_door(PrepareArgs)
     exit_with_message(lambda: prepare(args))
