@@ -211,12 +211,12 @@ def record(path: Path, folder: Path) -> FileRecord:
 
 def refresh(paths: Iterable[Path], folder: Path, known: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
     """The records of files; one whose size and time are those of a known record is not read again."""
-    records = {entry.path: entry for entry in known}
+    records = {(entry.path, entry.bytes, entry.mtime_ns): entry for entry in known}
     fresh = []
     for path in paths:
-        entry, status = records.get(path.relative_to(folder).as_posix()), path.stat()
-        same = entry and (entry.bytes, entry.mtime_ns) == (status.st_size, status.st_mtime_ns)
-        fresh.append(entry if entry and same else record(path, folder))
+        status = path.stat()
+        found = records.get((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+        fresh.append(found or record(path, folder))
     return tuple(fresh)
 
 

@@ -86,6 +86,9 @@ def prepare(args: PrepareArgs) -> Manifest:
     found = None
     with suppress(UserError):  # it may be about another process's work half-way; asked again below
         found = _already_done(args)
+    if found is not None and not _times_are_noted(found, args.data_dir):
+        with suppress(OSError), _locked(args.data_dir):  # a folder that is only to be read serves as well
+            _note_times(args.data_dir)
     if found is None:
         with _locked(args.data_dir):
             corpora.publish(args.data_dir)
@@ -172,6 +175,28 @@ def _already_done(args: PrepareArgs) -> Manifest | None:
     print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
     print(_summary(lying.manifest))
     return lying.manifest
+
+
+def _times_are_noted(found: Manifest, data_dir: Path) -> bool:
+    entries = {(data_dir / entry.path): entry.mtime_ns for split in found.splits.values() for entry in split.text}
+    return all(path.stat().st_mtime_ns == mtime_ns for path, mtime_ns in entries.items() if path.exists())
+
+
+def _note_times(data_dir: Path) -> None:
+    """Notes the times of files that were copied or touched, so that they are not read through at each call."""
+    lying = _look(data_dir)
+    if lying.manifest is None or not lying.text:
+        return
+    splits = dict(lying.manifest.splits)
+    for split, built in lying.built.items():
+        now = _inputs(lying, split)
+        if manifest.changed_files(built.counts.text, now):
+            return
+        splits[split] = replace(built.counts, text=now)
+        if splits[split] != built.counts:
+            manifest.write_split(manifest.tokens_dir(data_dir, split), replace(built, counts=splits[split]))
+    if splits != lying.manifest.splits:
+        manifest.write(data_dir, replace(lying.manifest, splits=splits))
 
 
 def _settings(args: PrepareArgs, lying: _Lying) -> Settings:
