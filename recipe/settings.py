@@ -23,7 +23,7 @@ from recipe.cli import UserError, explain, known_flags, make_parser, underscored
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_RUN = PROJECT / "train_config.yaml"
 
-LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"]
+LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 SHORT_FLAGS = {
     "micro_batch_size": "train.micro_batch_size",
@@ -306,6 +306,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_batches(settings),
         *_check_schedule(settings.train, optimizer),
         *_check_evaluation(settings),
+        *_check_log(settings),
     ]
     if settings.initial_checkpoint_dir and settings.resume:
         problems.append(
@@ -397,4 +398,15 @@ def _check_evaluation(settings: RunSettings) -> list[str]:
             "eval.evaluate_example picks an instruction for finetuning and means nothing in pretraining;"
             " the sample's prompt is --sample.prompt."
         )
+    return problems
+
+
+def _check_log(settings: RunSettings) -> list[str]:
+    """LogArgs of LitGPT are W&B's and those of a logger that is not here."""
+    given = {field.name for field in fields(LogArgs) if getattr(settings.log, field.name) != field.default}
+    read_by_wandb = {"project", "run", "group"}
+    problems = [f"log.{name} belongs to a logger that is not offered here." for name in sorted(given - read_by_wandb)]
+    if given & read_by_wandb and "wandb" not in (settings.loggers or [settings.logger_name]):
+        names = ", ".join(f"log.{name}" for name in sorted(given & read_by_wandb))
+        problems.append(f"{names} is read by W&B alone; add it: --loggers '[csv,wandb]'")
     return problems

@@ -162,6 +162,8 @@ def test_each_flag_of_our_own_is_explained():
         (["--train.min_lr", "1.0"], "--train.min_lr 3.0e-05"),
         (["--optimizer.init_args.lr", "0.0"], "the optimizer's lr is 0.0"),
         (["--train.log_interval", "0"], "train.log_interval is 0"),
+        (["--log.teamspace", "x"], "log.teamspace belongs to a logger that is not offered"),
+        (["--log.project", "x"], "log.project is read by W&B alone"),
         (["--eval.interval", "0"], "eval.interval is 0"),
         (["--eval.evaluate_example", "random"], "eval.evaluate_example picks an instruction"),
         (["--devices", "none"], "expected `auto` or a number"),

@@ -3,13 +3,13 @@
 import csv
 import io
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import litgpt.utils
 from lightning.fabric.loggers import Logger, TensorBoardLogger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
@@ -129,9 +129,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
             if wanted == "tensorboard":
                 loggers.append(_tensorboard(out_dir, resume_step))
             elif wanted == "wandb":
-                loggers.append(_wandb(out_dir, name, run_name, log_args or {}))
-            elif wanted != "csv":
-                loggers.append(litgpt.utils.choose_logger(wanted, out_dir, name, log_interval, dict(log_args or {})))
+                loggers.append(_wandb(out_dir, name, run_name, log_args or {}, resumed=resume_step is not None))
         return Loggers(loggers)
 
     return choose_logger
@@ -142,8 +140,8 @@ def _tensorboard(out_dir: Path, resume_step: int | None) -> Logger:
     return TensorBoardLogger(root_dir=out_dir / "logs", name="tensorboard", version="", purge_step=purge)
 
 
-def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, Any]) -> Logger:
-    """A W&B logger that goes on with the run whose id lies in ``out_dir``.
+def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, Any], *, resumed: bool) -> Logger:
+    """A W&B logger; for a resumed run it goes on with the W&B run whose id lies in ``out_dir``.
 
     LitGPT's takes the id from ``./wandb``, so that it continued another folder's run, and calls the project
     ``lightning_logs``.
@@ -151,7 +149,8 @@ def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, A
     import wandb
 
     id_file = out_dir / "wandb_run_id"
-    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else uuid.uuid4().hex[:8]
+    known = resumed and id_file.is_file()
+    run_id = id_file.read_text(encoding="utf-8").strip() if known else uuid.uuid4().hex[:8]
     logger = WandbLogger(
         project=log_args.get("project") or os.environ.get("WANDB_PROJECT") or name,
         name=run_name or log_args.get("run") or os.environ.get("WANDB_RUN_NAME"),
@@ -227,8 +226,16 @@ class RunDisplay:
             self.print(f"step {step}/{self._steps} | {' | '.join(parts)} | {left}")
 
 
-def replaced_files(out_dir: Path) -> list[Path]:
-    """What a run leaves in its ``out_dir``: checkpoints, metrics, logs. Nothing else there is its own."""
-    names = (METRICS_FILE, "wandb_run_id", "logs", "wandb", "final", "run_config.yaml")
-    own = [out_dir / name for name in names if (out_dir / name).exists()]
+def run_files(out_dir: Path) -> list[Path]:
+    """What a run leaves in its ``out_dir``: checkpoints, metrics, logs. Nothing else there is its own.
+
+    W&B's folder is not among them: runs that were logged offline wait in it to be sent.
+    """
+    own = [out_dir / name for name in (METRICS_FILE, "logs", "final", "run_config.yaml") if (out_dir / name).exists()]
     return [*sorted(out_dir.glob("step-*")), *own, *checkpoints.leftovers(out_dir)]
+
+
+def remove_run(out_dir: Path) -> None:
+    """Removes what another run left in ``out_dir``; nothing else."""
+    for path in run_files(out_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -58,9 +58,11 @@ class PretrainingModel(nn.Module):
         logits = gpt.lm_head(gpt.transformer.ln_f(x))  # (B, T, padded_vocab_size)
         if config.final_logit_softcapping is not None:
             logits = do_softcapping(logits, thresh=config.final_logit_softcapping)
+        if gpt.lm_head.weight.dtype != torch.float32:
+            logits = logits.float()  # in bf16-true the loss itself would be rounded to 8 bits
         nothing = torch.zeros((), device=x.device)
         return Losses(
-            cross_entropy=chunked_cross_entropy(logits, targets).float(),
+            cross_entropy=chunked_cross_entropy(logits, targets),
             load_balancing=torch.stack(balancing).mean() if balancing else nothing,
             z_loss=torch.stack(z_losses).mean() if z_losses else nothing,
             expert_load=torch.stack(loads) if loads else torch.zeros(0, 0, device=x.device),

@@ -45,6 +45,10 @@ _EXPECTED = {
     "choose_logger": ("logger_name", "out_dir", "name", "log_interval", "log_args", "resume", "kwargs"),
     "capture_hparams": (),
     "FSDPStrategy": None,
+    # Called, not replaced.
+    "setup": None,
+    "initialize_weights": ("fabric", "model", "n_layer", "n_embd"),
+    "get_dataloaders": ("fabric", "data", "tokenizer", "train", "block_size"),
 }
 
 

@@ -4,6 +4,7 @@
 Fabric, launches the processes and calls ``main`` here.
 """
 
+import json
 import math
 import time
 import warnings
@@ -29,12 +30,14 @@ from torch.utils.data import DataLoader
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data.manifest import manifest_path
+from recipe.data import TokenizedText
+from recipe.data.manifest import from_dict, manifest_path, text_fingerprint
+from recipe.data.module import moved_here
 from recipe.flops import count_parameters, training_flops_per_token
 from recipe.inference.generate import sample_text
 from recipe.settings import MoESettings, ParsedRun, RunSettings, choose_precision, processes
 from recipe.training.compiling import should_compile
-from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, logger_factory
+from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, logger_factory, remove_run
 from recipe.training.model import Losses, PretrainingModel
 from recipe.training.optimizers import load_optimizer_state, make_optimizer, set_learning_rate
 from recipe.training.patches import patched_litgpt
@@ -162,9 +165,10 @@ def main(
 
     module: nn.Module = PretrainingModel(gpt)
     model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
+    # Fused optimizers unscale gradients themselves, so that Fabric could not clip them under a gradient scaler.
+    fused = fabric.device.type == "cuda" and _scaler(fabric) is None
     optimizer_in_fabric = cast(
-        _FabricOptimizer,
-        fabric.setup_optimizers(make_optimizer(run.optimizer, model, fused=fabric.device.type == "cuda")),
+        _FabricOptimizer, fabric.setup_optimizers(make_optimizer(run.optimizer, model, fused=fused))
     )
     loggers = cast(Loggers, fabric.logger)  # what `logger_factory` made
     train_dataloader, val_dataloader = make_dataloaders(fabric, data, tokenizer, train, gpt.max_seq_length)
@@ -197,6 +201,8 @@ def main(
             )
             return
     if fabric.global_rank == 0:
+        if settings.overwrite and not resume_from:  # all that could be wrong with the new run is known by now
+            remove_run(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(run.resolved, sort_keys=False)
         (out_dir / "run_config.yaml").write_text(text, encoding="utf-8")
@@ -242,7 +248,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
         True at the end of the plan, False when ``train.max_time`` came first.
 
     Raises:
-        UserError: for a loss that is no longer finite, before anything of that step is saved.
+        UserError: for a loss or gradient that is no longer finite, before the update.
     """
     settings, plan, progress, model, optimizer = run.settings, run.plan, run.progress, run.model, run.optimizer
     train, evaluation, out_dir = settings.train, settings.eval, settings.out_dir
@@ -275,6 +281,10 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
                 model, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
             )
             assert norm is not None
+            # Under a scaler a norm that is not finite is part of its search; the loss tells there.
+            finite = torch.isfinite(norm if _scaler(fabric) is None else losses.cross_entropy)
+            if _any_rank(fabric, not finite):
+                raise UserError(_not_finite(progress.step + 1, out_dir))
             optimizer.step()
             optimizer.zero_grad()
 
@@ -285,10 +295,6 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             row: dict[str, Any] = {}
             if progress.step % train.log_interval == 0 or last:
                 row = training_row(fabric, run, interval, norm, rate, micro_batches * plan.tokens_per_micro_batch)
-            saves = train.save_interval and progress.step % train.save_interval == 0 and not last
-            if (row or saves) and not interval.is_finite():
-                raise UserError(_not_finite(progress.step, out_dir))
-            if row:
                 interval = Interval()
             session = time.perf_counter() - start
             progress.seconds = seconds_before + session
@@ -299,7 +305,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
                     row |= evaluate(fabric, run, display)
             if row:
                 fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
-            if saves:
+            if train.save_interval and progress.step % train.save_interval == 0 and not last:
                 with interval.paused():
                     save_checkpoint(fabric, run, out_dir / f"step-{progress.step:08d}")
             if train.max_time and not last and _any_rank(fabric, session >= train.max_time):
@@ -362,10 +368,6 @@ class Interval:
         """Means over micro batches and devices; waits for the device."""
         assert self._sums is not None
         return Losses(*(mean_over_devices(fabric, value / self.micro_batches) for value in self._sums))
-
-    def is_finite(self) -> bool:
-        """Whether every loss since the interval began was a number; waits for the device."""
-        return self._sums is None or bool(torch.isfinite(self._sums.cross_entropy))
 
     @property
     def seconds(self) -> float:
@@ -444,7 +446,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
                 "optimizer": run.optimizer.state_dict(),
                 "train_dataloader": _streaming(run.train_dataloader).state_dict(),
                 "random": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-                "scaler": scaler.state_dict() if (scaler := getattr(fabric._precision, "scaler", None)) else {},
+                "scaler": scaler.state_dict() if (scaler := _scaler(fabric)) else {},
             },
             manifest_path=_manifest_path(run.settings),
         )
@@ -466,13 +468,35 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
             f" a new run from its weights: --initial_checkpoint_dir {folder} --out_dir NEW"
         )
     run.progress = Progress(**state["progress"])
+    check_same_tokens(folder, run.settings)
     load_optimizer_state(run.optimizer.optimizer, state["optimizer"])
-    _streaming(run.train_dataloader).load_state_dict(state["train_dataloader"])
+    loader = _streaming(run.train_dataloader)
+    position = state["train_dataloader"]
+    if isinstance(run.settings.data, TokenizedText):
+        position = moved_here(position, loader)
+    loader.load_state_dict(position)
     torch.set_rng_state(state["random"]["torch"])
     if len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
-    if (scaler := getattr(fabric._precision, "scaler", None)) and state["scaler"]:
+    if (scaler := _scaler(fabric)) and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+
+
+def check_same_tokens(folder: Path, settings: RunSettings) -> None:
+    """Raises ``UserError`` where the position that ``folder`` saved would mean other tokens."""
+    then, now = folder / "manifest.json", _manifest_path(settings)
+    if now is None or not then.is_file():
+        return
+    before, after = (from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in (then, now))
+    if (before.tokenizer.sha256, text_fingerprint(before.splits["train"].text)) != (
+        after.tokenizer.sha256,
+        text_fingerprint(after.splits["train"].text),
+    ):
+        raise UserError(
+            f"{folder} was trained on other tokens than those of {now.parent.parent}: the text or the tokenizer"
+            f" changed. Bring the old ones back, or start a new run from its weights: --initial_checkpoint_dir {folder}"
+            " --out_dir NEW"
+        )
 
 
 def make_dataloaders(
@@ -491,6 +515,7 @@ def make_dataloaders(
                 f" {seq_length + 1} tokens for each of {fabric.world_size} device(s); lower --micro-batch-size or"
                 " --max-seq-length, or bring more text."
             )
+    _streaming(loaders[0])  # known now, not at the first save
     train_dataloader, val_dataloader = (loader and fabric.setup_dataloaders(loader) for loader in loaders)
     return cast(DataLoader, train_dataloader), cast(DataLoader | None, val_dataloader)
 
@@ -530,11 +555,19 @@ def _layout(fabric: L.Fabric, run: TrainingRun) -> dict[str, int]:
         "global_batch_size": run.settings.train.global_batch_size,
         "max_seq_length": run.gpt.max_seq_length,
         "devices": fabric.world_size,
+        "data_seed": getattr(run.settings.data, "seed", 0),
     }
 
 
+def _scaler(fabric: L.Fabric) -> Any:
+    """The gradient scaler of 16-mixed, else None."""
+    return getattr(fabric._precision, "scaler", None)
+
+
 def _any_rank(fabric: L.Fabric, condition: bool) -> bool:
-    """Clocks differ between processes, and all must leave the loop at the same step."""
+    """Whether it holds in any process: clocks and losses differ, and all must leave the loop at the same step."""
+    if fabric.world_size == 1:
+        return condition
     return bool(fabric.all_reduce(torch.tensor(float(condition), device=fabric.device), reduce_op="sum"))
 
 
@@ -549,7 +582,7 @@ def _not_finite(step: int, out_dir: Path) -> str:
     newest = checkpoints.newest_step(out_dir)
     start = f"--resume {newest}" if newest else "--overwrite"
     return (
-        f"the loss is no longer finite at step {step:,}, so the run stops and nothing of it is saved;"
+        f"the loss or its gradient is no longer finite at step {step:,}, so the run stops before this update;"
         f" start again with {start} and a lower --optimizer.init_args.lr, a longer --train.lr_warmup_steps,"
         " or --precision 32-true."
     )
@@ -567,6 +600,8 @@ def _peak_flops(fabric: L.Fabric) -> float | None:
 def _device_name(fabric: L.Fabric) -> str:
     if fabric.device.type == "cuda":
         return torch.cuda.get_device_name(fabric.device)
+    if fabric.device.type != "cpu":
+        return f"the {fabric.device.type} device"
     return f"the CPU ({torch.get_num_threads()} threads)"
 
 

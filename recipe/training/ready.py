@@ -1,7 +1,6 @@
 """What must be there before the first step: data, a tokenizer that fits the model, a place to write, a checkpoint."""
 
 import os
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from recipe.cli import UserError
 from recipe.data import TokenizedText
 from recipe.data.manifest import manifest_path
 from recipe.data.prepare import PrepareArgs, prepare
+from recipe.inference.generate import check_sampling, encode_prompt
 from recipe.settings import ParsedRun, RunSettings
-from recipe.training.logs import METRICS_FILE, replaced_files
+from recipe.training.logs import METRICS_FILE, run_files
 
 
 def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
@@ -37,8 +37,9 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
             check_same_model(folder, settings.model)
     prepare_data(settings)
     check_vocabulary(settings.tokenizer_dir, settings.model)
+    check_sample(settings)
     if _main_process():
-        _clear(settings.out_dir, resume_from, overwrite=settings.overwrite)
+        check_writable(settings.out_dir)
     return run, resume_from
 
 
@@ -89,31 +90,60 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> None:
         )
 
 
+def check_sample(settings: RunSettings) -> None:
+    """A setting of the samples that can't be would end the run at its first evaluation."""
+    sample = settings.sample
+    if sample.prompt is None:
+        return
+    new_tokens = settings.eval.max_new_tokens or sample.max_new_tokens
+    check_sampling(1, new_tokens, sample.temperature, sample.top_k, 1.0)
+    context = settings.train.max_seq_length or settings.model.block_size
+    length = len(encode_prompt(Tokenizer(settings.tokenizer_dir), sample.prompt))
+    if length >= context:
+        raise UserError(
+            f"sample.prompt has {length} tokens, but the context has {context};"
+            " give a shorter one, or --sample.prompt null."
+        )
+
+
 def find_checkpoint(settings: RunSettings) -> Path | None:
     """The folder that ``resume`` means, or None for a fresh start.
 
     Raises:
-        UserError: where there is none at the path named, or a fresh start would go over another run.
+        UserError: where there is none at the path named, or the run would go over another one.
     """
     out_dir, resume = settings.out_dir, settings.resume
-    if isinstance(resume, Path):
-        return checkpoints.resolve(resume)
     newest = checkpoints.newest_step(out_dir) if out_dir.is_dir() else None
-    if resume == "auto":
+    if isinstance(resume, Path):
+        folder = checkpoints.resolve(resume)
+        if folder.resolve().parent != out_dir.resolve():
+            check_unoccupied(settings)
+        elif newest is not None and newest != folder and _main_process():
+            print(f"{out_dir} holds a newer checkpoint, {newest.name}: this run replaces it when it gets there.")
+        return folder
+    if resume is True and newest is None:
+        raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
+    if resume:
         if newest is None and _main_process():
             print(f"Nothing to resume in {out_dir}: this is a fresh start.")
         return newest
-    if resume is True and newest is None:
-        raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
-    if resume is True:
-        return newest
-    occupied = [path for path in replaced_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
-    if occupied and not settings.overwrite and _main_process():
+    check_unoccupied(settings)
+    return None
+
+
+def check_unoccupied(settings: RunSettings) -> None:
+    """Raises ``UserError`` where ``out_dir`` holds another run that may not be deleted."""
+    out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir
+    occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
+    if not occupied or not _main_process():
+        return
+    if not settings.overwrite:
         raise UserError(
             f"{out_dir} holds a run already ({', '.join(path.name for path in occupied[:4])}). Continue it with"
             " --resume auto, put this one elsewhere with --out_dir, or delete the old one with --overwrite."
         )
-    return None
+    if initial is not None and initial.resolve().is_relative_to(out_dir.resolve()):
+        raise UserError(f"--overwrite would delete {initial}, which this run starts from; choose another --out_dir.")
 
 
 def check_same_model(folder: Path, config: Config) -> None:
@@ -147,8 +177,8 @@ def _with_wandb_dataset(run: ParsedRun) -> ParsedRun:
     return replace(run, settings=replace(settings, data=data, tokenizer_dir=tokenizer_dir), resolved=resolved)
 
 
-def _clear(out_dir: Path, resume_from: Path | None, *, overwrite: bool) -> None:
-    """Makes ``out_dir`` and, for a fresh start over an old run, removes what that run left; nothing else."""
+def check_writable(out_dir: Path) -> None:
+    """Makes ``out_dir``; raises ``UserError`` where nothing can be written to it."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         probe = out_dir / f".writable.{os.getpid()}"
@@ -158,9 +188,6 @@ def _clear(out_dir: Path, resume_from: Path | None, *, overwrite: bool) -> None:
         raise UserError(
             f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with --out_dir."
         ) from None
-    if overwrite and resume_from is None:
-        for path in replaced_files(out_dir):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _main_process() -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -209,8 +210,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     assert not (tmp_path / "out" / "final").exists()
 
 
-def test_a_loss_that_is_not_finite_is_not_saved_between_log_lines(train, tmp_path):
-    with pytest.raises(UserError, match="no longer finite at step 4"):
+def test_a_loss_that_is_not_finite_is_found_between_log_lines(train, tmp_path):
+    with pytest.raises(UserError, match="so the run stops before this update"):
         train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null", "--train.log_interval", "100")
     assert checkpoints.newest_step(tmp_path / "out") is None
 
@@ -225,6 +226,37 @@ def test_another_model_is_not_resumed(train):
     out = train()
     with pytest.raises(UserError, match="n_layer: 2 there, 1 here"):
         train("--resume", str(out / "step-00000004"), "--model.n_layer", "1")
+
+
+def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
+    shutil.copytree(prepared, tmp_path / "own")
+    own = tmp_path / "own"
+    paths = [f"--data.init_args.{split}_data_path={own / 'data' / split}" for split in ("train", "val")]
+    out = train(*paths)
+    shutil.move(own / "data", own / "moved")
+    moved = [f"--data.init_args.{split}_data_path={own / 'moved' / split}" for split in ("train", "val")]
+    train(*moved, "--resume", str(out / "step-00000004"))  # elsewhere, but the same tokens
+    with open(own / "moved" / "train" / "stories.txt", "a", encoding="utf-8") as file:
+        file.write("\n<|endoftext|>\nA new story.")
+    with pytest.raises(UserError, match="was trained on other tokens"):
+        train(*moved, "--resume", str(out / "step-00000004"))
+
+
+def test_a_run_that_cannot_start_deletes_nothing(train, tmp_path):
+    out = train()
+    for mistake in (("--micro-batch-size", "100", "--global-batch-size", "100"), ("--sample.temperature", "-1")):
+        with pytest.raises(UserError):
+            train("--overwrite", *mistake)
+    with pytest.raises(UserError, match="which this run starts from"):
+        train("--overwrite", "--initial_checkpoint_dir", str(out / "final"))
+    assert checkpoints.read_mark(out / "final").step == 12
+
+
+def test_resuming_into_the_folder_of_another_run_is_refused(train, tmp_path):
+    one = train("--out_dir", str(tmp_path / "one"))
+    other = train("--out_dir", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="holds a run already"):
+        train("--out_dir", str(other), "--resume", str(one / "step-00000004"))
 
 
 def test_a_fresh_start_does_not_go_over_a_run(train):
