@@ -2,9 +2,8 @@
 
     python3 scripts/get_uv.py
 
-Needs nothing but Python's standard library and a package index (PyPI, or the one that pip is set to). Nothing outside
-the project is written, so it also works where pip may not touch the system's Python (PEP 668) and where Debian's
-python3 comes without venv or pip.
+Uses Python's venv, else its pip, else the index that PIP_INDEX_URL names. Nothing outside the project is written, so it
+also works where pip may not touch the system's Python (PEP 668).
 """
 
 import hashlib
@@ -77,8 +76,10 @@ def by_pip() -> None:
 
 
 def by_download() -> None:
-    """uv's wheel, straight from the index and checked against the index's hash, where there is no pip at all."""
-    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
+    """uv's wheel, straight from the index that the environment names, checked against its hash, without pip."""
+    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX")
+    if not index:
+        raise RuntimeError("neither PIP_INDEX_URL nor UV_DEFAULT_INDEX names a package index")
     page_url = index.rstrip("/") + "/uv/"
     page = fetch(page_url).decode()
     for href in re.findall(r'href="([^"]+)"', page):

@@ -711,7 +711,7 @@ def test_workers_import_neither_the_script_nor_torch_and_end_with_their_parent(
 # --- killed, and two at once ---
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a fork at each moment is what makes all moments affordable")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
 def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(tmp_path: Path, stories: list[str]) -> None:
     """SIGKILL before each change of the file system: nothing half counts as complete; the next call completes it."""
     put(tmp_path / "own/a.txt", stories)
