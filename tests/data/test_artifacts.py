@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 import wandb
+import yaml
 from wandb_server import Version, WandbServer, serve
 
 from recipe.cli import UserError
 from recipe.data import manifest
 from recipe.data.artifacts import RECORD, fetch_dataset, log_dataset, parse_reference
 from recipe.data.prepare import PrepareArgs, prepare
+from recipe.settings import parse_run
+from recipe.training.pretrain import pretrain
+from recipe.training.ready import ready
 
 PROJECT = Path(__file__).resolve().parents[2]
 KEY = "0123456789" * 4
@@ -144,6 +148,22 @@ def test_offline_without_account_then_sync_then_fetch_and_train(
     found = prepare(PrepareArgs(data_dir=folder, tokenizer_dir=folder / "tokenizer", num_workers=0))
     assert found == manifest.read(prepared)
     assert {path: path.stat().st_mtime_ns for path in (folder / "tokens").rglob("*")} == tokens
+
+
+def test_training_takes_its_text_tokens_and_tokenizer_from_the_artifact(
+    logged: WandbServer, into: Path, tmp_path: Path, moe_fields: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"max_steps": 2, "global_batch_size": 2, "micro_batch_size": 2, "max_seq_length": 16, "save_interval": None}
+    run_file = tmp_path / "run.yaml"
+    settings = {"model": moe_fields, "train": train, "out_dir": str(tmp_path / "out"), "eval": {"max_iters": 1}}
+    run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    flags = ["--wandb-dataset", "me/tales/dataset-corpus:latest", "--wandb-artifacts-dir", str(into)]
+    run, resume_from = ready(parse_run(["--config", str(run_file), *flags]))
+    pretrain(run, resume_from=resume_from)
+    assert "Tokenizing" not in capsys.readouterr().out
+    saved = yaml.safe_load((tmp_path / "out" / "final" / "hyperparameters.yaml").read_text(encoding="utf-8"))
+    assert Path(saved["data"]["init_args"]["train_data_path"]).is_relative_to(into)
+    assert (tmp_path / "out" / "final" / "manifest.json").is_file()
 
 
 def test_a_version_that_lies_there_is_not_fetched_again(
