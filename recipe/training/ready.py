@@ -36,8 +36,8 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
         if folder is not None:
             check_same_model(folder, settings.model)
     prepare_data(settings)
-    check_vocabulary(settings.tokenizer_dir, settings.model)
-    check_sample(settings)
+    tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
+    check_sample(settings, tokenizer)
     if _main_process():
         check_writable(settings.out_dir)
     return run, resume_from
@@ -72,8 +72,11 @@ def prepare_data(settings: RunSettings) -> None:
     )
 
 
-def check_vocabulary(tokenizer_dir: Path, config: Config) -> None:
-    """An id beyond the embedding dies in an IndexError at some step, or is read from foreign memory on a GPU."""
+def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
+    """The run's tokenizer, whose ids the model can hold.
+
+    An id beyond the embedding dies in an IndexError at some step, or is read from foreign memory on a GPU.
+    """
     try:
         tokenizer = Tokenizer(tokenizer_dir)
     except Exception as error:  # whatever the tokenizers library says of a broken file
@@ -88,9 +91,10 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> None:
             f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary holds"
             f" {config.padded_vocab_size:,}; give it room: --model.vocab_size {size} --model.padded_vocab_size {size}"
         )
+    return tokenizer
 
 
-def check_sample(settings: RunSettings) -> None:
+def check_sample(settings: RunSettings, tokenizer: Tokenizer) -> None:
     """A setting of the samples that can't be would end the run at its first evaluation."""
     sample = settings.sample
     if sample.prompt is None:
@@ -98,7 +102,7 @@ def check_sample(settings: RunSettings) -> None:
     new_tokens = settings.eval.max_new_tokens or sample.max_new_tokens
     check_sampling(1, new_tokens, sample.temperature, sample.top_k, 1.0)
     context = settings.train.max_seq_length or settings.model.block_size
-    length = len(encode_prompt(Tokenizer(settings.tokenizer_dir), sample.prompt))
+    length = len(encode_prompt(tokenizer, sample.prompt))
     if length >= context:
         raise UserError(
             f"sample.prompt has {length} tokens, but the context has {context};"
