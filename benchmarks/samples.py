@@ -24,7 +24,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from recipe.cli import UserError, run_door  # noqa: E402
+from recipe.cli import UserError, run_door
 
 PACKAGES = ("torch", "litgpt", "lightning", "tokenizers")
 

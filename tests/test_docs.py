@@ -1,13 +1,16 @@
 """The documents say what is true of the tree."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from litgpt import Config
 
 from recipe.flops import count_parameters, training_flops_per_token
-from recipe.settings import PROJECT, read_run_file, run_parser
+from recipe.settings import PROJECT, parse_run, run_parser
+from tests.test_configs import MODELS, RUNS
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -53,18 +56,38 @@ def test_training_flags_of_the_readme_exist():
 
 
 def test_the_sizes_table_is_that_of_the_configs():
-    from litgpt import Config
-
     rows = re.findall(
-        r"^\| (.+?) \| `(.+?\.yaml)` \| ([\d.]+) M \| ([\d.]+) M \| ([\d.]+) ([MG]) \((\d+)\) \|", README, re.M
+        r"^\| .+? \| `(configs/models/.+?)` \| ([\d.]+) M \| ([\d.]+) M \| ([\d.]+) ([MG]) \((\d+)\) \|", README, re.M
     )
-    assert {file for _, file, *_ in rows} == {"model_config.yaml", "configs/quickstart.yaml"}
-    for name, file, total, active, flops, unit, context in rows:
-        fields = read_run_file(PROJECT / file)
-        tied = (fields.get("train") or {}).get("tie_embeddings", False)
-        config = Config(**fields.get("model", fields))
-        sizes = count_parameters(config, tie_embeddings=tied)
-        assert (name, int(context)) == (config.name, config.block_size)
+    assert {file for file, *_ in rows} == {f"configs/models/{path.name}" for path in MODELS}
+    for file, total, active, flops, unit, context in rows:
+        config = Config.from_file(PROJECT / file)
+        sizes = count_parameters(config, tie_embeddings=config.name.startswith(("gpt2", "quickstart")))
         assert (f"{sizes.total / 1e6:.1f}", f"{sizes.active / 1e6:.1f}") == (total, active)
-        per_token = training_flops_per_token(config, config.block_size)
-        assert f"{per_token / {'M': 1e6, 'G': 1e9}[unit]:.2f}" == flops
+        per_token = training_flops_per_token(config, int(context))
+        assert (f"{per_token / {'M': 1e6, 'G': 1e9}[unit]:.2f}", int(context)) == (flops, config.block_size)
+
+
+def test_the_table_of_recipes_is_that_of_the_run_files():
+    rows = re.findall(
+        r"^\| `(configs/.+?)` \| (.+?) \| ([\d.]+) M / ([\d.]+) M \| ([\d.]+) ([MB]) \| ([\d.,]+) PFLOP \| \S",
+        README,
+        re.M,
+    )
+    assert {row[0] for row in rows} == {path.relative_to(PROJECT).as_posix() for path in RUNS}
+    for file, name, total, active, number, unit, petaflop in rows:
+        settings = parse_run(["--config", str(PROJECT / file)]).settings
+        train, config = settings.train, settings.model
+        context = train.max_seq_length or config.block_size
+        sizes = count_parameters(config, tie_embeddings=bool(train.tie_embeddings))
+        assert (name, f"{sizes.total / 1e6:.1f}", f"{sizes.active / 1e6:.1f}") == (config.name, total, active)
+        tokens = train.max_tokens or train.max_steps * train.global_batch_size * context
+        assert number == f"{tokens / {'M': 1e6, 'B': 1e9}[unit]:.2f}"
+        flops = tokens * training_flops_per_token(config, context) / 1e15
+        assert petaflop in (f"{flops:,.0f}", f"{flops:.2f}")
+
+
+def test_the_table_of_memory_is_the_benchmarks():
+    from benchmarks.memory import RESULT, table
+
+    assert table(json.loads(RESULT.read_text(encoding="utf-8"))["rows"]) in README

@@ -1,6 +1,8 @@
 """What must be there before the first step: data, a tokenizer that fits the model, a place to write, a checkpoint."""
 
+import json
 import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     resume_from = find_checkpoint(settings)
     if resume_from is not None:
         checkpoints.verify(resume_from)
+    if settings.initial_checkpoint_dir is not None:
+        refuse_openai_gpt2(settings.initial_checkpoint_dir)
     for folder in (resume_from, settings.initial_checkpoint_dir):
         if folder is not None:
             check_same_model(folder, settings.model)
@@ -160,6 +164,23 @@ def check_same_model(folder: Path, config: Config) -> None:
         raise UserError(
             f"{folder} holds another model than this run's: {'; '.join(different)}."
             f" Take its own config: --model {folder / 'model_config.yaml'}"
+        )
+
+
+def refuse_openai_gpt2(folder: Path) -> None:
+    """Raises ``UserError`` for OpenAI's GPT-2 from the Hub, by name or as a folder: no LitGPT model can hold it."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    named = not folder.exists() and re.fullmatch(
+        r"((openai-community|openai)/)?gpt2(-(medium|large|xl))?", folder.as_posix()
+    )
+    if kind == "gpt2" or named:
+        raise UserError(
+            f"--initial_checkpoint_dir {folder}: OpenAI's gpt2 weights can't be used. They come with learned positions,"
+            " which LitGPT does not have; the gpt2 models here have rotary ones. Train one from scratch"
+            " (configs/runs/fineweb-edu-gpt2-124m.yaml), or start from a checkpoint of this project."
         )
 
 
