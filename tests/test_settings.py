@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from litgpt import Config
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.args import LogArgs, TrainArgs
 
 from recipe.cli import UserError
-from recipe.settings import PROJECT, SHORT_FLAGS, RunSettings, check, choose_precision, parse_run, run_parser
+from recipe.settings import PROJECT, SHORT_FLAGS, EvalArgs, RunSettings, check, choose_precision, parse_run, run_parser
 
 RUN_FILES = [PROJECT / "train_config.yaml", *sorted(PROJECT.glob("configs/*.yaml"))]
 
