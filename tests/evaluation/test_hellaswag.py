@@ -43,7 +43,7 @@ GPT2_LIKE = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerN
 
 
 def make_rows() -> list[dict[str, Any]]:
-    """Rows in the original form, like those of ActivityNet and WikiHow; the first few have what is rare."""
+    """Rows in the original form, like those of ActivityNet and WikiHow; those from 10 on have what is rare."""
     draw = random.Random(0)
     words = "Mia Tom the cat dog went to sea hill. wood, was happy sad and brave [step] [substeps] é 🦊 x"
 
@@ -67,13 +67,13 @@ def make_rows() -> list[dict[str, Any]]:
                 "source_id": f"{'wikihow' if wikihow else 'activitynet'}~{index}",
             }
         )
-    rows[0]["endings"][2] = "[header]"  # nothing is left of it
-    rows[1]["endings"][1] = "[header] A space stays before it."
-    rows[2]["endings"][0] = "  many   spaces  "
-    rows[3]["ctx_a"] += " [unfinished"
-    rows[4] |= {"ctx_a": "a context", "ctx_b": "[brackets alone]"}  # it ends in spaces
-    rows[5]["label"] = "1"  # the Hub's form
-    rows[6] |= {"ctx_a": "", "ctx_b": ""}
+    rows[10]["endings"][2] = "[header]"  # nothing is left of it
+    rows[11]["endings"][1] = "[header] A space stays before it."
+    rows[12]["endings"][0] = "  many   spaces  "
+    rows[13]["ctx_a"] += " [unfinished"
+    rows[14] |= {"ctx_a": "a context", "ctx_b": "[brackets alone]"}  # it ends in spaces
+    rows[15]["label"] = "1"  # the Hub's form
+    rows[16] |= {"ctx_a": "", "ctx_b": ""}
     return rows
 
 
@@ -218,10 +218,10 @@ def test_context_and_ending_are_tokenized_together(questions: list[Question], to
         assert context == tokenizer.encode(question.context.rstrip()).tolist()
         for text, ids in zip(question.endings, endings, strict=True):
             assert context + ids == tokenizer.encode(f"{question.context} {text}").tolist()
-    empty = encode_question(questions[0], tokenizer)[1][2]
-    assert (questions[0].endings[2], empty) == ("", tokenizer.encode(" ").tolist())
-    assert questions[4].context.endswith(" ")
-    assert all(ids[0] == empty[0] for ids in encode_question(questions[4], tokenizer)[1]), (
+    empty = encode_question(questions[10], tokenizer)[1][2]
+    assert (questions[10].endings[2], empty) == ("", tokenizer.encode(" ").tolist())
+    assert questions[14].context.endswith(" ")
+    assert all(ids[0] == empty[0] for ids in encode_question(questions[14], tokenizer)[1]), (
         "the context's space is theirs"
     )
     assert encode_question(Question("", ("a",) * 4, 0), tokenizer)[0] == [tokenizer.bos_id]
@@ -383,10 +383,8 @@ def test_the_accuracies_by_hand() -> None:
     assert accuracy(questions[:1], scores[:1]).acc_stderr is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [{}, {**GPT2_LIKE, "parallel_residual": True}, GPT2_LIKE], ids=["moe", "neox", "gpt2-like"]
-)
+@pytest.mark.filterwarnings("ignore:divide by zero")  # an ending of length 0
+@pytest.mark.parametrize("changes", [{}, GPT2_LIKE], ids=["moe", "gpt2-like"])
 @pytest.mark.parametrize("block_size", [128, 64])
 def test_the_numbers_are_lm_evals(
     tmp_path: Path, file: Path, questions: list[Question], moe_fields: dict, tokenizer_dir: Path, changes, block_size
@@ -395,7 +393,7 @@ def test_the_numbers_are_lm_evals(
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.utils import load_yaml_config
+    from lm_eval.tasks._yaml_loader import load_yaml
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tests.test_stock_litgpt import convert
@@ -405,13 +403,13 @@ def test_the_numbers_are_lm_evals(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     lm = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "converted"), batch_size=8, device="cpu")
     assert lm.max_length == block_size
-    config = load_yaml_config(Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml")
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml")
     config |= {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"validation": str(file)}, "cache_dir": str(tmp_path / "cache")},
         "training_split": None,
     }
-    result = lm_eval.simple_evaluate(lm, tasks=[ConfigurableTask(config=config)], bootstrap_iters=0)
+    result = lm_eval.evaluate(lm, {"hellaswag": ConfigurableTask(config=config)}, bootstrap_iters=1)
     theirs = result["results"]["hellaswag"]
     ours = evaluate(folder, str(file), **CPU)
     for name in ("acc", "acc_norm"):
