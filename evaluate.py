@@ -53,9 +53,7 @@ def main(
     for_text = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
     other = {"limit": limit} if hellaswag is None else for_text
     if meaningless := [f"--{name}" for name, value in other.items() if value is not None]:
-        raise UserError(
-            f"{', '.join(meaningless)} mean nothing {'without' if hellaswag is None else 'with'} --hellaswag."
-        )
+        raise UserError(f"{'without' if hellaswag is None else 'with'} --hellaswag no {', '.join(meaningless)}.")
     folder = checkpoints.resolve(checkpoint)
     print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
     from rich.console import Console

@@ -419,11 +419,7 @@ def _check_evaluation(settings: RunSettings) -> list[str]:
             " expected at least 1 each."
         )
     for name in ("hellaswag_interval", "hellaswag_limit"):
-        if (value := getattr(settings.eval, name)) is None:
-            continue
-        if settings.eval.hellaswag is None:
-            problems.append(f"eval.{name} means nothing without --eval.hellaswag FILE_OR_HUB.")
-        elif value < 1:
+        if (value := getattr(settings.eval, name)) is not None and value < 1:
             problems.append(f"eval.{name} is {value}; expected at least 1, or null.")
     if settings.eval.evaluate_example != "first":
         problems.append(

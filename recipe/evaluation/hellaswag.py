@@ -317,9 +317,6 @@ def log_probabilities(gpt: GPT, batches: Iterable[list[Row]], encoded: Encoded) 
 
     Args:
         batches: those of ``encoded``, or a process's share of them.
-
-    Raises:
-        UserError: the model's output is not a number.
     """
     weight = gpt.lm_head.weight
     scores = torch.zeros(len(encoded.questions) * ENDINGS, dtype=torch.float64)
@@ -332,8 +329,6 @@ def log_probabilities(gpt: GPT, batches: Iterable[list[Row]], encoded: Encoded) 
         ):
             nats = F.cross_entropy(_logits(gpt, part).float(), targets, reduction="none")
             scores.index_add_(0, owners.cpu(), -nats.cpu().double())
-    if not scores.isfinite().all():
-        raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
     return scores.view(-1, ENDINGS)
 
 
@@ -341,8 +336,13 @@ def accuracy(questions: Sequence[Question], scores: Tensor) -> HellaSwag:
     """Counts right answers.
 
     Args:
-        scores: what `log_probabilities` gives for the questions.
+        scores: what `log_probabilities` gives for the questions, its shares added up.
+
+    Raises:
+        UserError: the model's output was not a number.
     """
+    if not scores.isfinite().all():
+        raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
     labels = torch.tensor([question.label for question in questions])
     lengths = torch.tensor([[len(text) for text in question.endings] for question in questions], dtype=torch.float64)
     n = len(questions)

@@ -119,8 +119,8 @@ class TrainingRun:
     """Forward and backward, causal attention counted by half"""
     peak_flops: float | None
     """Of one device, from its datasheet; None where it is not known"""
-    hellaswag: hellaswag.Encoded | None
-    """The questions to score"""
+    questions: hellaswag.Encoded | None
+    """HellaSwag's; None where it is not scored"""
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -194,7 +194,7 @@ def main(
         plan=plan,
         flops_per_token=training_flops_per_token(config, gpt.max_seq_length),
         peak_flops=_peak_flops(fabric),
-        hellaswag=encode_hellaswag(settings, tokenizer, gpt),
+        questions=encode_hellaswag(settings, tokenizer, gpt),
     )
     if resume_from:
         resume_training(fabric, training, resume_from)
@@ -342,15 +342,15 @@ def evaluate(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[st
 
 def score_hellaswag(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[str, float]:
     """HellaSwag's accuracies, printed and logged; each process computes its share of the questions."""
-    if run.hellaswag is None:
+    if run.questions is None:
         return {}
     start = time.perf_counter()
-    share = run.hellaswag.batches[fabric.global_rank :: fabric.world_size]
+    share = run.questions.batches[fabric.global_rank :: fabric.world_size]
     with fabric.autocast():
-        scores = hellaswag.log_probabilities(run.gpt, share, run.hellaswag)
+        scores = hellaswag.log_probabilities(run.gpt, share, run.questions)
     if fabric.world_size > 1:
         scores = cast(Tensor, fabric.all_reduce(scores, reduce_op="sum")).cpu()
-    score = hellaswag.accuracy(run.hellaswag.questions, scores)
+    score = hellaswag.accuracy(run.questions.questions, scores)
     display.print(
         f"step {run.progress.step}/{run.plan.steps} | hellaswag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}"
         f" ({score.protocol}, {score.questions:,} questions, {time.perf_counter() - start:,.0f} s)"

@@ -450,9 +450,12 @@ def test_the_script(checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hellaswag", "x.jsonl", "--data_dir", "data"], "--data_dir mean nothing with --hellaswag"),
-        (["--hellaswag", "x.jsonl", "--max_iters", "3", "--batch_size", "2"], "--max_iters, --batch_size mean nothing"),
-        (["--limit", "3"], "--limit mean nothing without --hellaswag"),
+        (["--hellaswag", "x.jsonl", "--data_dir", "data"], "with --hellaswag no --data_dir."),
+        (
+            ["--hellaswag", "x.jsonl", "--max_iters", "3", "--batch_size", "2"],
+            "with --hellaswag no --max_iters, --batch_size.",
+        ),
+        (["--limit", "3"], "without --hellaswag no --limit."),
         (["--hellaswag", "x.jsonl", "--limit", "0"], "limit is 0"),
         (["--hellaswag", "x.jsonl"], "no file x.jsonl"),
         (["--hellaswag", "x.jsonl", "--max_seq_length", "129"], "expected 1 to 128"),
