@@ -213,13 +213,22 @@ def _hub_rows(source: str) -> Iterable[tuple[str, Any]]:
     if like_a_file and not path.is_dir():
         raise UserError(f"no file {source}; {_EXPECTED}")
     import datasets
+    import huggingface_hub
 
     datasets.disable_progress_bars()
+    problem = ""
+    if not path.is_dir():
+        try:
+            # One short question first: without a network `load_dataset` retries, and says something else in the end.
+            huggingface_hub.HfApi().dataset_info(source, timeout=10)
+        except Exception as error:  # the transport has many ways to say that there is no network
+            problem = in_short(error)
     try:
-        rows = datasets.load_dataset(source, split="validation")
-    except Exception as error:  # the transport has many ways to say that there is no network
+        rows = datasets.load_dataset(source, split="validation")  # from the Hub's cache, too
+    except Exception as error:
         raise UserError(
-            f"{source} is no file here and cannot be had from the Hugging Face Hub ({in_short(error)}); {_EXPECTED}"
+            f"{source} is no file here and cannot be had from the Hugging Face Hub ({problem or in_short(error)});"
+            f" {_EXPECTED}"
         ) from None
     return ((f"{source}, row {number:,}", row) for number, row in enumerate(rows))
 
