@@ -2,7 +2,7 @@
 
 What is counted. The protocol is that of EleutherAI's lm-evaluation-harness, task ``hellaswag``, without examples:
 
-What is counted. The protocol is that of EleutherAI's lm-evaluation-harness (task ``hellaswag``, no examples before):
+- texts: the context is ``activity_label: ctx_a Ctx_b``; it and the endings lose ``[title]`` and other brackets.
 - tokens: context, a space and ending are tokenized together; what follows the context's own tokens is the ending's.
 - ``acc``: how often the right ending has the highest log-probability, summed over its tokens.
 - ``acc_norm``: the same with the sum divided by the characters of the ending, without the space before it.
