@@ -9,8 +9,8 @@ What is counted. The protocol is that of EleutherAI's lm-evaluation-harness, tas
 - A context that does not fit is cut from the left. An ending without text is the space alone; its length is 0, so that
   acc_norm never chooses it.
 
-llm.c and build-nanogpt count otherwise (the mean per token, texts as they are) and get other numbers: GPT-2 124M has
-28.9 / 31.1 here and 28.6 / 29.6 there. Numbers of different protocols do not compare.
+llm.c and build-nanogpt count otherwise (the sum divided by tokens, texts as they are) and get other numbers: GPT-2 124M
+has 28.9 / 31.1 by lm-eval and 28.6 / 29.6 by llm.c. Numbers of different protocols do not compare.
 
 It is quick because a context is computed once: a row of a batch holds the context and its four endings side by side,
 each with positions that go on from the context and a mask by which it sees the context and itself alone.
