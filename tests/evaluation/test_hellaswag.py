@@ -373,7 +373,7 @@ def test_the_accuracies_by_hand() -> None:
         Question("", ("a", "bbbb", "cc", "dd"), 1),
         Question("", ("", "bbbb", "cc", "dd"), 0),
     ]
-    scores = torch.tensor([[-3.0, -4.0, -9.0, -9.0]] * 2 + [[-1.0, -4.0, -9.0, -9.0]], dtype=torch.float64)
+    scores = torch.tensor([[-3.0, -10.0, -11.0, -11.0]] * 2 + [[-1.0, -10.0, -11.0, -11.0]], dtype=torch.float64)
     result = accuracy(questions, scores)
     assert (result.acc, result.acc_norm) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert result.acc_stderr == pytest.approx(statistics.stdev([1, 0, 1]) / math.sqrt(3))
