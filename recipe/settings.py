@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import litgpt.args
 import torch
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 from litgpt import Config
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.args import LogArgs, TrainArgs
 from litgpt.data import DataModule
 
 from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
@@ -31,6 +32,30 @@ SHORT_FLAGS = {
     "max_seq_length": "train.max_seq_length",
 }
 """Flags that people reach for most, and the settings that they stand for."""
+
+
+@dataclass
+class EvalArgs(litgpt.args.EvalArgs):
+    """LitGPT's, told anew so that `--help` explains them, and HellaSwag"""
+
+    interval: int = 600
+    """Optimizer steps between evaluations"""
+    max_new_tokens: int | None = None
+    """Length of the sample in tokens; null: `sample.max_new_tokens`"""
+    max_iters: int = 100
+    """Validation batches at most"""
+    initial_validation: bool = False
+    """Whether to evaluate before the first step"""
+    final_validation: bool = True
+    """Whether to evaluate after the last step"""
+    evaluate_example: str | int = "first"
+    """LitGPT's for finetuning; means nothing here"""
+    hellaswag: str | None = None
+    """HellaSwag's questions to score: a file in its JSONL, or a name on the Hub (Rowan/hellaswag); null for none"""
+    hellaswag_interval: int | None = None
+    """Optimizer steps between two scores; null: those of `interval`"""
+    hellaswag_limit: int | None = None
+    """Only the first so many questions"""
 
 
 @dataclass
@@ -80,7 +105,7 @@ class RunSettings:
     train: TrainArgs
     """Batches, limits, learning-rate schedule, clipping"""
     eval: EvalArgs
-    """Validation during training"""
+    """Validation and HellaSwag during training"""
     data: DataModule
     """Where the batches come from; `litgpt.data.TextFiles` works too"""
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -393,6 +418,9 @@ def _check_evaluation(settings: RunSettings) -> list[str]:
             f"eval.interval is {settings.eval.interval} and eval.max_iters {settings.eval.max_iters};"
             " expected at least 1 each."
         )
+    for name in ("hellaswag_interval", "hellaswag_limit"):
+        if (value := getattr(settings.eval, name)) is not None and value < 1:
+            problems.append(f"eval.{name} is {value}; expected at least 1, or null.")
     if settings.eval.evaluate_example != "first":
         problems.append(
             "eval.evaluate_example picks an instruction for finetuning and means nothing in pretraining;"

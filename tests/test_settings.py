@@ -3,13 +3,14 @@
 from dataclasses import fields
 from pathlib import Path
 
+import litgpt.args
 import pytest
 import yaml
 from litgpt import Config
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.args import LogArgs, TrainArgs
 
 from recipe.cli import UserError
-from recipe.settings import PROJECT, SHORT_FLAGS, RunSettings, check, choose_precision, parse_run, run_parser
+from recipe.settings import PROJECT, SHORT_FLAGS, EvalArgs, RunSettings, check, choose_precision, parse_run, run_parser
 
 RUN_FILES = [PROJECT / "train_config.yaml", *sorted(PROJECT.glob("configs/*.yaml"))]
 
@@ -104,13 +105,20 @@ def test_a_model_file_replaces_the_whole_model(tmp_path):
     assert (model.name, model.n_layer, model.n_expert) == ("dense", 2, 0)
 
 
+def test_evaluation_has_litgpts_defaults():
+    ours = {field.name: field.default for field in fields(EvalArgs)}
+    assert ours.items() >= {field.name: field.default for field in fields(litgpt.args.EvalArgs)}.items()
+
+
 def test_what_is_saved_with_a_run_is_a_run_file_of_the_same_run(tmp_path):
-    run = parse_run(["--config", str(PROJECT / "configs/quickstart.yaml"), "--train.max_steps", "5"])
+    flags = ("--train.max_steps", "5", "--eval.hellaswag", "Rowan/hellaswag", "--eval.hellaswag_limit", "9")
+    run = parse_run(["--config", str(PROJECT / "configs/quickstart.yaml"), *flags])
+    assert (run.settings.eval.hellaswag, run.settings.eval.hellaswag_limit) == ("Rowan/hellaswag", 9)
     saved = tmp_path / "hyperparameters.yaml"
     saved.write_text(yaml.safe_dump(run.resolved), encoding="utf-8")
     again = parse_run(["--config", str(saved)])
     assert again.resolved == run.resolved
-    assert again.settings.train == run.settings.train
+    assert (again.settings.train, again.settings.eval) == (run.settings.train, run.settings.eval)
 
 
 def test_print_config_and_help(capsys):
@@ -132,7 +140,7 @@ def test_each_flag_of_our_own_is_explained():
     ours = {field.name for field in fields(RunSettings)}
     for action in parser._actions:
         name = action.dest
-        if name in ours or name.split(".")[0] in ("moe", "sample", "prepare"):
+        if name in ours or name.split(".")[0] in ("eval", "moe", "sample", "prepare"):
             assert action.help, name
 
 
@@ -165,6 +173,8 @@ def test_each_flag_of_our_own_is_explained():
         (["--log.teamspace", "x"], "log.teamspace belongs to a logger that is not offered"),
         (["--log.project", "x"], "log.project is read by W&B alone"),
         (["--eval.interval", "0"], "eval.interval is 0"),
+        (["--eval.hellaswag_interval", "0"], "eval.hellaswag_interval is 0; expected at least 1, or null"),
+        (["--eval.hellaswag_limit", "-1"], "eval.hellaswag_limit is -1; expected at least 1, or null"),
         (["--eval.evaluate_example", "random"], "eval.evaluate_example picks an instruction"),
         (["--devices", "none"], "expected `auto` or a number"),
         (["--resume", "auto", "--initial_checkpoint_dir", "x"], "both `initial_checkpoint_dir` and `resume`"),

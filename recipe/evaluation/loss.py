@@ -21,14 +21,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from litgpt import GPT
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -36,8 +34,7 @@ from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data import manifest
 from recipe.data.manifest import Manifest
-
-Precision = Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
+from recipe.evaluation.common import Precision, as_table, choose_context, load_model, with_progress
 
 _LOGITS = 1 << 28  # at once, in fp32 1 GiB: decides the batch size
 
@@ -98,28 +95,16 @@ def evaluate(
     data_dir = trained_on(settings, folder) if data_dir is None else data_dir
     found = _prepared(data_dir)
     _check_tokenizer(folder, mark, found, data_dir, config.padded_vocab_size)
-    context = max_seq_length or (settings.get("train") or {}).get("max_seq_length") or config.block_size
-    if not 1 <= context <= config.block_size:
-        raise UserError(
-            f"max_seq_length is {context:,}; expected 1 to {config.block_size:,}, the model's block size. "
-            "Choose a smaller --max_seq_length."
-        )
+    context = choose_context(max_seq_length, settings, config)
     batch_size = batch_size or min(64, max(1, _LOGITS // (context * config.padded_vocab_size)))
 
-    where = checkpoints.choose_device(device)
-    if precision == "auto":
-        bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16-mixed" if bf16 else "32-true"
-    compute = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[precision.partition("-")[0]]
-    mixed = precision.endswith("-mixed")
-    gpt = checkpoints.load_model(folder, where, torch.float32 if mixed else compute)
-
+    loaded = load_model(folder, device, precision)
     start = time.perf_counter()
     split = found.splits["val"]
     total = -(-split.tokens // (context * batch_size))
     batches = batched(windows(read_tokens(data_dir, "val"), context, found.tokenizer.eos_id), batch_size)
-    shown = _with_progress(islice(batches, max_iters), min(total, max_iters or total))
-    nats, tokens, n_windows = sum_loss(gpt, shown, torch.autocast(where.type, compute) if mixed else nullcontext())
+    shown = with_progress(islice(batches, max_iters), min(total, max_iters or total))
+    nats, tokens, n_windows = sum_loss(loaded.gpt, shown, loaded.autocast)
     loss = nats / tokens
     if not math.isfinite(loss):
         raise UserError(f"the loss of {folder} is {loss}: its training diverged. Use an earlier checkpoint.")
@@ -136,15 +121,14 @@ def evaluate(
         bytes=n_bytes,
         context=context,
         windows=n_windows,
-        device=torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
-        precision=precision,
+        device=loaded.device,
+        precision=loaded.precision,
         seconds=time.perf_counter() - start,
     )
 
 
 def table(result: Evaluation) -> Table:
     """The result for people."""
-    shown = Table(show_header=False)
     rows = {
         "checkpoint": f"{result.checkpoint}, step {result.step:,}",
         "text": f"{result.data_dir}, validation",
@@ -157,9 +141,7 @@ def table(result: Evaluation) -> Table:
     }
     if result.same_data is False:
         rows["note"] = "not the text that this checkpoint was trained beside"
-    for name, value in rows.items():
-        shown.add_row(name, value)
-    return shown
+    return as_table(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
@@ -240,18 +222,6 @@ def batched(rows: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
         waiting.append(row)
     if waiting:
         yield torch.stack(waiting)
-
-
-def _with_progress(batches: Iterable[Tensor], total: int) -> Iterator[Tensor]:
-    columns = (
-        TextColumn("evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield from progress.track(batches, total=total)
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

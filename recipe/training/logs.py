@@ -23,6 +23,7 @@ METRICS_FILE = "metrics.csv"
 COLUMNS = (
     *("step", "train_loss", "val_loss", "learning_rate", "epoch", "time", "iter_tokens", "total_tokens"),
     *("tokens_per_second", "mfu", "grad_norm", "load_balancing_loss", "z_loss", "val_perplexity"),
+    *("hellaswag_acc", "hellaswag_acc_norm"),
 )
 """Columns of the CSV file that every run has; per-layer expert loads follow."""
 

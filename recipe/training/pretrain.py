@@ -33,6 +33,7 @@ from recipe.cli import UserError
 from recipe.data import TokenizedText
 from recipe.data.manifest import from_dict, manifest_path, text_fingerprint
 from recipe.data.module import moved_here
+from recipe.evaluation import hellaswag
 from recipe.flops import count_parameters, training_flops_per_token
 from recipe.inference.generate import sample_text
 from recipe.settings import MoESettings, ParsedRun, RunSettings, choose_precision, processes
@@ -118,6 +119,8 @@ class TrainingRun:
     """Forward and backward, causal attention counted by half"""
     peak_flops: float | None
     """Of one device, from its datasheet; None where it is not known"""
+    questions: hellaswag.Encoded | None
+    """HellaSwag's; None where it is not scored"""
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -191,6 +194,7 @@ def main(
         plan=plan,
         flops_per_token=training_flops_per_token(config, gpt.max_seq_length),
         peak_flops=_peak_flops(fabric),
+        questions=encode_hellaswag(settings, tokenizer, gpt),
     )
     if resume_from:
         resume_training(fabric, training, resume_from)
@@ -255,6 +259,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
     batches = CycleIterator(run.train_dataloader)
     batches.epoch = progress.epoch
     peak = optimizer.param_groups[0]["initial_lr"]
+    hellaswag_interval = settings.eval.hellaswag_interval or evaluation.interval
     interval = Interval()
     first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
 
@@ -262,7 +267,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
         enabled=fabric.global_rank == 0, bar=settings.progress, steps=plan.steps, first_step=first_step
     ) as display:
         if evaluation.initial_validation and first_step == 0:
-            fabric.log_dict(evaluate(fabric, run, display), step=0)
+            fabric.log_dict(evaluate(fabric, run, display) | score_hellaswag(fabric, run, display), step=0)
 
         while progress.step < plan.steps:
             rate = learning_rate(
@@ -303,6 +308,9 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
                 with interval.paused():
                     row |= evaluate(fabric, run, display)
+            if progress.step % hellaswag_interval == 0 or (last and evaluation.final_validation):
+                with interval.paused():
+                    row |= score_hellaswag(fabric, run, display)
             if row:
                 fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
             if train.save_interval and progress.step % train.save_interval == 0 and not last:
@@ -330,6 +338,24 @@ def evaluate(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[st
         run.loggers.log_text("sample", text, step)
     fabric.barrier()
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))}
+
+
+def score_hellaswag(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[str, float]:
+    """HellaSwag's accuracies, printed and logged; each process computes its share of the questions."""
+    if run.questions is None:
+        return {}
+    start = time.perf_counter()
+    share = run.questions.batches[fabric.global_rank :: fabric.world_size]
+    with fabric.autocast():
+        scores = hellaswag.log_probabilities(run.gpt, share, run.questions)
+    if fabric.world_size > 1:
+        scores = cast(Tensor, fabric.all_reduce(scores, reduce_op="sum")).cpu()
+    score = hellaswag.accuracy(run.questions.questions, scores)
+    display.print(
+        f"step {run.progress.step}/{run.plan.steps} | hellaswag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}"
+        f" ({score.protocol}, {score.questions:,} questions, {time.perf_counter() - start:,.0f} s)"
+    )
+    return {"hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm}
 
 
 @torch.no_grad()
@@ -518,6 +544,14 @@ def make_dataloaders(
     _streaming(loaders[0])  # known now, not at the first save
     train_dataloader, val_dataloader = (loader and fabric.setup_dataloaders(loader) for loader in loaders)
     return cast(DataLoader, train_dataloader), cast(DataLoader | None, val_dataloader)
+
+
+def encode_hellaswag(settings: RunSettings, tokenizer: Tokenizer | None, gpt: GPT) -> hellaswag.Encoded | None:
+    """HellaSwag's questions, ready for this model and context; None where the run scores none."""
+    if settings.eval.hellaswag is None or tokenizer is None:
+        return None
+    questions = hellaswag.read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)
+    return hellaswag.encode(questions, tokenizer, gpt.config, gpt.max_seq_length)
 
 
 def split_batch(batch: Tensor, seq_length: int) -> tuple[Tensor, Tensor]:

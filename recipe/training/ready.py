@@ -14,6 +14,7 @@ from recipe.cli import UserError
 from recipe.data import TokenizedText
 from recipe.data.manifest import manifest_path
 from recipe.data.prepare import PrepareArgs, prepare
+from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
 from recipe.settings import ParsedRun, RunSettings
 from recipe.training.logs import METRICS_FILE, run_files
@@ -39,6 +40,8 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     for folder in (resume_from, settings.initial_checkpoint_dir):
         if folder is not None:
             check_same_model(folder, settings.model)
+    if settings.eval.hellaswag is not None:
+        read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before text is tokenized for hours
     prepare_data(settings)
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
     check_sample(settings, tokenizer)
