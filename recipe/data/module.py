@@ -1,21 +1,33 @@
-"""The reader: prepared tokens as LitGPT's data module, any context length, resumable to the batch."""
+"""The reader: prepared tokens as LitGPT's data module, any context length, resumable to the batch.
 
+All devices together read one sequence of micro batches, which depends on the tokens, the micro batch, the context
+length and the seed alone: not on how many devices or workers there are.
+"""
+
+import atexit
 import json
 import signal
-import warnings
+from bisect import bisect_right
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
+import numpy as np
 import torch
-from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recipe.cli import UserError
 from recipe.data import manifest
 from recipe.data.documents import text_files
 from recipe.data.manifest import Manifest
+
+OPEN_CHUNKS = 128  # each takes a file handle, of which macOS gives a process 256
 
 
 @dataclass
@@ -24,7 +36,7 @@ class TokenizedText(DataModule):
 
     A batch is ``(B, T + 1)`` int64: windows of ``max_seq_length`` tokens and the next one. Training windows come in an
     order shuffled anew for each epoch from the seed, validation windows in the order of the text. Incomplete batches
-    are left out. The state of a loader (``state_dict``, ``load_state_dict``) restores its place exactly.
+    are left out. Each device gets its share (``MicroBatches``); a loader knows its place (``TokenLoader``).
 
     Takes the place of ``litgpt.data.TextFiles``: the paths are named as there.
     """
@@ -34,7 +46,7 @@ class TokenizedText(DataModule):
     val_data_path: Path = Path("data/custom_text/val")
     """Folder of the validation text, beside the other."""
     num_workers: int = 2
-    """Processes that read ahead; 0 reads in this one."""
+    """Processes that read training batches ahead; 0 reads in this one, as validation always does."""
     seed: int = 42
     """Decides the training order."""
 
@@ -74,26 +86,21 @@ class TokenizedText(DataModule):
         for split in manifest.SPLITS:
             self._require_batches(found, split, world_size=1)
 
-    def train_dataloader(self) -> StreamingDataLoader:
-        """Training batches, shuffled."""
-        return self._loader("train", shuffle=True)
+    def train_dataloader(self) -> "TokenLoader":
+        """This device's training batches, shuffled."""
+        return self._loader("train", seed=self.seed, num_workers=self.num_workers)
 
-    def val_dataloader(self) -> StreamingDataLoader:
-        """Validation batches, always the same ones in the same order."""
-        return self._loader("val", shuffle=False)
+    def val_dataloader(self) -> "TokenLoader":
+        """This device's validation batches, always the same ones in the same order."""
+        return self._loader("val", seed=None, num_workers=0)  # starting processes takes longer than reading
 
-    def _loader(self, split: str, shuffle: bool) -> StreamingDataLoader:
-        dataset = _dataset(self.data_dir, split, self.max_seq_length, shuffle=shuffle, seed=self.seed, drop_last=True)
-        world_size = dataset.distributed_env.world_size
+    def _loader(self, split: str, *, seed: int | None, num_workers: int) -> "TokenLoader":
+        launched = distributed.is_available() and distributed.is_initialized()
+        rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if launched else (0, 1)
         self._require_batches(_manifest(self.data_dir), split, world_size)
-        return StreamingDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            drop_last=True,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=start_worker,
-        )
+        windows = TokenWindows(self.data_dir, split, self.max_seq_length)
+        batches = MicroBatches(len(windows), self.batch_size, seed=seed, rank=rank, world_size=world_size)
+        return TokenLoader(windows, batches, num_workers)
 
     def _require_batches(self, found: Manifest, split: str, world_size: int) -> None:
         windows = count_windows(self.data_dir, split, self.max_seq_length)
@@ -140,7 +147,10 @@ def _manifest(data_dir: Path) -> Manifest:
     return found
 
 
-def validation_windows(data_dir: Path, split: str, block_size: int) -> StreamingDataset:
+# ------------------------------------------------------------------------------------------------------------- windows
+
+
+def validation_windows(data_dir: Path, split: str, block_size: int) -> "TokenWindows":
     """A split as windows that follow and do not overlap each other, in the order of the text.
 
     Args:
@@ -155,57 +165,200 @@ def validation_windows(data_dir: Path, split: str, block_size: int) -> Streaming
         UserError: for missing, incomplete or stale tokens, or fewer than one window.
     """
     found = checked_manifest(data_dir)
-    if count_windows(data_dir, split, block_size) == 0:
+    windows = TokenWindows(data_dir, split, block_size)
+    if len(windows) == 0:
         raise UserError(
             f"{data_dir}: {split} has {found.splits[split].tokens:,} tokens, fewer than one window of "
             f"{block_size + 1}; choose a smaller context length or give more text."
         )
-    return _dataset(data_dir, split, block_size, shuffle=False, seed=0, drop_last=False)
+    return windows
 
 
 def count_windows(data_dir: Path, split: str, block_size: int) -> int:
     """How many windows of ``block_size`` tokens and the next one a split has. A window never spans two chunks."""
-    index = json.loads((manifest.tokens_dir(data_dir, split) / "index.json").read_text(encoding="utf-8"))
-    return sum(chunk["dim"] // (block_size + 1) for chunk in index["chunks"])
+    return len(TokenWindows(data_dir, split, block_size))
 
 
-def _dataset(
-    data_dir: Path, split: str, block_size: int, *, shuffle: bool, seed: int, drop_last: bool
-) -> StreamingDataset:
-    _silence_litdata()
-    return StreamingDataset(
-        str(manifest.tokens_dir(data_dir, split)),
-        item_loader=TokensLoader(block_size=block_size + 1),
-        shuffle=shuffle,
-        drop_last=drop_last,
-        seed=seed,
-        item_shuffle_window="full",  # litdata's default, blocks of 256 items, saves decoding: there is none here
-        transform=to_int64,
-    )
+@dataclass(frozen=True)
+class Chunk:
+    """One of the files that hold a split's tokens, as litdata's ``TokensLoader`` lays them out."""
+
+    path: Path
+    dtype: str
+    header: int
+    """Bytes before the first token"""
+    length: int
+    """Tokens"""
+
+    def open(self) -> np.ndarray:
+        """Its tokens ``(n,)``, mapped: read from the disk when they are used."""
+        return np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), "r", self.header, self.length)
 
 
-def to_int64(window: torch.Tensor) -> torch.Tensor:
-    """``uint16`` saves disk; few operations of torch know it."""
-    return window.to(torch.int64)
+def token_chunks(data_dir: Path, split: str) -> list[Chunk]:
+    """The chunks of a split in the order of the text.
+
+    Raises:
+        UserError: for missing or incomplete tokens.
+    """
+    folder = manifest.tokens_dir(data_dir, split)
+    dtype = _manifest(data_dir).splits[split].dtype
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    return [
+        # The header: the number of items, and where each of them begins and the last one ends, as uint32.
+        Chunk(folder / chunk["filename"], dtype, header=4 * (chunk["chunk_size"] + 2), length=chunk["dim"])
+        for chunk in index["chunks"]
+    ]
 
 
-def _silence_litdata() -> None:
-    """litdata makes a tensor from a read-only file and copies it at once; torch warns of the first half."""
-    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+class TokenWindows(Dataset[Tensor]):
+    """A split as windows of T + 1 tokens, one after the other; what fills no window at a chunk's end is left out.
+
+    Each item is ``(T + 1,)`` int64. Files are opened by the process that reads them, when it does.
+    """
+
+    def __init__(self, data_dir: Path, split: str, block_size: int) -> None:
+        self._chunks = token_chunks(data_dir, split)
+        self._size = block_size + 1
+        self._ends = list(accumulate(chunk.length // self._size for chunk in self._chunks))
+        self._opened: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        start = self._size * (index - (self._ends[number - 1] if number else 0))
+        return torch.from_numpy(self._tokens(number)[start : start + self._size].astype(np.int64))
+
+    def _tokens(self, number: int) -> np.ndarray:
+        if number not in self._opened:
+            if len(self._opened) >= OPEN_CHUNKS:
+                self._opened.pop(next(iter(self._opened)))
+            self._opened[number] = self._chunks[number].open()
+        return self._opened[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files: pickled, they would be all of the tokens."""
+        return {**self.__dict__, "_opened": {}}
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+class MicroBatches(Sampler[list[int]]):
+    """One sequence of micro batches for all devices: device r of W takes numbers r, r + W, r + 2W, ... of an epoch.
+
+    So an optimizer step has the very same micro batches on any number of devices. Windows that fill no micro batch and
+    micro batches that do not fill all devices are left out of an epoch; other ones in the next.
+
+    Args:
+        windows: how many there are.
+        batch_size: windows in a micro batch.
+        seed: decides with the epoch the order of the windows; None keeps the text's.
+        rank: this device.
+        world_size: devices.
+    """
+
+    def __init__(self, windows: int, batch_size: int, *, seed: int | None, rank: int = 0, world_size: int = 1) -> None:
+        self._windows, self._batch_size, self._seed, self._rank = windows, batch_size, seed, rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.taken = 0
+        """Micro batches of the epoch, of this device, that a pass leaves out: they were trained on"""
+
+    def __len__(self) -> int:
+        return self._windows // self._batch_size // self.world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for number in range(self.taken * self.world_size + self._rank, len(self) * self.world_size, self.world_size):
+            yield order[number * self._batch_size : (number + 1) * self._batch_size].tolist()
+
+    def _order(self) -> Tensor:
+        """8 bytes a window in each main process: 80 MB for 10 billion tokens in windows of 1,024."""
+        if self._seed is None:
+            return torch.arange(self._windows)
+        generator = torch.Generator().manual_seed(self._seed)
+        # Of its own for each epoch: seed + epoch would give seed 1 the orders of seed 0, an epoch earlier.
+        epoch_seed = int(torch.randint(1 << 62, (self.epoch + 1,), generator=generator)[-1])
+        return torch.randperm(self._windows, generator=generator.manual_seed(epoch_seed))
+
+
+class TokenLoader(DataLoader[Tensor]):
+    """Torch's loader with a position: batches ``(B, T + 1)`` int64. Each pass is the next epoch.
+
+    ``state_dict`` counts the batches that were handed out, not those that workers have read ahead, over all devices:
+    plain numbers, good in any folder, for any number of workers, and for any number of devices that divides them.
+    """
+
+    batch_sampler: MicroBatches
+
+    def __init__(self, windows: TokenWindows, batches: MicroBatches, num_workers: int) -> None:
+        super().__init__(
+            windows,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # each pass draws a seed for workers; the run's random state stays as it is
+        )
+        self._begun = False
+
+    def __iter__(self) -> Generator[Tensor]:  # type: ignore[override]
+        batches = self._next_pass()
+        _passes.add(batches)
+        return batches
+
+    def _next_pass(self) -> Generator[Tensor]:
+        position = self.batch_sampler
+        if self._begun:
+            position.epoch, position.taken = position.epoch + 1, 0
+        self._begun = True
+        for batch in super().__iter__():
+            position.taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it is: the epoch, and how many of its micro batches all devices have got."""
+        position = self.batch_sampler
+        return {"epoch": position.epoch, "micro_batches": position.taken * position.world_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next pass the rest of the one in which ``state`` was taken.
+
+        Raises:
+            UserError: the position is another reader's, or between two rounds of these devices.
+        """
+        position = self.batch_sampler
+        if state.keys() != self.state_dict().keys():
+            raise UserError(
+                "the checkpoint's position in the data is that of another reader (of an older version of this project,"
+                " or another data module), which this one can't go on from. Start a new run from its weights:"
+                " --initial_checkpoint_dir CHECKPOINT --out_dir NEW"
+            )
+        taken, rest = divmod(state["micro_batches"], position.world_size)
+        if rest:
+            raise UserError(
+                f"the checkpoint lies after {state['micro_batches']:,} micro batches of its epoch, which"
+                f" {position.world_size} devices do not divide; resume it on as many devices as it was saved with."
+            )
+        position.epoch, position.taken, self._begun = state["epoch"], taken, False
+
+
+_passes: WeakSet[Generator[Tensor]] = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """An error leaves a pass open, and multiprocessing would wait for ever for workers that ignore its SIGTERM."""
+    for batches in list(_passes):
+        batches.close()
 
 
 def start_worker(_index: int) -> None:
     """Lets the main process save and stop: a signal to the whole group would end the workers first."""
-    _silence_litdata()
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def moved_here(state: dict[str, Any], loader: StreamingDataLoader) -> dict[str, Any]:
-    """The saved state of a loader for tokens that lie elsewhere now; litdata refuses any other absolute path.
-
-    Args:
-        state: what ``state_dict`` of a loader of the same tokens gave; left as it is.
-        loader: the loader that is to go on from there.
-    """
-    return {**state, "dataset": {**state["dataset"], "input_dir_path": loader.dataset.input_dir.path}}
