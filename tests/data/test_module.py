@@ -365,6 +365,7 @@ def test_workers_leave_signals_to_the_main_process(prepared: Path) -> None:
     assert len(list(iterator)) == len(loader) - 2
 
 
+@pytest.mark.slow
 def test_a_program_ends_in_the_middle_of_a_pass(prepared: Path) -> None:
     """At its end multiprocessing sends SIGTERM to workers, which ignore it, and waited for them for ever."""
     code = (
