@@ -180,10 +180,19 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_pat
     assert [line.split(",")[0] for line in metrics] == ["step", *map(str, range(1, 201))]
 
 
-# 23 steps of 4 micro batches, the last one of 2; the epoch of 74 ends within step 19.
+# 12 steps of 4 micro batches, the last one of 2; the epoch of 37 ends within step 10, after one device's turn of two.
 ONE_RUN = (
-    *("--global-batch-size", "8", "--train.max_steps", "null", "--train.max_tokens", "2880"),
-    *("--train.save_interval", "6", "--eval.max_iters", "4", "--optimizer.init_args.lr", "3.0e-3"),
+    *(
+        "--micro-batch-size",
+        "4",
+        "--global-batch-size",
+        "16",
+        "--train.max_steps",
+        "null",
+        "--train.max_tokens",
+        "2944",
+    ),
+    *("--train.save_interval", "5", "--eval.max_iters", "4", "--optimizer.init_args.lr", "3.0e-3"),
 )
 
 
@@ -218,7 +227,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         with open(out / "metrics.csv", encoding="utf-8", newline="") as file:
             tables.append(list(csv.DictReader(file)))
     wanted, found = tables
-    assert len(wanted) == len(found) == 23
+    assert len(wanted) == len(found) == 12
     assert {"train_loss", "val_loss", "grad_norm", "load_balancing_loss", "learning_rate"} <= wanted[-1].keys()
     assert all(wanted[-1][name] for name in ("train_loss", "val_loss", "load_balancing_loss"))
     for before, after in zip(wanted, found, strict=True):
@@ -237,8 +246,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher):
     said = run_twice(launcher, run_file, *ONE_RUN, "--out_dir", str(tmp_path / "two"))
     # fabric.print prints on each machine
-    assert said.count("23 steps of 128 tokens") == (2 if launcher == "two nodes" else 1)
-    assert checkpoints.read_mark(tmp_path / "two" / "final").tokens == 2880
+    assert said.count("12 steps of 256 tokens") == (2 if launcher == "two nodes" else 1)
+    assert checkpoints.read_mark(tmp_path / "two" / "final").tokens == 2944
     assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "one")), tmp_path / "two")
 
 
@@ -247,10 +256,10 @@ def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path,
     whole = train(*ONE_RUN, "--out_dir", str(tmp_path / "whole"))
     moved = shutil.copytree(whole, tmp_path / "moved")
     resume = ("--out_dir", str(moved), "--resume")
-    said = run_twice("devices", run_file, *ONE_RUN, *resume, str(moved / "step-00000006"))
+    said = run_twice("devices", run_file, *ONE_RUN, *resume, str(moved / "step-00000005"))
     assert "devices was 1 and is now 2" in said
     assert_same_run(whole, moved)
-    train(*ONE_RUN, *resume, str(moved / "step-00000012"))  # saved by two
+    train(*ONE_RUN, *resume, str(moved / "step-00000010"))  # saved by two
     assert "devices was 2 and is now 1" in capsys.readouterr().out
     assert_same_run(whole, moved)
 

@@ -249,32 +249,44 @@ class TokenWindows(Dataset[Tensor]):
 
 
 class MicroBatches(Sampler[list[int]]):
-    """One sequence of micro batches for all devices: device r of W takes numbers r, r + W, r + 2W, ... of an epoch.
+    """One sequence of micro batches, epoch after epoch, for all devices: number r of W takes r, r + W, r + 2W, ...
 
-    So an optimizer step has the very same micro batches on any number of devices. Windows that fill no micro batch and
-    micro batches that do not fill all devices are left out of an epoch; other ones in the next.
+    So an optimizer step has the very same micro batches on any number of devices. Windows that fill no micro batch are
+    left out of an epoch; other ones in the next.
 
     Args:
         windows: how many there are.
         batch_size: windows in a micro batch.
-        seed: decides with the epoch the order of the windows; None keeps the text's.
+        seed: decides with the epoch the order of the windows. None is for validation: the order of the text, and as
+            many micro batches for each device; those that do not fill all devices are left out.
         rank: this device.
         world_size: devices.
     """
 
     def __init__(self, windows: int, batch_size: int, *, seed: int | None, rank: int = 0, world_size: int = 1) -> None:
-        self._windows, self._batch_size, self._seed, self._rank = windows, batch_size, seed, rank
-        self.world_size = world_size
+        self._windows, self._batch_size, self._seed = windows, batch_size, seed
+        self._rank, self.world_size = rank, world_size
+        self._per_epoch = windows // batch_size
+        if seed is None:
+            self._per_epoch -= self._per_epoch % world_size
         self.epoch = 0
         self.taken = 0
-        """Micro batches of the epoch, of this device, that a pass leaves out: they were trained on"""
+        """Micro batches that this device has got, in all epochs"""
 
     def __len__(self) -> int:
-        return self._windows // self._batch_size // self.world_size
+        """Of one device in one epoch, rounded down: the devices take turns in having one more."""
+        return self._per_epoch // self.world_size
+
+    def next_epoch(self) -> None:
+        """Goes to the next epoch, also from the middle of this one."""
+        self.epoch += 1
+        self.taken = max(self.taken, -((self._rank - self.epoch * self._per_epoch) // self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
+        """The rest of the epoch."""
         order = self._order()
-        for number in range(self.taken * self.world_size + self._rank, len(self) * self.world_size, self.world_size):
+        first = self._rank + self.taken * self.world_size - self.epoch * self._per_epoch
+        for number in range(first, self._per_epoch, self.world_size):
             yield order[number * self._batch_size : (number + 1) * self._batch_size].tolist()
 
     def _order(self) -> Tensor:
@@ -315,14 +327,14 @@ class TokenLoader(DataLoader[Tensor]):
     def _next_pass(self) -> Generator[Tensor]:
         position = self.batch_sampler
         if self._begun:
-            position.epoch, position.taken = position.epoch + 1, 0
+            position.next_epoch()
         self._begun = True
         for batch in super().__iter__():
             position.taken += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where it is: the epoch, and how many of its micro batches all devices have got."""
+        """Where it is: the epoch, and how many micro batches all devices have got since the first."""
         position = self.batch_sampler
         return {"epoch": position.epoch, "micro_batches": position.taken * position.world_size}
 
@@ -342,8 +354,8 @@ class TokenLoader(DataLoader[Tensor]):
         taken, rest = divmod(state["micro_batches"], position.world_size)
         if rest:
             raise UserError(
-                f"the checkpoint lies after {state['micro_batches']:,} micro batches of its epoch, which"
-                f" {position.world_size} devices do not divide; resume it on as many devices as it was saved with."
+                f"the checkpoint lies after {state['micro_batches']:,} micro batches, which {position.world_size}"
+                " devices do not divide; resume it on as many devices as it was saved with."
             )
         position.epoch, position.taken, self._begun = state["epoch"], taken, False
 

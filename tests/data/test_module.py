@@ -161,31 +161,43 @@ def endless(loader: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield from loader
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 8])
-@pytest.mark.parametrize("seed", [7, None])
-def test_devices_take_turns_in_the_sequence_of_one(world_size: int, seed: int | None) -> None:
-    windows, size = 101, 3  # 33 micro batches
-    alone = MicroBatches(windows, size, seed=seed)
-    devices = [MicroBatches(windows, size, seed=seed, rank=r, world_size=world_size) for r in range(world_size)]
+@pytest.mark.parametrize("world_size", [2, 3, 8, 33])
+def test_devices_take_turns_in_the_sequence_of_one(world_size: int) -> None:
+    def three_epochs(batches: MicroBatches) -> list[list[int]]:
+        found = list(batches)
+        for _ in range(2):
+            batches.next_epoch()
+            found += list(batches)
+        return found
+
+    alone = three_epochs(MicroBatches(101, 3, seed=7))
+    assert len(alone) == 3 * 33 and all(len(batch) == 3 for batch in alone)
     for epoch in range(3):
-        for batches in (alone, *devices):
-            batches.epoch = epoch
-        sequence = list(alone)
-        assert len(sequence) == len(alone) == 33 and all(len(batch) == size for batch in sequence)
-        together = [batch for turn in zip(*devices, strict=True) for batch in turn]
-        assert together == sequence[: 33 // world_size * world_size]
-        assert all(len(list(batches)) == len(batches) == 33 // world_size for batches in devices)
-        seen = [window for batch in sequence for window in batch]
-        assert len(set(seen)) == len(seen) and set(seen) <= set(range(windows))
-        assert seed is not None or seen == list(range(99))
+        seen = [window for batch in alone[33 * epoch : 33 * (epoch + 1)] for window in batch]
+        assert len(set(seen)) == 99 and set(seen) <= set(range(101))
+    devices = [MicroBatches(101, 3, seed=7, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(batches) for batches in devices} == {33 // world_size}
+    shares = [three_epochs(batches) for batches in devices]
+    assert [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch] == alone
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_devices_validate_on_as_many_batches_each(world_size: int) -> None:
+    devices = [MicroBatches(101, 3, seed=None, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for _ in range(3):
+        seen = [window for turn in zip(*devices, strict=True) for batch in turn for window in batch]
+        assert seen == list(range(33 // world_size * world_size * 3))
+        for batches in devices:
+            batches.next_epoch()
 
 
 def test_each_seed_and_epoch_has_an_order_of_its_own() -> None:
     orders = set()
     for seed in (-1, 0, 1, 2, 42):
         batches = MicroBatches(50, 50, seed=seed)
-        for batches.epoch in range(4):
+        for _ in range(4):
             orders.add(tuple(next(iter(batches))))
+            batches.next_epoch()
     assert len(orders) == 20
 
 
@@ -206,27 +218,34 @@ def test_a_resumed_reader_goes_on_where_it_was(prepared: Path, num_workers: int,
     assert rows(itertools.islice(endless(resumed), len(loader) + 2)) == rest
 
 
+@pytest.mark.parametrize("taken", [16, 28, 32, 60])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
-def test_a_resumed_reader_goes_on_with_other_devices(prepared: Path, before: int, after: int) -> None:
-    taken = 16 if len(loader_on(prepared, 0, 1)) > 20 else pytest.fail("a larger text, please")
-    then = [loader_on(prepared, rank, before) for rank in range(before)]
-    states = []
-    for loader in then:
-        list(itertools.islice(loader, taken // before))
-        states.append(loader.state_dict())
-    assert all(state == {"epoch": 0, "micro_batches": taken} for state in states)
-    now = [loader_on(prepared, rank, after) for rank in range(after)]
+def test_a_resumed_reader_goes_on_with_other_devices(prepared: Path, before: int, after: int, taken: int) -> None:
+    """Also where the devices do not divide an epoch, which ends for some of them before it does for others."""
+    sequence = endless(loader_on(prepared, 0, 1, batch_size=5))
+    alone = rows(itertools.islice(sequence, taken + 24))[5 * taken :]
+    assert len(loader_on(prepared, 0, 1, batch_size=5)) == 29
+    then = loader_on(prepared, 0, before, batch_size=5)  # the first device saves
+    list(itertools.islice(endless(then), taken // before))
+    now = [loader_on(prepared, rank, after, batch_size=5) for rank in range(after)]
     for loader in now:
-        loader.load_state_dict(states[0])
-    alone = [row for turn in zip(*now, strict=True) for batch in turn for row in rows([batch])]
-    assert alone == rows(loader_on(prepared, 0, 1))[2 * taken :][: len(alone)]
-    assert len(alone) > 4
+        loader.load_state_dict(then.state_dict())
+    shares = [itertools.islice(endless(loader), 24 // after) for loader in now]
+    assert [row for turn in zip(*shares, strict=True) for row in rows(turn)] == alone
+
+
+def test_a_pass_that_was_left_is_followed_by_the_next_epoch(prepared: Path) -> None:
+    for rank in range(2):
+        left, whole = (loader_on(prepared, rank, 2, batch_size=5) for _ in range(2))
+        next(iter(left))
+        rows(whole)
+        assert rows(left) == rows(whole)
 
 
 def test_a_position_that_devices_do_not_divide_is_refused(prepared: Path) -> None:
     loader = loader_on(prepared, 0, 1)
     list(itertools.islice(loader, 5))
-    with pytest.raises(UserError, match="after 5 micro batches of its epoch, which 2 devices do not divide"):
+    with pytest.raises(UserError, match="after 5 micro batches, which 2 devices do not divide"):
         loader_on(prepared, 0, 2).load_state_dict(loader.state_dict())
 
 
