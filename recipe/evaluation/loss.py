@@ -36,7 +36,8 @@ from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data import manifest
 from recipe.data.manifest import Manifest
-from recipe.data.module import checked_manifest, token_chunks
+from recipe.data.module import checked_manifest
+from recipe.data.reader import token_chunks
 
 Precision = Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.manifest import from_dict, manifest_path, text_fingerprint
-from recipe.data.module import TokenLoader
+from recipe.data.reader import TokenLoader
 from recipe.flops import count_parameters, training_flops_per_token
 from recipe.inference.generate import sample_text
 from recipe.settings import MoESettings, ParsedRun, RunSettings, choose_precision, processes

@@ -22,20 +22,13 @@ from litgpt.tokenizer import Tokenizer as LitTokenizer
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import recipe.data.module
+import recipe.data.reader
 from recipe.cli import UserError
 from recipe.data import tokenizers, tokens
 from recipe.data.documents import END_OF_TEXT
-from recipe.data.module import (
-    MicroBatches,
-    TokenizedText,
-    TokenLoader,
-    TokenWindows,
-    count_windows,
-    token_chunks,
-    validation_windows,
-)
+from recipe.data.module import TokenizedText, validation_windows
 from recipe.data.prepare import PrepareArgs, prepare
+from recipe.data.reader import MicroBatches, TokenLoader, TokenWindows, count_windows, token_chunks
 
 T = 16  # context length of these tests
 
@@ -136,7 +129,7 @@ def test_chunks_of_many_items_are_read_too(prepared: Path, tmp_path: Path) -> No
 
 
 def test_few_files_are_open_at_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe.data.module, "OPEN_CHUNKS", 2)
+    monkeypatch.setattr(recipe.data.reader, "OPEN_CHUNKS", 2)
     found = TokenWindows(prepared, "train", T)
     order = torch.randperm(len(found)).tolist()
     wanted = windows(prepared, "train")
@@ -388,15 +381,26 @@ def test_workers_leave_signals_to_the_main_process(prepared: Path) -> None:
 def test_a_program_ends_in_the_middle_of_a_pass(prepared: Path) -> None:
     """At its end multiprocessing sends SIGTERM to workers, which ignore it, and waited for them for ever."""
     code = (
-        "import sys; from recipe.data import TokenizedText\n"
-        "data = TokenizedText(sys.argv[1] + '/train', sys.argv[1] + '/val', num_workers=2)\n"
-        "data.connect(None, batch_size=2, max_seq_length=16)\n"
-        "batches = iter(data.train_dataloader()); next(batches); next(batches)\n"
-        "if __name__ == '__main__': raise RuntimeError('as a bug does')\n"
+        "import sys, pathlib\n"
+        "from recipe.data.reader import MicroBatches, TokenLoader, TokenWindows\n"
+        "windows = TokenWindows(pathlib.Path(sys.argv[1]), 'train', 16)\n"
+        "batches = iter(TokenLoader(windows, MicroBatches(len(windows), 2, seed=0), num_workers=2))\n"
+        "next(batches), next(batches)\n"
+        "raise RuntimeError('as a bug does')\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(prepared)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "as a bug does" in done.stderr
+
+
+@pytest.mark.slow
+def test_spawned_workers_read_the_same(prepared: Path) -> None:
+    """As on Windows and macOS, where they import what they read with: torch, but not LitGPT, which takes longer."""
+    loader = module(prepared, num_workers=1).train_dataloader()
+    loader.multiprocessing_context = "spawn"
+    assert rows(loader) == rows(module(prepared).train_dataloader())
+    code = "import sys, recipe.data.reader; sys.exit(bool({'litgpt', 'lightning', 'litdata'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 # --- chunks ---
