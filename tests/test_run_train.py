@@ -1,7 +1,9 @@
 """The door of training as a user knows it: whole processes, a kill, and every mistake that a user can make."""
 
+import csv
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,21 +180,88 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_pat
     assert [line.split(",")[0] for line in metrics] == ["step", *map(str, range(1, 201))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "devices"])
-def test_two_processes_on_the_cpu(run_file, tmp_path, launcher):
-    flags = ["--config", str(run_file), "--out_dir", str(tmp_path / "two"), "--train.max_steps", "6"]
-    start = [str(PROJECT / "run_train.py"), *flags]
-    if launcher == "torchrun":
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *start]
+# 12 steps of 4 micro batches, the last one of 2; the epoch of 37 ends within step 10, after one device's turn of two.
+ONE_RUN = (
+    *(
+        "--micro-batch-size",
+        "4",
+        "--global-batch-size",
+        "16",
+        "--train.max_steps",
+        "null",
+        "--train.max_tokens",
+        "2944",
+    ),
+    *("--train.save_interval", "5", "--eval.max_iters", "4", "--optimizer.init_args.lr", "3.0e-3"),
+)
+
+
+def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
+    """Trains in two processes on the CPU; what the first one says."""
+    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    if launcher == "two nodes":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        node = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}")
+        commands = [[*torchrun, *node, *door]] * 2
+    elif launcher == "torchrun":
+        commands = [[*torchrun, "--standalone", "--nproc_per_node=2", *door]]
     else:
-        start += ["--devices", "2"]
-    done = subprocess.run([sys.executable, *start], capture_output=True, text=True, encoding="utf-8", timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("6 steps of 64 tokens") == 1
-    metrics = (tmp_path / "two" / "metrics.csv").read_text(encoding="utf-8").splitlines()
-    assert [line.split(",")[0] for line in metrics] == ["step", *map(str, range(1, 7))]
-    assert checkpoints.read_mark(tmp_path / "two" / "final").tokens == 6 * 64
+        commands = [[sys.executable, *door, "--devices", "2"]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+    started = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        outputs = [process.communicate(timeout=280)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), "\n".join(outputs)
+    return "\n".join(outputs)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Each number of each step within 1e-6, and the final weights."""
+    tables = []
+    for out in (one, other):
+        with open(out / "metrics.csv", encoding="utf-8", newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    wanted, found = tables
+    assert len(wanted) == len(found) == 12
+    assert {"train_loss", "val_loss", "grad_norm", "load_balancing_loss", "learning_rate"} <= wanted[-1].keys()
+    assert all(wanted[-1][name] for name in ("train_loss", "val_loss", "load_balancing_loss"))
+    for before, after in zip(wanted, found, strict=True):
+        for name in before.keys() - {"time", "tokens_per_second"}:
+            if before[name] == "":
+                assert after[name] == ""
+            else:
+                assert float(after[name]) == pytest.approx(float(before[name]), rel=1e-6), (name, before["step"])
+    weights = [checkpoints.load_weights(out / "final") for out in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(float((weights[0][name] - weights[1][name]).abs().max()) < 1e-6 for name in weights[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "devices", "two nodes"])
+def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher):
+    said = run_twice(launcher, run_file, *ONE_RUN, "--out_dir", str(tmp_path / "two"))
+    # fabric.print prints on each machine
+    assert said.count("12 steps of 256 tokens") == (2 if launcher == "two nodes" else 1)
+    assert checkpoints.read_mark(tmp_path / "two" / "final").tokens == 2944
+    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "one")), tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path, capsys):
+    whole = train(*ONE_RUN, "--out_dir", str(tmp_path / "whole"))
+    moved = shutil.copytree(whole, tmp_path / "moved")
+    resume = ("--out_dir", str(moved), "--resume")
+    said = run_twice("devices", run_file, *ONE_RUN, *resume, str(moved / "step-00000005"))
+    assert "devices was 1 and is now 2" in said
+    assert_same_run(whole, moved)
+    train(*ONE_RUN, *resume, str(moved / "step-00000010"))  # saved by two
+    assert "devices was 2 and is now 1" in capsys.readouterr().out
+    assert_same_run(whole, moved)
 
 
 def test_the_settings_that_are_saved_run_again(train, tmp_path):

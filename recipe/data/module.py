@@ -1,21 +1,17 @@
 """The reader: prepared tokens as LitGPT's data module, any context length, resumable to the batch."""
 
-import json
-import signal
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
+from torch import distributed
 
 from recipe.cli import UserError
 from recipe.data import manifest
 from recipe.data.documents import text_files
 from recipe.data.manifest import Manifest
+from recipe.data.reader import MicroBatches, TokenLoader, TokenWindows, count_windows
 
 
 @dataclass
@@ -24,7 +20,7 @@ class TokenizedText(DataModule):
 
     A batch is ``(B, T + 1)`` int64: windows of ``max_seq_length`` tokens and the next one. Training windows come in an
     order shuffled anew for each epoch from the seed, validation windows in the order of the text. Incomplete batches
-    are left out. The state of a loader (``state_dict``, ``load_state_dict``) restores its place exactly.
+    are left out. Each device gets its share (``MicroBatches``); a loader knows its place (``TokenLoader``).
 
     Takes the place of ``litgpt.data.TextFiles``: the paths are named as there.
     """
@@ -34,7 +30,7 @@ class TokenizedText(DataModule):
     val_data_path: Path = Path("data/custom_text/val")
     """Folder of the validation text, beside the other."""
     num_workers: int = 2
-    """Processes that read ahead; 0 reads in this one."""
+    """Processes that read training batches ahead; 0 reads in this one, as validation always does."""
     seed: int = 42
     """Decides the training order."""
 
@@ -74,26 +70,21 @@ class TokenizedText(DataModule):
         for split in manifest.SPLITS:
             self._require_batches(found, split, world_size=1)
 
-    def train_dataloader(self) -> StreamingDataLoader:
-        """Training batches, shuffled."""
-        return self._loader("train", shuffle=True)
+    def train_dataloader(self) -> TokenLoader:
+        """This device's training batches, shuffled."""
+        return self._loader("train", seed=self.seed, num_workers=self.num_workers)
 
-    def val_dataloader(self) -> StreamingDataLoader:
-        """Validation batches, always the same ones in the same order."""
-        return self._loader("val", shuffle=False)
+    def val_dataloader(self) -> TokenLoader:
+        """This device's validation batches, always the same ones in the same order."""
+        return self._loader("val", seed=None, num_workers=0)  # starting processes takes longer than reading
 
-    def _loader(self, split: str, shuffle: bool) -> StreamingDataLoader:
-        dataset = _dataset(self.data_dir, split, self.max_seq_length, shuffle=shuffle, seed=self.seed, drop_last=True)
-        world_size = dataset.distributed_env.world_size
+    def _loader(self, split: str, *, seed: int | None, num_workers: int) -> TokenLoader:
+        launched = distributed.is_available() and distributed.is_initialized()
+        rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if launched else (0, 1)
         self._require_batches(_manifest(self.data_dir), split, world_size)
-        return StreamingDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            drop_last=True,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=start_worker,
-        )
+        windows = TokenWindows(self.data_dir, split, self.max_seq_length)
+        batches = MicroBatches(len(windows), self.batch_size, seed=seed, rank=rank, world_size=world_size)
+        return TokenLoader(windows, batches, num_workers)
 
     def _require_batches(self, found: Manifest, split: str, world_size: int) -> None:
         windows = count_windows(self.data_dir, split, self.max_seq_length)
@@ -140,7 +131,7 @@ def _manifest(data_dir: Path) -> Manifest:
     return found
 
 
-def validation_windows(data_dir: Path, split: str, block_size: int) -> StreamingDataset:
+def validation_windows(data_dir: Path, split: str, block_size: int) -> TokenWindows:
     """A split as windows that follow and do not overlap each other, in the order of the text.
 
     Args:
@@ -155,57 +146,10 @@ def validation_windows(data_dir: Path, split: str, block_size: int) -> Streaming
         UserError: for missing, incomplete or stale tokens, or fewer than one window.
     """
     found = checked_manifest(data_dir)
-    if count_windows(data_dir, split, block_size) == 0:
+    windows = TokenWindows(data_dir, split, block_size)
+    if len(windows) == 0:
         raise UserError(
             f"{data_dir}: {split} has {found.splits[split].tokens:,} tokens, fewer than one window of "
             f"{block_size + 1}; choose a smaller context length or give more text."
         )
-    return _dataset(data_dir, split, block_size, shuffle=False, seed=0, drop_last=False)
-
-
-def count_windows(data_dir: Path, split: str, block_size: int) -> int:
-    """How many windows of ``block_size`` tokens and the next one a split has. A window never spans two chunks."""
-    index = json.loads((manifest.tokens_dir(data_dir, split) / "index.json").read_text(encoding="utf-8"))
-    return sum(chunk["dim"] // (block_size + 1) for chunk in index["chunks"])
-
-
-def _dataset(
-    data_dir: Path, split: str, block_size: int, *, shuffle: bool, seed: int, drop_last: bool
-) -> StreamingDataset:
-    _silence_litdata()
-    return StreamingDataset(
-        str(manifest.tokens_dir(data_dir, split)),
-        item_loader=TokensLoader(block_size=block_size + 1),
-        shuffle=shuffle,
-        drop_last=drop_last,
-        seed=seed,
-        item_shuffle_window="full",  # litdata's default, blocks of 256 items, saves decoding: there is none here
-        transform=to_int64,
-    )
-
-
-def to_int64(window: torch.Tensor) -> torch.Tensor:
-    """``uint16`` saves disk; few operations of torch know it."""
-    return window.to(torch.int64)
-
-
-def _silence_litdata() -> None:
-    """litdata makes a tensor from a read-only file and copies it at once; torch warns of the first half."""
-    warnings.filterwarnings("ignore", message="The given buffer is not writable")
-
-
-def start_worker(_index: int) -> None:
-    """Lets the main process save and stop: a signal to the whole group would end the workers first."""
-    _silence_litdata()
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def moved_here(state: dict[str, Any], loader: StreamingDataLoader) -> dict[str, Any]:
-    """The saved state of a loader for tokens that lie elsewhere now; litdata refuses any other absolute path.
-
-    Args:
-        state: what ``state_dict`` of a loader of the same tokens gave; left as it is.
-        loader: the loader that is to go on from there.
-    """
-    return {**state, "dataset": {**state["dataset"], "input_dir_path": loader.dataset.input_dir.path}}
+    return windows

@@ -34,6 +34,8 @@ from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data import manifest
 from recipe.data.manifest import Manifest
+from recipe.data.module import checked_manifest
+from recipe.data.reader import token_chunks
 from recipe.evaluation.common import Precision, as_table, choose_context, load_model, with_progress
 
 _LOGITS = 1 << 28  # at once, in fp32 1 GiB: decides the batch size
@@ -93,7 +95,7 @@ def evaluate(
     config = checkpoints.load_config(folder)
     settings = checkpoints.load_hyperparameters(folder)
     data_dir = trained_on(settings, folder) if data_dir is None else data_dir
-    found = _prepared(data_dir)
+    found = checked_manifest(data_dir)
     _check_tokenizer(folder, mark, found, data_dir, config.padded_vocab_size)
     context = choose_context(max_seq_length, settings, config)
     batch_size = batch_size or min(64, max(1, _LOGITS // (context * config.padded_vocab_size)))
@@ -178,16 +180,10 @@ def sum_loss(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> tuple
 def read_tokens(data_dir: Path, split: str) -> Iterator[Tensor]:
     """All tokens of a split in the order of the text, one tensor ``(n,)`` a chunk.
 
-    litdata's own reader leaves out what fills no window at the end of a chunk; this reads the same files as its
-    ``TokensLoader`` does.
+    The windows of training leave out what fills none at the end of a chunk; here it counts.
     """
-    folder = manifest.tokens_dir(data_dir, split)
-    found = manifest.read(data_dir)
-    assert found is not None, "the caller has checked the manifest"
-    for chunk in json.loads((folder / "index.json").read_text(encoding="utf-8"))["chunks"]:
-        header = 4 * (1 + chunk["chunk_size"] + 1)  # number of items, then their offsets, as uint32
-        tokens = np.memmap(folder / chunk["filename"], np.dtype(found.splits[split].dtype), "r", header, chunk["dim"])
-        yield torch.from_numpy(tokens.astype(np.int64))
+    for chunk in token_chunks(data_dir, split):
+        yield torch.from_numpy(chunk.open().astype(np.int64))
 
 
 def windows(chunks: Iterable[Tensor], context: int, first: int) -> Iterator[Tensor]:
@@ -244,12 +240,6 @@ def trained_on(settings: dict[str, Any], folder: Path) -> Path:
             "name a prepared corpus with --data_dir."
         )
     return data_dir
-
-
-def _prepared(data_dir: Path) -> Manifest:
-    from recipe.data.module import checked_manifest
-
-    return checked_manifest(data_dir)
 
 
 def _check_tokenizer(

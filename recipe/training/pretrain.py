@@ -30,9 +30,8 @@ from torch.utils.data import DataLoader
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data import TokenizedText
 from recipe.data.manifest import from_dict, manifest_path, text_fingerprint
-from recipe.data.module import moved_here
+from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.flops import count_parameters, training_flops_per_token
 from recipe.inference.generate import sample_text
@@ -362,8 +361,11 @@ def score_hellaswag(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> 
 def validate(fabric: L.Fabric, model: _FabricModule, val_dataloader: DataLoader, max_iters: int) -> float:
     """Replaces ``litgpt.pretrain.validate``: the mean cross-entropy in nats per token, over all devices.
 
-    Takes the first ``max_iters`` batches, which are the same at each call where the loader's order is fixed.
+    Takes the first ``max_iters`` batches of all devices together, which are the same at each call where the loader's
+    order is fixed. Each device takes as many as the others: where they do not divide ``max_iters``, it is rounded up,
+    and where they do not divide the validation set, its last batches are left out.
     """
+    max_iters = math.ceil(max_iters / fabric.world_size)
     model.eval()
     losses = []
     for index, batch in enumerate(val_dataloader):
@@ -487,20 +489,20 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     """
     state = checkpoints.load_training_state(folder)
     then, now = state["layout"], _layout(fabric, run)
-    changed = [f"{name} was {then[name]} and is now {now[name]}" for name in now if then[name] != now[name]]
+    loader = _streaming(run.train_dataloader)
+    changed = {name: f"{name} was {then[name]} and is now {now[name]}" for name in now if then[name] != now[name]}
+    other_devices = changed.pop("devices", None) if isinstance(loader, TokenLoader) else None
     if changed:
         raise UserError(
-            f"{folder} can't be resumed with other batches: {'; '.join(changed)}. Resume with the old values, or start"
-            f" a new run from its weights: --initial_checkpoint_dir {folder} --out_dir NEW"
+            f"{folder} can't be resumed with other batches: {'; '.join(changed.values())}. Resume with the old values,"
+            f" or start a new run from its weights: --initial_checkpoint_dir {folder} --out_dir NEW"
         )
     run.progress = Progress(**state["progress"])
     check_same_tokens(folder, run.settings)
     load_optimizer_state(run.optimizer.optimizer, state["optimizer"])
-    loader = _streaming(run.train_dataloader)
-    position = state["train_dataloader"]
-    if isinstance(run.settings.data, TokenizedText):
-        position = moved_here(position, loader)
-    loader.load_state_dict(position)
+    loader.load_state_dict(state["train_dataloader"])
+    if other_devices:
+        fabric.print(f"{other_devices}: the same batches go on; sums differ in their last digits by their order.")
     torch.set_rng_state(state["random"]["torch"])
     if len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -542,7 +544,11 @@ def make_dataloaders(
                 " --max-seq-length, or bring more text."
             )
     _streaming(loaders[0])  # known now, not at the first save
-    train_dataloader, val_dataloader = (loader and fabric.setup_dataloaders(loader) for loader in loaders)
+    # TokenizedText divides the batches over the devices itself.
+    train_dataloader, val_dataloader = (
+        loader and fabric.setup_dataloaders(loader, use_distributed_sampler=not isinstance(loader, TokenLoader))
+        for loader in loaders
+    )
     return cast(DataLoader, train_dataloader), cast(DataLoader | None, val_dataloader)
 
 
@@ -572,7 +578,7 @@ def gpt_of(model: _FabricModule) -> GPT:
 
 
 def _streaming(loader: DataLoader) -> Any:
-    """litdata's loader inside Fabric's: it knows its position."""
+    """The loader inside Fabric's: it knows its position."""
     loader = getattr(loader, "_dataloader", loader)
     if not hasattr(loader, "state_dict"):
         raise UserError(

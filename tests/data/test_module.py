@@ -1,26 +1,34 @@
 """Batches from tokens: every window once, the right order, exact resume, any number of workers and devices."""
 
 import itertools
+import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from litdata.streaming import StreamingDataset, TokensLoader
+from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
 from litdata.streaming.writer import BinaryWriter
 from litgpt.tokenizer import Tokenizer as LitTokenizer
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import recipe.data
+import recipe.data.reader
 from recipe.cli import UserError
 from recipe.data import tokenizers, tokens
 from recipe.data.documents import END_OF_TEXT
-from recipe.data.module import TokenizedText, count_windows, moved_here, validation_windows
+from recipe.data.module import TokenizedText, validation_windows
 from recipe.data.prepare import PrepareArgs, prepare
+from recipe.data.reader import MicroBatches, TokenLoader, TokenWindows, count_windows, token_chunks
 
 T = 16  # context length of these tests
 
@@ -91,14 +99,11 @@ def test_the_seed_decides_the_order(prepared: Path) -> None:
     assert rows(module(prepared, seed=1).train_dataloader()) != first
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_validation_keeps_the_order_of_the_text(prepared: Path, num_workers: int) -> None:
-    loader = module(prepared, batch_size=1, num_workers=num_workers).val_dataloader()
-    wanted = windows(prepared, "val")
-    once, again = rows(loader), rows(loader)
-    assert once == again and sorted(once) == sorted(wanted)
-    if num_workers < 2:  # two workers take turns
-        assert once == wanted
+def test_validation_keeps_the_order_of_the_text(prepared: Path) -> None:
+    loader = module(prepared, batch_size=1, num_workers=2).val_dataloader()
+    assert rows(loader) == windows(prepared, "val")
+    next(iter(loader))  # a pass that is left in the middle
+    assert rows(loader) == windows(prepared, "val")
 
 
 @pytest.mark.parametrize("length", [1, 7, 64, 150])
@@ -108,27 +113,149 @@ def test_the_same_tokens_serve_any_context_length(prepared: Path, length: int) -
     assert count_windows(prepared, "train", length) == len(windows(prepared, "train", length))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("batches", [1, 5, "epoch", "second epoch"])
-def test_a_resumed_reader_goes_on_where_it_was(prepared: Path, num_workers: int, batches: int | str) -> None:
-    def endless(loader: object) -> object:
-        while True:
-            yield from loader  # type: ignore[misc]
+def test_chunks_of_many_items_are_read_too(prepared: Path, tmp_path: Path) -> None:
+    """As litdata writes them where a document is an item: the header grows with their number."""
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    ids = np.concatenate(stream(prepared, "train"))
+    shutil.rmtree(copy / "tokens/train")
+    theirs = BinaryWriter(str(copy / "tokens/train"), chunk_size=500, item_loader=TokensLoader())
+    for i, item in enumerate(np.array_split(ids, 60)):
+        theirs.add_item(i, torch.from_numpy(item))
+    theirs.done()
+    (copy / "tokens/train" / f"{theirs.rank}.index.json").rename(copy / "tokens/train/index.json")
+    found = token_chunks(copy, "train")
+    assert len(found) > 1 and all(chunk.header > 12 for chunk in found)
+    assert np.concatenate([chunk.open() for chunk in found]).tolist() == ids.tolist()
 
+
+def test_few_files_are_open_at_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe.data.reader, "OPEN_CHUNKS", 2)
+    found = TokenWindows(prepared, "train", T)
+    order = torch.randperm(len(found)).tolist()
+    wanted = windows(prepared, "train")
+    assert [tuple(found[i].tolist()) for i in order] == [wanted[i] for i in order]
+    assert len(found._opened) == 2
+    copy = pickle.loads(pickle.dumps(found))  # as a spawned worker gets it
+    assert not copy._opened and copy[0].equal(found[0])
+    assert len(pickle.dumps(found)) < 4000
+
+
+# --- one order ---
+
+
+def loader_on(folder: Path, rank: int, world_size: int, batch_size: int = 2, num_workers: int = 0) -> TokenLoader:
+    found = TokenWindows(folder, "train", T)
+    batches = MicroBatches(len(found), batch_size, seed=7, rank=rank, world_size=world_size)
+    return TokenLoader(found, batches, num_workers)
+
+
+def endless(loader: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    while True:
+        yield from loader
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8, 33])
+def test_devices_take_turns_in_the_sequence_of_one(world_size: int) -> None:
+    def three_epochs(batches: MicroBatches) -> list[list[int]]:
+        found = list(batches)
+        for _ in range(2):
+            batches.next_epoch()
+            found += list(batches)
+        return found
+
+    alone = three_epochs(MicroBatches(101, 3, seed=7))
+    assert len(alone) == 3 * 33 and all(len(batch) == 3 for batch in alone)
+    for epoch in range(3):
+        seen = [window for batch in alone[33 * epoch : 33 * (epoch + 1)] for window in batch]
+        assert len(set(seen)) == 99 and set(seen) <= set(range(101))
+    devices = [MicroBatches(101, 3, seed=7, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(batches) for batches in devices} == {33 // world_size}
+    shares = [three_epochs(batches) for batches in devices]
+    assert [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch] == alone
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_devices_validate_on_as_many_batches_each(world_size: int) -> None:
+    devices = [MicroBatches(101, 3, seed=None, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for _ in range(3):
+        seen = [window for turn in zip(*devices, strict=True) for batch in turn for window in batch]
+        assert seen == list(range(33 // world_size * world_size * 3))
+        for batches in devices:
+            batches.next_epoch()
+
+
+def test_each_seed_and_epoch_has_an_order_of_its_own() -> None:
+    orders = set()
+    for seed in (-1, 0, 1, 2, 42):
+        batches = MicroBatches(50, 50, seed=seed)
+        for _ in range(4):
+            orders.add(tuple(next(iter(batches))))
+            batches.next_epoch()
+    assert len(orders) == 20
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("batches", [0, 1, 5, "epoch", "second epoch"])
+def test_a_resumed_reader_goes_on_where_it_was(prepared: Path, num_workers: int, batches: int | str) -> None:
+    """To another number of workers too: the position is what was handed out, not what was read ahead."""
     loader = module(prepared, num_workers=num_workers).train_dataloader()
     count = {"epoch": len(loader), "second epoch": len(loader) + 3}.get(batches, batches)
     wanted = endless(loader)
-    list(itertools.islice(wanted, count))  # type: ignore[call-overload]
-    state = loader.state_dict()
-    rest = rows(itertools.islice(wanted, len(loader) + 2))  # type: ignore[call-overload]
+    list(itertools.islice(wanted, count))  # type: ignore[arg-type]
+    state = json.loads(json.dumps(loader.state_dict()))
+    rest = rows(itertools.islice(wanted, len(loader) + 2))
 
-    resumed = module(prepared, num_workers=num_workers).train_dataloader()
+    resumed = module(prepared, num_workers=2 - num_workers).train_dataloader()
     resumed.load_state_dict(state)
-    assert rows(itertools.islice(endless(resumed), len(loader) + 2)) == rest  # type: ignore[call-overload]
+    assert resumed.state_dict() == state
+    assert rows(itertools.islice(endless(resumed), len(loader) + 2)) == rest
+
+
+@pytest.mark.parametrize("taken", [16, 28, 32, 60])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_a_resumed_reader_goes_on_with_other_devices(prepared: Path, before: int, after: int, taken: int) -> None:
+    """Also where the devices do not divide an epoch, which ends for some of them before it does for others."""
+    sequence = endless(loader_on(prepared, 0, 1, batch_size=5))
+    alone = rows(itertools.islice(sequence, taken + 24))[5 * taken :]
+    assert len(loader_on(prepared, 0, 1, batch_size=5)) == 29
+    then = loader_on(prepared, 0, before, batch_size=5)  # the first device saves
+    list(itertools.islice(endless(then), taken // before))
+    now = [loader_on(prepared, rank, after, batch_size=5) for rank in range(after)]
+    for loader in now:
+        loader.load_state_dict(then.state_dict())
+    shares = [itertools.islice(endless(loader), 24 // after) for loader in now]
+    assert [row for turn in zip(*shares, strict=True) for row in rows(turn)] == alone
+
+
+def test_a_pass_that_was_left_is_followed_by_the_next_epoch(prepared: Path) -> None:
+    for rank in range(2):
+        left, whole = (loader_on(prepared, rank, 2, batch_size=5) for _ in range(2))
+        next(iter(left))
+        rows(whole)
+        assert rows(left) == rows(whole)
+
+
+def test_a_position_that_devices_do_not_divide_is_refused(prepared: Path) -> None:
+    loader = loader_on(prepared, 0, 1)
+    list(itertools.islice(loader, 5))
+    with pytest.raises(UserError, match="after 5 micro batches, which 2 devices do not divide"):
+        loader_on(prepared, 0, 2).load_state_dict(loader.state_dict())
+
+
+def test_a_position_of_litdatas_reader_is_refused(prepared: Path) -> None:
+    data = StreamingDataset(str(prepared / "tokens/train"), item_loader=TokensLoader(block_size=T + 1))
+    theirs = StreamingDataLoader(data, batch_size=2)
+    with pytest.raises(UserError, match="that of another reader"):
+        loader_on(prepared, 0, 1).load_state_dict(theirs.state_dict())
+
+
+def test_reading_leaves_the_random_state_alone(prepared: Path) -> None:
+    before = torch.get_rng_state()
+    rows(module(prepared, num_workers=1).train_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_position_outlives_a_move(prepared: Path, tmp_path: Path) -> None:
-    """litdata keeps the absolute path in its state and refuses any other one."""
     loader = module(prepared).train_dataloader()
     wanted = iter(loader)
     list(itertools.islice(wanted, 5))
@@ -136,24 +263,26 @@ def test_a_position_outlives_a_move(prepared: Path, tmp_path: Path) -> None:
     rest = rows(wanted)
     shutil.copytree(prepared, tmp_path / "moved")
     resumed = module(tmp_path / "moved").train_dataloader()
-    resumed.load_state_dict(moved_here(state, resumed))
+    resumed.load_state_dict(state)
     assert rows(resumed) == rest
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("split", ["train", "val"])  # val: a single chunk for all of them
-def test_devices_share_the_windows(
-    prepared: Path, split: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    seen = []
-    for rank in (0, 1):
-        monkeypatch.setenv("GLOBAL_RANK", str(rank))
-        data = module(prepared, batch_size=2, num_workers=num_workers)
-        seen.append(rows(data.train_dataloader() if split == "train" else data.val_dataloader()))
-    assert len(seen[0]) == len(seen[1]) > 0
-    assert len(set(seen[0]) & set(seen[1])) <= 1  # two stories may have the same words
-    assert len(seen[0]) + len(seen[1]) > len(windows(prepared, split)) - 8
+@pytest.fixture(params=[0, 1])
+def launched_as(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One of two devices, as torch knows it; its backend without the other one serves where nothing is sent."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
+    yield request.param
+    distributed.destroy_process_group()
+
+
+def test_launched_processes_share_the_windows(prepared: Path, launched_as: int) -> None:
+    data = module(prepared, batch_size=2)
+    wanted = windows(prepared, "val")
+    share = [row for i, row in enumerate(wanted[: len(wanted) // 4 * 4]) if i // 2 % 2 == launched_as]
+    assert rows(data.val_dataloader()) == share
+    size = count_windows(prepared, "val", T)
+    with pytest.raises(UserError, match=rf"expected {2 * size} or more .*on 2 devices"):
+        module(prepared, batch_size=size).val_dataloader()
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -166,16 +295,13 @@ def test_one_batch_is_enough(prepared: Path, num_workers: int) -> None:
     assert rows([batch]) == windows(prepared, "val")
 
 
-def test_fewer_windows_than_a_batch_are_an_error(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_windows_than_a_batch_are_an_error(prepared: Path) -> None:
     size = count_windows(prepared, "val", T)
     with pytest.raises(
         UserError, match=rf"val has [\d,]+ tokens, {size} windows of {T + 1}; expected {size + 1} or more"
     ):
         module(prepared, batch_size=size + 1)
-    data = module(prepared, batch_size=size)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=rf"expected {2 * size} or more .*on 2 devices"):
-        data.val_dataloader()
+    module(prepared, batch_size=size)
 
 
 def test_missing_and_stale_tokens_are_errors(prepared: Path, tmp_path: Path) -> None:
@@ -249,6 +375,32 @@ def test_workers_leave_signals_to_the_main_process(prepared: Path) -> None:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
     assert len(list(iterator)) == len(loader) - 2
+
+
+@pytest.mark.slow
+def test_a_program_ends_in_the_middle_of_a_pass(prepared: Path) -> None:
+    """At its end multiprocessing sends SIGTERM to workers, which ignore it, and waited for them for ever."""
+    code = (
+        "import sys, pathlib\n"
+        "from recipe.data.reader import MicroBatches, TokenLoader, TokenWindows\n"
+        "windows = TokenWindows(pathlib.Path(sys.argv[1]), 'train', 16)\n"
+        "batches = iter(TokenLoader(windows, MicroBatches(len(windows), 2, seed=0), num_workers=2))\n"
+        "next(batches), next(batches)\n"
+        "raise RuntimeError('as a bug does')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(prepared)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "as a bug does" in done.stderr
+
+
+@pytest.mark.slow
+def test_spawned_workers_read_the_same(prepared: Path) -> None:
+    """As on Windows and macOS, where they import what they read with: torch, but not LitGPT, which takes longer."""
+    loader = module(prepared, num_workers=1).train_dataloader()
+    loader.multiprocessing_context = "spawn"
+    assert rows(loader) == rows(module(prepared).train_dataloader())
+    code = "import sys, recipe.data.reader; sys.exit(bool({'litgpt', 'lightning', 'litdata'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 # --- chunks ---

@@ -1,0 +1,229 @@
+"""Tokens on disk into micro batches: windows, one order for all devices, a loader that knows its position.
+
+All devices together read one sequence of micro batches, which depends on the tokens, the micro batch, the context
+length and the seed alone: not on how many devices or workers there are. Worker processes import this file, so LitGPT
+stays out of it: where they are not forked (Windows, macOS), they would wait for it at each epoch.
+"""
+
+import atexit
+import json
+import signal
+from bisect import bisect_right
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from recipe.cli import UserError
+from recipe.data import manifest
+
+OPEN_CHUNKS = 128  # each takes a file handle, of which macOS gives a process 256
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One of the files that hold a split's tokens, as litdata's ``TokensLoader`` lays them out."""
+
+    path: Path
+    dtype: str
+    header: int
+    """Bytes before the first token"""
+    length: int
+    """Tokens"""
+
+    def open(self) -> np.ndarray:
+        """Its tokens ``(n,)``, mapped: read from the disk when they are used."""
+        return np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), "r", self.header, self.length)
+
+
+def token_chunks(data_dir: Path, split: str) -> list[Chunk]:
+    """The chunks of a split in the order of the text."""
+    found = manifest.read(data_dir)
+    assert found is not None, "the caller has checked the manifest"
+    folder = manifest.tokens_dir(data_dir, split)
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    return [
+        # The header: the number of items, and where each of them begins and the last one ends, as uint32.
+        Chunk(
+            folder / chunk["filename"],
+            found.splits[split].dtype,
+            header=4 * (chunk["chunk_size"] + 2),
+            length=chunk["dim"],
+        )
+        for chunk in index["chunks"]
+    ]
+
+
+class TokenWindows(Dataset[Tensor]):
+    """A split as windows of T + 1 tokens, one after the other; what fills no window at a chunk's end is left out.
+
+    Each item is ``(T + 1,)`` int64. Files are opened by the process that reads them, when it does.
+    """
+
+    def __init__(self, data_dir: Path, split: str, block_size: int) -> None:
+        self._chunks = token_chunks(data_dir, split)
+        self._size = block_size + 1
+        self._ends = list(accumulate(chunk.length // self._size for chunk in self._chunks))
+        self._opened: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        start = self._size * (index - (self._ends[number - 1] if number else 0))
+        return torch.from_numpy(self._tokens(number)[start : start + self._size].astype(np.int64))
+
+    def _tokens(self, number: int) -> np.ndarray:
+        if number not in self._opened:
+            if len(self._opened) >= OPEN_CHUNKS:
+                self._opened.pop(next(iter(self._opened)))
+            self._opened[number] = self._chunks[number].open()
+        return self._opened[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files: pickled, they would be all of the tokens."""
+        return {**self.__dict__, "_opened": {}}
+
+
+def count_windows(data_dir: Path, split: str, block_size: int) -> int:
+    """How many windows of ``block_size`` tokens and the next one a split has. A window never spans two chunks."""
+    return len(TokenWindows(data_dir, split, block_size))
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+class MicroBatches(Sampler[list[int]]):
+    """One sequence of micro batches, epoch after epoch, for all devices: number r of W takes r, r + W, r + 2W, ...
+
+    So an optimizer step has the very same micro batches on any number of devices. Windows that fill no micro batch are
+    left out of an epoch; other ones in the next.
+
+    Args:
+        windows: how many there are.
+        batch_size: windows in a micro batch.
+        seed: decides with the epoch the order of the windows. None is for validation: the order of the text, and as
+            many micro batches for each device; those that do not fill all devices are left out.
+        rank: this device.
+        world_size: devices.
+    """
+
+    def __init__(self, windows: int, batch_size: int, *, seed: int | None, rank: int = 0, world_size: int = 1) -> None:
+        self._windows, self._batch_size, self._seed = windows, batch_size, seed
+        self._rank, self.world_size = rank, world_size
+        self._per_epoch = windows // batch_size
+        if seed is None:
+            self._per_epoch -= self._per_epoch % world_size
+        self.epoch = 0
+        self.taken = 0
+        """Micro batches that this device has got, in all epochs"""
+
+    def __len__(self) -> int:
+        """Of one device in one epoch, rounded down: the devices take turns in having one more."""
+        return self._per_epoch // self.world_size
+
+    def next_epoch(self) -> None:
+        """Goes to the next epoch, also from the middle of this one."""
+        self.epoch += 1
+        self.taken = max(self.taken, -((self._rank - self.epoch * self._per_epoch) // self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The rest of the epoch."""
+        order = self._order()
+        first = self._rank + self.taken * self.world_size - self.epoch * self._per_epoch
+        for number in range(first, self._per_epoch, self.world_size):
+            yield order[number * self._batch_size : (number + 1) * self._batch_size].tolist()
+
+    def _order(self) -> Tensor:
+        """8 bytes a window in each main process: 80 MB for 10 billion tokens in windows of 1,024."""
+        if self._seed is None:
+            return torch.arange(self._windows)
+        generator = torch.Generator().manual_seed(self._seed)
+        # Of its own for each epoch: seed + epoch would give seed 1 the orders of seed 0, an epoch earlier.
+        epoch_seed = int(torch.randint(1 << 62, (self.epoch + 1,), generator=generator)[-1])
+        return torch.randperm(self._windows, generator=generator.manual_seed(epoch_seed))
+
+
+class TokenLoader(DataLoader[Tensor]):
+    """Torch's loader with a position: batches ``(B, T + 1)`` int64. Each pass is the next epoch.
+
+    ``state_dict`` counts the batches that were handed out, not those that workers have read ahead, over all devices:
+    plain numbers, good in any folder, for any number of workers, and for any number of devices that divides them.
+    """
+
+    batch_sampler: MicroBatches
+
+    def __init__(self, windows: TokenWindows, batches: MicroBatches, num_workers: int) -> None:
+        super().__init__(
+            windows,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # each pass draws a seed for workers; the run's random state stays as it is
+        )
+        self._begun = False
+        self._passes: WeakSet[Generator[Tensor]] = WeakSet()
+        atexit.register(_end_workers, self._passes)
+
+    def __iter__(self) -> Generator[Tensor]:  # type: ignore[override]
+        batches = self._next_pass()
+        self._passes.add(batches)
+        return batches
+
+    def _next_pass(self) -> Generator[Tensor]:
+        position = self.batch_sampler
+        if self._begun:
+            position.next_epoch()
+        self._begun = True
+        for batch in super().__iter__():
+            position.taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it is: the epoch, and how many micro batches all devices have got since the first."""
+        position = self.batch_sampler
+        return {"epoch": position.epoch, "micro_batches": position.taken * position.world_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next pass the rest of the one in which ``state`` was taken.
+
+        Raises:
+            UserError: the position is another reader's, or between two rounds of these devices.
+        """
+        position = self.batch_sampler
+        if state.keys() != self.state_dict().keys():
+            raise UserError(
+                "the checkpoint's position in the data is that of another reader (of an older version of this project,"
+                " or another data module), which this one can't go on from. Start a new run from its weights:"
+                " --initial_checkpoint_dir CHECKPOINT --out_dir NEW"
+            )
+        taken, rest = divmod(state["micro_batches"], position.world_size)
+        if rest:
+            raise UserError(
+                f"the checkpoint lies after {state['micro_batches']:,} micro batches, which {position.world_size}"
+                " devices do not divide; resume it on as many devices as it was saved with."
+            )
+        position.epoch, position.taken, self._begun = state["epoch"], taken, False
+
+
+def _end_workers(passes: WeakSet[Generator[Tensor]]) -> None:
+    """An error leaves a pass open, and multiprocessing would wait for ever for workers that ignore its SIGTERM."""
+    for batches in list(passes):
+        batches.close()
+
+
+def start_worker(_index: int) -> None:
+    """Lets the main process save and stop: a signal to the whole group would end the workers first."""
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
