@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -81,6 +81,8 @@ class Files:
     """See ``documents.Part``."""
     revision: str | None = None
     """What ``HubDataset.open`` takes to find the same files again."""
+    _known: dict[str, list[Part]] = field(default_factory=dict)
+    """Parts that were asked for: on the Hub they follow from the files alone."""
 
     def parts(self, split: str, rules: Rules, *, may_cut: bool, lazily: bool = False) -> Iterable[Part]:
         """The parts of a split's files; lazily: a file is asked for its parts when those before it are used up."""
@@ -93,10 +95,13 @@ class Files:
 
         if lazily or not any(map(is_remote, files)):
             return (part for i in range(len(files)) for part in parts_of(i))
-        return self._all_parts(parts_of, len(files))
+        if split not in self._known:
+            self._known[split] = self._all_parts(parts_of, len(files))
+        return self._known[split]
 
     def _all_parts(self, parts_of: Callable[[int], list[Part]], number: int) -> list[Part]:
-        print(f"Asking {number} files of the Hub how they are divided")
+        if number > 1:
+            print(f"Asking {number} files of the Hub how they are divided")
         said = time.monotonic()
         found: list[Part] = []
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:

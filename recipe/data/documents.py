@@ -288,7 +288,8 @@ def _long_document(
 ) -> Iterator[Part]:
     """Parts of a single document; its split is settled here, since none of them holds all of it."""
     sections = [(begin, end, split)]
-    document = document_hash(clean(data[begin : begin + 8 * HASHED_BYTES].decode("utf-8", errors="ignore")))
+    head = data[begin : min(begin + 8 * HASHED_BYTES, end)]
+    document = document_hash(clean(head.decode("utf-8", errors="ignore")))
     if split is None and rules.val_fraction is not None:
         if rules.cut:
             wanted = begin + round((end - begin) * (1 - rules.val_fraction))

@@ -22,22 +22,8 @@ from tokenizers import Tokenizer
 from recipe.cli import UserError
 from recipe.data import corpora, documents, manifest, tokenizers, tokens
 from recipe.data.documents import END_OF_TEXT, split_of
-from recipe.data.manifest import Manifest
-from recipe.data.prepare import PrepareArgs, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def run(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Manifest]:
-    """``prepare`` into tmp_path/data with a copy of the shared tokenizer, in this process."""
-    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
-
-    def call(**settings: object) -> Manifest:
-        defaults = {"data_dir": tmp_path / "data", "tokenizer_dir": tmp_path / "tokenizer", "num_workers": 0}
-        return prepare(PrepareArgs(**{**defaults, **settings}))
-
-    return call
 
 
 def put(path: Path, texts: list[str]) -> Path:
