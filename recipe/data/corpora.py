@@ -142,7 +142,8 @@ class HubDataset:
         Raises:
             UserError: without a network, for a dataset that cannot be read or has no such config.
         """
-        import datasets  # here alone: seconds
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        import datasets  # here alone: it takes seconds
 
         datasets.disable_progress_bars()
         if Path(self.path).is_dir():
@@ -180,8 +181,8 @@ class HubDataset:
 
     def _unreadable(self, why: str) -> str:
         return (
-            f"{self.path} holds neither .parquet nor plain .jsonl files, {why}. Name another dataset, or bring its text "
-            "into one of these forms and name the files: --source PATH."
+            f"{self.path} holds neither .parquet nor plain .jsonl files, {why}. Name another dataset, or bring its "
+            "text into one of these forms and name the files: --source PATH."
         )
 
     def _find(self, sha: str | None) -> dict[str, list[Location]] | None:

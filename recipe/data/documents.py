@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.cli import UserError
-from recipe.data.files import Location, is_remote, open_file, reading, suffix
+from recipe.data.files import Location, Unfinished, is_remote, open_file, reading, suffix
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -506,7 +506,7 @@ def _parquet_rows(path: Location, column: str | None, start: int = 0, stop: int 
                 for value in batch.column(0).to_pylist():
                     yield _text_of(value, path, None)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}); get the file anew.") from None
+        raise _broken(path, error) from None
 
 
 def _articles(part: Part, rows: Iterator[str]) -> Iterator[str]:
@@ -546,12 +546,15 @@ def _parquet_file(path: Location) -> Any:
 
     try:
         return pyarrow.parquet.ParquetFile(open_file(path) if is_remote(path) else path, buffer_size=READ_BYTES)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}); get the file anew.") from None
-    except OSError as error:
-        if is_remote(path):
+    except (pyarrow.ArrowException, OSError) as error:
+        if is_remote(path) and not isinstance(error, pyarrow.ArrowException):
             raise
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}); get the file anew.") from None
+        raise _broken(path, error) from None
+
+
+def _broken(path: Location, error: Exception) -> UserError:
+    kind = Unfinished if is_remote(path) else UserError  # from the Hub it may come whole the next time
+    return kind(f"{path} cannot be read as parquet ({_first_line(error)}); get the file anew.")
 
 
 def _first_line(error: Exception) -> str:

@@ -751,7 +751,7 @@ def _encode(
             {split: folders[split] for split in splits},
             default if args.num_workers is None else args.num_workers,
             on_progress,
-            max_documents=text.max_documents,
+            max_documents=text.max_documents and text.max_documents * (2 if rules.cut else 1),  # cut: in two
             hashes=hashes if text.holds_out and splits == ["val"] else None,
         )
 

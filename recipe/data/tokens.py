@@ -403,7 +403,7 @@ def build(
         values = {split: asdict(count) for split, count in counts.items()}
         write_json(journal, {"parts": done, "bytes": seen, "counts": values, "complete": complete})
 
-    noted = time.monotonic()
+    noted = -JOURNAL_SECONDS
     left = None if max_documents is None else max_documents - documents
     try:
         with closing(encode(islice(parts, done, None), job, num_workers)) as encoded_parts:

@@ -6,7 +6,7 @@ The Hub's own client talks to it, so what is tested is what goes over the wire; 
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,8 +32,8 @@ class HubServer(ThreadingHTTPServer):
         """Method and path of each request."""
         self.sent: dict[str, int] = {}
         """Bytes of each file that were asked for."""
-        self.hangs_up_after: int | None = None
-        """Bytes of .parquet and .jsonl files after which no more of them are sent."""
+        self.hangs_up: Callable[[], bool] = lambda: False
+        """Asked before a file is sent."""
 
     def push(self, name: str, branch: str, files: Files) -> str:
         """Makes these the files of a branch; returns the commit."""
@@ -101,11 +101,10 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             data, status = data[start:stop], 206
         if self.command == "GET":
-            self.server.sent[path] = self.server.sent.get(path, 0) + len(data)
-            sent = sum(size for name, size in self.server.sent.items() if not name.endswith(".md"))
-            if self.server.hangs_up_after is not None and sent > self.server.hangs_up_after:
+            if self.server.hangs_up():
                 self.close_connection = True
                 return None
+            self.server.sent[path] = self.server.sent.get(path, 0) + len(data)
         return self.reply(data, status, headers)
 
     def fail(self, code: str, commit: str = "") -> None:

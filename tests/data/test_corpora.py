@@ -1,13 +1,21 @@
 """Corpora of the Hub: every document, once, in the order of the files, as tokens alone; and never anew what is done."""
 
+import errno
 import io
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +24,8 @@ from recipe.cli import UserError
 from recipe.data import corpora, documents, manifest, tokenizers, tokens
 from recipe.data.corpora import CORPORA, HubDataset
 from recipe.data.documents import clean
-from tests.data.test_prepare import decoded, put, state
+from tests.data.hub_server import serve
+from tests.data.test_prepare import ROOT, decoded, put, state
 
 UNUSUAL = [
     "a\u0000b",  # NUL
@@ -505,3 +514,207 @@ def test_a_writer_goes_on_after_any_token(tmp_path: Path, count: int, monkeypatc
             closing = tokens.ChunkWriter(tmp_path / "b", 0, "uint16", count)
             closing.close()
             assert files(tmp_path / "b") == wanted
+
+
+def test_a_disk_that_was_full_loses_nothing(
+    tmp_path: Path, run: Callable, plain: str, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "JOURNAL_SECONDS", 0.0)
+    flush = tokens.ChunkWriter.flush
+    flushed = []
+
+    def full(self: tokens.ChunkWriter) -> None:
+        flushed.append(self)
+        if len(flushed) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "chunk-0-0.bin")
+        flush(self)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"chunk-0-0\.bin"):
+        patch.setattr(tokens.ChunkWriter, "flush", full)
+        run(source=plain)
+    with monkeypatch.context() as patch:
+        second = stop_after(-1, patch)
+        run(source=plain)
+    assert 0 < len(second()) < 8
+    assert decoded(tmp_path / "data", "train") == stories[:120]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX system")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_or_stopped_the_script_goes_on(
+    tmp_path: Path, run: Callable, stories: list[str], how: signal.Signals
+) -> None:
+    """With worker processes, which end too; the second call has less to do than the first."""
+    put(tmp_path / "text/train/a.txt", stories * 2500)  # 22 parts
+    put(tmp_path / "text/val/a.txt", ["Not in the training text."])
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "--num_workers", "2", "--tokenizer_dir", "tokenizer"]
+    folders = [tmp_path / "whole", tmp_path / "data"]
+    for folder in folders:
+        shutil.copytree(tmp_path / "text", folder)
+    run(data_dir=folders[0])
+    journal = tmp_path / "data/tokens/.building/splits/train-val.json"
+    first = subprocess.Popen(
+        [*command, "--data_dir", "data"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not journal.exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(how)
+    output, _ = first.communicate()
+    psutil.wait_procs(workers, timeout=30)
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    if how == signal.SIGINT:
+        assert first.returncode == 130 and "the same command goes on where it was" in output
+        assert "Traceback" not in output
+    assert manifest.read(tmp_path / "data") is None
+    second = subprocess.run([*command, "--data_dir", "data"], cwd=tmp_path, capture_output=True, text=True)
+    assert second.returncode == 0 and "Going on where an interrupted call was" in second.stdout, second.stderr
+    assert tokens_of(tmp_path / "data") == tokens_of(tmp_path / "whole")
+
+
+# --- over the wire ---
+
+
+def test_the_hub_end_to_end(tmp_path: Path, run: Callable, stories: list[str]) -> None:
+    """huggingface_hub and datasets against a server: parquet, jsonl, the Hub's own conversion, a lost connection."""
+    many = [f"{i} {text}" for i in range(20) for text in stories]
+    plain = {f"data/train-{i:05d}-of-00003.parquet": parquet(many[i::3], group=80) for i in range(3)}
+    script = {"README.md": b"# A data set\n", "script.py": b"import datasets"}
+    converted = {
+        "a/partial-train/0000.parquet": parquet(stories[:40]),
+        "a/partial-train/0001.parquet": parquet(stories[40:60]),
+        "a/valid/0000.parquet": parquet(stories[50:70]),
+        "b/train/0000.parquet": parquet(["Not this."]),
+    }
+    lines = {
+        "README.md": card(default={"train": "x/*.jsonl"}),
+        "x/0.jsonl": jsonl(many[:2400]),
+        "x/1.jsonl": jsonl(many[2400:]),
+    }
+    body = """
+        import sys
+        from pathlib import Path
+        from recipe.cli import UserError
+        from recipe.data import documents, tokens
+        from recipe.data.prepare import PrepareArgs, prepare
+        tokens.JOURNAL_SECONDS = 0.0
+        documents.REMOTE_PART_BYTES = 30_000
+        for line in sys.stdin:
+            name, source, *more = line.split()
+            try:
+                prepare(PrepareArgs(source, Path(name) / "data", tokenizer_dir=Path("tokenizer"), val_fraction=0.1,
+                                    num_workers=2 if name == "plain" else 0,
+                                    max_documents=int(more[0]) if more else None))
+            except UserError as error:
+                print("error:", error)
+            print("END", flush=True)
+        """
+    (tmp_path / "script.py").write_text(textwrap.dedent(body))
+    with serve(
+        {
+            "org/plain": {"main": plain},
+            "org/script": {"main": script, "refs/convert/parquet": converted},
+            "org/lines": {"main": lines},
+            "org/none": {"main": script | {"none.py": b"x"}},
+        }
+    ) as server:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "script.py"],
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+        def say(*words: object) -> str:
+            server.sent.clear()
+            server.requests.clear()
+            assert process.stdin and process.stdout
+            process.stdin.write(" ".join(map(str, words)) + "\n")
+            process.stdin.flush()
+            return "".join(iter(process.stdout.readline, "END\n"))
+
+        def both(name: str) -> list[str]:
+            (tmp_path / name / "tokenizer").exists() or (tmp_path / name / "tokenizer").symlink_to(
+                tmp_path / "tokenizer"
+            )
+            return decoded(tmp_path / name / "data", "train") + decoded(tmp_path / name / "data", "val")
+
+        # The connection is lost half-way; the Hub's files change; the same command goes on, with the files from before.
+        journal = tmp_path / "plain/data/tokens/.building/splits/train-val.json"
+        server.hangs_up = lambda: journal.exists() and json.loads(journal.read_text())["parts"] >= 5
+        assert "same command goes on" in say("plain", "hf:org/plain")
+        assert manifest.read(tmp_path / "plain/data") is None
+        done = json.loads(journal.read_text())["parts"]
+        server.hangs_up = lambda: False
+        server.push("org/plain", "main", {"data/train-00000-of-00001.parquet": parquet(["Another."])})
+        assert "Going on where" in say("plain", "hf:org/plain")
+        assert sorted(both("plain")) == sorted(many)
+        assert 5 <= done < 36
+        assert "nothing to do" in say("plain", "hf:org/plain") and server.requests == []
+        # Two configs of a script.
+        assert "has the configs a, b; name one" in say("script", "hf:org/script")
+        said = say("script", "hf:org/script:a")
+        assert "only the beginning" in said and "10 training documents left out" in said
+        assert both("script") == stories[:50] + stories[50:70]
+        assert "has the configs a, b; name one" in say("other", "hf:org/script:c")
+        assert "parquet of it" in say("none", "hf:org/none")
+        # The first lines of the first file, and no more.
+        assert "Prepared" in say("lines", "hf:org/lines", 100)
+        assert sorted(both("lines")) == sorted(many[:100])
+        assert "x/1.jsonl" not in server.sent
+        assert process.stdin
+        process.stdin.close()
+        assert process.wait() == 0
+
+
+# --- messages ---
+
+
+def test_what_a_dataset_lacks_is_named(
+    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    two = {
+        "README.md": card(a={"train": "a.parquet"}, b={"train": "b.parquet"}),
+        "a.parquet": parquet(stories),
+        "b.parquet": parquet(stories),
+    }
+    numbers = io.BytesIO()
+    pq.write_table(pa.table({"n": [1, 2]}), numbers)
+    for name, files, source, message in (
+        (
+            "two",
+            two,
+            "hf:org/two",
+            r"has the configs \['a', 'b'\], and none is named; name one: --source hf:org/two:CONFIG",
+        ),
+        ("two", two, "hf:org/two:c", r"has the configs \['a', 'b'\], but no 'c'"),
+        ("test", {"test.parquet": parquet(stories)}, "hf:org/test", "no split called train, but test"),
+        ("csv", {"train.csv": b"text\na\n"}, "hf:org/csv", r"neither \.parquet nor plain \.jsonl"),
+        ("number", {"train.parquet": numbers.getvalue()}, "hf:org/number", r"'n'.* called 'text'.*--text_column"),
+        ("broken", {"train.parquet": b"PAR1"}, "hf:org/broken", "cannot be read as parquet"),
+        ("empty", {"train.parquet": parquet(["", None])}, "hf:org/empty", "no text for train"),
+    ):
+        lay(tmp_path / "org" / name, files)
+        with pytest.raises(UserError, match=message):
+            run(source=source)
+        assert not (tmp_path / "data").exists(), name
+    for source in ("hf:", "hf:org", "hf:org/name/more", "hf:org/name:", "hf:a b/c"):
+        with pytest.raises(UserError, match="expected hf:ORG/NAME"):
+            run(source=source)
+    with pytest.raises(UserError, match=r"(?s)no such.*fineweb-edu.*10 B GPT-2 tokens.*hf:ORG/NAME"):
+        run(source="fineweb")
+    run(source="hf:org/two:b", text_column="text", val_fraction=0.3)
+    assert len(decoded(tmp_path / "data", "train") + decoded(tmp_path / "data", "val")) == len(stories)
