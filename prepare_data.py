@@ -2,10 +2,23 @@
 
     uv run python prepare_data.py                                          # TinyStories, GPT-2's tokenizer
     uv run python prepare_data.py --source sample --tokenizer train        # built-in stories: no network needed
+    uv run python prepare_data.py --source fineweb-edu --data_dir data/fineweb-edu
+    uv run python prepare_data.py --source hf:ORG/NAME:CONFIG --text_column body --data_dir data/theirs
     uv run python prepare_data.py --source my_texts/ --data_dir data/mine  # .txt, .jsonl or .parquet
 
-Text goes into DATA_DIR/train and DATA_DIR/val, tokens into DATA_DIR/tokens, the tokenizer into TOKENIZER_DIR. Text that
-already lies in train/ and val/ is tokenized as it lies. Called again, it builds anew only what changed.
+Corpora by name, all but the first from the Hugging Face Hub:
+
+    sample         20 MB of short children's stories, made here
+    tinystories    2.1 million short stories, 1.9 GB
+    shakespeare    Shakespeare's plays, 1 MB
+    wikitext-103   28,000 articles of Wikipedia, 0.5 GB
+    openwebtext    8.0 million web pages, 9.0 B GPT-2 tokens
+    fineweb-edu    its sample-10BT: 9.7 million web pages, 10 B GPT-2 tokens, 28 GB of parquet
+
+From the Hub text comes in a stream: tokens go into DATA_DIR/tokens, nothing else (--keep_text keeps the text too). Your
+own text and the sample's go into DATA_DIR/train and DATA_DIR/val beside them, the tokenizer into TOKENIZER_DIR. Text
+that already lies in train/ and val/ is tokenized as it lies. Called again, it builds anew only what changed;
+interrupted, the same command goes on where it was.
 """
 
 if __name__ == "__main__":

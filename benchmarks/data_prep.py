@@ -11,21 +11,19 @@ Writes benchmarks/results/data_prep.json.
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import circumstances, peak_memory
+
 MARK = "<|endoftext|>"
 FILES = 8  # TextFiles divides its work by files
 OUTPUTS = {"TextFiles": ("train/train", "val/val"), "ours": ("tokens/train", "tokens/val")}
@@ -71,15 +69,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     same = documents["TextFiles"] == documents["ours"]
     tokens = sum(map(len, documents["ours"])) // 4
     return {
-        "command": " ".join(["python", "benchmarks/data_prep.py", *sys.argv[1:]]),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        **circumstances(" ".join(["python", "benchmarks/data_prep.py", *sys.argv[1:]]), PACKAGES),
         "text_bytes": text_bytes,
         "documents": len(documents["ours"]),
         "tokens": tokens,
@@ -133,36 +123,20 @@ def make_tokenizer(args: argparse.Namespace, folder: Path) -> None:
 
 def timed_process(way: str, folder: Path) -> tuple[float, float, float]:
     """Seconds of the whole process, seconds after its imports, peak memory of it and its children in bytes."""
-    import psutil
-
     for place in OUTPUTS[way]:
         shutil.rmtree(folder / place, ignore_errors=True)
     command = [sys.executable, __file__, "--run", way, "--folder", str(folder)]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
-    peak = [0.0]
-
-    def watch() -> None:
-        while process.poll() is None:
-            try:
-                family = [psutil.Process(process.pid)]
-                family += family[0].children(recursive=True)
-                peak[0] = max(peak[0], sum(member.memory_info().rss for member in family))
-            except psutil.Error:
-                pass
-            time.sleep(0.2)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    output, _ = process.communicate()
-    whole = time.perf_counter() - started
-    watcher.join()
+    with peak_memory(process) as peak:
+        output, _ = process.communicate()
+        whole = time.perf_counter() - started
     lines = [line for line in output.splitlines() if line.startswith("SECONDS ")]
     if process.returncode or not lines:
         sys.exit(f"{way} failed:\n{output}")
     inside = float(lines[-1].split()[1])
     print(f"{way}: {whole:.2f} s, {inside:.2f} s of them after its imports", flush=True)
-    return whole, inside, peak[0]
+    return whole, inside, peak["all"]
 
 
 def run(way: str, folder: Path) -> None:
@@ -209,15 +183,6 @@ def read_documents(way: str, folder: Path) -> list[bytes]:
             if len(words):
                 documents.append(piece[words[0] : words[-1] + 1].tobytes())
     return sorted(documents)
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table(result: dict) -> str:

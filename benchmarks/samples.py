@@ -12,7 +12,6 @@ import operator
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import commit, cpu_name
 from recipe.cli import UserError, run_door
 
 PACKAGES = ("torch", "litgpt", "lightning", "tokenizers")
@@ -147,21 +147,6 @@ def longest_run(words: list[str], corpus: str) -> list[str]:
                 break
             best = longer
     return best
-
-
-def commit() -> str:
-    """The commit that was checked out, marked where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

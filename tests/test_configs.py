@@ -9,6 +9,7 @@ from litgpt import GPT, Config
 
 from custom_moe import MoE, use_custom_moe
 from recipe.cli import UserError
+from recipe.data.corpora import CORPORA
 from recipe.flops import count_parameters, training_flops_per_token
 from recipe.settings import PROJECT, check, parse_run
 
@@ -103,6 +104,7 @@ def test_a_runs_comment_is_true(path: Path) -> None:
     settings, text = run.settings, comment(path)
     check(settings, run.optimizer)
     assert f"uv run python run_train.py --config {path.relative_to(PROJECT).as_posix()}" in text
+    assert settings.prepare.source in CORPORA
     assert settings.out_dir == Path("checkpoints", path.stem)  # runs never meet in one folder
     if path.parent.name != "runs":
         return

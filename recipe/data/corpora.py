@@ -6,39 +6,44 @@ A new corpus is one entry in ``CORPORA``.
 import hashlib
 import json
 import os
+import re
 import shutil
-import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from recipe.cli import UserError, nearest
 from recipe.data import manifest
-from recipe.data.documents import END_OF_TEXT, PartText, Rules, documents_of, part_text, parts, read, text_files
+from recipe.data.documents import (
+    END_OF_TEXT,
+    Part,
+    PartText,
+    Rules,
+    documents_of,
+    first_documents,
+    part_text,
+    parts,
+    read,
+    text_files,
+)
+from recipe.data.files import HUB, Location, in_short, is_remote, suffix
 from recipe.data.manifest import SPLITS, FileRecord, Settings
-from recipe.data.tokenizers import OFFLINE_WAYS, in_short
+from recipe.data.tokenizers import OFFLINE_WAYS
 
 SHARD_BYTES = 16 << 20  # of text a file: stock LitGPT's TextFiles holds a whole file in memory, at 180 times its size
 SAMPLE_BYTES = 20 << 20
 VALIDATION_FOLDERS = ("val", "validation", "valid")
+PARQUET_BRANCH = "refs/convert/parquet"  # where the Hub puts its own conversion of a dataset
 INCOMING = ".incoming"  # text on its way, below data_dir
 
+FOOTERS_AT_ONCE = 16  # requests to the Hub
+
 OnProgress = Callable[[int, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class OpenCorpus:
-    """A corpus that is there."""
-
-    location: str
-    """What exactly it is, for the manifest."""
-    documents: dict[str, Callable[[], Iterator[str]]]
-    """For each split (``val`` may be missing) what iterates over its documents."""
-    size: int | None
-    """Bytes of text, about, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,70 @@ class Stories:
     """The built-in corpus: made here, from a seed."""
 
     about: str
+    location = "generate_stories(seed=0)"
+    val_fraction = 0.1
 
-    def open(self) -> OpenCorpus:
+    def documents(self) -> Iterator[str]:
         """Needs nothing."""
         from recipe.data.stories import generate_stories
 
-        def documents() -> Iterator[str]:
-            size = 0
-            for story in generate_stories():
-                yield story
-                size += len(story.encode())
-                if size >= SAMPLE_BYTES:
-                    return
+        size = 0
+        for story in generate_stories():
+            yield story
+            size += len(story.encode())
+            if size >= SAMPLE_BYTES:
+                return
 
-        return OpenCorpus("generate_stories(seed=0)", {"train": documents}, SAMPLE_BYTES)
+
+@dataclass(frozen=True)
+class Files:
+    """A source that is there: files by split."""
+
+    location: str
+    """What exactly it is, for the manifest."""
+    files: dict[str, list[Location]]
+    """``train``, and ``val`` where the source has validation text of its own."""
+    records: dict[str, tuple[FileRecord, ...]]
+    """The same, as they are noted."""
+    column: str | None = None
+    articles: bool = False
+    """See ``documents.Part``."""
+    revision: str | None = None
+    """What ``HubDataset.open`` takes to find the same files again."""
+    _known: dict[str, list[Part]] = field(default_factory=dict)
+    """Parts that were asked for: on the Hub they follow from the files alone."""
+
+    def parts(self, split: str, rules: Rules, *, may_cut: bool, lazily: bool = False) -> Iterable[Part]:
+        """The parts of a split's files; lazily: a file is asked for its parts when those before it are used up."""
+        files, into = self.files[split], split if "val" in self.files else None
+
+        def parts_of(i: int) -> list[Part]:
+            rest = tuple(files[i + 1 :]) if self.articles else None
+            found = list(parts(files[i], rules, into, may_cut=may_cut, articles=rest))
+            return [replace(part, opens=(i, part.start) == (0, 0)) for part in found] if self.articles else found
+
+        if lazily or not any(map(is_remote, files)):
+            return (part for i in range(len(files)) for part in parts_of(i))
+        if split not in self._known:
+            self._known[split] = self._all_parts(parts_of, len(files))
+        return self._known[split]
+
+    def _all_parts(self, parts_of: Callable[[int], list[Part]], number: int) -> list[Part]:
+        if number > 1:
+            print(f"Asking {number} files of the Hub how they are divided")
+        said = time.monotonic()
+        found: list[Part] = []
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            try:
+                for i, more in enumerate(pool.map(parts_of, range(number)), 1):
+                    found += more
+                    if time.monotonic() - said >= 10:
+                        said = time.monotonic()
+                        print(f"  {i} of {number} files", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return found
 
 
 @dataclass(frozen=True)
@@ -69,64 +124,167 @@ class HubDataset:
     about: str
     path: str
     """``owner/name`` on the Hub."""
-    column: str = "text"
     config: str | None = None
-    train: str = "train"
-    validation: str | None = "validation"
-    """The Hub's name of the split; None where it has no validation text."""
+    column: str | None = "text"
+    """None: ``text``, or the only column with text."""
+    val_fraction: float = 0.01
+    """Where it has no validation text."""
+    articles: bool = False
+    """Its rows are lines of articles (WikiText)."""
 
-    def open(self) -> OpenCorpus:
-        """Asks the Hub for the revision: one short question, so that a missing network shows at once."""
+    def open(self, settings: Settings, revision: str | None = None) -> Files:
+        """Finds its files; on the Hub that begins with one short question, so that a missing network shows at once.
+
+        Args:
+            settings: ``text_column`` goes before the corpus's own.
+            revision: of an earlier ``Files``, to find the same ones; the newest where the Hub no longer has it.
+
+        Raises:
+            UserError: without a network, for a dataset that cannot be read or has no such config.
+        """
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        revision = None
-        if not Path(self.path).is_dir():
-            import huggingface_hub
-
-            try:
-                revision = huggingface_hub.HfApi().dataset_info(self.path, timeout=10).sha
-            except Exception as error:  # the transport has many ways to say that there is no network
-                raise UserError(
-                    f"{self.path} cannot be had from the Hugging Face Hub ({in_short(error)}).\n{OFFLINE_WAYS}"
-                ) from None
-        names = {"train": self.train, **({"val": self.validation} if self.validation else {})}
-        return OpenCorpus(
-            f"{self.path}@{revision}" if revision else self.path,
-            {split: partial(self._documents, name, revision) for split, name in names.items()},
-            self._size(names.values(), revision),
-        )
-
-    def _size(self, splits: Iterable[str], revision: str | None) -> int | None:
-        """What the dataset's card says, which need not say anything."""
-        import datasets
-
-        try:
-            known = datasets.load_dataset_builder(self.path, self.config, revision=revision).info.splits or {}
-            return sum(known[split].num_bytes for split in splits)
-        except Exception:  # only the time left depends on it
-            return None
-
-    def _documents(self, split: str, revision: str | None) -> Iterator[str]:
-        import datasets
+        import datasets  # here alone: it takes seconds
 
         datasets.disable_progress_bars()
+        if Path(self.path).is_dir():
+            location, branch, sha = Path(self.path).name, "", None
+            found = self._find(None)
+        else:
+            branch, _, pinned = (revision or "").rpartition("@")
+            sha = self._ask(pinned or branch or None, newest=branch or None)
+            found = None if branch else self._find(sha)
+            if found is None and not branch:
+                branch, sha = PARQUET_BRANCH, self._ask(PARQUET_BRANCH)
+            location = f"{self.path}@{sha}"
+        if found is None:
+            found = self._find_converted(str(sha))
+        files = {split: found[name] for split, name in self._splits(found).items()}
+        records = {split: self._records(paths, sha) for split, paths in files.items()}
+        pin = f"{branch}@{sha}" if branch else sha
+        return Files(location, files, records, settings.text_column or self.column, self.articles, pin)
+
+    def _ask(self, revision: str | None, newest: str | None = None) -> str:
+        """The commit that a revision is; where it is gone (a history made short), the newest."""
+        import huggingface_hub
+        from huggingface_hub.errors import RevisionNotFoundError
+
         try:
-            rows = datasets.load_dataset(self.path, self.config, split=split, revision=revision, streaming=True)
-            for row in rows:
-                if self.column not in row:
-                    raise UserError(f"{self.path} has no column {self.column!r}, but {', '.join(map(repr, row))}.")
-                yield row[self.column] or ""
-        except UserError:
-            raise
-        except Exception as error:  # as many ways to lose a connection half-way, or to get a broken file
-            raise UserError(f"{self.path} could not be read to its end ({in_short(error)}).\n{OFFLINE_WAYS}") from None
+            return str(huggingface_hub.HfApi().dataset_info(self.path, revision=revision, timeout=10).sha)
+        except RevisionNotFoundError:
+            if revision in (None, newest, PARQUET_BRANCH):
+                raise UserError(self._unreadable("and the Hub has no parquet of it")) from None
+            return self._ask(newest)
+        except Exception as error:  # the transport has many ways to say that there is no network
+            raise UserError(
+                f"{self.path} cannot be had from the Hugging Face Hub ({in_short(error)}).\n{OFFLINE_WAYS}"
+            ) from None
+
+    def _unreadable(self, why: str) -> str:
+        return (
+            f"{self.path} holds neither .parquet nor plain .jsonl files, {why}. Name another dataset, or bring its "
+            "text into one of these forms and name the files: --source PATH."
+        )
+
+    def _find(self, sha: str | None) -> dict[str, list[Location]] | None:
+        """The files of each split by the dataset's card and the Hub's conventions; None where they can't be read."""
+        import datasets
+
+        try:
+            config = datasets.load_dataset_builder(self.path, self.config, revision=sha).config
+        except ValueError as error:  # no such config, or several and none named
+            known = re.search(r"\[.*?\]", str(error))
+            if not known or "onfig" not in str(error):
+                raise UserError(f"{self.path} cannot be read ({in_short(error)}).") from None
+            raise UserError(
+                f"{self.path} has the configs {known.group()}, "
+                + (f"but no {self.config!r}" if self.config else "and none is named")
+                + f"; name one: --source hf:{self.path}:CONFIG"
+            ) from None
+        except RuntimeError:  # a script, which the datasets library no longer runs
+            return None
+        except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError):
+            return None
+        except Exception as error:
+            raise UserError(f"{self.path} cannot be had ({in_short(error)}).\n{OFFLINE_WAYS}") from None
+        files = {str(split): [str(file) for file in found] for split, found in (config.data_files or {}).items()}
+        if not files or any(suffix(file) not in (".parquet", ".jsonl") for found in files.values() for file in found):
+            if sha is None:
+                raise UserError(self._unreadable("and a folder here has no converted ones"))
+            return None
+        return {split: [file if is_remote(file) else Path(file) for file in found] for split, found in files.items()}
+
+    def _find_converted(self, sha: str) -> dict[str, list[Location]]:
+        """The files of each split in the Hub's own conversion to parquet, CONFIG/SPLIT/NNNN.parquet."""
+        from huggingface_hub import HfApi
+
+        configs: dict[str, dict[str, list[Location]]] = {}
+        for entry in sorted(HfApi().list_repo_files(self.path, revision=sha, repo_type="dataset")):
+            config, *middle, name = entry.split("/")
+            if len(middle) == 1 and suffix(name) == ".parquet":
+                split = middle[0].removeprefix("partial-")
+                configs.setdefault(config, {}).setdefault(split, []).append(f"{HUB}datasets/{self.path}@{sha}/{entry}")
+                if split != middle[0] and split == "train" and name.startswith("0000."):
+                    print(
+                        f"Of {self.path} the Hub has only the beginning as parquet ({config}/{middle[0]}): it is taken."
+                    )
+        wanted = self.config or ("default" if "default" in configs else next(iter(configs), ""))
+        if wanted not in configs or (self.config is None and wanted != "default" and len(configs) > 1):
+            if not configs:
+                raise UserError(self._unreadable("and the Hub has no parquet of it"))
+            raise UserError(
+                f"{self.path} has the configs {', '.join(configs)}; name one: --source hf:{self.path}:CONFIG"
+            )
+        return configs[wanted]
+
+    def _splits(self, found: dict[str, list[Location]]) -> dict[str, str]:
+        """Our name of a split to the dataset's; a test split is never taken."""
+        if "train" not in found:
+            raise UserError(f"{self.path} has no split called train, but {', '.join(found)}; name another dataset.")
+        validation = next((name for name in ("validation", "valid", "val", "dev") if name in found), None)
+        return {"train": "train", **({"val": validation} if validation else {})}
+
+    def _records(self, files: list[Location], sha: str | None) -> tuple[FileRecord, ...]:
+        if sha is None:
+            folder = Path(self.path).resolve()
+            found = [manifest.record(Path(file).resolve(), folder) for file in files]
+            return tuple(replace(entry, path=f"{folder.name}/{entry.path}", mtime_ns=0) for entry in found)
+        from huggingface_hub import HfApi
+
+        prefix = f"{HUB}datasets/{self.path}@{sha}/"
+        names, sizes = [str(file).removeprefix(prefix) for file in files], {}
+        for some in (names[i : i + 500] for i in range(0, len(names), 500)):
+            for entry in HfApi().get_paths_info(self.path, some, revision=sha, repo_type="dataset"):
+                sizes[entry.path] = getattr(entry, "size", 0)
+        return tuple(
+            FileRecord(
+                f"{self.path}@{sha}/{name}", sizes[name], 0, sha256(f"{self.path}@{sha}/{name}".encode()).hexdigest()
+            )
+            for name in names
+        )
 
 
 Corpus = Stories | HubDataset
 CORPORA: dict[str, Corpus] = {
     "sample": Stories("20 MB of short children's stories, made here: no network needed"),
     "tinystories": HubDataset("2.1 million short stories, 1.9 GB (Eldan & Li 2023)", "roneneldan/TinyStories"),
+    "shakespeare": HubDataset("Shakespeare's plays, 1 MB", "karpathy/tiny_shakespeare"),
+    "wikitext-103": HubDataset(
+        "28,000 articles of Wikipedia, 0.5 GB", "Salesforce/wikitext", "wikitext-103-v1", articles=True
+    ),
+    "openwebtext": HubDataset(
+        "8.0 million web pages, 9.0 B GPT-2 tokens, what GPT-2 was trained on, made again",
+        "Skylion007/openwebtext",
+        val_fraction=0.0005,
+    ),
+    "fineweb-edu": HubDataset(
+        "9.7 million educational web pages, 10 B GPT-2 tokens (28 GB of parquet)",
+        "HuggingFaceFW/fineweb-edu",
+        "sample-10BT",
+        val_fraction=0.001,
+    ),
 }
 DEFAULT = "tinystories"
+HUB_NAME = re.compile(r"hf:(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?")
 
 
 @dataclass(frozen=True)
@@ -142,6 +300,14 @@ class TextOrigin:
     """What was written, for each split."""
     empty_documents: int
     """Left out."""
+    held_out: int = 0
+    """Training documents left out, since they also stand in the validation text."""
+
+
+def known_corpora() -> str:
+    """The names, a line each."""
+    lines = [f"  {name:12} {corpus.about}" for name, corpus in CORPORA.items()]
+    return "\n".join([*lines, "  hf:ORG/NAME[:CONFIG]  any dataset of the Hugging Face Hub with a column of text"])
 
 
 def find(source: str) -> Corpus | Path:
@@ -152,15 +318,18 @@ def find(source: str) -> Corpus | Path:
     """
     if source in CORPORA:
         return CORPORA[source]
+    if source.startswith("hf:"):
+        if not (named := HUB_NAME.fullmatch(source)):
+            raise UserError(f"--source {source}: expected hf:ORG/NAME or hf:ORG/NAME:CONFIG, as the Hub calls them.")
+        return HubDataset("a dataset of the Hub", named["path"], named["config"], column=None)
     path = Path(source)
     if path.exists():
         return path
     likely = nearest(source, CORPORA)
-    known = "\n".join(f"  {name:12} {corpus.about}" for name, corpus in CORPORA.items())
     raise UserError(
         f"--source {source}: no such file, folder or corpus."
         + (f" Did you mean {likely}?" if likely else "")
-        + f" Known corpora:\n{known}\nor a .txt, .jsonl or .parquet file, or a folder of them."
+        + f" Known corpora:\n{known_corpora()}\nor a .txt, .jsonl or .parquet file, or a folder of them."
     )
 
 
@@ -209,10 +378,10 @@ def write_text(
     incoming = data_dir / INCOMING
     shutil.rmtree(incoming, ignore_errors=True)
     try:
-        if isinstance(found, Path):
-            origin = _write_files(found, source, incoming, settings, on_progress)
+        if isinstance(found, Stories):
+            origin = _write_stories(found, source, incoming, settings, on_progress)
         else:
-            origin = _write_corpus(found.open(), source, incoming, settings, on_progress)
+            origin = _write_files(found, source, incoming, settings, on_progress)
         for split in SPLITS:
             if not origin.text.get(split):
                 raise UserError(_no_text(source, split, origin.settings))
@@ -251,6 +420,7 @@ def read_origin(data_dir: Path) -> TextOrigin | None:
             tuple(FileRecord(**entry) for entry in values["source_files"]),
             {split: tuple(FileRecord(**entry) for entry in entries) for split, entries in values["text"].items()},
             values["empty_documents"],
+            values.get("held_out", 0),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -295,50 +465,46 @@ class TextWriter:
         self._file, self._size, self._digest = None, 0, hashlib.sha256()
 
 
-def _write_files(path: Path, source: str, incoming: Path, settings: Settings, on_progress: OnProgress) -> TextOrigin:
-    files = source_files(path)
-    own_validation = "val" in files
-    settings = replace(settings, val_fraction=None if own_validation else settings.val_fraction)
-    base = path.parent if path.is_file() else path
+def _write_files(
+    found: HubDataset | Path, source: str, incoming: Path, settings: Settings, on_progress: OnProgress
+) -> TextOrigin:
+    if isinstance(found, Path):
+        own: dict[str, list[Location]] = {split: list(paths) for split, paths in source_files(found).items()}
+        files = Files(str(found.resolve()), own, {}, settings.text_column)
+        name, base = "files", found.parent if found.is_file() else found
+    else:
+        files, name = found.open(settings), source
+    settings = replace(settings, val_fraction=None if "val" in files.files else settings.val_fraction)
+    limit = settings.max_documents
 
     def contents(cut: bool) -> Iterator[PartText]:
-        rules = Rules(settings.document_separator, settings.text_column, settings.val_fraction, cut)
-        for split, paths in files.items():
-            left = (settings.max_documents or sys.maxsize) * (2 if cut else 1)  # cut documents come in two
-            for file in paths:
-                for part in parts(file, rules, split if own_validation else None, may_cut=True):
-                    text = read(part, rules)
-                    yield _first_documents(text, left)
-                    left -= sum(piece.closes for piece in text.pieces)
-                    if left <= 0:
-                        break
-                if left <= 0:
-                    break
+        rules = Rules(settings.document_separator, files.column, settings.val_fraction, cut)
+        held_out: set[int] = set()
+        for split in sorted(files.files, reverse=True):  # validation first: its documents are left out of the others
+            todo = files.parts(split, rules, may_cut=True, lazily=limit is not None)
+            texts = (text for part in todo for text in read(part, rules, held_out))
+            for text in texts if limit is None else first_documents(texts, limit * (2 if cut else 1)):  # cut: in two
+                held_out.update(text.hashes)
+                yield text
 
-    total = sum(file.stat().st_size for paths in files.values() for file in paths)
-    text, empty = _write_splits(contents, incoming, settings, on_progress, total)
-    records = tuple(manifest.record(file, base) for paths in files.values() for file in paths)
-    return TextOrigin("files", str(path.resolve()), settings, records, text, empty)
-
-
-def _first_documents(text: PartText, number: int) -> PartText:
-    ends = [i for i, piece in enumerate(text.pieces, 1) if piece.closes]
-    return text if len(ends) <= number else text._replace(pieces=text.pieces[: ends[number - 1]])
+    total = sum(Path(file).stat().st_size for some in files.files.values() for file in some if not is_remote(file))
+    text, empty, left_out = _write_splits(contents, incoming, settings, on_progress, total or None)
+    if isinstance(found, Path):
+        records = tuple(manifest.record(Path(file), base) for some in files.files.values() for file in some)
+    else:
+        records = tuple(entry for some in files.records.values() for entry in some)
+    return TextOrigin(name, files.location, settings, records, text, empty, left_out)
 
 
-def _write_corpus(
-    corpus: OpenCorpus, source: str, incoming: Path, settings: Settings, on_progress: OnProgress
+def _write_stories(
+    corpus: Stories, source: str, incoming: Path, settings: Settings, on_progress: OnProgress
 ) -> TextOrigin:
-    own_validation = "val" in corpus.documents
-    settings = replace(settings, val_fraction=None if own_validation else settings.val_fraction)
-
     def contents(cut: bool) -> Iterator[PartText]:
         rules = Rules(val_fraction=settings.val_fraction, cut=cut)
-        for split, documents in corpus.documents.items():
-            for row in islice(documents(), settings.max_documents):
-                yield part_text(documents_of(row), rules, split if own_validation else None)
+        for story in islice(corpus.documents(), settings.max_documents):
+            yield part_text(documents_of(story), rules, None)
 
-    text, empty = _write_splits(contents, incoming, settings, on_progress, corpus.size)
+    text, empty, _ = _write_splits(contents, incoming, settings, on_progress, SAMPLE_BYTES)
     return TextOrigin(source, corpus.location, settings, (), text, empty)
 
 
@@ -348,14 +514,15 @@ def _write_splits(
     settings: Settings,
     on_progress: OnProgress,
     total: int | None,
-) -> tuple[dict[str, tuple[FileRecord, ...]], int]:
-    """Writes both splits; returns their files and how many empty documents were left out."""
+) -> tuple[dict[str, tuple[FileRecord, ...]], int, int]:
+    """Writes both splits; returns their files, how many empty documents were left out, and how many held out."""
     for cut in (False, True):
         writers = {split: TextWriter(incoming, split) for split in SPLITS}
-        documents = size = empty = 0
+        documents = size = empty = left_out = 0
         try:
             for text in contents(cut):
                 empty += text.empty
+                left_out += text.held_out
                 for piece in text.pieces:
                     writers[piece.split].write(piece.text, piece.closes)
                     documents += piece.closes
@@ -370,7 +537,7 @@ def _write_splits(
         if not cut:
             shutil.rmtree(incoming)
             print(few_documents(documents, settings.val_fraction))
-    return written, empty
+    return written, empty, left_out
 
 
 def few_documents(documents: int, val_fraction: float) -> str:

@@ -7,17 +7,22 @@ can read one file, and what a part holds never depends on how many processes the
 import json
 import mmap
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.cli import UserError
+from recipe.data.files import Location, Unfinished, is_remote, open_file, reading, suffix
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PART_BYTES = 1 << 20
+REMOTE_PART_BYTES = 8 << 20  # of a .jsonl on the Hub: each part is a request
 LONG_DOCUMENT_BYTES = 4 << 20  # a longer one is read in several parts
 HASHED_BYTES = 1 << 16  # of a document's beginning decide its split: enough to tell documents apart, and known at once
 
@@ -38,9 +43,9 @@ class Rules:
 
 @dataclass(frozen=True)
 class Part:
-    """What is read at once: bytes ``start`` to ``stop`` of a .txt or .jsonl, row groups of a .parquet."""
+    """What one process reads: bytes of a .txt, the lines of a .jsonl that begin there, row groups of a .parquet."""
 
-    path: Path
+    path: Location
     start: int
     stop: int
     column: str | None = None
@@ -51,6 +56,11 @@ class Part:
     opens: bool = True
     closes: bool = True
     """False at either end where a long document goes on in the part before or after."""
+    document: int | None = None
+    """The hash of such a long document."""
+    articles: tuple[Location, ...] | None = None
+    """None: a row of a .parquet is a document. Else rows are lines and a document is an article of WikiText, from its
+    heading to the next one: the files after this one, where the last article may go on."""
 
 
 class Piece(NamedTuple):
@@ -65,8 +75,10 @@ class PartText(NamedTuple):
     """What a part holds."""
 
     pieces: list[Piece]
-    empty: int  # documents without text, left out
-    marks: int  # ``<|endoftext|>`` inside a line: text like any other
+    empty: int = 0  # documents without text, left out
+    marks: int = 0  # ``<|endoftext|>`` inside a line: text like any other
+    held_out: int = 0  # training documents that also stand in the validation text, left out
+    hashes: Sequence[int] = ()  # of each validation document that ends here, where the file is validation text
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -88,10 +100,19 @@ def clean(text: str) -> str:
     return text.strip()
 
 
+def document_hash(text: str) -> int:
+    """What two documents have in common when they are the same: 64 bits of hash."""
+    return int.from_bytes(blake2b(text[:HASHED_BYTES].encode()[:HASHED_BYTES], digest_size=8).digest(), "big")
+
+
 def split_of(text: str, val_fraction: float) -> str:
     """``train`` or ``val``, by the document's own text alone: the same document is always in the same split."""
-    digest = blake2b(text[:HASHED_BYTES].encode()[:HASHED_BYTES], digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+    return split_of_hash(document_hash(text), val_fraction)
+
+
+def split_of_hash(document: int, val_fraction: float) -> str:
+    """See ``split_of``."""
+    return "val" if document < val_fraction * 2**64 else "train"
 
 
 def cut_document(text: str, val_fraction: float) -> tuple[str, str]:
@@ -122,7 +143,14 @@ def _separator_pattern(separator: str | None) -> str:
     return lines + r"[ \t]*"
 
 
-def parts(path: Path, rules: Rules, split: str | None, *, may_cut: bool) -> Iterator[Part]:
+def parts(
+    path: Location,
+    rules: Rules,
+    split: str | None,
+    *,
+    may_cut: bool,
+    articles: tuple[Location, ...] | None = None,
+) -> Iterator[Part]:
     """Divides a file.
 
     Args:
@@ -130,49 +158,83 @@ def parts(path: Path, rules: Rules, split: str | None, *, may_cut: bool) -> Iter
         rules: what ends a document, where the text is, how splits are made.
         split: the split of the whole file, None where the documents are to be split.
         may_cut: a long document may be divided between words and lines (its tokens are the same, divided or not).
+        articles: see ``Part``.
 
     Raises:
         UserError: for a .jsonl or .parquet file without text in it, or a broken one.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet_parts(path, rules, split)
-        return
-    if path.stat().st_size == 0:
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        begin = 3 if data[:3] == b"\xef\xbb\xbf" else 0
-        if suffix == ".jsonl":
-            yield from _jsonl_parts(path, data, begin, rules, split)
-        else:
-            yield from _txt_parts(path, data, begin, rules, split, may_cut)
+    with reading(path):
+        if suffix(path) == ".parquet":
+            yield from _parquet_parts(path, rules, split, articles)
+        elif suffix(path) == ".jsonl":
+            yield from _jsonl_parts(path, rules, split)
+        elif (path := Path(path)).stat().st_size:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                begin = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+                yield from _txt_parts(path, data, begin, rules, split, may_cut)
 
 
-def read(part: Part, rules: Rules) -> PartText:
-    """Reads a part.
+def read(part: Part, rules: Rules, held_out: Container[int] = ()) -> Iterator[PartText]:
+    """Reads a part, a little at a time: a row group of a .parquet may be long.
+
+    Args:
+        part: what to read.
+        rules: how it was divided.
+        held_out: hashes of documents that are left out of the training text.
 
     Raises:
         UserError: for text that is not UTF-8, for a broken line or row.
     """
-    suffix = part.path.suffix.lower()
-    if suffix == ".txt":
-        texts: Iterable[str] = _read_txt(part, rules)
-    else:
-        rows = _read_jsonl(part) if suffix == ".jsonl" else _read_parquet(part)
-        texts = (document for row in rows for document in (documents_of(row) if row else [""]))
-    found = part_text(texts, rules, part.split)
-    if found.pieces and not part.closes:
-        found.pieces[-1] = found.pieces[-1]._replace(closes=False)
-    return found
+    with reading(part.path):
+        if suffix(part.path) == ".txt":
+            found = part_text(_read_txt(part, rules), rules, part.split, held_out, part.document)
+            if found.pieces and not part.closes:
+                found.pieces[-1] = found.pieces[-1]._replace(closes=False)
+                found = found._replace(hashes=())
+            if found.held_out and not part.opens:
+                found = found._replace(held_out=0)  # counted where it opened
+            yield found
+            return
+        rows = _read_jsonl(part) if suffix(part.path) == ".jsonl" else _read_parquet(part)
+        for some in _batched(rows):
+            texts = (document for row in some for document in (documents_of(row) if row else [""]))
+            yield part_text(texts, rules, part.split, held_out)
 
 
-def part_text(texts: Iterable[str], rules: Rules, split: str | None) -> PartText:
-    """Documents, cleaned, with the split that each belongs to; empty ones are counted."""
+def _batched(rows: Iterator[str]) -> Iterator[list[str]]:
+    some, size = [], 0
+    for row in rows:
+        some.append(row)
+        size += len(row)
+        if size >= PART_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def part_text(
+    texts: Iterable[str],
+    rules: Rules,
+    split: str | None,
+    held_out: Container[int] = (),
+    document: int | None = None,
+) -> PartText:
+    """Documents, cleaned, with the split that each belongs to; empty ones and those held out are counted.
+
+    ``document`` is the hash of the one document that all of it is a part of.
+    """
     pieces: list[Piece] = []
-    empty = marks = 0
+    hashes: list[int] = []
+    empty = marks = left_out = 0
     for text in texts:
         if not text:
             empty += 1
+            continue
+        if split == "val":
+            hashes.append(document_hash(text) if document is None else document)
+        elif split == "train" and held_out and (document_hash(text) if document is None else document) in held_out:
+            left_out += 1
             continue
         marks += text.count(END_OF_TEXT)
         if split is not None or rules.val_fraction is None:
@@ -184,7 +246,18 @@ def part_text(texts: Iterable[str], rules: Rules, split: str | None) -> PartText
                 pieces.append(Piece(tail, "val", True))
         else:
             pieces.append(Piece(text, split_of(text, rules.val_fraction), True))
-    return PartText(pieces, empty, marks)
+    return PartText(pieces, empty, marks, left_out, hashes)
+
+
+def first_documents(texts: Iterable[PartText], number: int) -> Iterator[PartText]:
+    """No more than ``number`` documents, without reading further."""
+    for text in texts:
+        ends = [i for i, piece in enumerate(text.pieces, 1) if piece.closes]
+        if len(ends) >= number:
+            yield text._replace(pieces=text.pieces[: ends[number - 1]], hashes=text.hashes[:number])
+            return
+        number -= len(ends)
+        yield text
 
 
 # --- .txt ---
@@ -215,6 +288,8 @@ def _long_document(
 ) -> Iterator[Part]:
     """Parts of a single document; its split is settled here, since none of them holds all of it."""
     sections = [(begin, end, split)]
+    head = data[begin : min(begin + 8 * HASHED_BYTES, end)]
+    document = document_hash(clean(head.decode("utf-8", errors="ignore")))
     if split is None and rules.val_fraction is not None:
         if rules.cut:
             wanted = begin + round((end - begin) * (1 - rules.val_fraction))
@@ -223,8 +298,7 @@ def _long_document(
             middle = middle if middle < near else _cut_place(data, wanted, end)
             sections = [(begin, middle, "train"), (middle, end, "val")]
         else:
-            head = data[begin : begin + 8 * HASHED_BYTES].decode("utf-8", errors="ignore")
-            sections = [(begin, end, split_of(clean(head), rules.val_fraction))]
+            sections = [(begin, end, split_of_hash(document, rules.val_fraction))]
     for section_begin, section_end, section_split in sections:
         start = section_begin
         while start < section_end:
@@ -239,6 +313,7 @@ def _long_document(
                 split=section_split,
                 opens=start == section_begin,
                 closes=stop == section_end,
+                document=document,
             )
             start = stop
 
@@ -262,7 +337,9 @@ def _cut_place(data: mmap.mmap, start: int, end: int, blanks: bytes = b" \n") ->
 
 
 def _read_txt(part: Part, rules: Rules) -> Iterator[str]:
-    text = _decode(part.path, _bytes(part), part.start)
+    with open(part.path, "rb") as file:
+        file.seek(part.start)
+        text = _decode(part.path, file.read(part.stop - part.start), part.start)
     if not (part.opens and part.closes):  # of a single document, so no separator is in here
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         text = text.lstrip() if part.opens else text
@@ -277,26 +354,20 @@ def _read_txt(part: Part, rules: Rules) -> Iterator[str]:
     yield from documents
 
 
-def _bytes(part: Part) -> bytes:
-    with open(part.path, "rb") as file:
-        file.seek(part.start)
-        return file.read(part.stop - part.start)
-
-
-def _decode(path: Path, data: bytes, offset: int) -> str:
+def _decode(path: Location, data: bytes, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start} (line "
             f"{_line_number(path, offset + error.start)}) cannot be read; expected text in UTF-8. Convert it, for "
-            f"instance from Latin-1: iconv -f ISO-8859-1 -t UTF-8 {path.name} > utf8.txt"
+            f"instance from Latin-1: iconv -f ISO-8859-1 -t UTF-8 {Path(path).name} > utf8.txt"
         ) from None
 
 
-def _line_number(path: Path, offset: int) -> int:
+def _line_number(path: Location, offset: int) -> int:
     number = 1
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while offset > 0 and (block := file.read(min(offset, 1 << 20))):
             number += block.count(b"\n")
             offset -= len(block)
@@ -306,25 +377,40 @@ def _line_number(path: Path, offset: int) -> int:
 # --- .jsonl ---
 
 
-def _jsonl_parts(path: Path, data: mmap.mmap, begin: int, rules: Rules, split: str | None) -> Iterator[Part]:
+def _jsonl_parts(path: Location, rules: Rules, split: str | None) -> Iterator[Part]:
+    with open_file(path) as file:
+        size = file.seek(0, 2)
     column = rules.text_column
-    size = len(data)
     if column is None:
-        start = begin
-        while start < size and column is None:
-            stop = data.find(b"\n", start) + 1 or size
-            if line := data[start:stop].strip():
-                column = _text_column(path, _json_row(path, line, start))
-            start = stop
-    while begin < size:
-        end = size if begin + PART_BYTES >= size else data.find(b"\n", begin + PART_BYTES) + 1 or size
+        lines = ((offset, line) for offset, line in _lines(Part(path, 0, size), first=1 << 16) if line.strip())
+        column = next((_text_column(path, _json_row(path, line, offset)) for offset, line in lines), None)
+    step = REMOTE_PART_BYTES if is_remote(path) else PART_BYTES
+    for begin in range(0, size, step):
+        end = min(size, begin + step)
         yield Part(path, begin, end, column=column, size=end - begin, split=split)
-        begin = end
+
+
+def _lines(part: Part, first: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in a part, each with its place; the ``first`` bytes (None: all) are read at once."""
+    with open_file(part.path) as file:
+        offset = max(part.start - 1, 0)  # one byte early: it tells whether a line begins at the start
+        file.seek(offset)
+        data, skip, step = b"", part.start > 0, min(first or part.stop, part.stop - offset)
+        while offset < part.stop and not (skip and offset + len(data) >= part.stop):
+            more = file.read(step)
+            *lines, data = (data + more).split(b"\n") if more else (data, b"")
+            for line in lines:
+                if not skip and offset < part.stop:
+                    yield offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+                skip = False
+                offset += len(line) + 1
+            if not more:
+                return
+            step = 2 * step if not lines else first or 1 << 16
 
 
 def _read_jsonl(part: Part) -> Iterator[str]:
-    offset = part.start
-    for line in _bytes(part).split(b"\n"):
+    for offset, line in _lines(part):
         if line.strip():
             row = _json_row(part.path, line, offset)
             if part.column not in row:
@@ -333,10 +419,9 @@ def _read_jsonl(part: Part) -> Iterator[str]:
                     f"{', '.join(map(repr, row))}); --text_column names the field that holds the text."
                 )
             yield _text_of(row[part.column], part.path, offset)
-        offset += len(line) + 1
 
 
-def _json_row(path: Path, line: bytes, offset: int) -> dict[str, Any]:
+def _json_row(path: Location, line: bytes, offset: int) -> dict[str, Any]:
     try:
         row = json.loads(_decode(path, line, offset))
     except json.JSONDecodeError as error:
@@ -352,7 +437,7 @@ def _json_row(path: Path, line: bytes, offset: int) -> dict[str, Any]:
     return row
 
 
-def _text_column(path: Path, row: dict[str, Any]) -> str:
+def _text_column(path: Location, row: dict[str, Any]) -> str:
     """The field that holds the text: ``text`` where there is one, else the only one that holds a string."""
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if "text" in strings:
@@ -365,7 +450,7 @@ def _text_column(path: Path, row: dict[str, Any]) -> str:
     )
 
 
-def _text_of(value: Any, path: Path, offset: int | None) -> str:
+def _text_of(value: Any, path: Location, offset: int | None) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -382,41 +467,94 @@ def _text_of(value: Any, path: Path, offset: int | None) -> str:
 
 # --- .parquet ---
 
+READ_BYTES = 8 << 20  # of a column at a time
+ROWS = 256  # that are made strings at a time
+HEADING = re.compile(r" = (?!= )(?:.*[^=] )?= \s*")  # ` = Title = `, not ` = = Section = = `
 
-def _parquet_parts(path: Path, rules: Rules, split: str | None) -> Iterator[Part]:
+
+def _parquet_parts(
+    path: Location, rules: Rules, split: str | None, articles: tuple[Location, ...] | None
+) -> Iterator[Part]:
     import pyarrow
-    import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}); get the file anew.") from None
-    example = {
-        field.name: "" if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type) else None
-        for field in schema
-    }
+    with _open_parquet(path) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    example = {field.name: "" if any(is_kind(field.type) for is_kind in text) else None for field in schema}
     column = rules.text_column or _text_column(path, example)
     if column not in example:
         raise UserError(f"{path}: no column {column!r}; it has {', '.join(map(repr, example))} (--text_column).")
     index = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).column(index).total_uncompressed_size
-        yield Part(path, group, group + 1, column=column, size=size, split=split)
+        yield Part(path, group, group + 1, column=column, size=size, split=split, articles=articles)
 
 
 def _read_parquet(part: Part) -> Iterator[str]:
+    rows = _parquet_rows(part.path, part.column, part.start, part.stop)
+    return rows if part.articles is None else _articles(part, rows)
+
+
+def _parquet_rows(path: Location, column: str | None, start: int = 0, stop: int | None = None) -> Generator[str]:
+    """The rows of row groups ``start`` to ``stop``."""
+    import pyarrow
+
+    try:
+        with _open_parquet(path) as file:
+            groups = list(range(start, file.metadata.num_row_groups if stop is None else stop))
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    yield _text_of(value, path, None)
+    except pyarrow.ArrowException as error:
+        raise _broken(path, error) from None
+
+
+def _articles(part: Part, rows: Iterator[str]) -> Iterator[str]:
+    """The articles whose heading is in the part; its last one is read on to where the next one begins."""
+    article: list[str] | None = [] if part.opens else None  # None: the part before reads these rows
+    for row in rows:
+        if HEADING.fullmatch(row):
+            if article:
+                yield "".join(article)
+            article = []
+        if article is not None:
+            article.append(row or "\n")
+    if article is None:
+        return
+    following = chain.from_iterable(_parquet_rows(path, part.column) for path in part.articles or ())
+    with closing(_parquet_rows(part.path, part.column, part.stop)) as rest:
+        for row in chain(rest, following):
+            if HEADING.fullmatch(row):
+                break
+            article.append(row or "\n")
+    yield "".join(article)
+
+
+def _open_parquet(path: Location) -> Any:
+    """A ``ParquetFile``; the last one of the Hub stays open, since its footer costs requests."""
+    return nullcontext(_remote_parquet(path)) if is_remote(path) else _parquet_file(path)
+
+
+@lru_cache(maxsize=1)
+def _remote_parquet(path: Location) -> Any:
+    return _parquet_file(path)
+
+
+def _parquet_file(path: Location) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(part.path) as file:
-            groups = list(range(part.start, part.stop))
-            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[part.column]):
-                for value in batch.column(0).to_pylist():
-                    yield _text_of(value, part.path, None)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{part.path} cannot be read as parquet ({_first_line(error)}); get the file anew.") from None
+        return pyarrow.parquet.ParquetFile(open_file(path) if is_remote(path) else path, buffer_size=READ_BYTES)
+    except (pyarrow.ArrowException, OSError) as error:
+        if is_remote(path) and not isinstance(error, pyarrow.ArrowException):
+            raise
+        raise _broken(path, error) from None
+
+
+def _broken(path: Location, error: Exception) -> UserError:
+    kind = Unfinished if is_remote(path) else UserError  # from the Hub it may come whole the next time
+    return kind(f"{path} cannot be read as parquet ({_first_line(error)}); get the file anew.")
 
 
 def _first_line(error: Exception) -> str:

@@ -43,6 +43,8 @@ class Source:
     """Fingerprint of the text in train/ and val/."""
     empty_documents: int
     """Left out when the text was written from the source."""
+    held_out: int = 0
+    """Training documents left out then, since they also stand in the validation text."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Split:
     dtype: str
     """``uint16`` below 65,536 ids, else ``int32``."""
     text: tuple[FileRecord, ...]
+    """For a corpus streamed from the Hub its files there: none of them lies in the folder."""
+    held_out: int = 0
+    """Training documents left out, since they also stand in the validation text."""
 
 
 @dataclass(frozen=True)

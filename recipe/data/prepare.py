@@ -1,25 +1,31 @@
 """The road from text to tokens: what lies where, what is stale, and how it is built anew without ever being half."""
 
+import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from recipe.cli import UserError
 from recipe.data import corpora, manifest, tokenizers, tokens
-from recipe.data.documents import END_OF_TEXT, Part, Rules, parts, read, text_files
+from recipe.data.corpora import HubDataset
+from recipe.data.documents import END_OF_TEXT, Part, Rules, first_documents, parts, read, text_files
+from recipe.data.files import Unfinished, is_remote
 from recipe.data.manifest import SPLITS, BuiltSplit, FileRecord, Manifest, Settings, Source, TokenizerRecord
 from recipe.data.tokenizers import TokenizerInfo
 
 DEFAULT_VAL_FRACTION = 0.1
-BUILDING = ".building"  # tokens on their way, below data_dir/tokens
+BUILDING = ".building"  # tokens on their way, below data_dir/tokens; stays when the work is interrupted
+DOCUMENT_BYTES = 4096  # of a document that nobody has seen yet
 LOCK = ".prepare.lock"
 PROOF_BYTES = 1 << 18  # of the corpus on which tiktoken must give the tokenizer's own ids
 PACKAGES = ("litdata", "tokenizers", "tiktoken", "datasets", "pyarrow")
@@ -34,8 +40,11 @@ class PrepareArgs:
 
     source: str | None = None
     """Where the text comes from: a .txt, .jsonl or .parquet file, a folder of them (with train/ and val/ in it where
-    there is validation text), `sample` (built-in stories, no network), or `tinystories`. Not given: the text that lies
-    in DATA_DIR/train and DATA_DIR/val, else tinystories."""
+    there is validation text), `sample` (built-in stories, no network), a corpus of the Hugging Face Hub that is known
+    by name (`tinystories`, 2.1 million stories, 1.9 GB; `shakespeare`, 1 MB; `wikitext-103`, 0.5 GB; `openwebtext`, 8.0
+    million documents, 9.0 B GPT-2 tokens; `fineweb-edu`, its sample-10BT, 9.7 million documents, 10 B GPT-2 tokens,
+    28 GB of parquet), or `hf:ORG/NAME[:CONFIG]`, any dataset of the Hub with a column of text. Not given: the text that
+    lies in DATA_DIR/train and DATA_DIR/val, else tinystories."""
     data_dir: Path = Path("data/custom_text")
     """Folder of the corpus: text in train/ and val/, tokens in tokens/."""
     tokenizer: str | None = None
@@ -46,7 +55,8 @@ class PrepareArgs:
     vocab_size: int | None = None
     """Number of tokens of a trained tokenizer (default 8192); a small text may give fewer."""
     val_fraction: float | None = None
-    """Share of the documents that become validation text, chosen by their hash, where there is none (default 0.1)."""
+    """Share of the documents that become validation text, chosen by their hash, where there is none (default 0.1;
+    openwebtext 0.0005, fineweb-edu 0.001, hf: 0.01)."""
     document_separator: str = ""
     """A line of a .txt that ends a document, as the line <|endoftext|> always does; '\\n' is an empty line. Where no
     line does, a file is one document."""
@@ -54,10 +64,13 @@ class PrepareArgs:
     """Field of a .jsonl or column of a .parquet that holds the text; not given: `text`, or the only one with text."""
     max_documents: int | None = None
     """Take no more than so many documents of the source, from its beginning (for a quick try)."""
+    keep_text: bool = False
+    """Write the text of a corpus of the Hub too, into DATA_DIR/train and DATA_DIR/val, not its tokens alone."""
     overwrite: bool = False
     """Replace another corpus or tokenizer that lies there, and build everything anew with the settings given now."""
     num_workers: int | None = None
-    """Tokenizing processes; 0: none beside this one; not given: one for each core."""
+    """Tokenizing processes; 0: none beside this one; not given: one for each core, two where text comes from the
+    Hub."""
     log_to_wandb: bool = False
     """Log text and tokens to Weights & Biases as a dataset (also by WANDB_LOG_DATASET=1)."""
     wandb_artifact: str | None = None
@@ -72,8 +85,8 @@ def prepare(args: PrepareArgs) -> Manifest:
     """Sees to it that ``data_dir`` holds text and whole tokens of it, and ``tokenizer_dir`` the tokenizer.
 
     Does nothing where that is so already. Several processes may call it at once for the same folder: one builds, the
-    others wait and find it done. Killed at any moment, it leaves nothing that looks complete, and goes on when called
-    again.
+    others wait and find it done. Killed at any moment, it leaves nothing that looks complete, and goes on where it was
+    when called again.
 
     Returns:
         The manifest of the tokens.
@@ -86,13 +99,14 @@ def prepare(args: PrepareArgs) -> Manifest:
     found = None
     with suppress(UserError):  # it may be about another process's work half-way; asked again below
         found = _already_done(args)
-    if found is not None and not _times_are_noted(found, args.data_dir):
+    if found is not None and not (_times_are_noted(found, args.data_dir) and _is_tidy(args.data_dir)):
         with suppress(OSError), _locked(args.data_dir):  # a folder that is only to be read serves as well
             _note_times(args.data_dir)
+            if not _is_tidy(args.data_dir):
+                shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING)
     if found is None:
         with _locked(args.data_dir):
             corpora.publish(args.data_dir)
-            shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
             # Another process may have done it meanwhile.
             found = _already_done(args) or _build(args)
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
@@ -152,6 +166,16 @@ class _Lying:
         written = [entry for entries in self.origin.text.values() for entry in entries]
         return self.origin if manifest.contents(lying) == manifest.contents(written) else None
 
+    @property
+    def streamed(self) -> Manifest | None:
+        """The manifest, if there are tokens alone, of a corpus of the Hub."""
+        is_streamed = self.manifest is not None and not self.text and _of_hub(self.manifest.source.name)
+        return self.manifest if is_streamed else None
+
+
+def _of_hub(source: str) -> bool:
+    return source.startswith("hf:") or isinstance(corpora.CORPORA.get(source), HubDataset)
+
 
 def _look(data_dir: Path) -> _Lying:
     origin = corpora.read_origin(data_dir)
@@ -170,7 +194,8 @@ def _already_done(args: PrepareArgs) -> Manifest | None:
     lying = _look(args.data_dir)
     if lying.manifest is None or args.overwrite or _text_to_write(args, lying) or _tokenizer_to_put(args, lying):
         return None
-    if _stale(lying, _settings(args, lying), manifest.tokenizer_fingerprint(args.tokenizer_dir)):
+    tokenizer = manifest.tokenizer_fingerprint(args.tokenizer_dir)
+    if _needs_streaming(args, lying, tokenizer) or _stale(lying, _settings(args, lying), tokenizer):
         return None
     print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
     print(_summary(lying.manifest))
@@ -180,6 +205,12 @@ def _already_done(args: PrepareArgs) -> Manifest | None:
 def _times_are_noted(found: Manifest, data_dir: Path) -> bool:
     entries = {(data_dir / entry.path): entry.mtime_ns for split in found.splits.values() for entry in split.text}
     return all(path.stat().st_mtime_ns == mtime_ns for path, mtime_ns in entries.items() if path.exists())
+
+
+def _is_tidy(data_dir: Path) -> bool:
+    """False where a call was killed after its last token was in place; what waits to be gone on with is left alone."""
+    building = manifest.tokens_dir(data_dir) / BUILDING
+    return not building.exists() or any((building / "splits" / split).exists() for split in SPLITS)
 
 
 def _note_times(data_dir: Path) -> None:
@@ -202,18 +233,26 @@ def _note_times(data_dir: Path) -> None:
 def _settings(args: PrepareArgs, lying: _Lying) -> Settings:
     """The settings given, for the others those from before, for the rest the defaults."""
     before = Settings(None, None, None, None)
-    if not args.overwrite and (args.source is None or _is_same_source(args, lying.origin)):
+    if not args.overwrite and (args.source is None or _is_same_source(args, lying)):
         if lying.written:
             before = lying.written.settings
+        elif lying.streamed:
+            before = lying.streamed.settings
         elif lying.built:
             rules = next(iter(lying.built.values())).rules
             before = Settings(rules["val_fraction"], rules["separator"], rules["text_column"], None)
     return Settings(
-        val_fraction=_first(args.val_fraction, before.val_fraction, DEFAULT_VAL_FRACTION),
+        val_fraction=_first(args.val_fraction, before.val_fraction, _default_val_fraction(args, lying)),
         document_separator=_first(_separator(args), before.document_separator),
         text_column=_first(args.text_column, before.text_column),
         max_documents=_first(args.max_documents, before.max_documents),
     )
+
+
+def _default_val_fraction(args: PrepareArgs, lying: _Lying) -> float:
+    source = args.source or (None if lying.text or lying.manifest else corpora.DEFAULT)
+    found = corpora.find(source) if source else None
+    return found.val_fraction if isinstance(found, HubDataset) else DEFAULT_VAL_FRACTION
 
 
 def _separator(args: PrepareArgs) -> str | None:
@@ -228,10 +267,13 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _is_same_source(args: PrepareArgs, origin: corpora.TextOrigin | None) -> bool:
+def _is_same_source(args: PrepareArgs, lying: _Lying) -> bool:
+    origin = lying.origin
+    if args.source is not None and lying.streamed:
+        return lying.streamed.source.name == args.source
     if origin is None or args.source is None:
         return False
-    if args.source in corpora.CORPORA:
+    if args.source in corpora.CORPORA or _of_hub(args.source):
         return origin.name == args.source
     return (origin.name, origin.location) == ("files", str(Path(args.source).resolve()))
 
@@ -253,21 +295,24 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
             )
         if not lying.text and lying.manifest and args.overwrite:
             raise UserError(f"there is no text in {args.data_dir} to build its tokens anew from; name a --source.")
+        if lying.streamed and (reasons := _differences(lying.streamed.settings, settings)):
+            raise UserError(_other_settings(args, lying.streamed.source.name, lying.streamed.source.name, reasons))
         if not lying.text:
             return None if lying.manifest else _TextToWrite(corpora.DEFAULT)
         if args.max_documents is not None and not written:
             raise UserError("--max_documents goes with a --source; text that lies in place is taken whole.")
         if written and (reasons := _differences(written.settings, settings)):
-            raise UserError(
-                f"the text in {args.data_dir} was written from {written.location} with other settings "
-                f"({'; '.join(reasons)}). To write it anew, name its source too: --source "
-                f"{written.location if written.name == 'files' else written.name}."
-            )
+            source = written.location if written.name == "files" else written.name
+            raise UserError(_other_settings(args, written.location, source, reasons))
         return None
-    if not lying.text or args.overwrite:
+    if (not lying.text and not lying.streamed) or args.overwrite:
         return _TextToWrite(args.source)
-    if not _is_same_source(args, lying.origin) or lying.origin is None:
-        what = f"{written.name} ({written.location})" if written else "text"
+    if lying.streamed and _is_same_source(args, lying):
+        reasons = _differences(lying.streamed.settings, settings) + ["--keep_text"] * args.keep_text
+        return _TextToWrite(args.source, "; ".join(reasons)) if reasons else None
+    if not _is_same_source(args, lying) or lying.origin is None:
+        known = written or (lying.streamed and lying.streamed.source)
+        what = f"{known.name} ({known.location})" if known else "text"
         raise UserError(
             f"{args.data_dir} already holds {what}, which --source {args.source} would replace. Choose another "
             "--data_dir, leave --source out to use what is there, or replace it with --overwrite."
@@ -278,12 +323,24 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
             "--source out to use it as it is, or write it anew with --overwrite."
         )
     reasons = _differences(written.settings, settings)
-    if args.source not in corpora.CORPORA:
+    if written.name == "files":
         path = Path(args.source)
         files = [file for files in corpora.source_files(path).values() for file in files]
         base = path.parent if path.is_file() else path
         reasons += manifest.changed_files(written.source_files, manifest.refresh(files, base, written.source_files))
     return _TextToWrite(args.source, "; ".join(reasons)) if reasons else None
+
+
+def _other_settings(args: PrepareArgs, location: str, source: str, reasons: list[str]) -> str:
+    return (
+        f"the text in {args.data_dir} was taken from {location} with other settings ({'; '.join(reasons)}). To take it "
+        f"anew, name its source too: --source {source}."
+    )
+
+
+def _needs_streaming(args: PrepareArgs, lying: _Lying, tokenizer: str | None) -> bool:
+    """Tokens alone, of the source that is named, by another tokenizer."""
+    return bool(args.source and lying.streamed and lying.streamed.tokenizer.sha256 != tokenizer)
 
 
 def _differences(old: Settings, new: Settings) -> list[str]:
@@ -320,7 +377,7 @@ def _train_origin(args: PrepareArgs, lying: _Lying) -> dict[str, Any]:
         "name": "train",
         "vocab_size": args.vocab_size or tokenizers.DEFAULT_VOCAB_SIZE,
         "data_dir": _beside(args.tokenizer_dir, args.data_dir),
-        "text": manifest.text_fingerprint(lying.text.get("train", ())),
+        "text": manifest.text_fingerprint(_inputs(lying, "train") if lying.text or lying.streamed else ()),
     }
 
 
@@ -373,10 +430,70 @@ def _stale(lying: _Lying, settings: Settings, tokenizer: str) -> dict[str, list[
 
 def _inputs(lying: _Lying, split: str) -> tuple[FileRecord, ...]:
     """The files that a split is made from; without validation text both come from train/."""
+    if lying.streamed:
+        return lying.streamed.splits[split].text
     return lying.text.get(split, lying.text["train"])
 
 
 # --- doing it ---
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is tokenized: the text in train/ and val/, or a corpus of the Hub."""
+
+    rules: Rules
+    records: dict[str, tuple[FileRecord, ...]]
+    """Its files, for each split that has some of its own."""
+    parts: Callable[[str, Rules, bool], Iterable[Part]]
+    """Of such a split's files, read by these rules, long documents cut or not."""
+    source: Source | None = None
+    settings: Settings | None = None
+    max_documents: int | None = None
+    """Take no more, for each split that has files of its own, and ask for no more parts than that takes."""
+
+    def inputs(self, split: str) -> tuple[FileRecord, ...]:
+        """The files that a split is made from."""
+        return self.records.get(split, self.records["train"])
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether training documents that also stand in the validation text are left out: not where a user put them."""
+        return self.source is not None and "val" in self.records
+
+
+def _text_there(args: PrepareArgs, lying: _Lying, settings: Settings) -> _Text:
+    def found(split: str, rules: Rules, may_cut: bool) -> list[Part]:
+        into = split if rules.val_fraction is None else None
+        paths = (args.data_dir / entry.path for entry in lying.text[split])
+        return [part for path in paths for part in parts(path, rules, into, may_cut=may_cut)]
+
+    return _Text(_rules(lying, settings), lying.text, found)
+
+
+def _text_of_hub(args: PrepareArgs, text: _TextToWrite, settings: Settings, building: Path) -> _Text:
+    """Opens a corpus of the Hub: the files of the newest revision, or those that an interrupted call had begun with."""
+    print(f"Streaming {text.source}, tokens alone (--keep_text keeps the text)" + (f": {text.why}" if text.why else ""))
+    dataset, begun = corpora.find(text.source), building / "source.json"
+    assert isinstance(dataset, HubDataset)
+    revision = None
+    with suppress(OSError, ValueError):
+        name, pinned = json.loads(begun.read_text(encoding="utf-8"))
+        revision = pinned if name == text.source else None
+    files = dataset.open(settings, revision)
+    building.mkdir(parents=True, exist_ok=True)
+    manifest.write_json(begun, [text.source, files.revision])
+    settings = replace(settings, val_fraction=None if "val" in files.files else settings.val_fraction)
+    records = [entry for entries in files.records.values() for entry in entries]
+    lazily = settings.max_documents is not None
+    return _Text(
+        Rules(settings.document_separator, files.column, settings.val_fraction),
+        files.records,
+        lambda split, rules, may_cut: files.parts(split, rules, may_cut=may_cut, lazily=lazily),
+        Source(text.source, files.location, manifest.text_fingerprint(records), 0),
+        settings,
+        settings.max_documents,
+    )
 
 
 def _build(args: PrepareArgs) -> Manifest:
@@ -387,16 +504,26 @@ def _build(args: PrepareArgs) -> Manifest:
     text, name = _text_to_write(args, lying), _tokenizer_to_put(args, lying)
     # The tokenizer first: it may not be had, and the text may be long.
     files = _tokenizer_at_hand(args, name)
-    if text:
+    there = manifest.tokenizer_fingerprint(args.tokenizer_dir) if name is None else None
+    if text is None and _needs_streaming(args, lying, files.sha256 if files else there):
+        text = _TextToWrite(str(args.source), "another tokenizer")
+    building = manifest.tokens_dir(args.data_dir) / BUILDING
+    streamed = None
+    if text and _of_hub(text.source) and not args.keep_text and (args.overwrite or not lying.written):
+        streamed = _text_of_hub(args, text, settings, building)
+    elif text:
         _write_text(args, text, settings)
         lying = _look(args.data_dir)
         settings = _settings(replace(args, source=None), lying)
         name = name or _tokenizer_to_put(args, lying)  # trained on the text from before?
-    building = manifest.tokens_dir(args.data_dir) / BUILDING
     try:
+        todo = streamed or (_text_there(args, lying, settings) if lying.text else None)
         folder, origin = args.tokenizer_dir, {"name": _shown_name(str(name))}
         if name == "train":
-            files, origin = _train_tokenizer(args, lying, settings), _train_origin(args, lying)
+            if todo is None:
+                raise UserError(f"there is no text in {args.data_dir} to train a tokenizer on; name a --source.")
+            origin = {**_train_origin(args, lying), "text": manifest.text_fingerprint(todo.inputs("train"))}
+            files = _train_tokenizer(args, todo, building / "tokenizer", origin)
         if files is not None:
             folder = building / "tokenizer"
             tokenizers.install(files, origin, folder)
@@ -406,23 +533,42 @@ def _build(args: PrepareArgs) -> Manifest:
             f"padded_vocab_size of that or more. Each document ends with {info.eos_token!r}, id {info.eos_id}"
             + (" (not named by the tokenizer, but no other can be meant)." if files and files.inferred else ".")
         )
-        stale = _stale(lying, settings, info.sha256)
+        stale = {split: ["from the Hub"] for split in SPLITS} if streamed else _stale(lying, settings, info.sha256)
         if args.overwrite:
             stale = {split: stale.get(split, ["--overwrite"]) for split in SPLITS}
-        built = _tokenize(args, lying, settings, info, stale, building) if stale else {}
+        built = _tokenize(args, todo, info, stale, building) if stale and todo else {}
         # From here to the new manifest nothing counts as complete; each split is whole in itself at any moment.
         if files is not None or built:
             manifest.manifest_path(args.data_dir).unlink(missing_ok=True)
         if files is not None:
             tokenizers.install(files, origin, args.tokenizer_dir)
+        if streamed:
+            _remove_text(args.data_dir, building)
         for split, new in built.items():
             manifest.replace_folder(new, manifest.tokens_dir(args.data_dir, split))
-    finally:
+        found = _write_manifest(args, settings, info, todo, lying.manifest)
+    except KeyboardInterrupt:
+        print("\nStopped. What was done is kept: the same command goes on where it was.")
+        raise
+    except (Unfinished, OSError):
+        raise
+    except BaseException:
         shutil.rmtree(building, ignore_errors=True)
-    found = _write_manifest(args, settings, info)
+        raise
+    shutil.rmtree(building, ignore_errors=True)
     print(_summary(found))
     print(f"Prepared in {time.perf_counter() - started:.1f} s. The tokens serve any context length.")
     return found
+
+
+def _remove_text(data_dir: Path, building: Path) -> None:
+    """Takes away the text of another corpus, which the tokens take the place of."""
+    for name in (*SPLITS, "source.json"):
+        if (data_dir / name).exists():
+            old = building / "old"
+            shutil.rmtree(old, ignore_errors=True)
+            old.mkdir()
+            os.replace(data_dir / name, old / name)  # at once: half a text looks like a whole one
 
 
 def _write_text(args: PrepareArgs, text: _TextToWrite, settings: Settings) -> None:
@@ -465,42 +611,44 @@ def _tokenizer_at_hand(args: PrepareArgs, name: str | None) -> tokenizers.Tokeni
     return files
 
 
-def _train_tokenizer(args: PrepareArgs, lying: _Lying, settings: Settings) -> tokenizers.TokenizerFiles:
+def _train_tokenizer(args: PrepareArgs, text: _Text, begun: Path, origin: dict[str, Any]) -> tokenizers.TokenizerFiles:
+    if tokenizers.origin(begun) == origin:  # an interrupted call had trained it
+        return tokenizers.from_folder(begun)
     wanted = args.vocab_size or tokenizers.DEFAULT_VOCAB_SIZE
-    print(f"Training a tokenizer of {wanted:,} tokens on {args.data_dir / 'train'}")
-    files = tokenizers.train(_training_sample(args.data_dir, lying, settings), wanted)
+    print(f"Training a tokenizer of {wanted:,} tokens on {'the corpus' if text.source else args.data_dir / 'train'}")
+    files = tokenizers.train(_training_sample(text), wanted)
     found = len(files.tokenizer["model"]["vocab"])
     if found < wanted:
         print(f"  This text gives no more than {found:,} tokens.")
     return files
 
 
-def _training_sample(data_dir: Path, lying: _Lying, settings: Settings) -> Iterator[str]:
+def _training_sample(text: _Text) -> Iterator[str]:
     """Training text for a tokenizer: all of a small text, else parts from everywhere in it."""
-    found_any = False
+    size = 0
     for cut in (False, True):  # as in _tokenize: few documents may all have gone to validation
-        rules = replace(_rules(lying, settings), cut=cut)
-        todo = _parts(data_dir, lying, rules, ["train"], may_cut=True)
-        step = max(1, -(-tokens.total_size(todo) // tokenizers.TRAINING_BYTES))
-        for part in todo[::step]:
-            for piece in read(part, rules).pieces:
+        rules = replace(text.rules, cut=cut)
+        todo = text.parts("train", rules, True)
+        if text.max_documents is None:
+            todo = list(todo)
+            todo = todo[:: max(1, -(-tokens.total_size(todo) // tokenizers.TRAINING_BYTES))]
+        some = (batch for part in todo for batch in read(part, rules))
+        for batch in some if text.max_documents is None else first_documents(some, text.max_documents):
+            for piece in batch.pieces:
                 if piece.split == "train":
-                    found_any = True
+                    size += len(piece.text)
                     yield piece.text
-        if found_any:
+            if text.max_documents is not None and size >= tokenizers.TRAINING_BYTES:
+                break
+        if size:
             return
 
 
 def _tokenize(
-    args: PrepareArgs,
-    lying: _Lying,
-    settings: Settings,
-    info: TokenizerInfo,
-    stale: dict[str, list[str]],
-    building: Path,
+    args: PrepareArgs, text: _Text, info: TokenizerInfo, stale: dict[str, list[str]], building: Path
 ) -> dict[str, Path]:
-    """Builds the tokens of the stale splits below ``building``; returns their folders."""
-    rules = _rules(lying, settings)
+    """Builds the tokens of the stale splits below ``building``; returns the folders that are to be moved."""
+    rules = text.rules
     if rules.val_fraction is not None:
         stale = {split: stale.get(split, ["it shares its text with the other split"]) for split in SPLITS}
     for split, reasons in stale.items():
@@ -508,26 +656,41 @@ def _tokenize(
         print(f"Tokenizing {split}: {'; '.join(reasons[:3])}{more}")
     tokenizer_json = info.folder / "tokenizer.json"
     may_cut = tokenizers.divides_between_words(tokenizer_json)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = cores if args.num_workers is None else args.num_workers
-    folders = {split: building / split for split in stale}
+    work = building / "splits"
+    folders = {split: work / split for split in stale}
+    inputs = {cut: _fingerprint(text, replace(rules, cut=cut), info.sha256, may_cut, folders) for cut in (False, True)}
+    begun = _begun(work)
+    if begun in inputs.values():
+        print("Going on where an interrupted call was.")
+    elif begun:
+        print("An interrupted call had begun with another text, tokenizer or setting; beginning anew.")
     for cut in (False, True):
+        if not cut and begun == inputs[True]:
+            continue
+        if begun != inputs[cut]:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            manifest.write_json(work / "inputs.json", inputs[cut])
         rules = replace(rules, cut=cut)
-        todo = _parts(args.data_dir, lying, rules, list(stale), may_cut)
-        fast = tokenizers.agrees_with_tiktoken(tokenizer_json, _proof(todo, rules))
-        job = tokens.Job(tokenizer_json, fast, info.eos_id, tokens.dtype_for(info.vocab_size), rules)
-        with _progress("tokens") as progress:
-            counts = tokens.build(todo, job, folders, workers, progress)
+        job = tokens.Job(tokenizer_json, False, info.eos_id, tokens.dtype_for(info.vocab_size), rules)
+        counts: dict[str, tokens.Counts] = {}
+        for splits in _stages(text, list(stale)):
+            counts |= _encode(args, text, splits, job, folders, may_cut)
         if rules.val_fraction is None or cut or all(count.tokens for count in counts.values()):
             break
-        for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
+        begun = None
         print(corpora.few_documents(sum(count.documents for count in counts.values()), rules.val_fraction))
     for split, count in counts.items():
         if not count.tokens:
-            raise UserError(_empty(args.data_dir, lying, split))
+            raise UserError(_empty(args.data_dir, text, split))
         if count.marks:
             print(f"{split}: {count.marks:,} times {END_OF_TEXT} inside a line, taken as plain text, not as an end.")
+        if not folders[split].exists():  # a call that was killed late had moved it to its place
+            if manifest.read_split(args.data_dir, split) is None:
+                shutil.rmtree(work)
+                raise Unfinished(f"the tokens of {split} were removed meanwhile; run the same command again.")
+            del folders[split]
+            continue
         entry = manifest.Split(
             count.documents,
             count.tokens,
@@ -535,65 +698,134 @@ def _tokenize(
             count.empty_documents,
             count.chunks,
             job.dtype,
-            _inputs(lying, split),
+            text.inputs(split),
+            count.held_out,
         )
         manifest.write_split(folders[split], BuiltSplit(manifest.FORMAT, info.sha256, asdict(rules), entry))
     return folders
 
 
-def _parts(data_dir: Path, lying: _Lying, rules: Rules, splits: list[str], may_cut: bool) -> list[Part]:
-    if rules.val_fraction is not None:
-        return [p for entry in lying.text["train"] for p in parts(data_dir / entry.path, rules, None, may_cut=may_cut)]
-    return [
-        part
-        for split in splits
-        for entry in lying.text[split]
-        for part in parts(data_dir / entry.path, rules, split, may_cut=may_cut)
-    ]
+def _stages(text: _Text, splits: list[str]) -> list[list[str]]:
+    """Which splits are built together: validation comes first where its documents are left out of the training text."""
+    return [["val"], ["train"]] if text.holds_out else [splits]
 
 
-def _proof(todo: list[Part], rules: Rules) -> list[str]:
+def _encode(
+    args: PrepareArgs, text: _Text, splits: list[str], job: tokens.Job, folders: dict[str, Path], may_cut: bool
+) -> dict[str, tokens.Counts]:
+    """Builds the tokens of some splits together."""
+    rules = job.rules
+    own = ["train"] if rules.val_fraction is not None else splits
+
+    def some_parts() -> Iterator[Part]:
+        return chain.from_iterable(text.parts(split, rules, may_cut) for split in own)
+
+    total = None
+    if text.max_documents is None:
+        todo: Iterable[Part] = (every := list(some_parts()))
+        sizes, total = {split: tokens.total_size(every, split) for split in splits}, tokens.total_size(every)
+        proof = [every[i] for i in sorted({0, len(every) // 2, len(every) - 1})] if every else []
+    else:
+        todo, proof = some_parts(), list(islice(some_parts(), 1))
+        compressed = sum(entry.bytes for split in own for entry in text.records[split])
+        sizes = dict.fromkeys(splits, min(DOCUMENT_BYTES * text.max_documents, 4 * compressed))
+    hashes = folders[splits[0]].with_name("val.hashes")
+    job = replace(
+        job,
+        fast=tokenizers.agrees_with_tiktoken(job.tokenizer_json, _proof(proof, rules)),
+        held_out=hashes if text.holds_out and splits == ["train"] else None,
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # While one waits for the Hub the other computes.
+    default = 2 * cores if any(is_remote(part.path) for part in proof) else cores
+    with _progress("tokens" if len(splits) > 1 else f"{splits[0]} tokens") as progress:
+
+        def on_progress(documents: int, tokens_seen: int, size: int) -> None:
+            guess = size * text.max_documents // documents if text.max_documents and documents else None
+            progress(documents, tokens_seen, size, total or guess)
+
+        return tokens.build(
+            todo,
+            sizes,
+            job,
+            {split: folders[split] for split in splits},
+            default if args.num_workers is None else args.num_workers,
+            on_progress,
+            max_documents=text.max_documents and text.max_documents * (2 if rules.cut else 1),  # cut: in two
+            hashes=hashes if text.holds_out and splits == ["val"] else None,
+        )
+
+
+def _begun(work: Path) -> str | None:
+    """The fingerprint of what an interrupted call was making."""
+    try:
+        return str(json.loads((work / "inputs.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _fingerprint(text: _Text, rules: Rules, tokenizer: str, may_cut: bool, splits: Iterable[str]) -> str:
+    """Of all that decides what the tokens become."""
+    records = {split: manifest.contents(entries) for split, entries in text.records.items()}
+    values = [manifest.FORMAT, records, asdict(rules), tokenizer, may_cut, sorted(splits), text.max_documents]
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _proof(some: list[Part], rules: Rules) -> list[str]:
     """Text from the beginning, the middle and the end of the corpus."""
-    chosen = {0, len(todo) // 2, len(todo) - 1} if todo else set()
-    pieces = (piece.text for i in sorted(chosen) for piece in read(todo[i], rules).pieces[:64])
     sample, size = [], 0
-    for text in pieces:
-        sample.append(text[: PROOF_BYTES // len(chosen)])
-        size += len(sample[-1])
-        if size >= PROOF_BYTES:
-            break
+    for part in some:
+        pieces = (piece.text for batch in read(part, rules) for piece in batch.pieces)
+        for text in islice(pieces, 64):
+            sample.append(text[: PROOF_BYTES // len(some)])
+            size += len(sample[-1])
+            if size >= PROOF_BYTES:
+                return sample
     return sample
 
 
-def _empty(data_dir: Path, lying: _Lying, split: str) -> str:
-    if split not in lying.text:
+def _empty(data_dir: Path, text: _Text, split: str) -> str:
+    if text.source:
+        return f"--source {text.source.name}: no text for {split} (too few documents, or every one is empty)."
+    if split not in text.records:
         return (
             f"{data_dir / 'train'} holds too little text to take some for validation; put more into it, or into val/."
         )
-    names = ", ".join(entry.path for entry in lying.text[split][:3])
+    names = ", ".join(entry.path for entry in text.records[split][:3])
     return f"there is no text in {data_dir / split} ({names}: empty); put text there, or name a --source."
 
 
-def _write_manifest(args: PrepareArgs, settings: Settings, info: TokenizerInfo) -> Manifest:
+def _write_manifest(
+    args: PrepareArgs, settings: Settings, info: TokenizerInfo, text: _Text | None, before: Manifest | None
+) -> Manifest:
+    tokenizer = TokenizerRecord(info.name, info.sha256, info.vocab_size, info.eos_token, info.eos_id)
+    if text is None:  # the tokenizer alone was brought back
+        assert before is not None
+        manifest.write(args.data_dir, found := replace(before, tokenizer=tokenizer))
+        return found
     lying = _look(args.data_dir)
     written = lying.written
-    text = [entry for entries in lying.text.values() for entry in entries]
-    found = Manifest(
-        format=manifest.FORMAT,
-        source=Source(
+    if text.source and text.settings:
+        source, settings = text.source, text.settings
+    else:
+        entries = [entry for entries in lying.text.values() for entry in entries]
+        source = Source(
             written.name if written else "text",
             _shown_location(written),
-            manifest.text_fingerprint(text),
+            manifest.text_fingerprint(entries),
             written.empty_documents if written else 0,
-        ),
-        tokenizer=TokenizerRecord(info.name, info.sha256, info.vocab_size, info.eos_token, info.eos_id),
-        settings=written.settings
-        if written
-        else replace(settings, val_fraction=None if "val" in lying.text else settings.val_fraction),
+            written.held_out if written else 0,
+        )
+        own_validation = "val" in lying.text
+        settings = replace(settings, val_fraction=None if own_validation else settings.val_fraction)
+        settings = written.settings if written else settings
+    found = Manifest(
+        format=manifest.FORMAT,
+        source=source,
+        tokenizer=tokenizer,
+        settings=settings,
         splits={
-            split: replace(
-                lying.built[split].counts, text=_inputs(lying, split) if lying.text else lying.built[split].counts.text
-            )
+            split: replace(lying.built[split].counts, text=text.inputs(split) if text.source else _inputs(lying, split))
             for split in SPLITS
         },
         versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
@@ -621,6 +853,9 @@ def _summary(found: Manifest) -> str:
     empty = found.source.empty_documents + sum(split.empty_documents for split in found.splits.values())
     if empty:
         lines.append(f"{empty:,} empty documents left out.")
+    held_out = found.source.held_out + sum(split.held_out for split in found.splits.values())
+    if held_out:
+        lines.append(f"{held_out:,} training documents left out that also stand in the validation text.")
     return "\n".join(lines)
 
 
@@ -688,13 +923,16 @@ def _progress(what: str) -> Iterator[Callable[[int, int, int, int | None], None]
 
     if not sys.stdout.isatty():
         started = said = time.perf_counter()
+        first: int | None = None  # what an interrupted call had done took none of this one's time
 
         def say(documents: int, tokens_seen: int, size: int, total: int | None) -> None:
-            nonlocal said
+            nonlocal said, first
+            first = size if first is None else first
             now = time.perf_counter()
             if now - said >= 10:
                 said = now
-                left = f", {(now - started) * max(0, total / size - 1):,.0f} s left" if total and size else ""
+                new = size - first
+                left = f", {(now - started) * max(0, total - size) / new:,.0f} s left" if total and new else ""
                 print(f"  {what}: {line(documents, tokens_seen, size)}{left}", flush=True)
 
         yield say

@@ -11,6 +11,7 @@ from typing import Any
 
 from recipe.cli import UserError
 from recipe.data.documents import END_OF_TEXT
+from recipe.data.files import in_short
 from recipe.data.manifest import end_of_text_token, fingerprint_of, tokenizer_fingerprint, write_json
 
 DEFAULT = "gpt2"
@@ -370,12 +371,6 @@ def divides_between_words(tokenizer_json: Path) -> bool:
     """Whether a text cut at a lone blank gives the ids of the whole: true of byte-level pre-tokenizers."""
     values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     return values.get("normalizer") is None and _pattern(values.get("pre_tokenizer") or {}) is not None
-
-
-def in_short(error: Exception) -> str:
-    """An exception of another library in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def byte_characters() -> dict[int, str]:

@@ -11,7 +11,14 @@ import pytest
 
 from recipe.cli import UserError
 from recipe.data import documents
-from recipe.data.documents import END_OF_TEXT, Rules, cut_document, documents_of, parts, read, split_of, text_files
+from recipe.data.documents import END_OF_TEXT, Rules, cut_document, documents_of, parts, split_of, text_files
+
+
+def read(part: documents.Part, rules: Rules) -> documents.PartText:
+    """All of a part at once."""
+    found = list(documents.read(part, rules))
+    pieces = [piece for some in found for piece in some.pieces]
+    return documents.PartText(pieces, sum(some.empty for some in found), sum(some.marks for some in found))
 
 
 def texts(path: Path, rules: Rules | None = None, split: str | None = "train", may_cut: bool = True) -> list[str]:
