@@ -10,8 +10,6 @@ import json
 import logging
 import sys
 from dataclasses import asdict, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from litgpt import Config
 
+from benchmarks.common import circumstances
 from recipe.flops import count_parameters
 from recipe.settings import parse_run
 from recipe.training.memory import training_memory
@@ -39,10 +38,8 @@ def main() -> None:
         for micro_batch in MICRO_BATCHES
     ]
     result = {
-        "command": "uv run python benchmarks/memory.py",
+        **circumstances("python benchmarks/memory.py", ("torch", "litgpt", "lightning")),
         "how": "worked out on fake tensors, not measured on a GPU; without the CUDA context and the allocator's gaps",
-        "versions": {name: version(name) for name in ("torch", "litgpt", "lightning")},
-        "date": date.today().isoformat(),
         "rows": rows,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
