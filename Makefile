@@ -55,7 +55,9 @@ types: venv
 	$(RUN) mypy
 
 bench: venv ## Run the benchmarks that need no GPU and write their results into benchmarks/results/
-	$(RUN) python benchmarks/data_prep.py $(ARGS)
+	$(RUN) python benchmarks/data_prep.py
+	$(RUN) python benchmarks/data_memory.py
+	$(RUN) python benchmarks/memory.py
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them
 	@$(RUN) python scripts/gpu.py status

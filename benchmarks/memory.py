@@ -2,7 +2,7 @@
 
     uv run python benchmarks/memory.py
 
-By formula where nothing was measured: the steps run on fake tensors (recipe/training/memory.py). Writes
+Nothing is measured here: the steps run on tensors without contents (recipe/training/memory.py). Writes
 benchmarks/results/memory.json and prints the README's table.
 """
 

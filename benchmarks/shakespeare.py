@@ -89,7 +89,9 @@ def plot(result: dict, path: Path) -> None:
         points = [(row["total_tokens"] / 1e6, row[name]) for row in result["curve"] if name in row]
         axes.plot(*zip(*points, strict=True), label=label)
     axes.set(
-        xlabel="million tokens", ylabel="loss, nats per token", title="configs/runs/shakespeare.yaml on 2 CPU cores"
+        xlabel="million tokens",
+        ylabel="loss, nats per token",
+        title=f"configs/runs/shakespeare.yaml, {result['tokens'] / 1e6:.1f} M tokens on a CPU",
     )
     axes.grid(alpha=0.3)
     axes.legend()
