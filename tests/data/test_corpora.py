@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -449,6 +449,56 @@ def test_interrupted_it_goes_on_where_it_was(
         assert not (tmp_path / f"data-{stop}/tokens/.building").exists()
         said = capsys.readouterr().out
         assert "Going on where" in said and manifest.read(tmp_path / f"data-{stop}") is not None
+
+
+@pytest.mark.parametrize("source", ["hub, text kept", "own files", "own validation", "one document"])
+def test_interrupted_while_it_writes_text_it_goes_on_too(
+    tmp_path: Path, run: Callable, plain: str, stories: list[str], source: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(corpora, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(corpora, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(documents, "PART_BYTES", 1500)
+    monkeypatch.setattr(documents, "LONG_DOCUMENT_BYTES", 3000)
+    own = tmp_path / "own"
+    put(own / "train/a.txt", ["\n".join(stories)] if source == "one document" else stories)
+    if source == "own validation":
+        put(own / "val/a.txt", [*stories[::20], "Not in the training text."])
+    settings: dict[str, object] = {"source": str(own), "val_fraction": 0.2}
+    if source == "hub, text kept":
+        settings = {"source": plain, "keep_text": True}
+
+    def stop(number: int, patch: pytest.MonkeyPatch) -> list:
+        seen: list[documents.Part] = []
+
+        def stopping(part: documents.Part, *more: object) -> Iterator[documents.PartText]:
+            if len(seen) == number:
+                raise Stop
+            seen.append(part)
+            yield from documents.read(part, *more)
+
+        patch.setattr(corpora, "read", stopping)
+        return seen
+
+    def files(name: str) -> dict[str, bytes]:
+        return {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in (tmp_path / name).rglob("*-*.*")}
+
+    with monkeypatch.context() as patch:
+        every = stop(-1, patch)
+        run(data_dir=tmp_path / "whole", **settings)
+    wanted = files("whole")
+    assert len(every) > 4
+    for at in range(1, len(every), 2):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stop(at, patch)
+            run(data_dir=tmp_path / f"data-{at}", **settings)
+        assert "the same command goes on where it was" in capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            second = stop(-1, patch)
+            run(data_dir=tmp_path / f"data-{at}", **settings)
+        assert files(f"data-{at}") == wanted, at
+        # Validation text is read again for its hashes; a single document's first pass, if it was over.
+        assert at + len(second) <= len(every) + 3 or source == "one document", at
+        assert not (tmp_path / f"data-{at}/.incoming").exists()
 
 
 def test_what_was_begun_of_another_text_is_thrown_away(
