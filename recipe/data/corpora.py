@@ -31,7 +31,7 @@ from recipe.data.documents import (
     read,
     text_files,
 )
-from recipe.data.files import HUB, Location, Unfinished, in_short, is_remote, suffix
+from recipe.data.files import HUB, Location, Unfinished, in_short, is_remote, reading, suffix
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.tokenizers import OFFLINE_WAYS
 
@@ -158,10 +158,11 @@ class HubDataset:
             if found is None and not branch:
                 branch, sha = PARQUET_BRANCH, self._ask(PARQUET_BRANCH)
             location = f"{self.path}@{sha}"
-        if found is None:
-            found = self._find_converted(str(sha))
-        files = {split: found[name] for split, name in self._splits(found).items()}
-        records = {split: self._records(paths, sha) for split, paths in files.items()}
+        with reading(f"{HUB}datasets/{self.path}" if sha else Path(self.path)):
+            if found is None:
+                found = self._find_converted(str(sha))
+            files = {split: found[name] for split, name in self._splits(found).items()}
+            records = {split: self._records(paths, sha) for split, paths in files.items()}
         pin = f"{branch}@{sha}" if branch else sha
         return Files(location, files, records, settings.text_column or self.column, self.articles, pin)
 

@@ -565,7 +565,7 @@ def _build(args: PrepareArgs) -> Manifest:
 
 def _remove_text(data_dir: Path, building: Path) -> None:
     """Takes away the text of another corpus, which the tokens take the place of."""
-    for name in (*SPLITS, "source.json"):
+    for name in ("val", "train", "source.json"):  # in this order: validation text alone is no state to go on from
         if (data_dir / name).exists():
             old = building / "old"
             shutil.rmtree(old, ignore_errors=True)
