@@ -451,6 +451,61 @@ def test_interrupted_it_goes_on_where_it_was(
         assert "Going on where" in said and manifest.read(tmp_path / f"data-{stop}") is not None
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("moment", ["first split", "second split", "manifest", "end"])
+def test_stopped_while_the_tokens_are_put_in_place_nothing_is_done_again(
+    tmp_path: Path,
+    run: Callable,
+    plain: str,
+    corpus: Callable,
+    stories: list[str],
+    moment: str,
+    hashed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = corpus({"train.parquet": parquet(stories)}, "fineweb-edu", config=None) if hashed else plain
+    settings = {"source": name, "val_fraction": 0.3}
+    replace_folder, calls = manifest.replace_folder, []
+
+    def stopping(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) > (moment == "second split"):
+            raise Stop
+        replace_folder(*arguments)
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        if "split" in moment:
+            patch.setattr(manifest, "replace_folder", stopping)
+        else:
+            patch.setattr(
+                "recipe.data.manifest.write" if moment == "manifest" else "recipe.data.prepare._summary", stop
+            )
+        run(**settings)
+    with monkeypatch.context() as patch:
+        again = stop_after(-1, patch)
+        found = run(**settings)
+        assert again() == []
+    assert found == manifest.read(tmp_path / "data") and not (tmp_path / "data/tokens/.building").exists()
+    train, val = decoded(tmp_path / "data", "train"), decoded(tmp_path / "data", "val")
+    assert sorted(train + val) == sorted(stories) and not set(train) & set(val)
+
+
+def test_training_takes_streamed_tokens(tmp_path: Path, run: Callable, plain: str, corpus: Callable) -> None:
+    """The reader looks for changed text: there is none; and tells two corpora apart by their files."""
+    from recipe.data.module import checked_manifest
+
+    first = run(source=plain)
+    assert checked_manifest(tmp_path / "data") == first
+    files = {"train.parquet": parquet(["a b"] * 9), "validation.parquet": parquet(["c"])}
+    other = run(source=corpus(files, "shakespeare"), overwrite=True)
+    assert checked_manifest(tmp_path / "data") == other
+    prints = {manifest.text_fingerprint(split.text) for found in (first, other) for split in found.splits.values()}
+    assert len(prints) == 4
+
+
 @pytest.mark.parametrize("source", ["hub, text kept", "own files", "own validation", "one document"])
 def test_interrupted_while_it_writes_text_it_goes_on_too(
     tmp_path: Path, run: Callable, plain: str, stories: list[str], source: str, monkeypatch: pytest.MonkeyPatch, capsys
