@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from recipe.cli import UserError, nearest
 from recipe.data import manifest
@@ -31,7 +31,7 @@ from recipe.data.documents import (
     read,
     text_files,
 )
-from recipe.data.files import HUB, Location, in_short, is_remote, suffix
+from recipe.data.files import HUB, Location, Unfinished, in_short, is_remote, reading, suffix
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.tokenizers import OFFLINE_WAYS
 
@@ -39,6 +39,8 @@ SHARD_BYTES = 16 << 20  # of text a file: stock LitGPT's TextFiles holds a whole
 SAMPLE_BYTES = 20 << 20
 VALIDATION_FOLDERS = ("val", "validation", "valid")
 PARQUET_BRANCH = "refs/convert/parquet"  # where the Hub puts its own conversion of a dataset
+JOURNAL = "journal.json"
+JOURNAL_SECONDS = 1.0
 INCOMING = ".incoming"  # text on its way, below data_dir
 
 FOOTERS_AT_ONCE = 16  # requests to the Hub
@@ -156,10 +158,11 @@ class HubDataset:
             if found is None and not branch:
                 branch, sha = PARQUET_BRANCH, self._ask(PARQUET_BRANCH)
             location = f"{self.path}@{sha}"
-        if found is None:
-            found = self._find_converted(str(sha))
-        files = {split: found[name] for split, name in self._splits(found).items()}
-        records = {split: self._records(paths, sha) for split, paths in files.items()}
+        with reading(f"{HUB}datasets/{self.path}" if sha else Path(self.path)):
+            if found is None:
+                found = self._find_converted(str(sha))
+            files = {split: found[name] for split, name in self._splits(found).items()}
+            records = {split: self._records(paths, sha) for split, paths in files.items()}
         pin = f"{branch}@{sha}" if branch else sha
         return Files(location, files, records, settings.text_column or self.column, self.articles, pin)
 
@@ -360,7 +363,7 @@ def write_text(
     settings: Settings,
     on_progress: OnProgress = lambda documents, size, total: None,
 ) -> TextOrigin:
-    """Writes a source's documents as text under ``train/`` and ``val/``, all or nothing.
+    """Writes a source's documents as text under ``train/`` and ``val/``, all or nothing; interrupted, it can go on.
 
     Documents are divided by lines of ``<|endoftext|>``. Without validation text of its own the source is split by
     document hash; one whose few documents all fall on one side gives the end of each document instead.
@@ -376,7 +379,6 @@ def write_text(
     """
     found = find(source)
     incoming = data_dir / INCOMING
-    shutil.rmtree(incoming, ignore_errors=True)
     try:
         if isinstance(found, Stories):
             origin = _write_stories(found, source, incoming, settings, on_progress)
@@ -385,6 +387,8 @@ def write_text(
         for split in SPLITS:
             if not origin.text.get(split):
                 raise UserError(_no_text(source, split, origin.settings))
+    except (Unfinished, KeyboardInterrupt, OSError):
+        raise  # what is written stays: the next call goes on
     except BaseException:
         shutil.rmtree(incoming, ignore_errors=True)
         raise
@@ -394,7 +398,7 @@ def write_text(
 
 
 def publish(data_dir: Path) -> None:
-    """Moves text that was written to its end into its place; text that was not is removed.
+    """Moves text that was written to its end into its place; text that was not stays if it can be gone on with.
 
     Called again after a call that was killed half-way.
     """
@@ -406,7 +410,8 @@ def publish(data_dir: Path) -> None:
             if (incoming / split).is_dir():
                 manifest.replace_folder(incoming / split, data_dir / split)
         os.replace(incoming / "source.json", data_dir / "source.json")
-    shutil.rmtree(incoming, ignore_errors=True)
+    if not (incoming / JOURNAL).is_file() or (data_dir / "source.json").is_file():
+        shutil.rmtree(incoming, ignore_errors=True)
 
 
 def read_origin(data_dir: Path) -> TextOrigin | None:
@@ -430,14 +435,27 @@ def read_origin(data_dir: Path) -> TextOrigin | None:
 
 
 class TextWriter:
-    """Writes the documents of a split into files of about 16 MB."""
+    """Writes the documents of a split into files of about 16 MB.
 
-    def __init__(self, folder: Path, split: str) -> None:
+    ``records`` and ``size`` (of the file after those) are what a writer before this one had written; what it wrote
+    beyond is cut off.
+    """
+
+    def __init__(self, folder: Path, split: str, records: Iterable[FileRecord] = (), size: int = 0) -> None:
         self.folder, self.split = folder / split, split
-        self.records: list[FileRecord] = []
+        self.records = list(records)
+        self.size = 0
         self._file: BinaryIO | None = None
-        self._size = 0
         self._digest = hashlib.sha256()
+        if size:
+            os.truncate(self._path(), size)
+            self._digest.update(self._path().read_bytes())
+            self._file, self.size = open(self._path(), "ab"), size  # noqa: SIM115
+        for path in sorted(self.folder.glob("*"))[len(self.records) + bool(size) :]:
+            path.unlink()
+
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}-{len(self.records):05d}.txt"
 
     def write(self, text: str, closes: bool) -> None:
         """Appends a document, or a part of one."""
@@ -446,12 +464,18 @@ class TextWriter:
             data += f"\n{END_OF_TEXT}\n".encode()
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.folder / f"{self.split}-{len(self.records):05d}.txt", "wb")  # noqa: SIM115
+            self._file = open(self._path(), "wb")  # noqa: SIM115
         self._file.write(data)
         self._digest.update(data)
-        self._size += len(data)
-        if closes and self._size >= SHARD_BYTES:
+        self.size += len(data)
+        if closes and self.size >= SHARD_BYTES:
             self.close()
+
+    def flush(self) -> None:
+        """Sees to it that all that was written outlives this process and the machine's power."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends the file."""
@@ -461,34 +485,55 @@ class TextWriter:
         path = Path(self._file.name)
         mtime = path.stat().st_mtime_ns
         name = path.relative_to(self.folder.parent).as_posix()
-        self.records.append(FileRecord(name, self._size, mtime, self._digest.hexdigest()))
-        self._file, self._size, self._digest = None, 0, hashlib.sha256()
+        self.records.append(FileRecord(name, self.size, mtime, self._digest.hexdigest()))
+        self._file, self.size, self._digest = None, 0, hashlib.sha256()
 
 
 def _write_files(
     found: HubDataset | Path, source: str, incoming: Path, settings: Settings, on_progress: OnProgress
 ) -> TextOrigin:
+    journal = _read_journal(incoming)
     if isinstance(found, Path):
         own: dict[str, list[Location]] = {split: list(paths) for split, paths in source_files(found).items()}
         files = Files(str(found.resolve()), own, {}, settings.text_column)
         name, base = "files", found.parent if found.is_file() else found
+        status = {str(path): Path(path).stat() for some in own.values() for path in some}
+        state: Any = {path: (now.st_size, now.st_mtime_ns) for path, now in status.items()}
     else:
-        files, name = found.open(settings), source
+        files = found.open(settings, journal.get("revision") if journal.get("source") == source else None)
+        name, state = source, [manifest.contents(entries) for entries in files.records.values()]
     settings = replace(settings, val_fraction=None if "val" in files.files else settings.val_fraction)
     limit = settings.max_documents
 
-    def contents(cut: bool) -> Iterator[PartText]:
+    def contents(cut: bool, done: int) -> Iterator[tuple[int, PartText]]:
         rules = Rules(settings.document_separator, files.column, settings.val_fraction, cut)
         held_out: set[int] = set()
-        for split in sorted(files.files, reverse=True):  # validation first: its documents are left out of the others
-            todo = files.parts(split, rules, may_cut=True, lazily=limit is not None)
-            texts = (text for part in todo for text in read(part, rules, held_out))
-            for text in texts if limit is None else first_documents(texts, limit * (2 if cut else 1)):  # cut: in two
-                held_out.update(text.hashes)
-                yield text
+        number = 0
 
+        def texts(split: str) -> Iterator[PartText]:
+            nonlocal number
+            for part in files.parts(split, rules, may_cut=True, lazily=limit is not None):
+                if number >= done:
+                    yield from read(part, rules, held_out)
+                elif split == "val":
+                    held_out.update(document for text in read(part, rules) for document in text.hashes)
+                number += 1
+
+        for split in sorted(files.files, reverse=True):  # validation first: its documents are left out of the others
+            every = texts(split)
+            for text in every if limit is None else first_documents(every, limit * (2 if cut else 1)):  # cut: in two
+                held_out.update(text.hashes)
+                yield number, text
+
+    inputs = {
+        "source": source,
+        "revision": files.revision,
+        "all": sha256(json.dumps([state, asdict(settings)]).encode()).hexdigest(),
+    }
     total = sum(Path(file).stat().st_size for some in files.files.values() for file in some if not is_remote(file))
-    text, empty, left_out = _write_splits(contents, incoming, settings, on_progress, total or None)
+    text, empty, left_out = _write_splits(
+        contents, incoming, settings, on_progress, total or None, None if limit else inputs
+    )
     if isinstance(found, Path):
         records = tuple(manifest.record(Path(file), base) for some in files.files.values() for file in some)
     else:
@@ -499,45 +544,86 @@ def _write_files(
 def _write_stories(
     corpus: Stories, source: str, incoming: Path, settings: Settings, on_progress: OnProgress
 ) -> TextOrigin:
-    def contents(cut: bool) -> Iterator[PartText]:
+    def contents(cut: bool, _done: int) -> Iterator[tuple[int, PartText]]:
         rules = Rules(val_fraction=settings.val_fraction, cut=cut)
         for story in islice(corpus.documents(), settings.max_documents):
-            yield part_text(documents_of(story), rules, None)
+            yield 0, part_text(documents_of(story), rules, None)
 
     text, empty, _ = _write_splits(contents, incoming, settings, on_progress, SAMPLE_BYTES)
     return TextOrigin(source, corpus.location, settings, (), text, empty)
 
 
 def _write_splits(
-    contents: Callable[[bool], Iterable[PartText]],
+    contents: Callable[[bool, int], Iterable[tuple[int, PartText]]],
     incoming: Path,
     settings: Settings,
     on_progress: OnProgress,
     total: int | None,
+    inputs: dict[str, Any] | None = None,
 ) -> tuple[dict[str, tuple[FileRecord, ...]], int, int]:
-    """Writes both splits; returns their files, how many empty documents were left out, and how many held out."""
+    """Writes both splits; returns their files, how many empty documents were left out, and how many held out.
+
+    ``contents`` gives what the parts after a number of them hold, each with its part's number. With ``inputs``, which
+    say all that the text follows from, a journal is kept, and what an earlier call had written is gone on with.
+    """
+    begun = _read_journal(incoming)
     for cut in (False, True):
-        writers = {split: TextWriter(incoming, split) for split in SPLITS}
-        documents = size = empty = left_out = 0
+        if inputs and not cut and begun == {**begun, **inputs, "cut": True}:
+            continue
+        counts = dict.fromkeys(("documents", "size", "empty", "held_out"), 0)
+        done = 0
         try:
-            for text in contents(cut):
-                empty += text.empty
-                left_out += text.held_out
+            if not inputs or begun != {**begun, **inputs, "cut": cut}:
+                raise ValueError("nothing of this was begun")
+            records = {split: [FileRecord(**entry) for entry in begun["records"][split]] for split in SPLITS}
+            for split in SPLITS:
+                if (incoming / split).is_dir() and sum(
+                    path.stat().st_size for path in (incoming / split).iterdir()
+                ) < begun["open"][split] + sum(entry.bytes for entry in records[split]):
+                    raise ValueError("the machine went off before all was on the disk")
+            writers = {split: TextWriter(incoming, split, records[split], begun["open"][split]) for split in SPLITS}
+            counts, done = begun["counts"], begun["parts"]
+            print("Going on where an interrupted call was.")
+        except (OSError, ValueError):
+            shutil.rmtree(incoming, ignore_errors=True)
+            writers = {split: TextWriter(incoming, split) for split in SPLITS}
+        noted = time.monotonic() - JOURNAL_SECONDS
+        try:
+            for number, text in contents(cut, done):
+                if inputs and number != done and time.monotonic() - noted >= JOURNAL_SECONDS:
+                    for writer in writers.values():
+                        writer.flush()
+                    written = {split: [asdict(entry) for entry in writer.records] for split, writer in writers.items()}
+                    sizes = {split: writer.size for split, writer in writers.items()}
+                    state = {"cut": cut, "parts": number, "counts": counts, "records": written, "open": sizes}
+                    manifest.write_json(incoming / JOURNAL, {**inputs, **state})
+                    noted = time.monotonic()
+                done = number
+                counts["empty"] += text.empty
+                counts["held_out"] += text.held_out
                 for piece in text.pieces:
                     writers[piece.split].write(piece.text, piece.closes)
-                    documents += piece.closes
-                    size += len(piece.text)
-                on_progress(documents, size, total)
+                    counts["documents"] += piece.closes
+                    counts["size"] += len(piece.text)
+                on_progress(counts["documents"], counts["size"], total)
         finally:
             for writer in writers.values():
                 writer.close()
-        written = {split: tuple(writer.records) for split, writer in writers.items()}
-        if settings.val_fraction is None or all(written.values()) or not any(written.values()):
+        found = {split: tuple(writer.records) for split, writer in writers.items()}
+        if settings.val_fraction is None or all(found.values()) or not any(found.values()):
             break
         if not cut:
             shutil.rmtree(incoming)
-            print(few_documents(documents, settings.val_fraction))
-    return written, empty, left_out
+            print(few_documents(counts["documents"], settings.val_fraction))
+    return found, counts["empty"], counts["held_out"]
+
+
+def _read_journal(incoming: Path) -> dict[str, Any]:
+    """What an interrupted call had written; empty where there is nothing."""
+    try:
+        return dict(json.loads((incoming / JOURNAL).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def few_documents(documents: int, val_fraction: float) -> str:

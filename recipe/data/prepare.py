@@ -108,7 +108,12 @@ def prepare(args: PrepareArgs) -> Manifest:
         with _locked(args.data_dir):
             corpora.publish(args.data_dir)
             # Another process may have done it meanwhile.
-            found = _already_done(args) or _build(args)
+            found = _already_done(args)
+            try:
+                found = found or _build(args)
+            except KeyboardInterrupt:
+                print("\nStopped. What was done is kept: the same command goes on where it was.")
+                raise
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
         _log_to_wandb(args)
     return found
@@ -547,11 +552,8 @@ def _build(args: PrepareArgs) -> Manifest:
         for split, new in built.items():
             manifest.replace_folder(new, manifest.tokens_dir(args.data_dir, split))
         found = _write_manifest(args, settings, info, todo, lying.manifest)
-    except KeyboardInterrupt:
-        print("\nStopped. What was done is kept: the same command goes on where it was.")
-        raise
-    except (Unfinished, OSError):
-        raise
+    except (Unfinished, KeyboardInterrupt, OSError):
+        raise  # what is built stays: the next call goes on
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -563,7 +565,7 @@ def _build(args: PrepareArgs) -> Manifest:
 
 def _remove_text(data_dir: Path, building: Path) -> None:
     """Takes away the text of another corpus, which the tokens take the place of."""
-    for name in (*SPLITS, "source.json"):
+    for name in ("val", "train", "source.json"):  # in this order: validation text alone is no state to go on from
         if (data_dir / name).exists():
             old = building / "old"
             shutil.rmtree(old, ignore_errors=True)

@@ -71,7 +71,7 @@ class Counts:
 class Encoded(NamedTuple):
     """A part's tokens and counts for each split."""
 
-    tokens: dict[str, np.ndarray]  # (n,) of the job's dtype
+    tokens: dict[str, list[np.ndarray]]  # each (n,) of the job's dtype
     documents: dict[str, int]
     bytes: dict[str, int]
     hashes: np.ndarray  # (documents,) uint64, of a part that is validation text
@@ -106,7 +106,7 @@ class PartEncoder:
 
     def __call__(self, part: Part, limit: int | None = None) -> Encoded:
         """Reads and encodes a part, or its first ``limit`` documents; each document ends with the end-of-text id."""
-        arrays: dict[str, list[np.ndarray]] = {}
+        tokens: dict[str, list[np.ndarray]] = {}
         documents: dict[str, int] = {}
         size: dict[str, int] = {}
         hashes: list[int] = []
@@ -123,10 +123,9 @@ class PartEncoder:
                 documents[piece.split] = documents.get(piece.split, 0) + piece.closes
                 size[piece.split] = size.get(piece.split, 0) + _utf8_size(piece)
             for split, found in ids.items():
-                arrays.setdefault(split, []).append(np.array(found, dtype=self.job.dtype))
+                tokens.setdefault(split, []).append(np.array(found, dtype=self.job.dtype))
             hashes += text.hashes
             empty, marks, held_out = empty + text.empty, marks + text.marks, held_out + text.held_out
-        tokens = {split: np.concatenate(found) for split, found in arrays.items()}
         return Encoded(tokens, documents, size, np.array(hashes, "<u8"), empty, marks, held_out)
 
 
@@ -413,12 +412,14 @@ def build(
                 counts[part.split or first].empty_documents += encoded.empty
                 counts[part.split or first].marks += encoded.marks
                 counts[part.split or first].held_out += encoded.held_out
-                for split, tokens in encoded.tokens.items():
-                    writers[split].append(tokens)
+                for split, arrays in encoded.tokens.items():
+                    for tokens in arrays:
+                        writers[split].append(tokens)
+                        counts[split].tokens += len(tokens)
+                        tokens_seen += len(tokens)
                     counts[split].documents += encoded.documents[split]
-                    counts[split].tokens += len(tokens)
                     counts[split].bytes += encoded.bytes[split]
-                    documents, tokens_seen = documents + encoded.documents[split], tokens_seen + len(tokens)
+                    documents += encoded.documents[split]
                 if hashes:
                     with open(hashes, "ab") as file:
                         file.write(encoded.hashes.tobytes())

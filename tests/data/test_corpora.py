@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def test_every_corpus_is_read_from_files_in_its_own_form(
     for name, (files, train, val) in forms.items():
         data_dir = tmp_path / name / "data"
         found = run(source=corpus(files, name), data_dir=data_dir, val_fraction=0.3)
-        (data_dir.parent / "tokenizer").symlink_to(tmp_path / "tokenizer")
+        shutil.copytree(tmp_path / "tokenizer", data_dir.parent / "tokenizer")
         assert found.source.name == name
         assert str(tmp_path) not in json.dumps([asdict(found.source), asdict(found.splits["train"])])
         if val is None:
@@ -451,6 +451,111 @@ def test_interrupted_it_goes_on_where_it_was(
         assert "Going on where" in said and manifest.read(tmp_path / f"data-{stop}") is not None
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("moment", ["first split", "second split", "manifest", "end"])
+def test_stopped_while_the_tokens_are_put_in_place_nothing_is_done_again(
+    tmp_path: Path,
+    run: Callable,
+    plain: str,
+    corpus: Callable,
+    stories: list[str],
+    moment: str,
+    hashed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = corpus({"train.parquet": parquet(stories)}, "fineweb-edu", config=None) if hashed else plain
+    settings = {"source": name, "val_fraction": 0.3}
+    replace_folder, calls = manifest.replace_folder, []
+
+    def stopping(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) > (moment == "second split"):
+            raise Stop
+        replace_folder(*arguments)
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        if "split" in moment:
+            patch.setattr(manifest, "replace_folder", stopping)
+        else:
+            patch.setattr(
+                "recipe.data.manifest.write" if moment == "manifest" else "recipe.data.prepare._summary", stop
+            )
+        run(**settings)
+    with monkeypatch.context() as patch:
+        again = stop_after(-1, patch)
+        found = run(**settings)
+        assert again() == []
+    assert found == manifest.read(tmp_path / "data") and not (tmp_path / "data/tokens/.building").exists()
+    train, val = decoded(tmp_path / "data", "train"), decoded(tmp_path / "data", "val")
+    assert sorted(train + val) == sorted(stories) and not set(train) & set(val)
+
+
+def test_training_takes_streamed_tokens(tmp_path: Path, run: Callable, plain: str, corpus: Callable) -> None:
+    """The reader looks for changed text: there is none; and tells two corpora apart by their files."""
+    from recipe.data.module import checked_manifest
+
+    first = run(source=plain)
+    assert checked_manifest(tmp_path / "data") == first
+    files = {"train.parquet": parquet(["a b"] * 9), "validation.parquet": parquet(["c"])}
+    other = run(source=corpus(files, "shakespeare"), overwrite=True)
+    assert checked_manifest(tmp_path / "data") == other
+    prints = {manifest.text_fingerprint(split.text) for found in (first, other) for split in found.splits.values()}
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize("source", ["hub, text kept", "own files", "own validation", "one document"])
+def test_interrupted_while_it_writes_text_it_goes_on_too(
+    tmp_path: Path, run: Callable, plain: str, stories: list[str], source: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(corpora, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(corpora, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(documents, "PART_BYTES", 1500)
+    monkeypatch.setattr(documents, "LONG_DOCUMENT_BYTES", 3000)
+    own = tmp_path / "own"
+    put(own / "train/a.txt", ["\n".join(stories)] if source == "one document" else stories)
+    if source == "own validation":
+        put(own / "val/a.txt", [*stories[::20], "Not in the training text."])
+    settings: dict[str, object] = {"source": str(own), "val_fraction": 0.2}
+    if source == "hub, text kept":
+        settings = {"source": plain, "keep_text": True}
+
+    def stop(number: int, patch: pytest.MonkeyPatch) -> list:
+        seen: list[documents.Part] = []
+
+        def stopping(part: documents.Part, *more: object) -> Iterator[documents.PartText]:
+            if len(seen) == number:
+                raise Stop
+            seen.append(part)
+            yield from documents.read(part, *more)
+
+        patch.setattr(corpora, "read", stopping)
+        return seen
+
+    def files(name: str) -> dict[str, bytes]:
+        return {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in (tmp_path / name).rglob("*-*.*")}
+
+    with monkeypatch.context() as patch:
+        every = stop(-1, patch)
+        run(data_dir=tmp_path / "whole", **settings)
+    wanted = files("whole")
+    assert len(every) > 4
+    for at in range(1, len(every), 2):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stop(at, patch)
+            run(data_dir=tmp_path / f"data-{at}", **settings)
+        assert "the same command goes on where it was" in capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            second = stop(-1, patch)
+            run(data_dir=tmp_path / f"data-{at}", **settings)
+        assert files(f"data-{at}") == wanted, at
+        # Validation text is read again for its hashes; a single document's first pass, if it was over.
+        assert at + len(second) <= len(every) + 3 or source == "one document", at
+        assert not (tmp_path / f"data-{at}/.incoming").exists()
+
+
 def test_what_was_begun_of_another_text_is_thrown_away(
     tmp_path: Path, run: Callable, plain: str, stories: list[str], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -646,9 +751,7 @@ def test_the_hub_end_to_end(tmp_path: Path, run: Callable, stories: list[str]) -
             return "".join(iter(process.stdout.readline, "END\n"))
 
         def both(name: str) -> list[str]:
-            (tmp_path / name / "tokenizer").exists() or (tmp_path / name / "tokenizer").symlink_to(
-                tmp_path / "tokenizer"
-            )
+            shutil.copytree(tmp_path / "tokenizer", tmp_path / name / "tokenizer", dirs_exist_ok=True)
             return decoded(tmp_path / name / "data", "train") + decoded(tmp_path / name / "data", "val")
 
         # The connection is lost half-way; the Hub's files change; the same command goes on, with the files from before.
