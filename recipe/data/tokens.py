@@ -29,7 +29,7 @@ from recipe.data.manifest import write_json
 from recipe.data.tokenizers import Encoder
 
 # A chunk's last tokens that fill no window are lost, so chunks are long; and there are about 16 of them where the text
-# allows it, so that shuffling their order mixes the text. litdata divides a chunk among readers where it must.
+# allows it, as litdata's own reader shuffles chunks before windows.
 MIN_CHUNK_TOKENS = 1 << 20
 MAX_CHUNK_TOKENS = 1 << 24
 CHUNKS = 16
