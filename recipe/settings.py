@@ -285,10 +285,12 @@ def processes(settings: RunSettings) -> tuple[int, int]:
     Raises:
         UserError: for a number of devices that is not there.
     """
+    gpus = torch.cuda.device_count()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
+        if gpus and local > gpus:
+            raise UserError(f"torchrun started {local} processes, but this machine has {gpus} GPU(s); start no more.")
         return local, int(os.environ["WORLD_SIZE"]) // local
-    gpus = torch.cuda.device_count()
     if settings.devices == "auto":
         return max(gpus, 1), settings.num_nodes
     try:
@@ -419,8 +421,13 @@ def _check_evaluation(settings: RunSettings) -> list[str]:
             " expected at least 1 each."
         )
     for name in ("hellaswag_interval", "hellaswag_limit"):
-        if (value := getattr(settings.eval, name)) is not None and value < 1:
+        value = getattr(settings.eval, name)
+        if value is not None and value < 1:
             problems.append(f"eval.{name} is {value}; expected at least 1, or null.")
+        if value is not None and settings.eval.hellaswag is None:
+            problems.append(
+                f"eval.{name} is set but nothing is scored; name the questions: --eval.hellaswag FILE_OR_HUB"
+            )
     if settings.eval.evaluate_example != "first":
         problems.append(
             "eval.evaluate_example picks an instruction for finetuning and means nothing in pretraining;"

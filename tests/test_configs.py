@@ -114,7 +114,7 @@ def test_a_runs_comment_is_true(path: Path) -> None:
     number, unit, petaflop = re.search(r"Cost: ([\d.]+) ([MB]) tokens, ([\d.,]+) PFLOP", text).groups()
     assert number == f"{tokens / {'M': 1e6, 'B': 1e9}[unit]:.2f}"
     assert petaflop in (f"{flops / 1e15:,.0f}", f"{flops / 1e15:.2f}")
-    if rate := re.search(r"\(([\d.]+) h at (\d+) TFLOP/s\)", text):
+    if rate := re.search(r"\(([\d.]+) h on one GPU that reaches (\d+) TFLOP/s\)", text):
         assert float(rate[1]) == round(flops / (float(rate[2]) * 1e12) / 3600, 1)
     assert "Not run here" in text or "Measured" in text
 

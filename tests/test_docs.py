@@ -95,7 +95,7 @@ def test_the_table_of_memory_is_the_benchmarks():
 
 def test_what_is_said_of_the_shakespeare_run_is_what_was_measured():
     result = json.loads((PROJECT / "benchmarks/results/shakespeare.json").read_text(encoding="utf-8"))
-    said = f"validation loss {result['evaluation']['loss']:.2f}", f"{result['evaluation']['bits_per_byte']:.2f} bits"
+    said = f"alidation loss {result['evaluation']['loss']:.2f}", f"{result['evaluation']['bits_per_byte']:.2f} bits"
     for path in (PROJECT / "README.md", PROJECT / "configs/runs/shakespeare.yaml"):
         text = path.read_text(encoding="utf-8")
         assert all(number in text for number in said), path

@@ -197,18 +197,32 @@ ONE_RUN = (
 
 
 def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
-    """Trains in two processes on the CPU; what the first one says."""
+    """Trains in two processes on the CPU; what they say."""
     door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
     if launcher == "two nodes":
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-        node = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}")
-        commands = [[*torchrun, *node, *door]] * 2
+        commands = two_nodes(door, door)
     elif launcher == "torchrun":
-        commands = [[*torchrun, "--standalone", "--nproc_per_node=2", *door]]
+        commands = [[*TORCHRUN, "--standalone", "--nproc_per_node=2", *door]]
     else:
         commands = [[sys.executable, *door, "--devices", "2"]]
+    codes, outputs = run_together(commands)
+    assert not any(codes), "\n".join(outputs)
+    return "\n".join(outputs)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def two_nodes(*doors: list[str]) -> list[list[str]]:
+    """The command of each node, all on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    node = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}")
+    return [[*TORCHRUN, *node, *door] for door in doors]
+
+
+def run_together(commands: list[list[str]]) -> tuple[list[int], list[str]]:
+    """Exit code and output of each."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
     started = [subprocess.Popen(command, **pipes) for command in commands]
     try:
@@ -216,8 +230,7 @@ def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
     finally:
         for process in started:
             process.kill()
-    assert not any(process.returncode for process in started), "\n".join(outputs)
-    return "\n".join(outputs)
+    return [process.returncode for process in started], outputs
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -262,6 +275,18 @@ def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path,
     train(*ONE_RUN, *resume, str(moved / "step-00000010"))  # saved by two
     assert "devices was 2 and is now 1" in capsys.readouterr().out
     assert_same_run(whole, moved)
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_share_a_disk_are_told(train, run_file, tmp_path):
+    """One found the checkpoint, the other began anew; they averaged the gradients of different steps."""
+    train(*ONE_RUN, "--out_dir", str(tmp_path / "here"))
+    (tmp_path / "here" / "final").rename(tmp_path / "final")
+    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, "--resume", "auto", "--out_dir"]
+    codes, outputs = run_together(two_nodes([*door, str(tmp_path / "here")], [*door, str(tmp_path / "there")]))
+    assert all(codes)
+    assert all("do not agree on the step that it starts from" in output for output in outputs), "\n".join(outputs)
+    assert not list((tmp_path / "there").glob("step-*"))
 
 
 def test_the_settings_that_are_saved_run_again(train, tmp_path):

@@ -174,6 +174,7 @@ def test_each_flag_of_our_own_is_explained():
         (["--log.project", "x"], "log.project is read by W&B alone"),
         (["--eval.interval", "0"], "eval.interval is 0"),
         (["--eval.hellaswag_interval", "0"], "eval.hellaswag_interval is 0; expected at least 1, or null"),
+        (["--eval.hellaswag_limit", "9"], "eval.hellaswag_limit is set but nothing is scored"),
         (["--eval.hellaswag_limit", "-1"], "eval.hellaswag_limit is -1; expected at least 1, or null"),
         (["--eval.evaluate_example", "random"], "eval.evaluate_example picks an instruction"),
         (["--devices", "none"], "expected `auto` or a number"),

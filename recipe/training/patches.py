@@ -15,6 +15,8 @@ goes on with, the W&B run id kept in ``out_dir``.
 - compiles the model without a choice, which ends the program on Windows without Triton or without a C++ compiler;
 - hands the optimizer parameters without groups, so norms, embeddings and routers decay; ``fit`` then writes one
   learning rate over all groups, 0 at the first update, and never reaches ``min_lr``;
+- initializes the output projection of ``GptNeoxMLP`` like any other matrix, where GPT-2 and GPT-NeoX (and LitGPT in its
+  other layers) make it smaller with depth;
 - measures FLOPs by running the model on the meta device, which dies in ``LLaMAMoE``, or counts every expert for every
   token; here they come from the config by formula (``recipe.flops``);
 - calls ``save_hyperparameters`` at each checkpoint, which parses ``sys.argv`` of the running script anew and ends the
@@ -32,7 +34,9 @@ from importlib.metadata import version
 from typing import Any
 
 import litgpt.pretrain
+import torch
 from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from custom_moe import use_custom_moe
 
@@ -56,6 +60,9 @@ class _DataParallel:
     """Stands where LitGPT builds its FSDP strategy; not a subclass, so that LitGPT's ``isinstance`` checks say no."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DDPStrategy:  # type: ignore[misc]
+        if torch.cuda.is_available() and not torch.distributed.is_nccl_available():  # Windows
+            rank_zero_info("This torch has no NCCL, so the GPUs exchange gradients by gloo, which is slower.")
+            return DDPStrategy(process_group_backend="gloo")
         return DDPStrategy()
 
 

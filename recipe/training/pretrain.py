@@ -24,6 +24,7 @@ from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from litgpt import GPT, Config, Tokenizer
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
+from litgpt.model import GptNeoxMLP
 from litgpt.utils import CycleIterator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -157,6 +158,7 @@ def main(
     with fabric.init_module(empty_init=True):
         gpt = GPT(config)
     litgpt.pretrain.initialize_weights(fabric, gpt, n_layer=config.n_layer, n_embd=config.n_embd)
+    scale_gelu_projections(gpt)
     if train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.weight
     gpt.max_seq_length = train.max_seq_length or config.block_size
@@ -197,12 +199,13 @@ def main(
     )
     if resume_from:
         resume_training(fabric, training, resume_from)
-        if training.progress.step >= plan.steps:
-            say(
-                f"This run is finished: {resume_from} is step {training.progress.step:,} of {plan.steps:,}"
-                f" ({training.progress.tokens:,} tokens). To train it further, raise what ends it ({plan.ended_by})."
-            )
-            return
+    check_same_on_all_machines(fabric, training)
+    if resume_from and training.progress.step >= plan.steps:
+        say(
+            f"This run is finished: {resume_from} is step {training.progress.step:,} of {plan.steps:,}"
+            f" ({training.progress.tokens:,} tokens). To train it further, raise what ends it ({plan.ended_by})."
+        )
+        return
     if fabric.global_rank == 0:
         if settings.overwrite and not resume_from:  # all that could be wrong with the new run is known by now
             remove_run(out_dir)
@@ -527,6 +530,37 @@ def check_same_tokens(folder: Path, settings: RunSettings) -> None:
         )
 
 
+def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
+    """Raises ``UserError``, in every process, where they have not all the same checkpoint and tokens: they would train
+    different runs and average their gradients."""
+    if fabric.world_size == 1:
+        return
+    path = _manifest_path(run.settings)
+    tokens = None
+    if path is not None:
+        found = from_dict(json.loads(path.read_text(encoding="utf-8")))
+        tokens = (found.tokenizer.sha256, *(text_fingerprint(split.text) for split in found.splits.values()))
+    mine = {"the step that it starts from": run.progress.step, "the tokens": tokens}
+    everyone: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(everyone, mine)
+    if different := [name for name in mine if any(other[name] != everyone[0][name] for other in everyone)]:
+        raise UserError(
+            f"the machines of this run do not agree on {' and '.join(different)}: process {fabric.global_rank} of"
+            f" {fabric.world_size} starts from step {run.progress.step:,}. Put --out_dir and the data on a disk that"
+            " all of them share, or copy both to each."
+        )
+
+
+def scale_gelu_projections(gpt: GPT) -> None:
+    """Initializes the output projection of ``GptNeoxMLP`` as LitGPT does those of other layers, smaller with depth.
+
+    Without it a dense GPT-2 would begin with feed-forward outputs several times those of its mixture of experts.
+    """
+    for module in gpt.modules():
+        if isinstance(module, GptNeoxMLP):
+            nn.init.normal_(module.proj.weight, std=1 / math.sqrt(gpt.config.n_embd) / gpt.config.n_layer)
+
+
 def make_dataloaders(
     fabric: L.Fabric, data: DataModule, tokenizer: Tokenizer | None, train: TrainArgs, seq_length: int
 ) -> tuple[DataLoader, DataLoader | None]:
@@ -659,6 +693,7 @@ def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> 
         return
     say(f"Checkpoint  {out_dir / 'final'}")
     say(f"Metrics     {out_dir / METRICS_FILE}")
-    say(f'Write       uv run python generate.py {out_dir / "final"} --prompt "Once upon a time"')
+    prompt = json.dumps(run.settings.sample.prompt or "Once upon a time", ensure_ascii=False)
+    say(f"Write       uv run python generate.py {out_dir / 'final'} --prompt {prompt}")
     say(f"Evaluate    uv run python evaluate.py {out_dir / 'final'}")
     say(f"Chat        uv run litgpt chat {out_dir / 'final'}")

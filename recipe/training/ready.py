@@ -40,7 +40,7 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     for folder in (resume_from, settings.initial_checkpoint_dir):
         if folder is not None:
             check_same_model(folder, settings.model)
-    if settings.eval.hellaswag is not None:
+    if settings.eval.hellaswag is not None and _main_process():
         read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before text is tokenized for hours
     prepare_data(settings)
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)

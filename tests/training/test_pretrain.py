@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import lightning as L
 import litgpt.pretrain
 import pytest
 import torch
@@ -13,6 +14,7 @@ from litgpt import GPT, Config
 
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.training.pretrain import scale_gelu_projections
 
 SETTINGS_THAT_DIFFER = {"hyperparameters.yaml", "complete.json"}
 
@@ -270,3 +272,18 @@ def test_a_fresh_start_does_not_go_over_a_run(train):
     assert column(out, "step") == [1, 2]
     assert not list(out.glob("step-*"))
     assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_gpt2_begins_with_output_projections_that_are_smaller_with_depth():
+    """LitGPT leaves GptNeoxMLP's out: a dense GPT-2 began with feed-forward outputs 7 times those of its mixture."""
+    config = Config(
+        n_layer=6, n_embd=128, n_head=4, block_size=16, padded_vocab_size=64, mlp_class_name="GptNeoxMLP", bias=True
+    )
+    gpt = GPT(config)
+    litgpt.pretrain.initialize_weights(L.Fabric(accelerator="cpu", devices=1), gpt, n_layer=6, n_embd=128)
+    scale_gelu_projections(gpt)
+    for block in gpt.transformer.h:
+        assert float(block.mlp.proj.weight.std()) == pytest.approx(128**-0.5 / 6, rel=0.05)
+        assert float(block.mlp.proj.weight.std()) == pytest.approx(float(block.attn.proj.weight.std()), rel=0.05)
+        assert float(block.mlp.fc.weight.std()) == pytest.approx((2 / 5 / 128) ** 0.5, rel=0.05)
+        assert not block.mlp.proj.bias.any()
