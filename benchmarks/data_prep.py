@@ -55,6 +55,7 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, folder: Path) -> dict:
     """Runs both ways in turns and checks that the ids agree."""
+    before = circumstances(" ".join(["python", "benchmarks/data_prep.py", *sys.argv[1:]]), PACKAGES)
     text_bytes = write_corpus(args, folder)
     make_tokenizer(args, folder)
     seconds: dict[str, list[float]] = {f"{way} {imports}": [] for way in WAYS for imports in ("with", "without")}
@@ -69,7 +70,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     same = documents["TextFiles"] == documents["ours"]
     tokens = sum(map(len, documents["ours"])) // 4
     return {
-        **circumstances(" ".join(["python", "benchmarks/data_prep.py", *sys.argv[1:]]), PACKAGES),
+        **before,
         "text_bytes": text_bytes,
         "documents": len(documents["ours"]),
         "tokens": tokens,

@@ -169,7 +169,7 @@ class HubDataset:
     def _ask(self, revision: str | None, newest: str | None = None) -> str:
         """The commit that a revision is; where it is gone (a history made short), the newest."""
         import huggingface_hub
-        from huggingface_hub.errors import RevisionNotFoundError
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         try:
             return str(huggingface_hub.HfApi().dataset_info(self.path, revision=revision, timeout=10).sha)
@@ -177,6 +177,12 @@ class HubDataset:
             if revision in (None, newest, PARQUET_BRANCH):
                 raise UserError(self._unreadable("and the Hub has no parquet of it")) from None
             return self._ask(newest)
+        except GatedRepoError:
+            raise UserError(f"{self.path} is gated: accept its terms on the Hub and `uv run hf auth login`.") from None
+        except RepositoryNotFoundError:
+            raise UserError(
+                f"the Hub has no dataset {self.path}, or it is private (then: `uv run hf auth login`)."
+            ) from None
         except Exception as error:  # the transport has many ways to say that there is no network
             raise UserError(
                 f"{self.path} cannot be had from the Hugging Face Hub ({in_short(error)}).\n{OFFLINE_WAYS}"
@@ -387,9 +393,9 @@ def write_text(
         for split in SPLITS:
             if not origin.text.get(split):
                 raise UserError(_no_text(source, split, origin.settings))
-    except (Unfinished, KeyboardInterrupt, OSError):
-        raise  # what is written stays: the next call goes on
-    except BaseException:
+    except Unfinished:
+        raise  # what is written stays, as after Ctrl-C or any other error: the next call goes on
+    except UserError:
         shutil.rmtree(incoming, ignore_errors=True)
         raise
     manifest.write_json(incoming / "source.json", asdict(origin))  # last: from here on the text counts as complete
@@ -406,11 +412,12 @@ def publish(data_dir: Path) -> None:
     if (incoming / "source.json").is_file():
         # The manifest goes first, so that never tokens of one text lie beside another one.
         manifest.manifest_path(data_dir).unlink(missing_ok=True)
+        (incoming / JOURNAL).unlink(missing_ok=True)
         for split in SPLITS:
             if (incoming / split).is_dir():
                 manifest.replace_folder(incoming / split, data_dir / split)
         os.replace(incoming / "source.json", data_dir / "source.json")
-    if not (incoming / JOURNAL).is_file() or (data_dir / "source.json").is_file():
+    if not (incoming / JOURNAL).is_file():
         shutil.rmtree(incoming, ignore_errors=True)
 
 
@@ -457,8 +464,8 @@ class TextWriter:
     def _path(self) -> Path:
         return self.folder / f"{self.split}-{len(self.records):05d}.txt"
 
-    def write(self, text: str, closes: bool) -> None:
-        """Appends a document, or a part of one."""
+    def write(self, text: str, closes: bool) -> int:
+        """Appends a document, or a part of one; returns its bytes."""
         data = text.encode()
         if closes:
             data += f"\n{END_OF_TEXT}\n".encode()
@@ -470,6 +477,7 @@ class TextWriter:
         self.size += len(data)
         if closes and self.size >= SHARD_BYTES:
             self.close()
+        return len(data)
 
     def flush(self) -> None:
         """Sees to it that all that was written outlives this process and the machine's power."""
@@ -530,10 +538,11 @@ def _write_files(
         "revision": files.revision,
         "all": sha256(json.dumps([state, asdict(settings)]).encode()).hexdigest(),
     }
-    total = sum(Path(file).stat().st_size for some in files.files.values() for file in some if not is_remote(file))
-    text, empty, left_out = _write_splits(
-        contents, incoming, settings, on_progress, total or None, None if limit else inputs
-    )
+    total = None
+    if limit is None:
+        rules = Rules(settings.document_separator, files.column, settings.val_fraction)
+        total = sum(part.size for split in files.files for part in files.parts(split, rules, may_cut=True))
+    text, empty, left_out = _write_splits(contents, incoming, settings, on_progress, total, None if limit else inputs)
     if isinstance(found, Path):
         records = tuple(manifest.record(Path(file), base) for some in files.files.values() for file in some)
     else:
@@ -602,9 +611,8 @@ def _write_splits(
                 counts["empty"] += text.empty
                 counts["held_out"] += text.held_out
                 for piece in text.pieces:
-                    writers[piece.split].write(piece.text, piece.closes)
+                    counts["size"] += writers[piece.split].write(piece.text, piece.closes)
                     counts["documents"] += piece.closes
-                    counts["size"] += len(piece.text)
                 on_progress(counts["documents"], counts["size"], total)
         finally:
             for writer in writers.values():
@@ -630,14 +638,14 @@ def few_documents(documents: int, val_fraction: float) -> str:
     """Why the end of each document becomes validation text."""
     return (
         f"{documents} document{'s' if documents != 1 else ''}: too few to split by document, so the last "
-        f"{val_fraction:.0%} of each becomes validation text."
+        f"{100 * val_fraction:g}% of each becomes validation text."
     )
 
 
 def _no_text(source: str, split: str, settings: Settings) -> str:
     if split == "val" and settings.val_fraction is not None:
         return (
-            f"--source {source}: too little text to take validation text from; give more, or a folder with train/ and "
-            "val/ in it."
+            f"--source {source}: too little text to take validation text from; give more, a larger --val_fraction, or "
+            "a folder with train/ and val/ in it."
         )
     return f"--source {source}: no text for {split} (every document is empty); expected text in UTF-8."

@@ -266,15 +266,23 @@ def first_documents(texts: Iterable[PartText], number: int) -> Iterator[PartText
 def _txt_parts(
     path: Path, data: mmap.mmap, begin: int, rules: Rules, split: str | None, may_cut: bool
 ) -> Iterator[Part]:
-    pattern = re.compile(rf"\n{_separator_pattern(rules.separator)}\r?(?:\n|\Z)".encode())
+    # A line of its own, the first one of the file too; its line end is left for a separator that follows.
+    first = r"(?<![\s\S])|(?<=\xef\xbb\xbf)" if begin else r"(?<![\s\S])"
+    pattern = re.compile(
+        rf"(?:\n|{first})".encode("latin-1") + rf"{_separator_pattern(rules.separator)}\r?(?=\n|\Z)".encode()
+    )
     size = len(data)
     while begin < size:
         # One byte early: a separator's own "\n" may be the last byte of the target.
-        match = pattern.search(data, begin + PART_BYTES - 1) if begin + PART_BYTES < size else None
+        target = begin + PART_BYTES - 1
+        match = pattern.search(data, target) if target + 1 < size else None
         end = match.end() if match else size
         if end - begin > LONG_DOCUMENT_BYTES and may_cut:
-            before = [found.end() for found in pattern.finditer(data, begin, begin + PART_BYTES)]
-            long_begin = before[-1] if before else begin
+            long_begin = begin
+            for before in pattern.finditer(data, begin):
+                if before.start() >= target:
+                    break
+                long_begin = before.end()
             if long_begin > begin:
                 yield Part(path, begin, long_begin, size=long_begin - begin, split=split)
             yield from _long_document(path, data, long_begin, match.start() if match else size, rules, split)
@@ -359,19 +367,22 @@ def _decode(path: Location, data: bytes, offset: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start} (line "
-            f"{_line_number(path, offset + error.start)}) cannot be read; expected text in UTF-8. Convert it, for "
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start} "
+            f"({_place(path, offset + error.start)}) cannot be read; expected text in UTF-8. Convert it, for "
             f"instance from Latin-1: iconv -f ISO-8859-1 -t UTF-8 {Path(path).name} > utf8.txt"
         ) from None
 
 
-def _line_number(path: Location, offset: int) -> int:
+def _place(path: Location, offset: int) -> str:
+    """The line; of a file on the Hub the byte, as counting lines would fetch all that stands before."""
+    if is_remote(path):
+        return f"byte {offset:,}"
     number = 1
     with open_file(path) as file:
         while offset > 0 and (block := file.read(min(offset, 1 << 20))):
             number += block.count(b"\n")
             offset -= len(block)
-    return number
+    return f"line {number}"
 
 
 # --- .jsonl ---
@@ -415,7 +426,7 @@ def _read_jsonl(part: Part) -> Iterator[str]:
             row = _json_row(part.path, line, offset)
             if part.column not in row:
                 raise UserError(
-                    f"{part.path}, line {_line_number(part.path, offset)}: no field {part.column!r} (it has "
+                    f"{part.path}, {_place(part.path, offset)}: no field {part.column!r} (it has "
                     f"{', '.join(map(repr, row))}); --text_column names the field that holds the text."
                 )
             yield _text_of(row[part.column], part.path, offset)
@@ -426,12 +437,12 @@ def _json_row(path: Location, line: bytes, offset: int) -> dict[str, Any]:
         row = json.loads(_decode(path, line, offset))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, line {_line_number(path, offset)}: not JSON ({error.msg} at column {error.colno}); a .jsonl "
+            f"{path}, {_place(path, offset)}: not JSON ({error.msg} at column {error.colno}); a .jsonl "
             'holds one object a line, such as {"text": "Once upon a time"}.'
         ) from None
     if not isinstance(row, dict):
         raise UserError(
-            f"{path}, line {_line_number(path, offset)}: {type(row).__name__} where an object was expected, such as "
+            f"{path}, {_place(path, offset)}: {type(row).__name__} where an object was expected, such as "
             '{"text": "Once upon a time"}.'
         )
     return row
@@ -440,7 +451,7 @@ def _json_row(path: Location, line: bytes, offset: int) -> dict[str, Any]:
 def _text_column(path: Location, row: dict[str, Any]) -> str:
     """The field that holds the text: ``text`` where there is one, else the only one that holds a string."""
     strings = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in strings:
+    if "text" in strings or row.get("text", 0) is None:  # null is an empty text
         return "text"
     if len(strings) == 1:
         return strings[0]
@@ -454,7 +465,7 @@ def _text_of(value: Any, path: Location, offset: int | None) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        place = f"{path}, line {_line_number(path, offset)}" if offset is not None else path
+        place = f"{path}, {_place(path, offset)}" if offset is not None else path
         raise UserError(
             f"{place}: {type(value).__name__} where text was expected; --text_column names the right field."
         )
@@ -479,11 +490,20 @@ def _parquet_parts(
 
     with _open_parquet(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
-    text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-    example = {field.name: "" if any(is_kind(field.type) for is_kind in text) else None for field in schema}
+    kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+
+    def holds_text(kind: Any) -> bool:
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        return any(is_kind(kind) for is_kind in kinds)
+
+    example = {field.name: "" if holds_text(field.type) else 0 for field in schema}
     column = rules.text_column or _text_column(path, example)
-    if column not in example:
-        raise UserError(f"{path}: no column {column!r}; it has {', '.join(map(repr, example))} (--text_column).")
+    if example.get(column) != "":
+        texts = ", ".join(repr(name) for name, value in example.items() if value == "") or "none"
+        what = (
+            f"the column {column!r} holds {schema.field(column).type}" if column in example else f"no column {column!r}"
+        )
+        raise UserError(f"{path}: {what}; its columns with text: {texts} (--text_column).")
     index = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).column(index).total_uncompressed_size

@@ -97,7 +97,7 @@ def prepare(args: PrepareArgs) -> Manifest:
     """
     _check(args)
     found = None
-    with suppress(UserError):  # it may be about another process's work half-way; asked again below
+    with suppress(UserError, OSError):  # it may be about another process's work half-way; asked again below
         found = _already_done(args)
     if found is not None and not (_times_are_noted(found, args.data_dir) and _is_tidy(args.data_dir)):
         with suppress(OSError), _locked(args.data_dir):  # a folder that is only to be read serves as well
@@ -112,7 +112,9 @@ def prepare(args: PrepareArgs) -> Manifest:
             try:
                 found = found or _build(args)
             except KeyboardInterrupt:
-                print("\nStopped. What was done is kept: the same command goes on where it was.")
+                kept = (args.data_dir / corpora.INCOMING, manifest.tokens_dir(args.data_dir) / BUILDING / "splits")
+                goes_on = " What was done is kept: the same command goes on where it was."
+                print("\nStopped." + goes_on * any(path.exists() for path in kept))
                 raise
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
         _log_to_wandb(args)
@@ -128,8 +130,10 @@ def _check(args: PrepareArgs) -> None:
             corpora.source_files(found)
             own = [(args.data_dir / name).resolve() for name in (*SPLITS, "tokens")]
             path = found.resolve()
-            if args.data_dir.resolve().is_relative_to(path) or any(path.is_relative_to(folder) for folder in own):
+            if any(path.is_relative_to(folder) for folder in own) or args.data_dir.resolve() == path:
                 problems.append(f"--source {found} is where the prepared text lies; leave --source out to take it so.")
+            elif args.data_dir.resolve().is_relative_to(path):
+                problems.append(f"--data_dir {args.data_dir} lies in --source {found}; choose one outside of it.")
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         problems.append(f"--val_fraction {args.val_fraction}: expected a number between 0 and 1, such as 0.1.")
     if "\n" in (_separator(args) or ""):
@@ -161,6 +165,8 @@ class _Lying:
     """For each split that has text its files."""
     origin: corpora.TextOrigin | None
     """Where the text was once written from, if it was."""
+    begun: "_Begun | None" = None
+    """What a call that was interrupted streams."""
 
     @property
     def written(self) -> corpora.TextOrigin | None:
@@ -191,7 +197,7 @@ def _look(data_dir: Path) -> _Lying:
     for split in SPLITS:
         if files := text_files(data_dir / split):
             text[split] = manifest.refresh(files, data_dir, known)
-    return _Lying(manifest.read(data_dir), built, text, origin)
+    return _Lying(manifest.read(data_dir), built, text, origin, _read_begun(data_dir))
 
 
 def _already_done(args: PrepareArgs) -> Manifest | None:
@@ -243,6 +249,8 @@ def _settings(args: PrepareArgs, lying: _Lying) -> Settings:
             before = lying.written.settings
         elif lying.streamed:
             before = lying.streamed.settings
+        elif lying.begun:
+            before = lying.begun.settings
         elif lying.built:
             rules = next(iter(lying.built.values())).rules
             before = Settings(rules["val_fraction"], rules["separator"], rules["text_column"], None)
@@ -257,7 +265,9 @@ def _settings(args: PrepareArgs, lying: _Lying) -> Settings:
 def _default_val_fraction(args: PrepareArgs, lying: _Lying) -> float:
     source = args.source or (None if lying.text or lying.manifest else corpora.DEFAULT)
     found = corpora.find(source) if source else None
-    return found.val_fraction if isinstance(found, HubDataset) else DEFAULT_VAL_FRACTION
+    if not isinstance(found, HubDataset) or args.max_documents:  # of few documents a thousandth is none
+        return DEFAULT_VAL_FRACTION
+    return found.val_fraction
 
 
 def _separator(args: PrepareArgs) -> str | None:
@@ -276,6 +286,8 @@ def _is_same_source(args: PrepareArgs, lying: _Lying) -> bool:
     origin = lying.origin
     if args.source is not None and lying.streamed:
         return lying.streamed.source.name == args.source
+    if args.source is not None and lying.begun and not lying.text:
+        return lying.begun.source == args.source
     if origin is None or args.source is None:
         return False
     if args.source in corpora.CORPORA or _of_hub(args.source):
@@ -302,14 +314,22 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
             raise UserError(f"there is no text in {args.data_dir} to build its tokens anew from; name a --source.")
         if lying.streamed and (reasons := _differences(lying.streamed.settings, settings)):
             raise UserError(_other_settings(args, lying.streamed.source.name, lying.streamed.source.name, reasons))
+        if lying.streamed and args.keep_text:
+            raise UserError(f"--keep_text streams anew; name the source: --source {lying.streamed.source.name}")
         if not lying.text:
-            return None if lying.manifest else _TextToWrite(corpora.DEFAULT)
+            begun = lying.begun.source if lying.begun else corpora.DEFAULT
+            return None if lying.manifest else _TextToWrite(begun)
         if args.max_documents is not None and not written:
             raise UserError("--max_documents goes with a --source; text that lies in place is taken whole.")
         if written and (reasons := _differences(written.settings, settings)):
             source = written.location if written.name == "files" else written.name
             raise UserError(_other_settings(args, written.location, source, reasons))
         return None
+    if lying.begun and lying.begun.source != args.source and not args.overwrite:
+        raise UserError(
+            f"{args.data_dir} holds the beginning of {lying.begun.source}, which --source {args.source} would drop. Go"
+            f" on with it (--source {lying.begun.source}), choose another --data_dir, or drop it with --overwrite."
+        )
     if (not lying.text and not lying.streamed) or args.overwrite:
         return _TextToWrite(args.source)
     if lying.streamed and _is_same_source(args, lying):
@@ -476,18 +496,32 @@ def _text_there(args: PrepareArgs, lying: _Lying, settings: Settings) -> _Text:
     return _Text(_rules(lying, settings), lying.text, found)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """``.building/source.json``: what is streamed, for the call that goes on."""
+
+    source: str
+    revision: str | None
+    settings: Settings
+
+
+def _read_begun(data_dir: Path) -> _Begun | None:
+    try:
+        values = json.loads((manifest.tokens_dir(data_dir) / BUILDING / "source.json").read_text(encoding="utf-8"))
+        return _Begun(values["source"], values["revision"], Settings(**values["settings"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _text_of_hub(args: PrepareArgs, text: _TextToWrite, settings: Settings, building: Path) -> _Text:
     """Opens a corpus of the Hub: the files of the newest revision, or those that an interrupted call had begun with."""
     print(f"Streaming {text.source}, tokens alone (--keep_text keeps the text)" + (f": {text.why}" if text.why else ""))
     dataset, begun = corpora.find(text.source), building / "source.json"
     assert isinstance(dataset, HubDataset)
-    revision = None
-    with suppress(OSError, ValueError):
-        name, pinned = json.loads(begun.read_text(encoding="utf-8"))
-        revision = pinned if name == text.source else None
-    files = dataset.open(settings, revision)
+    before = _read_begun(args.data_dir)
+    files = dataset.open(settings, before.revision if before and before.source == text.source else None)
     building.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(begun, [text.source, files.revision])
+    manifest.write_json(begun, asdict(_Begun(text.source, files.revision, settings)))
     settings = replace(settings, val_fraction=None if "val" in files.files else settings.val_fraction)
     records = [entry for entries in files.records.values() for entry in entries]
     lazily = settings.max_documents is not None
@@ -513,6 +547,8 @@ def _build(args: PrepareArgs) -> Manifest:
     if text is None and _needs_streaming(args, lying, files.sha256 if files else there):
         text = _TextToWrite(str(args.source), "another tokenizer")
     building = manifest.tokens_dir(args.data_dir) / BUILDING
+    if text:
+        _refuse_foreign_files(args, lying)
     streamed = None
     if text and _of_hub(text.source) and not args.keep_text and (args.overwrite or not lying.written):
         streamed = _text_of_hub(args, text, settings, building)
@@ -552,15 +588,35 @@ def _build(args: PrepareArgs) -> Manifest:
         for split, new in built.items():
             manifest.replace_folder(new, manifest.tokens_dir(args.data_dir, split))
         found = _write_manifest(args, settings, info, todo, lying.manifest)
-    except (Unfinished, KeyboardInterrupt, OSError):
-        raise  # what is built stays: the next call goes on
-    except BaseException:
+    except Unfinished:
+        raise  # what is built stays, as after any error that is not the user's to mend: the next call goes on
+    except UserError:
         shutil.rmtree(building, ignore_errors=True)
         raise
     shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(args.data_dir / corpora.INCOMING, ignore_errors=True)  # of a call that was given up
     print(_summary(found))
     print(f"Prepared in {time.perf_counter() - started:.1f} s. The tokens serve any context length.")
     return found
+
+
+def _refuse_foreign_files(args: PrepareArgs, lying: _Lying) -> None:
+    """Raises ``UserError`` where new text would take the place of files that are no text of this project."""
+    own = {args.data_dir / entry.path for entries in lying.text.values() for entry in entries}
+    foreign = [
+        path
+        for split in SPLITS
+        for path in sorted((args.data_dir / split).rglob("*"))
+        if path.is_file() and path not in own and not path.name.startswith(".")
+    ]
+    if lying.origin is None and (args.data_dir / "source.json").exists():
+        foreign.append(args.data_dir / "source.json")
+    if foreign:
+        names = ", ".join(path.relative_to(args.data_dir).as_posix() for path in foreign[:3])
+        raise UserError(
+            f"{args.data_dir} holds files that are not this project's ({names}), where text would be put; choose"
+            " another --data_dir, or move them away."
+        )
 
 
 def _remove_text(data_dir: Path, building: Path) -> None:
@@ -788,7 +844,10 @@ def _proof(some: list[Part], rules: Rules) -> list[str]:
 
 def _empty(data_dir: Path, text: _Text, split: str) -> str:
     if text.source:
-        return f"--source {text.source.name}: no text for {split} (too few documents, or every one is empty)."
+        return (
+            f"--source {text.source.name}: no text for {split} (too few documents, or every one is empty); give a"
+            " larger --val_fraction or more documents."
+        )
     if split not in text.records:
         return (
             f"{data_dir / 'train'} holds too little text to take some for validation; put more into it, or into val/."

@@ -378,14 +378,15 @@ def build(
     first = next(iter(folders))
     journal = folders[first].with_name(f"{'-'.join(folders)}.json")
     done, seen, counts, complete = _read_journal(journal, list(folders))
-    if complete:
+    lost = hashes is not None and done and (not hashes.exists() or hashes.stat().st_size < 8 * counts[first].documents)
+    if complete and not lost:
         return counts
 
     def open_writers() -> dict[str, ChunkWriter]:
         return {s: ChunkWriter(folder, sizes[s], job.dtype, counts[s].tokens) for s, folder in folders.items()}
 
     try:
-        if hashes and done and hashes.stat().st_size < 8 * counts[first].documents:
+        if lost:
             raise ValueError("hashes were lost")
         writers = open_writers()
     except (FileNotFoundError, ValueError):  # the machine went off before all was on the disk
@@ -399,6 +400,9 @@ def build(
     def note(complete: bool = False) -> None:
         for writer in writers.values():
             writer.flush()
+        if hashes:
+            with open(hashes, "ab") as file:
+                os.fsync(file.fileno())
         values = {split: asdict(count) for split, count in counts.items()}
         write_json(journal, {"parts": done, "bytes": seen, "counts": values, "complete": complete})
 

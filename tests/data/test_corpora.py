@@ -546,7 +546,8 @@ def test_interrupted_while_it_writes_text_it_goes_on_too(
         with monkeypatch.context() as patch, pytest.raises(Stop):
             stop(at, patch)
             run(data_dir=tmp_path / f"data-{at}", **settings)
-        assert "the same command goes on where it was" in capsys.readouterr().out
+        kept = (tmp_path / f"data-{at}/.incoming").exists()
+        assert ("the same command goes on where it was" in capsys.readouterr().out) == kept
         with monkeypatch.context() as patch:
             second = stop(-1, patch)
             run(data_dir=tmp_path / f"data-{at}", **settings)
@@ -821,3 +822,96 @@ def test_what_a_dataset_lacks_is_named(
         run(source="fineweb")
     run(source="hf:org/two:b", text_column="text", val_fraction=0.3)
     assert len(decoded(tmp_path / "data", "train") + decoded(tmp_path / "data", "val")) == len(stories)
+
+
+# --- what was begun is not lost by another call ---
+
+
+@pytest.fixture
+def begun(tmp_path: Path, run: Callable, plain: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A stream with settings of its own that was stopped after its third part."""
+    monkeypatch.setattr(tokens, "JOURNAL_SECONDS", 0.0)
+    encode, seen = tokens.PartEncoder.__call__, []
+
+    def stopping(self: tokens.PartEncoder, part: documents.Part, *more: int) -> tokens.Encoded:
+        seen.append(part)
+        if len(seen) > 3:
+            raise Stop
+        return encode(self, part, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(tokens.PartEncoder, "__call__", stopping)
+        run(source=plain, max_documents=100)
+    return plain
+
+
+def test_without_a_source_the_stream_that_was_begun_goes_on(run: Callable, begun: str, capsys) -> None:
+    """It began TinyStories in its place, and dropped what was done."""
+    found = run()
+    assert "Going on where an interrupted call was" in capsys.readouterr().out
+    assert (found.source.name, found.settings.max_documents, found.splits["train"].documents) == (begun, 100, 100)
+
+
+def test_another_source_does_not_drop_what_was_begun(tmp_path: Path, run: Callable, begun: str, stories: list) -> None:
+    before = state(tmp_path / "data")
+    put(tmp_path / "own.txt", stories)
+    with pytest.raises(UserError, match=f"holds the beginning of {begun}.*--overwrite"):
+        run(source=str(tmp_path / "own.txt"))
+    assert state(tmp_path / "data") == before
+    assert run(source=str(tmp_path / "own.txt"), overwrite=True).source.name == "files"
+
+
+def test_text_that_replaces_other_text_goes_on_too(
+    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Where a text from a source lay already, what an interrupted call had written was removed at the next one."""
+    monkeypatch.setattr(corpora, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(documents, "PART_BYTES", 1000)
+    put(tmp_path / "first.txt", stories[:40])
+    put(tmp_path / "second.txt", stories)
+    run(source=str(tmp_path / "first.txt"))
+    seen = []
+
+    def stopping(part: documents.Part, *more: object) -> Iterator[documents.PartText]:
+        seen.append(part)
+        if len(seen) > 3:
+            raise Stop
+        yield from documents.read(part, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(corpora, "read", stopping)
+        run(source=str(tmp_path / "second.txt"), overwrite=True)
+    capsys.readouterr()
+    run(source=str(tmp_path / "second.txt"), overwrite=True)
+    assert "Going on where an interrupted call was" in capsys.readouterr().out
+    assert sorted(decoded(tmp_path / "data", "train") + decoded(tmp_path / "data", "val")) == sorted(stories)
+
+
+def test_a_quick_try_of_a_corpus_with_little_validation_text(run: Callable, corpus: Callable, stories: list) -> None:
+    """A thousandth of 100 documents is none, and a thousandth of each can't be cut off."""
+    source = corpus({"train.parquet": parquet(stories)}, "fineweb-edu", config=None)
+    found = run(source=source, max_documents=100)
+    assert found.settings.val_fraction == 0.1 and found.splits["val"].documents > 0
+
+
+def test_hashes_that_were_lost_are_made_anew(
+    tmp_path: Path, run: Callable, plain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them validation documents would have come into the training text."""
+    encode = tokens.PartEncoder.__call__
+
+    def stopping(self: tokens.PartEncoder, part: documents.Part, *more: int) -> tokens.Encoded:
+        if part.split == "train":
+            raise Stop
+        return encode(self, part, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(tokens.PartEncoder, "__call__", stopping)
+        run(source=plain)
+    hashes = tmp_path / "data/tokens/.building/splits/val.hashes"
+    size = hashes.stat().st_size
+    os.truncate(hashes, size - 8)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(tokens.PartEncoder, "__call__", stopping)
+        run(source=plain)
+    assert hashes.stat().st_size == size

@@ -283,3 +283,55 @@ def test_text_files_come_in_a_fixed_order_without_hidden_ones(tmp_path: Path) ->
         (tmp_path / name).write_text("x")
     found = [path.relative_to(tmp_path).as_posix() for path in text_files(tmp_path)]
     assert found == ["a-a.txt", "a/b.PARQUET", "a/c.jsonl", "b.txt"]
+
+
+SEPARATOR = "\n<|endoftext|>\n"
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("shift", range(-20, 3))
+def test_a_long_document_ends_and_begins_at_every_separator(
+    tmp_path: Path, shift: int, bom: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Separators were missed where they lay across the end of what is searched at once, came twice or came first."""
+    monkeypatch.setattr(documents, "PART_BYTES", 200)
+    monkeypatch.setattr(documents, "LONG_DOCUMENT_BYTES", 800)
+    long = "alpha beta gamma " * 80 + "end"
+    filler = ("word " * 60)[: 200 + shift - 24] + "z"
+    texts = [
+        f"small doc{SEPARATOR}{filler}{SEPARATOR}{long}{SEPARATOR}last",
+        f"A{SEPARATOR}<|endoftext|>\n{long}",
+        f"<|endoftext|>\n{long}{SEPARATOR}last",
+        f"{filler}\n<|endoftext|> is said here {long}{SEPARATOR}x",
+    ]
+    for text in texts:
+        path = tmp_path / "long.txt"
+        path.write_text(bom + text, encoding="utf-8", newline="\n")
+        found, open_document = [], ""
+        for part in documents.parts(path, documents.Rules(), "train", may_cut=True):
+            for some in documents.read(part, documents.Rules()):
+                for piece in some.pieces:
+                    open_document += piece.text
+                    if piece.closes:
+                        found.append(open_document)
+                        open_document = ""
+        assert not open_document
+        assert found == [document for document in documents.documents_of(text) if document], text[:60]
+
+
+def test_null_in_the_first_row_is_an_empty_text(tmp_path: Path) -> None:
+    """Another field, the only one with a string there, became the text."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": null, "url": "http://a"}\n{"text": "Story.", "url": "http://b"}\n', encoding="utf-8")
+    (part,) = documents.parts(path, documents.Rules(), "train", may_cut=True)
+    assert [piece.text for some in documents.read(part, documents.Rules()) for piece in some.pieces] == ["Story."]
+
+
+def test_a_column_that_holds_no_text_is_refused_and_a_dictionary_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    words = pa.array(["Story.", "Story."]).dictionary_encode()
+    pq.write_table(pa.table({"messages": [[{"content": "a"}], []], "text": words}), path)
+    with pytest.raises(UserError, match=r"'messages' holds list.*its columns with text: 'text'"):
+        list(documents.parts(path, documents.Rules(text_column="messages"), "train", may_cut=True))
+    (part,) = documents.parts(path, documents.Rules(), "train", may_cut=True)
+    assert [piece.text for some in documents.read(part, documents.Rules()) for piece in some.pieces] == ["Story."] * 2

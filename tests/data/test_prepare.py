@@ -551,10 +551,25 @@ def test_a_full_disk_leaves_the_old_text_and_tokens(
 
 
 def test_a_source_where_the_text_goes_is_refused(prepared: Path, run: Callable) -> None:
-    for folder in (prepared, prepared / "train", prepared.parent):
-        with pytest.raises(UserError, match="leave --source out"):
+    for folder, message in (
+        (prepared, "leave --source out"),
+        (prepared / "train", "leave --source out"),
+        (prepared.parent, "choose one outside of it"),
+    ):
+        with pytest.raises(UserError, match=message):
             run(source=str(folder), overwrite=True)
     assert (prepared / "train/a.txt").is_file()
+
+
+@pytest.mark.parametrize("foreign", ["train/notes.csv", "val/model.py", "source.json"])
+def test_files_of_others_are_never_removed(tmp_path: Path, run: Callable, stories: list[str], foreign: str) -> None:
+    """A folder of this name in somebody's project counted as empty and was replaced."""
+    put(tmp_path / "a.txt", stories)
+    (tmp_path / "data" / foreign).parent.mkdir(parents=True)
+    (tmp_path / "data" / foreign).write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=f"not this project's.*{foreign}"):
+        run(source=str(tmp_path / "a.txt"))
+    assert (tmp_path / "data" / foreign).read_text(encoding="utf-8") == "mine"
 
 
 # --- worker processes ---
