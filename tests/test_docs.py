@@ -99,3 +99,16 @@ def test_what_is_said_of_the_shakespeare_run_is_what_was_measured():
     for path in (PROJECT / "README.md", PROJECT / "configs/runs/shakespeare.yaml"):
         text = path.read_text(encoding="utf-8")
         assert all(number in text for number in said), path
+
+
+def test_what_is_said_of_tokenizing_is_what_was_measured():
+    results = PROJECT / "benchmarks/results"
+    speed = json.loads((results / "data_prep.json").read_text(encoding="utf-8"))
+    memory = json.loads((results / "data_memory.json").read_text(encoding="utf-8"))
+    ratios, per_second = speed["ratio"], speed["tokens_per_second"]
+    assert f"{per_second['TextFiles with']:,} tokens/s, {speed['peak_memory_gb']['TextFiles']:.2f} GB" in README
+    assert f"{per_second['ours with']:,} tokens/s" in README
+    assert f"{speed['peak_memory_gb']['ours']:.2f} GB: {ratios['with']} times" in README
+    assert f"{per_second['TextFiles without']:,} against {per_second['ours without']:,} tokens/s" in README
+    assert f"It is quick: {ratios['with']} times" in README
+    assert ", ".join(f"{run['peak_memory_mb']:.0f}" for run in memory["runs"]) + " MB" in README
