@@ -25,6 +25,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_RUN = PROJECT / "train_config.yaml"
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
+Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
 SHORT_FLAGS = {
     "micro_batch_size": "train.micro_batch_size",
@@ -114,7 +115,7 @@ class RunSettings:
     """Names for the loggers that want them"""
     out_dir: Path = Path("checkpoints")
     """Where checkpoints and metrics go"""
-    precision: Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"] | None = None
+    precision: Precision | None = None
     """Numbers that the model computes in; null picks what the hardware does well"""
     initial_checkpoint_dir: Path | None = None
     """A checkpoint folder whose weights the run starts from"""

@@ -166,7 +166,7 @@ class _Lying:
     origin: corpora.TextOrigin | None
     """Where the text was once written from, if it was."""
     begun: "_Begun | None" = None
-    """What a call that was interrupted streams."""
+    """What a call that was interrupted streams, where nothing complete lies beside it."""
 
     @property
     def written(self) -> corpora.TextOrigin | None:
@@ -197,7 +197,8 @@ def _look(data_dir: Path) -> _Lying:
     for split in SPLITS:
         if files := text_files(data_dir / split):
             text[split] = manifest.refresh(files, data_dir, known)
-    return _Lying(manifest.read(data_dir), built, text, origin, _read_begun(data_dir))
+    complete = manifest.read(data_dir)
+    return _Lying(complete, built, text, origin, None if complete or text else _read_begun(data_dir))
 
 
 def _already_done(args: PrepareArgs) -> Manifest | None:
@@ -286,7 +287,7 @@ def _is_same_source(args: PrepareArgs, lying: _Lying) -> bool:
     origin = lying.origin
     if args.source is not None and lying.streamed:
         return lying.streamed.source.name == args.source
-    if args.source is not None and lying.begun and not lying.text:
+    if args.source is not None and lying.begun:
         return lying.begun.source == args.source
     if origin is None or args.source is None:
         return False

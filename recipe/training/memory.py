@@ -5,7 +5,7 @@ machine; ``torch.distributed._tools.mem_tracker`` counts what would be alive at 
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,10 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from custom_moe import use_custom_moe
+from recipe.settings import Precision
 from recipe.training.model import PretrainingModel
 from recipe.training.optimizers import make_optimizer
-
-Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
 
 @dataclass(frozen=True)

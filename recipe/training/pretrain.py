@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data.manifest import from_dict, manifest_path, text_fingerprint
+from recipe.data.manifest import SPLITS, from_dict, manifest_path, text_fingerprint
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.flops import count_parameters, training_flops_per_token
@@ -518,11 +518,7 @@ def check_same_tokens(folder: Path, settings: RunSettings) -> None:
     then, now = folder / "manifest.json", _manifest_path(settings)
     if now is None or not then.is_file():
         return
-    before, after = (from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in (then, now))
-    if (before.tokenizer.sha256, text_fingerprint(before.splits["train"].text)) != (
-        after.tokenizer.sha256,
-        text_fingerprint(after.splits["train"].text),
-    ):
+    if _made_from(then, "train") != _made_from(now, "train"):
         raise UserError(
             f"{folder} was trained on other tokens than those of {now.parent.parent}: the text or the tokenizer"
             f" changed. Bring the old ones back, or start a new run from its weights: --initial_checkpoint_dir {folder}"
@@ -536,10 +532,7 @@ def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
     if fabric.world_size == 1:
         return
     path = _manifest_path(run.settings)
-    tokens = None
-    if path is not None:
-        found = from_dict(json.loads(path.read_text(encoding="utf-8")))
-        tokens = (found.tokenizer.sha256, *(text_fingerprint(split.text) for split in found.splits.values()))
+    tokens = _made_from(path, *SPLITS) if path else None
     mine = {"the step that it starts from": run.progress.step, "the tokens": tokens}
     everyone: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(everyone, mine)
@@ -650,6 +643,12 @@ def _manifest_path(settings: RunSettings) -> Path | None:
         return None
     path = manifest_path(Path(text).parent)
     return path if path.is_file() else None
+
+
+def _made_from(path: Path, *splits: str) -> tuple[str, ...]:
+    """What the tokens of a manifest follow from: fingerprints of the tokenizer and of each split's text."""
+    found = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return found.tokenizer.sha256, *(text_fingerprint(found.splits[split].text) for split in splits)
 
 
 def _not_finite(step: int, out_dir: Path) -> str:

@@ -861,6 +861,27 @@ def test_another_source_does_not_drop_what_was_begun(tmp_path: Path, run: Callab
     assert run(source=str(tmp_path / "own.txt"), overwrite=True).source.name == "files"
 
 
+def test_what_is_complete_is_not_touched_by_what_was_begun_over_it(
+    tmp_path: Path, run: Callable, plain: str, stories: list[str], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A replacement that was given up refused the corpus that still lay there, and lent it its settings."""
+    put(tmp_path / "own.txt", stories)
+    own = {"source": str(tmp_path / "own.txt")}
+    before = run(**own)
+
+    def stopping(self: tokens.PartEncoder, part: documents.Part, *more: int) -> tokens.Encoded:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(tokens.PartEncoder, "__call__", stopping)
+        run(source=plain, overwrite=True, max_documents=7)
+    assert (tmp_path / "data/tokens/.building/source.json").is_file()
+    capsys.readouterr()
+    for settings in (own, {}):
+        assert run(**settings) == before
+        assert "nothing to do" in capsys.readouterr().out
+
+
 def test_text_that_replaces_other_text_goes_on_too(
     tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
