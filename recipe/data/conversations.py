@@ -1,0 +1,148 @@
+"""Conversations as tokens, in LitGPT's prompt styles: the same for finetuning, chat and export.
+
+A conversation of several turns is each turn as it would stand alone, one after the other:
+``style.apply(user 1) answer 1 <end of text> style.apply(user 2) answer 2 <end of text> ...``. So a single turn is what
+LitGPT's own finetuning and ``litgpt chat`` use.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict
+
+import litgpt.prompts
+import yaml
+from litgpt import Tokenizer
+from litgpt.prompts import PromptStyle
+
+from recipe import checkpoints
+from recipe.cli import UserError, nearest
+
+DEFAULT_STYLE = "phi-2"
+"""``Instruct: ...`` and ``Output:`` on two lines: few tokens, and plain words that any vocabulary can write"""
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat APIs and the Hub's ``messages`` columns write it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class EncodedConversation(NamedTuple):
+    """A conversation as a model reads it; both lists are equally long."""
+
+    input_ids: list[int]
+    is_answer: list[bool]
+    """Whether the token is the assistant's; so is the end-of-text token after each answer"""
+
+
+def prompt_style(name: str) -> PromptStyle:
+    """LitGPT's style of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = litgpt.prompts.prompt_styles
+    if name not in known:
+        guess = nearest(name, known)
+        hint = f"; did you mean {guess}?" if guess else f"; expected one of {', '.join(sorted(known))}."
+        raise UserError(f"there is no prompt style {name!r}{hint}")
+    return PromptStyle.from_name(name)
+
+
+def load_prompt_style(folder: Path) -> PromptStyle:
+    """The style that a checkpoint was tuned with; ``litgpt.prompts.Default`` where it was only pretrained.
+
+    ``litgpt.prompts.load_prompt_style`` imports whatever class the file names; here it must be one of LitGPT's.
+
+    Raises:
+        UserError: the file names another class, or can't be read.
+    """
+    path = folder / "prompt_style.yaml"
+    if not path.is_file():
+        return PromptStyle.from_config(checkpoints.load_config(folder))
+    try:
+        module, _, name = yaml.safe_load(path.read_text(encoding="utf-8"))["class_path"].rpartition(".")
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        module, name = "", ""
+    found = getattr(litgpt.prompts, name, None) if module == litgpt.prompts.__name__ else None
+    if not (isinstance(found, type) and issubclass(found, PromptStyle)):
+        raise UserError(
+            f"{path} does not name a class of litgpt.prompts, and classes from elsewhere are not run;"
+            " write `class_path: litgpt.prompts.Default` into it, or the style that the model was tuned with."
+        )
+    return found()
+
+
+def is_tuned(style: PromptStyle) -> bool:
+    """Whether a checkpoint with this style was tuned to answer; a pretrained one only goes on with the text."""
+    return type(style) is not litgpt.prompts.Default
+
+
+def problem_with(messages: Sequence[Message], last: Literal["user", "assistant"]) -> str | None:
+    """What keeps these messages from being a conversation that ends with ``last``; None where nothing does."""
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    for index, message in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if message["role"] != expected:
+            return f"message {len(messages) - len(turns) + index + 1} is the {message['role']}'s, expected {expected}'s"
+    if not turns or turns[-1]["role"] != last:
+        return f"it does not end with a message of the {last}"
+    return None
+
+
+def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, style: PromptStyle) -> EncodedConversation:
+    """A whole conversation, which ends with the assistant's message.
+
+    Raises:
+        ValueError: roles do not alternate, as ``problem_with`` says.
+    """
+    return _encode(messages, tokenizer, style, last="assistant")
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, style: PromptStyle) -> list[int]:
+    """What the model reads before it answers the user's message that ``messages`` end with.
+
+    Raises:
+        ValueError: roles do not alternate, as ``problem_with`` says.
+    """
+    return _encode(messages, tokenizer, style, last="user").input_ids
+
+
+def _encode(
+    messages: Sequence[Message], tokenizer: Tokenizer, style: PromptStyle, last: Literal["user", "assistant"]
+) -> EncodedConversation:
+    if problem := problem_with(messages, last):
+        raise ValueError(f"no conversation: {problem}")
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    ids: list[int] = []
+    is_answer: list[bool] = []
+    for message in messages[system is not None :]:
+        if message["role"] == "assistant":
+            new = tokenizer.encode(message["content"], bos=False, eos=True).tolist()
+        elif ids:
+            new = tokenizer.encode(_prompt(style, message["content"], None), bos=False).tolist()
+        else:
+            new = tokenizer.encode(_prompt(style, message["content"], system)).tolist()
+        ids += new
+        is_answer += [message["role"] == "assistant"] * len(new)
+    return EncodedConversation(ids, is_answer)
+
+
+def _prompt(style: PromptStyle, user: str, system: str | None) -> str:
+    """One turn's prompt. A style without a place for the system's message gets it before the user's."""
+    if system is None:
+        text: str = style.apply(user)
+    elif (text := style.apply(user, sys_prompt=system)) == style.apply(user):
+        text = style.apply(f"{system}\n\n{user}")
+    return text
+
+
+def stop_sequences(style: PromptStyle, tokenizer: Tokenizer) -> list[list[int]]:
+    """What ends an answer: the end-of-text token, and what else the style ends with where the tokenizer has it."""
+    try:
+        found = [list(tokens) for tokens in style.stop_tokens(tokenizer)]
+    except ValueError:  # a special token of the model that the style was made for
+        found = []
+    end = [] if tokenizer.eos_id is None else [[tokenizer.eos_id]]
+    return [*end, *(tokens for tokens in found if tokens not in end and None not in tokens)]

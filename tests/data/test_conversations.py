@@ -1,0 +1,99 @@
+"""Conversations as tokens: LitGPT's own encoding for one turn, turns one after the other, only answers marked."""
+
+from pathlib import Path
+
+import litgpt.prompts
+import pytest
+from litgpt import Tokenizer
+from litgpt.data import SFTDataset
+
+from recipe.cli import UserError
+from recipe.data.conversations import (
+    Message,
+    encode_conversation,
+    encode_prompt,
+    is_tuned,
+    load_prompt_style,
+    prompt_style,
+    stop_sequences,
+)
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_dir)
+
+
+def _messages(*texts: str, system: str | None = None) -> list[Message]:
+    turns = [Message(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
+    return turns if system is None else [Message(role="system", content=system), *turns]
+
+
+@pytest.mark.parametrize("name", sorted(litgpt.prompts.prompt_styles))
+def test_a_single_turn_is_what_litgpt_finetunes_on(tokenizer: Tokenizer, name: str) -> None:
+    row = {"instruction": "Where did Mia go?", "output": "To the sea."}
+    litgpts = SFTDataset([row], tokenizer, name)[0]
+    encoded = encode_conversation(_messages(row["instruction"], row["output"]), tokenizer, prompt_style(name))
+    assert encoded.input_ids == litgpts["input_ids"].tolist()
+    assert encoded.is_answer == (litgpts["labels"] != -100).tolist()
+    prompt = encode_prompt(_messages(row["instruction"]), tokenizer, prompt_style(name))
+    assert prompt == encoded.input_ids[: len(prompt)] and not any(encoded.is_answer[: len(prompt)])
+
+
+def test_later_turns_follow_and_each_answer_ends(tokenizer: Tokenizer) -> None:
+    style = prompt_style("phi-2")
+    encoded = encode_conversation(_messages("Who?", "Mia.", "Where?", "The sea."), tokenizer, style)
+    text = tokenizer.processor.decode(encoded.input_ids, skip_special_tokens=False)
+    assert text == ("Instruct: Who?\nOutput:Mia.<|endoftext|>Instruct: Where?\nOutput:The sea.<|endoftext|>")
+    answers = [token for token, is_answer in zip(*encoded, strict=True) if is_answer]
+    assert tokenizer.processor.decode(answers, skip_special_tokens=False) == "Mia.<|endoftext|>The sea.<|endoftext|>"
+    prompt = encode_prompt(_messages("Who?", "Mia.", "Where?"), tokenizer, style)
+    assert prompt == encoded.input_ids[: len(prompt)]
+    assert encoded.is_answer[len(prompt) :] == [True] * (len(encoded.input_ids) - len(prompt))
+
+
+def test_a_begin_token_stands_once(tokenizer: Tokenizer) -> None:
+    tokenizer.use_bos = True
+    encoded = encode_conversation(_messages("Who?", "Mia.", "Where?", "The sea."), tokenizer, prompt_style("phi-2"))
+    assert encoded.input_ids[0] == tokenizer.bos_id
+    assert encoded.input_ids.count(tokenizer.bos_id) == 1 + 2  # the same token ends both answers here
+
+
+@pytest.mark.parametrize(("name", "expected"), [("phi-2", "Be kind.\n\nWho?"), ("chatml", None), ("alpaca", None)])
+def test_a_system_message_is_never_lost(tokenizer: Tokenizer, name: str, expected: str | None) -> None:
+    style = litgpt.prompts.ChatML() if name == "chatml" else prompt_style(name)
+    ids = encode_prompt(_messages("Who?", "Mia.", "Where?", system="Be kind."), tokenizer, style)
+    text = tokenizer.processor.decode(ids)
+    assert text.count("Be kind.") == 1
+    assert expected is None or expected in text
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], _messages("Who?", "Mia."), _messages(system="Be kind."), _messages("Who?") + _messages("Where?")],
+    ids=["none", "answered", "system alone", "two in a row"],
+)
+def test_what_is_no_prompt_is_refused(tokenizer: Tokenizer, messages: list[Message]) -> None:
+    with pytest.raises(ValueError, match="no conversation"):
+        encode_prompt(messages, tokenizer, prompt_style("phi-2"))
+
+
+def test_a_checkpoints_style_is_litgpts_or_refused(tmp_path: Path) -> None:
+    litgpt.prompts.save_prompt_style("phi-2", tmp_path)
+    assert type(load_prompt_style(tmp_path)) is litgpt.prompts.Phi2 and is_tuned(load_prompt_style(tmp_path))
+    litgpt.prompts.save_prompt_style(litgpt.prompts.Default(), tmp_path)
+    assert not is_tuned(load_prompt_style(tmp_path))
+    for foreign in ("class_path: os.system", "class_path: litgpt.prompts.yaml", "class_path: 3", "- a list", "{"):
+        (tmp_path / "prompt_style.yaml").write_text(foreign, encoding="utf-8")
+        with pytest.raises(UserError, match=r"does not name a class of litgpt\.prompts"):
+            load_prompt_style(tmp_path)
+
+
+def test_an_unknown_style_names_a_near_one() -> None:
+    with pytest.raises(UserError, match=r"'alpacca'; did you mean alpaca\?"):
+        prompt_style("alpacca")
+
+
+@pytest.mark.parametrize("name", sorted(litgpt.prompts.prompt_styles))
+def test_every_style_ends_at_the_end_of_text(tokenizer: Tokenizer, name: str) -> None:
+    assert [tokenizer.eos_id] in stop_sequences(prompt_style(name), tokenizer)
