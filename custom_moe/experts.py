@@ -61,6 +61,9 @@ class Experts(nn.Module):
     (E, C, I)``, and with ``bias`` also ``fc_bias (E, 2I)`` and ``proj_bias (E, C)``.
     """
 
+    _KINDS: tuple[str, ...] = ("weight", "bias")
+    """What LitGPT's layers call their parameters"""
+
     def __init__(self, n_expert: int, n_embd: int, intermediate_size: int, n_layer: int, bias: bool) -> None:
         super().__init__()
         self.n_layer = n_layer
@@ -85,25 +88,25 @@ class Experts(nn.Module):
         Gathers and sums instead of scattering, forward and backward, so that repeated runs give the same bits.
         """
         N, K = indices_NK.shape
-        dtype = compute_dtype(x_NC)
-        traced = x_NC.is_meta or torch.compiler.is_compiling()
-        backend = choose_backend(dtype, x_NC.device.type, N * K, *self.proj_weight.shape[1:], traced=traced)
-        fc_weight, proj_weight = self.fc_weight.to(dtype), self.proj_weight.to(dtype)
-        fc_bias = None if self.fc_bias is None else self.fc_bias.to(dtype)
-        proj_bias = None if self.proj_bias is None else self.proj_bias.to(dtype)
-
         expert_S, order_S = indices_NK.flatten().sort(stable=True)
         inverse_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(N * K, device=order_S.device))
-        experts_E = torch.arange(fc_weight.size(0), device=expert_S.device)
+        experts_E = torch.arange(self.fc_weight.size(0), device=expert_S.device)
         ends_E = torch.searchsorted(expert_S, experts_E, right=True, out_int32=True)
 
-        x_SC = gather_rows(x_NC.to(dtype), order_S // K, inverse_S)
-        h_SJ = grouped_linear(x_SC, fc_weight, fc_bias, ends_E, expert_S, backend)
-        gate_SI, up_SI = h_SJ.chunk(2, dim=-1)
-        y_SC = grouped_linear(F.silu(gate_SI) * up_SI, proj_weight, proj_bias, ends_E, expert_S, backend)
+        x_SC = gather_rows(x_NC.to(compute_dtype(x_NC)), order_S // K, inverse_S)
+        gate_SI, up_SI = self._linear("fc", x_SC, ends_E, expert_S).chunk(2, dim=-1)
+        y_SC = self._linear("proj", F.silu(gate_SI) * up_SI, ends_E, expert_S)
         y_NKC = gather_rows(y_SC, inverse_S, order_S).view(N, K, y_SC.size(1))
         y_NC: Tensor = (y_NKC * weights_NK.unsqueeze(-1)).sum(dim=1)
         return y_NC.to(x_NC.dtype)
+
+    def _linear(self, name: str, x_S: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:
+        """Each row through its expert's layer ``name`` ("fc" or "proj"), in the row's type."""
+        weight_EOC, bias_EO = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        traced = x_S.is_meta or torch.compiler.is_compiling()
+        backend = choose_backend(x_S.dtype, x_S.device.type, x_S.size(0), *weight_EOC.shape[1:], traced=traced)
+        bias_EO = None if bias_EO is None else bias_EO.to(x_S.dtype)
+        return grouped_linear(x_S, weight_EOC.to(x_S.dtype), bias_EO, ends_E, expert_S, backend)
 
     def _litgpt_views(self, prefix: str) -> dict[str, tuple[str, Tensor]]:
         """LitGPT's key -> (name of the stacked parameter, this key's part of it), in LitGPT's order."""
@@ -111,7 +114,7 @@ class Experts(nn.Module):
         stacked = {name: parameter.unbind(0) for name, parameter in self.named_parameters(recurse=False)}
         for expert in range(self.fc_weight.size(0)):
             for layer, part in (("fc_1", 0), ("fc_2", 1), ("proj", None)):
-                for kind in ("weight", "bias"):
+                for kind in self._KINDS:
                     name = f"{'proj' if part is None else 'fc'}_{kind}"
                     if name in stacked:
                         rows = stacked[name][expert]

@@ -30,13 +30,7 @@ class MoE(nn.Module):
             if score_function(config) == "softmax"
             else SigmoidGate(config)
         )
-        self.experts = Experts(
-            n_expert=config.n_expert,
-            n_embd=config.n_embd,
-            intermediate_size=config.moe_intermediate_size or config.intermediate_size,
-            n_layer=config.n_layer,
-            bias=config.bias,
-        )
+        self.experts = Experts(**self._expert_sizes())
         self.shared_experts = (
             litgpt.model.LLaMAMLP(config, intermediate_size=config.moe_intermediate_size * config.n_shared_expert)
             if config.n_shared_expert
@@ -67,12 +61,27 @@ class MoE(nn.Module):
     def forward_with_router(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
         """The layer's output ``(B, T, C)`` and what the router decided for its ``N = B*T`` tokens."""
         x_NC = x.flatten(0, -2)
-        logits_NE = linear_fp32(x_NC, self.gate.weight)
+        logits_NE = linear_fp32(x_NC, self._gate_weight())
         router = route(logits_NE, self.config, getattr(self.gate, "e_score_correction_bias", None))
         y_BTC = self.experts(x_NC, router.weights, router.indices).view_as(x)
         if self.shared_experts is not None:
             y_BTC = y_BTC + self.shared_experts(x)
         return y_BTC, router
+
+    def _expert_sizes(self) -> dict[str, int]:
+        config = self.config
+        return {
+            "n_expert": config.n_expert,
+            "n_embd": config.n_embd,
+            "intermediate_size": config.moe_intermediate_size or config.intermediate_size,
+            "n_layer": config.n_layer,
+            "bias": config.bias,
+        }
+
+    def _gate_weight(self) -> Tensor:
+        """``(E, C)``"""
+        weight: Tensor = self.gate.weight
+        return weight
 
 
 def _check(config: Config) -> None:

@@ -5,10 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
+import litgpt.lora
 import litgpt.model
 
 from custom_moe.block import MoEBlock
 from custom_moe.layer import MoE
+from custom_moe.lora import LoRAMoE, LoRAMoEBlock
+
+_REPLACEMENTS = {
+    litgpt.model: {"LLaMAMoE": MoE, "Block": MoEBlock},
+    litgpt.lora: {"LLaMAMoE": LoRAMoE, "Block": LoRAMoEBlock},
+}
 
 # What the replacements rely on: LitGPT's names and the parameters that they take.
 _EXPECTED = {
@@ -23,7 +30,8 @@ _EXPECTED = {
 
 @contextmanager
 def use_custom_moe() -> Iterator[None]:
-    """While open, ``litgpt.GPT(config)`` builds with ``MoE`` and ``MoEBlock``; afterwards LitGPT is as it was.
+    """While open, ``litgpt.GPT(config)`` builds with ``MoE`` and ``MoEBlock``, and ``litgpt.lora.GPT(config)`` with
+    their LoRA forms; afterwards LitGPT is as it was.
 
     ``litgpt.Config.mlp_class`` finds the layer by the name ``LLaMAMoE`` in ``litgpt.model``, so that the config (and
     the ``model_config.yaml`` of a checkpoint) can keep this name and stock LitGPT reads it. May be nested.
@@ -31,14 +39,17 @@ def use_custom_moe() -> Iterator[None]:
     Raises:
         RuntimeError: where the installed LitGPT does not have the names and signatures that this replaces.
     """
-    stock = litgpt.model.LLaMAMoE, litgpt.model.Block
-    if stock != (MoE, MoEBlock):
+    before = [(module, name, getattr(module, name, None)) for module, names in _REPLACEMENTS.items() for name in names]
+    if litgpt.model.Block is not MoEBlock:
         _check_litgpt()
-    litgpt.model.LLaMAMoE, litgpt.model.Block = MoE, MoEBlock
+    for module, replacements in _REPLACEMENTS.items():
+        for name, replacement in replacements.items():
+            setattr(module, name, replacement)
     try:
         yield
     finally:
-        litgpt.model.LLaMAMoE, litgpt.model.Block = stock
+        for module, name, found in before:
+            setattr(module, name, found)
 
 
 def _check_litgpt() -> None:

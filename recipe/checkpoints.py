@@ -6,7 +6,8 @@ step-00000010/            or final/
     training_state.pth    what only resuming needs: optimizer, data position, counters, random states
     model_config.yaml     litgpt.Config
     hyperparameters.yaml  the settings of the run
-    prompt_style.yaml     none: `litgpt chat` hands the prompt over as it was typed
+    prompt_style.yaml     how a prompt is handed to the model: as it was typed, unless it was tuned to answer
+    lit_model.pth.lora    the LoRA updates by themselves, where it was tuned with LoRA (lit_model.pth has them added)
     tokenizer.json ...    the tokenizer's files
     config.json           the same model as transformers describes it, for `litgpt evaluate` (where one exists)
     manifest.json         what the training tokens were made of
@@ -33,9 +34,11 @@ from recipe.cli import UserError
 if TYPE_CHECKING:  # torch and litgpt are imported where they are used, so that a wrong path is told at once
     import torch
     from litgpt import GPT, Config, Tokenizer
+    from litgpt.prompts import PromptStyle
     from torch import Tensor
 
 WEIGHTS = "lit_model.pth"
+LORA_WEIGHTS = "lit_model.pth.lora"
 TRAINING_STATE = "training_state.pth"
 MODEL_CONFIG = "model_config.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
@@ -95,6 +98,8 @@ def save(
     tokenizer_dir: Path | None = None,
     training_state: dict[str, Any] | None = None,
     manifest_path: Path | None = None,
+    prompt_style: "PromptStyle | None" = None,
+    lora_weights: "dict[str, Tensor] | None" = None,
 ) -> None:
     """Writes a checkpoint beside ``folder``, marks it complete and moves it into place; to be called by one process.
 
@@ -108,6 +113,8 @@ def save(
         tokenizer_dir: its tokenizer files are copied.
         training_state: tensors, numbers, strings, lists, tuples and dicts only (`torch.load(weights_only=True)`).
         manifest_path: the manifest of the tokens that it was trained on; copied as ``manifest.json``.
+        prompt_style: one of LitGPT's, of a model that was tuned to answer.
+        lora_weights: the LoRA parameters in LitGPT's keys; ``weights`` have them added.
 
     Raises:
         UserError: the disk is full or the folder can't be written. What was there before is still whole.
@@ -123,6 +130,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state, manifest_path)
+        _write_tuning(partial, prompt_style, lora_weights)
         _write_mark(partial, step, tokens)
         _sync(partial)
         _move_into_place(partial, folder, old)
@@ -178,18 +186,15 @@ def _write_files(
     training_state: dict[str, Any] | None,
     manifest_path: Path | None,
 ) -> None:
-    from litgpt.prompts import Default, save_prompt_style
     from litgpt.utils import save_config
 
     on_cpu = {name: _own_storage(tensor) for name, tensor in weights.items()}
-    if tied := _is_tied(weights):
+    if tied := is_tied(weights):
         on_cpu["lm_head.weight"] = on_cpu["transformer.wte.weight"]  # stored once, from a GPU too
     _write_torch(folder / WEIGHTS, on_cpu)
     if training_state is not None:
         _write_torch(folder / TRAINING_STATE, training_state)
     save_config(config, folder)
-    # Without it LitGPT picks a chat format by the model's name ("Llama-3-small-Instruct", "R1").
-    save_prompt_style(Default(), folder)
     with open(folder / HYPERPARAMETERS, "w", encoding="utf-8", newline="\n") as file:
         yaml.safe_dump(_plain(hyperparameters), file, sort_keys=False)
     if tokenizer_dir is not None:
@@ -203,6 +208,17 @@ def _write_files(
         _write_json(folder / "config.json", described)
 
 
+def _write_tuning(
+    folder: Path, prompt_style: "PromptStyle | None", lora_weights: "dict[str, Tensor] | None"
+) -> None:
+    from litgpt.prompts import Default, save_prompt_style
+
+    # Without a style LitGPT picks a chat format by the model's name ("Llama-3-small-Instruct", "R1").
+    save_prompt_style(prompt_style or Default(), folder)
+    if lora_weights is not None:
+        _write_torch(folder / LORA_WEIGHTS, {name: _own_storage(tensor) for name, tensor in lora_weights.items()})
+
+
 def _own_storage(tensor: "Tensor") -> "Tensor":
     """The tensor on the CPU in a storage of exactly its size.
 
@@ -214,7 +230,8 @@ def _own_storage(tensor: "Tensor") -> "Tensor":
     return tensor if whole else tensor.contiguous().clone()
 
 
-def _is_tied(weights: "dict[str, Tensor]") -> bool:
+def is_tied(weights: "dict[str, Tensor]") -> bool:
+    """Whether embedding and output head are one matrix."""
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
     return head.data_ptr() == embedding.data_ptr() and head.numel() > 0
 
@@ -537,6 +554,18 @@ def load_weights(folder: Path, *, mmap: bool = False) -> "dict[str, Tensor]":
     weights = _load_torch(as_folder(folder) / WEIGHTS, mmap=mmap)
     inner: dict[str, Tensor] = weights.get("model", weights)
     return inner
+
+
+def weights_sha256(folder: Path) -> str:
+    """The checksum of a checkpoint's weights."""
+    folder = as_folder(folder)
+    mark = read_mark(folder) if (folder / MARK).is_file() else None
+    return mark.files[WEIGHTS].sha256 if mark else _sha256(folder / WEIGHTS)
+
+
+def load_lora_weights(folder: Path) -> "dict[str, Tensor]":
+    """The LoRA parameters in LitGPT's keys, on the CPU. Raises as ``load_weights``."""
+    return _load_torch(Path(folder) / LORA_WEIGHTS)
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from litgpt import Config
 from litgpt.args import LogArgs, TrainArgs
 from litgpt.data import DataModule
 
+from recipe import checkpoints
 from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_RUN = PROJECT / "train_config.yaml"
+DEFAULT_FINETUNING = PROJECT / "configs" / "finetune.yaml"
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
@@ -33,6 +35,14 @@ SHORT_FLAGS = {
     "max_seq_length": "train.max_seq_length",
 }
 """Flags that people reach for most, and the settings that they stand for."""
+
+FINETUNE_SHORT_FLAGS = SHORT_FLAGS | {
+    "data_dir": "data.init_args.data_dir",
+    "prompt_style": "data.init_args.prompt_style",
+    "lr": "optimizer.init_args.lr",
+    "epochs": "train.epochs",
+}
+"""The same for ``finetune.py``."""
 
 
 @dataclass
@@ -50,7 +60,7 @@ class EvalArgs(litgpt.args.EvalArgs):
     final_validation: bool = True
     """Whether to evaluate after the last step"""
     evaluate_example: str | int = "first"
-    """LitGPT's for finetuning; means nothing here"""
+    """LitGPT's; means nothing here"""
     hellaswag: str | None = None
     """HellaSwag's questions to score: a file in its JSONL, or a name on the Hub (Rowan/hellaswag); null for none"""
     hellaswag_interval: int | None = None
@@ -153,6 +163,39 @@ class RunSettings:
     """Where W&B dataset artifacts are kept"""
 
 
+@dataclass
+class FinetuneSettings(RunSettings):
+    """Everything that `finetune.py` can be told; the LoRA fields are `litgpt.finetune.lora.setup`'s."""
+
+    checkpoint_dir: Path = Path()
+    """The checkpoint that is tuned; model and tokenizer are its own"""
+    lora_r: int = 0
+    """Rank of the LoRA updates (arXiv 2106.09685); 0 trains all weights instead"""
+    lora_alpha: int = 16
+    """LoRA updates are scaled by lora_alpha / lora_r"""
+    lora_dropout: float = 0.05
+    """Dropout on what goes into the LoRA updates"""
+    lora_query: bool = True
+    """LoRA on the queries"""
+    lora_key: bool = False
+    """LoRA on the keys"""
+    lora_value: bool = True
+    """LoRA on the values"""
+    lora_projection: bool = False
+    """LoRA on the attention's output projection"""
+    lora_mlp: bool = False
+    """LoRA on the feed-forwards: each expert's and the router's, too"""
+    lora_head: bool = False
+    """LoRA on the output head"""
+
+
+OF_THE_CHECKPOINT = {
+    *("model", "initial_checkpoint_dir", "tokenizer_dir"),  # taken from it
+    *("prepare", "wandb_dataset", "wandb_artifacts_dir"),  # for pretraining alone
+}
+"""Settings that `finetune.py` has no flags for."""
+
+
 @dataclass(frozen=True)
 class ParsedRun:
     """Settings as objects, and the same settings as plain values that a YAML file can hold."""
@@ -175,21 +218,56 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         UserError: for an unknown key, a value of the wrong type, or a file that is missing or no YAML mapping.
         SystemExit: after ``--help`` and ``--print_config``.
     """
-    run_file, model_file, flags = _split_files_off(underscored(argv))
-    run = read_run_file(run_file or DEFAULT_RUN, model_file)
-    parser = run_parser()
+    files, flags = _split_files_off(underscored(argv), ("config", "model"), SHORT_FLAGS)
+    run_file = files["config"] or DEFAULT_RUN
+    run = read_run_file(run_file, files["model"])
+    resolved, values = _parse(run_parser(), run_file, run, flags)
+    settings = RunSettings(**{field.name: values[field.name] for field in fields(RunSettings)})
+    return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
+
+
+def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
+    """Reads the run file and the flags of ``finetune.py``; model and tokenizer are those of the checkpoint.
+
+    Args:
+        argv: command-line arguments. The checkpoint may stand first without its flag; without one the newest is taken.
+            ``--config FILE`` names the run file (default: ``configs/finetune.yaml``).
+
+    Raises:
+        UserError, SystemExit: as ``parse_run``; and where there is no such checkpoint.
+    """
+    if argv and not argv[0].startswith("-"):
+        argv = [f"--checkpoint_dir={argv[0]}", *argv[1:]]
+    files, flags = _split_files_off(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
+    run_file = files["config"] or DEFAULT_FINETUNING
+    resolved, values = _parse(finetuning_parser(), run_file, _read_yaml(run_file), flags)
+    given = values["checkpoint_dir"]
+    folder = checkpoints.resolve(None if given == Path() else given)
+    resolved["checkpoint_dir"] = str(folder)
+    settings = FinetuneSettings(
+        **{field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
+        | {"model": checkpoints.load_config(folder), "checkpoint_dir": folder}
+        | {"initial_checkpoint_dir": folder, "tokenizer_dir": folder},
+    )
+    return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
+
+
+def _parse(
+    parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings as plain values, the same as objects) of a run file and the flags that beat it."""
     try:
         # First the file alone, so that a complaint about a key can say where the key stands.
         parser.parse_object(run)
     except Exception as error:
-        raise UserError(f"in {run_file or DEFAULT_RUN}: {explain(str(error), _known_names(parser, run))}") from None
+        raise UserError(f"in {run_file}: {explain(str(error), _known_names(parser, run))}") from None
     try:
         namespace = parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
         with warnings.catch_warnings():
             # LitGPT warns of a warm-up as long as the run; here it is shortened, and the run says so.
             warnings.filterwarnings("ignore", message="`--train.lr_warmup_steps` should be less")
-            values = vars(parser.instantiate_classes(namespace))
+            return resolved, vars(parser.instantiate_classes(namespace))
     except ArgumentError as error:
         raise UserError(explain(str(error), _known_names(parser, run))) from None
     except UserError:
@@ -199,8 +277,6 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         raise UserError(
             f"these settings do not fit together: {str(error) or f'LitGPT holds that `{failed}`'}"
         ) from None
-    settings = RunSettings(**{name: values[name] for name in (f.name for f in fields(RunSettings))})
-    return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
 
 
 def run_parser() -> ArgumentParser:
@@ -208,9 +284,7 @@ def run_parser() -> ArgumentParser:
     parser = make_parser(description="Pretrain a model with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
     parser.add_class_arguments(RunSettings, sub_configs=True)
-    shortcuts = parser.add_argument_group("Short forms")
-    for short, target in SHORT_FLAGS.items():
-        shortcuts.add_argument(f"--{short}", type=int, default=SUPPRESS, help=f"the same as --{target}")
+    _add_short_flags(parser, SHORT_FLAGS)
     parser.set_defaults(
         {
             "data": {
@@ -221,6 +295,22 @@ def run_parser() -> ArgumentParser:
         }
     )
     return parser
+
+
+def finetuning_parser() -> ArgumentParser:
+    """The parser of ``finetune.py``."""
+    parser = make_parser(description="Tune a checkpoint to follow instructions, with LitGPT.")
+    parser.add_argument("--config", action="config", help="The run file (YAML); default: configs/finetune.yaml")
+    parser.add_class_arguments(FinetuneSettings, sub_configs=True, skip=OF_THE_CHECKPOINT)
+    _add_short_flags(parser, FINETUNE_SHORT_FLAGS)
+    return parser
+
+
+def _add_short_flags(parser: ArgumentParser, short_flags: dict[str, str]) -> None:
+    """They are written in full before anything is parsed; here they stand for ``--help``."""
+    shortcuts = parser.add_argument_group("Short forms")
+    for short, target in short_flags.items():
+        shortcuts.add_argument(f"--{short}", default=SUPPRESS, help=f"the same as --{target}")
 
 
 def read_run_file(path: Path, model_file: Path | None = None) -> dict[str, Any]:
@@ -261,9 +351,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _split_files_off(arguments: list[str]) -> tuple[Path | None, Path | None, list[str]]:
-    """Takes ``--config`` and ``--model`` out, wherever they stand, and writes the short flags in full."""
-    files: dict[str, Path | None] = {"config": None, "model": None}
+def _split_files_off(
+    arguments: list[str], names: tuple[str, ...], short_flags: dict[str, str]
+) -> tuple[dict[str, Path | None], list[str]]:
+    """Takes the flags that name files out, wherever they stand, and writes the short ones in full."""
+    files: dict[str, Path | None] = dict.fromkeys(names)
     flags: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
@@ -273,11 +365,11 @@ def _split_files_off(arguments: list[str]) -> tuple[Path | None, Path | None, li
             if not value:
                 raise UserError(f"--{name} expects the path of a YAML file.")
             files[name] = Path(value)
-        elif argument.startswith("--") and name in SHORT_FLAGS:
-            flags.append(f"--{SHORT_FLAGS[name]}{equals}{value}")
+        elif argument.startswith("--") and name in short_flags:
+            flags.append(f"--{short_flags[name]}{equals}{value}")
         else:
             flags.append(argument)
-    return files["config"], files["model"], flags
+    return files, flags
 
 
 def processes(settings: RunSettings) -> tuple[int, int]:
@@ -336,7 +428,9 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_evaluation(settings),
         *_check_log(settings),
     ]
-    if settings.initial_checkpoint_dir and settings.resume:
+    if isinstance(settings, FinetuneSettings):
+        problems += _check_finetuning(settings)
+    elif settings.initial_checkpoint_dir and settings.resume:
         problems.append(
             "both `initial_checkpoint_dir` and `resume` are set; choose one: the first starts a new run from weights,"
             " the second continues an old one."
@@ -430,10 +524,24 @@ def _check_evaluation(settings: RunSettings) -> list[str]:
                 f"eval.{name} is set but nothing is scored; name the questions: --eval.hellaswag FILE_OR_HUB"
             )
     if settings.eval.evaluate_example != "first":
+        problems.append("eval.evaluate_example means nothing here; the sample's prompt is --sample.prompt.")
+    return problems
+
+
+def _check_finetuning(settings: FinetuneSettings) -> list[str]:
+    problems = []
+    if settings.train.max_tokens:
+        problems.append("train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps.")
+    if settings.lora_r < 0 or settings.lora_alpha < 1 or not 0 <= settings.lora_dropout < 1:
         problems.append(
-            "eval.evaluate_example picks an instruction for finetuning and means nothing in pretraining;"
-            " the sample's prompt is --sample.prompt."
+            f"lora_r is {settings.lora_r}, lora_alpha {settings.lora_alpha}, lora_dropout {settings.lora_dropout};"
+            " expected a rank from 0, an alpha from 1, and a dropout from 0 to below 1."
         )
+    parts = ("query", "key", "value", "projection", "mlp", "head")
+    if settings.lora_r and not any(getattr(settings, f"lora_{part}") for part in parts):
+        problems.append("lora_r is set but no part of the model gets LoRA; turn one on: --lora_query true")
+    if settings.lora_r and settings.model.latent_attention:
+        problems.append("LitGPT has no LoRA for latent attention; train all weights: --lora_r 0")
     return problems
 
 

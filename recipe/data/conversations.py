@@ -114,27 +114,29 @@ def _encode(
 ) -> EncodedConversation:
     if problem := problem_with(messages, last):
         raise ValueError(f"no conversation: {problem}")
-    system = messages[0]["content"] if messages[0]["role"] == "system" else None
-    ids: list[int] = []
-    is_answer: list[bool] = []
-    for message in messages[system is not None :]:
+    first = 2 if messages[0]["role"] == "system" else 1  # messages of the first prompt
+    ids: list[int] = tokenizer.encode(prompt_text(messages[:first], style)).tolist()
+    is_answer = [False] * len(ids)
+    for message in messages[first:]:
         if message["role"] == "assistant":
             new = tokenizer.encode(message["content"], bos=False, eos=True).tolist()
-        elif ids:
-            new = tokenizer.encode(_prompt(style, message["content"], None), bos=False).tolist()
         else:
-            new = tokenizer.encode(_prompt(style, message["content"], system)).tolist()
+            new = tokenizer.encode(prompt_text([message], style), bos=False).tolist()
         ids += new
         is_answer += [message["role"] == "assistant"] * len(new)
     return EncodedConversation(ids, is_answer)
 
 
-def _prompt(style: PromptStyle, user: str, system: str | None) -> str:
-    """One turn's prompt. A style without a place for the system's message gets it before the user's."""
-    if system is None:
+def prompt_text(messages: Sequence[Message], style: PromptStyle) -> str:
+    """The user's message as the model sees it, of the conversation's first turn (a system message may stand before).
+
+    A style without a place for the system's message gets it before the user's.
+    """
+    user = messages[-1]["content"]
+    if messages[0]["role"] != "system":
         text: str = style.apply(user)
-    elif (text := style.apply(user, sys_prompt=system)) == style.apply(user):
-        text = style.apply(f"{system}\n\n{user}")
+    elif (text := style.apply(user, sys_prompt=messages[0]["content"])) == style.apply(user):
+        text = style.apply(f"{messages[0]['content']}\n\n{user}")
     return text
 
 

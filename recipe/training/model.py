@@ -11,11 +11,26 @@ from torch import Tensor, nn
 from custom_moe import expert_load, load_balancing_loss, router_z_loss, score_function
 
 
+IGNORED = -100
+"""A target that is not to be learned: a question, or padding"""
+
+
+class Batch(NamedTuple):
+    """What one micro batch is trained on."""
+
+    input_ids: Tensor
+    """``(B, T)`` token ids"""
+    targets: Tensor
+    """``(B, T)``: the ids one position ahead, or ``IGNORED``"""
+    lengths: Tensor | None = None
+    """``(B,)``: how many inputs of each row are no padding; None for rows without any"""
+
+
 class Losses(NamedTuple):
     """What one micro batch gives. Scalars in fp32; 0 and empty for a model without experts."""
 
     cross_entropy: Tensor
-    """Mean over tokens, nats"""
+    """Mean over target tokens, nats"""
     load_balancing: Tensor
     """Mean over MoE layers, without its coefficient; 1 when even"""
     z_loss: Tensor
@@ -35,10 +50,13 @@ class PretrainingModel(nn.Module):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Losses:
-        """``input_ids`` and ``targets``: ``(B, T)`` token ids, the targets one position ahead."""
+    def forward(self, input_ids: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Losses:
+        """The parts of a ``Batch``. Padding stands after a row's tokens, so that none of them attends to it."""
         gpt, config = self.gpt, self.gpt.config
         seq_length = input_ids.size(1)
+        real_N = None  # which of the B * T tokens are no padding: it is computed too, but does not count as load
+        if lengths is not None:
+            real_N = (torch.arange(seq_length, device=lengths.device) < lengths.unsqueeze(1)).flatten()
         cos, sin = gpt.cos[:seq_length].unsqueeze(0), gpt.sin[:seq_length].unsqueeze(0)
         x = gpt.transformer.wte(input_ids)  # (B, T, C)
         if config.scale_embeddings:
@@ -51,9 +69,9 @@ class PretrainingModel(nn.Module):
             pick = (Ellipsis,) if config.rope_indices is None else (Ellipsis, config.rope_indices[index])
             x, router = block(x, cos[pick], sin[pick], return_router_output=True)
             if router is not None:
-                balancing.append(load_balancing_loss(router.logits, router.indices, score))
-                z_losses.append(router_z_loss(router.logits))
-                loads.append(expert_load(router.indices, config.n_expert))
+                balancing.append(load_balancing_loss(router.logits, router.indices, score, real_N))
+                z_losses.append(router_z_loss(router.logits, real_N))
+                loads.append(expert_load(router.indices, config.n_expert, real_N))
 
         logits = gpt.lm_head(gpt.transformer.ln_f(x))  # (B, T, padded_vocab_size)
         if config.final_logit_softcapping is not None:
@@ -62,7 +80,7 @@ class PretrainingModel(nn.Module):
             logits = logits.float()  # in bf16-true the loss itself would be rounded to 8 bits
         nothing = torch.zeros((), device=x.device)
         return Losses(
-            cross_entropy=chunked_cross_entropy(logits, targets),
+            cross_entropy=chunked_cross_entropy(logits, targets, ignore_index=IGNORED),
             load_balancing=torch.stack(balancing).mean() if balancing else nothing,
             z_loss=torch.stack(z_losses).mean() if z_losses else nothing,
             expert_load=torch.stack(loads) if loads else torch.zeros(0, 0, device=x.device),

@@ -25,14 +25,23 @@ goes on with, the W&B run id kept in ``out_dir``.
   last accumulation window in place of the interval, does not average validation over devices, and dies without
   validation data;
 - divides tokens by a timestamp in its closing tokens-per-second line.
+
+``litgpt.finetune.full`` and ``litgpt.finetune.lora``: ``main`` by ``recipe.training.finetune.main``, which trains by the
+same loop, because theirs cannot resume LoRA at all, and full finetuning only by reading all batches again; save neither
+data position nor random states; average losses per micro batch, so that short answers count for more; compute a loss on
+the questions unless told not to; and know no experts' balance. ``choose_logger`` and the strategies as above. ``pprint``
+by nothing: it prints all settings.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
+import litgpt.finetune.full
+import litgpt.finetune.lora
 import litgpt.pretrain
 import torch
 from lightning.fabric.strategies import DDPStrategy
@@ -41,18 +50,36 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from custom_moe import use_custom_moe
 
 # The names that are replaced and the parameters that LitGPT calls them with.
-_EXPECTED = {
-    "main": (
-        *("fabric", "devices", "seed", "initial_checkpoint_dir", "resume", "config", "data", "out_dir"),
-        *("tokenizer_dir", "tokenizer", "train", "eval", "optimizer", "num_nodes"),
-    ),
-    "choose_logger": ("logger_name", "out_dir", "name", "log_interval", "log_args", "resume", "kwargs"),
-    "capture_hparams": (),
-    "FSDPStrategy": None,
-    # Called, not replaced.
-    "setup": None,
-    "initialize_weights": ("fabric", "model", "n_layer", "n_embd"),
-    "get_dataloaders": ("fabric", "data", "tokenizer", "train", "block_size"),
+_MAIN = (
+    *("fabric", "devices", "seed", "config", "data", "out_dir", "train", "eval", "optimizer", "num_nodes"),
+    *("initial_checkpoint_dir", "resume", "tokenizer_dir", "tokenizer"),
+)
+_LOGGER = ("logger_name", "out_dir", "name", "log_interval", "log_args", "resume", "kwargs")
+_EXPECTED: dict[ModuleType, dict[str, tuple[str, ...] | None]] = {
+    litgpt.pretrain: {
+        "main": _MAIN,
+        "choose_logger": _LOGGER,
+        "capture_hparams": (),
+        "FSDPStrategy": None,
+        # Called, not replaced.
+        "setup": None,
+        "initialize_weights": ("fabric", "model", "n_layer", "n_embd"),
+        "get_dataloaders": ("fabric", "data", "tokenizer", "train", "block_size"),
+    },
+    litgpt.finetune.full: {
+        "main": (*_MAIN[:10], "resume", "checkpoint_dir"),
+        "choose_logger": _LOGGER,
+        "pprint": None,
+        "FSDPStrategy": None,
+        "setup": None,
+    },
+    litgpt.finetune.lora: {
+        "main": (*_MAIN[:10], "checkpoint_dir", "precision"),
+        "choose_logger": _LOGGER,
+        "pprint": None,
+        "ModelParallelStrategy": None,
+        "setup": None,
+    },
 }
 
 
@@ -66,8 +93,9 @@ class _DataParallel:
         return DDPStrategy()
 
 
-@contextmanager
-def patched_litgpt(*, main: Callable, choose_logger: Callable, summary: dict[str, Any]) -> Iterator[None]:
+def patched_pretraining(
+    *, main: Callable, choose_logger: Callable, summary: dict[str, Any]
+) -> AbstractContextManager[None]:
     """While open, ``litgpt.pretrain.setup`` runs with this project's parts; afterwards LitGPT is as it was.
 
     Args:
@@ -78,33 +106,49 @@ def patched_litgpt(*, main: Callable, choose_logger: Callable, summary: dict[str
     Raises:
         RuntimeError: where the installed LitGPT does not have the names and signatures that this replaces.
     """
-    _check_litgpt()
-    replacements = {
-        "main": main,
-        "choose_logger": choose_logger,
-        "capture_hparams": lambda: summary,
-        "FSDPStrategy": _DataParallel,
-    }
-    originals = {name: getattr(litgpt.pretrain, name) for name in replacements}
+    return _replaced(
+        litgpt.pretrain,
+        {
+            "main": main,
+            "choose_logger": choose_logger,
+            "capture_hparams": lambda: summary,
+            "FSDPStrategy": _DataParallel,
+        },
+    )
+
+
+def patched_finetuning(module: ModuleType, *, main: Callable, choose_logger: Callable) -> AbstractContextManager[None]:
+    """The same for ``litgpt.finetune.full`` or ``litgpt.finetune.lora``."""
+    strategy = "ModelParallelStrategy" if module is litgpt.finetune.lora else "FSDPStrategy"
+    return _replaced(
+        module,
+        {"main": main, "choose_logger": choose_logger, "pprint": lambda *_: None, strategy: _DataParallel},
+    )
+
+
+@contextmanager
+def _replaced(module: ModuleType, replacements: dict[str, Any]) -> Iterator[None]:
+    _check_litgpt(module)
+    originals = {name: getattr(module, name) for name in replacements}
     try:
         for name, replacement in replacements.items():
-            setattr(litgpt.pretrain, name, replacement)
+            setattr(module, name, replacement)
         with use_custom_moe():
             yield
     finally:
         for name, original in originals.items():
-            setattr(litgpt.pretrain, name, original)
+            setattr(module, name, original)
 
 
-def _check_litgpt() -> None:
+def _check_litgpt(module: ModuleType) -> None:
     problems = []
-    for name, parameters in _EXPECTED.items():
-        found = getattr(litgpt.pretrain, name, None)
+    for name, parameters in _EXPECTED[module].items():
+        found = getattr(module, name, None)
         if found is None:
-            problems.append(f"litgpt.pretrain.{name} is missing")
+            problems.append(f"{module.__name__}.{name} is missing")
         elif parameters is not None and set(inspect.signature(found).parameters) != set(parameters):
             problems.append(
-                f"litgpt.pretrain.{name} takes ({', '.join(inspect.signature(found).parameters)}),"
+                f"{module.__name__}.{name} takes ({', '.join(inspect.signature(found).parameters)}),"
                 f" expected ({', '.join(parameters)})"
             )
     if problems:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from litgpt import Config, Tokenizer
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data import TokenizedText
+from recipe.data import InstructionData, TokenizedText
+from recipe.data.conversations import Message, encode_prompt, prompt_text
+from recipe.data.instructions import conversations
 from recipe.data.manifest import manifest_path
 from recipe.data.prepare import PrepareArgs, prepare
 from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
-from recipe.settings import ParsedRun, RunSettings
+from recipe.settings import FinetuneSettings, ParsedRun, RunSettings
 from recipe.training.logs import METRICS_FILE, run_files
 
 
@@ -48,6 +51,51 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     if _main_process():
         check_writable(settings.out_dir)
     return run, resume_from
+
+
+def ready_to_finetune(settings: RunSettings) -> Path | None:
+    """The same for finetuning: the checkpoint folder to resume from, or None.
+
+    Raises:
+        UserError: for what is missing or does not fit. Nothing is lost then.
+    """
+    assert isinstance(settings, FinetuneSettings)
+    if not isinstance(settings.data, InstructionData):
+        raise UserError(
+            f"finetuning wants conversations, and the run's data is {type(settings.data).__name__}; expected"
+            " recipe.data.InstructionData."
+        )
+    resume_from = find_checkpoint(settings)
+    if resume_from is not None:
+        checkpoints.verify(resume_from)
+        check_same_model(resume_from, settings.model)
+    settings.data.prepare_data()
+    tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
+    check_sampling(1, settings.sample.max_new_tokens, settings.sample.temperature, settings.sample.top_k, 1.0)
+    question(settings, tokenizer)
+    if _main_process():
+        check_writable(settings.out_dir)
+    return resume_from
+
+
+def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
+    """What the sample at each evaluation answers: ``sample.prompt``, or the first held-out question, in its style.
+
+    Raises:
+        UserError: it leaves no room for an answer.
+    """
+    data = settings.data
+    messages = [Message(role="user", content=settings.sample.prompt or "")]
+    if settings.sample.prompt is None:
+        held_out = conversations(data.data_dir, "val")[0]
+        messages = list(takewhile(lambda message: message["role"] != "assistant", held_out))
+    context = settings.train.max_seq_length or settings.model.block_size
+    if (length := len(encode_prompt(messages, tokenizer, data.style))) >= context:
+        raise UserError(
+            f"the sample's prompt has {length} tokens, but the context has {context};"
+            " give a shorter one with --sample.prompt."
+        )
+    return prompt_text(messages, data.style)
 
 
 def prepare_data(settings: RunSettings) -> None:

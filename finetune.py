@@ -1,0 +1,30 @@
+"""Tunes a checkpoint to follow instructions.
+
+uv run python prepare_data.py --instruct stories --data_dir data/instruct
+uv run python finetune.py checkpoints/quickstart/final --config configs/finetune-quickstart.yaml
+uv run python finetune.py checkpoints/final --data_dir data/instruct --epochs 3 --lr 1.0e-4
+uv run python finetune.py checkpoints/final --lora_r 8                    # LoRA: few weights are trained
+uv run python finetune.py checkpoints/final --prompt_style alpaca --micro-batch-size 1 --max-seq-length 512
+uv run python finetune.py checkpoints/final --resume auto                 # go on where the last one stopped
+uv run python finetune.py --print_config                                  # what would run
+uv run torchrun --standalone --nproc_per_node=2 finetune.py checkpoints/final
+"""
+
+import sys
+
+from recipe.cli import exit_with_message
+
+
+def main() -> None:
+    """Reads the settings, finds conversations and checkpoint, trains."""
+    from recipe.settings import check, parse_finetuning
+    from recipe.training.finetune import finetune
+    from recipe.training.ready import ready_to_finetune
+
+    run = parse_finetuning(sys.argv[1:])
+    check(run.settings, run.optimizer)
+    finetune(run, resume_from=ready_to_finetune(run.settings))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

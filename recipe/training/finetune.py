@@ -1,0 +1,106 @@
+"""Finetuning: a checkpoint's weights, all of them or LoRA's updates, and the calls of LitGPT that bring the loop to them."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import litgpt.finetune.full
+import litgpt.finetune.lora
+import litgpt.lora
+from litgpt import GPT, Tokenizer
+
+from recipe import checkpoints
+from recipe.data.instructions import instructions_fingerprint
+from recipe.settings import FinetuneSettings, ParsedRun, choose_precision, processes
+from recipe.training.logs import logger_factory
+from recipe.training.loop import run_training
+from recipe.training.lora import LORA_FIELDS, load_base_weights, load_lora_weights, lora_config
+from recipe.training.patches import patched_finetuning
+from recipe.training.ready import question
+
+
+def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
+    """Tunes a checkpoint as the settings say and leaves checkpoints and metrics in ``settings.out_dir``.
+
+    Args:
+        run: parsed and checked settings; the conversations are there.
+        resume_from: a whole checkpoint folder to continue from.
+
+    Raises:
+        UserError: for what only shows now: a resumed run that does not fit, W&B without a login.
+    """
+    settings = run.settings
+    assert isinstance(settings, FinetuneSettings)
+    precision, note = choose_precision(settings.precision)
+    devices, num_nodes = processes(settings)
+    resume_step = checkpoints.read_mark(resume_from).step if resume_from else None
+    module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full
+    arguments: dict[str, Any] = {
+        "checkpoint_dir": settings.checkpoint_dir,
+        "out_dir": settings.out_dir,
+        "precision": precision,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "data": settings.data,
+        "train": settings.train,
+        "eval": settings.eval,
+        "log": settings.log,
+        "optimizer": run.optimizer,
+        "logger_name": "csv",
+        "seed": settings.seed,
+    }
+    if settings.lora_r:
+        arguments |= {name: getattr(settings, name) for name in LORA_FIELDS}
+    with patched_finetuning(
+        module,
+        main=partial(main, run=run, resume_from=resume_from, precision_note=note),
+        choose_logger=logger_factory(
+            settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
+        ),
+    ):
+        module.setup(**arguments)
+
+
+def main(
+    fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, precision_note: str | None
+) -> None:
+    """Replaces ``litgpt.finetune.full.main`` and ``litgpt.finetune.lora.main``: loads the model and trains it.
+
+    What LitGPT hands over after ``fabric`` stands in ``run`` too.
+    """
+    settings = run.settings
+    assert isinstance(settings, FinetuneSettings)
+    folder, data = settings.checkpoint_dir, settings.data
+    fabric.seed_everything(settings.seed, verbose=False)
+    weights = checkpoints.load_weights(folder)
+    if not settings.lora_r and resume_from:
+        weights = checkpoints.load_weights(resume_from)
+    with fabric.init_module(empty_init=True):
+        gpt = litgpt.lora.GPT(lora_config(settings)) if settings.lora_r else GPT(settings.model)
+    # Embeddings that were one matrix while pretraining stay one.
+    settings.train.tie_embeddings = checkpoints.is_tied(weights)
+    if settings.train.tie_embeddings and not settings.lora_r:
+        gpt.transformer.wte.weight = gpt.lm_head.weight
+    load_base_weights(gpt, weights)
+    if settings.lora_r and resume_from:
+        load_lora_weights(gpt, checkpoints.load_lora_weights(resume_from))
+    gpt.max_seq_length = settings.train.max_seq_length or settings.model.block_size
+
+    tokenizer = Tokenizer(folder)
+    made_from = {"conversations": instructions_fingerprint(data.data_dir), "a prompt style": data.prompt_style}
+    if settings.lora_r:
+        made_from["a checkpoint to start from"] = checkpoints.weights_sha256(folder)
+        made_from["LoRA settings"] = ", ".join(f"{name} {getattr(settings, name)}" for name in LORA_FIELDS)
+    run_training(
+        fabric,
+        gpt,
+        run=run,
+        data=data,
+        tokenizer=tokenizer,
+        resume_from=resume_from,
+        precision_note=precision_note,
+        sample_prompt=question(settings, tokenizer),
+        prompt_style=data.style,
+        made_from=made_from,
+    )

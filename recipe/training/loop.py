@@ -1,0 +1,508 @@
+"""The training loop, the same for pretraining and finetuning: ``run_training → fit → validate``."""
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import litgpt.pretrain
+import torch
+import yaml
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
+from litgpt import GPT, Tokenizer
+from litgpt.args import TrainArgs
+from litgpt.data import DataModule
+from litgpt.prompts import PromptStyle
+from litgpt.utils import CycleIterator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from recipe import checkpoints
+from recipe.cli import UserError
+from recipe.data.reader import TokenLoader
+from recipe.evaluation import hellaswag
+from recipe.flops import count_parameters, training_flops_per_token
+from recipe.inference.generate import sample_text
+from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings
+from recipe.training.compiling import should_compile
+from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
+from recipe.training.model import IGNORED, Batch, Losses, PretrainingModel
+from recipe.training.optimizers import make_optimizer, set_learning_rate
+from recipe.training.schedule import learning_rate, plan_run
+from recipe.training.state import (
+    Progress,
+    TrainingRun,
+    check_same_on_all_machines,
+    gpt_of,
+    resume_training,
+    save_checkpoint,
+    scaler_of,
+    with_position,
+)
+
+
+def run_training(
+    fabric: L.Fabric,
+    gpt: GPT,
+    *,
+    run: ParsedRun,
+    data: DataModule,
+    tokenizer: Tokenizer | None,
+    resume_from: Path | None,
+    precision_note: str | None,
+    sample_prompt: str | None,
+    prompt_style: PromptStyle | None = None,
+    made_from: dict[str, str] | None = None,
+) -> None:
+    """Trains ``gpt`` as the settings say, from its weights as they are, and saves ``final/``.
+
+    Args:
+        gpt: its weights loaded, ``max_seq_length`` set, on the device; what is not to be trained needs no gradient.
+        resume_from: the checkpoint that its weights are of, whose optimizer, position and counters are taken too.
+        precision_note: a line for the user, or None.
+        sample_prompt, prompt_style, made_from: see ``TrainingRun``.
+    """
+    settings, say = run.settings, fabric.print
+    train, out_dir = settings.train, settings.out_dir
+    compiled, compile_note = should_compile(settings.compile, fabric.device.type)
+    module: nn.Module = PretrainingModel(gpt)
+    model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
+    # Fused optimizers unscale gradients themselves, so that Fabric could not clip them under a gradient scaler.
+    fused = fabric.device.type == "cuda" and scaler_of(fabric) is None
+    optimizer_in_fabric = cast(
+        _FabricOptimizer, fabric.setup_optimizers(make_optimizer(run.optimizer, model, fused=fused))
+    )
+    loggers = cast(Loggers, fabric.logger)  # what `logger_factory` made
+    train_dataloader, val_dataloader = make_dataloaders(fabric, data, tokenizer, train, gpt.max_seq_length)
+
+    plan = plan_run(
+        train,
+        devices=fabric.world_size,
+        seq_length=gpt.max_seq_length,
+        epoch_micro_batches=len(train_dataloader),
+    )
+    training = TrainingRun(
+        settings=settings,
+        hyperparameters=run.resolved,
+        model=model,
+        optimizer=optimizer_in_fabric,
+        loggers=loggers,
+        train_dataloader=train_dataloader,
+        val_dataloader=val_dataloader,
+        tokenizer=tokenizer,
+        plan=plan,
+        flops_per_token=training_flops_per_token(gpt.config, gpt.max_seq_length),
+        # Rows of different lengths, and weights that are not trained: no formula tells how busy a card was.
+        peak_flops=None if isinstance(settings, FinetuneSettings) else _peak_flops(fabric),
+        questions=encode_hellaswag(settings, tokenizer, gpt),
+        sample_prompt=sample_prompt,
+        prompt_style=prompt_style,
+        made_from=made_from or {},
+    )
+    if resume_from:
+        resume_training(fabric, training, resume_from)
+    check_same_on_all_machines(fabric, training)
+    if resume_from and training.progress.step >= plan.steps:
+        say(
+            f"This run is finished: {resume_from} is step {training.progress.step:,} of {plan.steps:,}"
+            f" ({training.progress.tokens:,} tokens). To train it further, raise what ends it ({plan.ended_by})."
+        )
+        return
+    if fabric.global_rank == 0:
+        if settings.overwrite and not resume_from:  # all that could be wrong with the new run is known by now
+            remove_run(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(run.resolved, sort_keys=False)
+        (out_dir / "run_config.yaml").write_text(text, encoding="utf-8")
+    loggers.log_hyperparams(run.resolved)
+
+    sizes = count_parameters(settings.model, tie_embeddings=bool(train.tie_embeddings))
+    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
+    say(
+        f"{settings.model.name}: {sizes.total / 1e6:,.1f} M parameters, {sizes.active / 1e6:,.1f} M active for each"
+        f" token{'' if trained >= sizes.total else f', {trained / 1e6:,.3f} M trained (LoRA)'}."
+    )
+    if isinstance(settings, FinetuneSettings):
+        size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
+    else:
+        size = (
+            f"{plan.steps:,} steps of {plan.accumulation * plan.tokens_per_micro_batch:,} tokens,"
+            f" {plan.tokens:,} tokens in all"
+        )
+    say(
+        f"{size}, {plan.micro_batches / len(train_dataloader):.2f} epochs;"
+        f" it ends by {plan.ended_by}{f' or after {train.max_time:g} s' if train.max_time else ''}."
+    )
+    where = f"{fabric.world_size} x {_device_name(fabric)}" if fabric.world_size > 1 else _device_name(fabric)
+    say(f"On {where} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}.")
+    warmup_note = None
+    if plan.warmup_steps < (train.lr_warmup_steps or 0):
+        warmup_note = f"The run is shorter than its warm-up, which ends at step {plan.warmup_steps:,} instead."
+    for note in (precision_note, compile_note, warmup_note):
+        if note:
+            say(note)
+    if resume_from:
+        say(f"Resuming from {resume_from}: step {training.progress.step:,} of {plan.steps:,}.")
+
+    tokens_before, start = training.progress.tokens, time.perf_counter()
+    try:
+        finished = fit(fabric, training)
+    except KeyboardInterrupt:
+        newest = checkpoints.newest_step(out_dir)
+        say(
+            f"\nStopped after step {training.progress.step:,} of {plan.steps:,}. "
+            + (f"--resume auto goes on from {newest}." if newest else "Nothing was saved yet (train.save_interval).")
+        )
+        raise
+    save_checkpoint(fabric, training, out_dir / ("final" if finished else f"step-{training.progress.step:08d}"))
+    loggers.finalize("success")
+    _report(fabric, training, time.perf_counter() - start, training.progress.tokens - tokens_before)
+
+
+def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
+    """Replaces ``litgpt.pretrain.fit``: trains from ``run.progress`` to the end of ``run.plan``.
+
+    Returns:
+        True at the end of the plan, False when ``train.max_time`` came first.
+
+    Raises:
+        UserError: for a loss or gradient that is no longer finite, before the update.
+    """
+    settings, plan, progress, model, optimizer = run.settings, run.plan, run.progress, run.model, run.optimizer
+    train, evaluation, out_dir = settings.train, settings.eval, settings.out_dir
+    batches = CycleIterator(run.train_dataloader)
+    batches.epoch = progress.epoch
+    peak = optimizer.param_groups[0]["initial_lr"]
+    hellaswag_interval = settings.eval.hellaswag_interval or evaluation.interval
+    interval = Interval()
+    first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
+
+    with RunDisplay(
+        enabled=fabric.global_rank == 0, bar=settings.progress, steps=plan.steps, first_step=first_step
+    ) as display:
+        if evaluation.initial_validation and first_step == 0:
+            fabric.log_dict(evaluate(fabric, run, display) | score_hellaswag(fabric, run, display), step=0)
+
+        while progress.step < plan.steps:
+            rate = learning_rate(
+                progress.step, peak=peak, minimum=train.min_lr, warmup_steps=plan.warmup_steps, steps=plan.steps
+            )
+            set_learning_rate(optimizer.optimizer, rate / peak)
+            micro_batches = plan.micro_batches_in(progress.step)
+            taken = [as_batch(next(batches), run.gpt.max_seq_length) for _ in range(micro_batches)]
+            shares, tokens = loss_shares(fabric, taken)
+            for index, (batch, share) in enumerate(zip(taken, shares, strict=True)):
+                with fabric.no_backward_sync(model, enabled=index < micro_batches - 1):
+                    losses: Losses = model(*batch)
+                    losses = losses._replace(cross_entropy=losses.cross_entropy * share)
+                    fabric.backward(total_loss(losses, settings.moe) / micro_batches)
+                interval.add(losses)
+            interval.tokens += tokens
+            # Without max_norm the norm is still measured: clipping at infinity changes nothing.
+            norm = fabric.clip_gradients(
+                model, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
+            )
+            assert norm is not None
+            # Under a scaler a norm that is not finite is part of its search; the loss tells there.
+            finite = torch.isfinite(norm if scaler_of(fabric) is None else losses.cross_entropy)
+            if _any_rank(fabric, not finite):
+                raise UserError(_not_finite(progress.step + 1, out_dir))
+            optimizer.step()
+            optimizer.zero_grad()
+
+            progress.step += 1
+            progress.tokens += tokens
+            progress.epoch = batches.epoch
+            last = progress.step == plan.steps
+            row: dict[str, Any] = {}
+            if progress.step % train.log_interval == 0 or last:
+                row = training_row(fabric, run, interval, norm, rate, tokens)
+                interval = Interval()
+            session = time.perf_counter() - start
+            progress.seconds = seconds_before + session
+            display.step(progress.step, row, session / (progress.step - first_step) * (plan.steps - progress.step))
+
+            if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
+                with interval.paused():
+                    row |= evaluate(fabric, run, display)
+            if progress.step % hellaswag_interval == 0 or (last and evaluation.final_validation):
+                with interval.paused():
+                    row |= score_hellaswag(fabric, run, display)
+            if row:
+                fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
+            if train.save_interval and progress.step % train.save_interval == 0 and not last:
+                with interval.paused():
+                    save_checkpoint(fabric, run, out_dir / f"step-{progress.step:08d}")
+            if train.max_time and not last and _any_rank(fabric, session >= train.max_time):
+                return False
+    return True
+
+
+def total_loss(losses: Losses, moe: MoESettings) -> Tensor:
+    """What is differentiated: the cross-entropy and the weighted balance losses."""
+    return losses.cross_entropy + moe.load_balancing_loss * losses.load_balancing + moe.z_loss * losses.z_loss
+
+
+def evaluate(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[str, float]:
+    """Validation loss and a sample, printed and logged; nothing where there is no validation data."""
+    if run.val_dataloader is None:
+        return {}
+    step = run.progress.step
+    loss = validate(fabric, run.model, run.val_dataloader, max_iters=run.settings.eval.max_iters)
+    display.print(f"step {step}/{run.plan.steps} | val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}")
+    if fabric.global_rank == 0 and (text := write_sample(fabric, run)) is not None:
+        display.print(f"step {step}/{run.plan.steps} | sample: {text}")
+        run.loggers.log_text("sample", text, step)
+    fabric.barrier()
+    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))}
+
+
+def score_hellaswag(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[str, float]:
+    """HellaSwag's accuracies, printed and logged; each process computes its share of the questions."""
+    if run.questions is None:
+        return {}
+    start = time.perf_counter()
+    share = run.questions.batches[fabric.global_rank :: fabric.world_size]
+    with fabric.autocast():
+        scores = hellaswag.log_probabilities(run.gpt, share, run.questions)
+    if fabric.world_size > 1:
+        scores = cast(Tensor, fabric.all_reduce(scores, reduce_op="sum")).cpu()
+    score = hellaswag.accuracy(run.questions.questions, scores)
+    display.print(
+        f"step {run.progress.step}/{run.plan.steps} | hellaswag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}"
+        f" ({score.protocol}, {score.questions:,} questions, {time.perf_counter() - start:,.0f} s)"
+    )
+    return {"hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm}
+
+
+@torch.no_grad()
+def validate(fabric: L.Fabric, model: _FabricModule, val_dataloader: DataLoader, max_iters: int) -> float:
+    """Replaces ``litgpt.pretrain.validate``: the mean cross-entropy in nats per token, over all devices.
+
+    Takes the first ``max_iters`` batches of all devices together, which are the same at each call where the loader's
+    order is fixed. Each device takes as many as the others: where they do not divide ``max_iters``, it is rounded up,
+    and where they do not divide the validation set, its last batches are left out.
+    """
+    max_iters = math.ceil(max_iters / fabric.world_size)
+    model.eval()
+    losses, tokens = [], []
+    for index, batch in enumerate(val_dataloader):
+        if index >= max_iters:
+            break
+        part = as_batch(batch, gpt_of(model).max_seq_length)
+        losses.append(model(*part).cross_entropy)
+        tokens.append((part.targets != IGNORED).sum())
+    model.train()
+    weights = torch.stack(tokens).to(losses[0].dtype)
+    total = sum_over_devices(fabric, torch.stack([(torch.stack(losses) * weights).sum(), weights.sum()]))
+    return float(total[0] / total[1])
+
+
+class Interval:
+    """Sums over the micro batches since the last log line, kept on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._sums: Losses | None = None
+        self.micro_batches = 0
+        self.tokens = 0
+        """Trained on, over all devices"""
+        self._start = time.perf_counter()
+
+    def add(self, losses: Losses) -> None:
+        detached = Losses(*(value.detach() for value in losses))
+        self._sums = (
+            detached if self._sums is None else Losses(*(a + b for a, b in zip(self._sums, detached, strict=True)))
+        )
+        self.micro_batches += 1
+
+    def means(self, fabric: L.Fabric) -> Losses:
+        """Means over micro batches and devices; waits for the device."""
+        assert self._sums is not None
+        return Losses(*(mean_over_devices(fabric, value / self.micro_batches) for value in self._sums))
+
+    @property
+    def seconds(self) -> float:
+        """Since the interval began, without the pauses."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Validation and saving are no training time."""
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+
+def training_row(
+    fabric: L.Fabric, run: TrainingRun, interval: Interval, norm: Tensor, rate: float, step_tokens: int
+) -> dict[str, Any]:
+    """The numbers of one log line; columns as in ``recipe.training.logs.COLUMNS``."""
+    means = interval.means(fabric)
+    cross_entropy = float(means.cross_entropy)  # waits for the device, so the seconds below are true
+    tokens_per_second = interval.tokens / interval.seconds
+    row: dict[str, Any] = {
+        "train_loss": cross_entropy,
+        "learning_rate": rate,
+        "epoch": run.progress.epoch,
+        "iter_tokens": step_tokens,
+        "total_tokens": run.progress.tokens,
+        "tokens_per_second": tokens_per_second,
+        "grad_norm": float(norm),
+    }
+    if run.peak_flops:
+        row["mfu"] = run.flops_per_token * tokens_per_second / (run.peak_flops * fabric.world_size)
+    if means.expert_load.numel():
+        row |= {"load_balancing_loss": float(means.load_balancing), "z_loss": float(means.z_loss)}
+        for layer, load in enumerate(means.expert_load.tolist()):
+            # Of the mean load: 1 is even. An expert near 0 is dead, one near n_expert / n_expert_per_token gets all.
+            row[f"expert_load_max/layer_{layer}"] = max(load) * len(load)
+            row[f"expert_load_min/layer_{layer}"] = min(load) * len(load)
+    return row
+
+
+def write_sample(fabric: L.Fabric, run: TrainingRun) -> str | None:
+    """The text that the model writes now; leaves its mode and every random state as they are."""
+    sample = run.settings.sample
+    if run.tokenizer is None or run.sample_prompt is None:
+        return None
+    with fabric.autocast():
+        texts = sample_text(
+            run.gpt,
+            run.tokenizer,
+            run.sample_prompt,
+            max_new_tokens=run.settings.eval.max_new_tokens or sample.max_new_tokens,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            seed=sample.seed,
+        )
+    return texts[0]
+
+
+def as_batch(batch: Tensor | tuple[Tensor, ...], seq_length: int) -> Batch:
+    """What a data module's loader gives: windows ``(B, T + 1)`` of one text, or rows that are divided already."""
+    if not isinstance(batch, Tensor):
+        return Batch(*batch)
+    tokens = batch[:, : seq_length + 1].long()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+def loss_shares(fabric: L.Fabric, batches: Sequence[Batch]) -> tuple[list[float], int]:
+    """What each micro batch counts in its step's loss, on average 1, and the step's tokens over all devices.
+
+    A step's loss is the mean over its target tokens. Micro batches of windows have equally many; those of conversations
+    have not, and a mean of their means would count the tokens of short answers for more.
+    """
+    if batches[0].lengths is None:
+        return [1.0] * len(batches), sum(batch.input_ids.numel() for batch in batches) * fabric.world_size
+    targets = [int((batch.targets != IGNORED).sum()) for batch in batches]
+    tokens = sum(int(batch.lengths.sum()) for batch in batches if batch.lengths is not None)
+    counts = torch.tensor([sum(targets), tokens, len(targets)], device=fabric.device)
+    all_targets, all_tokens, all_batches = sum_over_devices(fabric, counts).tolist()
+    return [count * all_batches / all_targets for count in targets], all_tokens
+
+
+def sum_over_devices(fabric: L.Fabric, value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    return cast(Tensor, fabric.all_reduce(value, reduce_op="sum"))
+
+
+def mean_over_devices(fabric: L.Fabric, value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes."""
+    return cast(Tensor, fabric.all_reduce(value, reduce_op="mean"))
+
+
+def _any_rank(fabric: L.Fabric, condition: bool) -> bool:
+    """Whether it holds in any process: clocks and losses differ, and all must leave the loop at the same step."""
+    if fabric.world_size == 1:
+        return condition
+    return bool(fabric.all_reduce(torch.tensor(float(condition), device=fabric.device), reduce_op="sum"))
+
+
+def _not_finite(step: int, out_dir: Path) -> str:
+    newest = checkpoints.newest_step(out_dir)
+    start = f"--resume {newest}" if newest else "--overwrite"
+    return (
+        f"the loss or its gradient is no longer finite at step {step:,}, so the run stops before this update;"
+        f" start again with {start} and a lower --optimizer.init_args.lr, a longer --train.lr_warmup_steps,"
+        " or --precision 32-true."
+    )
+
+
+def make_dataloaders(
+    fabric: L.Fabric, data: DataModule, tokenizer: Tokenizer | None, train: TrainArgs, seq_length: int
+) -> tuple[DataLoader, DataLoader | None]:
+    """``litgpt.pretrain.get_dataloaders``, and a clear message where a set is too small to give one batch.
+
+    Raises:
+        UserError: the training or validation set is shorter than one batch.
+    """
+    loaders = litgpt.pretrain.get_dataloaders(fabric, data, tokenizer, train, seq_length)
+    for name, loader in zip(("training", "validation"), loaders, strict=True):
+        if loader is not None and len(loader) == 0:
+            raise UserError(
+                f"the {name} set has less than one batch: micro_batch_size {train.micro_batch_size} sequences of"
+                f" {seq_length + 1} tokens for each of {fabric.world_size} device(s); lower --micro-batch-size or"
+                " --max-seq-length, or bring more text."
+            )
+    with_position(loaders[0])  # known now, not at the first save
+    # TokenizedText divides the batches over the devices itself.
+    train_dataloader, val_dataloader = (
+        loader and fabric.setup_dataloaders(loader, use_distributed_sampler=not isinstance(loader, TokenLoader))
+        for loader in loaders
+    )
+    return cast(DataLoader, train_dataloader), cast(DataLoader | None, val_dataloader)
+
+
+def encode_hellaswag(settings: RunSettings, tokenizer: Tokenizer | None, gpt: GPT) -> hellaswag.Encoded | None:
+    """HellaSwag's questions, ready for this model and context; None where the run scores none."""
+    if settings.eval.hellaswag is None or tokenizer is None:
+        return None
+    questions = hellaswag.read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)
+    return hellaswag.encode(questions, tokenizer, gpt.config, gpt.max_seq_length)
+
+
+def _peak_flops(fabric: L.Fabric) -> float | None:
+    if fabric.device.type != "cuda":
+        return None
+    dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where it does not know the card, and then MFU stays empty
+        return get_available_flops(fabric.device, dtype.get(fabric._precision.precision, torch.float32))
+
+
+def _device_name(fabric: L.Fabric) -> str:
+    if fabric.device.type == "cuda":
+        return torch.cuda.get_device_name(fabric.device)
+    if fabric.device.type != "cpu":
+        return f"the {fabric.device.type} device"
+    return f"the CPU ({torch.get_num_threads()} threads)"
+
+
+def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> None:
+    """What was done in this session, where it lies, and what one does with it."""
+    say, out_dir = fabric.print, run.settings.out_dir
+    say(f"{tokens:,} tokens in {seconds:,.0f} s, {tokens / seconds:,.0f} tokens/s with validation and saving.")
+    if fabric.device.type == "cuda":
+        say(f"Peak memory {torch.cuda.max_memory_reserved(fabric.device) / 2**30:.2f} GiB.")
+    if run.progress.step < run.plan.steps:
+        say(
+            f"The time of {run.settings.train.max_time:g} s is used up at step {run.progress.step:,} of"
+            f" {run.plan.steps:,}. The same command with --resume auto goes on from here."
+        )
+        return
+    final = out_dir / "final"
+    say(f"Checkpoint  {final}")
+    say(f"Metrics     {out_dir / METRICS_FILE}")
+    if isinstance(run.settings, FinetuneSettings):
+        say(f"Chat        uv run python chat.py {final}")
+        return
+    prompt = json.dumps(run.settings.sample.prompt or "Once upon a time", ensure_ascii=False)
+    say(f"Write       uv run python generate.py {final} --prompt {prompt}")
+    say(f"Evaluate    uv run python evaluate.py {final}")
+    say(f"Chat        uv run python chat.py {final}")

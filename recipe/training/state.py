@@ -1,0 +1,217 @@
+"""What a training run is made of, how it is saved, and how it is put back to where it was saved."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
+from litgpt import GPT, Config, Tokenizer
+from litgpt.prompts import PromptStyle
+from torch.utils.data import DataLoader
+
+from recipe import checkpoints
+from recipe.cli import UserError
+from recipe.data.manifest import SPLITS, from_dict, manifest_path, text_fingerprint
+from recipe.data.reader import TokenLoader
+from recipe.evaluation import hellaswag
+from recipe.settings import FinetuneSettings, RunSettings
+from recipe.training.logs import Loggers
+from recipe.training.lora import divide_weights
+from recipe.training.optimizers import load_optimizer_state
+from recipe.training.schedule import Plan
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with each checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done"""
+    tokens: int = 0
+    """Trained on, over all devices"""
+    epoch: int = 0
+    """Passes over the training set that are complete"""
+    seconds: float = 0.0
+    """Spent, over all sessions of a run that was resumed"""
+
+
+@dataclass
+class TrainingRun:
+    """What ``run_training`` builds and ``fit`` works with."""
+
+    settings: RunSettings
+    hyperparameters: dict[str, Any]
+    model: _FabricModule
+    optimizer: _FabricOptimizer
+    loggers: Loggers
+    train_dataloader: DataLoader
+    val_dataloader: DataLoader | None
+    tokenizer: Tokenizer | None
+    plan: Plan
+    flops_per_token: int
+    """Forward and backward, causal attention counted by half"""
+    peak_flops: float | None
+    """Of one device, from its datasheet; None where it is not known"""
+    questions: hellaswag.Encoded | None
+    """HellaSwag's; None where it is not scored"""
+    sample_prompt: str | None
+    """What the sample at each evaluation continues; None for no samples"""
+    prompt_style: PromptStyle | None = None
+    """What prompts look like to a model that is tuned to answer"""
+    made_from: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of what else must be the same when the run is resumed, by what it is"""
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def gpt(self) -> GPT:
+        """LitGPT's model inside the wrappers, for saving and sampling."""
+        return gpt_of(self.model)
+
+
+def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
+    """Saves everything that resuming needs; one process writes."""
+    progress = run.progress
+    if fabric.global_rank == 0:
+        fabric.print(f"Saving {folder}")
+        weights, lora_weights = divide_weights(run.gpt)
+        checkpoints.save(
+            folder,
+            weights=weights,
+            lora_weights=lora_weights,
+            config=run.settings.model,
+            prompt_style=run.prompt_style,
+            hyperparameters=run.hyperparameters,
+            step=progress.step,
+            tokens=progress.tokens,
+            tokenizer_dir=run.settings.tokenizer_dir,
+            training_state={
+                "progress": asdict(progress),
+                "layout": _layout(fabric, run),
+                "made_from": run.made_from,
+                "optimizer": run.optimizer.state_dict(),
+                "train_dataloader": with_position(run.train_dataloader).state_dict(),
+                "random": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+                "scaler": scaler.state_dict() if (scaler := scaler_of(fabric)) else {},
+            },
+            manifest_path=tokens_manifest(run.settings),
+        )
+    fabric.barrier()
+
+
+def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
+    """Puts optimizer, data position, random states and counters back to where ``folder`` was saved.
+
+    Raises:
+        UserError: where the batches would not be the same ones.
+    """
+    state = checkpoints.load_training_state(folder)
+    then, now = state["layout"], _layout(fabric, run)
+    loader = with_position(run.train_dataloader)
+    changed = {name: f"{name} was {then[name]} and is now {now[name]}" for name in now if then[name] != now[name]}
+    other_devices = changed.pop("devices", None) if isinstance(loader, TokenLoader) else None
+    if changed:
+        raise UserError(
+            f"{folder} can't be resumed with other batches: {'; '.join(changed.values())}. Resume with the old values,"
+            f" or start a new run from its weights: --initial_checkpoint_dir {folder} --out_dir NEW"
+        )
+    for name, fingerprint in run.made_from.items():
+        if state.get("made_from", {}).get(name) != fingerprint:
+            raise UserError(
+                f"{folder} was trained with {name} that changed since. Bring the old ones back, or begin anew with"
+                " another --out_dir."
+            )
+    run.progress = Progress(**state["progress"])
+    check_same_tokens(folder, run.settings)
+    load_optimizer_state(run.optimizer.optimizer, state["optimizer"])
+    loader.load_state_dict(state["train_dataloader"])
+    if other_devices:
+        fabric.print(f"{other_devices}: the same batches go on; sums differ in their last digits by their order.")
+    torch.set_rng_state(state["random"]["torch"])
+    if len(state["random"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    if (scaler := scaler_of(fabric)) and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def check_same_tokens(folder: Path, settings: RunSettings) -> None:
+    """Raises ``UserError`` where the position that ``folder`` saved would mean other tokens."""
+    then, now = folder / "manifest.json", tokens_manifest(settings)
+    if now is None or not then.is_file():
+        return
+    if _made_from(then, "train") != _made_from(now, "train"):
+        raise UserError(
+            f"{folder} was trained on other tokens than those of {now.parent.parent}: the text or the tokenizer"
+            f" changed. Bring the old ones back, or start a new run from its weights: --initial_checkpoint_dir {folder}"
+            " --out_dir NEW"
+        )
+
+
+def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
+    """Raises ``UserError``, in every process, where they have not all the same checkpoint and tokens: they would train
+    different runs and average their gradients."""
+    if fabric.world_size == 1:
+        return
+    path = tokens_manifest(run.settings)
+    tokens = _made_from(path, *SPLITS) if path else None
+    mine = {"the step that it starts from": run.progress.step, "the tokens": tokens}
+    everyone: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(everyone, mine)
+    if different := [name for name in mine if any(other[name] != everyone[0][name] for other in everyone)]:
+        raise UserError(
+            f"the machines of this run do not agree on {' and '.join(different)}: process {fabric.global_rank} of"
+            f" {fabric.world_size} starts from step {run.progress.step:,}. Put --out_dir and the data on a disk that"
+            " all of them share, or copy both to each."
+        )
+
+
+def _layout(fabric: L.Fabric, run: TrainingRun) -> dict[str, int]:
+    """What decides which tokens stand in which batch."""
+    return {
+        "micro_batch_size": run.settings.train.micro_batch_size,
+        "global_batch_size": run.settings.train.global_batch_size,
+        "max_seq_length": run.gpt.max_seq_length,
+        "devices": fabric.world_size,
+        "data_seed": getattr(run.settings.data, "seed", 0),
+    }
+
+
+def with_position(loader: DataLoader) -> Any:
+    """The loader inside Fabric's: it knows its position."""
+    loader = getattr(loader, "_dataloader", loader)
+    if not hasattr(loader, "state_dict"):
+        raise UserError(
+            f"{type(loader).__name__} can't tell its position, so a run on it can't be saved to be resumed; use"
+            " recipe.data.TokenizedText or a LitGPT data module on litdata."
+        )
+    return loader
+
+
+def tokens_manifest(settings: RunSettings) -> Path | None:
+    """The manifest of the tokens that the model was trained on first; None where there is none."""
+    if isinstance(settings, FinetuneSettings):
+        path = settings.checkpoint_dir / checkpoints.MANIFEST
+    elif (text := getattr(settings.data, "train_data_path", None)) is not None:
+        path = manifest_path(Path(text).parent)
+    else:
+        return None
+    return path if path.is_file() else None
+
+
+def _made_from(path: Path, *splits: str) -> tuple[str, ...]:
+    """What the tokens of a manifest follow from: fingerprints of the tokenizer and of each split's text."""
+    found = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return found.tokenizer.sha256, *(text_fingerprint(found.splits[split].text) for split in splits)
+
+
+def gpt_of(model: _FabricModule) -> GPT:
+    """LitGPT's model inside Fabric's, the strategy's and the compiler's wrappers."""
+    module = model.module
+    return getattr(module, "_orig_mod", module).gpt
+
+
+def scaler_of(fabric: L.Fabric) -> Any:
+    """The gradient scaler of 16-mixed, else None."""
+    return getattr(fabric._precision, "scaler", None)
