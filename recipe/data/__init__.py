@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["TokenizedText"]
+__all__ = ["InstructionData", "TokenizedText"]
 
 
 def __getattr__(name: str) -> Any:
@@ -11,4 +11,8 @@ def __getattr__(name: str) -> Any:
         from recipe.data.module import TokenizedText
 
         return TokenizedText
+    if name == "InstructionData":
+        from recipe.data.instruction_module import InstructionData
+
+        return InstructionData
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import atexit
 import json
 import signal
 from bisect import bisect_right
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -106,23 +106,37 @@ def count_windows(data_dir: Path, split: str, block_size: int) -> int:
 class MicroBatches(Sampler[list[int]]):
     """One sequence of micro batches, epoch after epoch, for all devices: number r of W takes r, r + W, r + 2W, ...
 
-    So an optimizer step has the very same micro batches on any number of devices. Windows that fill no micro batch are
-    left out of an epoch; other ones in the next.
+    So an optimizer step has the very same micro batches on any number of devices. Items (windows, conversations) that
+    fill no micro batch are left out of an epoch; other ones in the next.
 
     Args:
-        windows: how many there are.
-        batch_size: windows in a micro batch.
-        seed: decides with the epoch the order of the windows. None is for validation: the order of the text, and as
-            many micro batches for each device; those that do not fill all devices are left out.
+        items: how many there are.
+        batch_size: items in a micro batch.
+        seed: decides with the epoch the order of the items. None is for validation: the order in which they lie, and
+            as many micro batches for each device; those that do not fill all devices are left out.
         rank: this device.
         world_size: devices.
+        keep_all: leaves no item out, and takes none twice: micro batches are of equal size as far as that goes, at
+            most ``batch_size`` (two, where that is one and the devices do not divide the items). At least one item a
+            device must be there.
     """
 
-    def __init__(self, windows: int, batch_size: int, *, seed: int | None, rank: int = 0, world_size: int = 1) -> None:
-        self._windows, self._batch_size, self._seed = windows, batch_size, seed
-        self._rank, self.world_size = rank, world_size
-        self._per_epoch = windows // batch_size
-        if seed is None:
+    def __init__(
+        self,
+        items: int,
+        batch_size: int,
+        *,
+        seed: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+        keep_all: bool = False,
+    ) -> None:
+        self._items, self._batch_size, self._seed = items, batch_size, seed
+        self._rank, self.world_size, self._keep_all = rank, world_size, keep_all
+        self._per_epoch = -(-items // batch_size) if keep_all else items // batch_size
+        if keep_all:
+            self._per_epoch = min(-(-self._per_epoch // world_size), items // world_size) * world_size
+        elif seed is None:
             self._per_epoch -= self._per_epoch % world_size
         self.epoch = 0
         self.taken = 0
@@ -142,20 +156,23 @@ class MicroBatches(Sampler[list[int]]):
         order = self._order()
         first = self._rank + self.taken * self.world_size - self.epoch * self._per_epoch
         for number in range(first, self._per_epoch, self.world_size):
-            yield order[number * self._batch_size : (number + 1) * self._batch_size].tolist()
+            yield order[self._begin(number) : self._begin(number + 1)].tolist()
+
+    def _begin(self, number: int) -> int:
+        return number * self._items // self._per_epoch if self._keep_all else number * self._batch_size
 
     def _order(self) -> Tensor:
-        """8 bytes a window in each main process: 80 MB for 10 billion tokens in windows of 1,024."""
+        """8 bytes an item in each main process: 80 MB for 10 billion tokens in windows of 1,024."""
         if self._seed is None:
-            return torch.arange(self._windows)
+            return torch.arange(self._items)
         generator = torch.Generator().manual_seed(self._seed)
         # Of its own for each epoch: seed + epoch would give seed 1 the orders of seed 0, an epoch earlier.
         epoch_seed = int(torch.randint(1 << 62, (self.epoch + 1,), generator=generator)[-1])
-        return torch.randperm(self._windows, generator=generator.manual_seed(epoch_seed))
+        return torch.randperm(self._items, generator=generator.manual_seed(epoch_seed))
 
 
-class TokenLoader(DataLoader[Tensor]):
-    """Torch's loader with a position: batches ``(B, T + 1)`` int64. Each pass is the next epoch.
+class TokenLoader(DataLoader[Any]):
+    """Torch's loader with a position: batches ``(B, T + 1)`` int64 of windows. Each pass is the next epoch.
 
     ``state_dict`` counts the batches that were handed out, not those that workers have read ahead, over all devices:
     plain numbers, good in any folder, for any number of workers, and for any number of devices that divides them.
@@ -163,25 +180,32 @@ class TokenLoader(DataLoader[Tensor]):
 
     batch_sampler: MicroBatches
 
-    def __init__(self, windows: TokenWindows, batches: MicroBatches, num_workers: int) -> None:
+    def __init__(
+        self,
+        items: Dataset[Any],
+        batches: MicroBatches,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
         super().__init__(
-            windows,
+            items,
             batch_sampler=batches,
             num_workers=num_workers,
+            collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # each pass draws a seed for workers; the run's random state stays as it is
         )
         self._begun = False
-        self._passes: WeakSet[Generator[Tensor]] = WeakSet()
+        self._passes: WeakSet[Generator[Any]] = WeakSet()
         atexit.register(_end_workers, self._passes)
 
-    def __iter__(self) -> Generator[Tensor]:  # type: ignore[override]
+    def __iter__(self) -> Generator[Any]:  # type: ignore[override]
         batches = self._next_pass()
         self._passes.add(batches)
         return batches
 
-    def _next_pass(self) -> Generator[Tensor]:
+    def _next_pass(self) -> Generator[Any]:
         position = self.batch_sampler
         if self._begun:
             position.next_epoch()
@@ -217,7 +241,7 @@ class TokenLoader(DataLoader[Tensor]):
         position.epoch, position.taken, self._begun = state["epoch"], taken, False
 
 
-def _end_workers(passes: WeakSet[Generator[Tensor]]) -> None:
+def _end_workers(passes: WeakSet[Generator[Any]]) -> None:
     """An error leaves a pass open, and multiprocessing would wait for ever for workers that ignore its SIGTERM."""
     for batches in list(passes):
         batches.close()
