@@ -70,4 +70,5 @@ def _mean_over_tokens(values: Tensor, mask_N: Tensor | None) -> Tensor:
     if mask_N is None:
         return values.mean(dim=0)
     counted = mask_N.to(values.dtype)
-    return torch.tensordot(counted, values, dims=1) / counted.sum()
+    total: Tensor = torch.tensordot(counted, values, dims=1)
+    return total / counted.sum()

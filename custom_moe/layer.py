@@ -3,6 +3,8 @@
 Shape suffixes: B batch, T time, N = B*T tokens, C n_embd, E n_expert, K n_expert_per_token.
 """
 
+from typing import Any
+
 import litgpt.model
 from litgpt import Config
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ class MoE(nn.Module):
             y_BTC = y_BTC + self.shared_experts(x)
         return y_BTC, router
 
-    def _expert_sizes(self) -> dict[str, int]:
+    def _expert_sizes(self) -> dict[str, Any]:
         config = self.config
         return {
             "n_expert": config.n_expert,

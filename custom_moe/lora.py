@@ -45,12 +45,13 @@ class LoRAExperts(Experts):
         rank = B.size(2)
         traced = x_S.is_meta or torch.compiler.is_compiling()
         backend = choose_backend(x_S.dtype, x_S.device.type, x_S.size(0), x_S.size(1), rank, traced=traced)
-        low = grouped_linear(self.lora_dropout(x_S), A, None, ends_E, expert_S, backend)  # (S, 2R) or (S, R)
-        parts = zip(low.split(rank, dim=1), B.chunk(low.size(1) // rank, dim=1), strict=True)
+        low_S = grouped_linear(self.lora_dropout(x_S), A, None, ends_E, expert_S, backend)  # (S, 2R) or (S, R)
+        parts = zip(low_S.chunk(low_S.size(1) // rank, dim=1), B.chunk(low_S.size(1) // rank, dim=1), strict=True)
         update = torch.cat(
             [grouped_linear(x.contiguous(), weight, None, ends_E, expert_S, backend) for x, weight in parts], dim=1
         )
-        return super()._linear(name, x_S, ends_E, expert_S) + self.scaling * update
+        y_S: Tensor = super()._linear(name, x_S, ends_E, expert_S) + self.scaling * update
+        return y_S
 
 
 class LoRAGate(nn.Linear):

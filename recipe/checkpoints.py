@@ -208,9 +208,7 @@ def _write_files(
         _write_json(folder / "config.json", described)
 
 
-def _write_tuning(
-    folder: Path, prompt_style: "PromptStyle | None", lora_weights: "dict[str, Tensor] | None"
-) -> None:
+def _write_tuning(folder: Path, prompt_style: "PromptStyle | None", lora_weights: "dict[str, Tensor] | None") -> None:
     from litgpt.prompts import Default, save_prompt_style
 
     # Without a style LitGPT picks a chat format by the model's name ("Llama-3-small-Instruct", "R1").

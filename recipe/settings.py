@@ -189,7 +189,7 @@ class FinetuneSettings(RunSettings):
     """LoRA on the output head"""
 
 
-OF_THE_CHECKPOINT = {
+OF_THE_CHECKPOINT: set[str | int] = {
     *("model", "initial_checkpoint_dir", "tokenizer_dir"),  # taken from it
     *("prepare", "wandb_dataset", "wandb_artifacts_dir"),  # for pretraining alone
 }

@@ -176,7 +176,7 @@ def test_each_flag_of_our_own_is_explained():
         (["--eval.hellaswag_interval", "0"], "eval.hellaswag_interval is 0; expected at least 1, or null"),
         (["--eval.hellaswag_limit", "9"], "eval.hellaswag_limit is set but nothing is scored"),
         (["--eval.hellaswag_limit", "-1"], "eval.hellaswag_limit is -1; expected at least 1, or null"),
-        (["--eval.evaluate_example", "random"], "eval.evaluate_example picks an instruction"),
+        (["--eval.evaluate_example", "random"], "eval.evaluate_example means nothing here"),
         (["--devices", "none"], "expected `auto` or a number"),
         (["--resume", "auto", "--initial_checkpoint_dir", "x"], "both `initial_checkpoint_dir` and `resume`"),
         (["--data.init_args.val_data_path", "elsewhere/val"], "folders train and val of one prepared corpus"),

@@ -1,4 +1,4 @@
-"""Finetuning: a checkpoint's weights, all of them or LoRA's updates, and the calls of LitGPT that bring the loop to them."""
+"""Finetuning: a checkpoint's weights or LoRA updates of them, and the calls of LitGPT that bring the loop to them."""
 
 from functools import partial
 from pathlib import Path
@@ -62,9 +62,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
         module.setup(**arguments)
 
 
-def main(
-    fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, precision_note: str | None
-) -> None:
+def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, precision_note: str | None) -> None:
     """Replaces ``litgpt.finetune.full.main`` and ``litgpt.finetune.lora.main``: loads the model and trains it.
 
     What LitGPT hands over after ``fabric`` stands in ``run`` too.

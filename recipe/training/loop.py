@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.data.instruction_module import IGNORED, InstructionData
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.flops import count_parameters, training_flops_per_token
@@ -32,11 +33,10 @@ from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings
 from recipe.training.compiling import should_compile
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
-from recipe.training.model import IGNORED, Batch, Losses, PretrainingModel
+from recipe.training.model import Batch, Losses, PretrainingModel
 from recipe.training.optimizers import make_optimizer, set_learning_rate
 from recipe.training.schedule import learning_rate, plan_run
 from recipe.training.state import (
-    Progress,
     TrainingRun,
     check_same_on_all_machines,
     gpt_of,
@@ -144,7 +144,8 @@ def run_training(
     warmup_note = None
     if plan.warmup_steps < (train.lr_warmup_steps or 0):
         warmup_note = f"The run is shorter than its warm-up, which ends at step {plan.warmup_steps:,} instead."
-    for note in (precision_note, compile_note, warmup_note):
+    conversations = data.summary() if isinstance(data, InstructionData) else None
+    for note in (precision_note, compile_note, warmup_note, conversations):
         if note:
             say(note)
     if resume_from:

@@ -9,10 +9,7 @@ from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
 from custom_moe import expert_load, load_balancing_loss, router_z_loss, score_function
-
-
-IGNORED = -100
-"""A target that is not to be learned: a question, or padding"""
+from recipe.data.instruction_module import IGNORED
 
 
 class Batch(NamedTuple):

@@ -26,11 +26,15 @@ goes on with, the W&B run id kept in ``out_dir``.
   validation data;
 - divides tokens by a timestamp in its closing tokens-per-second line.
 
-``litgpt.finetune.full`` and ``litgpt.finetune.lora``: ``main`` by ``recipe.training.finetune.main``, which trains by the
-same loop, because theirs cannot resume LoRA at all, and full finetuning only by reading all batches again; save neither
-data position nor random states; average losses per micro batch, so that short answers count for more; compute a loss on
-the questions unless told not to; and know no experts' balance. ``choose_logger`` and the strategies as above. ``pprint``
-by nothing: it prints all settings.
+``litgpt.finetune.full.main`` and ``litgpt.finetune.lora.main`` by ``recipe.training.finetune.main``, which trains by
+the same loop as pretraining, because theirs
+
+- can't resume LoRA at all, and the other only by reading all batches again, with other random states;
+- average the losses of micro batches, so that the tokens of short answers count for more;
+- know no balance of experts, loop over the experts with a wait for the device each, and LoRA's layer leaves shared
+  experts out.
+
+Their ``choose_logger`` and strategies as above, their ``pprint`` by nothing: it prints all settings.
 """
 
 import inspect

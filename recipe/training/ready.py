@@ -12,9 +12,9 @@ from litgpt import Config, Tokenizer
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data import InstructionData, TokenizedText
-from recipe.data.conversations import Message, encode_prompt, prompt_text
-from recipe.data.instructions import conversations
+from recipe.data import InstructionData, TokenizedText, conversations
+from recipe.data.conversations import Message
+from recipe.data.instructions import conversations as read_conversations
 from recipe.data.manifest import manifest_path
 from recipe.data.prepare import PrepareArgs, prepare
 from recipe.evaluation.hellaswag import read_questions
@@ -87,15 +87,15 @@ def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
     data = settings.data
     messages = [Message(role="user", content=settings.sample.prompt or "")]
     if settings.sample.prompt is None:
-        held_out = conversations(data.data_dir, "val")[0]
+        held_out = read_conversations(data.data_dir, "val")[0]
         messages = list(takewhile(lambda message: message["role"] != "assistant", held_out))
     context = settings.train.max_seq_length or settings.model.block_size
-    if (length := len(encode_prompt(messages, tokenizer, data.style))) >= context:
+    if (length := len(conversations.encode_prompt(messages, tokenizer, data.style))) >= context:
         raise UserError(
             f"the sample's prompt has {length} tokens, but the context has {context};"
             " give a shorter one with --sample.prompt."
         )
-    return prompt_text(messages, data.style)
+    return conversations.prompt_text(messages, data.style)
 
 
 def prepare_data(settings: RunSettings) -> None:

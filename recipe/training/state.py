@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
-from litgpt import GPT, Config, Tokenizer
+from litgpt import GPT, Tokenizer
 from litgpt.prompts import PromptStyle
 from torch.utils.data import DataLoader
 

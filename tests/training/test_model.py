@@ -5,8 +5,8 @@ from litgpt import GPT, Config
 
 from custom_moe import use_custom_moe
 from recipe.settings import MoESettings
+from recipe.training.loop import total_loss
 from recipe.training.model import PretrainingModel
-from recipe.training.pretrain import total_loss
 
 SIZE = dict(block_size=32, n_layer=3, n_embd=32, n_head=4, padded_vocab_size=100, vocab_size=100)
 MODELS = {

@@ -2,13 +2,13 @@ import litgpt.model
 import litgpt.pretrain
 import pytest
 
-from recipe.training.patches import patched_litgpt
+from recipe.training.patches import patched_pretraining
 
 NAMES = ("main", "choose_logger", "capture_hparams", "FSDPStrategy")
 
 
 def patched():
-    return patched_litgpt(main=print, choose_logger=print, summary={"a": 1})
+    return patched_pretraining(main=print, choose_logger=print, summary={"a": 1})
 
 
 def test_litgpt_is_as_it_was_afterwards_also_after_an_error():
