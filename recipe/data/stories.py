@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from hashlib import blake2b
 from random import Random
+from typing import NamedTuple
 
 # The hero: name, kind, he or she, home. An animal's kind says who it is. A child may live in any house: if a house
 # belonged to one of two boys, a small model would take the boy's name from the house instead of from the story.
@@ -751,26 +752,56 @@ PLOTS = (
 )
 
 
+class Scene(NamedTuple):
+    """A row of a plot, all but the hero filled in."""
+
+    name: str
+    """Which of all: the plot's number and the row's"""
+    plot: Plot
+    slots: dict[str, str]
+    """Of the row and of the friend"""
+    beats: list[list[str]]
+    """One after the other, each as the ways to say it"""
+
+
+class Telling(NamedTuple):
+    """A story, and what it was made of."""
+
+    story: str
+    scene: Scene
+    hero: dict[str, str]
+    """The hero's slots: ``hero``, ``kind``, ``home``, ..."""
+
+    def fill(self, text: str) -> str:
+        """Fills in the slots of a text as a plot's paragraphs have them."""
+        return text.format_map(_Row(self.scene.slots)).format_map(self.hero)
+
+
 def generate_stories(seed: int = 0) -> Iterator[str]:
     """Tells stories for ever, no two alike: 60 to 200 words each, four paragraphs divided by a newline, plain ASCII.
 
     The same seed gives the same stories on every platform and Python version: of ``random.Random`` only ``random()``
     is used, whose sequence Python promises to keep.
     """
+    return (telling.story for telling in tell(seed))
+
+
+def tell(seed: int = 0) -> Iterator[Telling]:
+    """The same, with what each story was made of."""
     heroes, plots = _compile()
     random = Random(seed).random
     told: set[bytes] = set()
     while True:
         homes = heroes[int(random() * len(heroes))]
         hero = homes[int(random() * len(homes))]
-        rows = plots[int(random() * len(plots))]
-        beats = rows[int(random() * len(rows))]
-        template = "".join([ways[int(random() * len(ways))] for ways in beats])
+        scenes = plots[int(random() * len(plots))]
+        scene = scenes[int(random() * len(scenes))]
+        template = "".join([ways[int(random() * len(ways))] for ways in scene.beats])
         story = template.format_map(hero)
         digest = blake2b(story.encode(), digest_size=12).digest()
         if digest not in told:
             told.add(digest)
-            yield story
+            yield Telling(story, scene, hero)
 
 
 def stories_until(total_bytes: int, seed: int = 0) -> Iterator[str]:
@@ -789,8 +820,8 @@ def stories_until(total_bytes: int, seed: int = 0) -> Iterator[str]:
 
 
 @cache
-def _compile() -> tuple[list[list[dict[str, str]]], list[list[list[list[str]]]]]:
-    """The slots of each hero in each home, and ``[plot][row][beat]`` -> the ways to say it, all but the hero filled in."""
+def _compile() -> tuple[list[list[dict[str, str]]], list[list[Scene]]]:
+    """The slots of each hero in each home, and the scenes of each plot."""
     houses = HOUSES.strip().splitlines()
     heroes = [
         [
@@ -804,10 +835,11 @@ def _compile() -> tuple[list[list[dict[str, str]]], list[list[list[list[str]]]]]
         for name, kind, he in _cells(FRIENDS)
     }
     plots = []
-    for plot in PLOTS:
+    for number, plot in enumerate(PLOTS):
         columns, *cells = _cells(plot.rows)
         rows = [dict(zip(columns, row, strict=True)) for row in cells]
-        plots.append([_beats(plot, friends[row["friend"]] | _slots(row)) for row in rows])
+        slots = [friends[row["friend"]] | _slots(row) for row in rows]
+        plots.append([Scene(f"{number}.{i}", plot, row, _beats(plot, row)) for i, row in enumerate(slots)])
     return heroes, plots
 
 
