@@ -1,5 +1,7 @@
 """LoRA: LitGPT's model, from a checkpoint's weights, and back to them."""
 
+from dataclasses import asdict
+
 import litgpt.lora
 import torch
 from litgpt import GPT
@@ -17,7 +19,7 @@ LORA_FIELDS = (
 def lora_config(settings: FinetuneSettings) -> litgpt.lora.Config:
     """The checkpoint's config with the run's LoRA fields."""
     fields = {name: getattr(settings, name) for name in LORA_FIELDS}
-    return litgpt.lora.Config(**vars(settings.model) | fields)
+    return litgpt.lora.Config(**asdict(settings.model) | fields)
 
 
 def load_base_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:

@@ -1,0 +1,210 @@
+"""Finetuning by the door's own path: what is learned, what is saved, and that a resumed run is the uninterrupted one."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import litgpt.lora
+import litgpt.prompts
+import pytest
+import torch
+import yaml
+from litgpt import GPT, Tokenizer
+from litgpt.scripts.merge_lora import merge_lora
+
+from recipe import checkpoints
+from recipe.cli import UserError
+from recipe.data.conversations import encode_conversation, load_prompt_style
+from recipe.data.instructions import InstructArgs, conversations, prepare_instructions
+from recipe.settings import check, parse_finetuning
+from recipe.training.finetune import finetune
+from recipe.training.ready import ready_to_finetune
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 questions, of long and short answers, prepared; don't write there."""
+    folder = tmp_path_factory.mktemp("instructions")
+    rows = [
+        {"instruction": f"Where is {name} {day}?", "output": f"{name} went to the {place}." * times}
+        for name in ("Mia", "Tom", "Lily", "Ben")
+        for day in ("now", "today", "at noon")
+        for place, times in (("sea", 1), ("wood", 3), ("hill", 1), ("sea again", 2), ("wood again", 1))
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    prepare_instructions(InstructArgs(str(folder / "rows.json"), folder / "data", val_fraction=0.2))
+    return folder / "data"
+
+
+@pytest.fixture
+def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    return save_tiny(tmp_path / "base", tiny_gpt({**moe_fields, "block_size": 48}), tokenizer_dir)
+
+
+@pytest.fixture
+def tune(tmp_path: Path, base: Path, instructions: Path) -> Callable[..., Path]:
+    """``tune("--flag", "value")`` does what ``finetune.py`` does and returns the ``out_dir``."""
+    settings = {
+        "data": {"class_path": "recipe.data.InstructionData", "init_args": {"data_dir": str(instructions)}},
+        "train": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 8,
+            "log_interval": 1,
+            "lr_warmup_steps": 1,
+            "max_norm": 1.0,
+            "min_lr": 1.0e-4,
+            "save_interval": 4,
+        },
+        "eval": {"interval": 4, "max_iters": 100, "initial_validation": True},
+        "sample": {"prompt": None, "max_new_tokens": 8},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
+        "progress": False,
+        "compile": False,
+    }
+    run_file = tmp_path / "finetune.yaml"
+    run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+    def call(*flags: str) -> Path:
+        run = parse_finetuning([str(base), "--config", str(run_file), "--out_dir", str(tmp_path / "out"), *flags])
+        check(run.settings, run.optimizer)
+        finetune(run, resume_from=ready_to_finetune(run.settings))
+        return run.settings.out_dir
+
+    return call
+
+
+def column(out_dir: Path, name: str) -> list[float]:
+    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "phi-2") -> float:
+    """By stock LitGPT, one conversation at a time: nats per answer token."""
+    gpt = GPT(checkpoints.load_config(folder))
+    gpt.load_state_dict(checkpoints.load_weights(folder))
+    tokenizer, total, tokens = Tokenizer(folder), 0.0, 0
+    for messages in conversations(data_dir, split):
+        encoded = encode_conversation(messages, tokenizer, litgpt.prompts.PromptStyle.from_name(style))
+        ids = torch.tensor(encoded.input_ids)[: gpt.max_seq_length + 1]
+        is_answer = torch.tensor(encoded.is_answer)[: len(ids)]
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(gpt(ids[None, :-1])[0], ids[1:], reduction="none")
+        total += float(losses[is_answer[1:]].sum())
+        tokens += int(is_answer[1:].sum())
+    return total / tokens
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_mlp", "true")], ids=["full", "lora"])
+def test_the_held_out_answers_become_likelier(tune, base, instructions, flags):
+    out = tune(*flags)
+    losses = column(out, "val_loss")
+    assert losses[0] == pytest.approx(answer_loss(base, instructions), rel=1e-5)
+    assert losses[-1] == pytest.approx(answer_loss(out / "final", instructions), rel=1e-5)
+    assert losses[-1] < losses[0] - 0.3
+    assert type(load_prompt_style(out / "final")) is litgpt.prompts.Phi2
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(tune, tmp_path):
+    """Two micro batches of two, of other lengths, give what one of four gives; not so with a mean of their means."""
+    flags = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0", "--train.max_steps", "2")
+    accumulated = tune(*flags, "--out_dir", str(tmp_path / "a"))
+    at_once = tune(*flags, "--out_dir", str(tmp_path / "b"), "--micro-batch-size", "4")
+    for name in ("train_loss", "grad_norm"):
+        assert column(accumulated, name) == pytest.approx(column(at_once, name), rel=1e-5)
+    assert column(accumulated, "total_tokens") == column(at_once, "total_tokens")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--lora_r", "4", "--lora_mlp", "true", "--lora_dropout", "0.1")],
+    ids=["full", "lora with dropout"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tune, tmp_path, flags):
+    whole = tune(*flags, "--out_dir", str(tmp_path / "whole"))
+    tune(*flags, "--out_dir", str(tmp_path / "parts"))
+    for name in ("final", "step-00000008"):
+        folder = tmp_path / "parts" / name
+        for path in folder.glob("*") if folder.is_dir() else ():
+            path.unlink()
+        if folder.is_dir():
+            folder.rmdir()
+    parts = tune(*flags, "--out_dir", str(tmp_path / "parts"), "--resume", "auto")
+    expected, found = (checkpoints.load_weights(out / "final") for out in (whole, parts))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert column(parts, "train_loss") == column(whole, "train_loss")
+
+
+def test_lora_trains_few_weights_and_litgpt_reads_its_updates(tune, base, tmp_path):
+    out = tune("--lora_r", "4", "--lora_mlp", "true", "--lora_alpha", "8")
+    before, after = checkpoints.load_weights(base), checkpoints.load_weights(out / "final")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "qkv" in name or ".mlp." in name}
+    (out / "final" / "lit_model.pth").rename(tmp_path / "ours.pth")
+    # LitGPT's script wants its own layer's keys, so the base goes through its model once.
+    merge_lora(out / "final")
+    litgpts = torch.load(out / "final" / "lit_model.pth", weights_only=True)
+    litgpts = litgpts.get("model", litgpts)
+    for name, weight in torch.load(tmp_path / "ours.pth", weights_only=True).items():
+        torch.testing.assert_close(litgpts[name], weight, msg=name)
+
+
+def test_stock_litgpt_answers_as_the_tuned_model(tune):
+    out = tune()
+    gpt = GPT.from_name  # noqa: F841 - the stock class, not ours
+    model = checkpoints.load_model(out / "final", torch.device("cpu"), torch.float32)
+    stock = GPT(checkpoints.load_config(out / "final"))
+    stock.load_state_dict(checkpoints.load_weights(out / "final"))
+    ids = torch.randint(0, 384, (1, 16))
+    torch.testing.assert_close(model(ids), stock(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_tied_embeddings_stay_tied(tune, tmp_path, moe_fields, tokenizer_dir):
+    gpt = tiny_gpt({**moe_fields, "block_size": 48})
+    gpt.transformer.wte.weight = gpt.lm_head.weight
+    tied = save_tiny(tmp_path / "tied", gpt, tokenizer_dir)
+    out = tune("--checkpoint_dir", str(tied))
+    assert checkpoints.is_tied(checkpoints.load_weights(out / "final"))
+    assert checkpoints.is_tied(checkpoints.load_weights(tune("--checkpoint_dir", str(tied), "--resume", "auto") / "final"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0},
+        {"mlp_class_name": "GptNeoxMLP", "intermediate_size": 48, "n_expert": 0, "bias": True},
+    ],
+    ids=["swiglu", "gelu"],
+)
+def test_dense_models_too(tune, tmp_path, moe_fields, tokenizer_dir, fields):
+    dense = {**moe_fields, "block_size": 48, **fields}
+    folder = save_tiny(tmp_path / "dense", tiny_gpt(dense), tokenizer_dir)
+    for flags in ((), ("--lora_r", "2", "--lora_mlp", "true", "--lora_head", "true", "--overwrite", "true")):
+        losses = column(tune("--checkpoint_dir", str(folder), *flags), "val_loss")
+        assert math.isfinite(losses[-1]) and losses[-1] < losses[0]
+
+
+def test_another_conversation_or_style_is_not_resumed(tune, instructions, tmp_path):
+    tune()
+    with pytest.raises(UserError, match="was trained with a prompt style that changed since"):
+        tune("--resume", "auto", "--prompt_style", "alpaca", "--train.max_steps", "10")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data_dir", "nowhere"), "nowhere does not exist"),
+        (("--prompt_style", "alpacca"), "did you mean alpaca"),
+        (("--train.max_tokens", "1000"), "train.max_tokens counts tokens of a text"),
+        (("--lora_r", "4", "--lora_query", "false", "--lora_value", "false"), "no part of the model gets LoRA"),
+        (("--sample.prompt", "Where? " * 60), "leaves no room|has .* tokens, but the context has"),
+        (("--lora_rank", "4"), "the nearest known one is 'lora_r'"),
+        (("--data.class_path", "litgpt.data.Alpaca2k"), "expected recipe.data.InstructionData"),
+    ],
+)
+def test_a_mistake_gets_one_message(tune, flags, message):
+    with pytest.raises(UserError, match=message):
+        tune(*flags)
