@@ -19,12 +19,26 @@ From the Hub text comes in a stream: tokens go into DATA_DIR/tokens, nothing els
 own text and the sample's go into DATA_DIR/train and DATA_DIR/val beside them, the tokenizer into TOKENIZER_DIR. Text
 that already lies in train/ and val/ is tokenized as it lies. Called again, it builds anew only what changed;
 interrupted, the same command goes on where it was.
+
+With --instruct it prepares conversations for finetune.py instead (`--instruct stories --help` lists its flags):
+
+    uv run python prepare_data.py --instruct stories                       # 6,000 requests for built-in stories
+    uv run python prepare_data.py --instruct alpaca_data.json --data_dir data/alpaca
+    uv run python prepare_data.py --instruct hf:databricks/databricks-dolly-15k --data_dir data/dolly
 """
 
 if __name__ == "__main__":
     # Imported here alone: processes that tokenize do not need it.
+    import sys
+
     from recipe.cli import exit_with_message, run_door
     from recipe.data.prepare import PrepareArgs, prepare
 
-    args = run_door(PrepareArgs)
-    exit_with_message(lambda: prepare(args))
+    if any(argument.partition("=")[0] == "--instruct" for argument in sys.argv[1:]):
+        from recipe.data.instructions import InstructArgs, prepare_instructions
+
+        instruct_args = run_door(InstructArgs)
+        exit_with_message(lambda: prepare_instructions(instruct_args))
+    else:
+        args = run_door(PrepareArgs)
+        exit_with_message(lambda: prepare(args))

@@ -133,6 +133,8 @@ class HubDataset:
     """Where it has no validation text."""
     articles: bool = False
     """Its rows are lines of articles (WikiText)."""
+    flag: str = "--source"
+    """What names it on the command line."""
 
     def open(self, settings: Settings, revision: str | None = None) -> Files:
         """Finds its files; on the Hub that begins with one short question, so that a missing network shows at once.
@@ -191,7 +193,7 @@ class HubDataset:
     def _unreadable(self, why: str) -> str:
         return (
             f"{self.path} holds neither .parquet nor plain .jsonl files, {why}. Name another dataset, or bring its "
-            "text into one of these forms and name the files: --source PATH."
+            f"rows into one of these forms and name the files: {self.flag} PATH."
         )
 
     def _find(self, sha: str | None) -> dict[str, list[Location]] | None:
@@ -207,7 +209,7 @@ class HubDataset:
             raise UserError(
                 f"{self.path} has the configs {known.group()}, "
                 + (f"but no {self.config!r}" if self.config else "and none is named")
-                + f"; name one: --source hf:{self.path}:CONFIG"
+                + f"; name one: {self.flag} hf:{self.path}:CONFIG"
             ) from None
         except RuntimeError:  # a script, which the datasets library no longer runs
             return None
@@ -241,7 +243,7 @@ class HubDataset:
             if not configs:
                 raise UserError(self._unreadable("and the Hub has no parquet of it"))
             raise UserError(
-                f"{self.path} has the configs {', '.join(configs)}; name one: --source hf:{self.path}:CONFIG"
+                f"{self.path} has the configs {', '.join(configs)}; name one: {self.flag} hf:{self.path}:CONFIG"
             )
         return configs[wanted]
 

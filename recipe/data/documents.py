@@ -469,11 +469,16 @@ def _text_of(value: Any, path: Location, offset: int | None) -> str:
         raise UserError(
             f"{place}: {type(value).__name__} where text was expected; --text_column names the right field."
         )
+    return writable(value)
+
+
+def writable(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can write and UTF-8 cannot."""
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
-        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 # --- .parquet ---

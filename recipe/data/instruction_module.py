@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from litgpt.data import DataModule
-from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor, distributed
 from torch.utils.data import Dataset
@@ -18,7 +17,6 @@ from recipe.data import instructions
 from recipe.data.conversations import (
     DEFAULT_STYLE,
     EncodedConversation,
-    Message,
     encode_conversation,
     prompt_style,
 )
@@ -127,11 +125,6 @@ class InstructionData(DataModule):
         """What the folder says of itself."""
         return self.data_dir / instructions.MANIFEST
 
-    @property
-    def style(self) -> PromptStyle:
-        """The style itself."""
-        return prompt_style(self.prompt_style)
-
     def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int = -1) -> None:
         """Called with what the batches are to be; the tokenizer is the model's."""
         self.tokenizer = tokenizer
@@ -140,12 +133,13 @@ class InstructionData(DataModule):
         self._encoded = {}
 
     def prepare_data(self) -> None:
-        """Checks that there are conversations as they were prepared, and a tokenizer that can end an answer.
+        """Checks the style's name, that there are conversations as they were prepared, and that an answer can end.
 
         Raises:
             UserError: where not.
         """
         instructions.read(self.data_dir)
+        prompt_style(self.prompt_style)
         if self.tokenizer is not None and self.tokenizer.eos_id is None:
             raise UserError(
                 "the checkpoint's tokenizer has no end-of-text token, so no answer could end; name it in "
@@ -165,8 +159,9 @@ class InstructionData(DataModule):
 
     def _encode(self, split: str) -> Iterable[EncodedConversation]:
         assert self.tokenizer is not None
-        found: list[list[Message]] = instructions.conversations(self.data_dir, split)
-        return (encode_conversation(messages, self.tokenizer, self.style) for messages in found)
+        style = prompt_style(self.prompt_style)
+        found = instructions.conversations(self.data_dir, split)
+        return (encode_conversation(messages, self.tokenizer, style) for messages in found)
 
     @property
     def counts(self) -> dict[str, Counts]:
@@ -213,8 +208,8 @@ class InstructionData(DataModule):
             devices = f"micro batch {self.batch_size} on {world_size} device{'s' if world_size > 1 else ''}"
             remedy = "or a larger --val_fraction" if split == "val" else "or a smaller micro batch"
             raise UserError(
-                f"{self.data_dir}: {split} has {len(encoded)} conversations that fit ({encoded.counts.left_out} do not);"
-                f" expected {needed} or more ({devices}). Give more conversations, {remedy}."
+                f"{self.data_dir}: {split} has {len(encoded)} conversations that fit ({encoded.counts.left_out} do "
+                f"not); expected {needed} or more ({devices}). Give more conversations, {remedy}."
             )
         batches = MicroBatches(
             len(encoded), self.batch_size, seed=seed, rank=rank, world_size=world_size, keep_all=seed is None

@@ -100,12 +100,12 @@ def prepare(args: PrepareArgs) -> Manifest:
     with suppress(UserError, OSError):  # it may be about another process's work half-way; asked again below
         found = _already_done(args)
     if found is not None and not (_times_are_noted(found, args.data_dir) and _is_tidy(args.data_dir)):
-        with suppress(OSError), _locked(args.data_dir):  # a folder that is only to be read serves as well
+        with suppress(OSError), locked(args.data_dir):  # a folder that is only to be read serves as well
             _note_times(args.data_dir)
             if not _is_tidy(args.data_dir):
                 shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING)
     if found is None:
-        with _locked(args.data_dir):
+        with locked(args.data_dir):
             corpora.publish(args.data_dir)
             # Another process may have done it meanwhile.
             found = _already_done(args)
@@ -939,8 +939,8 @@ def _log_to_wandb(args: PrepareArgs) -> None:
 
 
 @contextmanager
-def _locked(data_dir: Path) -> Iterator[None]:
-    """Holds the folder; folders that the call made and put nothing into are gone afterwards."""
+def locked(data_dir: Path) -> Iterator[None]:
+    """Holds a folder that is being prepared; folders that the call made and put nothing into are gone afterwards."""
     from filelock import FileLock, Timeout
 
     made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]

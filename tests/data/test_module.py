@@ -184,6 +184,25 @@ def test_devices_validate_on_as_many_batches_each(world_size: int) -> None:
             batches.next_epoch()
 
 
+@pytest.mark.parametrize(("items", "batch_size"), [(101, 3), (101, 1), (8, 1), (9, 2), (16, 100)])
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_all_items_once_in_as_many_batches_for_each_device(items: int, batch_size: int, world_size: int) -> None:
+    devices = [
+        MicroBatches(items, batch_size, seed=None, rank=rank, world_size=world_size, keep_all=True)
+        for rank in range(world_size)
+    ]
+    for _ in range(2):
+        turns = list(zip(*devices, strict=True))
+        assert {len(batches) for batches in devices} == {len(turns)}
+        batches = [batch for turn in turns for batch in turn]
+        assert [item for batch in batches for item in batch] == list(range(items))
+        sizes = {len(batch) for batch in batches}
+        assert min(sizes) > 0 and max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= max(batch_size, 2 if world_size > 1 else 1)
+        for batches in devices:
+            batches.next_epoch()
+
+
 def test_each_seed_and_epoch_has_an_order_of_its_own() -> None:
     orders = set()
     for seed in (-1, 0, 1, 2, 42):
