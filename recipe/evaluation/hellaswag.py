@@ -327,7 +327,7 @@ def log_probabilities(gpt: GPT, batches: Iterable[list[Row]], encoded: Encoded) 
     Args:
         batches: those of ``encoded``, or a process's share of them.
     """
-    weight = gpt.lm_head.weight
+    weight = gpt.transformer.wte.weight
     scores = torch.zeros(len(encoded.questions) * ENDINGS, dtype=torch.float64)
     for batch in batches:
         laid = _lay_out(batch, masked=shares_context(gpt.config), device=weight.device)

@@ -160,7 +160,7 @@ def sum_loss(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> tuple
     Returns:
         The sum in nats, the number of predicted tokens, and the number of rows.
     """
-    device = gpt.lm_head.weight.device
+    device = gpt.transformer.wte.weight.device
     nats, tokens, rows = torch.zeros((), dtype=torch.float64), 0, 0
     for batch in batches:
         ids = batch.to(device)

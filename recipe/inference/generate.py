@@ -257,7 +257,7 @@ def stream_pieces(
 
     The global random state is neither used nor changed. Arguments and errors as `generate_tokens`.
     """
-    device = gpt.lm_head.weight.device
+    device = gpt.transformer.wte.weight.device
     tokens = encode_prompt(tokenizer, prompt).to(device)
     room = room_after(tokens.numel(), gpt.max_seq_length)
     at_limit: End = "max_new_tokens" if max_new_tokens <= room else "block_size"

@@ -11,6 +11,7 @@ import litgpt.lora
 from litgpt import GPT, Tokenizer
 
 from recipe import checkpoints
+from recipe.data.conversations import prompt_style
 from recipe.data.instructions import instructions_fingerprint
 from recipe.settings import FinetuneSettings, ParsedRun, choose_precision, processes
 from recipe.training.logs import logger_factory
@@ -99,6 +100,6 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
         resume_from=resume_from,
         precision_note=precision_note,
         sample_prompt=question(settings, tokenizer),
-        prompt_style=data.style,
+        prompt_style=prompt_style(data.prompt_style),
         made_from=made_from,
     )

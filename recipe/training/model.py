@@ -73,7 +73,7 @@ class PretrainingModel(nn.Module):
         logits = gpt.lm_head(gpt.transformer.ln_f(x))  # (B, T, padded_vocab_size)
         if config.final_logit_softcapping is not None:
             logits = do_softcapping(logits, thresh=config.final_logit_softcapping)
-        if gpt.lm_head.weight.dtype != torch.float32:
+        if gpt.transformer.wte.weight.dtype != torch.float32:
             logits = logits.float()  # in bf16-true the loss itself would be rounded to 8 bits
         nothing = torch.zeros((), device=x.device)
         return Losses(

@@ -85,17 +85,18 @@ def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
         UserError: it leaves no room for an answer.
     """
     data = settings.data
+    style = conversations.prompt_style(data.prompt_style)
     messages = [Message(role="user", content=settings.sample.prompt or "")]
     if settings.sample.prompt is None:
         held_out = read_conversations(data.data_dir, "val")[0]
         messages = list(takewhile(lambda message: message["role"] != "assistant", held_out))
     context = settings.train.max_seq_length or settings.model.block_size
-    if (length := len(conversations.encode_prompt(messages, tokenizer, data.style))) >= context:
+    if (length := len(conversations.encode_prompt(messages, tokenizer, style))) >= context:
         raise UserError(
             f"the sample's prompt has {length} tokens, but the context has {context};"
             " give a shorter one with --sample.prompt."
         )
-    return conversations.prompt_text(messages, data.style)
+    return conversations.prompt_text(messages, style)
 
 
 def prepare_data(settings: RunSettings) -> None:
