@@ -20,6 +20,7 @@ from litgpt.args import LogArgs, TrainArgs
 from litgpt.data import DataModule
 
 from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
+from recipe.upcycling import upcycled_model
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_RUN = PROJECT / "train_config.yaml"
@@ -119,6 +120,9 @@ class RunSettings:
     """Numbers that the model computes in; null picks what the hardware does well"""
     initial_checkpoint_dir: Path | None = None
     """A checkpoint folder whose weights the run starts from"""
+    upcycle: Path | None = None
+    """A dense (SwiGLU) checkpoint folder: each expert starts as a copy of its feed-forward. Without --model the run's
+    model is that checkpoint's with 8 experts, 2 for each token"""
     resume: bool | Literal["auto"] | Path = False
     """`auto` goes on with the run in out_dir, or starts it where there is none; a checkpoint folder goes on from it"""
     devices: int | str = "auto"
@@ -169,14 +173,19 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
 
     Args:
         argv: command-line arguments. ``--config FILE`` names the run file (default: the project's
-            ``train_config.yaml``), ``--model FILE`` a model file in place of the run file's.
+            ``train_config.yaml``), ``--model FILE`` a model file in place of the run file's; without one,
+            ``--upcycle CHECKPOINT`` brings the model too.
 
     Raises:
         UserError: for an unknown key, a value of the wrong type, or a file that is missing or no YAML mapping.
         SystemExit: after ``--help`` and ``--print_config``.
     """
-    run_file, model_file, flags = _split_files_off(underscored(argv))
+    run_file, model_file, dense, flags = _split_files_off(underscored(argv))
     run = read_run_file(run_file or DEFAULT_RUN, model_file)
+    if dense is None and not run.get("model") and run.get("upcycle"):
+        dense = Path(run["upcycle"])
+    if dense is not None and model_file is None:
+        run["model"] = upcycled_model(dense)
     parser = run_parser()
     try:
         # First the file alone, so that a complaint about a key can say where the key stands.
@@ -261,9 +270,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _split_files_off(arguments: list[str]) -> tuple[Path | None, Path | None, list[str]]:
-    """Takes ``--config`` and ``--model`` out, wherever they stand, and writes the short flags in full."""
-    files: dict[str, Path | None] = {"config": None, "model": None}
+def _split_files_off(arguments: list[str]) -> tuple[Path | None, Path | None, Path | None, list[str]]:
+    """Takes ``--config`` and ``--model`` out, wherever they stand, and writes the short flags in full; ``--upcycle`` is
+    read and stays."""
+    files: dict[str, Path | None] = {"config": None, "model": None, "upcycle": None}
     flags: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
@@ -271,13 +281,16 @@ def _split_files_off(arguments: list[str]) -> tuple[Path | None, Path | None, li
         if argument.startswith("--") and name in files:
             value = value if equals else next(remaining, "")
             if not value:
-                raise UserError(f"--{name} expects the path of a YAML file.")
+                expected = "a checkpoint folder" if name == "upcycle" else "a YAML file"
+                raise UserError(f"--{name} expects the path of {expected}.")
             files[name] = Path(value)
+            if name == "upcycle":
+                flags.append(f"--upcycle={value}")
         elif argument.startswith("--") and name in SHORT_FLAGS:
             flags.append(f"--{SHORT_FLAGS[name]}{equals}{value}")
         else:
             flags.append(argument)
-    return files["config"], files["model"], flags
+    return files["config"], files["model"], files["upcycle"], flags
 
 
 def processes(settings: RunSettings) -> tuple[int, int]:
@@ -336,6 +349,11 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_evaluation(settings),
         *_check_log(settings),
     ]
+    if settings.initial_checkpoint_dir and settings.upcycle:
+        problems.append(
+            "both `initial_checkpoint_dir` and `upcycle` are set; choose one: the first takes weights as they are, the"
+            " second makes experts of them."
+        )
     if settings.initial_checkpoint_dir and settings.resume:
         problems.append(
             "both `initial_checkpoint_dir` and `resume` are set; choose one: the first starts a new run from weights,"

@@ -43,6 +43,7 @@ from recipe.training.model import Losses, PretrainingModel
 from recipe.training.optimizers import load_optimizer_state, make_optimizer, set_learning_rate
 from recipe.training.patches import patched_litgpt
 from recipe.training.schedule import Plan, learning_rate, plan_run
+from recipe.upcycling import upcycle
 
 
 def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
@@ -166,6 +167,8 @@ def main(
         gpt.load_state_dict(checkpoints.load_weights(initial_checkpoint_dir))
     elif resume_from:
         gpt.load_state_dict(checkpoints.load_weights(resume_from))
+    elif settings.upcycle:
+        gpt.load_state_dict(upcycle(checkpoints.load_weights(settings.upcycle), gpt.state_dict()))
 
     module: nn.Module = PretrainingModel(gpt)
     model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
@@ -231,6 +234,8 @@ def main(
             say(note)
     if resume_from:
         say(f"Resuming from {resume_from}: step {training.progress.step:,} of {plan.steps:,}.")
+    elif settings.upcycle:
+        say(f"Each of {config.n_expert} experts starts as a copy of the feed-forward of {settings.upcycle}.")
 
     tokens_before, start = training.progress.tokens, time.perf_counter()
     try:
