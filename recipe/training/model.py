@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 from litgpt import GPT
-from litgpt.model import do_softcapping
 from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
 from custom_moe import expert_load, load_balancing_loss, router_z_loss, score_function
+from recipe.forward import hidden_states, logits_of
 
 
 class Losses(NamedTuple):
@@ -28,7 +28,7 @@ class PretrainingModel(nn.Module):
     """Wraps a GPT whose blocks are ``custom_moe.MoEBlock`` so that the forward returns the losses.
 
     The balance losses travel with the result: one compiled graph, right under DDP and activation checkpointing, nothing
-    stored on the side. Drives LitGPT's modules as ``GPT.forward`` does without a KV cache (held against it by a test).
+    stored on the side.
     """
 
     def __init__(self, gpt: GPT) -> None:
@@ -37,28 +37,18 @@ class PretrainingModel(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Losses:
         """``input_ids`` and ``targets``: ``(B, T)`` token ids, the targets one position ahead."""
-        gpt, config = self.gpt, self.gpt.config
-        seq_length = input_ids.size(1)
-        cos, sin = gpt.cos[:seq_length].unsqueeze(0), gpt.sin[:seq_length].unsqueeze(0)
-        x = gpt.transformer.wte(input_ids)  # (B, T, C)
-        if config.scale_embeddings:
-            x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
-
+        config = self.gpt.config
+        x, routers = hidden_states(self.gpt, input_ids)  # (B, T, C)
         score = score_function(config) if config.mlp_class_name == "LLaMAMoE" else "softmax"
         balancing, z_losses, loads = [], [], []
-        for index, block in enumerate(gpt.transformer.h):
-            # Models with local and global attention keep two rotations side by side in the last dimension.
-            pick = (Ellipsis,) if config.rope_indices is None else (Ellipsis, config.rope_indices[index])
-            x, router = block(x, cos[pick], sin[pick], return_router_output=True)
+        for router in routers:
             if router is not None:
                 balancing.append(load_balancing_loss(router.logits, router.indices, score))
                 z_losses.append(router_z_loss(router.logits))
                 loads.append(expert_load(router.indices, config.n_expert))
 
-        logits = gpt.lm_head(gpt.transformer.ln_f(x))  # (B, T, padded_vocab_size)
-        if config.final_logit_softcapping is not None:
-            logits = do_softcapping(logits, thresh=config.final_logit_softcapping)
-        if gpt.lm_head.weight.dtype != torch.float32:
+        logits = logits_of(self.gpt, x)  # (B, T, padded_vocab_size)
+        if self.gpt.lm_head.weight.dtype != torch.float32:
             logits = logits.float()  # in bf16-true the loss itself would be rounded to 8 bits
         nothing = torch.zeros((), device=x.device)
         return Losses(
