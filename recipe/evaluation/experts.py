@@ -8,10 +8,9 @@ What is counted. Every token of the validation text that the model reads, once, 
 - ``router_entropy``: the same of the router's probabilities for one token, mean over tokens: near 1 it hardly chooses,
   near 0 it is sure of one expert.
 - ``dead``: experts with a load below `DEAD`.
-- ``tokens``: those that an expert takes most often beyond chance. Were choices blind to the token, each expert would
-  take the same share of every token; the tokens are those whose share exceeds that by most standard deviations. ``lift``
-  says by how many times: 3 is three times as often as the expert takes any token. Tokens seen fewer than `SEEN` times
-  are left out.
+- ``tokens``: those that an expert takes most often beyond chance. Were its choice blind to the token, it would take
+  the same share of each; listed are those whose share exceeds that by most standard deviations. ``lift`` says by how
+  many times: 3 is three times as often as the expert takes any token. Tokens seen fewer than `SEEN` times are left out.
 """
 
 import math
@@ -246,16 +245,16 @@ def table(result: ExpertStatistics) -> Group:
         "checkpoint": f"{result.checkpoint}, step {result.step:,}",
         "text": f"{result.data_dir}, validation, {result.tokens:,} tokens",
         "experts": f"{result.n_expert} in {len(result.layers)} layers, {result.n_expert_per_token} for each token",
-        "load": "of an even share: 1 is even; entropies: 1 is even; · is a space",
+        "load": "of an even share: 1 is even; entropies: 1 is even",
         "computed": f"on {result.device} in {result.precision}, {result.tokens / result.seconds:,.0f} tokens/s",
     }
     return Group(experts, layers, as_table(rows))
 
 
-def visible(text: str) -> str:
-    """A token's text in one line."""
-    text = "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return text if len(text) <= 14 else text[:13] + "…"
+def visible(text: str, length: int = 16) -> str:
+    """A token's text in one line: quoted, so that its spaces show, and shortened."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= length else quoted[: length - 1] + "…"
 
 
 def draw(result: ExpertStatistics, path: Path) -> None:
@@ -268,12 +267,10 @@ def draw(result: ExpertStatistics, path: Path) -> None:
     rows, columns = len(loads), result.n_expert
     roomy = columns <= 16
     listed, width, height = (3, 1.15, 0.82) if roomy else (1, 0.66, 0.5)  # inches of a cell
-    left, right, top, bottom = 0.9, 1.9, 1.25, 1.0
+    left, right, top, bottom = 0.9, 1.2, 1.25, 0.9
     size = (max(columns * width, 5.0) + left + right, rows * height + top + bottom)
     figure = Figure(figsize=size)
-    axes = figure.add_axes(
-        (left / size[0], bottom / size[1], 1 - (left + right) / size[0], rows * height / size[1])
-    )
+    axes = figure.add_axes((left / size[0], bottom / size[1], 1 - (left + right) / size[0], rows * height / size[1]))
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, *(max(load) for load in loads)))
     image = axes.imshow(loads, cmap="RdBu_r", norm=norm, aspect="auto")
 
@@ -281,7 +278,7 @@ def draw(result: ExpertStatistics, path: Path) -> None:
         for column, (load, tokens) in enumerate(zip(layer.load, layer.tokens, strict=True)):
             dark = abs(norm(load) - 0.5) > 0.3
             number = "dead" if column in layer.dead else f"{load:.2f}"
-            lines = [_short(visible(token.text), 14 if roomy else 8) for token in tokens[:listed]]
+            lines = [visible(token.text, 16 if roomy else 9) for token in tokens[:listed]]
             color = "white" if dark else "black"
             offset = 0.30 if roomy else 0.18
             style: dict[str, Any] = {"ha": "center", "va": "center", "color": color, "parse_math": False}
@@ -318,15 +315,11 @@ def draw(result: ExpertStatistics, path: Path) -> None:
     bar.set_xticklabels(["0 idle", "1 even", f"{norm.vmax:.1f} busy"], fontsize=8)
     legend = (
         "Number and color: the tokens that the expert gets, over an even share.\n"
-        f"Below: the token{'s' if listed > 1 else ''} that it takes most often beyond chance (· is a space)."
+        f"Below: the token{'s' if listed > 1 else ''} that it takes most often beyond chance."
     )
     figure.text(*inches(left + 3.0, bottom - 0.4), legend, fontsize=8.5, va="center", linespacing=1.4)
     with rc_context({"svg.hashsalt": "experts"}):  # the same picture is the same file
         figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

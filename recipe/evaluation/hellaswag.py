@@ -35,7 +35,7 @@ from torch import Tensor
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.tokenizers import in_short
-from recipe.evaluation.common import Precision, as_table, choose_context, load_model, with_progress
+from recipe.evaluation.common import Precision, as_table, choose_context, load_model, token_ids, with_progress
 from recipe.forward import hidden_states, logits_of
 
 PROTOCOL = "lm-eval, 0-shot"
@@ -284,19 +284,10 @@ def encode(questions: Sequence[Question], tokenizer: Tokenizer, config: Config, 
 
 def encode_question(question: Question, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
     """Token ids of the context and of each ending, as ``lm_eval.api.model.TemplateLM._encode_pair`` gives them."""
-    context = _token_ids(tokenizer, question.context.rstrip())
-    endings = [_token_ids(tokenizer, f"{question.context} {ending}")[len(context) :] for ending in question.endings]
+    context = token_ids(tokenizer, question.context.rstrip())
+    endings = [token_ids(tokenizer, f"{question.context} {ending}")[len(context) :] for ending in question.endings]
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return context or [first], endings
-
-
-def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # Not by its `encode`, which cuts off an end-of-text token. One text at a time: `encode_batch` starts threads, after
-    # which tokenizers warns of every fork.
-    encoded = tokenizer.processor.encode(text)
-    ids: list[int] = encoded.ids if tokenizer.backend == "huggingface" else encoded
-    missing = tokenizer.use_bos and ids[:1] != [tokenizer.bos_id]
-    return [tokenizer.bos_id, *ids] if missing else ids
 
 
 def shares_context(config: Config) -> bool:
