@@ -1,21 +1,32 @@
-"""Measures a checkpoint: loss, perplexity, bits per byte of its validation text, or its answers to HellaSwag.
+"""Measures a checkpoint: the loss on its validation text, HellaSwag, lm-eval's tasks, or what its experts do.
 
     uv run python evaluate.py
     uv run python evaluate.py checkpoints/final --data_dir data/shakespeare
     uv run python evaluate.py checkpoints/step-00000010 --max_iters 20 --json result.json
     uv run python evaluate.py checkpoints/final --hellaswag Rowan/hellaswag
     uv run python evaluate.py checkpoints/final --hellaswag hellaswag_val.jsonl --limit 1000
+    uv run python evaluate.py checkpoints/final --tasks arc_easy,lambada_openai
+    uv run python evaluate.py checkpoints/final --tasks mine --tasks_dir my_tasks
+    uv run python evaluate.py checkpoints/final --experts --plot experts.png
 
-A table goes to stderr and the same as JSON to stdout. What is counted: recipe/evaluation/loss.py and hellaswag.py.
+A table goes to stderr and the same as JSON to stdout. What is counted: the files of recipe/evaluation say it.
 """
 
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from recipe.cli import UserError, run_door
+
+MEANINGFUL = {
+    "the loss": {"data_dir", "max_iters", "batch_size"},
+    "--hellaswag": {"limit"},
+    "--tasks": {"tasks_dir", "limit", "num_fewshot"},
+    "--experts": {"data_dir", "max_iters", "batch_size", "plot"},
+}
+"""What is measured, and the flags that say something of it alone."""
 
 
 def main(
@@ -26,11 +37,16 @@ def main(
     batch_size: int | None = None,
     max_seq_length: int | None = None,
     hellaswag: str | None = None,
+    tasks: str | None = None,
+    tasks_dir: Path | None = None,
     limit: int | None = None,
+    num_fewshot: int | None = None,
+    experts: bool = False,
+    plot: Path | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"] = "auto",
 ) -> None:
-    """Measures a checkpoint: loss, perplexity, bits per byte of its validation text, or its answers to HellaSwag.
+    """Measures a checkpoint: the loss on its validation text, HellaSwag, lm-eval's tasks, or what its experts do.
 
     Args:
         checkpoint: The checkpoint folder; without one, the newest whole one under checkpoints/.
@@ -40,48 +56,73 @@ def main(
         batch_size: Windows at once; without it, as many as give 2^28 logits.
         max_seq_length: Tokens in a window; without it, as many as in training.
         hellaswag: HellaSwag's questions, in place of the text: a file in its JSONL, or a name on the Hub.
-        limit: Only the first so many questions.
+        tasks: Tasks or groups of lm-eval by name, separated by commas; their data come from the Hub.
+        tasks_dir: A folder of tasks in lm-eval's YAML. Tasks are code: use folders that you trust.
+        limit: Only the first so many questions (of each task).
+        num_fewshot: Examples before each question of a task; without it, as many as the task says.
+        experts: Load, entropy and most telling tokens of each expert, over the text.
+        plot: A picture of the experts, .png or .svg.
         device: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
         precision: auto is bf16-mixed on a GPU that computes in it, else 32-true.
     """
     from recipe import checkpoints
 
-    numbers = {"max_iters": max_iters, "batch_size": batch_size, "max_seq_length": max_seq_length, "limit": limit}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; expected 1 or more.")
-    for_text = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
-    other = {"limit": limit} if hellaswag is None else for_text
-    if meaningless := [f"--{name}" for name, value in other.items() if value is not None]:
-        raise UserError(f"{'without' if hellaswag is None else 'with'} --hellaswag no {', '.join(meaningless)}.")
+    common: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "precision": precision}
+    over_text: dict[str, Any] = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
+    of_tasks: dict[str, Any] = {"tasks_dir": tasks_dir, "limit": limit, "num_fewshot": num_fewshot}
+    given = {"--hellaswag": hellaswag is not None, "--tasks": tasks is not None, "--experts": experts}
+    measure = _check(given, {**over_text, **of_tasks, "plot": plot, "max_seq_length": max_seq_length})
     folder = checkpoints.resolve(checkpoint)
     print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
     from rich.console import Console
 
-    from recipe.evaluation import hellaswag as questions  # takes seconds
-    from recipe.evaluation import loss
+    room: Any  # each takes seconds to import
+    result: Any
+    if measure == "--hellaswag":
+        from recipe.evaluation import hellaswag as room
 
-    if hellaswag is not None:
-        score = questions.evaluate(
-            folder, hellaswag, limit=limit, max_seq_length=max_seq_length, device=device, precision=precision
-        )
-        shown, result = questions.table(score), asdict(score)
+        result = room.evaluate(folder, hellaswag, limit=limit, **common)
+    elif measure == "--tasks":
+        from recipe.evaluation import tasks as room
+
+        result = room.evaluate(folder, [name.strip() for name in str(tasks).split(",")], **of_tasks, **common)
+    elif measure == "--experts":
+        from recipe.evaluation import experts as room
+
+        result = room.evaluate(folder, **over_text, **common)
     else:
-        evaluation = loss.evaluate(
-            folder,
-            data_dir,
-            max_iters=max_iters,
-            batch_size=batch_size,
-            max_seq_length=max_seq_length,
-            device=device,
-            precision=precision,
-        )
-        shown, result = loss.table(evaluation), asdict(evaluation)
-    Console(stderr=True).print(shown)
-    text = json.dumps(result, indent=2)
+        from recipe.evaluation import loss as room
+
+        result = room.evaluate(folder, **over_text, **common)
+    Console(stderr=True).print(room.table(result))
+    text = json.dumps(asdict(result), indent=2)
     print(text)
     if json_file is not None:
         json_file.write_text(text + "\n", encoding="utf-8", newline="\n")
+    if plot is not None:
+        room.draw(result, plot)
+        print(f"Picture: {plot}", file=sys.stderr)
+
+
+def _check(given: dict[str, bool], values: dict[str, Any]) -> str:
+    """What to measure; raises `UserError` for flags out of range or that mean nothing together."""
+    smallest = {"num_fewshot": 0}
+    for name, value in values.items():
+        if isinstance(value, int) and value < smallest.get(name, 1):
+            raise UserError(f"{name} is {value}; expected {smallest.get(name, 1)} or more.")
+    asked = [name for name, is_given in given.items() if is_given]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} are different measures; ask for one at a time.")
+    measure = asked[0] if asked else "the loss"
+    belongs = {name: [other for other, flags in MEANINGFUL.items() if name in flags] for name in values}
+    lost = [name for name, of in belongs.items() if of and measure not in of and values[name] is not None]
+    if lost and asked:
+        raise UserError(f"with {measure} no {', '.join(f'--{name}' for name in lost)}.")
+    if lost:
+        raise UserError(f"without {' or '.join(belongs[lost[0]])} no --{lost[0]}.")
+    if (picture := values["plot"]) is not None and picture.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot {picture}: expected a name that ends in .png or .svg.")
+    return measure
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from litgpt.data import DataModule
 
 from recipe import checkpoints
 from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
+from recipe.upcycling import upcycled_model
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_RUN = PROJECT / "train_config.yaml"
@@ -129,6 +130,9 @@ class RunSettings:
     """Numbers that the model computes in; null picks what the hardware does well"""
     initial_checkpoint_dir: Path | None = None
     """A checkpoint folder whose weights the run starts from"""
+    upcycle: Path | None = None
+    """A dense (SwiGLU) checkpoint folder: each expert starts as a copy of its feed-forward. Without --model the run's
+    model is that checkpoint's with 8 experts, 2 for each token"""
     resume: bool | Literal["auto"] | Path = False
     """`auto` goes on with the run in out_dir, or starts it where there is none; a checkpoint folder goes on from it"""
     devices: int | str = "auto"
@@ -191,7 +195,7 @@ class FinetuneSettings(RunSettings):
 
 OF_THE_CHECKPOINT: set[str | int] = {
     *("model", "initial_checkpoint_dir", "tokenizer_dir"),  # taken from it
-    *("prepare", "wandb_dataset", "wandb_artifacts_dir"),  # for pretraining alone
+    *("upcycle", "prepare", "wandb_dataset", "wandb_artifacts_dir"),  # for pretraining alone
 }
 """Settings that `finetune.py` has no flags for."""
 
@@ -212,15 +216,23 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
 
     Args:
         argv: command-line arguments. ``--config FILE`` names the run file (default: the project's
-            ``train_config.yaml``), ``--model FILE`` a model file in place of the run file's.
+            ``train_config.yaml``), ``--model FILE`` a model file in place of the run file's; without one,
+            ``--upcycle CHECKPOINT`` brings the model too.
 
     Raises:
         UserError: for an unknown key, a value of the wrong type, or a file that is missing or no YAML mapping.
         SystemExit: after ``--help`` and ``--print_config``.
     """
-    files, flags = _split_files_off(underscored(argv), ("config", "model"), SHORT_FLAGS)
+    files, flags = _split_files_off(underscored(argv), ("config", "model", "upcycle"), SHORT_FLAGS)
     run_file = files["config"] or DEFAULT_RUN
     run = read_run_file(run_file, files["model"])
+    dense = files["upcycle"]
+    if dense is not None:
+        flags.append(f"--upcycle={dense}")
+    elif not run.get("model") and run.get("upcycle"):
+        dense = Path(run["upcycle"])
+    if dense is not None and files["model"] is None:
+        run["model"] = upcycled_model(dense)
     resolved, values = _parse(run_parser(), run_file, run, flags)
     settings = RunSettings(**{field.name: values[field.name] for field in fields(RunSettings)})
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
@@ -363,7 +375,8 @@ def _split_files_off(
         if argument.startswith("--") and name in files:
             value = value if equals else next(remaining, "")
             if not value:
-                raise UserError(f"--{name} expects the path of a YAML file.")
+                expected = "a checkpoint folder" if name == "upcycle" else "a YAML file"
+                raise UserError(f"--{name} expects the path of {expected}.")
             files[name] = Path(value)
         elif argument.startswith("--") and name in short_flags:
             flags.append(f"--{short_flags[name]}{equals}{value}")
@@ -428,6 +441,11 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_evaluation(settings),
         *_check_log(settings),
     ]
+    if settings.initial_checkpoint_dir and settings.upcycle:
+        problems.append(
+            "both `initial_checkpoint_dir` and `upcycle` are set; choose one: the first takes weights as they are, the"
+            " second makes experts of them."
+        )
     if isinstance(settings, FinetuneSettings):
         problems += _check_finetuning(settings)
     elif settings.initial_checkpoint_dir and settings.resume:

@@ -1,4 +1,4 @@
-"""What every evaluation of a checkpoint shares: device and precision, the context, a progress bar, a table."""
+"""What evaluations of a checkpoint share: device and precision, context, tokens, a progress bar, a table."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from litgpt import GPT, Config
+from litgpt import GPT, Config, Tokenizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -64,6 +64,20 @@ def choose_context(asked: int | None, settings: dict[str, Any], config: Config) 
             "Choose a smaller --max_seq_length."
         )
     return context
+
+
+def token_ids(tokenizer: Tokenizer, text: str, *, special: bool = True) -> list[int]:
+    """A text's tokens, with a begin-of-text token where transformers puts one and ``special`` allows it.
+
+    Not by the tokenizer's ``encode``, which cuts off an end-of-text token. One text at a time: ``encode_batch`` starts
+    threads, after which tokenizers warns of every fork.
+    """
+    if tokenizer.backend != "huggingface":
+        ids: list[int] = tokenizer.processor.encode(text)
+    else:
+        ids = tokenizer.processor.encode(text, add_special_tokens=special).ids
+    missing = special and tokenizer.use_bos and ids[:1] != [tokenizer.bos_id]
+    return [tokenizer.bos_id, *ids] if missing else ids
 
 
 def with_progress(batches: Iterable[T], total: int) -> Iterator[T]:

@@ -29,14 +29,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config, Tokenizer
-from litgpt.model import do_softcapping
 from rich.table import Table
 from torch import Tensor
 
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.tokenizers import in_short
-from recipe.evaluation.common import Precision, as_table, choose_context, load_model, with_progress
+from recipe.evaluation.common import Precision, as_table, choose_context, load_model, token_ids, with_progress
+from recipe.forward import hidden_states, logits_of
 
 PROTOCOL = "lm-eval, 0-shot"
 ENDINGS = 4
@@ -284,19 +284,10 @@ def encode(questions: Sequence[Question], tokenizer: Tokenizer, config: Config, 
 
 def encode_question(question: Question, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
     """Token ids of the context and of each ending, as ``lm_eval.api.model.TemplateLM._encode_pair`` gives them."""
-    context = _token_ids(tokenizer, question.context.rstrip())
-    endings = [_token_ids(tokenizer, f"{question.context} {ending}")[len(context) :] for ending in question.endings]
+    context = token_ids(tokenizer, question.context.rstrip())
+    endings = [token_ids(tokenizer, f"{question.context} {ending}")[len(context) :] for ending in question.endings]
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return context or [first], endings
-
-
-def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # Not by its `encode`, which cuts off an end-of-text token. One text at a time: `encode_batch` starts threads, after
-    # which tokenizers warns of every fork.
-    encoded = tokenizer.processor.encode(text)
-    ids: list[int] = encoded.ids if tokenizer.backend == "huggingface" else encoded
-    missing = tokenizer.use_bos and ids[:1] != [tokenizer.bos_id]
-    return [tokenizer.bos_id, *ids] if missing else ids
 
 
 def shares_context(config: Config) -> bool:
@@ -331,12 +322,13 @@ def log_probabilities(gpt: GPT, batches: Iterable[list[Row]], encoded: Encoded) 
     scores = torch.zeros(len(encoded.questions) * ENDINGS, dtype=torch.float64)
     for batch in batches:
         laid = _lay_out(batch, masked=shares_context(gpt.config), device=weight.device)
-        x = _hidden(gpt, laid).flatten(0, 1)[laid.sources]  # (N, C)
+        x, _ = hidden_states(gpt, laid.tokens, laid.positions, laid.mask)
+        x = x.flatten(0, 1)[laid.sources]  # (N, C)
         at_once = max(1, _LOGITS // weight.size(0))
         for part, targets, owners in zip(
             *(each.split(at_once) for each in (x, laid.targets, laid.owners)), strict=True
         ):
-            nats = F.cross_entropy(_logits(gpt, part).float(), targets, reduction="none")
+            nats = F.cross_entropy(logits_of(gpt, part).float(), targets, reduction="none")
             scores.index_add_(0, owners.cpu(), -nats.cpu().double())
     return scores.view(-1, ENDINGS)
 
@@ -412,25 +404,3 @@ def _lay_out(batch: list[Row], *, masked: bool, device: torch.device) -> _LaidOu
         mask = ((by == of) | (of == 0)).tril().unsqueeze(1)
     listed = (torch.tensor(values, device=device) for values in (sources, targets, owners))
     return _LaidOut(tokens.to(device), positions.to(device), mask, *listed)
-
-
-def _hidden(gpt: GPT, laid: _LaidOut) -> Tensor:
-    """Drives LitGPT's modules as ``GPT.forward`` does, up to its last norm: ``(B, T, C)``."""
-    config = gpt.config
-    cos, sin = gpt.cos[laid.positions], gpt.sin[laid.positions]
-    x = gpt.transformer.wte(laid.tokens)
-    if config.scale_embeddings:
-        x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
-    for index, block in enumerate(gpt.transformer.h):
-        # Models with local and global attention keep two rotations side by side in the last dimension.
-        pick = (Ellipsis,) if config.rope_indices is None else (Ellipsis, config.rope_indices[index])
-        x = block(x, cos[pick], sin[pick], laid.mask)
-    return x
-
-
-def _logits(gpt: GPT, x: Tensor) -> Tensor:
-    """``(N, C) -> (N, V)``"""
-    logits: Tensor = gpt.lm_head(gpt.transformer.ln_f(x))
-    if gpt.config.final_logit_softcapping is not None:
-        logits = do_softcapping(logits, thresh=gpt.config.final_logit_softcapping)
-    return logits

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data import manifest
-from recipe.data.manifest import Manifest
+from recipe.data.manifest import Manifest, Split
 from recipe.data.module import checked_manifest
 from recipe.data.reader import token_chunks
 from recipe.evaluation.common import Precision, as_table, choose_context, load_model, with_progress
@@ -66,6 +66,19 @@ class Evaluation:
     seconds: float
 
 
+class ValidationText(NamedTuple):
+    """The validation text of a prepared corpus, cut into batches for one checkpoint."""
+
+    data_dir: Path
+    same_data: bool | None
+    """As in `Evaluation`"""
+    split: Split
+    context: int
+    """Tokens in a window"""
+    batches: Iterator[Tensor]
+    """Token ids, each ``(B, T + 1)``: every token but a row's first is to be predicted. With a progress bar"""
+
+
 def evaluate(
     folder: Path,
     data_dir: Path | None = None,
@@ -91,6 +104,36 @@ def evaluate(
         UserError: no or a damaged checkpoint, no tokens, tokens of another tokenizer, a context longer than the
             model's, or a loss that is not a number.
     """
+    text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
+    loaded = load_model(folder, device, precision)
+    start = time.perf_counter()
+    nats, tokens, n_windows = sum_loss(loaded.gpt, text.batches, loaded.autocast)
+    loss = nats / tokens
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of {folder} is {loss}: its training diverged. Use an earlier checkpoint.")
+    n_bytes = round(text.split.bytes * tokens / text.split.tokens)
+    return Evaluation(
+        checkpoint=str(folder),
+        step=checkpoints.read_mark(folder).step,
+        data_dir=str(text.data_dir),
+        same_data=text.same_data,
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=nats / math.log(2) / n_bytes,
+        tokens=tokens,
+        bytes=n_bytes,
+        context=text.context,
+        windows=n_windows,
+        device=loaded.device,
+        precision=loaded.precision,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def open_validation(
+    folder: Path, data_dir: Path | None, *, max_iters: int | None, batch_size: int | None, max_seq_length: int | None
+) -> ValidationText:
+    """The validation text for a checkpoint; arguments and errors as `evaluate`."""
     mark = checkpoints.read_mark(folder)
     config = checkpoints.load_config(folder)
     settings = checkpoints.load_hyperparameters(folder)
@@ -99,34 +142,11 @@ def evaluate(
     _check_tokenizer(folder, mark, found, data_dir, config.padded_vocab_size)
     context = choose_context(max_seq_length, settings, config)
     batch_size = batch_size or min(64, max(1, _LOGITS // (context * config.padded_vocab_size)))
-
-    loaded = load_model(folder, device, precision)
-    start = time.perf_counter()
     split = found.splits["val"]
     total = -(-split.tokens // (context * batch_size))
     batches = batched(windows(read_tokens(data_dir, "val"), context, found.tokenizer.eos_id), batch_size)
     shown = with_progress(islice(batches, max_iters), min(total, max_iters or total))
-    nats, tokens, n_windows = sum_loss(loaded.gpt, shown, loaded.autocast)
-    loss = nats / tokens
-    if not math.isfinite(loss):
-        raise UserError(f"the loss of {folder} is {loss}: its training diverged. Use an earlier checkpoint.")
-    n_bytes = round(split.bytes * tokens / split.tokens)
-    return Evaluation(
-        checkpoint=str(folder),
-        step=mark.step,
-        data_dir=str(data_dir),
-        same_data=_same_data(folder, mark, found),
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=nats / math.log(2) / n_bytes,
-        tokens=tokens,
-        bytes=n_bytes,
-        context=context,
-        windows=n_windows,
-        device=loaded.device,
-        precision=loaded.precision,
-        seconds=time.perf_counter() - start,
-    )
+    return ValidationText(data_dir, _same_data(folder, mark, found), split, context, shown)
 
 
 def table(result: Evaluation) -> Table:

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import torch
 from litgpt import GPT
-from litgpt.model import do_softcapping
 from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
 from custom_moe import expert_load, load_balancing_loss, router_z_loss, score_function
 from recipe.data.instruction_module import IGNORED
+from recipe.forward import hidden_states, logits_of
 
 
 class Batch(NamedTuple):
@@ -49,31 +49,22 @@ class PretrainingModel(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Losses:
         """The parts of a ``Batch``. Padding stands after a row's tokens, so that none of them attends to it."""
-        gpt, config = self.gpt, self.gpt.config
-        seq_length = input_ids.size(1)
+        config = self.gpt.config
         real_N = None  # which of the B * T tokens are no padding: it is computed too, but does not count as load
         if lengths is not None:
-            real_N = (torch.arange(seq_length, device=lengths.device) < lengths.unsqueeze(1)).flatten()
-        cos, sin = gpt.cos[:seq_length].unsqueeze(0), gpt.sin[:seq_length].unsqueeze(0)
-        x = gpt.transformer.wte(input_ids)  # (B, T, C)
-        if config.scale_embeddings:
-            x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
-
+            places = torch.arange(input_ids.size(1), device=lengths.device)
+            real_N = (places < lengths.unsqueeze(1)).flatten()
+        x, routers = hidden_states(self.gpt, input_ids)  # (B, T, C)
         score = score_function(config) if config.mlp_class_name == "LLaMAMoE" else "softmax"
         balancing, z_losses, loads = [], [], []
-        for index, block in enumerate(gpt.transformer.h):
-            # Models with local and global attention keep two rotations side by side in the last dimension.
-            pick = (Ellipsis,) if config.rope_indices is None else (Ellipsis, config.rope_indices[index])
-            x, router = block(x, cos[pick], sin[pick], return_router_output=True)
+        for router in routers:
             if router is not None:
                 balancing.append(load_balancing_loss(router.logits, router.indices, score, real_N))
                 z_losses.append(router_z_loss(router.logits, real_N))
                 loads.append(expert_load(router.indices, config.n_expert, real_N))
 
-        logits = gpt.lm_head(gpt.transformer.ln_f(x))  # (B, T, padded_vocab_size)
-        if config.final_logit_softcapping is not None:
-            logits = do_softcapping(logits, thresh=config.final_logit_softcapping)
-        if gpt.transformer.wte.weight.dtype != torch.float32:
+        logits = logits_of(self.gpt, x)  # (B, T, padded_vocab_size)
+        if self.gpt.transformer.wte.weight.dtype != torch.float32:
             logits = logits.float()  # in bf16-true the loss itself would be rounded to 8 bits
         nothing = torch.zeros((), device=x.device)
         return Losses(

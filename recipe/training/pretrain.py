@@ -22,6 +22,7 @@ from recipe.settings import ParsedRun, choose_precision, processes
 from recipe.training.logs import logger_factory
 from recipe.training.loop import run_training
 from recipe.training.patches import patched_pretraining
+from recipe.upcycling import upcycle
 
 
 def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
@@ -100,6 +101,9 @@ def main(
         gpt.load_state_dict(checkpoints.load_weights(initial_checkpoint_dir))
     elif resume_from:
         gpt.load_state_dict(checkpoints.load_weights(resume_from))
+    elif dense := run.settings.upcycle:
+        gpt.load_state_dict(upcycle(checkpoints.load_weights(dense), gpt.state_dict()))
+        fabric.print(f"Each of {config.n_expert} experts starts as a copy of the feed-forward of {dense}.")
     run_training(
         fabric,
         gpt,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
@@ -21,6 +22,7 @@ from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
 from recipe.settings import FinetuneSettings, ParsedRun, RunSettings
 from recipe.training.logs import METRICS_FILE, run_files
+from recipe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 
 
 def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
@@ -40,6 +42,11 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
         checkpoints.verify(resume_from)
     if settings.initial_checkpoint_dir is not None:
         refuse_openai_gpt2(settings.initial_checkpoint_dir)
+    if settings.upcycle is not None and resume_from is not None:
+        check_same_start(resume_from, settings.upcycle)
+    elif settings.upcycle is not None:
+        check_experts(settings.upcycle, settings.model, tie_embeddings=bool(settings.train.tie_embeddings))
+        check_same_model(settings.upcycle, settings.model, apart_from=MOE_FIELDS)
     for folder in (resume_from, settings.initial_checkpoint_dir):
         if folder is not None:
             check_same_model(folder, settings.model)
@@ -47,6 +54,8 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
         read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before text is tokenized for hours
     prepare_data(settings)
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
+    if (start := settings.initial_checkpoint_dir or settings.upcycle) is not None:
+        check_same_tokenizer(start, settings.tokenizer_dir)
     check_sample(settings, tokenizer)
     if _main_process():
         check_writable(settings.out_dir)
@@ -193,7 +202,7 @@ def find_checkpoint(settings: RunSettings) -> Path | None:
 
 def check_unoccupied(settings: RunSettings) -> None:
     """Raises ``UserError`` where ``out_dir`` holds another run that may not be deleted."""
-    out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir
+    out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
     occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
     if not occupied or not _main_process():
         return
@@ -206,16 +215,28 @@ def check_unoccupied(settings: RunSettings) -> None:
         raise UserError(f"--overwrite would delete {initial}, which this run starts from; choose another --out_dir.")
 
 
-def check_same_model(folder: Path, config: Config) -> None:
+def check_same_model(folder: Path, config: Config, apart_from: Collection[str] = ()) -> None:
     """Raises ``UserError`` with the fields in which the checkpoint's model differs from the run's."""
     saved, wanted = asdict(checkpoints.load_config(folder)), asdict(config)
     ignored = ("name", "hf_config", "vocab_size", "padding_multiple")  # they change neither weights nor computation
     different = [f"{name}: {saved[name]} there, {wanted[name]} here" for name in wanted if saved[name] != wanted[name]]
-    different = [line for line in different if line.split(":")[0] not in ignored]
+    different = [line for line in different if line.split(":")[0] not in (*ignored, *apart_from)]
     if different:
+        own = f"Take its own config: --model {folder / 'model_config.yaml'}"
         raise UserError(
             f"{folder} holds another model than this run's: {'; '.join(different)}."
-            f" Take its own config: --model {folder / 'model_config.yaml'}"
+            f" {'Leave --model away and its own config is taken.' if apart_from else own}"
+        )
+
+
+def check_same_start(folder: Path, upcycle: Path) -> None:
+    """Raises ``UserError`` where the run of a checkpoint to resume did not begin as the dense one asked for."""
+    began = checkpoints.load_hyperparameters(folder).get("upcycle")
+    if began is None or Path(began).resolve() != upcycle.resolve():
+        raise UserError(
+            f"{folder} is of a run that began {f'from {began}' if began else 'without --upcycle'}, not from {upcycle}."
+            f" Leave --upcycle away to go on with it (--config {folder.parent / 'run_config.yaml'}), or start another"
+            " run with another --out_dir."
         )
 
 

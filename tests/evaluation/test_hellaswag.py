@@ -454,7 +454,7 @@ def test_the_script(checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: p
             ["--hellaswag", "x.jsonl", "--max_iters", "3", "--batch_size", "2"],
             "with --hellaswag no --max_iters, --batch_size.",
         ),
-        (["--limit", "3"], "without --hellaswag no --limit."),
+        (["--limit", "3"], "without --hellaswag or --tasks no --limit."),
         (["--hellaswag", "x.jsonl", "--limit", "0"], "limit is 0"),
         (["--hellaswag", "x.jsonl"], "no file x.jsonl"),
         (["--hellaswag", "x.jsonl", "--max_seq_length", "129"], "expected 1 to 128"),

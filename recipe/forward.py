@@ -1,0 +1,54 @@
+"""``GPT.forward`` without a KV cache, in two halves: whoever measures a model needs what lies between them.
+
+Held against LitGPT's forward by the tests of those who call it (tests/training/test_model.py, tests/evaluation).
+"""
+
+import torch
+from litgpt import GPT
+from litgpt.model import do_softcapping
+from torch import Tensor
+
+from custom_moe import MoEBlock, RouterOutput
+
+
+def hidden_states(
+    gpt: GPT, input_ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, list[RouterOutput | None]]:
+    """Everything up to the last norm.
+
+    Args:
+        input_ids: ``(B, T)``.
+        positions: ``(B, T)``; from 0 to T - 1 when None.
+        mask: ``(B, 1, T, T)``, True where a token sees another; causal when None.
+
+    Returns:
+        ``(B, T, C)``, and for each block what its router decided; None where it is dense or LitGPT's own block.
+    """
+    config = gpt.config
+    if positions is None:
+        seq_length = input_ids.size(1)
+        cos, sin = gpt.cos[:seq_length].unsqueeze(0), gpt.sin[:seq_length].unsqueeze(0)
+    else:
+        cos, sin = gpt.cos[positions], gpt.sin[positions]
+    x = gpt.transformer.wte(input_ids)  # (B, T, C)
+    if config.scale_embeddings:
+        x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
+    routers: list[RouterOutput | None] = []
+    for index, block in enumerate(gpt.transformer.h):
+        # Models with local and global attention keep two rotations side by side in the last dimension.
+        pick = (Ellipsis,) if config.rope_indices is None else (Ellipsis, config.rope_indices[index])
+        router = None
+        if isinstance(block, MoEBlock):
+            x, router = block(x, cos[pick], sin[pick], mask, return_router_output=True)
+        else:
+            x = block(x, cos[pick], sin[pick], mask)
+        routers.append(router)
+    return x, routers
+
+
+def logits_of(gpt: GPT, x: Tensor) -> Tensor:
+    """The last norm and the output layer: ``(..., C) -> (..., padded_vocab_size)``."""
+    logits: Tensor = gpt.lm_head(gpt.transformer.ln_f(x))
+    if gpt.config.final_logit_softcapping is not None:
+        logits = do_softcapping(logits, thresh=gpt.config.final_logit_softcapping)
+    return logits

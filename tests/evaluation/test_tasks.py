@@ -1,0 +1,305 @@
+"""lm-eval's tasks on a LitGPT model: the numbers and the texts of its own ``HFLM``, without a network."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from litgpt import Tokenizer
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+
+from recipe import checkpoints, load
+from recipe.cli import UserError, run_door
+from recipe.evaluation import tasks
+from recipe.evaluation.tasks import Harness, batches_by_length, evaluate, find_tasks, load_tasks
+from tests.test_stock_litgpt import convert
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+
+CPU = {"device": "cpu", "precision": "32-true"}
+QUESTIONS = [
+    {
+        "question": f"{name} the {animal} went to the",
+        "choices": ["sea.", "wood, and was happy.", "hill"],
+        "right": right,
+    }
+    for right, (name, animal) in enumerate([("Mia", "cat"), ("Tom", "dog"), ("Lily", "fox")])
+] * 4
+
+
+def write_tasks(folder: Path) -> Path:
+    """One of multiple choice, one of writing, one of whole texts; and a tag and a group of them."""
+    folder.mkdir()
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
+    common = {
+        "tag": "stories",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "data.jsonl")},
+            "cache_dir": str(folder.parent / "cache"),
+        },
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": "{{question}}",
+        "metadata": {"version": 1.5},
+    }
+    places = {
+        "task": "places",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "right",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    writing = {
+        "task": "writing",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[right]}}",
+        "generation_kwargs": {"until": [".", "\n\n"], "max_gen_toks": 12, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    whole = {
+        "task": "whole",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}} {{choices[1]}} {{question}} {{choices[0]}} {{question}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    }
+    for task in (places, writing, whole):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task), encoding="utf-8")
+    group = {"group": "both", "task": ["places", "writing"]}
+    (folder / "both.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tasks(tmp_path / "tasks")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    return save_tiny(tmp_path / "checkpoints" / "final", tiny_gpt(moe_fields | {"block_size": 32}), tokenizer_dir)
+
+
+@pytest.fixture
+def harness(checkpoint: Path) -> Harness:
+    gpt = checkpoints.load_model(checkpoint, torch.device("cpu"), torch.float32)
+    return Harness(gpt, Tokenizer(checkpoint), 32, nullcontext())
+
+
+@pytest.fixture
+def hflm(tmp_path: Path, checkpoint: Path) -> Any:
+    """lm-eval's own on the same weights in transformers."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    convert(checkpoint, tmp_path / "converted")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted")
+    return HFLM(model, tokenizer=tokenizer, batch_size=3, device="cpu")
+
+
+def asked(*arguments: Any) -> list[Instance]:
+    return [Instance("loglikelihood", {}, one, index) for index, one in enumerate(arguments)]
+
+
+def test_each_answer_is_hflms(harness: Harness, hflm: Any) -> None:
+    """Spaces on either side, no context, a begin-of-text token in the text, a context too long, a greedy answer."""
+    long = "Once upon a time, Mia the cat went to the sea. Mia was happy. The end. Once upon a time, Tom the dog"
+    (greedy,) = harness.generate_until(asked(("Tom the dog", {"until": [], "max_gen_toks": 4})))
+    pairs = [
+        ("Mia the cat went to the", " sea."),
+        ("Mia the cat went to the ", "sea."),
+        ("Mia the cat  ", " went é 🦊"),
+        ("", "Once upon a time"),
+        ("", "<|endoftext|>Once"),
+        ("<|endoftext|>Tom", " the dog"),
+        (long, " went to the hill."),
+        (long[:20], long[20:90]),
+        ("Tom the dog", greedy),
+    ]
+    theirs = hflm.loglikelihood(asked(*pairs), disable_tqdm=True)
+    ours = harness.loglikelihood(asked(*pairs))
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], abs=1e-4, rel=1e-5)
+    assert {hit for _, hit in ours} == {True, False}
+    texts = [(long,), ("Mia",), (long * 3,)]
+    assert harness.loglikelihood_rolling(asked(*texts)) == pytest.approx(
+        hflm.loglikelihood_rolling(asked(*texts), disable_tqdm=True), abs=1e-3, rel=1e-5
+    )
+
+
+def test_each_text_is_hflms(harness: Harness, hflm: Any) -> None:
+    long = "Once upon a time, Mia the cat went to the sea. Mia was happy. The end. Once upon a time, Tom the dog"
+    requests = [
+        ("Once upon a time", {"until": [], "max_gen_toks": 20}),
+        ("Once upon a time", {"until": ["e"], "max_gen_toks": 20}),
+        ("Mia the cat ", {"until": ["\n", "zz"], "max_gen_toks": 7, "do_sample": False, "temperature": 0.7}),
+        (long, {"until": " ", "max_gen_toks": 10}),
+    ]
+    theirs = hflm.generate_until(asked(*requests), disable_tqdm=True)
+    ours = harness.generate_until(asked(*requests))
+    assert ours == theirs
+    assert all("e" not in ours[1] for _ in ours) and len(ours[0]) > 5
+    sampled = ("Once upon a time", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0})
+    one, other = harness.generate_until(asked(sampled, sampled))
+    assert one != other, "samples are drawn anew"
+
+
+def test_results_are_the_harnesses_own(checkpoint: Path, folder: Path, hflm: Any) -> None:
+    """Every number of every kind of task, with their stderr."""
+    names = ["places", "writing", "whole"]
+    manager = find_tasks(names, folder)
+    theirs = evaluator.simple_evaluate(
+        hflm, tasks=load_tasks(manager, names), task_manager=manager, log_samples=False, num_fewshot=1
+    )
+    ours = evaluate(checkpoint, names, tasks_dir=folder, num_fewshot=1, **CPU)
+    expected = tasks.scores_of(theirs)
+    assert {(score.task, score.metric) for score in ours.scores} == {
+        ("places", "acc"),
+        ("places", "acc_norm"),
+        ("writing", "exact_match"),
+        ("whole", "word_perplexity"),
+        ("whole", "bits_per_byte"),
+    }
+    for mine, other in zip(ours.scores, expected, strict=True):
+        assert (mine.task, mine.metric, mine.n) == (other.task, other.metric, 12)
+        assert mine.value == pytest.approx(other.value, rel=1e-4)
+        assert (mine.stderr is None) == (other.stderr is None)
+        assert mine.version == 1.5
+    assert ours.scores[0].num_fewshot == 1
+    assert any(score.stderr for score in ours.scores)
+
+
+def test_a_choice_that_the_model_prefers_is_found(checkpoint: Path, folder: Path) -> None:
+    """acc by hand: the choice whose tokens LitGPT's own forward gives the highest log-probability."""
+    model = load(checkpoint, device="cpu", precision="32-true")
+    hits = []
+    for row in QUESTIONS:
+        start = model.tokenizer.encode(row["question"])
+        nats = []
+        for choice in row["choices"]:
+            ids = model.tokenizer.encode(f"{row['question']} {choice}").long()
+            with torch.no_grad():
+                logs = model.gpt(ids[None, :-1])[0].log_softmax(-1)
+            nats.append(float(logs.gather(1, ids[1:, None])[len(start) - 1 :].sum()))
+        hits.append(nats.index(max(nats)) == row["right"])
+    scores = evaluate(checkpoint, ["places"], tasks_dir=folder, **CPU).scores
+    assert scores[0].value == pytest.approx(sum(hits) / len(hits))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tasks"), [("both", {"places", "writing"}), ("stories", {"places", "writing", "whole"})]
+)
+def test_groups_tags_and_a_limit(checkpoint: Path, folder: Path, name: str, tasks: set[str]) -> None:
+    result = evaluate(checkpoint, [name], tasks_dir=folder, limit=2, **CPU)
+    assert {score.task for score in result.scores} == tasks
+    assert {score.n for score in result.scores} == {2}
+    assert result.limit == 2
+
+
+def test_a_context_as_in_training(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, folder: Path) -> None:
+    settings = {"train": {"max_seq_length": 24}}
+    saved = save_tiny(tmp_path / "short", tiny_gpt(moe_fields), tokenizer_dir, hyperparameters=settings)
+    assert evaluate(saved, ["places"], tasks_dir=folder, limit=1, **CPU).context == 24
+    with pytest.raises(UserError, match="expected 1 to 64"):
+        evaluate(saved, ["places"], tasks_dir=folder, max_seq_length=65, **CPU)
+
+
+def test_batches_hold_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_TOKENS", 20)
+    lengths = [3, 9, 1, 30, 10, 4, 4]
+    batches = batches_by_length(lengths)
+    assert batches[0] == [3]
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * lengths[batch[0]] <= 20 for batch in batches)
+
+
+def test_the_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--tasks", "places, whole", "--tasks-dir", "tasks", "--device=cpu", "--limit=3", "--num-fewshot=0"]
+    run_door(door("evaluate").main, [*flags, "--json-file", "result.json"], optional_positional="checkpoint")
+    captured = capsys.readouterr()
+    shown = json.loads(captured.out)
+    assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    expected = evaluate(Path("checkpoints/final"), ["places", "whole"], tasks_dir=Path("tasks"), limit=3, **CPU)
+    assert {**shown, "seconds": 0} == {**asdict(expected), "seconds": 0}
+    assert (shown["protocol"], shown["tasks_dir"], shown["context"]) == (f"lm-eval {version('lm-eval')}", "tasks", 32)
+    for part in ("places", "acc_norm", f"{shown['scores'][0]['value']:.4f}", "±", "lm-eval", "only the first 3"):
+        assert part in captured.err
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "places", "--data_dir", "data"], "with --tasks no --data_dir."),
+        (["--tasks", "places", "--plot", "x.png"], "with --tasks no --plot."),
+        (["--tasks", "a", "--hellaswag", "b"], "--hellaswag and --tasks are different measures"),
+        (["--tasks_dir", "x"], "without --tasks no --tasks_dir."),
+        (["--hellaswag", "x.jsonl", "--num_fewshot", "1"], "with --hellaswag no --num_fewshot."),
+        (["--tasks", "a", "--num_fewshot", "-1"], "num_fewshot is -1; expected 0 or more"),
+        (["--tasks", "places", "--tasks_dir", "nowhere"], "no folder nowhere"),
+    ],
+)
+def test_flags_that_mean_nothing(checkpoint: Path, flags: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_door(door("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_unknown_task_names_the_nearest(checkpoint: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no task 'hellaswog' in lm-eval or .*; the nearest names are .*hellaswag"):
+        evaluate(checkpoint, ["places", "hellaswog"], tasks_dir=folder, **CPU)
+
+
+def test_without_a_network_one_message(checkpoint: Path, folder: Path) -> None:
+    """A task whose data would come from the Hub, as those of lm-eval do."""
+    task = yaml.safe_load((folder / "places.yaml").read_text(encoding="utf-8"))
+    task |= {"task": "far", "dataset_path": "Nobody/nothing", "dataset_kwargs": {}}
+    (folder / "far.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    with pytest.raises(UserError, match=r"can't load far \(.*needs a network.*--tasks_dir FOLDER"):
+        evaluate(checkpoint, ["far"], tasks_dir=folder, **CPU)
+
+
+def change(folder: Path, name: str, **changes: Any) -> None:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generation_kwargs": {"until": [], "max_gen_toks": 32}}, "asks for 32 new tokens .* room for 32 together"),
+        ({"generation_kwargs": {"until": []}}, "asks for 256 new tokens"),
+        ({"generation_kwargs": {"max_gen_toks": 3, "num_beams": 4}}, "expected some of until, max_gen_toks"),
+        ({"generation_kwargs": {"max_gen_toks": 3, "repetition_penalty": 2.0}}, "expected some of until"),
+        ({"unsafe_code": True}, "writing would run code that the model wrote"),
+    ],
+)
+def test_a_task_that_asks_too_much(checkpoint: Path, folder: Path, changes: dict, message: str) -> None:
+    change(folder, "writing", **changes)
+    with pytest.raises(UserError, match=message):
+        evaluate(checkpoint, ["writing"], tasks_dir=folder, **CPU)
+
+
+def test_an_answer_longer_than_the_context(checkpoint: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"of a task has \d+ tokens; expected 1 to 2, the context"):
+        evaluate(checkpoint, ["places"], tasks_dir=folder, max_seq_length=2, **CPU)
+
+
+def test_a_diverged_model_is_told(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, folder: Path) -> None:
+    gpt = tiny_gpt(moe_fields)
+    torch.nn.init.constant_(gpt.transformer.ln_f.weight, float("nan"))
+    with pytest.raises(UserError, match="diverged"):
+        evaluate(save_tiny(tmp_path / "final", gpt, tokenizer_dir), ["places"], tasks_dir=folder, **CPU)
