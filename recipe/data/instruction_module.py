@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from litgpt.data import DataModule
+from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor, distributed
 from torch.utils.data import Dataset
@@ -125,6 +126,11 @@ class InstructionData(DataModule):
         """What the folder says of itself."""
         return self.data_dir / instructions.MANIFEST
 
+    @property
+    def style(self) -> PromptStyle:
+        """The style itself."""
+        return prompt_style(self.prompt_style)
+
     def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int = -1) -> None:
         """Called with what the batches are to be; the tokenizer is the model's."""
         self.tokenizer = tokenizer
@@ -159,7 +165,7 @@ class InstructionData(DataModule):
 
     def _encode(self, split: str) -> Iterable[EncodedConversation]:
         assert self.tokenizer is not None
-        style = prompt_style(self.prompt_style)
+        style = self.style
         found = instructions.conversations(self.data_dir, split)
         return (encode_conversation(messages, self.tokenizer, style) for messages in found)
 

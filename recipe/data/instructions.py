@@ -33,7 +33,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet")
 STORIES = "stories"
 STORY_INSTRUCTIONS = 6000  # 1.1 million tokens to train on: an epoch takes two CPU cores a minute or two
 
-# What a row calls an instruction, more to it, and the answer; the first three that it has are taken.
+# What a row calls an instruction, more to it, and the answer; the first of these lines that it has is taken.
 PAIRS = (
     ("instruction", "input", "output"),  # Alpaca
     ("instruction", "context", "response"),  # Dolly
@@ -190,6 +190,9 @@ def _find(args: InstructArgs, lying: Instructions | None) -> Source:
             f"folder of them, `{STORIES}` or hf:ORG/NAME."
         )
     files = _source_files(path)
+    own = [(args.data_dir / f"{split}.jsonl").resolve() for split in SPLITS]
+    if any(Path(file).resolve() in own for found in files.values() for file in found):
+        raise UserError(f"--instruct {path}: {args.data_dir} is what would be written; choose another --data_dir.")
     base = path.parent if path.is_file() else path
     paths = [Path(file) for found in files.values() for file in found]
     records = manifest.refresh(paths, base, lying.source_files if lying else ())
@@ -246,8 +249,6 @@ def _build(args: InstructArgs, source: Source) -> Instructions:
     building.mkdir()
     try:
         found = _write(building, source)
-        if args.overwrite:
-            (args.data_dir / MANIFEST).unlink(missing_ok=True)
         manifest.write_json(building / MANIFEST, asdict(found))  # from here on it counts as complete
         _publish(args.data_dir)
     finally:
@@ -256,7 +257,7 @@ def _build(args: InstructArgs, source: Source) -> Instructions:
 
 
 def _publish(data_dir: Path) -> None:
-    """Moves what was made to its end into its place, the manifest last."""
+    """Moves what was made to its end into its place, the manifest last: a new file beside the old one is refused."""
     building = data_dir / BUILDING
     if (building / MANIFEST).is_file():
         for name in (*(f"{split}.jsonl" for split in SPLITS), MANIFEST):

@@ -35,7 +35,8 @@ PACKAGES = ("litdata", "tokenizers", "tiktoken", "datasets", "pyarrow")
 class PrepareArgs:
     """Turns text into tokens that training reads.
 
-    A setting that is not given keeps the value that the data was prepared with before.
+    A setting that is not given keeps the value that the data was prepared with before. With --instruct, conversations
+    are prepared instead: `prepare_data.py --instruct stories --help`.
     """
 
     source: str | None = None

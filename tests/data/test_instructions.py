@@ -291,6 +291,15 @@ def test_files_that_changed_or_are_foreign_are_not_replaced(tmp_path: Path) -> N
     assert len(both(data)) == 50
 
 
+def test_a_source_is_never_written_over(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "data/train.jsonl", pairs(50))
+    for name in (source, tmp_path / "data"):
+        with pytest.raises(UserError, match="is what would be written; choose another --data_dir"):
+            prepare(name, tmp_path / "data", overwrite=True)
+    prepare(tmp_path / "data", tmp_path / "other")
+    assert source.read_text().count("\n") == len(both(tmp_path / "other")) == 50
+
+
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_a_call_killed_at_the_very_end_is_finished_by_the_next(tmp_path: Path, moved: int) -> None:
     source, data = jsonl(tmp_path / "rows.jsonl", pairs(50)), tmp_path / "data"
