@@ -2,6 +2,7 @@
 
     uv run python evaluate.py
     uv run python evaluate.py checkpoints/final --data_dir data/shakespeare
+    uv run python evaluate.py checkpoints/final --data_dir data/instruct
     uv run python evaluate.py checkpoints/step-00000010 --max_iters 20 --json result.json
     uv run python evaluate.py checkpoints/final --hellaswag Rowan/hellaswag
     uv run python evaluate.py checkpoints/final --hellaswag hellaswag_val.jsonl --limit 1000
@@ -50,7 +51,8 @@ def main(
 
     Args:
         checkpoint: The checkpoint folder; without one, the newest whole one under checkpoints/.
-        data_dir: Prepared corpus whose validation text is used; without one, the checkpoint's own.
+        data_dir: Prepared corpus whose validation text is used, or prepared conversations whose answers are; without
+            one, what the checkpoint was trained on.
         json_file: Write the JSON to this file too.
         max_iters: Stop after so many batches; without it, every token is used.
         batch_size: Windows at once; without it, as many as give 2^28 logits.
@@ -91,9 +93,11 @@ def main(
 
         result = room.evaluate(folder, **over_text, **common)
     else:
-        from recipe.evaluation import loss as room
+        from recipe.evaluation import answers, loss
 
-        result = room.evaluate(folder, **over_text, **common)
+        conversations = answers.find_conversations(folder, data_dir)
+        room = loss if conversations is None else answers
+        result = room.evaluate(folder, **over_text | {"data_dir": conversations or data_dir}, **common)
     Console(stderr=True).print(room.table(result))
     text = json.dumps(asdict(result), indent=2)
     print(text)

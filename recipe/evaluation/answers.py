@@ -1,0 +1,131 @@
+"""The loss on the answers of held-out conversations, as finetuning validates it: over each answer's tokens and its
+end-of-text token, given what stands before them."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from recipe import checkpoints
+from recipe.cli import UserError
+from recipe.data import instructions
+from recipe.data.conversations import DEFAULT_STYLE, encode_conversation, is_tuned, load_prompt_style, prompt_style
+from recipe.data.instruction_module import IGNORED, EncodedConversations, collate
+from recipe.evaluation.common import Precision, as_table, choose_context, load_model, with_progress
+from recipe.forward import hidden_states, logits_of
+
+
+@dataclass(frozen=True)
+class AnswersEvaluation:
+    """The result of ``evaluate``."""
+
+    checkpoint: str
+    step: int
+    data_dir: str
+    prompt_style: str
+    """LitGPT's class of the style that the prompts were given in"""
+    conversations: int
+    answer_tokens: int
+    """Those that the loss is the mean over"""
+    cut: int
+    """Conversations of the whole set that are longer than the context"""
+    loss: float
+    """Nats per answer token"""
+    perplexity: float
+    max_seq_length: int
+    device: str
+    precision: str
+
+
+def find_conversations(folder: Path, data_dir: Path | None) -> Path | None:
+    """``data_dir`` where it holds prepared conversations, or those that the checkpoint was tuned on; None where not."""
+    if data_dir is None:
+        data = checkpoints.load_hyperparameters(folder).get("data")
+        named = ((data.get("init_args") or {}) if isinstance(data, dict) else {}).get("data_dir")
+        data_dir = None if named is None else Path(named)
+    return data_dir if data_dir is not None and (data_dir / instructions.MANIFEST).is_file() else None
+
+
+def evaluate(
+    folder: Path,
+    data_dir: Path,
+    *,
+    max_iters: int | None = None,
+    batch_size: int | None = None,
+    max_seq_length: int | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+) -> AnswersEvaluation:
+    """Measures a checkpoint on the validation conversations of a folder that ``prepare_data.py --instruct`` made.
+
+    Prompts are given in the checkpoint's own style; one that was not tuned gets the default of finetuning, so that the
+    loss before tuning and the loss after it compare.
+
+    Args:
+        max_iters: batches at most.
+        batch_size: conversations at once (8 when None).
+        max_seq_length: longer conversations are cut; as long as in training when None.
+        device, precision: as `recipe.evaluation.loss.evaluate`.
+
+    Raises:
+        UserError: no such checkpoint or conversations, a context out of range, or a loss that is not a number.
+    """
+    config = checkpoints.load_config(folder)
+    context = choose_context(max_seq_length, checkpoints.load_hyperparameters(folder), config)
+    tokenizer, style = checkpoints.load_tokenizer(folder), load_prompt_style(folder)
+    if not is_tuned(style):
+        style = prompt_style(DEFAULT_STYLE)
+    instructions.read(data_dir)
+    messages = instructions.conversations(data_dir, "val")
+    encoded = EncodedConversations((encode_conversation(each, tokenizer, style) for each in messages), context)
+    if len(encoded) == 0:
+        raise UserError(f"no answer of {data_dir} begins within {context} tokens; choose a larger --max_seq_length.")
+    size = batch_size or 8
+    starts = range(0, len(encoded), size)[:max_iters]
+    batches = ([encoded[index] for index in range(len(encoded))[start : start + size]] for start in starts)
+
+    model = load_model(folder, device, precision)
+    where = model.gpt.transformer.wte.weight.device
+    nats, tokens = 0.0, 0
+    with torch.inference_mode(), model.autocast:
+        for batch in with_progress(batches, len(starts)):
+            input_ids, targets, _ = collate(batch, tokenizer.eos_id or 0, context)
+            logits = logits_of(model.gpt, hidden_states(model.gpt, input_ids.to(where))[0]).flatten(0, 1)
+            wanted = targets.to(where).flatten()
+            nats += float(F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum"))
+            tokens += int((targets != IGNORED).sum())
+    if not math.isfinite(nats):
+        raise UserError(f"the loss of {folder} is not a number: its training diverged. Use an earlier checkpoint.")
+    return AnswersEvaluation(
+        checkpoint=str(folder),
+        step=checkpoints.read_mark(folder).step,
+        data_dir=str(data_dir),
+        prompt_style=type(style).__name__,
+        conversations=min(len(starts) * size, len(encoded)),
+        answer_tokens=tokens,
+        cut=encoded.counts.cut,
+        loss=nats / tokens,
+        perplexity=math.exp(min(nats / tokens, 700.0)),
+        max_seq_length=context,
+        device=model.device,
+        precision=model.precision,
+    )
+
+
+def table(result: AnswersEvaluation) -> Table:
+    """The result for people."""
+    cut = f"; {result.cut:,} of all are longer than {result.max_seq_length:,} tokens and cut" if result.cut else ""
+    return as_table(
+        {
+            "checkpoint": f"{result.checkpoint}, step {result.step:,}",
+            "answers": f"{result.data_dir}, validation",
+            "loss": f"{result.loss:.4f} nats per answer token",
+            "perplexity": f"{result.perplexity:.3f}",
+            "conversations": f"{result.conversations:,} with {result.answer_tokens:,} answer tokens{cut}",
+            "prompt style": result.prompt_style,
+            "computed": f"on {result.device} in {result.precision}",
+        }
+    )
