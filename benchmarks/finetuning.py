@@ -2,9 +2,9 @@
 
     uv run python benchmarks/finetuning.py
 
-Tunes checkpoints/quickstart/final on `prepare_data.py --instruct stories`, all weights and LoRA, and measures before and
-after: the loss on the held-out answers, and for 50 held-out requests whether the answer ends by itself and names whom it
-was asked to name. Writes benchmarks/results/finetuning.json. Needs the quickstart's checkpoint (`make quickstart`).
+Tunes checkpoints/quickstart/final (`make quickstart` makes it) on `prepare_data.py --instruct stories`, all weights and
+LoRA, and measures before and after: the loss on the held-out answers, and for 50 held-out requests whether the answer
+ends by itself and names whom it was asked to name. Writes benchmarks/results/finetuning.json.
 """
 
 import json
