@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,3 +210,26 @@ def test_another_conversation_or_style_is_not_resumed(tune, instructions, tmp_pa
 def test_a_mistake_gets_one_message(tune, flags, message):
     with pytest.raises(UserError, match=message):
         tune(*flags)
+
+
+def test_the_settings_that_are_saved_run_again(tune, tmp_path):
+    out = tune("--lora_r", "2", "--train.max_steps", "2")
+    again = tune("--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "again"))
+    one, other = (checkpoints.read_mark(path / "final").files["lit_model.pth"] for path in (out, again))
+    assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_mlp", "true")], ids=["full", "lora"])
+def test_two_processes_are_one(tune, base, tmp_path, flags):
+    flags = ("--lora_dropout", "0.0", *flags)
+    one = tune(*flags, "--out_dir", str(tmp_path / "one"))
+    door = Path(__file__).resolve().parents[2] / "finetune.py"
+    command = [sys.executable, str(door), str(base), "--config", str(tmp_path / "finetune.yaml"), *flags]
+    two = tmp_path / "two"
+    subprocess.run([*command, "--devices", "2", "--out_dir", str(two)], check=True, timeout=280)
+    for name in ("train_loss", "val_loss", "total_tokens", "load_balancing_loss"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-6)
+    expected, found = (checkpoints.load_weights(out / "final") for out in (one, two))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=name)
