@@ -190,7 +190,7 @@ def describe(
     deviations = deviations.nan_to_num(0.0).masked_fill(by_token < SEEN * n_expert_per_token, 0.0)
     tokens = []
     for expert, row in enumerate(deviations):
-        best = [id for id in row.topk(min(TOKENS, len(row))).indices.tolist() if row[id] > 0]
+        best = [id for id in row.argsort(descending=True, stable=True)[:TOKENS].tolist() if row[id] > 0]
         tokens.append(
             [
                 FrequentToken(
@@ -225,7 +225,8 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 def table(result: ExpertStatistics) -> Group:
     """The result for people: each expert, then each layer, then what was measured."""
-    experts = Table("layer", "expert", "load", "tokens that it takes beyond chance, and how many times as often")
+    experts = Table("layer", "expert", "load")
+    experts.add_column("tokens beyond chance, times as often", no_wrap=True)
     for layer in result.layers:
         for expert, (load, tokens) in enumerate(zip(layer.load, layer.tokens, strict=True)):
             listed = "  ".join(f"{visible(token.text)} {token.lift:.1f}" for token in tokens)
