@@ -190,7 +190,7 @@ def describe(
     deviations = deviations.nan_to_num(0.0).masked_fill(by_token < SEEN * n_expert_per_token, 0.0)
     tokens = []
     for expert, row in enumerate(deviations):
-        best = [id for id in row.topk(min(TOKENS, len(row))).indices.tolist() if row[id] > 0]
+        best = [id for id in row.argsort(descending=True, stable=True)[:TOKENS].tolist() if row[id] > 0]
         tokens.append(
             [
                 FrequentToken(
@@ -225,7 +225,10 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 def table(result: ExpertStatistics) -> Group:
     """The result for people: each expert, then each layer, then what was measured."""
-    experts = Table("layer", "expert", "load", "tokens that it takes beyond chance, and how many times as often")
+    experts = Table()
+    for name in ("layer", "expert", "load"):
+        experts.add_column(name, min_width=len(name))
+    experts.add_column("tokens beyond chance, times as often", no_wrap=True)
     for layer in result.layers:
         for expert, (load, tokens) in enumerate(zip(layer.load, layer.tokens, strict=True)):
             listed = "  ".join(f"{visible(token.text)} {token.lift:.1f}" for token in tokens)
@@ -284,7 +287,8 @@ def draw(result: ExpertStatistics, path: Path) -> None:
             style: dict[str, Any] = {"ha": "center", "va": "center", "color": color, "parse_math": False}
             axes.text(column, row - offset, number, fontsize=10 if roomy else 8, fontweight="bold", **style)
             below = row + 0.12 if roomy else row + 0.22
-            axes.text(column, below, "\n".join(lines), fontsize=8 if roomy else 7, linespacing=1.15, **style)
+            size_of = 8 if roomy else 7
+            axes.text(column, below, "\n".join(lines), family="monospace", fontsize=size_of, linespacing=1.2, **style)
         summary = f"entropy {layer.entropy:.3f}\nbusiest {layer.max_over_mean:.2f}"
         summary += f"\ndead {len(layer.dead)}" if layer.dead else ""
         axes.text(columns - 0.42, row, summary, fontsize=8, va="center", color="dimgray", linespacing=1.2)

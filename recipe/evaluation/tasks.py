@@ -193,8 +193,8 @@ def load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
     try:
         loaded = manager.load(list(names))
     except Exception as error:  # of the harness, datasets, the Hub's client, or the transport
-        cause: BaseException = error
-        while (before := cause.__cause__ or cause.__context__) is not None:
+        cause = error
+        while isinstance(before := cause.__cause__ or cause.__context__, Exception):
             cause = before  # without a network the last error says something else
         raise UserError(
             f"can't load {', '.join(names)} ({in_short(cause)}). The data of lm-eval's tasks come from the Hugging Face"
@@ -234,7 +234,7 @@ def scores_of(result: Any) -> list[Score]:
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-class Harness(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
+class Harness(TemplateLM):
     """A LitGPT model as lm-eval asks models."""
 
     def __init__(self, gpt: GPT, tokenizer: Tokenizer, max_length: int, autocast: AbstractContextManager[Any]) -> None:
@@ -291,7 +291,8 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         """Log-probability of the last ``lengths`` tokens of each row, and whether each is the most probable one."""
         width = max(map(len, rows)) - 1
         ids = torch.zeros(len(rows), width, dtype=torch.long)  # padded on the right, where nobody looks
-        sources, targets = [], []
+        sources: list[int] = []
+        targets: list[int] = []
         for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             ids[line, : len(row) - 1] = torch.tensor(row[:-1])
             sources += range(line * width + len(row) - 1 - length, line * width + len(row) - 1)
