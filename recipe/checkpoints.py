@@ -183,7 +183,7 @@ def _write_files(
     from litgpt.utils import save_config
 
     on_cpu = {name: _own_storage(tensor) for name, tensor in weights.items()}
-    if tied := _is_tied(weights):
+    if tied := is_tied(weights):
         on_cpu["lm_head.weight"] = on_cpu["transformer.wte.weight"]  # stored once, from a GPU too
     _write_torch(folder / WEIGHTS, on_cpu)
     if training_state is not None:
@@ -216,7 +216,8 @@ def _own_storage(tensor: "Tensor") -> "Tensor":
     return tensor if whole else tensor.contiguous().clone()
 
 
-def _is_tied(weights: "dict[str, Tensor]") -> bool:
+def is_tied(weights: "dict[str, Tensor]") -> bool:
+    """Whether embedding and output matrix of a state dict are one tensor."""
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
     return head.data_ptr() == embedding.data_ptr() and head.numel() > 0
 
