@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a Hugging Face folder that `transformers` loads without custom code, and brings such a folder in.
+"""Writes a checkpoint as a Hugging Face folder that `transformers` loads without custom code; brings such a folder in.
 
     uv run python export_hf.py checkpoints/final exported/
     uv run python export_hf.py checkpoints/final exported/ --dtype bfloat16

@@ -111,7 +111,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- LitGPT -> transformers
+# ---------------------------------------------------------------------------------------------- LitGPT -> transformers
 
 
 def model_type_of(config: "Config") -> str | None:
@@ -141,9 +141,9 @@ def without_counterpart(config: "Config") -> list[str]:
         known, value = family.differs.get(name, (of_llama,)), getattr(config, name)
         if known is not _ANY and value not in known and (value or any(known)):  # None, 0 and False are one
             problems.append(f"{name}: {value}")
-    if config.rope_adjustments and "rope_adjustments" in family.differs:
-        if set(config.rope_adjustments) != _LLAMA3_ROPE:
-            problems.append(f"rope_adjustments: {config.rope_adjustments}")
+    adjusted = config.rope_adjustments if "rope_adjustments" in family.differs else None
+    if adjusted and set(adjusted) != _LLAMA3_ROPE:
+        problems.append(f"rope_adjustments: {adjusted}")
     if config.attention_scores_scalar not in (None, config.head_size):
         problems.append(f"attention_scores_scalar: {config.attention_scores_scalar}")
     if not family.free_head_size and config.head_size * config.n_head != config.n_embd:
@@ -269,7 +269,7 @@ def huggingface_config(
     return result
 
 
-# ------------------------------------------------------------------------------------------------- transformers -> LitGPT
+# ---------------------------------------------------------------------------------------------- transformers -> LitGPT
 
 
 def litgpt_config(theirs: "PreTrainedConfig", name: str, vocab_size: int) -> tuple["Config", list[str]]:

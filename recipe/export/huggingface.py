@@ -23,6 +23,7 @@ from typing import Any, Literal
 import huggingface_hub
 import torch
 from litgpt import GPT, Config, Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -44,7 +45,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 logging.disable_progress_bar()
 _CPU = torch.device("cpu")
 # Of the checkpoint's tokenizer_config.json: how it was prepared here, and what must not or need not go along.
-_NOT_EXPORTED = (tokenizers.ORIGIN, "auto_map", "chat_template", "tokenizer_file", "name_or_path", "add_bos_token")
+_NOT_EXPORTED = (tokenizers.ORIGIN, "auto_map", "chat_template", "tokenizer_file", "name_or_path")
 
 
 # -------------------------------------------------------------------------------------------------------------- export
@@ -127,7 +128,8 @@ def _verify(gpt: GPT, tokenizer: Tokenizer, folder: Path, their_tokenizer: Any) 
 
 def _load(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
     """The transformers model of a folder, in which each weight has found its place."""
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, loading = loaded
     if wrong := {kind: sorted(map(str, names))[:5] for kind, names in loading.items() if names}:
         raise RuntimeError(f"not every weight in {folder} has found its place in transformers' model: {wrong}")
     return model.eval()
@@ -144,7 +146,7 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
 
 def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, config: Config) -> list[Check]:
     """Writes tokenizer, chat template and generation config."""
-    shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
+    _write_json(out / "tokenizer.json", _adding_bos_as_litgpt(folder / "tokenizer.json", tokenizer))
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = {key: value for key, value in settings.items() if key not in _NOT_EXPORTED}
@@ -154,8 +156,7 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, config: Conf
     # The class that takes tokenizer.json as it is; a model's own would build parts of it anew.
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings["model_max_length"] = config.block_size
-    if tokenizer.processor.encode("a").ids != tokenizer.encode("a").tolist():
-        settings["add_bos_token"] = tokenizer.use_bos
+    settings["add_bos_token"] = tokenizer.use_bos
     _write_json(out / "tokenizer_config.json", settings)
     style = load_prompt_style(folder)
     stops = [sequence[0] for sequence in stop_sequences(style, tokenizer) if len(sequence) == 1]
@@ -178,8 +179,21 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, config: Conf
     path.write_text(template, encoding="utf-8", newline="\n")
     if (messages := differing(AutoTokenizer.from_pretrained(out), tokenizer, style)) is not None:
         path.unlink()
-        return [Check("chat template", f"none: with the prompt style {name} it would divide {messages} otherwise")]
+        reason = f"with the prompt style {name} transformers would divide a conversation otherwise ({messages})"
+        return [Check("chat template", f"none: {reason}")]
     return [Check("chat template", f"the tokens of the prompt style {name}, single and several turns")]
+
+
+def _adding_bos_as_litgpt(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """``tokenizer.json``; where LitGPT adds or removes a begin token by other files, so that it does so by itself."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if tokenizer.processor.encode("a").ids != tokenizer.encode("a").tolist():
+        values["post_processor"] = None
+        if tokenizer.use_bos:
+            bos = tokenizer.processor.id_to_token(tokenizer.bos_id)
+            adding = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
+            values["post_processor"] = json.loads(adding.__getstate__())
+    return values
 
 
 # -------------------------------------------------------------------------------------------------------------- import
@@ -300,7 +314,9 @@ def check_can_push(repository: str) -> None:
     if not valid:
         raise UserError(f"--push {repository}: the Hub takes no such name; expected ORG/NAME.")
     if huggingface_hub.get_token() is None:
-        raise UserError("--push needs a token of the Hugging Face Hub that may write: `hf auth login`, or set HF_TOKEN.")
+        raise UserError(
+            "--push needs a token of the Hugging Face Hub that may write: `hf auth login`, or set HF_TOKEN."
+        )
 
 
 def push(folder: Path, repository: str) -> str:

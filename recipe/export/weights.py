@@ -46,7 +46,8 @@ def to_huggingface(weights: dict[str, Tensor], config: Config, *, tied: bool) ->
         config: one that has a counterpart (`recipe.hf_config.without_counterpart` finds nothing).
         tied: leave the output matrix out, which is the embedding.
     """
-    model_type, result = model_type_of(config), {}
+    model_type = model_type_of(config)
+    result: dict[str, Tensor] = {}
     weights = {name: tensor for name, tensor in weights.items() if not (tied and name == "lm_head.weight")}
     if model_type == "gpt_neox":
         convert_lit_checkpoint.copy_weights_gpt_neox(config, result, weights)
