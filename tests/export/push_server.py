@@ -37,9 +37,8 @@ def serve(token: str) -> Iterator[PushServer]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Makes a repository, says how each file is to come, and takes the commit."""
+    """Makes a repository, says how each file is to come, and takes the commit. Each answer ends its connection."""
 
-    protocol_version = "HTTP/1.1"
     server: PushServer
 
     def do_POST(self) -> None:

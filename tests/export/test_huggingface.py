@@ -54,7 +54,7 @@ FAMILIES = {
     "gpt-neox": ({**NEOX, "gelu_approximate": "tanh", "norm_eps": 1e-3}, "GPTNeoXForCausalLM"),
     "pythia": ({**NEOX, "parallel_residual": True, "rotary_percentage": 0.25}, "GPTNeoXForCausalLM"),
 }
-QUICK = ("mixtral", "llama-3.1", "qwen3-moe-dense-first", "glm4-moe-everything", "pythia")
+QUICK = ("mixtral", "llama-3.1", "glm4-moe-everything", "pythia")
 by_family = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
@@ -102,7 +102,8 @@ def test_transformers_computes_the_same_and_back(
     assert all(torch.equal(weights[name], tensor) for name, tensor in gpt.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["mixtral", pytest.param("pythia", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "pythia"])
 def test_tied_embeddings_are_stored_once(family: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     gpt = family_gpt(moe_fields, family)
     gpt.transformer.wte.weight = gpt.lm_head.weight
@@ -136,6 +137,7 @@ def test_another_dtype(dtype: str, tmp_path: Path, moe_fields: dict, tokenizer_d
     assert torch.equal(model.model.layers[0].mlp.gate.e_score_correction_bias, bias), "it stays in fp32"
 
 
+@pytest.mark.slow
 def test_large_models_are_sharded(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, monkeypatch) -> None:
     """The hub's own splitting, above 5 GB; here from 50 kB on."""
     import huggingface_hub
@@ -339,7 +341,7 @@ def hf_folder(folder: Path, tokenizer_dir: Path, model_type: str, *, pickled: bo
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
-        ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
+        pytest.param("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}, marks=pytest.mark.slow),
         ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "dtype": torch.bfloat16}),
         ("gpt_neox", {"pickled": True}),
         pytest.param("mixtral", {"num_local_experts": 4, "pickled": True}, marks=pytest.mark.slow),
