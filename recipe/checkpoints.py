@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from recipe.cli import UserError
+from recipe.hf_config import converted_by_litgpt, huggingface_config, without_counterpart
 
 if TYPE_CHECKING:  # torch and litgpt are imported where they are used, so that a wrong path is told at once
     import torch
@@ -203,8 +204,9 @@ def _write_files(
                 shutil.copyfile(path, folder / path.name)
     if manifest_path is not None:
         shutil.copyfile(manifest_path, folder / MANIFEST)
-    described = huggingface_config(config, tied=tied, dtype=_dtype_name(weights), tokenizer_dir=tokenizer_dir)
-    if described is not None:
+    if converted_by_litgpt(config) and not without_counterpart(config):
+        ids = _special_ids(tokenizer_dir)
+        described = huggingface_config(config, tied=tied, dtype=_dtype_name(weights), **ids)
         _write_json(folder / "config.json", described)
 
 
@@ -236,6 +238,15 @@ def is_tied(weights: "dict[str, Tensor]") -> bool:
 
 def _dtype_name(weights: "dict[str, Tensor]") -> str:
     return str(weights["lm_head.weight"].dtype).removeprefix("torch.")
+
+
+def _special_ids(tokenizer_dir: Path | None) -> dict[str, int | None]:
+    if tokenizer_dir is None:
+        return {"bos_id": None, "eos_id": None}
+    from litgpt import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_dir)
+    return {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
 
 
 def _write_torch(path: Path, content: Any) -> None:
@@ -663,126 +674,3 @@ def _load_torch(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a file that is not its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
-
-
-# ------------------------------------------------------------------------------------------- as transformers names it
-
-
-def huggingface_config(
-    config: "Config", *, tied: bool = False, dtype: str = "float32", tokenizer_dir: Path | None = None
-) -> dict[str, Any] | None:
-    """The ``config.json`` of the transformers model that `litgpt convert_from_litgpt` turns this model into.
-
-    Mixtral for a mixture of experts, Llama for its dense twin, GPT-NeoX for LitGPT's default block; None where none of
-    them computes exactly the same (shared experts, softcapping, partly rotated Llama heads, ...).
-
-    Args:
-        tied: whether embedding and output matrix are one.
-        dtype: of the saved weights, as torch names it.
-        tokenizer_dir: for the ids of its begin and end tokens.
-    """
-    if not _is_plain_decoder(config):
-        return None
-    common: dict[str, Any] = {
-        "vocab_size": config.padded_vocab_size,
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "max_position_embeddings": config.block_size,
-        "tie_word_embeddings": tied,
-        "dtype": dtype,
-        "pad_token_id": None,
-        **_special_ids(tokenizer_dir),
-    }
-    rope = {"rope_type": "default", "rope_theta": float(config.rope_base)}
-    if config.mlp_class_name in ("LLaMAMoE", "LLaMAMLP"):
-        if config.norm_class_name != "RMSNorm" or config.bias or config.parallel_residual or config.norm_qk:
-            return None
-        if config.rotary_percentage != 1.0:
-            return None
-        common |= {
-            "num_key_value_heads": config.n_query_groups,
-            "head_dim": config.head_size,
-            "hidden_act": "silu",
-            "rms_norm_eps": config.norm_eps,
-            "rope_theta": float(config.rope_base),
-            "rope_parameters": rope,
-        }
-        if config.mlp_class_name == "LLaMAMLP":
-            return common | {
-                "architectures": ["LlamaForCausalLM"],
-                "model_type": "llama",
-                "intermediate_size": config.intermediate_size,
-                "attention_bias": False,
-                "mlp_bias": False,
-            }
-        if config.n_shared_expert or config.n_expert_groups or config.first_k_dense_replace or config.n_expert < 1:
-            return None
-        if config.routed_scaling_factor != 1.0:
-            return None
-        return common | {
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
-            "intermediate_size": config.moe_intermediate_size or config.intermediate_size,
-            "num_local_experts": config.n_expert,
-            "num_experts_per_tok": config.n_expert_per_token,
-            "sliding_window": None,
-        }
-    if config.mlp_class_name == "GptNeoxMLP" and config.norm_class_name == "LayerNorm" and config.bias:
-        whole_heads = config.n_query_groups == config.n_head and config.head_size * config.n_head == config.n_embd
-        if not whole_heads or config.norm_qk or "OLMo" in config.name:
-            return None
-        return common | {
-            "architectures": ["GPTNeoXForCausalLM"],
-            "model_type": "gpt_neox",
-            "intermediate_size": config.intermediate_size,
-            "hidden_act": "gelu" if config.gelu_approximate == "none" else "gelu_pytorch_tanh",
-            "layer_norm_eps": config.norm_eps,
-            "use_parallel_residual": config.parallel_residual,
-            "attention_bias": True,
-            "rotary_pct": config.rotary_percentage,
-            "rotary_emb_base": config.rope_base,
-            "rope_parameters": rope | {"partial_rotary_factor": config.rotary_percentage},
-        }
-    return None
-
-
-def _is_plain_decoder(config: "Config") -> bool:
-    """Whether a config uses none of the options that Llama, Mixtral and GPT-NeoX do not have."""
-    # LitGPT's conversion goes by the name first, and "Gemma" changes its RMSNorm too.
-    if any(part in config.name for part in ("falcon", "Gemma")):
-        return False
-    if config.name.lower().startswith(("phi", "qwen2.5", "qwq", "olmo-2-", "qwen3")):
-        return False
-    return (
-        config.norm_1
-        and config.norm_2
-        and config.attention_scores_scalar in (None, config.head_size)
-        and config.rope_condense_ratio == 1
-        and not any(
-            (
-                config.post_attention_norm,
-                config.post_mlp_norm,
-                config.shared_attention_norm,
-                config.attn_bias,
-                config.lm_head_bias,
-                config.sliding_window_size,
-                config.attention_logit_softcapping,
-                config.final_logit_softcapping,
-                config.rope_adjustments,
-                config.rope_interleave,
-                config.rope_local_base_freq,
-                config.scale_embeddings,
-                config.latent_attention,
-            )
-        )
-    )
-
-
-def _special_ids(tokenizer_dir: Path | None) -> dict[str, int | None]:
-    if tokenizer_dir is None:
-        return {"bos_token_id": None, "eos_token_id": None}
-    from litgpt import Tokenizer
-
-    tokenizer = Tokenizer(tokenizer_dir)
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

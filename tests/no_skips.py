@@ -6,6 +6,7 @@ A skip is expected only for one of the reasons below, and only where that reason
 import os
 import shutil
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,9 @@ EXPECTED: dict[str, Callable[[], bool]] = {
     "needs two CUDA GPUs": _no_two_gpus,
     "needs Windows": lambda: os.name != "nt",
     "needs make": lambda: shutil.which("make") is None,
+    "needs uv": lambda: (
+        shutil.which("uv") is None and not Path(__file__).parent.parent.joinpath(".uv/bin/uv").is_file()
+    ),
     "needs a POSIX system": lambda: os.name == "nt",
     "needs a user other than root": lambda: hasattr(os, "geteuid") and os.geteuid() == 0,
 }

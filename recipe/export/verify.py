@@ -1,0 +1,108 @@
+"""Whether a LitGPT model and a transformers model are the same: logits, greedy text, tokens."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from litgpt import GPT, Tokenizer
+from torch import Tensor
+
+from recipe.cli import UserError
+from recipe.inference.generate import generate_tokens, room_after
+
+TOLERANCE = 1e-4
+"""Of the largest difference between two logits in fp32."""
+PROMPTS = ("Once upon a time", "The", "Hello, I am", "What is a fox?")
+TEXTS = (
+    *PROMPTS,
+    "Mia's dog isn't here;  it ran\taway.\n\n\"Why?\" - 3,141.59",
+    "  Füchse, naïve café, 日本語 🦊 \u200d!",
+    "def f(x):\n    return x[0] + {'a': 1}  # <b>",
+)
+_NEW_TOKENS = 32
+
+
+class Check(NamedTuple):
+    """A line of the table."""
+
+    what: str
+    result: str
+
+
+@torch.no_grad()
+def same_logits(gpt: GPT, theirs: Any, *, seed: int = 0) -> Check:
+    """Compares logits on random tokens, both models in fp32 on the CPU.
+
+    Raises:
+        UserError: the model's output is not a number.
+        RuntimeError: they differ.
+    """
+    length = min(gpt.config.block_size, 256)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(gpt.config.padded_vocab_size, (2, length), generator=generator)
+    ours, others = gpt(ids), theirs(ids).logits
+    if not ours.isfinite().all():
+        raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
+    difference = (ours - others).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"the logits of both models differ by {difference:.2g}; expected {TOLERANCE:g} at most")
+    return Check("logits", f"differ by {difference:.1e} at most, on {ids.numel()} tokens ({TOLERANCE:.0e} is allowed)")
+
+
+@torch.no_grad()
+def same_text(gpt: GPT, tokenizer: Tokenizer, theirs: Any, their_tokenizer: Any) -> Check:
+    """Compares greedy continuations by recipe.inference and by transformers' generate.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    count = 0
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt).long()
+        if not 1 <= len(ids) <= gpt.config.block_size:
+            continue
+        limit = min(_NEW_TOKENS, room_after(len(ids), gpt.config.block_size))
+        steps = generate_tokens(gpt, ids, max_new_tokens=limit, temperature=0.0, eos_id=tokenizer.eos_id)
+        ours = torch.cat([ids, *steps])
+        others = _greedy(theirs, ids, limit, tokenizer.eos_id)
+        if ours.tolist() != others.tolist() or tokenizer.decode(ours) != their_tokenizer.decode(
+            others, skip_special_tokens=True
+        ):
+            raise RuntimeError(
+                f"after {prompt!r} both models write different texts: {tokenizer.decode(ours)!r} here, "
+                f"{their_tokenizer.decode(others, skip_special_tokens=True)!r} in transformers"
+            )
+        count += 1
+    return Check("greedy text", f"the same after {count} prompts, up to {_NEW_TOKENS} tokens each")
+
+
+def _greedy(theirs: Any, ids: Tensor, limit: int, eos_id: int | None) -> Tensor:
+    prompt = ids[None]
+    written: Tensor = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        max_new_tokens=limit,
+        eos_token_id=eos_id,
+        pad_token_id=eos_id,
+    )[0]
+    return written
+
+
+def same_tokens(tokenizer: Tokenizer, theirs: Any, texts: Sequence[str] = TEXTS) -> Check:
+    """Compares ids and decoded text.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    for text in texts:
+        ours, others = tokenizer.encode(text).tolist(), theirs(text)["input_ids"]
+        if ours != others:
+            raise RuntimeError(f"of {text!r} the tokenizers make different tokens: {ours} here, {others} there")
+        decoded, other = tokenizer.decode(torch.tensor(ours)), theirs.decode(others, skip_special_tokens=True)
+        if decoded != other:
+            raise RuntimeError(f"the tokenizers decode {ours} differently: {decoded!r} here, {other!r} there")
+    return Check("tokenizer", f"the same ids of {len(texts)} texts, and back")

@@ -1,0 +1,70 @@
+"""The chat template gives transformers the tokens that chat and finetuning use here."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from litgpt import Tokenizer
+from litgpt.prompts import Default, prompt_styles, save_prompt_style
+from transformers import AutoTokenizer
+
+from recipe.data.conversations import encode_prompt
+from recipe.export.chat_template import chat_template, differing
+from recipe.export.huggingface import export
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
+
+WITHOUT_TEMPLATE = {"llama2"}  # its prompt ends with a blank, which a tokenizer joins to the answer after it
+
+
+@pytest.fixture(params=[False, True], ids=["", "with-begin-token"])
+def folder(request: pytest.FixtureRequest, tokenizer_dir: Path, tmp_path: Path) -> Path:
+    """A tokenizer whose vocabulary holds the special tokens of some styles; in the second one it adds a begin token."""
+    from tokenizers import Tokenizer as Library
+
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, folder)
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|begin_of_text|>"])
+    library.save(str(folder / "tokenizer.json"))
+    bos = {"bos_token": "<|begin_of_text|>", "add_bos_token": True} if request.param else {}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", **bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_every_style_of_litgpt(folder: Path) -> None:
+    ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    without = set()
+    for name, style in prompt_styles.items():
+        template = chat_template(style(), ours, theirs.bos_token)
+        theirs.chat_template = template
+        if template is None or differing(theirs, ours, style()) is not None:
+            without.add(name)
+            continue
+        messages = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+        messages += [{"role": "user", "content": f"I am {name} {{x}}"}]
+        for turns in (messages, messages[:1], [{"role": "system", "content": "Be kind."}, *messages]):
+            found = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            assert found == encode_prompt(turns, ours, style()), name
+    assert without == WITHOUT_TEMPLATE
+
+
+def test_a_pretrained_model_has_none(folder: Path) -> None:
+    assert chat_template(Default(), Tokenizer(folder), None) is None
+
+
+@pytest.mark.parametrize("name", ["phi-2", pytest.param("qwen2.5", marks=pytest.mark.slow)])
+def test_it_is_exported_with_a_tuned_model(name: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    checkpoint = save_tiny(tmp_path / "final", tiny_gpt(moe_fields | {"block_size": 256}), tokenizer_dir)
+    save_prompt_style(name, checkpoint)
+    checks = dict(export(checkpoint, tmp_path / "out"))
+    assert checks["chat template"].startswith("the tokens of the prompt style")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "Write a story about a cat."}]
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert found == encode_prompt(messages, Tokenizer(tokenizer_dir), prompt_styles[name]())
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "apply_chat_template" in card
+    code = card.split("```python\n")[1].split("```")[0].replace('"out"', repr(str(tmp_path / "out")))
+    exec(compile(code, "card", "exec"), {})

@@ -1,0 +1,174 @@
+"""The door: there, back, to the Hub, and into an environment that does not have this repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from recipe import checkpoints, load
+from recipe.cli import UserError
+from recipe.settings import PROJECT
+from tests.export.push_server import serve
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+
+
+@pytest.fixture
+def folder(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    """A checkpoint of a mixture of experts."""
+    return save_tiny(tmp_path / "checkpoints" / "final", tiny_gpt(moe_fields), tokenizer_dir)
+
+
+def run(*arguments: object, cwd: Path) -> str:
+    """Runs the script; what it prints."""
+    result = subprocess.run(
+        [sys.executable, str(PROJECT / "export_hf.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONUTF8": "1", "COLUMNS": "200"},
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_door_shows_what_was_verified(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    door("export_hf").main(folder, tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert "differ by" in shown and "the same after 4 prompts" in shown
+
+
+def test_no_token_is_told_before_anything_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(UserError, match="hf auth login"):
+        door("export_hf").main(folder, tmp_path / "out", push="org/name")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_there_and_back_by_the_command_line(folder: Path, tmp_path: Path) -> None:
+    run(folder, "exported", "--dtype", "bfloat16", cwd=tmp_path)
+    assert "greedy text" in run("--import", "exported", "imported", cwd=tmp_path)
+    assert checkpoints.verify(tmp_path / "imported").step == 0
+
+
+@pytest.mark.slow
+def test_push(folder: Path, tmp_path: Path) -> None:
+    """Everything in the folder arrives; a Hub that refuses or is not there is one message, and the folder stays."""
+    code = """
+        import os, sys
+        from pathlib import Path
+        from export_hf import main
+        from recipe.cli import UserError
+        folder, home = Path(sys.argv[1]), Path(sys.argv[2])
+        for out in ("right", "wrong", "gone"):
+            os.environ["HF_TOKEN"] = "hf_wrong" if out == "wrong" else "hf_right"
+            if out == "gone":
+                print("GO", flush=True)
+                sys.stdin.readline()
+            try:
+                main(folder, home / out, push="org/name")
+            except UserError as error:
+                print(f"error: {error}")
+    """
+    (tmp_path / "script.py").write_text("\n".join(line[8:] for line in code.splitlines()), encoding="utf-8")
+    environment = {
+        **os.environ,
+        **{"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"},
+        **{"PYTHONPATH": str(PROJECT), "COLUMNS": "200"},
+    }
+    with serve("hf_right") as server:
+        process = subprocess.Popen(
+            [sys.executable, "script.py", str(folder), str(tmp_path)],
+            cwd=tmp_path,
+            env=environment | {"HF_ENDPOINT": server.url},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin and process.stdout
+        shown = "".join(iter(process.stdout.readline, "GO\n"))
+    gone, _ = process.communicate("\n", timeout=200)
+    assert process.returncode == 0
+    assert f"Uploaded to {server.url}/org/name" in shown
+    created = server.created[0]
+    assert (created["organization"], created["name"], created["private"]) == ("org", "name", True)
+    assert server.files == {path.name: path.read_bytes() for path in (tmp_path / "right").iterdir()}
+    assert b"# org/name" in server.files["README.md"]
+    assert f"error: {tmp_path / 'wrong'} is whole, but was not uploaded to org/name" in shown
+    assert f"uv run hf upload org/name {tmp_path / 'gone'}" in gone
+    assert (tmp_path / "wrong" / "config.json").is_file() and (tmp_path / "gone" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_an_imported_model_can_be_tuned(tmp_path: Path, tokenizer_dir: Path) -> None:
+    from tests.export.test_huggingface import hf_folder
+
+    source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama", max_position_embeddings=256)
+    door("export_hf").import_folder(source, tmp_path / "in")
+    pairs = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("fox", "dog", "cat", "sea")] * 3
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    options = {
+        "--data": "JSON",
+        "--data.json_path": str(tmp_path / "pairs.json"),
+        "--data.val_split_fraction": "0.3",
+        "--data.num_workers": "0",
+        "--train.max_seq_length": "256",
+        "--train.epochs": "1",
+        "--train.max_steps": "2",
+        "--train.global_batch_size": "2",
+        "--train.micro_batch_size": "1",
+        "--train.lr_warmup_steps": "1",
+        "--eval.max_new_tokens": "4",
+        "--precision": "32-true",
+        "--out_dir": str(tmp_path / "tuned"),
+    }
+    command = [sys.executable, "-m", "litgpt", "finetune_full", str(tmp_path / "in")]
+    subprocess.run([*command, *(part for item in options.items() for part in item)], check=True, timeout=280)
+    assert checkpoints.load_weights(tmp_path / "tuned" / "final").keys()
+
+
+def _uv() -> str | None:
+    local = PROJECT / ".uv" / "bin" / "uv"
+    return str(local) if local.is_file() else shutil.which("uv")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_uv() is None, reason="needs uv")
+@pytest.mark.timeout(1200)
+def test_in_an_environment_without_this_repository(folder: Path, tmp_path: Path) -> None:
+    """Only torch and transformers from the package registry: the folder loads and writes the same text."""
+    uv = _uv()
+    assert uv is not None
+    door("export_hf").main(folder, tmp_path / "out")
+    fresh = tmp_path / "fresh"
+    subprocess.run([uv, "venv", "--python", sys.executable, str(fresh)], check=True, cwd=tmp_path)
+    python = fresh / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    packages = [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "transformers")]
+    subprocess.run([uv, "pip", "install", "--python", str(python), *packages], check=True, cwd=tmp_path)
+    code = """
+        import sys
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        tokenizer, model = AutoTokenizer.from_pretrained("out"), AutoModelForCausalLM.from_pretrained("out")
+        inputs = tokenizer("Once upon a time", return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=20)
+        sys.stdout.buffer.write(tokenizer.decode(output[0], skip_special_tokens=True).encode())
+    """
+    (tmp_path / "alone.py").write_text("\n".join(line.strip() for line in code.splitlines()), encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    result = subprocess.run(
+        [str(python), "-P", "alone.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    text = load(folder, device="cpu").generate("Once upon a time", max_new_tokens=20, temperature=0.0)
+    assert result.stdout.decode() == text

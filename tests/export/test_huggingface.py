@@ -1,0 +1,479 @@
+"""Hugging Face folders: transformers computes the same from them, and what it can't compute is refused before."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from litgpt import GPT, Config
+from litgpt.scripts import convert_lit_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from recipe import checkpoints, load
+from recipe.cli import UserError
+from recipe.export.huggingface import check_can_push, export, import_folder
+from recipe.export.weights import from_huggingface, to_huggingface
+from recipe.hf_config import litgpt_config, without_counterpart
+from recipe.settings import PROJECT
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
+
+DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
+NEOX = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerNorm", "bias": True, "n_query_groups": 4}
+SIGMOID = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 1, "norm_topk_prob": True}
+POST_NORM = {"norm_1": False, "norm_2": False, "post_attention_norm": True, "post_mlp_norm": True}
+OLMO = {"norm_qk": True, "norm_qk_type": "olmo2"}
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 16}
+FAMILIES = {
+    "mixtral": ({}, "MixtralForCausalLM"),
+    "mixtral-wide-heads": ({"head_size": 16, "n_query_groups": 1, "rope_base": 500}, "MixtralForCausalLM"),
+    "llama": (DENSE, "LlamaForCausalLM"),
+    "llama-with-biases": ({**DENSE, "bias": True}, "LlamaForCausalLM"),
+    "llama-3.1": ({**DENSE, "rope_adjustments": LLAMA3_ROPE, "n_embd": 64}, "LlamaForCausalLM"),
+    "qwen2": ({**DENSE, "attn_bias": True}, "Qwen2ForCausalLM"),
+    "qwen3": ({**DENSE, "norm_qk": True, "head_size": 16}, "Qwen3ForCausalLM"),
+    "qwen3-moe": ({"norm_qk": True}, "Qwen3MoeForCausalLM"),
+    "qwen3-moe-dense-first": (
+        {"norm_qk": True, "first_k_dense_replace": 1, "intermediate_size": 40},
+        "Qwen3MoeForCausalLM",
+    ),
+    "olmoe": (OLMO, "OlmoeForCausalLM"),
+    "olmo2": ({**DENSE, **OLMO, **POST_NORM}, "Olmo2ForCausalLM"),
+    "glm4-moe": ({**SIGMOID, "routed_scaling_factor": 2.5}, "Glm4MoeForCausalLM"),
+    "glm4-moe-everything": (
+        {
+            **SIGMOID,
+            **{"n_expert": 8, "n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2},
+            **{"n_shared_expert": 2, "first_k_dense_replace": 1, "intermediate_size": 40, "norm_topk_prob": False},
+            **{"attn_bias": True, "norm_qk": True, "rotary_percentage": 0.5},
+        },
+        "Glm4MoeForCausalLM",
+    ),
+    "gpt-neox": ({**NEOX, "gelu_approximate": "tanh", "norm_eps": 1e-3}, "GPTNeoXForCausalLM"),
+    "pythia": ({**NEOX, "parallel_residual": True, "rotary_percentage": 0.25}, "GPTNeoXForCausalLM"),
+}
+QUICK = ("mixtral", "llama-3.1", "glm4-moe-everything", "pythia")
+by_family = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+IMPORTED = [name for name in FAMILIES if name != "olmo2"]
+
+
+def family_gpt(fields: dict, family: str) -> GPT:
+    """A model of the family; the bias by which experts are chosen is not zero, so that a test notices a lost one."""
+    gpt = tiny_gpt(fields | FAMILIES[family][0])
+    for name, buffer in gpt.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.5)
+    return gpt
+
+
+def sample_ids(vocab_size: int = 384) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+@by_family
+def test_transformers_computes_the_same_and_back(
+    family: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path
+) -> None:
+    gpt = family_gpt(moe_fields, family)
+    checks = export(save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "out")
+    assert [check.what for check in checks] == ["tokenizer", "logits", "greedy text"]
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(model).__name__ == FAMILIES[family][1]
+    assert not any(loading.values())
+    with torch.no_grad():
+        expected = gpt(sample_ids())
+        torch.testing.assert_close(model(sample_ids()).logits, expected, atol=1e-4, rtol=0)
+    assert expected.std() > 0.1, "a test on zeros would tell nothing"
+    if family == "olmo2":
+        with pytest.raises(UserError, match="type 'olmo2'"):
+            import_folder(tmp_path / "out", tmp_path / "back")
+        return
+    import_folder(tmp_path / "out", tmp_path / "back")
+    assert checkpoints.verify(tmp_path / "back").step == 0
+    weights = checkpoints.load_weights(tmp_path / "back")
+    assert weights.keys() == gpt.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in gpt.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "pythia"])
+def test_tied_embeddings_are_stored_once(family: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    gpt = family_gpt(moe_fields, family)
+    gpt.transformer.wte.weight = gpt.lm_head.weight
+    export(save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "out")
+    stored = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert stored < sum(p.numel() for p in gpt.parameters()) * 4 + 12_000
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama", "qwen2", "qwen3", "qwen3-moe", "olmoe"])
+def test_the_names_are_those_of_litgpts_own_conversion(family: str, moe_fields: dict) -> None:
+    """Where LitGPT has a function for the family, ours makes the same of the weights."""
+    gpt = family_gpt(moe_fields, family)
+    own = {"qwen2": "qwen_2_5", "qwen3": "qwen_3", "qwen3-moe": "qwen_3", "olmoe": "qwen_3"}.get(family, "llama")
+    expected: dict[str, torch.Tensor] = {}
+    getattr(convert_lit_checkpoint, f"copy_weights_{own}")(gpt.config, expected, gpt.state_dict())
+    found = to_huggingface(gpt.state_dict(), gpt.config, tied=False)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_another_dtype(dtype: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    gpt = family_gpt(moe_fields, "glm4-moe")
+    checks = export(save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "out", dtype=dtype)
+    assert checks[-1].result.startswith(f"loaded in {dtype}")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert str(model.dtype) == f"torch.{dtype}"
+    bias = gpt.state_dict()["transformer.h.0.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(model.model.layers[0].mlp.gate.e_score_correction_bias, bias), "it stays in fp32"
+
+
+@pytest.mark.slow
+def test_large_models_are_sharded(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, monkeypatch) -> None:
+    """The hub's own splitting, above 5 GB; here from 50 kB on."""
+    import huggingface_hub
+
+    written = huggingface_hub.save_torch_state_dict
+    assert huggingface_hub.serialization._base.MAX_SHARD_SIZE == "5GB"
+    monkeypatch.setattr(
+        huggingface_hub,
+        "save_torch_state_dict",
+        lambda *args, **kwargs: written(*args, max_shard_size="50KB", **kwargs),
+    )
+    gpt = family_gpt(moe_fields, "mixtral")
+    export(save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert len(set(index["weight_map"].values())) > 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norm_class_name": "LayerNorm", "bias": True}, ["norm_class_name: LayerNorm", "bias: True"]),
+        ({"rotary_percentage": 0.25}, ["rotary_percentage: 0.25"]),
+        ({"n_shared_expert": 1}, ["n_shared_expert: 1"]),
+        ({"first_k_dense_replace": 1}, ["first_k_dense_replace: 1"]),
+        ({"routed_scaling_factor": 2.0}, ["routed_scaling_factor: 2.0"]),
+        ({"parallel_residual": True}, ["parallel_residual: True"]),
+        ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping: 30.0"]),
+        ({"sliding_window_size": 16}, ["sliding_window_size: 16"]),
+        ({"scale_embeddings": True}, ["scale_embeddings: True"]),
+        ({"rope_condense_ratio": 2}, ["rope_condense_ratio: 2"]),
+        ({"rope_adjustments": {"factor": 2.0}}, ["rope_adjustments: {'factor': 2.0}"]),
+        ({"attention_scores_scalar": 5}, ["attention_scores_scalar: 5"]),
+        ({"name": "Gemma-MoE"}, ["name: Gemma-MoE"]),
+        ({**SIGMOID, **OLMO}, ["norm_qk_type: olmo2"]),
+        ({**SIGMOID, "n_expert_groups": 4, "n_topk_groups": 2}, ["n_topk_scores_per_group: 1"]),
+        ({**OLMO, "head_size": 16}, ["head_size: 16"]),
+        ({**DENSE, **OLMO}, ["norm_1: True", "norm_2: True", "post_attention_norm: False", "post_mlp_norm: False"]),
+        ({**DENSE, "norm_qk": True, "attn_bias": True}, ["attn_bias: True"]),
+        ({**DENSE, "mlp_class_name": "GemmaMLP"}, ["mlp_class_name: GemmaMLP"]),
+        ({**NEOX, "n_query_groups": 2}, ["n_query_groups: 2"]),
+        ({**NEOX, "bias": False}, ["bias: False"]),
+        ({**NEOX, "name": "OLMo-x"}, ["name: OLMo-x"]),
+    ],
+)
+def test_what_has_no_counterpart_is_named(changes: dict, named: list[str], moe_fields: dict) -> None:
+    assert without_counterpart(Config(**moe_fields | changes)) == named
+
+
+def test_refused_before_anything_is_written(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    gpt = tiny_gpt(moe_fields | {"norm_class_name": "LayerNorm", "bias": True})
+    folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
+    with pytest.raises(UserError, match="norm_class_name: LayerNorm; bias: True"):
+        export(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_with_files_is_left_alone(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    folder = save_tiny(tmp_path / "final", tiny_gpt(moe_fields), tokenizer_dir)
+    (tmp_path / "out").mkdir()
+    export(folder, tmp_path / "out")  # an empty one is as good as none
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(UserError, match="is there already and not empty"):
+        export(folder, tmp_path / "out")
+    with pytest.raises(UserError, match="is there already and not empty"):
+        import_folder(tmp_path / "out", folder)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+def test_models_that_differ_leave_nothing(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, monkeypatch) -> None:
+    """A mapping that loses a weight is found by running both models."""
+    import recipe.export.huggingface as module
+
+    def wrong(weights: dict, config: Config, *, tied: bool) -> dict:
+        result = to_huggingface(weights, config, tied=tied)
+        result["model.norm.weight"] = result["model.norm.weight"] * 1.01
+        return result
+
+    monkeypatch.setattr(module, "to_huggingface", wrong)
+    folder = save_tiny(tmp_path / "final", tiny_gpt(moe_fields), tokenizer_dir)
+    with pytest.raises(RuntimeError, match="the logits of both models differ by"):
+        export(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path, moe_fields: dict) -> None:
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+        export(save_tiny(tmp_path / "final", tiny_gpt(moe_fields), None), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_shipped_models_go_out(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Each file of configs/models, made small; the one that can't says why."""
+    from tests.test_configs import shrunken
+
+    refused = []
+    for path in sorted((PROJECT / "configs/models").glob("*.yaml")):
+        config = Config.from_file(path)
+        names = [flag.removeprefix("--model.") for flag in shrunken(config)[::2]]
+        small = dict(zip(names, map(int, shrunken(config)[1::2]), strict=True))
+        gpt = tiny_gpt(yaml.safe_load(path.read_text(encoding="utf-8")) | small)
+        folder = save_tiny(tmp_path / path.stem / "final", gpt, tokenizer_dir)
+        if without_counterpart(config):
+            refused.append(path.stem)
+        else:
+            export(folder, tmp_path / path.stem / "out")
+    assert refused == ["gpt2-moe-8x124m"]
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_the_tokenizer_is_the_same(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, stories: list[str]) -> None:
+    source = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, source)
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"prepared_from": {"name": "secret/folder"}, "chat_template": "no", "tokenizer_class": "GPT2Tokenizer"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = save_tiny(tmp_path / "final", tiny_gpt(moe_fields), source)
+    export(folder, tmp_path / "out")
+    ours, theirs = load(folder, device="cpu").tokenizer, AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (*stories[:20], "naïve 🦊\n\n x ", "a<|endoftext|>b"):
+        assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+        assert theirs.decode(ours.encode(text)) == ours.processor.decode(ours.encode(text).tolist(), False)
+    assert (theirs.eos_token_id, theirs.model_max_length, theirs.chat_template) == (0, 64, None)
+    assert "secret" not in "".join(path.read_text("utf-8") for path in (tmp_path / "out").glob("*.json"))
+
+
+def test_a_begin_token_is_kept(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    """LitGPT goes by ``add_bos_token``."""
+    source = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, source)
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8")) | {"add_bos_token": True}
+    (source / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    export(save_tiny(tmp_path / "final", tiny_gpt(moe_fields), source), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Mia")["input_ids"][0] == 0
+    import_folder(tmp_path / "out", tmp_path / "back")
+    assert load(tmp_path / "back", device="cpu").tokenizer.encode("Mia")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- model card
+
+
+def test_the_model_card(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    gpt = tiny_gpt(moe_fields)
+    manifest = {
+        "source": {"name": "tinystories", "location": "roneneldan/TinyStories@f54c09f"},
+        "splits": {"train": {"tokens": 1234567, "documents": 890}},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (tmp_path / "metrics.csv").write_text("step,val_loss\n2,4.5\n7,3.25\n8,\n9,1.0\n", encoding="utf-8")
+    folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir, step=8, manifest_path=tmp_path / "manifest.json")
+    export(folder, tmp_path / "out", title="org/name")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["litgpt", "moe"]}
+    total = sum(parameter.numel() for parameter in gpt.parameters())
+    active = total - 2 * 2 * 3 * 32 * 48
+    for line in (
+        "# org/name",
+        f"| parameters | {total:,}, {active:,} active for each token |",
+        "| training text | tinystories (roneneldan/TinyStories@f54c09f): 1,234,567 tokens of 890 documents |",
+        "| trained for | 8 steps, 1,024 tokens |",
+        "| validation loss | 3.2500 nats per token, at step 7 |",
+    ):
+        assert line in card.splitlines()
+    assert "None was chosen yet" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("org/name", str(tmp_path / "out"))
+    exec(compile(code, "card", "exec"), {})
+
+
+# -------------------------------------------------------------------------------------------------------------- import
+
+
+def hf_folder(folder: Path, tokenizer_dir: Path, model_type: str, *, pickled: bool = False, **changes: object) -> Path:
+    """A tiny random model as transformers saves it."""
+    torch.manual_seed(0)
+    sizes = {
+        **{"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.2)
+    model.save_pretrained(folder)
+    if pickled:
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        pytest.param("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}, marks=pytest.mark.slow),
+        ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "dtype": torch.bfloat16}),
+        ("gpt_neox", {"pickled": True}),
+        pytest.param("mixtral", {"num_local_experts": 4, "pickled": True}, marks=pytest.mark.slow),
+        pytest.param("qwen2", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}, marks=pytest.mark.slow),
+        pytest.param("qwen3", {"num_key_value_heads": 2, "head_dim": 16}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_folder_of_transformers_comes_in(model_type: str, changes: dict, tmp_path: Path, tokenizer_dir: Path) -> None:
+    source = hf_folder(tmp_path / "hf", tokenizer_dir, model_type, **changes)
+    assert [check.what for check in import_folder(source, tmp_path / "in")] == ["tokenizer", "logits", "greedy text"]
+    model = load(tmp_path / "in", device="cpu", precision="32-true")
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(sample_ids()).logits
+        torch.testing.assert_close(model.gpt(sample_ids()), expected, atol=1e-4, rtol=0)
+    assert expected.std() > 0.1
+    weights = checkpoints.load_weights(tmp_path / "in")
+    assert checkpoints.is_tied(weights) == bool(changes.get("tie_word_embeddings"))
+    assert weights["lm_head.weight"].dtype == changes.get("dtype", torch.float32)
+    assert load(tmp_path / "in", device="cpu").generate("Once", max_new_tokens=4).startswith("Once")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("mixtral", {"sliding_window": 16}, "sliding_window: 16"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters: .*linear"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters: .*yarn"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act: gelu"),
+        ("llama", {"attention_bias": True}, "attention_bias: True"),
+        ("gpt_neox", {"hidden_act": "relu"}, "hidden_act: relu"),
+        ("gpt_neox", {"attention_bias": False}, "attention_bias: False"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window: 8"),
+        ("olmoe", {"norm_topk_prob": False}, "norm_topk_prob: False"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ("gpt2", {}, "type 'gpt2'; expected one of llama, mixtral, gpt_neox"),
+    ],
+)
+def test_what_litgpt_cannot_compute_is_refused(
+    model_type: str, changes: dict, message: str, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    source = hf_folder(tmp_path / "hf", tokenizer_dir, model_type)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if "rope_scaling" in changes:
+        del config["rope_parameters"]  # as folders were written before transformers 5
+    (source / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        import_folder(source, tmp_path / "in")
+    assert not (tmp_path / "in").exists()
+
+
+def test_llama_31s_rope_comes_in(tmp_path: Path, tokenizer_dir: Path) -> None:
+    scaling = {
+        **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        **{"original_max_position_embeddings": 16, "rope_theta": 500000.0},
+    }
+    source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama", rope_parameters=scaling)
+    import_folder(source, tmp_path / "in")
+    assert checkpoints.load_config(tmp_path / "in").rope_adjustments == LLAMA3_ROPE
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(name: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+    source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama")
+    (source / name).unlink()
+    with pytest.raises(UserError, match=r"config\.json|no weights|no tokenizer"):
+        import_folder(source, tmp_path / "in")
+
+
+def test_damaged_or_strange_weights_are_a_clear_message(tmp_path: Path, tokenizer_dir: Path) -> None:
+    source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama")
+    path = source / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="can't be read"):
+        import_folder(source, tmp_path / "in")
+    path.write_bytes(whole)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": 3}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=r"not those of its config\.json"):
+        import_folder(source, tmp_path / "in")
+    assert not (tmp_path / "in").exists()
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harm-done",)
+
+
+def test_nothing_in_a_pickle_is_run(tmp_path: Path, tokenizer_dir: Path, monkeypatch) -> None:
+    source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama")
+    (source / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": _Harmful()}, source / "pytorch_model.bin")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="can't be read"):
+        import_folder(source, tmp_path / "in")
+    assert not (tmp_path / "harm-done").exists()
+
+
+@pytest.mark.parametrize("family", IMPORTED)
+def test_the_config_comes_back(family: str, moe_fields: dict) -> None:
+    """Field for field, but for those that say the same in two ways."""
+    from recipe.hf_config import huggingface_config
+
+    config = Config(**moe_fields | FAMILIES[family][0])
+    described = huggingface_config(config, tied=False, dtype="float32", bos_id=0, eos_id=0)
+    back, problems = litgpt_config(AutoConfig.for_model(**described), config.name, config.vocab_size)
+    assert problems == []
+    assert huggingface_config(back, tied=False, dtype="float32", bos_id=0, eos_id=0) == described
+    gpt = family_gpt(moe_fields, family)
+    with torch.device("meta"):
+        again = GPT(back)
+    again.load_state_dict(gpt.state_dict(), assign=True)
+    again.cos, again.sin = again.rope_cache()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(sample_ids()), gpt(sample_ids()))
+
+
+def test_stacked_experts_come_apart(moe_fields: dict) -> None:
+    """transformers holds them as one tensor for all, its files as one for each."""
+    gpt = family_gpt(moe_fields, "qwen3-moe")
+    files = to_huggingface(gpt.state_dict(), gpt.config, tied=False)
+    assert all(
+        torch.equal(tensor, gpt.state_dict()[name]) for name, tensor in from_huggingface(files, gpt.config).items()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- push
+
+
+@pytest.mark.parametrize("name", ["name", "a/b/c", "org/na me", "org/--"])
+def test_a_name_that_the_hub_does_not_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    with pytest.raises(UserError, match="expected ORG/NAME"):
+        check_can_push(name)
