@@ -25,6 +25,7 @@ import torch
 from litgpt import GPT, Tokenizer
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from custom_moe import score_function
@@ -225,14 +226,12 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 def table(result: ExpertStatistics) -> Group:
     """The result for people: each expert, then each layer, then what was measured."""
-    experts = Table()
-    for name in ("layer", "expert", "load"):
-        experts.add_column(name, min_width=len(name))
-    experts.add_column("tokens beyond chance, times as often", no_wrap=True)
+    experts = Table("layer", "expert", "load", "tokens beyond chance, times as often")
     for layer in result.layers:
         for expert, (load, tokens) in enumerate(zip(layer.load, layer.tokens, strict=True)):
             listed = "  ".join(f"{visible(token.text)} {token.lift:.1f}" for token in tokens)
-            experts.add_row(str(layer.block), str(expert), f"{load:.2f}", listed.replace("[", r"\["))
+            cut = Text(listed, no_wrap=True, overflow="ellipsis")
+            experts.add_row(str(layer.block), str(expert), f"{load:.2f}", cut)
         experts.add_section()
     layers = Table("layer", "entropy", "busiest", "idlest", "dead experts", "router's entropy")
     for layer in result.layers:
