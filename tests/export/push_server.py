@@ -39,6 +39,7 @@ def serve(token: str) -> Iterator[PushServer]:
 class Handler(BaseHTTPRequestHandler):
     """Makes a repository, says how each file is to come, and takes the commit. Each answer ends its connection."""
 
+    protocol_version = "HTTP/1.1"
     server: PushServer
 
     def do_POST(self) -> None:
@@ -68,6 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 

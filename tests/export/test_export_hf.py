@@ -70,16 +70,17 @@ def test_push(folder: Path, tmp_path: Path) -> None:
         from pathlib import Path
         from export_hf import main
         from recipe.cli import UserError
-        folder, home = Path(sys.argv[1]), Path(sys.argv[2])
-        for out in ("right", "wrong", "gone"):
-            os.environ["HF_TOKEN"] = "hf_wrong" if out == "wrong" else "hf_right"
-            if out == "gone":
-                print("GO", flush=True)
-                sys.stdin.readline()
+        from recipe.export.huggingface import push
+        folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+        main(folder, out, push="org/name")
+        for token in ("hf_wrong", "hf_right"):
+            os.environ["HF_TOKEN"] = token
             try:
-                main(folder, home / out, push="org/name")
+                push(out, "org/name")
             except UserError as error:
                 print(f"error: {error}")
+            print("GO", flush=True)
+            sys.stdin.readline()
     """
     (tmp_path / "script.py").write_text("\n".join(line[8:] for line in code.splitlines()), encoding="utf-8")
     environment = {
@@ -89,25 +90,24 @@ def test_push(folder: Path, tmp_path: Path) -> None:
     }
     with serve("hf_right") as server:
         process = subprocess.Popen(
-            [sys.executable, "script.py", str(folder), str(tmp_path)],
+            [sys.executable, "script.py", str(folder), str(tmp_path / "out")],
             cwd=tmp_path,
-            env=environment | {"HF_ENDPOINT": server.url},
+            env=environment | {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_right"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         assert process.stdin and process.stdout
         shown = "".join(iter(process.stdout.readline, "GO\n"))
-    gone, _ = process.communicate("\n", timeout=200)
+    gone, _ = process.communicate("\n\n", timeout=200)
     assert process.returncode == 0
     assert f"Uploaded to {server.url}/org/name" in shown
     created = server.created[0]
     assert (created["organization"], created["name"], created["private"]) == ("org", "name", True)
-    assert server.files == {path.name: path.read_bytes() for path in (tmp_path / "right").iterdir()}
+    assert server.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert b"# org/name" in server.files["README.md"]
-    assert f"error: {tmp_path / 'wrong'} is whole, but was not uploaded to org/name" in shown
-    assert f"uv run hf upload org/name {tmp_path / 'gone'}" in gone
-    assert (tmp_path / "wrong" / "config.json").is_file() and (tmp_path / "gone" / "config.json").is_file()
+    for printed in (shown, gone):
+        assert f"error: {tmp_path / 'out'} is whole, but was not uploaded to org/name" in printed
 
 
 @pytest.mark.slow
