@@ -1,7 +1,7 @@
 """The chat page in the browser, by Gradio: one model, or two that answer the same questions side by side.
 
-Everything that is asked or written is shown as text, never as HTML or Markdown. The page needs no network: system fonts,
-no statistics, and a policy that forbids the browser to load anything from elsewhere.
+Everything that is asked or written is shown as text, never as HTML or Markdown. The page needs no network: it has the
+system's fonts, no statistics, and a policy that forbids the browser to load anything from elsewhere.
 """
 
 import html
@@ -90,8 +90,8 @@ CSS = """
   #page { flex-direction: column; align-items: stretch; }
   #main { padding: 14px; height: auto; min-height: 100dvh; }
   #chats { flex: 1 0 auto; flex-direction: column; gap: 14px; }
-  .chat { flex: 1 0 auto !important; height: auto; min-height: 50dvh; width: 100%; }
-  .chat > .talk { flex: 1 1 auto !important; max-height: 62dvh; }
+  .chat { flex: 0 0 auto !important; height: auto; width: 100%; }
+  .chat > .talk { flex: none !important; height: 60dvh !important; }
   #examples { justify-content: flex-start; }
   #settings { flex: 0 0 auto !important; height: auto; border-left: none;
     border-top: 1px solid var(--border-color-primary); }
@@ -120,9 +120,17 @@ def serve(models: Sequence[Model], sampling: Sampling, seed: int | None, host: s
             f"Warning: served on {host}: anyone on the network can use these models, without a password.",
             file=sys.stderr,
         )
+    config = uvicorn.Config(make_app(models, sampling, seed), log_level="warning", timeout_graceful_shutdown=1)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"The chat is at http://{shown}:{port} until Ctrl-C.", flush=True)
+    uvicorn.Server(config).run(sockets=[sock])
+
+
+def make_app(models: Sequence[Model], sampling: Sampling, seed: int | None) -> fastapi.FastAPI:
+    """The page as a web application."""
     app = fastapi.FastAPI(openapi_url=None)
     app.add_middleware(_Policy)
-    gr.mount_gradio_app(
+    return gr.mount_gradio_app(
         app,
         build(models, sampling, seed),
         path="/",
@@ -133,13 +141,8 @@ def serve(models: Sequence[Model], sampling: Sampling, seed: int | None, host: s
         enable_monitoring=False,
         mcp_server=False,
         pwa=False,
-        show_error=True,
         max_file_size="1kb",
     )
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"The chat is at http://{shown}:{port} until Ctrl-C.", flush=True)
-    uvicorn.Server(config).run(sockets=[sock])
 
 
 def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.Blocks:
@@ -214,7 +217,7 @@ def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.B
             return gr.Textbox(submit_btn=True, stop_btn=False)
 
         events = []
-        starts: list[tuple[Any, Any, list[gr.Component]]] = [
+        starts: list[tuple[Any, Any, Sequence[gr.Component]]] = [
             (box.submit, begin, [box, *chatbots]),
             (retry.click, again, chatbots),
             *((example.click, begin, [example, *chatbots]) for example in examples),
@@ -306,7 +309,7 @@ def _settings(sampling: Sampling, seed: int | None, tuned: bool) -> list[gr.Comp
 
 
 def _together(replies: Sequence[Reply]) -> Iterator[None]:
-    """Writes several answers at once, a piece of each in turn. Pauses now and then to show what is there, and at last."""
+    """Writes several answers at once, a piece of each in turn; now and then, and at last, time to show them."""
     streams = [iter(reply) for reply in replies]
     shown = time.monotonic()
     while streams:
