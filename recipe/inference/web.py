@@ -9,16 +9,16 @@ import ipaddress
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import fastapi
 import gradio as gr
 import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from recipe.cli import UserError
-from recipe.data import conversations
+from recipe.data.conversations import Message
 from recipe.inference.chat import NOT_TUNED, Chat, Reply, describe
 from recipe.inference.generate import Model, Sampling
 
@@ -98,8 +98,8 @@ CSS = """
 }
 """
 
-History = list[dict[str, Any]]
-"""Messages as Gradio's chatbot has them."""
+Said = list[list[Message]]
+"""A conversation for each column."""
 
 
 def serve(models: Sequence[Model], sampling: Sampling, seed: int | None, host: str, port: int) -> None:
@@ -149,7 +149,7 @@ def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.B
     """The page with a column for each model."""
     tuned = [Chat(model).is_tuned for model in models]
     with gr.Blocks(title=f"Chat: {models[0].config.name}", analytics_enabled=False, fill_height=True) as page:
-        asked = gr.State("")
+        asked, said = gr.State(""), gr.State([[] for _ in models])
         chatbots, captions = [], []
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="main"):
@@ -178,56 +178,55 @@ def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.B
                 gr.HTML("<h2>Settings</h2>", padding=False)
                 settings = _settings(sampling, seed, any(tuned))
 
-        def begin(question: str, *histories: History) -> list[Any]:
+        def begin(question: str, said: Said) -> list[Any]:
             """Shows the question at once, with an empty answer."""
             if not question.strip():
-                return ["", question, *histories]
-            turn = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+                return ["", gr.skip(), said, *_shown(said)]
             busy = gr.Textbox(value="", submit_btn=False, stop_btn=True)
-            return [question, busy, *([*history, *turn] for history in histories)]
+            said = [_with_turn(history, question, "") for history in said]
+            return [question, busy, said, *_shown(said)]
 
-        def again(*histories: History) -> list[Any]:
-            return begin(_last_question(histories), *(history[:-2] for history in histories))
+        def again(said: Said) -> list[Any]:
+            return begin(_last_question(said), [history[:-2] for history in said])
 
-        def answer(question: str, *values: Any) -> Iterator[list[Any]]:
+        def answer(question: str, said: Said, *values: Any) -> Iterator[list[Any]]:
             """Fills the empty answers, of all models in turn, token by token."""
-            histories: list[History] = [history[:-2] for history in values[len(settings) :]]
             if not question:
-                yield [gr.skip()] * (1 + 2 * len(models))
+                yield [gr.skip()] * (2 + 2 * len(models))
                 return
+            before = [history[:-2] for history in said]
             try:
-                options, number, system = _read_settings(*values[: len(settings)])
+                options, number, system = _read_settings(*values)
                 replies = []
-                for model, history, is_tuned in zip(models, histories, tuned, strict=True):
-                    chat = Chat(model, _plain(history), seed=number)
+                for model, history, is_tuned in zip(models, before, tuned, strict=True):
+                    chat = Chat(model, history, seed=number)
                     chat.system = system if is_tuned else ""
                     replies.append(chat.ask(question, **options))
             except UserError as error:
                 wrong = f"<span class='wrong'>{html.escape(str(error))}</span>"
-                yield [gr.Textbox(value=question), *histories, *[wrong] * len(models)]
+                yield [gr.Textbox(value=question), before, *_shown(before), *[wrong] * len(models)]
                 return
             for _ in _together(replies):
-                yield [
-                    gr.skip(),
-                    *(_with_turn(history, reply) for history, reply in zip(histories, replies, strict=True)),
-                    *(_caption(reply) for reply in replies),
+                said = [
+                    _with_turn(history, question, reply.text) for history, reply in zip(before, replies, strict=True)
                 ]
+                yield [gr.skip(), said, *_shown(said), *(_caption(reply) for reply in replies)]
 
         def ready() -> gr.Textbox:
             return gr.Textbox(submit_btn=True, stop_btn=False)
 
         events = []
         starts: list[tuple[Any, Any, Sequence[gr.Component]]] = [
-            (box.submit, begin, [box, *chatbots]),
-            (retry.click, again, chatbots),
-            *((example.click, begin, [example, *chatbots]) for example in examples),
+            (box.submit, begin, [box, said]),
+            (retry.click, again, [said]),
+            *((example.click, begin, [example, said]) for example in examples),
         ]
         for trigger, first, inputs in starts:
-            started = trigger(first, inputs, [asked, box, *chatbots], queue=False, api_visibility="private")
+            started = trigger(first, inputs, [asked, box, said, *chatbots], queue=False, api_visibility="private")
             written = started.then(
                 answer,
-                [asked, *settings, *chatbots],
-                [box, *chatbots, *captions],
+                [asked, said, *settings],
+                [box, said, *chatbots, *captions],
                 concurrency_id="models",
                 concurrency_limit=1,
                 show_progress="hidden",
@@ -244,17 +243,22 @@ def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.B
             api_visibility="private",
         )
         undo.click(
-            lambda *histories: [_last_question(histories), *(history[:-2] for history in histories)],
-            chatbots,
-            [box, *chatbots],
+            lambda said: [
+                gr.Textbox(value=_last_question(said), submit_btn=True, stop_btn=False),
+                without := [history[:-2] for history in said],
+                *_shown(without),
+                *[""] * len(models),
+            ],
+            said,
+            [box, said, *chatbots, *captions],
             cancels=events,
             queue=False,
             api_visibility="private",
-        ).then(ready, None, box, queue=False, api_visibility="private")
+        )
         clear.click(
-            lambda: [ready(), *[[]] * len(models), *[""] * len(models)],
+            lambda: [ready(), [[] for _ in models], *[[]] * len(models), *[""] * len(models)],
             None,
-            [box, *chatbots, *captions],
+            [box, said, *chatbots, *captions],
             cancels=events,
             queue=False,
             api_visibility="private",
@@ -334,22 +338,20 @@ def _read_settings(
     return options, number, system.strip()
 
 
-def _plain(history: History) -> list[conversations.Message]:
-    """A chatbot's messages as a conversation; Gradio hands texts back as lists of parts."""
-    return [conversations.Message(role=message["role"], content=_text(message)) for message in history]
+def _with_turn(history: list[Message], question: str, answer: str) -> list[Message]:
+    return [*history, Message(role="user", content=question), Message(role="assistant", content=answer)]
 
 
-def _text(message: dict[str, Any]) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+def _last_question(said: Said) -> str:
+    return said[0][-2]["content"] if said[0] else ""
 
 
-def _last_question(histories: Sequence[History]) -> str:
-    return _text(histories[0][-2]) if histories[0] else ""
-
-
-def _with_turn(history: History, reply: Reply) -> History:
-    return [*history, {"role": "user", "content": reply.question}, {"role": "assistant", "content": reply.text}]
+def _shown(said: Said) -> list[list[dict[str, str]]]:
+    """The columns' messages. Gradio takes a message for HTML, also where it is told to render no Markdown."""
+    return [
+        [{"role": message["role"], "content": html.escape(message["content"], quote=False)} for message in history]
+        for history in said
+    ]
 
 
 def _caption(reply: Reply) -> str:
@@ -379,7 +381,7 @@ class _Policy:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_policy(message: Message) -> None:
+        async def with_policy(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [
                     *message["headers"],

@@ -17,7 +17,7 @@ from litgpt import Tokenizer
 
 from recipe.cli import UserError
 from recipe.inference.chat import Chat
-from recipe.inference.generate import Model, Sampling, load
+from recipe.inference.generate import Sampling, load
 from tests.no_skips import find_browser
 from tests.tiny_checkpoint import save_tiny, tiny_gpt, with_prompt_style
 
