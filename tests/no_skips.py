@@ -23,10 +23,17 @@ def _no_two_gpus() -> bool:
     return torch.cuda.device_count() < 2
 
 
+def find_browser() -> str | None:
+    """The path of a Chromium that is there."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 EXPECTED: dict[str, Callable[[], bool]] = {
     "needs a CUDA GPU": _no_gpu,
     "needs two CUDA GPUs": _no_two_gpus,
     "needs Windows": lambda: os.name != "nt",
+    "needs a Chromium browser": lambda: find_browser() is None,
     "needs make": lambda: shutil.which("make") is None,
     "needs uv": lambda: (
         shutil.which("uv") is None and not Path(__file__).parent.parent.joinpath(".uv/bin/uv").is_file()

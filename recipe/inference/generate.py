@@ -7,8 +7,8 @@
 ...     print(piece, end="", flush=True)
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
@@ -32,6 +32,8 @@ class Piece(NamedTuple):
     text: str
     end: End | None
     """Why the sample ends with this piece; None while it goes on."""
+    tokens: int
+    """How many the sample has so far, with those that ended it."""
 
 
 class Sample(NamedTuple):
@@ -99,7 +101,7 @@ def generate_tokens(
     top_p: float = 1.0,
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Continues one prompt ``num_samples`` times in one batch; yields each sample's next token, ``(num_samples,)``.
 
     A sample that has reached ``eos_id`` stays at it. Ends when all have, after ``max_new_tokens``, or where the model's
@@ -225,6 +227,26 @@ class TextStream:
         return text
 
 
+class StopSequences:
+    """Finds the end of one sample in its tokens, and holds back what may be the beginning of that end."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        self.sequences = [list(sequence) for sequence in sequences]
+        self.held: list[int] = []
+
+    def push(self, token: int) -> tuple[list[int], bool]:
+        """The tokens that have become certain to be text with ``token``, and whether the sample has ended."""
+        self.held.append(token)
+        for sequence in self.sequences:
+            if self.held[-len(sequence) :] == sequence:
+                return self.held[: -len(sequence)], True
+        beginnings = (sequence[:size] for sequence in self.sequences for size in range(1, len(sequence)))
+        hold = max((len(b) for b in beginnings if self.held[-len(b) :] == b), default=0)
+        certain = self.held[: len(self.held) - hold]
+        self.held = self.held[len(certain) :]
+        return certain, False
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     """The prompt's token ids, ``(T,)``. An empty one is the end-of-text token, after which a new document begins.
 
@@ -244,26 +266,36 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
 def stream_pieces(
     gpt: GPT,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_new_tokens: int = 256,
     num_samples: int = 1,
-    seed: int = 42,
+    seed: int | torch.Generator = 42,
     temperature: float = 0.8,
     top_k: int | None = 50,
     top_p: float = 1.0,
-) -> Iterator[Piece]:
+    stop: Sequence[Sequence[int]] = (),
+) -> Generator[Piece, None, None]:
     """What the model writes after ``prompt``: sample 0 as it comes, then the others, which grew in the same batch.
 
     The global random state is neither used nor changed. Arguments and errors as `generate_tokens`.
+
+    Args:
+        prompt: a text, or token ids as they are.
+        seed: a number, or a generator on the model's device, which goes on from where it is.
+        stop: sequences of tokens that end a sample as the end-of-text token does; none of them is text.
     """
     device = gpt.transformer.wte.weight.device
-    tokens = encode_prompt(tokenizer, prompt).to(device)
+    tokens = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else torch.tensor(prompt)).to(device)
     room = room_after(tokens.numel(), gpt.max_seq_length)
     at_limit: End = "max_new_tokens" if max_new_tokens <= room else "block_size"
     limit = min(max_new_tokens, room)
+    if tokenizer.eos_id is not None:
+        stop = [[tokenizer.eos_id], *stop]
+    stops = [StopSequences(stop) for _ in range(num_samples)]
     streams = [TextStream(tokenizer) for _ in range(num_samples)]
     waiting = [""] * num_samples
+    lengths = [0] * num_samples
     ends: list[End | None] = [None] * num_samples
     current = 0
     steps = generate_tokens(
@@ -275,26 +307,32 @@ def stream_pieces(
         top_k=top_k,
         top_p=top_p,
         eos_id=tokenizer.eos_id,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed),
     )
-    for step, next_tokens in enumerate(steps, start=1):
-        for row, token in enumerate(next_tokens.tolist()):
-            if ends[row] is not None:
-                continue
-            if token == tokenizer.eos_id:
-                ends[row] = "end_of_text"
-            else:
-                waiting[row] += streams[row].push(token)
-                ends[row] = at_limit if step == limit else None
-            if ends[row] is not None:
-                waiting[row] += streams[row].flush()
-        while current < num_samples:
-            if waiting[current] or ends[current] is not None:
-                yield Piece(current, waiting[current], ends[current])
-                waiting[current] = ""
-            if ends[current] is None:
-                break
-            current += 1
+    with closing(steps):
+        for step, next_tokens in enumerate(steps, start=1):
+            for row, token in enumerate(next_tokens.tolist()):
+                if ends[row] is not None:
+                    continue
+                lengths[row] = step
+                certain, ended = stops[row].push(token)
+                if ended:
+                    ends[row] = "end_of_text"
+                elif step == limit:
+                    ends[row] = at_limit
+                    certain = certain + stops[row].held
+                waiting[row] += "".join(streams[row].push(token) for token in certain)
+                if ends[row] is not None:
+                    waiting[row] += streams[row].flush()
+            while current < num_samples:
+                if waiting[current] or ends[current] is not None:
+                    yield Piece(current, waiting[current], ends[current], lengths[current])
+                    waiting[current] = ""
+                if ends[current] is None:
+                    break
+                current += 1
+            if current == num_samples:
+                return
 
 
 def draw_samples(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack[Sampling]) -> list[Sample]:

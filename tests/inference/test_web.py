@@ -1,0 +1,307 @@
+"""The chat page in a real browser: two models answer, nothing that is typed runs, and nothing leaves this machine."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from litgpt import Tokenizer
+
+from recipe.cli import UserError
+from recipe.inference.chat import Chat
+from recipe.inference.generate import Sampling, load
+from tests.no_skips import find_browser
+from tests.tiny_checkpoint import save_tiny, tiny_gpt, with_prompt_style
+
+ROOT = Path(__file__).parent.parent.parent
+SAMPLING = Sampling(max_new_tokens=30, temperature=0.8, top_k=50, top_p=1.0)
+HOSTILE = (
+    '<script>window.ran = 1</script><img src="http://192.0.2.1/x.png" onerror="window.ran = 1"> **bold** $x$ '
+    "![remote](http://192.0.2.1/y.png) [link](javascript:window.ran=1) \x00\x1b[2J\x07 &lt;b&gt;"
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> list[Path]:
+    """A tuned and a pretrained checkpoint of two tiny models that write printable text and never end by themselves."""
+    fields = dict(
+        name="tiny",
+        block_size=2048,
+        padded_vocab_size=384,
+        n_layer=2,
+        n_embd=32,
+        n_head=4,
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=48,
+        norm_class_name="RMSNorm",
+        bias=False,
+        rotary_percentage=1.0,
+    )
+    tokenizer = Tokenizer(tokenizer_dir)
+    result = []
+    for seed, style in ((0, "phi-2"), (1, None)):
+        gpt = tiny_gpt(fields, seed)
+        with torch.no_grad():
+            for token in range(384):
+                text = tokenizer.decode(torch.tensor([token])) if token < tokenizer.vocab_size else ""
+                if not re.fullmatch(r" ?[A-Za-z]+", text):
+                    gpt.lm_head.weight[token] = 0
+        folder = save_tiny(tmp_path_factory.mktemp("web") / "final", gpt, tokenizer_dir)
+        result.append(with_prompt_style(folder, style) if style else folder)
+    return result
+
+
+def _greedy(folder: Path, question: str, tokens: int = 30) -> str:
+    model = load(folder, device="cpu")
+    return "".join(Chat(model).ask(question, temperature=0.0, max_new_tokens=tokens))
+
+
+# ------------------------------------------------------------------------------------------------- without a browser
+
+
+def test_the_page_loads_nothing_from_elsewhere(folders: list[Path]) -> None:
+    from fastapi.testclient import TestClient
+
+    from recipe.inference.web import CONTENT_POLICY, make_app
+
+    client = TestClient(make_app([load(folder, device="cpu") for folder in folders], SAMPLING, None))
+    page = client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-security-policy"] == CONTENT_POLICY and "'self'" in CONTENT_POLICY
+    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//(?!testserver)""", page.text)
+    config = client.get("/config").json()
+    assert config["analytics_enabled"] is False
+    assert not config["stylesheets"], "fonts of the system"
+    assert all(event["api_visibility"] == "private" for event in config["dependencies"])
+
+
+def test_answers_are_written_together(folders: list[Path]) -> None:
+    from recipe.inference.web import _together
+
+    replies = [
+        Chat(load(folder, device="cpu")).ask("Mia", temperature=0.0, max_new_tokens=size)
+        for folder, size in zip(folders, (3, 8), strict=True)
+    ]
+    assert len(list(_together(replies))) >= 1
+    assert [reply.tokens for reply in replies] == [3, 8]
+    assert [reply.text for reply in replies] == [_greedy(folders[0], "Mia", 3), _greedy(folders[1], "Mia", 8)]
+
+
+def test_a_port_that_is_taken(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from recipe.inference.web import _is_loopback, serve
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"name another by --port"):
+        serve([], SAMPLING, None, "127.0.0.1", taken.getsockname()[1])
+    assert [_is_loopback(host) for host in ("localhost", "::1", "127.0.0.1", "0.0.0.0", "::", "example.com")] == [
+        *[True] * 3,
+        *[False] * 3,
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- the browser
+
+browser_test = pytest.mark.skipif(find_browser() is None, reason="needs a Chromium browser")
+
+
+@pytest.fixture(scope="module")
+def address(folders: list[Path]) -> Iterator[str]:
+    """The page with both models, served by the script itself."""
+    command = [
+        sys.executable,
+        str(ROOT / "chat.py"),
+        str(folders[0]),
+        "--compare",
+        str(folders[1]),
+        "--web",
+        "--port=0",
+    ]
+    server = subprocess.Popen(
+        [*command, "--device", "cpu", "--max_new_tokens", "30"], stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert found is not None, line
+    yield found.group()
+    server.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+    assert server.wait(60) in ((0, 130) if os.name != "nt" else (1,)), "Ctrl-C ends it without a traceback"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # a sandbox can't be had as root in a container; these pages are ours
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    """A tab, with what the tests do in it."""
+
+    def __init__(self, browser: Any, address: str) -> None:
+        self.tab = browser.new_page(viewport={"width": 1280, "height": 800})
+        self.tab.set_default_timeout(120_000)
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.goto(address)
+        self.ready()
+
+    def ready(self) -> None:
+        self.tab.wait_for_selector("#question .submit-button")
+
+    def set(self, label: str, value: float) -> None:
+        box = self.tab.get_by_label(f"number input for {label}")
+        box.fill(str(value))
+        box.press("Tab")
+
+    def ask(self, question: str) -> None:
+        self.tab.fill("#question textarea", question)
+        self.tab.press("#question textarea", "Enter")
+
+    def texts(self, role: str, column: int = 0) -> list[str]:
+        return [
+            text.strip() for text in self.tab.locator(".talk").nth(column).locator(f".message.{role}").all_inner_texts()
+        ]
+
+    def wait(self, condition: str, argument: Any = None) -> None:
+        self.tab.wait_for_function(condition, arg=argument)
+
+    def answered(self, answers: int) -> None:
+        """Waits until both columns have so many whole answers."""
+        self.wait(
+            "n => [...document.querySelectorAll('.talk')].every(t => t.querySelectorAll('.message.bot').length == n)"
+            " && [...document.querySelectorAll('.caption .prose')].every(c => c.innerText.includes('tokens/s'))",
+            answers,
+        )
+        self.ready()
+
+    def captions(self) -> list[str]:
+        return self.tab.locator(".caption .prose").all_inner_texts()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Page]:
+    page = Page(browser, address)
+    yield page
+    page.tab.close()
+    away = {url for url in page.requests if urlsplit(url).scheme not in ("data", "blob")}
+    assert away and all(urlsplit(url).hostname == "127.0.0.1" for url in away)
+    assert not page.errors
+
+
+LONGEST = "Math.max(...[...document.querySelectorAll('.talk .message.bot')].map(m => m.innerText.length))"
+
+
+@browser_test
+@pytest.mark.slow
+def test_both_answer_as_generate_does(page: Page, folders: list[Path]) -> None:
+    page.set("Temperature", 0)
+    page.ask("Where did Mia go?")
+    page.answered(1)
+    expected = [_greedy(folder, "Where did Mia go?") for folder in folders]
+    assert [page.texts("bot", column) for column in range(2)] == [[text] for text in expected]
+    written = load(folders[1], device="cpu").generate("Where did Mia go?", max_new_tokens=30, temperature=0.0)
+    assert written.removeprefix("Where did Mia go?").strip() == expected[1]
+    assert page.texts("user") == ["Where did Mia go?"]
+    assert all("30 tokens, " in caption and "cut at max_new_tokens" in caption for caption in page.captions())
+    headings = page.tab.locator(".chat h1").all_inner_texts()
+    assert headings == [folder.as_posix() for folder in folders]
+    assert page.tab.locator(".note").all_inner_texts()[0].startswith("This model was not tuned to answer")
+    for button, left in (("Retry", 1), ("Undo", 0)):
+        page.tab.get_by_role("button", name=button).click()
+        page.wait("n => document.querySelectorAll('.talk .message.bot').length == 2 * n", left)
+        page.ready()
+    assert page.tab.input_value("#question textarea") == "Where did Mia go?"
+    page.tab.press("#question textarea", "Enter")
+    page.answered(1)
+    assert page.texts("bot", 1) == [expected[1]]
+    page.tab.get_by_role("button", name="Clear").click()
+    page.wait("() => document.querySelectorAll('.talk .message').length == 0")
+
+
+@browser_test
+@pytest.mark.slow
+def test_an_answer_grows_until_it_is_stopped(page: Page) -> None:
+    page.set("Longest answer", 1900)
+    page.ask("Who?")
+    page.wait(f"() => {LONGEST} > 10")
+    first = page.tab.evaluate(LONGEST)
+    page.wait(f"n => {LONGEST} > n + 50", first)
+    page.tab.locator("#question .stop-button").click()
+    page.wait("() => document.querySelector('.caption').innerText.includes('stopped')")
+    page.ready()
+    stopped = page.tab.evaluate(LONGEST)
+    page.set("Longest answer", 5)
+    page.ask("And then?")
+    page.answered(2)
+    assert page.tab.evaluate(LONGEST) == stopped, "not a token after it was stopped"
+    assert stopped < 1900, "stopped on the way"
+
+
+@browser_test
+@pytest.mark.slow
+def test_what_is_typed_is_text(page: Page) -> None:
+    page.ask(HOSTILE)
+    page.answered(1)
+    shown = page.texts("user")[0]
+    for literal in (
+        "<script>window.ran = 1</script>",
+        "<img src=",
+        "**bold**",
+        "![remote](http://",
+        "$x$",
+        "&lt;b&gt;",
+    ):
+        assert literal in shown
+    assert page.tab.evaluate("window.ran") is None
+    assert page.tab.locator(".talk .message img, .talk .message script, .talk .message a").count() == 0
+    page.ask("x" * 200_000)
+    page.tab.wait_for_selector(".caption .wrong")
+    assert "expected at most" in page.captions()[0]
+    page.ready()
+    assert len(page.tab.input_value("#question textarea")) == 200_000, "to be shortened, not lost"
+    assert page.texts("user") == [shown]
+    page.tab.get_by_label("Seed").fill("<b>seven</b>")
+    page.ask("Who?")
+    page.wait("() => document.querySelector('.caption .wrong').innerText.includes('seed')")
+    assert "'<b>seven</b>'" in page.captions()[0]
+
+
+@browser_test
+@pytest.mark.slow
+def test_two_tabs_at_once_and_one_that_is_closed(browser: Any, address: str, page: Page) -> None:
+    closed = Page(browser, address)
+    closed.set("Longest answer", 1900)
+    closed.ask("Who?")
+    closed.wait(f"() => {LONGEST} > 10")
+    closed.tab.close()
+    other = Page(browser, address)
+    for tab, seed in ((page, "1"), (other, "1")):
+        tab.tab.get_by_label("Seed").fill(seed)
+        tab.ask("Where did Tom go?")
+    for tab in (page, other):
+        tab.answered(1)
+    assert page.texts("bot") == other.texts("bot") and page.texts("bot", 1) == other.texts("bot", 1)
+    other.tab.close()
+
+
+@browser_test
+@pytest.mark.slow
+def test_it_fits_a_phone(page: Page) -> None:
+    page.tab.set_viewport_size({"width": 390, "height": 844})
+    page.ask("Where did Mia go?")
+    page.answered(1)
+    assert page.tab.evaluate("document.documentElement.scrollWidth") <= 390
