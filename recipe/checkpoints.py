@@ -11,6 +11,7 @@ step-00000010/            or final/
     tokenizer.json ...    the tokenizer's files
     config.json           the same model as transformers describes it, for `litgpt evaluate` (where one exists)
     manifest.json         what the training tokens were made of
+    instructions.json     what it was tuned on, where it was
     complete.json         written last: step, tokens, time, versions, and the size and sha256 of every file above
 ```
 """
@@ -44,6 +45,7 @@ TRAINING_STATE = "training_state.pth"
 MODEL_CONFIG = "model_config.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
 MANIFEST = "manifest.json"
+INSTRUCTIONS = "instructions.json"
 MARK = "complete.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -100,6 +102,7 @@ def save(
     training_state: dict[str, Any] | None = None,
     manifest_path: Path | None = None,
     prompt_style: "PromptStyle | None" = None,
+    instructions_path: Path | None = None,
     lora_weights: "dict[str, Tensor] | None" = None,
 ) -> None:
     """Writes a checkpoint beside ``folder``, marks it complete and moves it into place; to be called by one process.
@@ -115,6 +118,7 @@ def save(
         training_state: tensors, numbers, strings, lists, tuples and dicts only (`torch.load(weights_only=True)`).
         manifest_path: the manifest of the tokens that it was trained on; copied as ``manifest.json``.
         prompt_style: one of LitGPT's, of a model that was tuned to answer.
+        instructions_path: the manifest of the conversations that it was tuned on; copied as ``instructions.json``.
         lora_weights: the LoRA parameters in LitGPT's keys; ``weights`` have them added.
 
     Raises:
@@ -130,8 +134,11 @@ def save(
         _finish_interrupted_saves(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state, manifest_path)
+        _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state)
         _write_tuning(partial, prompt_style, lora_weights)
+        for source, name in ((manifest_path, MANIFEST), (instructions_path, INSTRUCTIONS)):
+            if source is not None:
+                shutil.copyfile(source, partial / name)
         _write_mark(partial, step, tokens)
         _sync(partial)
         _move_into_place(partial, folder, old)
@@ -185,7 +192,6 @@ def _write_files(
     hyperparameters: dict[str, Any],
     tokenizer_dir: Path | None,
     training_state: dict[str, Any] | None,
-    manifest_path: Path | None,
 ) -> None:
     from litgpt.utils import save_config
 
@@ -202,8 +208,6 @@ def _write_files(
         for path in (Path(tokenizer_dir) / name for name in TOKENIZER_FILES):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-    if manifest_path is not None:
-        shutil.copyfile(manifest_path, folder / MANIFEST)
     if converted_by_litgpt(config) and not without_counterpart(config):
         ids = _special_ids(tokenizer_dir)
         described = huggingface_config(config, tied=tied, dtype=_dtype_name(weights), **ids)

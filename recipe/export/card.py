@@ -70,6 +70,7 @@ def model_card(
     mark = checkpoints.read_mark(folder)
     total, active, _ = count_parameters(config, described["tie_word_embeddings"])
     imported = checkpoints.load_hyperparameters(folder).get("imported_from")
+    conversations = _conversations(folder)
     is_moe = config.mlp_class_name == "LLaMAMoE"
     rows = {
         "parameters": f"{total:,}" + (f", {active:,} active for each token" if is_moe else ""),
@@ -81,8 +82,11 @@ def model_card(
         "weights": described["dtype"],
         "imported from": imported,
         "training text": _data(folder),
-        "trained for": f"{mark.step:,} steps, {mark.tokens:,} tokens" if mark.step else None,
-        "validation loss": _validation_loss(folder, mark.step),
+        "tuned on": conversations,
+        "tuned for" if conversations else "trained for": (
+            f"{mark.step:,} steps, {mark.tokens:,} tokens" if mark.step else None
+        ),
+        "loss on held-out answers" if conversations else "validation loss": _validation_loss(folder, mark.step),
         "prompt style": f"`{style}` (in LitGPT's names)" if style else None,
         "made with": ", ".join(f"{package} {version}" for package, version in mark.versions.items()),
     }
@@ -118,6 +122,16 @@ def _data(folder: Path) -> str | None:
         named = source["name"] if source["name"] not in ("files", "text") else "the author's own files"
         place = f" ({source['location']})" if source["location"] and "@" in source["location"] else ""
         return f"{named}{place}: {train['tokens']:,} tokens of {train['documents']:,} documents"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _conversations(folder: Path) -> str | None:
+    """What it was tuned on; whose files they were stays private."""
+    try:
+        found = json.loads((folder / checkpoints.INSTRUCTIONS).read_text(encoding="utf-8"))
+        named = "the author's own files" if found["source"] == "files" else found["source"]
+        return f"{named}: {found['splits']['train']['conversations']:,} conversations"
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
