@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -22,6 +23,7 @@ from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.utils import copy_config_files
 
 from recipe import checkpoints, load
+from recipe.data.conversations import prompt_style
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
 DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
@@ -53,18 +55,23 @@ def litgpt(*arguments: str, cwd: Path, stdin: str = "") -> str:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def test_chat(folder: Path, tmp_path: Path) -> None:
-    """It answers with what the model writes after the prompt as it was typed."""
+@pytest.mark.parametrize("style", ["default", pytest.param("phi-2", marks=pytest.mark.slow)])
+def test_chat(folder: Path, tmp_path: Path, style: str) -> None:
+    """It answers with what the model writes after the prompt as it was typed, or as the tuned model's style has it."""
+    question = prompt = "Once upon a time"
+    if style != "default":
+        save_tiny(folder, tiny_gpt(asdict(checkpoints.load_config(folder))), folder, prompt_style=prompt_style(style))
+        prompt = prompt_style(style).apply(question)
     shown = litgpt(
         *("chat", str(folder), "--temperature", "0", "--max_new_tokens", "12", "--precision", "32-true"),
         cwd=tmp_path,
-        stdin="Once upon a time\n\n",
+        stdin=f"{question}\n\n",
     )
-    expected = load(folder, device="cpu").generate("Once upon a time", max_new_tokens=12, temperature=0.0)
+    expected = load(folder, device="cpu").generate(prompt, max_new_tokens=12, temperature=0.0)
     reply = re.search(r">> Reply: (.*?)\n", shown, re.DOTALL)
     assert reply is not None, shown
     # chat decodes token by token: bytes of a cut character come out as U+FFFD each
-    assert reply.group(1).split("\ufffd")[0] == expected.removeprefix("Once upon a time").split("\ufffd")[0]
+    assert reply.group(1).split("\ufffd")[0] == expected.removeprefix(prompt).split("\ufffd")[0]
     assert len(reply.group(1)) > 5
 
 
