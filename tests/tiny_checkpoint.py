@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from litgpt import GPT, Config
-from litgpt.prompts import save_prompt_style
 
 from recipe import checkpoints
 
@@ -45,11 +44,3 @@ def door(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def with_prompt_style(folder: Path, style: str) -> Path:
-    """Names the prompt style that a checkpoint was tuned with."""
-    mark = checkpoints.read_mark(folder)
-    save_prompt_style(style, folder)
-    checkpoints._write_mark(folder, mark.step, mark.tokens)
-    return folder

@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from litgpt import Tokenizer
+from litgpt.prompts import Phi2
 
 from recipe.cli import UserError
 from recipe.inference.chat import Chat
 from recipe.inference.generate import Sampling, load
 from tests.no_skips import find_browser
-from tests.tiny_checkpoint import save_tiny, tiny_gpt, with_prompt_style
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLING = Sampling(max_new_tokens=30, temperature=0.8, top_k=50, top_p=1.0)
@@ -47,15 +48,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> li
     )
     tokenizer = Tokenizer(tokenizer_dir)
     result = []
-    for seed, style in ((0, "phi-2"), (1, None)):
+    for seed, style in ((0, Phi2()), (1, None)):
         gpt = tiny_gpt(fields, seed)
         with torch.no_grad():
             for token in range(384):
                 text = tokenizer.decode(torch.tensor([token])) if token < tokenizer.vocab_size else ""
                 if not re.fullmatch(r" ?[A-Za-z]+", text):
                     gpt.lm_head.weight[token] = 0
-        folder = save_tiny(tmp_path_factory.mktemp("web") / "final", gpt, tokenizer_dir)
-        result.append(with_prompt_style(folder, style) if style else folder)
+        folder = tmp_path_factory.mktemp("web") / "final"
+        result.append(save_tiny(folder, gpt, tokenizer_dir, prompt_style=style))
     return result
 
 
