@@ -73,7 +73,9 @@ def main(
     over_text: dict[str, Any] = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
     of_tasks: dict[str, Any] = {"tasks_dir": tasks_dir, "limit": limit, "num_fewshot": num_fewshot}
     given = {"--hellaswag": hellaswag is not None, "--tasks": tasks is not None, "--experts": experts}
-    measure = _check(given, {**over_text, **of_tasks, "plot": plot, "max_seq_length": max_seq_length})
+    measure = _check(
+        given, {**over_text, **of_tasks, "plot": plot, "json_file": json_file, "max_seq_length": max_seq_length}
+    )
     folder = checkpoints.resolve(checkpoint)
     print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
     from rich.console import Console
@@ -126,6 +128,9 @@ def _check(given: dict[str, bool], values: dict[str, Any]) -> str:
         raise UserError(f"without {' or '.join(belongs[lost[0]])} no --{lost[0]}.")
     if (picture := values["plot"]) is not None and picture.suffix not in (".png", ".svg"):
         raise UserError(f"--plot {picture}: expected a name that ends in .png or .svg.")
+    for name in ("json_file", "plot"):
+        if (path := values[name]) is not None and not path.parent.is_dir():
+            raise UserError(f"--{name} {path}: there is no folder {path.parent}.")
     return measure
 
 

@@ -62,5 +62,5 @@ def show(checks: "list[Check]", out: Path) -> None:
 
 
 if __name__ == "__main__":
-    importing = "--import" in sys.argv
-    run_door(import_folder if importing else main, [argument for argument in sys.argv[1:] if argument != "--import"])
+    words = [word for argument in sys.argv[1:] for word in argument.split("=", argument.startswith("--import="))]
+    run_door(import_folder if "--import" in words else main, [word for word in words if word != "--import"])

@@ -146,6 +146,10 @@ def without_counterpart(config: "Config") -> list[str]:
         problems.append(f"rope_adjustments: {adjusted}")
     if config.attention_scores_scalar not in (None, config.head_size):
         problems.append(f"attention_scores_scalar: {config.attention_scores_scalar}")
+    if config.head_size % 2:  # rotary positions turn pairs
+        problems.append(f"head_size: {config.head_size}")
+    if config.rope_indices is not None:
+        problems.append("rope_indices")
     if not family.free_head_size and config.head_size * config.n_head != config.n_embd:
         problems.append(f"head_size: {config.head_size}")
     if model_type == "gpt_neox" and config.n_query_groups != config.n_head:

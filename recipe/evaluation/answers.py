@@ -41,11 +41,20 @@ class AnswersEvaluation:
 
 
 def find_conversations(folder: Path, data_dir: Path | None) -> Path | None:
-    """``data_dir`` where it holds prepared conversations, or those that the checkpoint was tuned on; None where not."""
+    """``data_dir`` where it holds prepared conversations, or those that the checkpoint was tuned on; None where not.
+
+    Raises:
+        UserError: those that it was tuned on are gone.
+    """
     if data_dir is None:
         data = checkpoints.load_hyperparameters(folder).get("data")
         named = ((data.get("init_args") or {}) if isinstance(data, dict) else {}).get("data_dir")
         data_dir = None if named is None else Path(named)
+        if data_dir is not None and not (data_dir / instructions.MANIFEST).is_file():
+            raise UserError(
+                f"{folder} was tuned on the conversations of {data_dir}, which are not there (seen from {Path.cwd()});"
+                " name others, or a prepared corpus, with --data_dir."
+            )
     return data_dir if data_dir is not None and (data_dir / instructions.MANIFEST).is_file() else None
 
 

@@ -105,9 +105,14 @@ def model_card(
         origin="brought into" if imported else "trained with",
         architecture=described["architectures"][0],
         table=f"| | |\n|---|---|\n{table}",
-        call=(_CHAT if chat else _CONTINUE).format(new=min(100, config.block_size // 2)),
+        call=(_CHAT if chat else _CONTINUE).format(new=new_tokens(config)),
         limits=limits,
     )
+
+
+def new_tokens(config: Config) -> int:
+    """How long a text may become where nobody says it: most of a small context, since the prompt wants the rest."""
+    return min(256, config.block_size * 3 // 4)
 
 
 def _short(count: int) -> str:

@@ -34,7 +34,7 @@ from recipe.cli import UserError
 from recipe.data import tokenizers
 from recipe.data.conversations import is_tuned, load_prompt_style, stop_sequences
 from recipe.data.files import in_short
-from recipe.export.card import model_card
+from recipe.export.card import model_card, new_tokens
 from recipe.export.chat_template import chat_template, differing
 from recipe.export.verify import Check, same_logits, same_text, same_tokens
 from recipe.export.weights import from_huggingface, to_huggingface
@@ -159,7 +159,8 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, config: Conf
     settings["add_bos_token"] = tokenizer.use_bos
     _write_json(out / "tokenizer_config.json", settings)
     style = load_prompt_style(folder)
-    stops = [sequence[0] for sequence in stop_sequences(style, tokenizer) if len(sequence) == 1]
+    stops_of_style = stop_sequences(style, tokenizer)
+    stops = [sequence[0] for sequence in stops_of_style if len(sequence) == 1]
     generation = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id,
@@ -167,21 +168,24 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, config: Conf
         "do_sample": True,  # as generate.py samples
         "temperature": 0.8,
         "top_k": 50,
-        "max_new_tokens": min(256, config.block_size // 2),
+        "max_new_tokens": new_tokens(config),
     }
     _write_json(out / "generation_config.json", {key: value for key, value in generation.items() if value is not None})
+    checks = []
+    if longer := [tokenizer.decode(torch.tensor(sequence)) for sequence in stops_of_style if len(sequence) > 1]:
+        checks.append(Check("end of an answer", f"transformers does not stop at {longer}, as chat.py does"))
     if not is_tuned(style):
-        return []
+        return checks
     name, path = type(style).__name__, out / "chat_template.jinja"
     template = chat_template(style, tokenizer, settings.get("bos_token"))
     if template is None:
-        return [Check("chat template", f"none: the prompt style {name} is not one text around the user's")]
+        return [*checks, Check("chat template", f"none: the prompt style {name} is not one text around the user's")]
     path.write_text(template, encoding="utf-8", newline="\n")
     if (messages := differing(AutoTokenizer.from_pretrained(out), tokenizer, style)) is not None:
         path.unlink()
         reason = f"with the prompt style {name} transformers would divide a conversation otherwise ({messages})"
-        return [Check("chat template", f"none: {reason}")]
-    return [Check("chat template", f"the tokens of the prompt style {name}, single and several turns")]
+        return [*checks, Check("chat template", f"none: {reason}")]
+    return [*checks, Check("chat template", f"the tokens of the prompt style {name}, single and several turns")]
 
 
 def _adding_bos_as_litgpt(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def import_folder(source: Path, out: Path) -> list[Check]:
     theirs = _read_config(source)
     check_free(out)
     files = tokenizers.from_folder(source)
-    their_tokenizer = AutoTokenizer.from_pretrained(source)
+    their_tokenizer = _without_code(AutoTokenizer, source)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer_dir = Path(scratch) / "tokenizer"
         tokenizers.install(files, {"name": source.resolve().name}, tokenizer_dir)
@@ -257,7 +261,7 @@ def _read_config(source: Path) -> Any:
         )
     if "quantization_config" in content:
         raise UserError(f"{source} is quantized (quantization_config); expected the model's plain weights.")
-    return AutoConfig.from_pretrained(source)
+    return _without_code(AutoConfig, source)
 
 
 def _config_of(theirs: Any, source: Path, vocab_size: int) -> Config:
@@ -334,6 +338,18 @@ def push(folder: Path, repository: str) -> str:
             f"Later: `uv run hf upload {repository} {folder}`"
         ) from None
     return str(address)
+
+
+def _without_code(reader: Any, source: Path) -> Any:
+    """A part of somebody's folder; code that comes with it is never run.
+
+    Raises:
+        UserError: it can't be read, or not without its code.
+    """
+    try:
+        return reader.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of transformers, of tokenizers, or of the values in the files
+        raise UserError(f"{source} can't be read by transformers: {in_short(error)}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- files
