@@ -8,6 +8,7 @@ ends by itself and names whom it was asked to name. Writes benchmarks/results/fi
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -82,7 +83,7 @@ def measure(checkpoint: Path, data_dir: Path, temperature: float) -> dict[str, A
     for seed, row in enumerate(rows):
         prompt = prompt_text(row["messages"][:1], style)
         (answer,) = draw_samples(model.gpt, model.tokenizer, prompt, seed=seed, temperature=temperature)
-        named = [name for name in row["names"] if name in answer.text]
+        named = [name for name in row["names"] if re.search(rf"\b{name}\b", answer.text)]
         answers.append(
             {
                 "request": row["messages"][0]["content"],

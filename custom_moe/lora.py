@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from custom_moe.block import MoEBlock
 from custom_moe.experts import Experts, choose_backend, grouped_linear
 from custom_moe.layer import MoE
+from custom_moe.router import without_autocast
 
 
 class LoRAExperts(Experts):
@@ -89,7 +90,9 @@ class LoRAMoE(MoE):
     def _gate_weight(self) -> Tensor:
         weight = super()._gate_weight()
         if isinstance(self.gate, LoRAGate):
-            weight = weight + self.gate.scaling * (self.gate.lora_B @ self.gate.lora_A)
+            with without_autocast(weight.device.type):
+                update = self.gate.lora_B.float() @ self.gate.lora_A.float()
+            weight = weight.float() + self.gate.scaling * update
         return weight
 
 

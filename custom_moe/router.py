@@ -61,7 +61,7 @@ def route(logits_NE: Tensor, config: Config, correction_bias_E: Tensor | None = 
 def linear_fp32(x_NC: Tensor, weight_EC: Tensor) -> Tensor:
     """``x @ weight.T`` in fp32 whatever the inputs' types and whatever autocast says: routing is a hard choice, and
     bf16's 8 bits flip it (Switch Transformers, arXiv 2101.03961, section 2.4)."""
-    with _without_autocast(x_NC.device.type):
+    with without_autocast(x_NC.device.type):
         return F.linear(x_NC.float(), weight_EC.float())
 
 
@@ -98,6 +98,6 @@ def _choose_in_groups(scores_NE: Tensor, config: Config) -> Tensor:
     return torch.topk(scores_NE, k=config.n_expert_per_token, dim=-1, sorted=False)[1]
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     # torch.autocast does not know the meta device, and torch 2.10 cannot compile the question whether it does.
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

@@ -171,10 +171,10 @@ class RunSettings:
 class FinetuneSettings(RunSettings):
     """Everything that `finetune.py` can be told; the LoRA fields are `litgpt.finetune.lora.setup`'s."""
 
-    checkpoint_dir: Path = Path()
-    """The checkpoint that is tuned; model and tokenizer are its own"""
+    checkpoint_dir: Path = Path("checkpoints")
+    """The checkpoint that is tuned; model and tokenizer are its own. `checkpoints`: the newest one there"""
     lora_r: int = 0
-    """Rank of the LoRA updates (arXiv 2106.09685); 0 trains all weights instead"""
+    """Rank of the LoRA updates (arXiv 2106.09685), on a GPU best a multiple of 8; 0 trains all weights instead"""
     lora_alpha: int = 16
     """LoRA updates are scaled by lora_alpha / lora_r"""
     lora_dropout: float = 0.05
@@ -192,6 +192,12 @@ class FinetuneSettings(RunSettings):
     lora_head: bool = False
     """LoRA on the output head"""
 
+
+LORA_FIELDS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_query", "lora_key", "lora_value"),
+    *("lora_projection", "lora_mlp", "lora_head"),
+)
+"""What makes up LoRA, as LitGPT calls it."""
 
 OF_THE_CHECKPOINT: set[str | int] = {
     *("model", "initial_checkpoint_dir", "tokenizer_dir"),  # taken from it
@@ -253,8 +259,7 @@ def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
     files, flags = _split_files_off(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
     run_file = files["config"] or DEFAULT_FINETUNING
     resolved, values = _parse(finetuning_parser(), run_file, _read_yaml(run_file), flags)
-    given = values["checkpoint_dir"]
-    folder = checkpoints.resolve(None if given == Path() else given)
+    folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
     resolved["checkpoint_dir"] = str(folder)
     settings = FinetuneSettings(
         **{field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
@@ -262,6 +267,16 @@ def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
         | {"initial_checkpoint_dir": folder, "tokenizer_dir": folder},
     )
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
+
+
+def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
+    """The checkpoint to tune; where none is named, a resumed run's own, else the newest."""
+    if given != FinetuneSettings.checkpoint_dir:
+        return checkpoints.resolve(given)
+    run_file = out_dir / "run_config.yaml"
+    if resume and run_file.is_file() and (of_the_run := _read_yaml(run_file).get("checkpoint_dir")):
+        return checkpoints.resolve(Path(of_the_run))
+    return checkpoints.resolve(None)
 
 
 def _parse(

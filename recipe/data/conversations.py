@@ -114,6 +114,7 @@ def _encode(
 ) -> EncodedConversation:
     if problem := problem_with(messages, last):
         raise ValueError(f"no conversation: {problem}")
+    messages = [Message(role=m["role"], content=_as_text(m["content"], tokenizer)) for m in messages]
     first = 2 if messages[0]["role"] == "system" else 1  # messages of the first prompt
     ids: list[int] = tokenizer.encode(prompt_text(messages[:first], style)).tolist()
     is_answer = [False] * len(ids)
@@ -125,6 +126,17 @@ def _encode(
         ids += new
         is_answer += [message["role"] == "assistant"] * len(new)
     return EncodedConversation(ids, is_answer)
+
+
+def _as_text(content: str, tokenizer: Tokenizer) -> str:
+    """A message without special tokens: written out in a text, `<|endoftext|>` would become the token."""
+    if tokenizer.backend != "huggingface":
+        return content  # sentencepiece reads them as text
+    special = [token.content for token in tokenizer.processor.get_added_tokens_decoder().values() if token.special]
+    while found := [token for token in special if token in content]:  # what is left may be one again
+        for token in found:
+            content = content.replace(token, "")
+    return content
 
 
 def prompt_text(messages: Sequence[Message], style: PromptStyle) -> str:

@@ -205,12 +205,17 @@ def _source_files(path: Path) -> dict[str | None, list[Location]]:
     if not files:
         raise UserError(f"--instruct {path}: expected a {', '.join(SUFFIXES)} file, or a folder with such files in it.")
     val = [file for file in files if file.stem in VALIDATION_FOLDERS]
-    train = [file for file in files if file.stem == "train"]
-    if path.is_dir() and val:
-        if not train:
-            raise UserError(f"--instruct {path}: {val[0].name} is there, but no train.jsonl beside it.")
-        return {"train": list(train), "val": list(val)}
-    return {None: list(files)}
+    train = [file for file in files if file.stem == "train" or file.stem.startswith("train-")]
+    others = [file.name for file in files if file not in (*val, *train)]
+    if path.is_file() or not (val or train):
+        return {None: list(files)}
+    if others:
+        raise UserError(
+            f"--instruct {path}: {others[0]} is neither train.* nor val.*, which lie there too; move it elsewhere."
+        )
+    if not train:
+        raise UserError(f"--instruct {path}: {val[0].name} is there, but no train.jsonl beside it.")
+    return {"train": list(train), "val": list(val)} if val else {None: list(train)}
 
 
 def _lying(args: InstructArgs) -> Instructions | None:
@@ -355,6 +360,8 @@ def _values(path: Location) -> Iterator[tuple[str, Any]]:
         with open_file(path) as file:
             data = file.read().removeprefix(b"\xef\xbb\xbf")
     if not data.lstrip().startswith(b"["):
+        if b"\n" in data.strip() and _is_one_object(data):
+            raise UserError(f"{path}: one JSON object over lines; expected a list of rows, or a row on each line.")
         yield from ((f"line {i}", line) for i, line in enumerate(data.split(b"\n"), 1) if line.strip())
         return
     try:
@@ -366,6 +373,15 @@ def _values(path: Location) -> Iterator[tuple[str, Any]]:
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); expected a list of objects.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(f"{path}: can't be read as JSON ({error}); expected a list of objects.") from None
+
+
+def _is_one_object(data: bytes) -> bool:
+    try:
+        return isinstance(json.loads(data), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parquet_rows(path: Location) -> Iterator[tuple[str, Any]]:
@@ -399,9 +415,13 @@ def conversation_of(values: Any) -> Row:
             raise ValueError(f"byte 0x{values[error.start]:02x} at column {error.start + 1} is not UTF-8") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON ({error.msg} at column {error.colno}); expected an object on a line") from None
+        except RecursionError:
+            raise ValueError("JSON nested too deeply; expected an object with texts in it") from None
     if not isinstance(values, dict):
         raise ValueError(f"{type(values).__name__} where an object was expected")
     messages = [message for message in _messages(values) if message["content"] or message["role"] != "system"]
+    if not messages:
+        raise ValueError("no messages")
     if problem := problem_with(messages, last="assistant"):
         raise ValueError(problem)
     for number, message in enumerate(messages, 1):
@@ -446,8 +466,10 @@ def _message(entry: Any, role: str, content: str) -> Message:
 def _text(value: Any, field: str) -> str:
     if value is None:
         return ""
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        value = "".join(str(part.get("text", "")) for part in value)  # a chat API's parts
     if not isinstance(value, str):
-        raise ValueError(f"{field!r} holds a {type(value).__name__}; expected text")
+        raise ValueError(f"expected text in {field!r}, found {type(value).__name__}")
     return clean(writable(value))
 
 

@@ -70,8 +70,8 @@ def evaluate(
 ) -> AnswersEvaluation:
     """Measures a checkpoint on the validation conversations of a folder that ``prepare_data.py --instruct`` made.
 
-    Prompts are given in the checkpoint's own style; one that was not tuned gets the default of finetuning, so that the
-    loss before tuning and the loss after it compare.
+    Prompts are given in the checkpoint's own style; one that was not tuned gets the default of finetuning. So the loss
+    before tuning and the loss after it compare, where it was tuned in that style and measured at the same context.
 
     Args:
         max_iters: batches at most.

@@ -13,10 +13,10 @@ from litgpt import GPT, Tokenizer
 from recipe import checkpoints
 from recipe.data.conversations import prompt_style
 from recipe.data.instructions import instructions_fingerprint
-from recipe.settings import FinetuneSettings, ParsedRun, choose_precision, processes
+from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, choose_precision, processes
 from recipe.training.logs import logger_factory
 from recipe.training.loop import run_training
-from recipe.training.lora import LORA_FIELDS, load_base_weights, load_lora_weights, lora_config
+from recipe.training.lora import load_base_weights, load_lora_weights, lora_config
 from recipe.training.patches import patched_finetuning
 from recipe.training.ready import question
 
@@ -77,20 +77,20 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
         weights = checkpoints.load_weights(resume_from)
     with fabric.init_module(empty_init=True):
         gpt = litgpt.lora.GPT(lora_config(settings)) if settings.lora_r else GPT(settings.model)
-    # Embeddings that were one matrix while pretraining stay one.
-    settings.train.tie_embeddings = checkpoints.is_tied(weights)
-    if settings.train.tie_embeddings and not settings.lora_r:
-        gpt.transformer.wte.weight = gpt.lm_head.weight
+    # Embeddings that were one matrix while pretraining stay one; LoRA on the head makes another one of it.
+    settings.train.tie_embeddings = checkpoints.is_tied(weights) and not (settings.lora_r and settings.lora_head)
+    if settings.train.tie_embeddings:
+        head = gpt.lm_head.linear if settings.lora_r else gpt.lm_head
+        gpt.transformer.wte.weight = head.weight
     load_base_weights(gpt, weights)
     if settings.lora_r and resume_from:
         load_lora_weights(gpt, checkpoints.load_lora_weights(resume_from))
     gpt.max_seq_length = settings.train.max_seq_length or settings.model.block_size
 
     tokenizer = Tokenizer(folder)
-    made_from = {"conversations": instructions_fingerprint(data.data_dir), "a prompt style": data.prompt_style}
+    made_from = {"the conversations": instructions_fingerprint(data.data_dir)}
     if settings.lora_r:
-        made_from["a checkpoint to start from"] = checkpoints.weights_sha256(folder)
-        made_from["LoRA settings"] = ", ".join(f"{name} {getattr(settings, name)}" for name in LORA_FIELDS)
+        made_from["the checkpoint that it starts from"] = checkpoints.weights_sha256(folder)
     run_training(
         fabric,
         gpt,

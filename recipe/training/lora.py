@@ -8,12 +8,7 @@ from litgpt import GPT
 from torch import Tensor, nn
 
 from custom_moe.lora import LoRAExperts, LoRAGate
-from recipe.settings import FinetuneSettings
-
-LORA_FIELDS = (
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_query", "lora_key", "lora_value"),
-    *("lora_projection", "lora_mlp", "lora_head"),
-)
+from recipe.settings import LORA_FIELDS, FinetuneSettings
 
 
 def lora_config(settings: FinetuneSettings) -> litgpt.lora.Config:

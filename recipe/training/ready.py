@@ -20,8 +20,9 @@ from recipe.data.manifest import manifest_path
 from recipe.data.prepare import PrepareArgs, prepare
 from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
-from recipe.settings import FinetuneSettings, ParsedRun, RunSettings
+from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings
 from recipe.training.logs import METRICS_FILE, run_files
+from recipe.training.state import anew_from
 from recipe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 
 
@@ -78,13 +79,30 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
     if resume_from is not None:
         checkpoints.verify(resume_from)
         check_same_model(resume_from, settings.model)
-    settings.data.prepare_data()
+        check_same_tuning(resume_from, settings)
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
+    settings.data.connect(tokenizer, settings.train.micro_batch_size, settings.model.block_size)
+    settings.data.prepare_data()
     check_sampling(1, settings.sample.max_new_tokens, settings.sample.temperature, settings.sample.top_k, 1.0)
     question(settings, tokenizer)
     if _main_process():
         check_writable(settings.out_dir)
     return resume_from
+
+
+def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
+    """Raises ``UserError`` where a run would go on with other LoRA weights or another prompt style."""
+    saved = checkpoints.load_hyperparameters(folder)
+    then = {name: saved.get(name) for name in LORA_FIELDS} | {
+        "prompt_style": saved["data"]["init_args"]["prompt_style"]
+    }
+    now = {name: getattr(settings, name) for name in LORA_FIELDS} | {"prompt_style": settings.data.prompt_style}
+    meant = now if then["lora_r"] or now["lora_r"] else {"prompt_style"}
+    if changed := [f"{name} was {then[name]} and is now {now[name]}" for name in meant if then[name] != now[name]]:
+        raise UserError(
+            f"{folder} can't be resumed with other settings: {'; '.join(changed)}. Resume with the old ones, or start a"
+            f" new run from its weights: {anew_from(folder, settings)}"
+        )
 
 
 def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
@@ -203,6 +221,9 @@ def find_checkpoint(settings: RunSettings) -> Path | None:
 def check_unoccupied(settings: RunSettings) -> None:
     """Raises ``UserError`` where ``out_dir`` holds another run that may not be deleted."""
     out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
+    inside = [path for path in (out_dir, *out_dir.parents) if (path / checkpoints.MARK).is_file()]
+    if inside:
+        raise UserError(f"{inside[0]} is a checkpoint; put the run elsewhere: --out_dir {inside[0].parent}-2")
     occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
     if not occupied or not _main_process():
         return

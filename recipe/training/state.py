@@ -116,13 +116,13 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     if changed:
         raise UserError(
             f"{folder} can't be resumed with other batches: {'; '.join(changed.values())}. Resume with the old values,"
-            f" or start a new run from its weights: --initial_checkpoint_dir {folder} --out_dir NEW"
+            f" or start a new run from its weights: {anew_from(folder, run.settings)}"
         )
     for name, fingerprint in run.made_from.items():
         if state.get("made_from", {}).get(name) != fingerprint:
             raise UserError(
-                f"{folder} was trained with {name} that changed since. Bring the old ones back, or begin anew with"
-                " another --out_dir."
+                f"{name} changed since {folder} was saved. Bring back what was there, or start a new run from its"
+                f" weights: {anew_from(folder, run.settings)}"
             )
     run.progress = Progress(**state["progress"])
     check_same_tokens(folder, run.settings)
@@ -137,6 +137,13 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
         scaler.load_state_dict(state["scaler"])
 
 
+def anew_from(folder: Path, settings: RunSettings) -> str:
+    """The flags that start a new run from a checkpoint's weights."""
+    if isinstance(settings, FinetuneSettings):
+        return f"finetune.py {folder} --out_dir NEW"
+    return f"--initial_checkpoint_dir {folder} --out_dir NEW"
+
+
 def check_same_tokens(folder: Path, settings: RunSettings) -> None:
     """Raises ``UserError`` where the position that ``folder`` saved would mean other tokens."""
     then, now = folder / "manifest.json", tokens_manifest(settings)
@@ -145,8 +152,8 @@ def check_same_tokens(folder: Path, settings: RunSettings) -> None:
     if _made_from(then, "train") != _made_from(now, "train"):
         raise UserError(
             f"{folder} was trained on other tokens than those of {now.parent.parent}: the text or the tokenizer"
-            f" changed. Bring the old ones back, or start a new run from its weights: --initial_checkpoint_dir {folder}"
-            " --out_dir NEW"
+            " changed. Bring the old ones back, or start a new run from its weights:"
+            f" {anew_from(folder, settings)}"
         )
 
 
@@ -157,7 +164,7 @@ def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
         return
     path = tokens_manifest(run.settings)
     tokens = _made_from(path, *SPLITS) if path else None
-    mine = {"the step that it starts from": run.progress.step, "the tokens": tokens}
+    mine = {"the step that it starts from": run.progress.step, "the tokens": tokens, **run.made_from}
     everyone: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(everyone, mine)
     if different := [name for name in mine if any(other[name] != everyone[0][name] for other in everyone)]:

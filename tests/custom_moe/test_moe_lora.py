@@ -65,6 +65,15 @@ def test_without_an_update_it_is_the_frozen_layer(moe_fields: dict) -> None:
     torch.testing.assert_close(layer(x), plain(x))
 
 
+def test_the_router_is_the_merged_one_under_autocast(moe_fields: dict) -> None:
+    """Its update was rounded to bf16 and that of the merged weights was not."""
+    _, ours = both(moe_fields, lora_mlp=True)
+    gate = ours.transformer.h[0].mlp.gate
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours.transformer.h[0].mlp._gate_weight()
+    assert torch.equal(found, gate.weight + gate.scaling * (gate.lora_B @ gate.lora_A))
+
+
 def test_the_dropout_is_for_training_alone(moe_fields: dict) -> None:
     _, ours = both(moe_fields, lora_mlp=True, lora_dropout=0.5)
     ids = torch.randint(0, 384, (1, 8))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,6 +174,19 @@ def test_tied_embeddings_stay_tied(tune, tmp_path, moe_fields, tokenizer_dir):
     assert checkpoints.is_tied(checkpoints.load_weights(out / "final"))
 
 
+@pytest.mark.parametrize("head", ["false", "true"])
+def test_lora_on_tied_embeddings(tune, tmp_path, moe_fields, tokenizer_dir, head):
+    """Tied stays tied, but where the head gets updates of its own."""
+    gpt = tiny_gpt({**moe_fields, "block_size": 48})
+    gpt.transformer.wte.weight = gpt.lm_head.weight
+    tied = save_tiny(tmp_path / "tied", gpt, tokenizer_dir)
+    out = tune("--checkpoint_dir", str(tied), "--lora_r", "4", "--lora_head", head)
+    weights = checkpoints.load_weights(out / "final")
+    assert checkpoints.is_tied(weights) == (head == "false")
+    assert torch.equal(weights["transformer.wte.weight"], gpt.transformer.wte.weight)
+    assert torch.equal(weights["lm_head.weight"], gpt.lm_head.weight) == (head == "false")
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -189,9 +203,37 @@ def test_dense_models_too(tune, tmp_path, moe_fields, tokenizer_dir, fields):
         assert math.isfinite(losses[-1]) and losses[-1] < losses[0]
 
 
-def test_another_conversation_or_style_is_not_resumed(tune, instructions, tmp_path):
-    tune()
-    with pytest.raises(UserError, match="was trained with a prompt style that changed since"):
+def test_other_lora_weights_are_not_resumed(tune):
+    tune("--lora_r", "4", "--train.max_steps", "4")
+    for flags, message in (
+        (("--lora_r", "8"), "lora_r was 4 and is now 8"),
+        (("--lora_r", "4", "--lora_mlp", "true"), "lora_mlp was False and is now True"),
+        ((), "lora_r was 4 and is now 0"),
+    ):
+        with pytest.raises(UserError, match=rf"{message}.*finetune.py .* --out_dir NEW"):
+            tune(*flags, "--resume", "auto", "--train.max_steps", "10")
+
+
+def test_a_resumed_run_knows_its_checkpoint(tune, base, tmp_path, monkeypatch):
+    out = tune("--train.max_steps", "4")
+    flags = ["--config", str(tmp_path / "finetune.yaml"), "--out_dir", str(out)]
+    assert parse_finetuning([*flags, "--resume", "auto"]).settings.checkpoint_dir == base
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, tmp_path / "checkpoints" / "newer" / "final")
+    assert parse_finetuning(flags).settings.checkpoint_dir == Path("checkpoints/newer/final")
+    with pytest.raises(UserError, match=r"complete\.json|no checkpoint"):
+        parse_finetuning([".", *flags])
+
+
+def test_a_checkpoint_is_no_place_for_a_run(tune, base):
+    for place in (base, base / "deeper"):
+        with pytest.raises(UserError, match="is a checkpoint; put the run elsewhere"):
+            tune("--out_dir", str(place))
+
+
+def test_another_style_is_not_resumed(tune):
+    tune("--train.max_steps", "4")
+    with pytest.raises(UserError, match="prompt_style was phi-2 and is now falcon"):
         tune("--resume", "auto", "--prompt_style", "falcon", "--train.max_steps", "10")
 
 
