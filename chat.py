@@ -16,6 +16,8 @@ from typing import Literal
 
 from recipe.cli import UserError, run_door
 
+HOST, PORT = "127.0.0.1", 7860
+
 
 def main(
     checkpoint: Path | None = None,
@@ -26,8 +28,8 @@ def main(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     seed: int | None = None,
-    host: str = "127.0.0.1",
-    port: int = 7860,
+    host: str = HOST,
+    port: int = PORT,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-true", "16-true"] = "auto",
 ) -> None:
@@ -51,18 +53,22 @@ def main(
 
     if compare is not None and not web:
         raise UserError("--compare shows two models on the page in the browser: add --web.")
+    if (host, port) != (HOST, PORT) and not web:
+        raise UserError("--host and --port are of the page in the browser: add --web.")
     folders = [checkpoints.resolve(folder) for folder in ([checkpoint] if compare is None else [checkpoint, compare])]
     for folder in folders:
         print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
-    from recipe.inference.generate import Sampling, check_sampling, load  # takes seconds
+    from recipe.inference.generate import Sampling, check_sampling, check_seed, load  # takes seconds
 
     check_sampling(1, max_new_tokens, temperature, top_k, top_p)
+    if seed is not None:
+        check_seed(seed)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    models = [load(folder, device, precision) for folder in folders]
     if web:
-        from recipe.inference.web import serve  # takes seconds more
+        from recipe.inference.web import listen, serve  # takes seconds more
 
-        serve(models, sampling, seed, host, port)
+        with listen(host, port) as sock:  # before the models are loaded: it may fail
+            serve([load(folder, device, precision) for folder in folders], sampling, seed, sock)
         return
     from recipe.inference.chat import Chat
     from recipe.inference.terminal import Terminal
@@ -70,7 +76,7 @@ def main(
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     try:
-        Terminal(Chat(models[0], seed=seed), sampling).run()
+        Terminal(Chat(load(folders[0], device, precision), seed=seed), sampling).run()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -109,6 +109,38 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, style: Prom
     return _encode(messages, tokenizer, style, last="user").input_ids
 
 
+def encode_newest(
+    system: Sequence[Message], messages: Sequence[Message], tokenizer: Tokenizer, style: PromptStyle, longest: int
+) -> tuple[int, list[int]]:
+    """`encode_prompt` of the system message and as many of the newest turns as fit: how many those are, and its tokens.
+
+    Only what fits, and one turn more, is encoded, however long the conversation is. The user's message that
+    ``messages`` end with is always there, also where it alone is longer than ``longest``.
+    """
+    prompt = encode_prompt([*system, messages[-1]], tokenizer, style)
+    later: list[int] = []  # what follows the first prompt
+    kept = 0
+    for index in range(len(messages) - 3, -1, -2):
+        answer, question = (_encode_later(message, tokenizer, style) for message in messages[index + 1 : index + 3])
+        later = answer + question + later
+        if len(later) >= longest:
+            break
+        longer = encode_prompt([*system, messages[index]], tokenizer, style) + later
+        if len(longer) > longest:
+            break
+        kept, prompt = kept + 1, longer
+    return kept, prompt
+
+
+def _encode_later(message: Message, tokenizer: Tokenizer, style: PromptStyle) -> list[int]:
+    """A message that is not of the conversation's first prompt."""
+    if message["role"] == "assistant":
+        ids: list[int] = tokenizer.encode(message["content"], bos=False, eos=True).tolist()
+    else:
+        ids = tokenizer.encode(prompt_text([message], style), bos=False).tolist()
+    return ids
+
+
 def _encode(
     messages: Sequence[Message], tokenizer: Tokenizer, style: PromptStyle, last: Literal["user", "assistant"]
 ) -> EncodedConversation:
@@ -119,10 +151,7 @@ def _encode(
     ids: list[int] = tokenizer.encode(prompt_text(messages[:first], style)).tolist()
     is_answer = [False] * len(ids)
     for message in messages[first:]:
-        if message["role"] == "assistant":
-            new = tokenizer.encode(message["content"], bos=False, eos=True).tolist()
-        else:
-            new = tokenizer.encode(prompt_text([message], style), bos=False).tolist()
+        new = _encode_later(message, tokenizer, style)
         ids += new
         is_answer += [message["role"] == "assistant"] * len(new)
     return EncodedConversation(ids, is_answer)

@@ -7,7 +7,6 @@
 ...     print(text, end="", flush=True)
 """
 
-import bisect
 import json
 import time
 from collections.abc import Generator, Sequence
@@ -19,9 +18,9 @@ import torch
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data.conversations import Message, encode_prompt, is_tuned, load_prompt_style, stop_sequences
+from recipe.data.conversations import Message, encode_newest, is_tuned, load_prompt_style, stop_sequences
 from recipe.flops import count_parameters
-from recipe.inference.generate import End, Model, Sampling, check_sampling, stream_pieces
+from recipe.inference.generate import End, Model, Sampling, check_sampling, check_seed, stream_pieces
 
 NOT_TUNED = (
     "This model was not tuned to answer: it goes on with what you write, and remembers nothing of it."
@@ -53,7 +52,7 @@ class Chat:
         if seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(seed)
+            self.generator.manual_seed(check_seed(seed))
 
     @property
     def system(self) -> str:
@@ -107,8 +106,9 @@ class Chat:
                 file.write(text)
         except FileExistsError:
             raise UserError(f"{path} is there already; name another file, or overwrite it.") from None
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}.") from None
+        except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"cannot write {str(path)!r}: {reason}.") from None
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         return [*([Message(role="system", content=self.system)] if self.system else []), *messages]
@@ -118,22 +118,17 @@ class Chat:
         context = self.model.gpt.max_seq_length
         room = min(max_new_tokens, max(1, context // 4))
         longest = context - room + 1  # the last token of an answer is not read
-        said = self.messages if self.is_tuned else []
         asked = Message(role="user", content=question)
-
-        def prompt(turns: int) -> list[int]:
-            newest = said[len(said) - 2 * turns :]
-            return encode_prompt(self._with_system([*newest, asked]), self.model.tokenizer, self.style)
-
-        turns = len(said) // 2
-        kept = bisect.bisect_right(range(turns + 1), longest, key=lambda turns: len(prompt(turns))) - 1
-        if kept < 0:
+        system = self._with_system([])
+        said = self.messages if self.is_tuned else []
+        kept, prompt = encode_newest(system, [*said, asked], self.model.tokenizer, self.style, longest)
+        if len(prompt) > longest:
             beside = " and the system message" if self.system else ""
             raise UserError(
-                f"the question{beside} has {len(prompt(0)):,} tokens; expected at most {longest:,}: the model's context"
+                f"the question{beside} has {len(prompt):,} tokens; expected at most {longest:,}: the model's context"
                 f" is {context:,}, of which {room:,} are kept for the answer. Shorten it."
             )
-        return prompt(kept), turns - kept
+        return prompt, len(said) // 2 - kept
 
 
 class Reply:

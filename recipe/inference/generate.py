@@ -7,6 +7,7 @@
 ...     print(piece, end="", flush=True)
 """
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ def sample_tokens(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
 ) -> Tensor:
     """The next token of each row, ``(B, V) -> (B,)``; the most probable one where temperature or top_p is 0."""
-    if temperature == 0.0 or top_p == 0.0:
+    if temperature < 1e-30 or top_p == 0.0:  # logits divided by less would be infinite
         return logits.argmax(dim=-1)
     probabilities = restrict(logits.float(), temperature, top_k, top_p).softmax(dim=-1)
     return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
@@ -121,45 +122,62 @@ def generate_tokens(
     length = prompt.numel()
     steps = min(max_new_tokens, room_after(length, gpt.max_seq_length))
     with _as_it_was(gpt):
-        gpt.eval()
         gpt.mask_cache = None
         gpt.set_kv_cache(batch_size=num_samples, max_seq_length=length + steps - 1, device=prompt.device)
         positions = torch.arange(length, device=prompt.device)
         logits = gpt(prompt.view(1, -1), positions, input_pos_maxp1=length)[:, -1]  # (1, V)
         if not logits.isfinite().all():
             raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
-        for block in gpt.transformer.h:
-            for buffer in (block.attn.kv_cache.k, block.attn.kv_cache.v):
-                buffer[1:] = buffer[:1]
-        logits = logits.expand(num_samples, -1)
-        finished = torch.zeros(num_samples, dtype=torch.bool, device=prompt.device)
-        for step in range(1, steps + 1):
-            tokens = sample_tokens(logits, temperature, top_k, top_p, generator)  # (num_samples,)
-            if eos_id is not None:
-                tokens = tokens.masked_fill(finished, eos_id)
-                finished |= tokens == eos_id
-            yield tokens
-            if step == steps or finished.all():
-                return
-            positions = torch.tensor([length + step - 1], device=prompt.device)
+        mask_cache, kv_caches = gpt.mask_cache, [block.attn.kv_cache for block in gpt.transformer.h]
+    for cache in kv_caches:
+        for buffer in (cache.k, cache.v):
+            buffer[1:] = buffer[:1]
+    logits = logits.expand(num_samples, -1)
+    finished = torch.zeros(num_samples, dtype=torch.bool, device=prompt.device)
+    for step in range(1, steps + 1):
+        tokens = sample_tokens(logits, temperature, top_k, top_p, generator)  # (num_samples,)
+        if eos_id is not None:
+            tokens = tokens.masked_fill(finished, eos_id)
+            finished |= tokens == eos_id
+        yield tokens
+        if step == steps or finished.all():
+            return
+        positions = torch.tensor([length + step - 1], device=prompt.device)
+        with _as_it_was(gpt):
+            gpt.mask_cache = mask_cache
+            _set_kv_caches(gpt, kv_caches)
             logits = gpt(tokens.view(-1, 1), positions, input_pos_maxp1=length + step)[:, -1]  # (num_samples, V)
+
+
+_one_step_at_a_time = threading.Lock()
 
 
 @contextmanager
 def _as_it_was(gpt: GPT) -> Iterator[None]:
-    """Puts KV caches, mask and training modes of a model back as they are now."""
-    training = [(module, module.training) for module in gpt.modules()]
-    kv_caches = [block.attn.kv_cache for block in gpt.transformer.h]
-    mask_cache = gpt.mask_cache
-    try:
-        yield
-    finally:
-        gpt.mask_cache = mask_cache
-        for block, kv_cache in zip(gpt.transformer.h, kv_caches, strict=True):
-            del block.attn.kv_cache  # a None set over a module would stay listed among the modules
-            block.attn.kv_cache = kv_cache
-        for module, mode in training:
-            module.training = mode
+    """For one step of one text: sets the model to eval, then puts its KV caches, mask and training modes back.
+
+    Between two steps a text holds nothing of the model. So several may be written in turn, from several threads too,
+    and one that is never finished is in nobody's way.
+    """
+    with _one_step_at_a_time:
+        training = [module for module in gpt.modules() if module.training]
+        kv_caches = [block.attn.kv_cache for block in gpt.transformer.h]
+        mask_cache = gpt.mask_cache
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            gpt.mask_cache = mask_cache
+            _set_kv_caches(gpt, kv_caches)
+            for module in training:
+                module.training = True
+
+
+def _set_kv_caches(gpt: GPT, kv_caches: Sequence[torch.nn.Module | None]) -> None:
+    for block, kv_cache in zip(gpt.transformer.h, kv_caches, strict=True):
+        del block.attn.kv_cache  # a None set over a module would stay listed among the modules
+        block.attn.kv_cache = kv_cache
 
 
 def room_after(length: int, context: int) -> int:
@@ -182,14 +200,25 @@ def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, to
         problems.append(f"num_samples is {num_samples}; expected 1 or more")
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-    if not 0.0 <= temperature < float("inf"):
-        problems.append(f"temperature is {temperature}; expected 0 (always the most probable token) or more")
+    if not 0.0 <= temperature <= 1e6:  # all tokens are alike long before; far beyond, -inf divided by it is no number
+        problems.append(f"temperature is {temperature}; expected 0 (always the most probable token) to 1,000,000")
     if top_k is not None and top_k < 1:
         problems.append(f"top_k is {top_k}; expected 1 or more, or null for all tokens")
     if not 0.0 <= top_p <= 1.0:
         problems.append(f"top_p is {top_p}; expected 0 to 1, where 1 means all tokens")
     if problems:
         raise UserError("; ".join(problems) + ".")
+
+
+def check_seed(seed: int) -> int:
+    """The seed, where torch takes it.
+
+    Raises:
+        UserError: it has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise UserError("the seed is too large; expected a whole number of at most 64 bits: -2**63 to 2**64 - 1.")
+    return seed
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -307,7 +336,7 @@ def stream_pieces(
         top_k=top_k,
         top_p=top_p,
         eos_id=tokenizer.eos_id,
-        generator=seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed),
+        generator=seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(check_seed(seed)),
     )
     with closing(steps):
         for step, next_tokens in enumerate(steps, start=1):

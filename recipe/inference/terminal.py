@@ -9,7 +9,7 @@ from rich.console import Console
 
 from recipe.cli import UserError, nearest
 from recipe.inference.chat import NOT_TUNED, Chat, describe
-from recipe.inference.generate import Sampling, check_sampling
+from recipe.inference.generate import Sampling, check_sampling, check_seed
 
 HINT = "/help lists the commands. Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves."
 
@@ -105,10 +105,16 @@ class Terminal:
 
     def do_retry(self, _: str) -> None:
         """answer the last question again"""
+        pair = self.chat.messages[-2:]
         question = self.chat.undo()
         if question is None:
             raise UserError("there is nothing to answer again.")
-        self.answer(question)
+        before = len(self.chat.messages)
+        try:
+            self.answer(question)
+        finally:
+            if len(self.chat.messages) == before:  # nothing was written
+                self.chat.messages += pair
 
     def do_temperature(self, value: str) -> None:
         """X: 0 takes the most probable token, 1 samples as the model has it"""
@@ -129,9 +135,10 @@ class Terminal:
     def do_seed(self, value: str) -> None:
         """N: the same answers to the same questions from here on"""
         try:
-            self.chat.generator.manual_seed(int(value))
-        except (ValueError, RuntimeError):
+            seed = int(value)
+        except ValueError:
             raise UserError(f"/seed takes a whole number, not {value!r}.") from None
+        self.chat.generator.manual_seed(check_seed(seed))
 
     def do_system(self, text: str) -> None:
         """TEXT: what the model is told before the first question; nothing to drop it"""
@@ -143,7 +150,11 @@ class Terminal:
         name = argument.removesuffix(" overwrite")
         if not name:
             raise UserError('say where to: /save chat.md, or chat.jsonl for {"messages": [...]}.')
-        self.chat.save(Path(name).expanduser(), overwrite=name != argument)
+        try:
+            path = Path(name).expanduser()
+        except RuntimeError as error:  # ~ of somebody who is not known
+            raise UserError(f"cannot write {name}: {error}") from None
+        self.chat.save(path, overwrite=name != argument)
         self.say(f"Saved {name}")
 
     def do_quit(self, _: str) -> None:

@@ -102,19 +102,26 @@ Said = list[list[Message]]
 """A conversation for each column."""
 
 
-def serve(models: Sequence[Model], sampling: Sampling, seed: int | None, host: str, port: int) -> None:
-    """Serves the page until Ctrl-C.
+def listen(host: str, port: int) -> socket.socket:
+    """Takes the address that the page will be served at.
 
     Raises:
-        UserError: the address can't be used.
+        UserError: it can't be used.
     """
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port is {port}; expected 0 (any that is free) to 65535.")
     try:
-        sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, ValueError) as error:  # ValueError: no host can have such a name
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"cannot serve on {host}, port {port}: {error.strerror}; name another by --port (0 for any free) or --host."
+            f"cannot serve on {host}, port {port}: {reason}; name another by --port (0 for any free) or --host."
         ) from None
-    port = sock.getsockname()[1]
+
+
+def serve(models: Sequence[Model], sampling: Sampling, seed: int | None, sock: socket.socket) -> None:
+    """Serves the page at an address of `listen` until Ctrl-C."""
+    host, port = sock.getsockname()[:2]
     if not _is_loopback(host):
         print(
             f"Warning: served on {host}: anyone on the network can use these models, without a password.",
@@ -149,7 +156,7 @@ def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.B
     """The page with a column for each model."""
     tuned = [Chat(model).is_tuned for model in models]
     with gr.Blocks(title=f"Chat: {models[0].config.name}", analytics_enabled=False, fill_height=True) as page:
-        asked, said = gr.State(""), gr.State([[] for _ in models])
+        asked, busy, said = gr.State(""), gr.State(False), gr.State([[] for _ in models])
         chatbots, captions = [], []
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="main"):
@@ -178,87 +185,104 @@ def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.B
                 gr.HTML("<h2>Settings</h2>", padding=False)
                 settings = _settings(sampling, seed, any(tuned))
 
-        def begin(question: str, said: Said) -> list[Any]:
+        def begin(question: str, busy: bool, said: Said) -> list[Any]:
             """Shows the question at once, with an empty answer."""
+            if busy:
+                raise gr.Error("An answer is being written; stop it first.", 4, title="", print_exception=False)
             if not question.strip():
-                return ["", gr.skip(), said, *_shown(said)]
-            busy = gr.Textbox(value="", submit_btn=False, stop_btn=True)
+                raise gr.Error("There is nothing to answer.", 4, title="", print_exception=False)
             said = [_with_turn(history, question, "") for history in said]
-            return [question, busy, said, *_shown(said)]
+            return [question, True, gr.Textbox(value="", submit_btn=False, stop_btn=True), said, *_shown(said)]
 
-        def again(said: Said) -> list[Any]:
-            return begin(_last_question(said), [history[:-2] for history in said])
+        def again(busy: bool, said: Said) -> list[Any]:
+            return begin(_last_question(said), busy, [history[:-2] for history in said])
 
-        def answer(question: str, said: Said, *values: Any) -> Iterator[list[Any]]:
+        def answer(question: str, busy: bool, said: Said, *values: Any) -> Iterator[list[Any]]:
             """Fills the empty answers, of all models in turn, token by token."""
-            if not question:
+            if not busy:  # stopped before it began
                 yield [gr.skip()] * (2 + 2 * len(models))
                 return
-            before = [history[:-2] for history in said]
+            before: Said = [history[:-2] for history in said]
+            replies: list[Reply] = []
             try:
                 options, number, system = _read_settings(*values)
-                replies = []
                 for model, history, is_tuned in zip(models, before, tuned, strict=True):
                     chat = Chat(model, history, seed=number)
                     chat.system = system if is_tuned else ""
                     replies.append(chat.ask(question, **options))
-            except UserError as error:
+                for _ in _together(replies):
+                    said = [
+                        _with_turn(history, question, reply.text)
+                        for history, reply in zip(before, replies, strict=True)
+                    ]
+                    yield [gr.skip(), said, *_shown(said), *(_caption(reply) for reply in replies)]
+            except Exception as error:
                 wrong = f"<span class='wrong'>{html.escape(str(error))}</span>"
-                yield [gr.Textbox(value=question), before, *_shown(before), *[wrong] * len(models)]
-                return
-            for _ in _together(replies):
-                said = [
-                    _with_turn(history, question, reply.text) for history, reply in zip(before, replies, strict=True)
-                ]
-                yield [gr.skip(), said, *_shown(said), *(_caption(reply) for reply in replies)]
+                said, left = _without_empty(said)
+                yield [gr.Textbox(value=left) if left else gr.skip(), said, *_shown(said), *[wrong] * len(models)]
+                if not isinstance(error, UserError):
+                    raise
 
-        def ready() -> gr.Textbox:
-            return gr.Textbox(submit_btn=True, stop_btn=False)
+        def ready(question: str = "") -> list[Any]:
+            """Nothing is being written; a question that has no answer is there to be asked again."""
+            typed = {"value": question} if question else {}
+            return [False, gr.Textbox(submit_btn=True, stop_btn=False, **typed)]
+
+        def stop(said: Said) -> list[Any]:
+            said, left = _without_empty(said)
+            return [*ready(left), said, *_shown(said), *["stopped"] * len(models)]
 
         events = []
         starts: list[tuple[Any, Any, Sequence[gr.Component]]] = [
-            (box.submit, begin, [box, said]),
-            (retry.click, again, [said]),
-            *((example.click, begin, [example, said]) for example in examples),
+            (box.submit, begin, [box, busy, said]),
+            (retry.click, again, [busy, said]),
+            *((example.click, begin, [example, busy, said]) for example in examples),
         ]
         for trigger, first, inputs in starts:
-            started = trigger(first, inputs, [asked, box, said, *chatbots], queue=False, api_visibility="private")
-            written = started.then(
+            started = trigger(
+                first,
+                inputs,
+                [asked, busy, box, said, *chatbots],
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+            written = started.success(
                 answer,
-                [asked, said, *settings],
+                [asked, busy, said, *settings],
                 [box, said, *chatbots, *captions],
                 concurrency_id="models",
                 concurrency_limit=1,
                 show_progress="hidden",
                 api_visibility="private",
             )
-            written.then(ready, None, box, queue=False, api_visibility="private")
+            written.then(ready, None, [busy, box], queue=False, api_visibility="private")
             events.append(written)
         box.stop(
-            lambda: [ready(), *["stopped"] * len(models)],
-            None,
-            [box, *captions],
+            stop,
+            said,
+            [busy, box, said, *chatbots, *captions],
             cancels=events,
             queue=False,
             api_visibility="private",
         )
         undo.click(
             lambda said: [
-                gr.Textbox(value=_last_question(said), submit_btn=True, stop_btn=False),
+                *ready(_last_question(said)),
                 without := [history[:-2] for history in said],
                 *_shown(without),
                 *[""] * len(models),
             ],
             said,
-            [box, said, *chatbots, *captions],
+            [busy, box, said, *chatbots, *captions],
             cancels=events,
             queue=False,
             api_visibility="private",
         )
         clear.click(
-            lambda: [ready(), [[] for _ in models], *[[]] * len(models), *[""] * len(models)],
+            lambda: [*ready(), [[] for _ in models], *[[]] * len(models), *[""] * len(models)],
             None,
-            [box, said, *chatbots, *captions],
+            [busy, box, said, *chatbots, *captions],
             cancels=events,
             queue=False,
             api_visibility="private",
@@ -302,11 +326,19 @@ def _chatbot(model: Model) -> gr.Chatbot:
 
 
 def _settings(sampling: Sampling, seed: int | None, tuned: bool) -> list[gr.Component]:
+    top_k, longest = sampling["top_k"] or 0, sampling["max_new_tokens"]
     return [
-        gr.Slider(0, 2, sampling["temperature"], step=0.05, label="Temperature", info="0: the likeliest"),
-        gr.Slider(0, 200, sampling["top_k"] or 0, step=1, label="Top k", info="0: all tokens"),
+        gr.Slider(
+            0,
+            max(2, sampling["temperature"]),
+            sampling["temperature"],
+            step=0.05,
+            label="Temperature",
+            info="0: the likeliest",
+        ),
+        gr.Slider(0, max(200, top_k), top_k, step=1, label="Top k", info="0: all tokens"),
         gr.Slider(0, 1, sampling["top_p"], step=0.01, label="Top p", info="1: all tokens"),
-        gr.Slider(1, 2048, sampling["max_new_tokens"], step=1, label="Longest answer", info="in tokens"),
+        gr.Slider(1, max(2048, longest), longest, step=1, label="Longest answer", info="in tokens"),
         gr.Textbox("" if seed is None else str(seed), label="Seed", info="a number repeats answers"),
         gr.Textbox("", label="System message", info="told before the first question", lines=2, visible=tuned),
     ]
@@ -327,7 +359,7 @@ def _read_settings(
     temperature: float, top_k: float, top_p: float, max_new_tokens: float, seed: str, system: str
 ) -> tuple[Sampling, int | None, str]:
     try:
-        number = int(seed) % 2**63 if seed.strip() else None
+        number = int(seed) if seed.strip() else None
     except ValueError:
         raise UserError(
             f"the seed is {seed[:40]!r}; expected a whole number, or nothing for another each time."
@@ -340,6 +372,13 @@ def _read_settings(
 
 def _with_turn(history: list[Message], question: str, answer: str) -> list[Message]:
     return [*history, Message(role="user", content=question), Message(role="assistant", content=answer)]
+
+
+def _without_empty(said: Said) -> tuple[Said, str]:
+    """The conversations without a last question that has no answer yet, and that question."""
+    if said[0] and not all(history[-1]["content"] for history in said):
+        return [history[:-2] for history in said], _last_question(said)
+    return said, ""
 
 
 def _last_question(said: Said) -> str:

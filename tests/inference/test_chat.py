@@ -17,7 +17,7 @@ from litgpt import GPT, Tokenizer
 from litgpt.prompts import Phi2
 
 from recipe.cli import UserError, run_door
-from recipe.data.conversations import Message, encode_prompt, prompt_style
+from recipe.data.conversations import Message, encode_newest, encode_prompt, prompt_style
 from recipe.inference.chat import Chat, describe
 from recipe.inference.generate import Model, Sampling, StopSequences, generate_tokens, load, stream_pieces
 from recipe.inference.terminal import Terminal
@@ -149,6 +149,21 @@ def test_the_oldest_turns_make_room(tuned: Model) -> None:
     assert len(chat.messages) == 16, "what the model does not read is still there to be saved"
 
 
+@pytest.mark.parametrize("system", ["", "Be kind."])
+@pytest.mark.parametrize("name", ["phi-2", "alpaca", "llama3"])
+def test_the_newest_turns_that_fit(tokenizer: Tokenizer, name: str, system: str) -> None:
+    """Held against encoding the whole prompt for each number of turns; only what may fit is encoded."""
+    style, head = prompt_style(name), [Message(role="system", content=system)] if system else []
+    turns = [("user", f"Where did Mia go on day {i}?") if i % 2 == 0 else ("assistant", "Home. " * i) for i in range(9)]
+    messages = [Message(role=role, content=text) for role, text in turns]
+    prompts = [encode_prompt([*head, *messages[8 - 2 * kept :]], tokenizer, style) for kept in range(5)]
+    for longest in {len(prompt) + more for prompt in prompts for more in (-1, 0, 1)}:
+        kept = max((kept for kept in range(5) if len(prompts[kept]) <= longest), default=0)
+        assert encode_newest(head, messages, tokenizer, style, longest) == (kept, prompts[kept])
+    endless = [*[Message(role=role, content="x" * 100_000) for role in ("user", "assistant")] * 500, *messages[-3:]]
+    assert encode_newest(head, endless, tokenizer, style, len(prompts[1])) == (1, prompts[1])
+
+
 def test_a_question_that_does_not_fit(tuned: Model) -> None:
     chat = Chat(tuned)
     _ask(chat, "Who?")
@@ -268,6 +283,20 @@ def test_commands(type_in: Callable[[str], Terminal], tmp_path: Path, capsys: py
     assert type_in("Who?\n/reset\n").chat.messages == []
 
 
+def test_a_retry_that_fails_loses_nothing(type_in: Callable[[str], Terminal]) -> None:
+    terminal = type_in("Who?\n")
+    said = list(terminal.chat.messages)
+    terminal.chat.system = "cat " * 300
+    with pytest.raises(UserError, match="and the system message"):
+        terminal.do_retry("")
+    assert terminal.chat.messages == said
+
+
+def test_a_home_that_is_not_known(type_in: Callable[[str], Terminal]) -> None:
+    with pytest.raises(UserError, match="cannot write"):  # Windows makes a folder's name of any user's
+        type_in("Who?\n/save ~nosuchuser/x.md\n")
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -279,6 +308,8 @@ def test_commands(type_in: Callable[[str], Terminal], tmp_path: Path, capsys: py
         ("/top_k 0", "top_k is 0"),
         ("/max_new_tokens 1.5", "takes a number"),
         ("/seed x", "whole number"),
+        ("/seed 18446744073709551616", "at most 64 bits"),
+        ("Who?\n/save x\0y.md", "cannot write"),
         ("/save", "say where to"),
         ("/retry", "nothing to answer again"),
         ("cat " * 300, "expected at most"),
@@ -314,6 +345,9 @@ def test_the_script_refuses_in_one_line(
         (["nowhere"], "found no checkpoint at nowhere"),
         ([folder, "--compare", folder], "--compare shows two models on the page in the browser: add --web"),
         ([folder, "--temperature", "-1"], "temperature is -1"),
+        ([folder, "--port", "7000"], "--host and --port are of the page in the browser: add --web"),
+        ([folder, "--web", "--port", "99999"], "--port is 99999"),
+        ([folder, "--seed", str(2**64)], "at most 64 bits"),
         ([folder, "--device", "warp"], "warp"),
     ):
         with pytest.raises(SystemExit) as exit_:

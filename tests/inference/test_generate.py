@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_one_row_draws_the_same_as_litgpt() -> None:
         expected = litgpt_sample(row.unsqueeze(0), temperature=0.7, top_k=20, top_p=0.9)
         drawn = sample_tokens(row, 0.7, 20, 0.9, torch.Generator().manual_seed(seed))
         assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-31, 1e-30, 1e6])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_extreme_temperatures(temperature: float, top_p: float) -> None:
+    logits = torch.randn(100, 50, generator=torch.Generator().manual_seed(0)) * 100
+    tokens = sample_tokens(logits, temperature, 20, top_p, torch.Generator().manual_seed(0))
+    if temperature < 1:
+        assert torch.equal(tokens, logits.argmax(dim=-1))
+    assert (tokens.unsqueeze(1) == logits.topk(20).indices).any(dim=1).all()
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -192,6 +203,24 @@ def test_a_cache_that_the_caller_had_is_still_there(gpt: GPT) -> None:
     list(generate_tokens(gpt, torch.tensor([1, 2]), max_new_tokens=5))
     assert [block.attn.kv_cache for block in gpt.transformer.h] == caches
     assert gpt.mask_cache is mask
+
+
+def test_texts_of_one_model_do_not_meet(gpt: GPT) -> None:
+    """Written in turn, from threads, and beside one that is never finished: each as it would be alone."""
+    prompts = [torch.tensor(ids) for ids in ([1, 2, 3], [300, 42, 7, 9, 11], [5])]
+
+    def alone(prompt: torch.Tensor) -> list[int]:
+        return torch.cat(list(generate_tokens(gpt, prompt, max_new_tokens=40, temperature=0.0))).tolist()
+
+    expected = [alone(prompt) for prompt in prompts]
+    abandoned = generate_tokens(gpt, prompts[0], max_new_tokens=40, temperature=0.0)
+    first = next(abandoned)
+    steps = zip(*(generate_tokens(gpt, p, max_new_tokens=40, temperature=0.0) for p in prompts), strict=True)
+    assert [torch.cat(row).tolist() for row in zip(*steps, strict=True)] == expected
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(alone, prompts * 2)) == expected * 2
+    assert all(block.attn.kv_cache is None for block in gpt.transformer.h) and gpt.mask_cache is None
+    assert torch.cat([first, *abandoned]).tolist() == expected[0], "it can still go on"
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

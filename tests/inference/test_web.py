@@ -17,8 +17,9 @@ from litgpt import Tokenizer
 from litgpt.prompts import Phi2
 
 from recipe.cli import UserError
+from recipe.data.conversations import Message
 from recipe.inference.chat import Chat
-from recipe.inference.generate import Sampling, load
+from recipe.inference.generate import Model, Sampling, load
 from tests.no_skips import find_browser
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
@@ -96,11 +97,56 @@ def test_answers_are_written_together(folders: list[Path]) -> None:
     assert [reply.text for reply in replies] == [_greedy(folders[0], "Mia", 3), _greedy(folders[1], "Mia", 8)]
 
 
-def test_a_port_that_is_taken(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    from recipe.inference.web import _is_loopback, serve
+def _event(models: list[Model], name: str, sampling: Sampling = SAMPLING) -> Any:
+    """What the page does at an event of its."""
+    from recipe.inference.web import build
+
+    return next(event.fn for event in build(models, sampling, None).fns.values() if event.name == name)
+
+
+def test_one_question_at_a_time(folders: list[Path]) -> None:
+    import gradio as gr
+
+    begin = _event([load(folders[0], device="cpu")], "begin")
+    asked, busy, _, said, _ = begin("Who?", False, [[]])
+    assert (asked, busy) == ("Who?", True)
+    with pytest.raises(gr.Error, match="An answer is being written"):
+        begin("And now?", busy, said)
+    with pytest.raises(gr.Error, match="nothing to answer"):
+        begin(" ", False, said)
+
+
+def test_an_answer_without_a_word_leaves_no_turn(folders: list[Path]) -> None:
+    """Stopped before the first token, or the model fails: the question stands in the box again, and why below it."""
+    model = load(folders[0], device="cpu")
+    earlier = [Message(role="user", content="Hi"), Message(role="assistant", content="Hello")]
+    said = [[*earlier, Message(role="user", content="Who?"), Message(role="assistant", content="")]]
+    busy, box, left, *_ = _event([model], "stop")(said)
+    assert (busy, box["value"] if isinstance(box, dict) else box.value, left) == (False, "Who?", [earlier])
+    with torch.no_grad():
+        model.gpt.lm_head.weight.fill_(float("nan"))
+    box, left, _, caption = list(_event([model], "answer")("Who?", True, said, 1.0, 0, 1.0, 5, "", ""))[-1]
+    assert (box["value"] if isinstance(box, dict) else box.value, left) == ("Who?", [earlier])
+    assert "not a number" in caption
+    caption = list(_event([model], "answer")("Who?", True, said, 1.0, 0, 1.0, 5, str(2**64), ""))[-1][-1]
+    assert "at most 64 bits" in caption
+
+
+def test_settings_beyond_the_sliders() -> None:
+    from recipe.inference.web import _settings
+
+    given = Sampling(max_new_tokens=4000, temperature=3.0, top_k=500, top_p=1.0)
+    assert [slider.preprocess(slider.value) for slider in _settings(given, None, True)[:4]] == [3.0, 500, 1.0, 4000]
+
+
+def test_a_port_that_is_taken() -> None:
+    from recipe.inference.web import _is_loopback, listen
 
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"name another by --port"):
-        serve([], SAMPLING, None, "127.0.0.1", taken.getsockname()[1])
+        listen("127.0.0.1", taken.getsockname()[1])
+    for port in (-1, 65536):
+        with pytest.raises(UserError, match=f"--port is {port}; expected 0"):
+            listen("127.0.0.1", port)
     assert [_is_loopback(host) for host in ("localhost", "::1", "127.0.0.1", "0.0.0.0", "::", "example.com")] == [
         *[True] * 3,
         *[False] * 3,
