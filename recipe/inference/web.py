@@ -225,8 +225,12 @@ def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.B
 
         def ready(question: str = "") -> list[Any]:
             """Nothing is being written; a question that has no answer is there to be asked again."""
-            typed = {"value": question} if question else {}
+            typed: dict[str, Any] = {"value": question} if question else {}
             return [False, gr.Textbox(submit_btn=True, stop_btn=False, **typed)]
+
+        def back(said: Said) -> list[Any]:
+            shorter: Said = [history[:-2] for history in said]
+            return [*ready(_last_question(said)), shorter, *_shown(shorter), *[""] * len(models)]
 
         def stop(said: Said) -> list[Any]:
             said, left = _without_empty(said)
@@ -267,12 +271,7 @@ def build(models: Sequence[Model], sampling: Sampling, seed: int | None) -> gr.B
             api_visibility="private",
         )
         undo.click(
-            lambda said: [
-                *ready(_last_question(said)),
-                without := [history[:-2] for history in said],
-                *_shown(without),
-                *[""] * len(models),
-            ],
+            back,
             said,
             [busy, box, said, *chatbots, *captions],
             cancels=events,

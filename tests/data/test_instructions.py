@@ -92,7 +92,7 @@ BROKEN = {
     "no object": (b"[1]", "list where an object was expected"),
     "no known fields": ({"text": "Who?", "id": 1}, "the fields 'text', 'id'; expected {\"messages\""),
     "nothing": ({}, "the fields (none)"),
-    "no text": ({"prompt": ["Who?"], "response": "Mia."}, "'prompt' holds a list; expected text"),
+    "no text": ({"prompt": ["Who?"], "response": "Mia."}, "expected text in 'prompt', found list"),
     "empty answer": ({"prompt": "Who?", "response": " \n"}, "message 2, the assistant's, is empty"),
     "no answer": ({"prompt": "Who?", "response": None}, "message 2, the assistant's, is empty"),
     "empty prompt": ({"instruction": "", "input": "", "output": "Mia."}, "message 1, the user's, is empty"),
@@ -101,10 +101,10 @@ BROKEN = {
         "message 3 is the assistant's, expected user's",
     ),
     "no end": ({"messages": turn("Who?", "Mia.")[:1]}, "it does not end with a message of the assistant"),
-    "no message": ({"messages": []}, "it does not end with a message of the assistant"),
+    "no message": ({"messages": []}, "no messages"),
     "a tool": ({"messages": [{"role": "tool", "content": "1"}]}, "a message of 'tool'; expected one of system"),
     "half a message": ({"conversations": [{"from": "human"}]}, 'a message {"from": "human"}; expected an object with'),
-    "message of parts": ({"messages": [{"role": "user", "content": [1]}]}, "'content' holds a list; expected text"),
+    "message of parts": ({"messages": [{"role": "user", "content": [1]}]}, "expected text in 'content', found list"),
 }
 
 
