@@ -73,10 +73,11 @@ def main(
     from recipe.inference.chat import Chat
     from recipe.inference.terminal import Terminal
 
+    terminal = Terminal(Chat(load(folders[0], device, precision), seed=seed), sampling)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     try:
-        Terminal(Chat(load(folders[0], device, precision), seed=seed), sampling).run()
+        terminal.run()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

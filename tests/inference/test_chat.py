@@ -365,8 +365,10 @@ class Typist:
         import pty
 
         self.ours, theirs = pty.openpty()
+        # A shell's background job, such as these tests may be, is born deaf to Ctrl-C.
         takes_terminal = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+            "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+            "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", takes_terminal, *command],
