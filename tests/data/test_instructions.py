@@ -406,4 +406,4 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
         assert "nothing to do" in call("lines") and not server.requests
         assert "no conversation for train among 5" in call("tables")  # all of them are held out
         assert "the Hub has no dataset org/none" in call("none")
-        process.communicate("", timeout=60)
+        process.communicate("", timeout=280)

@@ -413,7 +413,7 @@ def test_a_terminal(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> No
         gpt.lm_head.weight[0] = 0
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir, prompt_style=Phi2())
     command = [sys.executable, str(ROOT / "chat.py"), str(folder), "--device", "cpu", "--max_new_tokens", "99999"]
-    typist = Typist([*command, "--top_k", "null", "--temperature", "3"], tmp_path)
+    typist = Typist([*command, "--top_k", "100", "--temperature", "3"], tmp_path)
     try:
         typist.wait_for("Ctrl-D leaves.*>")
         typist.type("Who is\x1b\rMia?\r")
