@@ -1,6 +1,7 @@
 """Takes docs/chat.png: the chat page with two models that have answered the same question. Needs a Chromium browser.
 
-uv run python benchmarks/chat_page.py CHECKPOINT OTHER_CHECKPOINT --question "Write a story about a cat."
+uv run python benchmarks/chat_page.py checkpoints/quickstart-chat/final checkpoints/quickstart/final \\
+  --question "Write a story about a mole named Milo who is afraid of the dark."
 """
 
 import argparse
