@@ -1,7 +1,6 @@
 """Takes docs/chat.png: the chat page with two models that have answered the same question. Needs a Chromium browser.
 
-uv run python benchmarks/chat_page.py checkpoints/quickstart-chat/final checkpoints/quickstart/final \\
-  --question "Write a story about a mole named Milo who is afraid of the dark."
+uv run python benchmarks/chat_page.py checkpoints/quickstart-chat/final checkpoints/quickstart/final
 """
 
 import argparse
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="+", help="one checkpoint, or two side by side")
-    parser.add_argument("--question", default="Write a story about a cat named Mia who is afraid of the sea.")
+    parser.add_argument("--question", default="Write a story about a mole named Milo who is afraid of the dark.")
     parser.add_argument("--temperature", default="0.5")
     parser.add_argument("--seed", default="42")
     parser.add_argument("--dark", action="store_true", help="in the dark colours")

@@ -23,7 +23,7 @@ from recipe.inference.chat import NOT_TUNED, Chat, Reply, describe
 from recipe.inference.generate import Model, Sampling
 
 QUESTIONS = (
-    "Write a story about a cat named Mia who is afraid of the sea.",
+    "Write a story about a mole named Milo who is afraid of the dark.",
     "Write a story about a lost scarf.",
     "Tell me about two friends.",
 )
