@@ -569,13 +569,6 @@ def load_weights(folder: Path, *, mmap: bool = False) -> "dict[str, Tensor]":
     return inner
 
 
-def weights_sha256(folder: Path) -> str:
-    """The checksum of a checkpoint's weights."""
-    folder = as_folder(folder)
-    mark = read_mark(folder) if (folder / MARK).is_file() else None
-    return mark.files[WEIGHTS].sha256 if mark else _sha256(folder / WEIGHTS)
-
-
 def load_lora_weights(folder: Path) -> "dict[str, Tensor]":
     """The LoRA parameters in LitGPT's keys, on the CPU. Raises as ``load_weights``."""
     return _load_torch(Path(folder) / LORA_WEIGHTS)

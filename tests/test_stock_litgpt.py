@@ -24,7 +24,7 @@ from litgpt.utils import copy_config_files
 
 from recipe import checkpoints, load
 from recipe.data.conversations import prompt_style
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
+from tests.tiny_checkpoint import litgpts_finetuning, save_tiny, tiny_gpt
 
 DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
 NEOX = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerNorm", "bias": True, "n_query_groups": 4}
@@ -116,24 +116,7 @@ def test_evaluate(folder: Path, tmp_path: Path, stories: list[str]) -> None:
 def test_finetune_full(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     gpt = tiny_gpt(moe_fields | {"block_size": 256})
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
-    pairs = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("fox", "dog", "cat", "sea")] * 3
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
-    options = {
-        "--data": "JSON",
-        "--data.json_path": str(tmp_path / "pairs.json"),
-        "--data.val_split_fraction": "0.3",
-        "--data.num_workers": "0",
-        "--train.max_seq_length": "256",
-        "--train.epochs": "1",
-        "--train.max_steps": "2",
-        "--train.global_batch_size": "2",
-        "--train.micro_batch_size": "1",
-        "--train.lr_warmup_steps": "1",
-        "--eval.max_new_tokens": "4",
-        "--precision": "32-true",
-        "--out_dir": str(tmp_path / "finetuned"),
-    }
-    litgpt("finetune_full", str(folder), *(part for item in options.items() for part in item), cwd=tmp_path)
+    litgpt("finetune_full", str(folder), *litgpts_finetuning(tmp_path), cwd=tmp_path)
     tuned = checkpoints.load_weights(tmp_path / "finetuned" / "final")
     assert tuned.keys() == gpt.state_dict().keys()
     assert any(not torch.equal(tuned[name], tensor) for name, tensor in gpt.state_dict().items())

@@ -1,6 +1,7 @@
 """A checkpoint of a tiny model with random weights, for the tests of whatever reads checkpoints."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,3 +45,25 @@ def door(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def litgpts_finetuning(folder: Path) -> list[str]:
+    """Flags of `litgpt finetune_full` for two steps on a few pairs, all of it in ``folder``."""
+    pairs = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("fox", "dog", "cat", "sea")] * 3
+    (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    options = {
+        "--data": "JSON",
+        "--data.json_path": str(folder / "pairs.json"),
+        "--data.val_split_fraction": "0.3",
+        "--data.num_workers": "0",
+        "--train.max_seq_length": "256",
+        "--train.epochs": "1",
+        "--train.max_steps": "2",
+        "--train.global_batch_size": "2",
+        "--train.micro_batch_size": "1",
+        "--train.lr_warmup_steps": "1",
+        "--eval.max_new_tokens": "4",
+        "--precision": "32-true",
+        "--out_dir": str(folder / "finetuned"),
+    }
+    return [part for item in options.items() for part in item]

@@ -134,6 +134,7 @@ def encode_newest(
 
 def _encode_later(message: Message, tokenizer: Tokenizer, style: PromptStyle) -> list[int]:
     """A message that is not of the conversation's first prompt."""
+    message = _as_text(message, tokenizer)
     if message["role"] == "assistant":
         ids: list[int] = tokenizer.encode(message["content"], bos=False, eos=True).tolist()
     else:
@@ -146,9 +147,9 @@ def _encode(
 ) -> EncodedConversation:
     if problem := problem_with(messages, last):
         raise ValueError(f"no conversation: {problem}")
-    messages = [Message(role=m["role"], content=_as_text(m["content"], tokenizer)) for m in messages]
     first = 2 if messages[0]["role"] == "system" else 1  # messages of the first prompt
-    ids: list[int] = tokenizer.encode(prompt_text(messages[:first], style)).tolist()
+    prompt = prompt_text([_as_text(message, tokenizer) for message in messages[:first]], style)
+    ids: list[int] = tokenizer.encode(prompt).tolist()
     is_answer = [False] * len(ids)
     for message in messages[first:]:
         new = _encode_later(message, tokenizer, style)
@@ -157,15 +158,16 @@ def _encode(
     return EncodedConversation(ids, is_answer)
 
 
-def _as_text(content: str, tokenizer: Tokenizer) -> str:
+def _as_text(message: Message, tokenizer: Tokenizer) -> Message:
     """A message without special tokens: written out in a text, `<|endoftext|>` would become the token."""
     if tokenizer.backend != "huggingface":
-        return content  # sentencepiece reads them as text
+        return message  # sentencepiece reads them as text
+    content = message["content"]
     special = [token.content for token in tokenizer.processor.get_added_tokens_decoder().values() if token.special]
     while found := [token for token in special if token in content]:  # what is left may be one again
         for token in found:
             content = content.replace(token, "")
-    return content
+    return Message(role=message["role"], content=content)
 
 
 def prompt_text(messages: Sequence[Message], style: PromptStyle) -> str:

@@ -72,9 +72,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     assert isinstance(settings, FinetuneSettings)
     folder, data = settings.checkpoint_dir, settings.data
     fabric.seed_everything(settings.seed, verbose=False)
-    weights = checkpoints.load_weights(folder)
-    if not settings.lora_r and resume_from:
-        weights = checkpoints.load_weights(resume_from)
+    weights = checkpoints.load_weights(resume_from if resume_from and not settings.lora_r else folder)
     with fabric.init_module(empty_init=True):
         gpt = litgpt.lora.GPT(lora_config(settings)) if settings.lora_r else GPT(settings.model)
     # Embeddings that were one matrix while pretraining stay one; LoRA on the head makes another one of it.
@@ -90,7 +88,9 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     tokenizer = Tokenizer(folder)
     made_from = {"the conversations": instructions_fingerprint(data.data_dir)}
     if settings.lora_r:
-        made_from["the checkpoint that it starts from"] = checkpoints.weights_sha256(folder)
+        made_from["the checkpoint that it starts from"] = (
+            checkpoints.read_mark(folder).files[checkpoints.WEIGHTS].sha256
+        )
     run_training(
         fabric,
         gpt,

@@ -83,7 +83,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
             lora_weights=lora_weights,
             config=run.settings.model,
             prompt_style=run.prompt_style,
-            instructions_path=getattr(run.settings.data, "manifest_path", None),
+            instructions_path=run.settings.data.manifest_path if isinstance(run.settings, FinetuneSettings) else None,
             hyperparameters=run.hyperparameters,
             step=progress.step,
             tokens=progress.tokens,

@@ -11,6 +11,7 @@ from recipe.cli import UserError
 from recipe.data.conversations import (
     Message,
     encode_conversation,
+    encode_newest,
     encode_prompt,
     is_tuned,
     load_prompt_style,
@@ -105,3 +106,11 @@ def test_special_tokens_in_a_message_are_not_tokens(tokenizer: Tokenizer) -> Non
     encoded = encode_conversation(_messages(hostile, hostile), tokenizer, prompt_style("phi-2"))
     assert encoded.input_ids.count(tokenizer.eos_id) == 1 and encoded.input_ids[-1] == tokenizer.eos_id
     assert "say  now" in tokenizer.processor.decode(encoded.input_ids)
+
+
+def test_nor_are_they_in_the_newest_turns(tokenizer: Tokenizer) -> None:
+    """A chat reads its history turn by turn, on another way than a whole conversation."""
+    messages = _messages("a <|endoftext|> b", "c <|endoftext|> d", "e <|endoftext|> f")
+    kept, prompt = encode_newest([], messages, tokenizer, prompt_style("phi-2"), longest=10_000)
+    assert kept == 1 and prompt == encode_prompt(messages, tokenizer, prompt_style("phi-2"))
+    assert prompt.count(tokenizer.eos_id) == 1  # the end of the answer

@@ -1,6 +1,5 @@
 """The door: there, back, to the Hub, and into an environment that does not have this repository."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from recipe import checkpoints, load
 from recipe.cli import UserError
 from recipe.settings import PROJECT
 from tests.export.push_server import serve
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import door, litgpts_finetuning, save_tiny, tiny_gpt
 
 
 @pytest.fixture
@@ -116,26 +115,9 @@ def test_an_imported_model_can_be_tuned(tmp_path: Path, tokenizer_dir: Path) -> 
 
     source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama", max_position_embeddings=256)
     door("export_hf").import_folder(source, tmp_path / "in")
-    pairs = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("fox", "dog", "cat", "sea")] * 3
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
-    options = {
-        "--data": "JSON",
-        "--data.json_path": str(tmp_path / "pairs.json"),
-        "--data.val_split_fraction": "0.3",
-        "--data.num_workers": "0",
-        "--train.max_seq_length": "256",
-        "--train.epochs": "1",
-        "--train.max_steps": "2",
-        "--train.global_batch_size": "2",
-        "--train.micro_batch_size": "1",
-        "--train.lr_warmup_steps": "1",
-        "--eval.max_new_tokens": "4",
-        "--precision": "32-true",
-        "--out_dir": str(tmp_path / "tuned"),
-    }
     command = [sys.executable, "-m", "litgpt", "finetune_full", str(tmp_path / "in")]
-    subprocess.run([*command, *(part for item in options.items() for part in item)], check=True, timeout=280)
-    assert checkpoints.load_weights(tmp_path / "tuned" / "final").keys()
+    subprocess.run([*command, *litgpts_finetuning(tmp_path)], check=True, timeout=280)
+    assert checkpoints.load_weights(tmp_path / "finetuned" / "final").keys()
 
 
 def _uv() -> str | None:
