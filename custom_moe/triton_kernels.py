@@ -7,6 +7,7 @@ Import this module only where Triton is, inside the function that needs it:
 
 Shape suffixes: N rows of a source, C width in, O width out, E n_expert, S assignments sorted by expert, I an expert's
 hidden width, J = 2*I gate and up together. ``ends_E`` (int32) says where each expert's rows end; groups may be empty.
+In a kernel the same names are pointers, and lower-case letters the indices that a program works on.
 
 How ``multiply`` finds its work: the output is cut into tiles of BLOCK_S rows and BLOCK_O columns, a program for each.
 A tile's rows must be one expert's, but only the GPU knows ``ends_E``, so the grid is as large as it may have to be:
@@ -47,10 +48,10 @@ def choose_tile(dtype: torch.dtype, capability: tuple[int, int], aligned: bool =
     12.x), 164 kB on 8.0, 228 kB on 9.0 and 10.x. Without alignment each number is read by itself, and the addresses
     need registers too.
     """
-    if dtype == torch.float32:
-        return Tile(128, 64, 32, 4, 3) if tf32 and aligned else Tile(64, 64, 16, 4, 3)
     if not aligned:
-        return Tile(64, 64, 32, 4, 3)
+        return Tile(64, 64, 16, 4, 2) if dtype == torch.float32 else Tile(64, 64, 32, 4, 3)
+    if dtype == torch.float32:
+        return Tile(128, 64, 32, 4, 3) if tf32 else Tile(64, 64, 16, 4, 3)
     return Tile(128, 128, 64, 8, 3) if capability[0] in (9, 10) else Tile(128, 128, 32, 4, 4)
 
 
@@ -75,7 +76,7 @@ def _tile_of(index, n_row, n_column):
     return first + within % rows, within // rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tile"])
 def multiply_kernel(
     x_NC,
     weight_EOC,
@@ -236,7 +237,7 @@ def _(
     return x_NC.new_empty(ends_E.size(0), grad_NO.size(1), x_NC.size(1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def swiglu_kernel(h_SJ, weights_S, a_SI, S, I, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr):
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     row = s.to(tl.int64)[:, None]
@@ -250,7 +251,7 @@ def swiglu_kernel(h_SJ, weights_S, a_SI, S, I, BLOCK_S: tl.constexpr, BLOCK_I: t
         tl.store(a_SI + row * I + i, a.to(a_SI.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def swiglu_backward_kernel(
     h_SJ, weights_S, da_SI, dh_SJ, a_SI, dweights_S, S, I, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr
 ):

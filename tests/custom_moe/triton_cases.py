@@ -26,9 +26,13 @@ ROUTINGS = {
     "several tiles": [70, 3, 0, 129, 64],
     "no rows": [0, 0, 0],
 }
-WIDTHS = [(24, 40), (17, 5), (33, 131), (64, 160)]
-CASES = [(sizes, (24, 40)) for sizes in ROUTINGS.values()] + [(ROUTINGS["several tiles"], pair) for pair in WIDTHS[1:]]
-IDS = [*ROUTINGS, *map(str, WIDTHS[1:])]
+CASES = [
+    *((torch.float32, name, (24, 40)) for name in ROUTINGS),
+    *((torch.float32, "several tiles", widths) for widths in [(17, 5), (33, 131), (64, 160)]),
+    *((dtype, "several tiles", (33, 70)) for dtype in (torch.bfloat16, torch.float16)),
+    *((dtype, "empty experts", (64, 144)) for dtype in (torch.bfloat16, torch.float16)),
+]
+
 
 if INTERPRETED:
     from triton.runtime import interpreter
@@ -67,10 +71,10 @@ def check(result: Tensor, exact: Tensor, scale: Tensor, terms: int, dtype: torch
     assert ((result.double() - exact).abs() <= allowed * 1.01).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("sizes", "widths"), CASES, ids=IDS)
-def test_multiply(sizes: list[int], widths: tuple[int, int], dtype: torch.dtype) -> None:
-    (C, O), E, S = widths, len(sizes), sum(sizes)
+@pytest.mark.parametrize(("dtype", "routing", "widths"), CASES, ids=str)
+def test_multiply(dtype: torch.dtype, routing: str, widths: tuple[int, int]) -> None:
+    (C, O), sizes = widths, ROUTINGS[routing]
+    E, S = len(sizes), sum(sizes)
     x, weight = randn(S, C, dtype=dtype), randn(E, O, C, dtype=dtype, seed=1)
     exact, scale = torch.zeros(S, O, dtype=torch.float64), torch.zeros(S, O, dtype=torch.float64)
     for s, e in enumerate(expert_of(sizes)):
@@ -89,10 +93,10 @@ def test_multiply(sizes: list[int], widths: tuple[int, int], dtype: torch.dtype)
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("sizes", "widths"), CASES, ids=IDS)
-def test_weight_gradient(sizes: list[int], widths: tuple[int, int], dtype: torch.dtype) -> None:
-    (C, O), E, S = widths, len(sizes), sum(sizes)
+@pytest.mark.parametrize(("dtype", "routing", "widths"), CASES, ids=str)
+def test_weight_gradient(dtype: torch.dtype, routing: str, widths: tuple[int, int]) -> None:
+    (C, O), sizes = widths, ROUTINGS[routing]
+    E, S = len(sizes), sum(sizes)
     grad, x = randn(S, O, dtype=dtype), randn(S, C, dtype=dtype, seed=1)
     exact, scale = torch.zeros(E, O, C, dtype=torch.float64), torch.zeros(E, O, C, dtype=torch.float64)
     for s, e in enumerate(expert_of(sizes)):
