@@ -2,14 +2,17 @@
 
 import copy
 
+import litgpt.config
 import pytest
 import torch
+import torch.nn.functional as F
 from litgpt import Config
 from litgpt.model import LLaMAMLP, LLaMAMoE
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from custom_moe import Backend, MoE
+from custom_moe import Backend, MoE, RouterOutput
+from custom_moe.router import route
 
 SIGMOID = dict(n_expert_groups=2, n_topk_groups=1, n_topk_scores_per_group=2)
 
@@ -94,6 +97,25 @@ def test_equals_litgpts_layer_in_output_and_every_gradient(fields: dict, backend
     for name, grad in grads.items():
         torch.testing.assert_close(grad, grads_stock[name], msg=lambda text, name=name: f"{name}: {text}")
     assert any(grad.any() for grad in grads.values())
+
+
+OWN_CONFIGS = [config["name"] for config in litgpt.config.configs if config.get("mlp_class_name") == "LLaMAMoE"]
+
+
+@both_backends
+@pytest.mark.parametrize("name", OWN_CONFIGS)
+def test_equals_litgpts_layer_on_each_of_its_own_models(name: str, backend: Backend) -> None:
+    """Shrunk in width alone: experts, routing and everything else as the model has them."""
+    widths = Config.from_name(name).moe_intermediate_size and {"moe_intermediate_size": 48}
+    config = Config.from_name(name, n_layer=2, n_embd=32, head_size=8, intermediate_size=48, **(widths or {}))
+    ours, stock = pair(config, backend=backend)
+    x = torch.randn(2, 17, 32)
+    for value, value_stock in zip(run(ours, x)[:2], run(stock, x)[:2], strict=True):
+        torch.testing.assert_close(value, value_stock)
+    grads, grads_stock = gradients(ours), gradients(stock)
+    assert len(grads) == 1 + 3 * config.n_expert
+    for expert, grad in grads.items():
+        torch.testing.assert_close(grad, grads_stock[expert], msg=lambda text, name=expert: f"{name}: {text}")
 
 
 def test_one_expert_equals_the_dense_feed_forward() -> None:
@@ -182,6 +204,72 @@ def test_mixed_precision_gradients_are_fp32_and_near_litgpts(backend: Backend) -
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
         torch.testing.assert_close(grad, grads_stock[name], atol=0.03, rtol=0.03)
+
+
+@both_backends
+def test_fp16_with_a_gradient_scaler_gives_the_gradients_of_fp32(backend: Backend) -> None:
+    """Gradients too small for fp16 by themselves (below 6e-8) arrive because the loss is scaled."""
+    ours, _ = pair(config_of({}), backend=backend)
+    x, small = torch.randn(2, 8, 32), 1e-7
+    (ours(x).square().sum() * small).backward()
+    exact = gradients(ours)
+    ours.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = ours(x)
+    scaler.scale(y.float().square().sum() * small).backward()
+    scaler.unscale_(optimizer)
+    for name, grad in gradients(ours).items():
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad / small, exact[name] / small, atol=0.05, rtol=0.02)
+    before = ours.gate.weight.clone()
+    scaler.step(optimizer)  # finite: nothing was skipped
+    scaler.update()
+    assert scaler.get_scale() == 2.0**16 and torch.equal(ours.gate.weight, before)
+
+
+def plain_layers(layer: MoE, x_NC: torch.Tensor, router: RouterOutput) -> torch.Tensor:
+    """The naive grouped path: every step a function that autograd keeps what it wants of."""
+    n_expert, top_k = layer.config.n_expert, layer.config.n_expert_per_token
+    expert_S, order_S = router.indices.flatten().sort(stable=True)
+    ends_E = torch.bincount(expert_S, minlength=n_expert).cumsum(0).to(torch.int32)
+    x_SC = x_NC[order_S // top_k]
+    h_SJ = F.grouped_mm(x_SC, layer.experts.fc_weight.transpose(1, 2), offs=ends_E)
+    gate_SI, up_SI = h_SJ.chunk(2, dim=1)
+    y_SC = F.grouped_mm(F.silu(gate_SI) * up_SI, layer.experts.proj_weight.transpose(1, 2), offs=ends_E)
+    y_NKC = y_SC[order_S.argsort()].view(*router.indices.shape, -1)
+    return (y_NKC * router.weights.unsqueeze(-1)).sum(dim=1)
+
+
+@both_backends
+@pytest.mark.parametrize("sizes", [(96, 256, 8, 2), (96, 64, 32, 8), (64, 64, 32, 4)], ids=str)
+def test_keeps_at_most_60_percent_of_what_plain_layers_keep(sizes: tuple[int, int, int, int], backend: Backend) -> None:
+    """Bytes that wait for the backward, without the weights, at an eighth of the widths of the benchmark's sizes."""
+    n_embd, width, n_expert, top_k = sizes
+    fields = {"n_expert": n_expert, "n_expert_per_token": top_k, "moe_intermediate_size": width, "n_embd": n_embd}
+    ours, _ = pair(config_of(fields), backend=backend)
+    x_NC = torch.randn(512, n_embd, requires_grad=True)
+    logits = F.linear(x_NC, ours.gate.weight).detach()
+    router = route(logits, ours.config)
+    router = router._replace(weights=router.weights.requires_grad_())
+
+    def kept(function) -> tuple[int, torch.Tensor]:
+        storages: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = function()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in ours.parameters()}
+        return sum(size for address, size in storages.items() if address not in weights), y
+
+    bytes_ours, y_ours = kept(lambda: ours.experts(x_NC, router.weights, router.indices))
+    bytes_plain, y_plain = kept(lambda: plain_layers(ours, x_NC, router))
+    torch.testing.assert_close(y_ours, y_plain)
+    assert bytes_ours <= 0.6 * bytes_plain
 
 
 @both_backends
