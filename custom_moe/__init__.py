@@ -8,20 +8,34 @@ as a few grouped matrix products, with the router's output at hand for balance l
 This package imports torch and litgpt alone and knows nothing of training.
 """
 
-from custom_moe.balance import expert_load, load_balancing_loss, router_z_loss
+from custom_moe.balance import (
+    LoadStatistics,
+    expert_counts,
+    expert_load,
+    load_balancing_loss,
+    load_statistics,
+    router_confidence,
+    router_z_loss,
+    updated_bias,
+)
 from custom_moe.block import MoEBlock
 from custom_moe.layer import MoE
 from custom_moe.patch import use_custom_moe
 from custom_moe.router import RouterOutput, ScoreFunction, score_function
 
 __all__ = [
+    "LoadStatistics",
     "MoE",
     "MoEBlock",
     "RouterOutput",
     "ScoreFunction",
+    "expert_counts",
     "expert_load",
     "load_balancing_loss",
+    "load_statistics",
+    "router_confidence",
     "router_z_loss",
     "score_function",
+    "updated_bias",
     "use_custom_moe",
 ]

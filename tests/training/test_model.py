@@ -81,14 +81,15 @@ def test_cross_entropy_is_that_of_litgpts_forward(name):
 
 def test_a_dense_model_has_no_balance_losses():
     losses = PretrainingModel(build("pythia"))(*batch())
-    assert (float(losses.load_balancing), float(losses.z_loss), losses.expert_load.numel()) == (0.0, 0.0, 0)
+    assert (float(losses.load_balancing), float(losses.z_loss), losses.expert_counts.numel()) == (0.0, 0.0, 0)
 
 
-def test_expert_load_has_a_row_for_each_moe_layer():
-    assert PretrainingModel(build("moe"))(*batch()).expert_load.shape == (3, 4)
-    load = PretrainingModel(build("deepseek"))(*batch()).expert_load
-    assert load.shape == (2, 4)
-    torch.testing.assert_close(load.sum(dim=1), torch.ones(2))
+def test_expert_counts_have_a_row_for_each_moe_layer():
+    assert PretrainingModel(build("moe"))(*batch()).expert_counts.shape == (3, 4)
+    losses = PretrainingModel(build("deepseek"))(*batch())
+    assert losses.expert_counts.shape == (2, 4)
+    assert losses.expert_counts.sum(dim=1).tolist() == [2 * 2 * 17] * 2, "each of 2 x 17 tokens to two experts"
+    assert losses.router_confidence.shape == (2,)
 
 
 @pytest.mark.parametrize("weights", [MoESettings(1.0, 0.0), MoESettings(0.0, 1.0)])
