@@ -2,11 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
-from custom_moe import use_custom_moe
+from custom_moe import expert_counts, expert_load, load_balancing_loss, use_custom_moe
+from recipe.forward import hidden_states
 from recipe.settings import MoESettings
 from recipe.training.loop import total_loss
-from recipe.training.model import PretrainingModel
+from recipe.training.model import PretrainingModel, even_counts, update_selection_biases
 
 SIZE = dict(block_size=32, n_layer=3, n_embd=32, n_head=4, padded_vocab_size=100, vocab_size=100)
 MODELS = {
@@ -92,6 +95,77 @@ def test_expert_counts_have_a_row_for_each_moe_layer():
     assert losses.router_confidence.shape == (2,)
 
 
+@pytest.mark.parametrize("name", ["moe", "deepseek"])
+def test_the_load_balancing_loss_goes_by_the_counts_that_are_given(name):
+    """Each layer by its own row; without counts, by this batch's."""
+    model, score = PretrainingModel(build(name)), "sigmoid" if name == "deepseek" else "softmax"
+    input_ids, targets = batch()
+    routers = [router for router in hidden_states(model.gpt, input_ids)[1] if router is not None]
+    given = torch.tensor([[7, 1, 0, 0], [1, 1, 1, 5], [0, 2, 3, 3]])[: len(routers)]
+    wanted = [
+        load_balancing_loss(router.logits, router.indices, score, load_E=expert_load(counts))
+        for router, counts in zip(routers, given, strict=True)
+    ]
+    found = model(input_ids, targets, last_counts=given)
+    torch.testing.assert_close(found.load_balancing, torch.stack(wanted).mean())
+    counts = torch.stack([expert_counts(router.indices, 4) for router in routers])
+    assert torch.equal(found.expert_counts, counts), "the counts are this batch's all the same"
+    own = model(input_ids, targets)
+    assert own.load_balancing == model(input_ids, targets, last_counts=own.expert_counts).load_balancing
+    even = model(input_ids, targets, last_counts=even_counts(model.gpt, input_ids.device))
+    torch.testing.assert_close(even.load_balancing, torch.tensor(1.0))
+
+
+def test_counts_and_confidence_are_of_tokens_that_are_no_padding():
+    model = PretrainingModel(build("moe"))
+    input_ids, targets = batch()
+    padded = model(input_ids, targets, torch.tensor([17, 5]))
+    alone = [
+        model(input_ids[row : row + 1, :length], targets[row : row + 1, :length]) for row, length in ((0, 17), (1, 5))
+    ]
+    assert torch.equal(padded.expert_counts, alone[0].expert_counts + alone[1].expert_counts)
+    expected = (17 * alone[0].router_confidence + 5 * alone[1].router_confidence) / 22
+    torch.testing.assert_close(padded.router_confidence, expected)
+    assert (padded.router_confidence > 1 / 4).all()
+
+
+def test_activation_checkpointing_counts_no_token_twice():
+    """Counts travel with the result: what the backward computes again has none to add to."""
+    plain, recomputing = PretrainingModel(build("deepseek")), PretrainingModel(build("deepseek"))
+    calls = []
+    for block in recomputing.gpt.transformer.h:
+
+        def forward(*args, block_forward=block.forward, **kwargs):
+            calls.append(1)
+            return block_forward(*args, **kwargs)
+
+        block.forward = lambda *args, forward=forward, **kwargs: checkpoint(
+            forward, *args, use_reentrant=False, **kwargs
+        )
+    results = []
+    for model in (plain, recomputing):
+        losses = model(*batch())
+        total_loss(losses, MoESettings()).backward()
+        update_selection_biases(model.gpt, losses.expert_counts, 0.001)
+        results.append(losses)
+    assert len(calls) == 2 * 3, "each block ran twice"
+    assert torch.equal(results[0].expert_counts, results[1].expert_counts)
+    assert results[1].expert_counts.sum(dim=1).tolist() == [2 * 2 * 17] * 2
+    for (name, wanted), found in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
+        assert torch.equal(wanted.grad, found.grad), name
+    for wanted, found in zip(plain.buffers(), recomputing.buffers(), strict=True):
+        assert torch.equal(wanted, found)
+
+
+def test_selection_biases_follow_the_counts_of_their_layer():
+    gpt = build("deepseek")
+    update_selection_biases(gpt, torch.tensor([[9, 3, 2, 2], [4, 4, 4, 4]]), 0.01)
+    update_selection_biases(gpt, torch.tensor([[9, 3, 2, 2], [0, 8, 4, 4]]), 0.01)
+    biases = [block.mlp.gate.e_score_correction_bias for block in gpt.transformer.h[1:]]
+    torch.testing.assert_close(biases[0], torch.tensor([-0.02, 0.02, 0.02, 0.02]))
+    torch.testing.assert_close(biases[1], torch.tensor([0.01, -0.01, 0.0, 0.0]))
+
+
 @pytest.mark.parametrize("weights", [MoESettings(1.0, 0.0), MoESettings(0.0, 1.0)])
 def test_balance_losses_reach_every_router_and_nothing_where_they_are_off(weights):
     model = PretrainingModel(build("moe"))
@@ -123,7 +197,17 @@ def test_training_on_the_balance_loss_alone_evens_the_load():
     assert loss.item() < min(before, 1.15)
 
 
-def test_one_graph_for_torch_compile():
-    model = PretrainingModel(build("moe"))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*batch()).cross_entropy, model(*batch()).cross_entropy)
+@pytest.mark.parametrize("name", ["moe", "deepseek"])
+def test_one_graph_for_torch_compile(name):
+    """Of one compilation, whatever the counts and the selection biases are."""
+    model, counter = PretrainingModel(build(name)), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    counts = even_counts(model.gpt, torch.device("cpu"))
+    for _ in range(3):
+        found, expected = (module(*batch(), None, counts) for module in (compiled, model))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        counts = found.expert_counts
+        if name == "deepseek":
+            update_selection_biases(model.gpt, counts, 0.001)
+    assert counter.frame_count == 1
