@@ -131,7 +131,8 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     run.progress = Progress(**state["progress"])
     check_same_tokens(folder, run.settings)
     load_optimizer_state(run.optimizer.optimizer, state["optimizer"])
-    run.expert_counts.copy_(state["expert_counts"])
+    if "expert_counts" in state:  # checkpoints from before it was kept begin evenly, as a first step does
+        run.expert_counts.copy_(state["expert_counts"])
     loader.load_state_dict(state["train_dataloader"])
     if other_devices:
         fabric.print(f"{other_devices}: the same batches go on; sums differ in their last digits by their order.")
