@@ -506,8 +506,8 @@ def _check_balance(settings: RunSettings) -> list[str]:
     if rate and (config.mlp_class_name != "LLaMAMoE" or not config.n_expert_groups):
         return [
             f"moe.bias_update_rate is {rate}, but only a sigmoid router has a selection bias and this model has none;"
-            " set model.n_expert_groups, n_topk_groups and n_topk_scores_per_group (2 each, say, and"
-            " model.norm_topk_prob true), or --moe.bias_update_rate 0"
+            " --moe.bias_update_rate 0, or train a model with sigmoid routers: --model.n_expert_groups 2"
+            " --model.n_topk_groups 2 --model.n_topk_scores_per_group 2 --model.norm_topk_prob true"
         ]
     if rate and isinstance(settings, FinetuneSettings) and settings.lora_r:
         return [
