@@ -9,7 +9,16 @@ This package imports torch and litgpt alone and knows nothing of training.
 """
 
 from custom_moe.backends import Backend
-from custom_moe.balance import expert_load, load_balancing_loss, router_z_loss
+from custom_moe.balance import (
+    LoadStatistics,
+    expert_counts,
+    expert_load,
+    load_balancing_loss,
+    load_statistics,
+    router_confidence,
+    router_z_loss,
+    updated_bias,
+)
 from custom_moe.block import MoEBlock
 from custom_moe.layer import MoE, set_backend
 from custom_moe.patch import use_custom_moe
@@ -17,14 +26,19 @@ from custom_moe.router import RouterOutput, ScoreFunction, score_function
 
 __all__ = [
     "Backend",
+    "LoadStatistics",
     "MoE",
     "MoEBlock",
     "RouterOutput",
     "ScoreFunction",
+    "expert_counts",
     "expert_load",
     "load_balancing_loss",
+    "load_statistics",
+    "router_confidence",
     "router_z_loss",
     "score_function",
     "set_backend",
+    "updated_bias",
     "use_custom_moe",
 ]

@@ -3,6 +3,7 @@
 Shape suffixes: N tokens, C n_embd, E n_expert, K n_expert_per_token, G n_expert_groups.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
@@ -67,7 +68,8 @@ def linear_fp32(x_NC: Tensor, weight_EC: Tensor) -> Tensor:
 
 class SigmoidGate(nn.Module):
     """The parameters of LitGPT's ``GroupedTopkRouter``, in its state-dict keys: ``weight (E, C)`` and the buffer
-    ``e_score_correction_bias (E,)``. Unlike LitGPT's, it initialises itself."""
+    ``e_score_correction_bias (E,)``. Unlike LitGPT's, it initialises itself, and the bias is fp32 whatever the model
+    is converted to: bf16 would round the small steps of its updates away (``custom_moe.updated_bias``)."""
 
     e_score_correction_bias: Tensor
 
@@ -75,7 +77,6 @@ class SigmoidGate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
-        # fp32 by name: a model built in bf16 would round the small steps of a bias update away.
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_expert, dtype=torch.float32))
         self.reset_parameters()
 
@@ -83,6 +84,14 @@ class SigmoidGate(nn.Module):
         """The distribution of LitGPT's pretraining for linear layers, and a zero bias."""
         nn.init.normal_(self.weight, mean=0.0, std=(2.0 / 5 / self.config.n_embd) ** 0.5)
         nn.init.zeros_(self.e_score_correction_bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmoidGate":
+        # All of `.to()`, `.half()`, `.to_empty()` come by here.
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device, torch.float32)
+        return self
 
 
 @torch.no_grad()

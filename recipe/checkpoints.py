@@ -613,9 +613,11 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "G
     weights = load_weights(folder, mmap=os.name != "nt")
     with use_custom_moe(), torch.device("meta"):
         gpt = GPT(config)
-    weights = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in weights.items()
-    }
+
+    def stays(name: str, tensor: "torch.Tensor") -> bool:  # a router's selection bias is fp32 in any model
+        return not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
+
+    weights = {name: tensor.to(device, None if stays(name, tensor) else dtype) for name, tensor in weights.items()}
     try:
         gpt.load_state_dict(weights, assign=True)
     except RuntimeError as error:

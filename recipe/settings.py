@@ -78,6 +78,9 @@ class MoESettings:
     """Weight of the load-balancing loss, a mean over layers (Switch Transformer, arXiv 2101.03961); 0 turns it off"""
     z_loss: float = 0.001
     """Weight of the router z-loss, a mean over layers (ST-MoE, arXiv 2202.08906); 0 turns it off"""
+    bias_update_rate: float = 0.0
+    """How far the selection bias of a sigmoid router (model.n_expert_groups) moves at each step towards an even load
+    (DeepSeek-V3, arXiv 2408.15664); usual is 0.001 with a small load_balancing_loss, or none"""
 
 
 @dataclass
@@ -451,6 +454,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
     """
     problems = [
         *_check_model(settings.model),
+        *_check_balance(settings),
         *_check_batches(settings),
         *_check_schedule(settings.train, optimizer),
         *_check_evaluation(settings),
@@ -493,6 +497,24 @@ def _check_model(config: Config) -> list[str]:
             " set mlp_class_name: LLaMAMoE, or n_expert: 0."
         )
     return problems
+
+
+def _check_balance(settings: RunSettings) -> list[str]:
+    rate, config = settings.moe.bias_update_rate, settings.model
+    if rate < 0:
+        return [f"moe.bias_update_rate is {rate}; expected 0 for none, or a small step such as 0.001."]
+    if rate and (config.mlp_class_name != "LLaMAMoE" or not config.n_expert_groups):
+        return [
+            f"moe.bias_update_rate is {rate}, but only a sigmoid router has a selection bias and this model has none;"
+            " --moe.bias_update_rate 0, or train a model with sigmoid routers: --model.n_expert_groups 2"
+            " --model.n_topk_groups 2 --model.n_topk_scores_per_group 2 --model.norm_topk_prob true"
+        ]
+    if rate and isinstance(settings, FinetuneSettings) and settings.lora_r:
+        return [
+            f"moe.bias_update_rate is {rate}, but LoRA leaves the routers' selection bias as the checkpoint has it;"
+            " --moe.bias_update_rate 0, or train all weights: --lora_r 0"
+        ]
+    return []
 
 
 def _check_batches(settings: RunSettings) -> list[str]:

@@ -55,6 +55,18 @@ def test_everything_comes_back(run: Path, gpt: GPT, moe_fields: dict) -> None:
     torch.testing.assert_close(loaded(ids), gpt(ids))
 
 
+def test_a_selection_bias_stays_fp32_in_a_model_in_bf16(tmp_path: Path, moe_fields: dict) -> None:
+    """Rounded to bf16 it would choose other experts than those it was trained with."""
+    sigmoid = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2}
+    gpt = tiny_gpt(moe_fields | sigmoid)
+    bias = gpt.transformer.h[1].mlp.gate.e_score_correction_bias
+    bias += 1 + 0.001 * torch.arange(4)
+    loaded = checkpoints.load_model(save_tiny(tmp_path / "final", gpt, None), torch.device("cpu"), torch.bfloat16)
+    gate = loaded.transformer.h[1].mlp.gate
+    assert gate.weight.dtype == torch.bfloat16
+    assert torch.equal(gate.e_score_correction_bias, bias)
+
+
 def test_litgpt_reads_the_folder(run: Path, gpt: GPT, moe_fields: dict) -> None:
     folder = run / "step-00000002"
     check_valid_checkpoint_dir(folder, raise_error=True)

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import run_train
 from recipe import checkpoints
 from recipe.cli import exit_with_message
 from recipe.settings import PROJECT
+from tests.training_fixtures import SIGMOID_ROUTER
 
 
 @pytest.fixture
@@ -255,13 +257,21 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "devices", "two nodes"])
-def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher):
-    said = run_twice(launcher, run_file, *ONE_RUN, "--out_dir", str(tmp_path / "two"))
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [("torchrun", ()), ("two nodes", ()), ("devices", (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01"))],
+    ids=["torchrun", "two nodes", "devices, selection biases"],
+)
+def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, flags):
+    """The experts' load of each step, too, by which the next step's load-balancing loss and the biases go."""
+    said = run_twice(launcher, run_file, *ONE_RUN, *flags, "--out_dir", str(tmp_path / "two"))
     # fabric.print prints on each machine
     assert said.count("12 steps of 256 tokens") == (2 if launcher == "two nodes" else 1)
     assert checkpoints.read_mark(tmp_path / "two" / "final").tokens == 2944
-    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "one")), tmp_path / "two")
+    assert_same_run(train(*ONE_RUN, *flags, "--out_dir", str(tmp_path / "one")), tmp_path / "two")
+    states = [checkpoints.load_training_state(tmp_path / name / "final") for name in ("one", "two")]
+    assert torch.equal(states[0]["expert_counts"], states[1]["expert_counts"])
+    assert states[0]["expert_counts"].sum(dim=1).tolist() == [2 * 2 * 4 * 16] * 2, "of the last step's 2 micro batches"
 
 
 @pytest.mark.slow

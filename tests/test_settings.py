@@ -158,6 +158,11 @@ def test_each_flag_of_our_own_is_explained():
         (["--model.n_head", "5"], "self.n_embd % self.n_head == 0"),
         (["--model.n_expert", "0"], "n_expert is 0, which would build a model without feed-forward"),
         (["--model.n_expert_per_token", "9"], "expected a number from 1 to n_expert (4)"),
+        (
+            ["--moe.bias_update_rate", "0.001"],
+            "only a sigmoid router has a selection bias and this model has none; --moe.bias_update_rate 0",
+        ),
+        (["--moe.bias_update_rate", "-0.001"], "moe.bias_update_rate is -0.001; expected 0"),
         (["--model.mlp_class_name", "LLaMAMLP", "--model.intermediate_size", "8"], "which has no experts"),
         (
             ["--micro-batch-size", "3"],

@@ -12,6 +12,12 @@ from recipe.settings import check, parse_run
 from recipe.training.pretrain import pretrain
 from recipe.training.ready import ready
 
+SIGMOID_ROUTER = (
+    *("--model.n_expert_groups", "2", "--model.n_topk_groups", "2", "--model.n_topk_scores_per_group", "2"),
+    *("--model.norm_topk_prob", "true"),
+)
+"""Flags that give the run file's model a sigmoid router with a selection bias"""
+
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> Path:

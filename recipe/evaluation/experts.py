@@ -13,7 +13,6 @@ What is counted. Every token of the validation text that the model reads, once, 
   many times: 3 is three times as often as the expert takes any token. Tokens seen fewer than `SEEN` times are left out.
 """
 
-import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -29,13 +28,13 @@ from rich.text import Text
 from torch import Tensor
 
 from custom_moe import score_function
+from custom_moe.balance import DEAD, expert_load, load_statistics, normalized_entropy, router_probabilities
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.evaluation.common import Precision, as_table, load_model
 from recipe.evaluation.loss import open_validation
 from recipe.forward import hidden_states
 
-DEAD = 0.01
 SEEN = 20
 TOKENS = 5  # listed for an expert
 
@@ -167,9 +166,8 @@ def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counted:
         for layer, router in enumerate(router for router in routers if router is not None):
             cells = (router.indices.cpu() * vocabulary + places).flatten()
             assigned[layer].scatter_add_(0, cells, torch.ones_like(cells))
-            scores = router.logits.sigmoid() if score_function(config) == "sigmoid" else router.logits.softmax(-1)
-            probabilities = scores / scores.sum(dim=-1, keepdim=True)  # (N, E)
-            entropies[layer] += _entropy(probabilities).sum().double().cpu()
+            probabilities = router_probabilities(router.logits, score_function(config))  # (N, E)
+            entropies[layer] += normalized_entropy(probabilities).sum().double().cpu()
         tokens += ids.numel()
     return Counted(tokens, assigned.view(n_layer, config.n_expert, vocabulary), (entropies / tokens).tolist())
 
@@ -183,8 +181,10 @@ def describe(
         assigned: ``(n_expert, V)``, how often each expert took each token.
     """
     by_token = assigned.sum(dim=0)  # (V,)
-    shares = assigned.sum(dim=1) / by_token.sum()  # (E,)
+    counts = assigned.sum(dim=1)  # (E,)
+    shares = expert_load(counts)
     load = shares * len(shares)
+    statistics = load_statistics(counts)
     by_chance = shares[:, None] * by_token  # (E, V)
     deviations = (assigned - by_chance) / (by_chance * (1 - shares[:, None])).sqrt()
     # An expert that takes nothing, or everything, has no deviation.
@@ -207,9 +207,9 @@ def describe(
     return Layer(
         block=block,
         load=load.tolist(),
-        entropy=float(_entropy(shares)),
+        entropy=float(statistics.entropy),
         router_entropy=router_entropy,
-        max_over_mean=float(load.max()),
+        max_over_mean=float(statistics.max_over_mean),
         dead=(load < DEAD).nonzero().flatten().tolist(),
         tokens=tokens,
     )
@@ -323,12 +323,3 @@ def draw(result: ExpertStatistics, path: Path) -> None:
     figure.text(*inches(left + 3.0, bottom - 0.4), legend, fontsize=8.5, va="center", linespacing=1.4)
     with rc_context({"svg.hashsalt": "experts"}):  # the same picture is the same file
         figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    """Over the last dimension, of its greatest value; of one expert alone it is 1."""
-    n_expert = probabilities.size(-1)
-    if n_expert == 1:
-        return torch.ones(probabilities.shape[:-1])
-    entropy: Tensor = torch.special.entr(probabilities).sum(dim=-1) / math.log(n_expert)
-    return entropy

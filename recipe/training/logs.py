@@ -25,7 +25,7 @@ COLUMNS = (
     *("tokens_per_second", "mfu", "grad_norm", "load_balancing_loss", "z_loss", "val_perplexity"),
     *("hellaswag_acc", "hellaswag_acc_norm"),
 )
-"""Columns of the CSV file that every run has; per-layer expert loads follow."""
+"""Columns of the CSV file that every run has; those of each layer's experts follow."""
 
 
 class MetricsCSV(Logger):
@@ -220,6 +220,8 @@ class RunDisplay:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.1%}")
+        if dead := sum(value for name, value in row.items() if name.startswith("dead_experts/")):
+            parts.append(f"dead experts {dead:.0f}")
         self._progress.update(self._task, completed=step, numbers=" | ".join(parts))
         if not self._shown:
             minutes, seconds = divmod(int(seconds_left), 60)

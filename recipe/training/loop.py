@@ -23,6 +23,7 @@ from litgpt.utils import CycleIterator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from custom_moe import load_statistics
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.instruction_module import IGNORED, InstructionData
@@ -33,7 +34,7 @@ from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings
 from recipe.training.compiling import should_compile
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
-from recipe.training.model import Batch, Losses, PretrainingModel
+from recipe.training.model import Batch, Losses, PretrainingModel, even_counts, update_selection_biases
 from recipe.training.optimizers import make_optimizer, set_learning_rate
 from recipe.training.schedule import learning_rate, plan_run
 from recipe.training.state import (
@@ -102,6 +103,7 @@ def run_training(
         peak_flops=None if isinstance(settings, FinetuneSettings) else _peak_flops(fabric),
         questions=encode_hellaswag(settings, tokenizer, gpt),
         sample_prompt=sample_prompt,
+        expert_counts=even_counts(gpt, fabric.device),
         prompt_style=prompt_style,
         made_from=made_from or {},
     )
@@ -198,12 +200,14 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             micro_batches = plan.micro_batches_in(progress.step)
             taken = [as_batch(next(batches), run.gpt.max_seq_length) for _ in range(micro_batches)]
             shares, tokens = loss_shares(fabric, taken)
+            counts = torch.zeros_like(run.expert_counts)
             for index, (batch, share) in enumerate(zip(taken, shares, strict=True)):
                 with fabric.no_backward_sync(model, enabled=index < micro_batches - 1):
-                    losses: Losses = model(*batch)
+                    losses: Losses = model(*batch, run.expert_counts)
                     losses = losses._replace(cross_entropy=losses.cross_entropy * share)
                     fabric.backward(total_loss(losses, settings.moe) / micro_batches)
                 interval.add(losses)
+                counts += losses.expert_counts
             interval.tokens += tokens
             # Without max_norm the norm is still measured: clipping at infinity changes nothing.
             norm = fabric.clip_gradients(
@@ -216,6 +220,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
                 raise UserError(_not_finite(progress.step + 1, out_dir))
             optimizer.step()
             optimizer.zero_grad()
+            balance(fabric, run, counts)
 
             progress.step += 1
             progress.tokens += tokens
@@ -248,6 +253,23 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
 def total_loss(losses: Losses, moe: MoESettings) -> Tensor:
     """What is differentiated: the cross-entropy and the weighted balance losses."""
     return losses.cross_entropy + moe.load_balancing_loss * losses.load_balancing + moe.z_loss * losses.z_loss
+
+
+def balance(fabric: L.Fabric, run: TrainingRun, counts: Tensor) -> None:
+    """What follows from how often each expert was chosen in a step: the load by which the load-balancing loss of the
+    next step goes, and the selection biases.
+
+    The load of the step before and not, as in Megatron, the sum so far within the step (both count the global batch,
+    arXiv 2501.11873): such a sum depends on how many devices computed at once, and the losses here do not.
+
+    Args:
+        counts: of this device's micro batches; summed over all devices in place.
+    """
+    if fabric.world_size > 1:
+        torch.distributed.all_reduce(counts)  # Fabric's would make the device wait at a barrier
+    run.expert_counts = counts
+    if rate := run.settings.moe.bias_update_rate:
+        update_selection_biases(run.gpt, counts, rate)
 
 
 def evaluate(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[str, float]:
@@ -358,12 +380,18 @@ def training_row(
     }
     if run.peak_flops:
         row["mfu"] = run.flops_per_token * tokens_per_second / (run.peak_flops * fabric.world_size)
-    if means.expert_load.numel():
+    if means.expert_counts.numel():
         row |= {"load_balancing_loss": float(means.load_balancing), "z_loss": float(means.z_loss)}
-        for layer, load in enumerate(means.expert_load.tolist()):
-            # Of the mean load: 1 is even. An expert near 0 is dead, one near n_expert / n_expert_per_token gets all.
-            row[f"expert_load_max/layer_{layer}"] = max(load) * len(load)
-            row[f"expert_load_min/layer_{layer}"] = min(load) * len(load)
+        load = load_statistics(means.expert_counts)
+        columns = {
+            "expert_load_max": load.max_over_mean,
+            "expert_load_min": load.min_over_mean,
+            "expert_load_entropy": load.entropy,
+            "dead_experts": load.dead,
+            "router_confidence": means.router_confidence,
+        }
+        for layer, values in enumerate(torch.stack(list(columns.values()), dim=1).tolist()):
+            row |= {f"{name}/layer_{layer}": value for name, value in zip(columns, values, strict=True)}
     return row
 
 

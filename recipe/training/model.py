@@ -7,7 +7,16 @@ from litgpt import GPT
 from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
-from custom_moe import expert_load, load_balancing_loss, router_z_loss, score_function
+from custom_moe import (
+    MoE,
+    expert_counts,
+    expert_load,
+    load_balancing_loss,
+    router_confidence,
+    router_z_loss,
+    score_function,
+    updated_bias,
+)
 from recipe.data.instruction_module import IGNORED
 from recipe.forward import hidden_states, logits_of
 
@@ -24,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What one micro batch gives. Scalars in fp32; 0 and empty for a model without experts."""
+    """What one micro batch gives. Scalars in fp32 but for the last two; 0 and empty for a model without experts."""
 
     cross_entropy: Tensor
     """Mean over target tokens, nats"""
@@ -32,8 +41,10 @@ class Losses(NamedTuple):
     """Mean over MoE layers, without its coefficient; 1 when even"""
     z_loss: Tensor
     """Mean over MoE layers, without its coefficient"""
-    expert_load: Tensor
-    """``(MoE layers, n_expert)``: each expert's share of its layer's assignments"""
+    router_confidence: Tensor
+    """``(MoE layers,)``: the mean over tokens of the likeliest expert's probability among all"""
+    expert_counts: Tensor
+    """``(MoE layers, n_expert)`` int64: how many assignments of tokens that are no padding each expert got"""
 
 
 class PretrainingModel(nn.Module):
@@ -47,8 +58,17 @@ class PretrainingModel(nn.Module):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, input_ids: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Losses:
-        """The parts of a ``Batch``. Padding stands after a row's tokens, so that none of them attends to it."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        lengths: Tensor | None = None,
+        last_counts: Tensor | None = None,
+    ) -> Losses:
+        """The parts of a ``Batch``, and the experts' counts whose load the load-balancing loss goes by; None: its own.
+
+        Padding stands after a row's tokens, so that none of them attends to it.
+        """
         config = self.gpt.config
         real_N = None  # which of the B * T tokens are no padding: it is computed too, but does not count as load
         if lengths is not None:
@@ -56,12 +76,15 @@ class PretrainingModel(nn.Module):
             real_N = (places < lengths.unsqueeze(1)).flatten()
         x, routers = hidden_states(self.gpt, input_ids)  # (B, T, C)
         score = score_function(config) if config.mlp_class_name == "LLaMAMoE" else "softmax"
-        balancing, z_losses, loads = [], [], []
+        balancing, z_losses, confidences = [], [], []
+        counts: list[Tensor] = []
         for router in routers:
             if router is not None:
-                balancing.append(load_balancing_loss(router.logits, router.indices, score, real_N))
+                load = None if last_counts is None else expert_load(last_counts[len(counts)])
+                balancing.append(load_balancing_loss(router.logits, router.indices, score, real_N, load))
                 z_losses.append(router_z_loss(router.logits, real_N))
-                loads.append(expert_load(router.indices, config.n_expert, real_N))
+                confidences.append(router_confidence(router.logits, score, real_N))
+                counts.append(expert_counts(router.indices, config.n_expert, real_N))
 
         logits = logits_of(self.gpt, x)  # (B, T, padded_vocab_size)
         if self.gpt.transformer.wte.weight.dtype != torch.float32:
@@ -71,5 +94,24 @@ class PretrainingModel(nn.Module):
             cross_entropy=chunked_cross_entropy(logits, targets, ignore_index=IGNORED),
             load_balancing=torch.stack(balancing).mean() if balancing else nothing,
             z_loss=torch.stack(z_losses).mean() if z_losses else nothing,
-            expert_load=torch.stack(loads) if loads else torch.zeros(0, 0, device=x.device),
+            router_confidence=torch.stack(confidences) if confidences else nothing.new_zeros(0),
+            expert_counts=torch.stack(counts) if counts else nothing.new_zeros(0, 0, dtype=torch.int64),
         )
+
+
+def moe_layers(gpt: GPT) -> list[MoE]:
+    """The mixtures of experts of a model, in order; its first layers may be dense."""
+    return [block.mlp for block in gpt.transformer.h if isinstance(block.mlp, MoE)]
+
+
+def even_counts(gpt: GPT, device: torch.device) -> Tensor:
+    """``Losses.expert_counts`` with the same for each expert, for a first step that has none before it."""
+    return torch.ones(len(moe_layers(gpt)), gpt.config.n_expert, dtype=torch.int64, device=device)
+
+
+@torch.no_grad()
+def update_selection_biases(gpt: GPT, counts: Tensor, rate: float) -> None:
+    """Moves each sigmoid router's selection bias by the counts of a whole step, ``(MoE layers, n_expert)``."""
+    for layer, counts_of_layer in zip(moe_layers(gpt), counts, strict=True):
+        bias = layer.gate.get_buffer("e_score_correction_bias")
+        bias.copy_(updated_bias(bias, counts_of_layer, rate))

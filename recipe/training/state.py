@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from litgpt import GPT, Tokenizer
 from litgpt.prompts import PromptStyle
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recipe import checkpoints
@@ -59,6 +60,8 @@ class TrainingRun:
     """HellaSwag's; None where it is not scored"""
     sample_prompt: str | None
     """What the sample at each evaluation continues; None for no samples"""
+    expert_counts: Tensor
+    """``(MoE layers, n_expert)``: what each expert got in the last step, over all micro batches and devices"""
     prompt_style: PromptStyle | None = None
     """What prompts look like to a model that is tuned to answer"""
     made_from: dict[str, str] = field(default_factory=dict)
@@ -93,6 +96,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
                 "layout": _layout(fabric, run),
                 "made_from": run.made_from,
                 "optimizer": run.optimizer.state_dict(),
+                "expert_counts": run.expert_counts,
                 "train_dataloader": with_position(run.train_dataloader).state_dict(),
                 "random": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
                 "scaler": scaler.state_dict() if (scaler := scaler_of(fabric)) else {},
@@ -127,6 +131,8 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     run.progress = Progress(**state["progress"])
     check_same_tokens(folder, run.settings)
     load_optimizer_state(run.optimizer.optimizer, state["optimizer"])
+    if "expert_counts" in state:  # checkpoints from before it was kept begin evenly, as a first step does
+        run.expert_counts.copy_(state["expert_counts"])
     loader.load_state_dict(state["train_dataloader"])
     if other_devices:
         fabric.print(f"{other_devices}: the same batches go on; sums differ in their last digits by their order.")

@@ -1,4 +1,4 @@
-"""The balance losses: values by hand, and gradients that truly reach every router of a model."""
+"""What balances the experts: values by hand, and gradients that truly reach every router of a model."""
 
 import math
 
@@ -7,7 +7,18 @@ import torch
 from litgpt import GPT, Config
 from torch import Tensor
 
-from custom_moe import RouterOutput, expert_load, load_balancing_loss, router_z_loss, score_function, use_custom_moe
+from custom_moe import (
+    RouterOutput,
+    expert_counts,
+    expert_load,
+    load_balancing_loss,
+    load_statistics,
+    router_confidence,
+    router_z_loss,
+    score_function,
+    updated_bias,
+    use_custom_moe,
+)
 
 SIGMOID = dict(n_expert_groups=2, n_topk_groups=2, n_topk_scores_per_group=1)
 
@@ -21,9 +32,25 @@ def routers_of(gpt: GPT, ids: Tensor) -> list[RouterOutput]:
     return routers
 
 
-def test_expert_load() -> None:
-    load = expert_load(torch.tensor([[0, 1], [0, 3], [0, 1]]), 5)
-    torch.testing.assert_close(load, torch.tensor([3, 2, 0, 1, 0]) / 6)
+def test_expert_counts_and_load() -> None:
+    indices = torch.tensor([[0, 1], [0, 3], [0, 1]])
+    counts = expert_counts(indices, 5)
+    assert counts.dtype == torch.int64, "sums over any number of tokens and devices are exact"
+    assert counts.tolist() == [3, 2, 0, 1, 0]
+    assert expert_counts(indices, 5, torch.tensor([True, False, True])).tolist() == [2, 2, 0, 0, 0]
+    torch.testing.assert_close(expert_load(counts), torch.tensor([3, 2, 0, 1, 0]) / 6)
+    two_layers = expert_load(torch.tensor([[1, 3], [2, 2]]))
+    torch.testing.assert_close(two_layers, torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+
+
+def test_load_is_fp32_where_the_default_type_is_not() -> None:
+    """Under bf16-true Fabric sets the default type within the forward: the quotient of two integers was bf16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert expert_load(torch.tensor([1, 2])).tolist() == pytest.approx([1 / 3, 2 / 3], rel=1e-7)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_load_balancing_loss_by_hand() -> None:
@@ -41,6 +68,55 @@ def test_probabilities_are_of_all_experts_not_of_the_chosen_ones() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     f, p = torch.tensor([0.5, 0.5, 0.0]), logits[0].softmax(0)
     torch.testing.assert_close(load_balancing_loss(logits, torch.tensor([[0, 1]])), 3 * (f * p).sum())
+
+
+def test_load_balancing_loss_with_the_load_of_a_larger_batch() -> None:
+    """The chosen experts of these tokens then play no part, and the gradient follows the given load."""
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]], requires_grad=True)
+    load = torch.tensor([0.1, 0.9])
+    losses = [load_balancing_loss(logits, torch.tensor(chosen), load_E=load) for chosen in ([[0], [0]], [[1], [0]])]
+    for loss in losses:
+        torch.testing.assert_close(loss, torch.tensor(2 * (0.1 * (0.75 + 0.5) / 2 + 0.9 * (0.25 + 0.5) / 2)))
+    (gradient,) = torch.autograd.grad(losses[0], logits)
+    # d(softmax_0)/d(logit_0) is p(1 - p): 3/16 and 1/4; expert 1 gets the opposite. Times 2 * (0.1 - 0.9) / 2 tokens.
+    expected = torch.tensor([[3 / 16, -3 / 16], [1 / 4, -1 / 4]]) * 2 * (0.1 - 0.9) / 2
+    torch.testing.assert_close(gradient, expected)
+    own = expert_load(expert_counts(torch.tensor([[0], [0]]), 2))
+    given, default = (load_balancing_loss(logits, torch.tensor([[0], [0]]), load_E=load) for load in (own, None))
+    assert given == default
+
+
+def test_updated_bias_by_hand() -> None:
+    """One step each towards the mean, whatever the distance; none at the mean; gradients have no part."""
+    bias = torch.tensor([0.5, 0.5, -0.25, 0.0])
+    updated = updated_bias(bias, torch.tensor([9, 4, 3, 0]), 0.001)
+    torch.testing.assert_close(updated, torch.tensor([0.499, 0.5, -0.249, 0.001]), rtol=0, atol=1e-7)
+    assert updated.dtype == torch.float32
+    # Rounded to fp32 all of these are equal.
+    counts = torch.tensor([2**25 + 1, 2**25, 2**25 - 1])
+    assert updated_bias(torch.zeros(3), counts, 1.0).tolist() == [-1, 0, 1]
+
+
+def test_load_statistics_by_hand() -> None:
+    """An even layer, one with a dead expert, one where one expert takes half of two choices: all of the tokens."""
+    counts = torch.tensor([[250, 250, 250, 250], [400, 350, 248, 2], [500, 500, 0, 0]])
+    found = load_statistics(counts)
+    torch.testing.assert_close(found.max_over_mean, torch.tensor([1.0, 1.6, 2.0]))
+    torch.testing.assert_close(found.min_over_mean, torch.tensor([1.0, 0.008, 0.0]))
+    by_hand = -sum(share * math.log(share) for share in (0.4, 0.35, 0.248, 0.002)) / math.log(4)
+    torch.testing.assert_close(found.entropy, torch.tensor([1.0, by_hand, 0.5]))
+    assert found.dead.tolist() == [0, 1, 2], "less than 1% of an even share"
+    for of_counts, of_means in zip(found, load_statistics(counts / 6), strict=True):
+        torch.testing.assert_close(of_counts, of_means)
+    alone = load_statistics(torch.tensor([[7]]))
+    assert [float(value) for value in alone] == [1, 1, 1, 0]
+
+
+def test_router_confidence_by_hand() -> None:
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0], [0.0, 9.0]])
+    seen = torch.tensor([True, True, False])
+    torch.testing.assert_close(router_confidence(logits, mask_N=seen), torch.tensor((0.75 + 0.5) / 2))
+    torch.testing.assert_close(router_confidence(logits[:2], "sigmoid"), torch.tensor((0.6 + 0.5) / 2))
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -93,7 +169,7 @@ def test_descending_the_load_balancing_loss_evens_the_load(moe_fields: dict, fie
     worst = []
     for _ in range(40):
         (router,) = routers_of(gpt, ids)
-        worst.append(expert_load(router.indices, 4).max().item())
+        worst.append(expert_load(expert_counts(router.indices, 4)).max().item())
         loss = load_balancing_loss(router.logits, router.indices, score_function(config))
         (gradient,) = torch.autograd.grad(loss, gate)
         with torch.no_grad():

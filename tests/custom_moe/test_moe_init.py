@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from litgpt import GPT, Config
+from litgpt.model import LLaMAMoE
 from litgpt.pretrain import initialize_weights
 
 from custom_moe import MoE, use_custom_moe
@@ -88,3 +89,44 @@ def test_the_correction_bias_is_fp32_in_a_model_built_in_bf16() -> None:
     assert gate.weight.dtype == torch.bfloat16
     assert gate.e_score_correction_bias.dtype == torch.float32
     assert gpt(torch.zeros(1, 4, dtype=torch.int64)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda moe: moe.to(torch.bfloat16),
+        lambda moe: moe.half(),
+        lambda moe: moe.double(),
+        lambda moe: moe.to("meta", torch.bfloat16).to_empty(device="cpu"),
+        lambda moe: moe.to("meta").bfloat16().to_empty(device="cpu"),
+        lambda moe: L.Fabric(accelerator="cpu", devices=1, precision="bf16-true").setup(moe).module,
+    ],
+    ids=["bf16", "fp16", "fp64", "to meta", "on meta", "fabric"],
+)
+def test_the_correction_bias_stays_fp32_with_its_values(convert) -> None:
+    """A bias near 1 moves by 0.001, which bf16 does not have."""
+    moe = MoE(Config(**SIZES, **SIGMOID))
+    values = 1 + 0.001 * torch.arange(16)
+    moe.gate.e_score_correction_bias.copy_(values)
+    moe = convert(moe)
+    assert moe.gate.weight.dtype != torch.float32 and moe.experts.fc_weight.dtype == moe.gate.weight.dtype
+    bias = moe.gate.e_score_correction_bias
+    assert (bias.dtype, bias.device.type) == (torch.float32, "cpu")
+    assert list(dict(moe.named_buffers())) == ["gate.e_score_correction_bias"]
+    moe.gate.e_score_correction_bias.copy_(values)
+    state = moe.state_dict()
+    assert torch.equal(state["gate.e_score_correction_bias"], values)
+    stock = LLaMAMoE(Config(**SIZES, **SIGMOID))
+    stock.load_state_dict(state)
+    assert torch.equal(stock.gate.e_score_correction_bias, values), "LitGPT's layer reads it whole"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_converting_leaves_the_correction_bias_as_it_was(dtype: torch.dtype) -> None:
+    moe = MoE(Config(**SIZES, **SIGMOID))
+    values = 1 + 0.001 * torch.arange(16)
+    moe.gate.e_score_correction_bias.copy_(values)
+    moe.to(dtype).to("cpu")
+    assert torch.equal(moe.gate.e_score_correction_bias, values)
+    moe.to("meta")
+    assert moe.gate.e_score_correction_bias.is_meta

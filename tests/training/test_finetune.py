@@ -26,6 +26,8 @@ from recipe.training.finetune import finetune
 from recipe.training.ready import ready_to_finetune
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
+SIGMOID = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": True}
+
 
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -122,11 +124,18 @@ def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(tune, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [(), ("--lora_r", "4", "--lora_mlp", "true", "--lora_dropout", "0.1")],
-    ids=["full", "lora with dropout"],
+    ("fields", "flags"),
+    [
+        ({}, ()),
+        ({}, ("--lora_r", "4", "--lora_mlp", "true", "--lora_dropout", "0.1")),
+        (SIGMOID, ("--moe.bias_update_rate", "0.01")),
+    ],
+    ids=["full", "lora with dropout", "selection biases"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(tune, tmp_path, flags):
+def test_a_resumed_run_is_the_uninterrupted_one(tune, tmp_path, moe_fields, tokenizer_dir, fields, flags):
+    if fields:
+        other = save_tiny(tmp_path / "other", tiny_gpt(moe_fields | {"block_size": 48} | fields), tokenizer_dir)
+        flags = ("--checkpoint_dir", str(other), *flags)
     whole = tune(*flags, "--out_dir", str(tmp_path / "whole"))
     tune(*flags, "--out_dir", str(tmp_path / "parts"))
     for name in ("final", "step-00000008"):
@@ -139,6 +148,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tune, tmp_path, flags):
     expected, found = (checkpoints.load_weights(out / "final") for out in (whole, parts))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert column(parts, "train_loss") == column(whole, "train_loss")
+    biases = [name for name in expected if name.endswith("e_score_correction_bias")]
+    assert len(biases) == (2 if fields else 0)
+    assert all(expected[name].any() for name in biases)
+
+
+def test_lora_leaves_selection_biases_as_they_are(tune, tmp_path, moe_fields, tokenizer_dir):
+    """They are no part of the updates that are saved by themselves; a base with them would be another one."""
+    base = save_tiny(tmp_path / "other", tiny_gpt(moe_fields | {"block_size": 48} | SIGMOID), tokenizer_dir)
+    with pytest.raises(UserError, match=r"LoRA leaves the routers' selection bias.*--lora_r 0"):
+        tune("--checkpoint_dir", str(base), "--lora_r", "4", "--moe.bias_update_rate", "0.01")
 
 
 def test_lora_trains_few_weights_and_litgpt_reads_its_updates(tune, base, tmp_path):

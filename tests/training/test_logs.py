@@ -1,6 +1,8 @@
 import csv
 
-from recipe.training.logs import MetricsCSV
+import pytest
+
+from recipe.training.logs import MetricsCSV, RunDisplay
 
 
 def read(path):
@@ -42,3 +44,11 @@ def test_a_new_column_keeps_the_rows_before_it(tmp_path):
     logger.log_metrics({"train_loss": 0.4, "expert_load_max/layer_0": 2.0}, 2)
     assert [row["expert_load_max/layer_0"] for row in read(path)] == ["", "2.0"]
     assert [row["train_loss"] for row in read(path)] == ["0.5", "0.4"]
+
+
+@pytest.mark.parametrize(("dead", "said"), [((0.0, 0.0), ""), ((2.0, 1.0), " | dead experts 3")])
+def test_dead_experts_are_said_where_there_are_some(capsys, dead, said):
+    row = {"total_tokens": 4096, "train_loss": 1.5, "tokens_per_second": 1000.0}
+    row |= {f"dead_experts/layer_{layer}": count for layer, count in enumerate(dead)}
+    RunDisplay(enabled=True, bar=False, steps=9, first_step=0).step(4, row, 61)
+    assert capsys.readouterr().out == f"step 4/9 | 4,096 tokens | loss 1.500 | 1,000 tokens/s{said} | 0:01:01 left\n"

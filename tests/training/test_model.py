@@ -2,11 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
-from custom_moe import use_custom_moe
+from custom_moe import expert_counts, expert_load, load_balancing_loss, use_custom_moe
+from recipe.forward import hidden_states
 from recipe.settings import MoESettings
 from recipe.training.loop import total_loss
-from recipe.training.model import PretrainingModel
+from recipe.training.model import PretrainingModel, even_counts, update_selection_biases
 
 SIZE = dict(block_size=32, n_layer=3, n_embd=32, n_head=4, padded_vocab_size=100, vocab_size=100)
 MODELS = {
@@ -81,14 +84,86 @@ def test_cross_entropy_is_that_of_litgpts_forward(name):
 
 def test_a_dense_model_has_no_balance_losses():
     losses = PretrainingModel(build("pythia"))(*batch())
-    assert (float(losses.load_balancing), float(losses.z_loss), losses.expert_load.numel()) == (0.0, 0.0, 0)
+    assert (float(losses.load_balancing), float(losses.z_loss), losses.expert_counts.numel()) == (0.0, 0.0, 0)
 
 
-def test_expert_load_has_a_row_for_each_moe_layer():
-    assert PretrainingModel(build("moe"))(*batch()).expert_load.shape == (3, 4)
-    load = PretrainingModel(build("deepseek"))(*batch()).expert_load
-    assert load.shape == (2, 4)
-    torch.testing.assert_close(load.sum(dim=1), torch.ones(2))
+def test_expert_counts_have_a_row_for_each_moe_layer():
+    assert PretrainingModel(build("moe"))(*batch()).expert_counts.shape == (3, 4)
+    losses = PretrainingModel(build("deepseek"))(*batch())
+    assert losses.expert_counts.shape == (2, 4)
+    assert losses.expert_counts.sum(dim=1).tolist() == [2 * 2 * 17] * 2, "each of 2 x 17 tokens to two experts"
+    assert losses.router_confidence.shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["moe", "deepseek"])
+def test_the_load_balancing_loss_goes_by_the_counts_that_are_given(name):
+    """Each layer by its own row; without counts, by this batch's."""
+    model, score = PretrainingModel(build(name)), "sigmoid" if name == "deepseek" else "softmax"
+    input_ids, targets = batch()
+    routers = [router for router in hidden_states(model.gpt, input_ids)[1] if router is not None]
+    given = torch.tensor([[7, 1, 0, 0], [1, 1, 1, 5], [0, 2, 3, 3]])[: len(routers)]
+    wanted = [
+        load_balancing_loss(router.logits, router.indices, score, load_E=expert_load(counts))
+        for router, counts in zip(routers, given, strict=True)
+    ]
+    found = model(input_ids, targets, last_counts=given)
+    torch.testing.assert_close(found.load_balancing, torch.stack(wanted).mean())
+    counts = torch.stack([expert_counts(router.indices, 4) for router in routers])
+    assert torch.equal(found.expert_counts, counts), "the counts are this batch's all the same"
+    own = model(input_ids, targets)
+    assert own.load_balancing == model(input_ids, targets, last_counts=own.expert_counts).load_balancing
+    even = model(input_ids, targets, last_counts=even_counts(model.gpt, input_ids.device))
+    torch.testing.assert_close(even.load_balancing, torch.tensor(1.0))
+
+
+def test_counts_and_confidence_are_of_tokens_that_are_no_padding():
+    model = PretrainingModel(build("moe"))
+    input_ids, targets = batch()
+    padded = model(input_ids, targets, torch.tensor([17, 5]))
+    alone = [
+        model(input_ids[row : row + 1, :length], targets[row : row + 1, :length]) for row, length in ((0, 17), (1, 5))
+    ]
+    assert torch.equal(padded.expert_counts, alone[0].expert_counts + alone[1].expert_counts)
+    expected = (17 * alone[0].router_confidence + 5 * alone[1].router_confidence) / 22
+    torch.testing.assert_close(padded.router_confidence, expected)
+    assert (padded.router_confidence > 1 / 4).all()
+
+
+def test_activation_checkpointing_counts_no_token_twice():
+    """Counts travel with the result: what the backward computes again has none to add to."""
+    plain, recomputing = PretrainingModel(build("deepseek")), PretrainingModel(build("deepseek"))
+    calls = []
+    for block in recomputing.gpt.transformer.h:
+
+        def forward(*args, block_forward=block.forward, **kwargs):
+            calls.append(1)
+            return block_forward(*args, **kwargs)
+
+        block.forward = lambda *args, forward=forward, **kwargs: checkpoint(
+            forward, *args, use_reentrant=False, **kwargs
+        )
+    results = []
+    for model in (plain, recomputing):
+        losses = model(*batch())
+        total_loss(losses, MoESettings()).backward()
+        update_selection_biases(model.gpt, losses.expert_counts, 0.001)
+        results.append(losses)
+    assert len(calls) == 2 * 3, "each block ran twice"
+    assert torch.equal(results[0].expert_counts, results[1].expert_counts)
+    assert results[1].expert_counts.sum(dim=1).tolist() == [2 * 2 * 17] * 2
+    for (name, wanted), found in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
+        assert torch.equal(wanted.grad, found.grad), name
+    for wanted, found in zip(plain.buffers(), recomputing.buffers(), strict=True):
+        assert torch.equal(wanted, found)
+
+
+def test_selection_biases_follow_the_counts_of_their_layer():
+    gpt = build("deepseek")
+    update_selection_biases(gpt, torch.tensor([[9, 3, 2, 2], [4, 4, 4, 4]]), 0.01)
+    update_selection_biases(gpt, torch.tensor([[9, 3, 2, 2], [0, 8, 4, 4]]), 0.01)
+    biases = [block.mlp.gate.e_score_correction_bias for block in gpt.transformer.h[1:]]
+    torch.testing.assert_close(biases[0], torch.tensor([-0.02, 0.02, 0.02, 0.02]))
+    torch.testing.assert_close(biases[1], torch.tensor([0.01, -0.01, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("weights", [MoESettings(1.0, 0.0), MoESettings(0.0, 1.0)])
@@ -104,7 +179,8 @@ def test_balance_losses_reach_every_router_and_nothing_where_they_are_off(weight
         assert (with_it - without).abs().max() > 1e-4
 
 
-def test_training_on_the_balance_loss_alone_evens_the_load():
+@pytest.mark.parametrize("load", ["its own", "the last step's"])
+def test_training_on_the_balance_loss_alone_evens_the_load(load):
     """The loss must be able to do what it is for: experts that start uneven end nearly even."""
     torch.manual_seed(0)
     model = PretrainingModel(build("moe"))
@@ -114,15 +190,27 @@ def test_training_on_the_balance_loss_alone_evens_the_load():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     input_ids, targets = batch(32)
     before = model(input_ids, targets).load_balancing.item()
+    counts = None if load == "its own" else even_counts(model.gpt, input_ids.device)
     for _ in range(40):
-        loss = model(input_ids, targets).load_balancing
+        losses = model(input_ids, targets, None, counts)
+        counts = counts if counts is None else losses.expert_counts
         optimizer.zero_grad()
-        loss.backward()
+        losses.load_balancing.backward()
         optimizer.step()
-    assert loss.item() < min(before, 1.15)
+    assert model(input_ids, targets).load_balancing.item() < min(before, 1.15)
 
 
-def test_one_graph_for_torch_compile():
-    model = PretrainingModel(build("moe"))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*batch()).cross_entropy, model(*batch()).cross_entropy)
+@pytest.mark.parametrize("name", ["moe", "deepseek"])
+def test_one_graph_for_torch_compile(name):
+    """Of one compilation, whatever the counts and the selection biases are."""
+    model, counter = PretrainingModel(build(name)), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    counts = even_counts(model.gpt, torch.device("cpu"))
+    for _ in range(3):
+        found, expected = (module(*batch(), None, counts) for module in (compiled, model))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        counts = found.expert_counts
+        if name == "deepseek":
+            update_selection_biases(model.gpt, counts, 0.001)
+    assert counter.frame_count == 1

@@ -15,6 +15,7 @@ from litgpt import GPT, Config
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.training.pretrain import scale_gelu_projections
+from tests.training_fixtures import SIGMOID_ROUTER
 
 SETTINGS_THAT_DIFFER = {"hyperparameters.yaml", "complete.json"}
 
@@ -52,7 +53,12 @@ def test_a_run_from_the_first_step_to_the_last(train):
     for layer in (0, 1):
         assert all(1 <= load <= 4 for load in column(out, f"expert_load_max/layer_{layer}"))
         assert all(0 <= load <= 1 for load in column(out, f"expert_load_min/layer_{layer}"))
-    assert all(1 <= value < 4 for value in column(out, "load_balancing_loss"))
+        assert all(0.7 < entropy <= 1 for entropy in column(out, f"expert_load_entropy/layer_{layer}"))
+        assert all(0.25 < probability < 1 for probability in column(out, f"router_confidence/layer_{layer}"))
+        assert set(column(out, f"dead_experts/layer_{layer}")) == {0}
+    balancing = column(out, "load_balancing_loss")
+    assert balancing[0] == pytest.approx(1, abs=1e-6), "by an even load: there is no step before it"
+    assert all(1 < value < 4 for value in balancing[1:])
     assert sorted(path.name for path in out.glob("step-*")) == [f"step-{step:08d}" for step in range(4, 40, 4)]
     assert checkpoints.read_mark(out / "final").step == 40
 
@@ -75,21 +81,28 @@ def test_the_final_checkpoint_is_stock_litgpts(train):
     assert float(loss) == pytest.approx(column(out, "val_loss")[-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("stop", [4, 8])
-def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, stop):
-    """Bit for bit: losses, learning rates, weights, optimizer; a sample is drawn on the way."""
-    whole = train("--out_dir", str(tmp_path / "whole"))
-    train("--out_dir", str(tmp_path / "cut"))
+@pytest.mark.parametrize(
+    ("flags", "stop"),
+    [((), 4), ((), 8), ((*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01"), 4)],
+    ids=["4", "8", "biases, 4"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, flags, stop):
+    """Bit for bit: losses, learning rates, weights, selection biases, optimizer; a sample is drawn on the way."""
+    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
+    train(*flags, "--out_dir", str(tmp_path / "cut"))
     cut = tmp_path / "cut"
-    resumed = train("--out_dir", str(cut), "--resume", str(cut / f"step-{stop:08d}"))
+    resumed = train(*flags, "--out_dir", str(cut), "--resume", str(cut / f"step-{stop:08d}"))
     assert_same_weights(whole / "final", resumed / "final")
     same = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "epoch", "total_tokens")
+    same += ("load_balancing_loss", "expert_load_max/layer_1")
     assert [[row[name] for name in same] for row in rows(whole)] == [
         [row[name] for name in same] for row in rows(resumed)
     ]
     one, other = (checkpoints.load_training_state(out / "final") for out in (whole, resumed))
     for key, state in one["optimizer"]["state"].items():
         assert all(torch.equal(state[name], other["optimizer"]["state"][key][name]) for name in state)
+    assert one["expert_counts"].sum(dim=1).tolist() == [64 * 2] * 2, "each token of the last step, once in each layer"
+    assert torch.equal(one["expert_counts"], other["expert_counts"])
 
 
 def test_resume_across_the_end_of_an_epoch(train, tmp_path):
@@ -135,12 +148,45 @@ def test_leftover_micro_batches_are_trained_on(train):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(train, tmp_path):
-    """Without the balance losses, which are per micro batch, two micro batches of 2 are one of 4."""
-    flags = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0", "--train.max_steps", "1")
+    """Two micro batches of 2 are one of 4, the balance losses too: their load is the last step's, of all its tokens."""
+    flags = ("--moe.load_balancing_loss", "1.0", "--moe.z_loss", "0.1", "--train.max_steps", "3")
     accumulated = train(*flags, "--out_dir", str(tmp_path / "a"))
     at_once = train(*flags, "--out_dir", str(tmp_path / "b"), "--micro-batch-size", "4")
-    for name in ("train_loss", "grad_norm"):
+    for name in ("train_loss", "grad_norm", "load_balancing_loss", "expert_load_max/layer_0"):
         assert column(accumulated, name) == pytest.approx(column(at_once, name), rel=1e-5)
+
+
+def test_the_bias_update_alone_evens_the_load(train, tmp_path):
+    """Against the same run without: no balance loss in either, so that the bias is all that differs."""
+    losses_off = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0")
+    flags = (*SIGMOID_ROUTER, *losses_off, "--train.max_steps", "60", "--eval.interval", "100")
+    unevenness = []
+    for rate in ("0.0", "0.01"):
+        out = train(*flags, "--moe.bias_update_rate", rate, "--out_dir", str(tmp_path / rate))
+        of_last_steps = {
+            (name, layer): sum(column(out, f"expert_load_{name}/layer_{layer}")[-20:]) / 20
+            for name in ("max", "min")
+            for layer in (0, 1)
+        }
+        unevenness.append({key: abs(load - 1) for key, load in of_last_steps.items()})
+        bias = checkpoints.load_weights(out / "final")["transformer.h.0.mlp.gate.e_score_correction_bias"]
+        assert bias.dtype == torch.float32
+        assert bool(bias.any()) == (rate != "0.0")
+        assert float(bias.abs().max()) <= 60 * float(rate) + 1e-6
+    without, with_it = unevenness
+    assert all(value > 0.4 for value in without.values())
+    assert all(with_it[key] < without[key] / 2 for key in without)
+
+
+def test_evaluation_moves_no_selection_bias(train, tmp_path):
+    flags = (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01", "--train.max_steps", "4")
+    often = train(*flags, "--eval.interval", "1", "--eval.initial_validation", "true", "--out_dir", str(tmp_path / "a"))
+    never = train(
+        *flags, "--eval.interval", "100", "--eval.final_validation", "false", "--out_dir", str(tmp_path / "b")
+    )
+    assert len(column(often, "val_loss")) == 5
+    assert not column(never, "val_loss")
+    assert_same_weights(often / "final", never / "final")
 
 
 def test_logged_loss_is_the_mean_of_its_interval(train, tmp_path):
@@ -201,8 +247,16 @@ def test_litgpts_own_text_files(train, tmp_path, stories, monkeypatch):
 
 
 def test_bf16_true_trains(train):
-    out = train("--precision", "bf16-true", "--train.max_steps", "4")
-    assert checkpoints.load_weights(out / "final")["lm_head.weight"].dtype == torch.bfloat16
+    """Selection biases move in steps that bf16 does not have, and load as they were saved."""
+    flags = ("--precision", "bf16-true", *SIGMOID_ROUTER, "--moe.bias_update_rate", "0.001", "--train.max_steps", "4")
+    out = train(*flags)
+    weights = checkpoints.load_weights(out / "final")
+    assert weights["lm_head.weight"].dtype == torch.bfloat16
+    bias = weights["transformer.h.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32
+    torch.testing.assert_close(1000 * bias, (1000 * bias).round(), rtol=0, atol=1e-3)
+    assert 1 <= round(1000 * float(bias.abs().max())) <= 4
+    GPT(Config.from_file(out / "final" / "model_config.yaml")).load_state_dict(weights)
     assert all(math.isfinite(loss) for loss in column(out, "train_loss"))
 
 
