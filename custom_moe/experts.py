@@ -62,10 +62,21 @@ class Experts(nn.Module):
             ValueError: where ``backend`` was set to one that can't compute these types and shapes here.
         """
         dtype = compute_dtype(x_NC)
-        widths = (self.fc_weight.size(2), self.proj_weight.size(2))
-        backend = choose_backend(self.backend, dtype, x_NC.device, x_NC.size(0), widths)
+        backend = self._choose_backend(dtype, x_NC.device, x_NC.size(0))
         y_NC: Tensor = self._feed_forward(x_NC.to(dtype), weights_NK, indices_NK, backend).to(x_NC.dtype)
         return y_NC
+
+    def backend_on(self, device: torch.device) -> Backend:
+        """What would compute rows of the weights' type there, under the autocast that is on.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        return self._choose_backend(compute_dtype(self.fc_weight.new_empty(0, device=device)), device, 1)
+
+    def _choose_backend(self, dtype: torch.dtype, device: torch.device, rows: int) -> Backend:
+        widths = (self.fc_weight.size(2), self.proj_weight.size(2))
+        return choose_backend(self.backend, dtype, device, rows, widths)
 
     def _feed_forward(self, x_NC: Tensor, weights_NK: Tensor, indices_NK: Tensor, backend: Backend) -> Tensor:
         if self.fc_bias is not None:

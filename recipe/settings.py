@@ -72,7 +72,11 @@ class EvalArgs(litgpt.args.EvalArgs):
 
 @dataclass
 class MoESettings:
-    """How the experts are balanced during training; the layer itself is described by the model's config."""
+    """How the experts are computed and balanced; the layer itself is described by the model's config."""
+
+    backend: Literal["auto", "grouped_mm", "triton", "loop"] = "auto"
+    """What computes the experts (custom_moe/backends.py); auto is the fastest for the card, type and widths. A
+    checkpoint is the same for all"""
 
     load_balancing_loss: float = 0.01
     """Weight of the load-balancing loss, a mean over layers (Switch Transformer, arXiv 2101.03961); 0 turns it off"""

@@ -23,7 +23,7 @@ from litgpt.utils import CycleIterator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from custom_moe import load_statistics
+from custom_moe import load_statistics, set_backend
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.instruction_module import IGNORED, InstructionData
@@ -34,7 +34,15 @@ from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings
 from recipe.training.compiling import should_compile
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
-from recipe.training.model import Batch, Losses, PretrainingModel, even_counts, update_selection_biases
+from recipe.training.memory import keep_freed_memory
+from recipe.training.model import (
+    Batch,
+    Losses,
+    PretrainingModel,
+    even_counts,
+    moe_layers,
+    update_selection_biases,
+)
 from recipe.training.optimizers import make_optimizer, set_learning_rate
 from recipe.training.schedule import learning_rate, plan_run
 from recipe.training.state import (
@@ -71,6 +79,9 @@ def run_training(
     """
     settings, say = run.settings, fabric.print
     train, out_dir = settings.train, settings.out_dir
+    experts_note = choose_experts_backend(fabric, gpt, settings.moe)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     compiled, compile_note = should_compile(settings.compile, fabric.device.type)
     module: nn.Module = PretrainingModel(gpt)
     model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
@@ -142,7 +153,7 @@ def run_training(
         f" it ends by {plan.ended_by}{f' or after {train.max_time:g} s' if train.max_time else ''}."
     )
     where = f"{fabric.world_size} x {_device_name(fabric)}" if fabric.world_size > 1 else _device_name(fabric)
-    say(f"On {where} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}.")
+    say(f"On {where} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}{experts_note}.")
     warmup_note = None
     if plan.warmup_steps < (train.lr_warmup_steps or 0):
         warmup_note = f"The run is shorter than its warm-up, which ends at step {plan.warmup_steps:,} instead."
@@ -253,6 +264,24 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
 def total_loss(losses: Losses, moe: MoESettings) -> Tensor:
     """What is differentiated: the cross-entropy and the weighted balance losses."""
     return losses.cross_entropy + moe.load_balancing_loss * losses.load_balancing + moe.z_loss * losses.z_loss
+
+
+def choose_experts_backend(fabric: L.Fabric, gpt: GPT, moe: MoESettings) -> str:
+    """Sets what computes the experts of all layers, and says what it is.
+
+    Raises:
+        UserError: where the one that is asked for can't be had.
+    """
+    layers = moe_layers(gpt)
+    if not layers:
+        return ""
+    wanted = None if moe.backend == "auto" else moe.backend
+    set_backend(gpt, wanted)
+    with fabric.autocast():
+        try:
+            return f", experts by {layers[0].experts.backend_on(fabric.device)}"
+        except ValueError as error:
+            raise UserError(f"--moe.backend {moe.backend}: {error} (--moe.backend auto)") from None
 
 
 def balance(fabric: L.Fabric, run: TrainingRun, counts: Tensor) -> None:

@@ -132,6 +132,28 @@ def test_resume_auto(train, capsys):
     assert checkpoints.read_mark(out / "final").step == 16
 
 
+def test_a_run_goes_on_with_another_backend(train, tmp_path):
+    """What a checkpoint holds does not depend on what computed the experts; sums differ in their last digits."""
+    whole = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "whole"))
+    cut = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "cut"))
+    resumed = train(
+        *("--moe.backend", "grouped_mm", "--out_dir", str(cut), "--resume", str(cut / "step-00000004")),
+    )
+    assert len(rows(resumed)) == len(rows(whole)) == 12
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        assert column(resumed, name) == pytest.approx(column(whole, name), rel=1e-4)
+
+
+def test_a_backend_that_can_not_be_had_is_refused(train, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"--moe.backend triton: .* needs an NVIDIA card.*\(--moe.backend auto\)"):
+        train("--moe.backend", "triton")
+    with pytest.raises(UserError, match=r"--moe.backend grouped_mm: .* needs widths of a multiple of 4"):
+        train("--moe.backend", "grouped_mm", "--model.moe_intermediate_size", "18")
+    assert not (tmp_path / "out").exists()
+    train("--train.max_steps", "1")
+    assert "experts by loop." in capsys.readouterr().out
+
+
 def test_a_used_up_time_ends_in_a_checkpoint_to_resume_from(train, capsys):
     out = train("--train.max_time", "0.001")
     assert not (out / "final").exists()
