@@ -45,8 +45,8 @@ def choose_tile(dtype: torch.dtype, capability: tuple[int, int], aligned: bool =
 
     Two programs fit on a multiprocessor, so that one computes while the other begins or ends: an accumulator of
     128 x 128 takes a quarter of the registers, and of shared memory there are 100 kB on consumer cards (8.6, 8.9,
-    12.x), 164 kB on 8.0, 228 kB on 9.0 and 10.x. Without alignment each number is read by itself: its
-    address needs registers too, and two bytes cannot be copied ahead.
+    12.x), 164 kB on 8.0, 228 kB on 9.0 and 10.x. Without alignment each number is read by itself: its address needs
+    registers too, and two bytes cannot be copied ahead.
     """
     if not aligned:
         return Tile(64, 64, 16 if dtype == torch.float32 else 32, 4, 1)
