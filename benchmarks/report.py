@@ -68,6 +68,11 @@ def flat(result: Row | None) -> list[Row]:
     return rows
 
 
+def names(result: Row, rows: list[Row]) -> list[str]:
+    """The layers in these rows, in the order of the case that has most."""
+    return [name for name in max((case["layers"] for case in result["cases"]), key=len) if select(rows, layer=name)]
+
+
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
@@ -142,9 +147,9 @@ def section(result: Row) -> list[str]:
         title = f"{precision}, {tokens:,} tokens" + (", skewed routing" if routing == "skewed" else "")
         lines += [f"### {title}: times LitGPT's speed", ""]
         cells = {(row["layer"], row["size"]): f"{row['speed']:.2f}" for row in here}
-        names = dict.fromkeys(row["layer"] for row in here)
         speeds = (
-            [f"**{name}**" if name == "ours" else name, *(cells.get((name, s), "") for s in sizes)] for name in names
+            [f"**{name}**" if name == "ours" else name, *(cells.get((name, size), "") for size in sizes)]
+            for name in names(result, here)
         )
         lines += [*table(("", *map(str, sizes)), speeds), "<details><summary>All numbers</summary>", ""]
         for size in sizes:
@@ -227,14 +232,14 @@ def plot(result: Row, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [r for r in flat(result) if "speed" in r and r["routing"] == "even" and r["precision"] != "bf16-mixed"]
-    sizes, names = ([*dict.fromkeys(row[key] for row in rows)] for key in ("size", "layer"))
+    sizes, layers = list(dict.fromkeys(row["size"] for row in rows)), names(result, rows)
     series = sorted({(row["precision"] != "fp32", row["tokens"]) for row in rows})
     figure, axes = plt.subplots(2, len(sizes), figsize=(13, 6.5), layout="constrained", sharey=True, squeeze=False)
     for (speed, memory), size in zip(axes.T, sizes, strict=True):
         for number, (is_bf16, tokens) in enumerate(series):
             precision = "bf16" if is_bf16 else "fp32"
             here = select(rows, size=size, precision=precision, tokens=tokens)
-            heights = [names.index(row["layer"]) + 0.2 * (number - (len(series) - 1) / 2) for row in here]
+            heights = [layers.index(row["layer"]) + 0.2 * (number - (len(series) - 1) / 2) for row in here]
             spread = [[abs(row["speedup"][end] - row["speed"]) for row in here] for end in (0, 2)]
             style = dict(fmt="o", markersize=5, color=("#5dade2", "#1b4f72", "#c0392b")[number])
             speed.errorbar(
@@ -245,7 +250,7 @@ def plot(result: Row, path: Path) -> None:
         speed.set_xscale("log", base=2)
         speed.xaxis.set_major_formatter("{x:g}")
         speed.set(title=str(size), xlabel="times LitGPT's speed")
-        memory.set(xlabel="KiB kept per token", xlim=(0, None), yticks=range(len(names)), yticklabels=names)
+        memory.set(xlabel="KiB kept per token", xlim=(0, None), yticks=range(len(layers)), yticklabels=layers)
         speed.grid(alpha=0.3)
         memory.grid(alpha=0.3)
     axes[0, 0].invert_yaxis()
