@@ -101,12 +101,17 @@ def test_targets_are_computed(results: Path) -> None:
     for case, speed, kept in zip(found["cases"], (1.29, 1.31), (59, 61), strict=True):
         case["layers"]["ours"] |= {"speedup": [1.0, speed, 2.0], "saved_bytes_per_token": kept}
         case["layers"]["plain grouped_mm"]["saved_bytes_per_token"] = 100
+    cuda["hardware"]["gpu"] = {"name": "NVIDIA H200"}
     (case,) = cuda["cases"] = cuda["cases"][1:]
     case |= {"n_embd": 768, "intermediate_size": 2048, "n_expert": 8, "n_expert_per_token": 2, "tokens": 16384}
     for name, speed in (("ours", 76), ("dense", 100), ("Hugging Face eager", 80), ("Hugging Face grouped_mm", 70)):
         case["layers"][name] |= {"speedup": [1.0, speed / 9.4, 99.0], "tokens_per_second": speed}
-    lines = report.targets({"cpu": found, "cuda": cuda})
-    verdicts = [tuple(cell.strip() for cell in line.split("|")[2:4]) for line in lines[2:-1]]
+
+    def verdicts_of(results: dict) -> list[tuple[str, str]]:
+        cells = [line.split("|") for line in report.targets(results)[2:-1]]
+        return [(measured.strip(), reached.strip()) for _, _, measured, reached, _ in cells]
+
+    verdicts = verdicts_of({"cpu": found, "cuda": cuda})
     assert verdicts[:5] == [
         ("1.29", "**no**"),
         ("1.31", "yes"),
@@ -115,6 +120,8 @@ def test_targets_are_computed(results: Path) -> None:
         ("0.61", "**no**"),
     ]
     assert verdicts[5:9] == [("8.09", "yes"), ("0.95", "**no**"), ("0.76", "yes"), ("8.09", "yes")]
+    cuda["hardware"]["gpu"] = {"name": "another card"}
+    assert verdicts_of({"cuda": cuda})[5:9] == [("not measured yet", "")] * 3 + [("8.09", "yes")]
 
 
 def test_the_committed_document_is_made_from_the_committed_results() -> None:
