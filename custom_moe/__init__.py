@@ -8,13 +8,15 @@ as a few grouped matrix products, with the router's output at hand for balance l
 This package imports torch and litgpt alone and knows nothing of training.
 """
 
+from custom_moe.backends import Backend
 from custom_moe.balance import expert_load, load_balancing_loss, router_z_loss
 from custom_moe.block import MoEBlock
-from custom_moe.layer import MoE
+from custom_moe.layer import MoE, set_backend
 from custom_moe.patch import use_custom_moe
 from custom_moe.router import RouterOutput, ScoreFunction, score_function
 
 __all__ = [
+    "Backend",
     "MoE",
     "MoEBlock",
     "RouterOutput",
@@ -23,5 +25,6 @@ __all__ = [
     "load_balancing_loss",
     "router_z_loss",
     "score_function",
+    "set_backend",
     "use_custom_moe",
 ]

@@ -1,49 +1,19 @@
-"""The experts' SwiGLU over tokens sorted by expert, as grouped matrix products.
+"""The experts: their parameters, and their SwiGLU over tokens sorted by expert.
 
 Shape suffixes: N tokens, C n_embd, E n_expert, K n_expert_per_token, S = N*K assignments sorted by expert, I an
-expert's hidden width, J = 2*I gate and up together, O any output width.
+expert's hidden width, J = 2*I gate and up together.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Backend = Literal["grouped_mm", "loop"]
-
-
-GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _dtypes_without_numbers() -> tuple[torch.dtype, ...]:
-    """The types of ``GROUPED_MM_DTYPES`` that work where there are shapes but no numbers; in torch 2.10 bf16 alone."""
-
-    def works(dtype: torch.dtype) -> bool:
-        x, weight = torch.empty(8, 8, dtype=dtype, device="meta"), torch.empty(1, 8, 8, dtype=dtype, device="meta")
-        try:
-            F.grouped_mm(x, weight, offs=torch.empty(1, dtype=torch.int32, device="meta"))
-        except RuntimeError:
-            return False
-        return True
-
-    return tuple(dtype for dtype in GROUPED_MM_DTYPES if works(dtype))
-
-
-TRACED_DTYPES = _dtypes_without_numbers()
-
-
-def choose_backend(dtype: torch.dtype, device_type: str, rows: int, *widths: int, traced: bool = False) -> Backend:
-    """Which way to compute ``rows`` assignments: ``grouped_mm`` wherever torch has it for these shapes, else ``loop``.
-
-    ``torch.nn.functional.grouped_mm`` wants bf16, fp16 or fp32, row strides of a multiple of 16 bytes, at least one
-    row, and a CPU or CUDA device. ``traced`` is for the meta device and ``torch.compile``, where older versions of
-    torch know fewer types.
-    """
-    aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
-    known = dtype in (TRACED_DTYPES if traced else GROUPED_MM_DTYPES) and device_type in ("cpu", "cuda", "meta")
-    return "grouped_mm" if known and aligned and rows > 0 else "loop"
+from custom_moe import loop
+from custom_moe.backends import Backend, choose_backend, grouped_linear
+from custom_moe.dispatch import ExpertOrder, add_rows, gather_rows, sort_by_expert, weights_of_rows
+from custom_moe.swiglu import grouped_swiglu
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -67,6 +37,7 @@ class Experts(nn.Module):
     def __init__(self, n_expert: int, n_embd: int, intermediate_size: int, n_layer: int, bias: bool) -> None:
         super().__init__()
         self.n_layer = n_layer
+        self.backend: Backend | None = None
         self.fc_weight = nn.Parameter(torch.empty(n_expert, 2 * intermediate_size, n_embd))
         self.proj_weight = nn.Parameter(torch.empty(n_expert, n_embd, intermediate_size))
         self.fc_bias = nn.Parameter(torch.empty(n_expert, 2 * intermediate_size)) if bias else None
@@ -86,27 +57,39 @@ class Experts(nn.Module):
         """Each token through its chosen experts, their outputs weighted and summed: ``(N, C)`` in ``x``'s type.
 
         Gathers and sums instead of scattering, forward and backward, so that repeated runs give the same bits.
+
+        Raises:
+            ValueError: where ``backend`` was set to one that can't compute these types and shapes here.
         """
-        N, K = indices_NK.shape
-        expert_S, order_S = indices_NK.flatten().sort(stable=True)
-        inverse_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(N * K, device=order_S.device))
-        experts_E = torch.arange(self.fc_weight.size(0), device=expert_S.device)
-        ends_E = torch.searchsorted(expert_S, experts_E, right=True, out_int32=True)
+        dtype = compute_dtype(x_NC)
+        widths = (self.fc_weight.size(2), self.proj_weight.size(2))
+        backend = choose_backend(self.backend, dtype, x_NC.device, x_NC.size(0), widths)
+        y_NC: Tensor = self._feed_forward(x_NC.to(dtype), weights_NK, indices_NK, backend).to(x_NC.dtype)
+        return y_NC
 
-        x_SC = gather_rows(x_NC.to(compute_dtype(x_NC)), order_S // K, inverse_S)
-        gate_SI, up_SI = self._linear("fc", x_SC, ends_E, expert_S).chunk(2, dim=-1)
-        y_SC = self._linear("proj", F.silu(gate_SI) * up_SI, ends_E, expert_S)
-        y_NKC = gather_rows(y_SC, inverse_S, order_S).view(N, K, y_SC.size(1))
-        y_NC: Tensor = (y_NKC * weights_NK.unsqueeze(-1)).sum(dim=1)
-        return y_NC.to(x_NC.dtype)
+    def _feed_forward(self, x_NC: Tensor, weights_NK: Tensor, indices_NK: Tensor, backend: Backend) -> Tensor:
+        if self.fc_bias is not None:
+            return self._feed_forward_by_layers(x_NC, weights_NK, indices_NK, backend)
+        order = sort_by_expert(indices_NK, len(self.fc_weight), loop.padded_rows(x_NC) if backend == "loop" else 1)
+        fc_EJC, proj_ECI = self.fc_weight.to(x_NC.dtype), self.proj_weight.to(x_NC.dtype)
+        return grouped_swiglu(x_NC, weights_NK, fc_EJC, proj_ECI, order, backend)
 
-    def _linear(self, name: str, x_S: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:
+    def _feed_forward_by_layers(self, x_NC: Tensor, weights_NK: Tensor, indices_NK: Tensor, backend: Backend) -> Tensor:
+        """``grouped_swiglu`` with room around each layer, for biases and LoRA; keeps more for the backward."""
+        order = sort_by_expert(indices_NK, len(self.fc_weight))
+        x_SC = gather_rows(x_NC, order)
+        gate_SI, up_SI = self._linear("fc", x_SC, order, backend).chunk(2, dim=-1)
+        y_SC = self._linear("proj", F.silu(gate_SI) * up_SI, order, backend)
+        return add_rows(y_SC * weights_of_rows(weights_NK, order).unsqueeze(1), order)  # in fp32, as the weights
+
+    def _linear(self, name: str, x_S: Tensor, order: ExpertOrder, backend: Backend) -> Tensor:
         """Each row through its expert's layer ``name`` ("fc" or "proj"), in the row's type."""
         weight_EOC, bias_EO = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-        traced = x_S.is_meta or torch.compiler.is_compiling()
-        backend = choose_backend(x_S.dtype, x_S.device.type, x_S.size(0), *weight_EOC.shape[1:], traced=traced)
-        bias_EO = None if bias_EO is None else bias_EO.to(x_S.dtype)
-        return grouped_linear(x_S, weight_EOC.to(x_S.dtype), bias_EO, ends_E, expert_S, backend)
+        y_SO = grouped_linear(x_S, weight_EOC.to(x_S.dtype), order.ends_E, backend)
+        if bias_EO is not None:
+            expert_S = torch.searchsorted(order.ends_E, torch.arange(len(x_S), device=x_S.device), right=True)
+            y_SO = y_SO + bias_EO.to(x_S.dtype).index_select(0, expert_S)
+        return y_SO
 
     def _litgpt_views(self, prefix: str) -> dict[str, tuple[str, Tensor]]:
         """LitGPT's key -> (name of the stacked parameter, this key's part of it), in LitGPT's order."""
@@ -160,65 +143,3 @@ class Experts(nn.Module):
                 view.copy_(state_dict[key])
         if strict:
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in views)
-
-
-def gather_rows(x: Tensor, index_S: Tensor, inverse_S: Tensor) -> Tensor:
-    """``x[index]`` for an index that takes every row of ``x`` equally often: ``(S, C)`` from ``(N, C)``.
-
-    ``inverse_S`` lists the places in ``index_S`` that took row 0, then those of row 1, and so on. With it the gradient
-    is a gather and a sum: faster than ``index_add_``, and the same bits on each run.
-    """
-    rows: Tensor = _GatherRows.apply(x, index_S, inverse_S)
-    return rows
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index_S: Tensor, inverse_S: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_S)
-        ctx.n_row = x.size(0)
-        return x.index_select(0, index_S)
-
-    @staticmethod
-    def backward(ctx: Any, grad_SC: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_S,) = ctx.saved_tensors
-        grad = grad_SC.index_select(0, inverse_S)
-        if grad.size(0) != ctx.n_row:
-            grad = grad.view(ctx.n_row, -1, grad.size(1)).sum(dim=1)
-        return grad, None, None
-
-
-def grouped_linear(
-    x_SC: Tensor, weight_EOC: Tensor, bias_EO: Tensor | None, ends_E: Tensor, expert_S: Tensor, backend: Backend
-) -> Tensor:
-    """``F.linear`` with another weight for each group of rows: ``(S, O)``.
-
-    Args:
-        x_SC: rows sorted by expert.
-        weight_EOC, bias_EO: one linear layer per expert.
-        ends_E: int32, where each expert's rows end.
-        expert_S: each row's expert.
-        backend: see ``choose_backend``.
-    """
-    return _BACKENDS[backend](x_SC, weight_EOC, bias_EO, ends_E, expert_S)
-
-
-def _grouped_mm(x_SC: Tensor, weight_EOC: Tensor, bias_EO: Tensor | None, ends_E: Tensor, expert_S: Tensor) -> Tensor:
-    y_SO = F.grouped_mm(x_SC, weight_EOC.transpose(-2, -1), offs=ends_E)
-    return y_SO if bias_EO is None else y_SO + bias_EO.index_select(0, expert_S)
-
-
-def _loop(x_SC: Tensor, weight_EOC: Tensor, bias_EO: Tensor | None, ends_E: Tensor, expert_S: Tensor) -> Tensor:
-    # On meta there are no numbers to split by: everything to the last expert gives the right shapes.
-    ends = [0] * (len(ends_E) - 1) + [len(x_SC)] if ends_E.is_meta else ends_E.tolist()
-    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    biases = [None] * len(sizes) if bias_EO is None else bias_EO.unbind(0)
-    # unbind and not [e]: its gradient is one stack instead of one zero-filled (E, O, C) per expert.
-    groups = zip(torch.split(x_SC, sizes), weight_EOC.unbind(0), biases, strict=True)
-    return torch.cat([F.linear(x, weight, bias) for x, weight, bias in groups])
-
-
-_BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]] = {
-    "grouped_mm": _grouped_mm,
-    "loop": _loop,
-}

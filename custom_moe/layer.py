@@ -9,6 +9,7 @@ import litgpt.model
 from litgpt import Config
 from torch import Tensor, nn
 
+from custom_moe.backends import Backend
 from custom_moe.experts import Experts
 from custom_moe.router import RouterOutput, SigmoidGate, linear_fp32, route, score_function
 
@@ -16,14 +17,18 @@ from custom_moe.router import RouterOutput, SigmoidGate, linear_fp32, route, sco
 class MoE(nn.Module):
     """Drop-in for ``litgpt.model.LLaMAMoE``: the same config, the same result, the same keys in the state dict.
 
-    Unlike LitGPT's, it routes in fp32 whatever the precision of the model, computes all experts in two grouped matrix
+    Unlike LitGPT's, it routes in fp32 whatever the precision of the model, computes all experts in grouped matrix
     products, has no token-dependent control flow (one graph under ``torch.compile``), and initialises itself.
+
+    Args:
+        config: LitGPT's.
+        backend: how the experts are computed (``custom_moe.backends``); None chooses by hardware.
 
     Raises:
         ValueError: for a config without experts, or with more experts per token than there are.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, backend: Backend | None = None) -> None:
         super().__init__()
         _check(config)
         self.config = config
@@ -33,6 +38,7 @@ class MoE(nn.Module):
             else SigmoidGate(config)
         )
         self.experts = Experts(**self._expert_sizes())
+        self.experts.backend = backend
         self.shared_experts = (
             litgpt.model.LLaMAMLP(config, intermediate_size=config.moe_intermediate_size * config.n_shared_expert)
             if config.n_shared_expert
@@ -84,6 +90,16 @@ class MoE(nn.Module):
         """``(E, C)``"""
         weight: Tensor = self.gate.weight
         return weight
+
+
+def set_backend(module: nn.Module, backend: Backend | None) -> None:
+    """How all MoE layers within ``module`` compute their experts; None chooses by hardware.
+
+    Whether it can be had is known when a layer computes: it depends on the type and the device of its input.
+    """
+    for layer in module.modules():
+        if isinstance(layer, Experts):
+            layer.backend = backend
 
 
 def _check(config: Config) -> None:

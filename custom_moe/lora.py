@@ -9,8 +9,10 @@ import litgpt.lora
 import torch
 from torch import Tensor, nn
 
+from custom_moe.backends import Backend, choose_backend, grouped_linear
 from custom_moe.block import MoEBlock
-from custom_moe.experts import Experts, choose_backend, grouped_linear
+from custom_moe.dispatch import ExpertOrder
+from custom_moe.experts import Experts
 from custom_moe.layer import MoE
 from custom_moe.router import without_autocast
 
@@ -41,17 +43,18 @@ class LoRAExperts(Experts):
             nn.init.uniform_(A, -(A.size(2) ** -0.5), A.size(2) ** -0.5)
             nn.init.zeros_(B)
 
-    def _linear(self, name: str, x_S: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:
+    def _feed_forward(self, x_NC: Tensor, weights_NK: Tensor, indices_NK: Tensor, backend: Backend) -> Tensor:
+        return self._feed_forward_by_layers(x_NC, weights_NK, indices_NK, backend)
+
+    def _linear(self, name: str, x_S: Tensor, order: ExpertOrder, backend: Backend) -> Tensor:
         A, B = (getattr(self, f"{name}_lora_{which}").to(x_S.dtype) for which in "AB")
         rank = B.size(2)
-        traced = x_S.is_meta or torch.compiler.is_compiling()
-        backend = choose_backend(x_S.dtype, x_S.device.type, x_S.size(0), x_S.size(1), rank, traced=traced)
-        low_S = grouped_linear(self.lora_dropout(x_S), A, None, ends_E, expert_S, backend)  # (S, 2R) or (S, R)
+        # A backend that was asked for is for the large products: a rank is seldom wide enough for each.
+        lora_backend = choose_backend(None, x_S.dtype, x_S.device, x_S.size(0), (x_S.size(1), rank))
+        low_S = grouped_linear(self.lora_dropout(x_S), A, order.ends_E, lora_backend)  # (S, 2R) or (S, R)
         parts = zip(low_S.chunk(low_S.size(1) // rank, dim=1), B.chunk(low_S.size(1) // rank, dim=1), strict=True)
-        update = torch.cat(
-            [grouped_linear(x.contiguous(), weight, None, ends_E, expert_S, backend) for x, weight in parts], dim=1
-        )
-        y_S: Tensor = super()._linear(name, x_S, ends_E, expert_S) + self.scaling * update
+        updates = [grouped_linear(x.contiguous(), weight, order.ends_E, lora_backend) for x, weight in parts]
+        y_S: Tensor = super()._linear(name, x_S, order, backend) + self.scaling * torch.cat(updates, dim=1)
         return y_S
 
 

@@ -3,6 +3,7 @@
 A skip is expected only for one of the reasons below, and only where that reason is true on this machine.
 """
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -33,6 +34,7 @@ EXPECTED: dict[str, Callable[[], bool]] = {
     "needs a CUDA GPU": _no_gpu,
     "needs two CUDA GPUs": _no_two_gpus,
     "needs Windows": lambda: os.name != "nt",
+    "needs Triton": lambda: importlib.util.find_spec("triton") is None,
     "needs a Chromium browser": lambda: find_browser() is None,
     "needs make": lambda: shutil.which("make") is None,
     "needs uv": lambda: (

@@ -1,0 +1,194 @@
+"""Products of rows, sorted by expert, with their expert's weights: two primitives, each in three backends.
+
+=============  ============================================================================  ======================
+backend        how                                                                           waits for the device
+=============  ============================================================================  ======================
+``grouped_mm`` ``torch.nn.functional.grouped_mm``: one kernel for all experts                no
+``triton``     the same as kernels of our own (``custom_moe.triton_kernels``)                no
+``loop``       one product per expert, on any device and in any type                         once on a GPU
+=============  ============================================================================  ======================
+
+Shape suffixes: S rows, E experts, C input width, O output width.
+"""
+
+import importlib.util
+import os
+import warnings
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from custom_moe import loop
+
+Backend = Literal["grouped_mm", "triton", "loop"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+def choose_backend(
+    wanted: Backend | None, dtype: torch.dtype, device: torch.device, rows: int, widths: tuple[int, ...]
+) -> Backend:
+    """The backend that is asked for, or the one for this hardware.
+
+    Args:
+        wanted: None to choose.
+        dtype: that the products are computed in.
+        device: of the rows.
+        rows: of the layer's input; without any there is nothing to group.
+        widths: of the layer's input and of an expert.
+
+    Raises:
+        ValueError: what is asked for can't be had.
+    """
+    if rows == 0:
+        return "loop"
+    hardware = find_hardware(device.type, device.index)
+    if wanted is None:
+        return backend_for(dtype, hardware, widths)
+    if problem := _problem(wanted, dtype, device.type, hardware, widths):
+        raise ValueError(f"the MoE backend {wanted!r} {problem}; leave the choice to the layer, or take 'loop'.")
+    return wanted
+
+
+class Hardware(NamedTuple):
+    """What decides which backends there are."""
+
+    capability: tuple[int, int] | None
+    """Of the NVIDIA card; None without one"""
+    triton: bool
+    """Whether Triton is installed"""
+    interpreter: bool = False
+    """Whether Triton interprets its kernels (TRITON_INTERPRET=1), on any device, for tests"""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile can't trace these questions
+def find_hardware(device_type: str, index: int | None) -> Hardware:
+    """That of a device. Warns, once, where a card could do better with Triton."""
+    triton = importlib.util.find_spec("triton") is not None
+    interpreter = triton and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" or torch.version.hip:
+        return Hardware(None, triton, interpreter)
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= (8, 0) and not triton:
+        warnings.warn(
+            "Triton is not installed: in 16 bits the experts may be computed in a loop that waits for the GPU once per"
+            " layer. Install triton (on Windows triton-windows) for the fast kernels.",
+            stacklevel=2,
+        )
+    return Hardware(capability, triton, interpreter)
+
+
+def backend_for(dtype: torch.dtype, hardware: Hardware, widths: tuple[int, ...]) -> Backend:
+    """The table of what is fastest where.
+
+    - Compute capability 9.x and 10.x in bf16: ``grouped_mm``, for which torch has a fast kernel there alone. It wants
+      row strides of a multiple of 16 bytes.
+    - NVIDIA cards from 8.0 on in 16 bits: ``triton``, where it is installed. (grouped_mm would loop there, and wait.)
+    - All else: ``loop``. On a CPU nothing waits, and in fp32 on a GPU the products outweigh the wait.
+    """
+    capability = hardware.capability
+    if capability is None or capability < (8, 0) or dtype not in (torch.bfloat16, torch.float16):
+        return "loop"
+    if capability[0] in (9, 10) and dtype == torch.bfloat16 and _aligned(dtype, widths):
+        return "grouped_mm"
+    return "triton" if hardware.triton else "loop"
+
+
+def _problem(
+    backend: str, dtype: torch.dtype, device_type: str, hardware: Hardware, widths: tuple[int, ...]
+) -> str | None:
+    if backend not in BACKENDS:
+        return f"is not one of {', '.join(BACKENDS)}"
+    if backend != "loop" and dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"does not compute {dtype}"
+    if backend == "grouped_mm":
+        if device_type not in ("cpu", "cuda", "meta"):
+            return f"does not compute on {device_type}"
+        if not _aligned(dtype, widths):
+            return f"needs widths of a multiple of {16 // dtype.itemsize} in {dtype}, and these are {widths}"
+    if backend == "triton":
+        if not hardware.triton:
+            return "needs Triton, which is not installed"
+        if hardware.capability is None and not hardware.interpreter and device_type != "meta":
+            return f"needs an NVIDIA card, and this is {device_type}"
+        if hardware.capability is not None and hardware.capability < (8, 0):
+            return "needs a card of compute capability 8.0 or higher, and this has {}.{}".format(*hardware.capability)
+    return None
+
+
+def _aligned(dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
+    return all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def multiply(
+    x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, backend: Backend, rows_S: Tensor | None = None
+) -> Tensor:
+    """Each row times the transposed weight of its expert: ``(S, O)``.
+
+    Args:
+        x_NC: rows sorted by expert, or what ``rows_S`` takes them from.
+        weight_EOC: in the rows' type; strides as they come.
+        ends_E: int32, where each expert's rows end; the last is S.
+        backend: see the table above.
+        rows_S: row s is ``x_NC[rows_S[s]]``.
+    """
+    y_SO: Tensor
+    if backend == "triton":
+        from custom_moe import triton_kernels
+
+        y_SO = triton_kernels.multiply(x_NC, weight_EOC, ends_E, rows_S)
+        return y_SO
+    x_SC = x_NC if rows_S is None else x_NC.index_select(0, rows_S)
+    if backend == "grouped_mm":
+        y_SO = F.grouped_mm(x_SC, weight_EOC.transpose(1, 2), offs=ends_E)
+    else:
+        y_SO = loop.multiply(x_SC, weight_EOC, ends_E)
+    return y_SO
+
+
+def weight_gradient(
+    grad_NO: Tensor,
+    x_NC: Tensor,
+    ends_E: Tensor,
+    backend: Backend,
+    grad_rows_S: Tensor | None = None,
+    x_rows_S: Tensor | None = None,
+) -> Tensor:
+    """What ``multiply`` sends back to its weights, the sum of outer products over each expert's rows: ``(E, O, C)``."""
+    dweight_EOC: Tensor
+    if backend == "triton":
+        from custom_moe import triton_kernels
+
+        dweight_EOC = triton_kernels.weight_gradient(grad_NO, x_NC, ends_E, grad_rows_S, x_rows_S)
+        return dweight_EOC
+    grad_SO = grad_NO if grad_rows_S is None else grad_NO.index_select(0, grad_rows_S)
+    x_SC = x_NC if x_rows_S is None else x_NC.index_select(0, x_rows_S)
+    if backend == "grouped_mm":
+        dweight_EOC = F.grouped_mm(grad_SO.t(), x_SC, offs=ends_E)
+    else:
+        dweight_EOC = loop.weight_gradient(grad_SO, x_SC, ends_E)
+    return dweight_EOC
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
+        ctx.save_for_backward(x_SC, weight_EOC, ends_E)
+        ctx.backend = backend
+        return multiply(x_SC, weight_EOC, ends_E, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x_SC, weight_EOC, ends_E = ctx.saved_tensors
+        grad_SO = grad_SO.contiguous()
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        dx = multiply(grad_SO, weight_EOC.transpose(1, 2), ends_E, ctx.backend) if need_x else None
+        dweight = weight_gradient(grad_SO, x_SC, ends_E, ctx.backend) if need_weight else None
+        return dx, dweight, None, None
+
+
+def grouped_linear(x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
+    """``multiply`` with gradients for the rows and the weights: ``F.linear``, another weight for each group of rows."""
+    y: Tensor = _GroupedLinear.apply(x_SC, weight_EOC, ends_E, backend)
+    return y

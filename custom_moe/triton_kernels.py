@@ -1,0 +1,317 @@
+# ruff: noqa: E741 (O and I are letters of the legend)
+"""Grouped matrix products and the experts' SwiGLU as Triton kernels, for NVIDIA GPUs where torch's ``grouped_mm`` has
+no fast kernel (compute capability 8.0, 8.6, 8.9, 12.0). Nothing here waits for the GPU.
+
+Import this module only where Triton is, inside the function that needs it:
+``importlib.util.find_spec("triton")`` tells. Importing it registers the operators ``custom_moe::*`` and does no more.
+
+Shape suffixes: N rows of a source, C width in, O width out, E n_expert, S assignments sorted by expert, I an expert's
+hidden width, J = 2*I gate and up together. ``ends_E`` (int32) says where each expert's rows end; groups may be empty.
+In a kernel the same names are pointers, and lower-case letters the indices that a program works on.
+
+How ``multiply`` finds its work: the output is cut into tiles of BLOCK_S rows and BLOCK_O columns, a program for each.
+A tile's rows must be one expert's, but only the GPU knows ``ends_E``, so the grid is as large as it may have to be:
+expert ``e`` with the rows ``start`` to ``end`` owns the row tiles ``start // BLOCK_S + e`` to ``end // BLOCK_S + e``.
+These are always enough for its rows, follow the last expert's without a gap, and are ``S // BLOCK_S + E`` in all. A
+program counts the experts whose tiles all come before its own, which gives its expert, and leaves where that expert's
+rows end before the tile. ``weight_gradient`` needs no search: the program of a tile of one expert's gradient walks over
+that expert's rows in order, so that each run gives the same bits.
+
+Tile sizes are fixed by type and GPU, not timed when a run starts: an autotuner may choose otherwise in the next
+session, and a resumed run would differ from the uninterrupted one.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """How one program computes: an output of ``rows`` x ``columns``, summed up ``depth`` at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    """Steps of ``depth`` that are under way at once, each ``depth * (rows + columns)`` numbers in shared memory"""
+
+
+def choose_tile(dtype: torch.dtype, capability: tuple[int, int], aligned: bool = True, tf32: bool = False) -> Tile:
+    """The tile for a type, a compute capability, and widths that are multiples of 16 (``aligned``) or not.
+
+    Two programs fit on a multiprocessor, so that one computes while the other begins or ends: an accumulator of
+    128 x 128 takes a quarter of the registers, and of shared memory there are 100 kB on consumer cards (8.6, 8.9,
+    12.x), 164 kB on 8.0, 228 kB on 9.0 and 10.x. Without alignment each number is read by itself, and the addresses
+    need registers too.
+    """
+    if not aligned:
+        return Tile(64, 64, 16, 4, 2) if dtype == torch.float32 else Tile(64, 64, 32, 4, 3)
+    if dtype == torch.float32:
+        return Tile(128, 64, 32, 4, 3) if tf32 else Tile(64, 64, 16, 4, 3)
+    return Tile(128, 128, 64, 8, 3) if capability[0] in (9, 10) else Tile(128, 128, 32, 4, 4)
+
+
+def _options(x: Tensor, *widths: int) -> tuple[Tile, dict[str, Any]]:
+    """The tile for ``x``, and what all matrix products are compiled with."""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)  # no GPU: Triton's interpreter
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tile = choose_tile(x.dtype, capability, all(width % 16 == 0 for width in widths), tf32)
+    return tile, {"PRECISION": "tf32" if tf32 else "ieee", "enable_fp_fusion": True}
+
+
+GROUP = tl.constexpr(8)
+"""Row tiles that go through all columns together, so that rows and weights are found in the L2 cache"""
+
+
+@triton.jit
+def _tile_of(index, n_row, n_column):
+    """Row and column of tile number ``index``: down a group of rows, then on to the next column."""
+    first = index // (GROUP * n_column) * GROUP
+    rows = tl.minimum(n_row - first, GROUP)
+    within = index % (GROUP * n_column)
+    return first + within % rows, within // rows
+
+
+@triton.jit(do_not_specialize=["n_tile"])
+def multiply_kernel(
+    x_NC,
+    weight_EOC,
+    y_SO,
+    ends_E,
+    rows_S,  # or None
+    n_tile,
+    E,
+    C,
+    O,
+    stride_E,
+    stride_O,
+    stride_C,
+    EVEN: tl.constexpr,  # C is a multiple of BLOCK_C
+    PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tile, column = _tile_of(tl.program_id(0), n_tile, tl.cdiv(O, BLOCK_O))
+    e = tl.arange(0, BLOCK_E)
+    ends = tl.load(ends_E + e, mask=e < E, other=0)
+    expert = tl.sum(((ends // BLOCK_S + e < tile) & (e < E)).to(tl.int32))
+    if expert >= E:
+        return
+    start = tl.load(ends_E + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends_E + expert)
+    first = start + (tile - start // BLOCK_S - expert) * BLOCK_S
+    if first >= end:
+        return
+
+    s = first + tl.arange(0, BLOCK_S)
+    row = tl.minimum(s, end - 1)  # past the end the last row again: nothing to mask, and it is not stored
+    if rows_S is not None:
+        row = tl.load(rows_S + row)
+    o = (column * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)  # 64 bits: products of sizes may not fit into 32
+    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    x_SC = x_NC + row.to(tl.int64)[:, None] * C + c[None, :]
+    weight_CO = weight_EOC + expert.to(tl.int64) * stride_E + o[None, :] * stride_O + c[:, None] * stride_C
+    y = tl.zeros((BLOCK_S, BLOCK_O), dtype=tl.float32)
+    for done in range(0, C, BLOCK_C):
+        inside = (c < C - done) | EVEN
+        x = tl.load(x_SC, mask=inside[None, :], other=0.0)
+        weight = tl.load(weight_CO, mask=inside[:, None] & (o < O)[None, :], other=0.0)
+        y = tl.dot(x, weight, y, input_precision=PRECISION)
+        x_SC += BLOCK_C
+        weight_CO += BLOCK_C * stride_C
+    y_SO += s.to(tl.int64)[:, None] * O + o[None, :]
+    tl.store(y_SO, y.to(y_SO.dtype.element_ty), mask=(s < end)[:, None] & (o < O)[None, :])
+
+
+@torch.library.custom_op("custom_moe::multiply", mutates_args=())
+def multiply(x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_S: Tensor | None = None) -> Tensor:
+    """Each row times its expert's weight, transposed: ``(S, O)`` in ``x``'s type, summed up in fp32.
+
+    Args:
+        x_NC: rows sorted by expert, or what ``rows_S`` takes them from; bf16, fp16 or fp32, which is computed in TF32
+            where ``torch.backends.cuda.matmul.fp32_precision`` says so.
+        weight_EOC: in the same type, of any strides, so that ``weight.transpose(1, 2)`` is not copied.
+        ends_E: int32, where each expert's rows end, the last at S.
+        rows_S: assignment s reads ``x_NC[rows_S[s]]``.
+    """
+    E, O, C = weight_EOC.shape
+    y_SO = x_NC.new_empty((x_NC if rows_S is None else rows_S).size(0), O)
+    tile, options = _options(x_NC, C, O)
+    rows = min(tile.rows, max(16, triton.next_power_of_2(y_SO.size(0) // E)))  # few rows: smaller tiles
+    n_tile = y_SO.size(0) // rows + E
+    with torch.cuda.device_of(x_NC):
+        multiply_kernel[(n_tile * triton.cdiv(O, tile.columns),)](
+            *(x_NC.contiguous(), weight_EOC, y_SO, ends_E, rows_S, n_tile, E, C, O, *weight_EOC.stride()),
+            EVEN=C % tile.depth == 0,
+            BLOCK_E=triton.next_power_of_2(E),
+            BLOCK_S=rows,
+            BLOCK_O=tile.columns,
+            BLOCK_C=tile.depth,
+            num_warps=min(tile.warps, max(4, rows // 16)),
+            num_stages=tile.stages,
+            **options,
+        )
+    return y_SO
+
+
+@multiply.register_fake
+def _(x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_S: Tensor | None = None) -> Tensor:
+    return x_NC.new_empty((x_NC if rows_S is None else rows_S).size(0), weight_EOC.size(1))
+
+
+@triton.jit
+def weight_gradient_kernel(
+    grad_NO,
+    x_NC,
+    out_EOC,
+    ends_E,
+    grad_rows_S,  # or None
+    x_rows_S,  # or None
+    C,
+    O,
+    PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    n_row, n_column = tl.cdiv(O, BLOCK_O), tl.cdiv(C, BLOCK_C)
+    expert = tl.program_id(0) // (n_row * n_column)
+    row, column = _tile_of(tl.program_id(0) % (n_row * n_column), n_row, n_column)
+    start = tl.load(ends_E + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends_E + expert)
+
+    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    out = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
+    for first in range(start, end, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        inside = s < end  # for both sides: zero times an infinity of the next expert would not be zero
+        grad_row, x_row = s, s
+        if grad_rows_S is not None:
+            grad_row = tl.load(grad_rows_S + s, mask=inside, other=0)
+        if x_rows_S is not None:
+            x_row = tl.load(x_rows_S + s, mask=inside, other=0)
+        grad_OS = grad_NO + grad_row.to(tl.int64)[None, :] * O + o[:, None]
+        x_SC = x_NC + x_row.to(tl.int64)[:, None] * C + c[None, :]
+        grad = tl.load(grad_OS, mask=(o < O)[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_SC, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        out = tl.dot(grad, x, out, input_precision=PRECISION)
+    out_EOC += (expert.to(tl.int64) * O + o[:, None]) * C + c[None, :]
+    tl.store(out_EOC, out.to(out_EOC.dtype.element_ty), mask=(o < O)[:, None] & (c < C)[None, :])
+
+
+@torch.library.custom_op("custom_moe::weight_gradient", mutates_args=())
+def weight_gradient(
+    grad_NO: Tensor, x_NC: Tensor, ends_E: Tensor, grad_rows_S: Tensor | None = None, x_rows_S: Tensor | None = None
+) -> Tensor:
+    """The sum over each expert's rows of ``outer(grad, x)``: ``(E, O, C)`` in ``x``'s type, summed up in fp32 in the
+    rows' order, zeros for an expert without rows. Arguments as for ``multiply``; each side may have rows of its own."""
+    E, O, C = ends_E.size(0), grad_NO.size(1), x_NC.size(1)
+    out_EOC = x_NC.new_empty(E, O, C)
+    tile, options = _options(x_NC, C, O)
+    gathered = grad_rows_S is not None or x_rows_S is not None
+    with torch.cuda.device_of(x_NC):
+        weight_gradient_kernel[(E * triton.cdiv(O, tile.rows) * triton.cdiv(C, tile.columns),)](
+            *(grad_NO.contiguous(), x_NC.contiguous(), out_EOC, ends_E, grad_rows_S, x_rows_S, C, O),
+            BLOCK_O=tile.rows,
+            BLOCK_C=tile.columns,
+            BLOCK_S=tile.depth,
+            num_warps=tile.warps,
+            # Triton divides the stages between reading the row numbers and reading the rows.
+            num_stages=2 * tile.stages - 1 if gathered else tile.stages,
+            **options,
+        )
+    return out_EOC
+
+
+@weight_gradient.register_fake
+def _(
+    grad_NO: Tensor, x_NC: Tensor, ends_E: Tensor, grad_rows_S: Tensor | None = None, x_rows_S: Tensor | None = None
+) -> Tensor:
+    return x_NC.new_empty(ends_E.size(0), grad_NO.size(1), x_NC.size(1))
+
+
+@triton.jit(do_not_specialize=["S"])
+def swiglu_kernel(h_SJ, weights_S, a_SI, S, I, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr):
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    row = s.to(tl.int64)[:, None]
+    weight = tl.load(weights_S + s, mask=s < S, other=0.0).to(tl.float32)[:, None]
+    for first in range(0, I, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)[None, :]
+        inside = (s < S)[:, None] & (i < I)
+        gate = tl.load(h_SJ + row * 2 * I + i, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(h_SJ + row * 2 * I + I + i, mask=inside, other=0.0).to(tl.float32)
+        a = weight * (gate * tl.sigmoid(gate) * up)
+        tl.store(a_SI + row * I + i, a.to(a_SI.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["S"])
+def swiglu_backward_kernel(
+    h_SJ, weights_S, da_SI, dh_SJ, a_SI, dweights_S, S, I, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    row = s.to(tl.int64)[:, None]
+    weight = tl.load(weights_S + s, mask=s < S, other=0.0).to(tl.float32)[:, None]
+    dweight = tl.zeros((BLOCK_S, BLOCK_I), dtype=tl.float32)
+    for first in range(0, I, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)[None, :]
+        inside = (s < S)[:, None] & (i < I)
+        gate = tl.load(h_SJ + row * 2 * I + i, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(h_SJ + row * 2 * I + I + i, mask=inside, other=0.0).to(tl.float32)
+        da = tl.load(da_SI + row * I + i, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        dweight += da * (silu * up)
+        a = weight * (silu * up)
+        dgate = weight * da * up * (sigmoid + silu * (1 - sigmoid))
+        dup = weight * da * silu
+        tl.store(a_SI + row * I + i, a.to(a_SI.dtype.element_ty), mask=inside)
+        tl.store(dh_SJ + row * 2 * I + i, dgate.to(dh_SJ.dtype.element_ty), mask=inside)
+        tl.store(dh_SJ + row * 2 * I + I + i, dup.to(dh_SJ.dtype.element_ty), mask=inside)
+    tl.store(dweights_S + s, tl.sum(dweight, axis=1), mask=s < S)
+
+
+def _launch_rows(kernel: Any, *tensors: Tensor, S: int, I: int) -> None:
+    """A program for each 1,024 numbers of up to ``I`` wide rows, or for a row that is longer."""
+    width = min(1024, triton.next_power_of_2(I))
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(triton.cdiv(S * width, 1024),)](
+            *tensors, S, I, BLOCK_S=1024 // width, BLOCK_I=width, num_warps=4, enable_fp_fusion=True
+        )
+
+
+@torch.library.custom_op("custom_moe::swiglu", mutates_args=())
+def swiglu(h_SJ: Tensor, weights_S: Tensor) -> Tensor:
+    """``weights[:, None] * silu(h[:, :I]) * h[:, I:]``: ``(S, I)`` in ``h``'s type, computed in fp32."""
+    S, I = h_SJ.size(0), h_SJ.size(1) // 2
+    a_SI = h_SJ.new_empty(S, I)
+    _launch_rows(swiglu_kernel, h_SJ.contiguous(), weights_S.contiguous(), a_SI, S=S, I=I)
+    return a_SI
+
+
+@swiglu.register_fake
+def _(h_SJ: Tensor, weights_S: Tensor) -> Tensor:
+    return h_SJ.new_empty(h_SJ.size(0), h_SJ.size(1) // 2)
+
+
+@torch.library.custom_op("custom_moe::swiglu_backward", mutates_args=())
+def swiglu_backward(h_SJ: Tensor, weights_S: Tensor, da_SI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward needs of the activation, in one pass, from the gradient of ``swiglu``'s result: the gradient of
+    ``h`` (S, J), ``swiglu``'s result again (S, I), and the gradient of the weights (S,) in fp32."""
+    S, I = da_SI.shape
+    results = h_SJ.new_empty(S, 2 * I), h_SJ.new_empty(S, I), h_SJ.new_empty(S, dtype=torch.float32)
+    inputs = h_SJ.contiguous(), weights_S.contiguous(), da_SI.contiguous()
+    _launch_rows(swiglu_backward_kernel, *inputs, *results, S=S, I=I)
+    return results
+
+
+@swiglu_backward.register_fake
+def _(h_SJ: Tensor, weights_S: Tensor, da_SI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    S, I = da_SI.shape
+    return h_SJ.new_empty(S, 2 * I), h_SJ.new_empty(S, I), h_SJ.new_empty(S, dtype=torch.float32)

@@ -1,0 +1,80 @@
+"""Which backend computes where, and what is said where one can't be had."""
+
+import pytest
+import torch
+from litgpt import GPT, Config
+
+from custom_moe import MoE, set_backend, use_custom_moe
+from custom_moe.backends import Hardware, backend_for, choose_backend, find_hardware
+from custom_moe.experts import Experts
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+EVEN, ODD = (768, 2048), (768, 44)  # 44 numbers of 16 bits are 88 bytes
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths", "backend", "without_triton"),
+    [
+        (None, FP32, EVEN, "loop", "loop"),  # a CPU, the meta device, a Mac
+        (None, BF16, EVEN, "loop", "loop"),
+        ((7, 5), FP16, EVEN, "loop", "loop"),
+        ((8, 0), BF16, EVEN, "triton", "loop"),
+        ((8, 6), BF16, EVEN, "triton", "loop"),
+        ((8, 6), FP16, EVEN, "triton", "loop"),
+        ((8, 6), BF16, ODD, "triton", "loop"),
+        ((8, 6), FP32, EVEN, "loop", "loop"),
+        ((8, 9), BF16, EVEN, "triton", "loop"),
+        ((9, 0), BF16, EVEN, "grouped_mm", "grouped_mm"),
+        ((9, 0), FP16, EVEN, "triton", "loop"),
+        ((9, 0), BF16, ODD, "triton", "loop"),
+        ((9, 0), FP32, EVEN, "loop", "loop"),
+        ((9, 0), FP64, EVEN, "loop", "loop"),
+        ((10, 0), BF16, EVEN, "grouped_mm", "grouped_mm"),
+        ((12, 0), BF16, EVEN, "triton", "loop"),
+        ((12, 0), FP16, EVEN, "triton", "loop"),
+    ],
+    ids=str,
+)
+def test_the_table(
+    capability: tuple[int, int] | None, dtype: torch.dtype, widths: tuple[int, int], backend: str, without_triton: str
+) -> None:
+    assert backend_for(dtype, Hardware(capability, triton=True), widths) == backend
+    assert backend_for(dtype, Hardware(capability, triton=False), widths) == without_triton
+
+
+def test_without_rows_there_is_nothing_to_group() -> None:
+    assert choose_backend("grouped_mm", FP32, torch.device("cpu"), 0, EVEN) == "loop"
+    assert choose_backend("grouped_mm", FP32, torch.device("cpu"), 1, EVEN) == "grouped_mm"
+    assert choose_backend(None, FP32, torch.device("cpu"), 1, EVEN) == "loop"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "widths", "message"),
+    [
+        ("grouped_mm", BF16, ODD, r"'grouped_mm' needs widths of a multiple of 8 in torch.bfloat16, and these are"),
+        ("grouped_mm", FP64, EVEN, "does not compute torch.float64"),
+        ("triton", FP32, EVEN, "needs an NVIDIA card, and this is cpu"),
+        ("cutlass", FP32, EVEN, "is not one of grouped_mm, triton, loop"),
+    ],
+)
+def test_what_can_not_be_had_is_refused(wanted, dtype: torch.dtype, widths: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_backend(wanted, dtype, torch.device("cpu"), 42, widths)
+
+
+def test_the_hardware_of_this_machine() -> None:
+    assert find_hardware("cpu", None).capability is None
+    if torch.cuda.is_available():
+        assert find_hardware("cuda", 0).capability == torch.cuda.get_device_capability(0)
+
+
+def test_a_backend_is_set_for_all_layers_of_a_model() -> None:
+    fields = dict(n_layer=3, n_embd=32, n_head=2, moe_intermediate_size=16, n_expert=4, n_expert_per_token=2)
+    config = Config(**fields, mlp_class_name="LLaMAMoE", first_k_dense_replace=1)
+    with use_custom_moe():
+        gpt = GPT(config)
+    set_backend(gpt, "grouped_mm")
+    assert [layer.backend for layer in gpt.modules() if isinstance(layer, Experts)] == ["grouped_mm"] * 2
+    set_backend(gpt, None)
+    assert [layer.backend for layer in gpt.modules() if isinstance(layer, Experts)] == [None] * 2
+    assert MoE(config, backend="loop").experts.backend == "loop"
