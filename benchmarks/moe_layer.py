@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from benchmarks.common import circumstances, gpu, installed
 from benchmarks.moe_peers import GPU_ONLY, Size, config_of, layers, stacked
 from custom_moe import MoE
+from custom_moe.backends import choose_backend
 
 PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel", "scattermoe", "sonic-moe")
 SIZES = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]
@@ -204,6 +205,8 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
             rows[name] |= summary(own, times["LitGPT"], 3 * 2 * (experts + router), case.tokens)
     names = ("n_embd", "intermediate_size", "n_expert", "n_expert_per_token")
     row = dict(zip(names, case.size, strict=True)) | {"tokens": case.tokens, "precision": case.precision}
+    dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16
+    row["backend"] = choose_backend(None, dtype, bench.x.device, case.tokens, case.size[:2])
     return row | {"routing": "skewed" if case.skewed else "even", "largest_share": round(share, 3), "layers": rows}
 
 

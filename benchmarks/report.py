@@ -148,6 +148,8 @@ def section(result: Row) -> list[str]:
         sizes = list(dict.fromkeys(row["size"] for row in here))
         title = f"{precision}, {tokens:,} tokens" + (", skewed routing" if routing == "skewed" else "")
         lines += [f"### {title}: times LitGPT's speed", ""]
+        chosen = list(dict.fromkeys(row["backend"] for row in here))
+        lines += [f"The backend that our layer chooses: {' or '.join(chosen)}.", ""]
         cells = {(row["layer"], row["size"]): f"{row['speed']:.2f}" for row in here}
         speeds = (
             [f"**{name}**" if name == "ours" else name, *(cells.get((name, size), "") for size in sizes)]
