@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help environment uv venv lock quickstart train ddp-train tensorboard test test-slow check lint types bench \
-        gpu-status kill-gpu gpu-hot clean
+        bench-gpu gpu-status kill-gpu gpu-hot clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,12 @@ bench: venv ## Run the benchmarks that need no GPU and write their results into 
 	$(RUN) python benchmarks/data_prep.py
 	$(RUN) python benchmarks/data_memory.py
 	$(RUN) python benchmarks/memory.py
+	$(RUN) python benchmarks/moe_layer.py --device cpu
+	$(RUN) python benchmarks/report.py
+
+bench-gpu: venv ## Measure the layer on the GPU of this machine, and write docs/PERFORMANCE.md
+	$(RUN) python benchmarks/moe_layer.py --device cuda
+	$(RUN) python benchmarks/report.py
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them
 	@$(RUN) python scripts/gpu.py status

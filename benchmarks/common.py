@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,41 @@ def circumstances(command: str, packages: Iterable[str]) -> dict[str, Any]:
 def commit() -> str:
     """The commit that was checked out, marked where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    return output(command) or "unknown"
+
+
+def output(command: list[str]) -> str:
+    """What a program printed; nothing where it is not installed."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def installed(packages: Iterable[str]) -> list[str]:
+    """Those of the packages that are here."""
+
+    def here(package: str) -> bool:
+        try:
+            return bool(version(package))
+        except PackageNotFoundError:
+            return False
+
+    return [package for package in packages if here(package)]
+
+
+def gpu() -> dict[str, Any]:
+    """The first CUDA GPU as torch and the driver tell it."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]) or "unknown",
+        "cuda": torch.version.cuda,
+    }
 
 
 def cpu_name() -> str:
