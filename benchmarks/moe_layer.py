@@ -11,7 +11,7 @@ turns: a round times each layer once, over as many iterations as fill 0.1 second
 within a round. An iteration is a forward and a backward with gradients to the input and to every weight; gradients are
 None before it, so they are written and not added up. Tokens are N(0, 1) and the gate has its usual initial values, so
 that routing is about even; tokens whose choice of experts hangs on the rounding of their logits are not drawn, since
-layers that round differently would send them elsewhere. In the skewed case every token chooses the first expert.
+layers that round differently would send them elsewhere. On a CPU the process keeps what it frees, as in training. In the skewed case every token chooses the first expert.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from benchmarks.common import circumstances, gpu, installed
 from benchmarks.moe_peers import GPU_ONLY, Size, config_of, layers, stacked
 from custom_moe import MoE
 from custom_moe.backends import choose_backend
+from recipe.training.memory import keep_freed_memory
 
 PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel", "scattermoe", "sonic-moe")
 SIZES = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]
@@ -69,6 +70,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
+    if args.device == "cpu":
+        keep_freed_memory()  # as training does
     output = args.output or ROOT / f"benchmarks/results/moe_layer_{args.device}.json"
     command = f"python benchmarks/moe_layer.py --device {args.device}"
     run(args.device, cases(args.device), output, command, seconds=0.1 if args.device == "cpu" else 0.03)

@@ -144,12 +144,11 @@ def test_a_run_goes_on_with_another_backend(train, tmp_path):
         assert column(resumed, name) == pytest.approx(column(whole, name), rel=1e-4)
 
 
-def test_a_backend_that_can_not_be_had_is_refused(train, tmp_path, capsys):
+def test_a_backend_that_can_not_be_had_is_refused(train, capsys):
     with pytest.raises(UserError, match=r"--moe.backend triton: .* needs an NVIDIA card.*\(--moe.backend auto\)"):
         train("--moe.backend", "triton")
     with pytest.raises(UserError, match=r"--moe.backend grouped_mm: .* needs widths of a multiple of 4"):
         train("--moe.backend", "grouped_mm", "--model.moe_intermediate_size", "18")
-    assert not (tmp_path / "out").exists()
     train("--train.max_steps", "1")
     assert "experts by loop." in capsys.readouterr().out
 
