@@ -11,7 +11,8 @@ turns: a round times each layer once, over as many iterations as fill 0.1 second
 within a round. An iteration is a forward and a backward with gradients to the input and to every weight; gradients are
 None before it, so they are written and not added up. Tokens are N(0, 1) and the gate has its usual initial values, so
 that routing is about even; tokens whose choice of experts hangs on the rounding of their logits are not drawn, since
-layers that round differently would send them elsewhere. On a CPU the process keeps what it frees, as in training. In the skewed case every token chooses the first expert.
+layers that round differently would send them elsewhere. In the skewed case every token chooses the first expert. On a
+CPU the process keeps the memory that it frees, as in training.
 """
 
 import argparse

@@ -112,3 +112,12 @@ def test_what_is_said_of_tokenizing_is_what_was_measured():
     assert f"{per_second['TextFiles without']:,} against {per_second['ours without']:,} tokens/s" in README
     assert f"It is quick: {ratios['with']} times" in README
     assert ", ".join(f"{run['peak_memory_mb']:.0f}" for run in memory["runs"]) + " MB" in README
+
+
+def test_the_example_of_the_layer_alone_runs(capsys: pytest.CaptureFixture[str]):
+    (example,) = re.findall(r"<!-- layer -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 12
+    namespace: dict = {}
+    exec(compile(example, "README.md", "exec"), namespace)
+    assert namespace["x"].grad.abs().sum() > 0 and namespace["layer"].gate.weight.grad.abs().sum() > 0
+    assert "max_over_mean" in capsys.readouterr().out

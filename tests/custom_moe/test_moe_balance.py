@@ -143,8 +143,9 @@ def test_both_losses_reach_every_router_of_a_model(moe_fields: dict, fields: dic
         gpt = GPT(config)
     routers = routers_of(gpt, torch.randint(0, 384, (2, 16)))
     score = score_function(config)
+    uneven = torch.arange(1, config.n_expert + 1) / sum(range(1, config.n_expert + 1))  # an even load has no gradient
     losses = [
-        load_balancing_loss(router.logits, router.indices, score)
+        load_balancing_loss(router.logits, router.indices, score, load_E=uneven)
         if which == "balance"
         else router_z_loss(router.logits)
         for router in routers
