@@ -74,10 +74,6 @@ class EvalArgs(litgpt.args.EvalArgs):
 class MoESettings:
     """How the experts are computed and balanced; the layer itself is described by the model's config."""
 
-    backend: Literal["auto", "grouped_mm", "triton", "loop"] = "auto"
-    """What computes the experts (custom_moe/backends.py); auto is the fastest for the card, type and widths. A
-    checkpoint is the same for all"""
-
     load_balancing_loss: float = 0.01
     """Weight of the load-balancing loss, a mean over layers (Switch Transformer, arXiv 2101.03961); 0 turns it off"""
     z_loss: float = 0.001
@@ -85,6 +81,9 @@ class MoESettings:
     bias_update_rate: float = 0.0
     """How far the selection bias of a sigmoid router (model.n_expert_groups) moves at each step towards an even load
     (DeepSeek-V3, arXiv 2408.15664); usual is 0.001 with a small load_balancing_loss, or none"""
+    backend: Literal["auto", "grouped_mm", "triton", "loop"] = "auto"
+    """What computes the experts (custom_moe/backends.py); auto is the fastest for the card, type and widths. A
+    checkpoint is the same for all"""
 
 
 @dataclass

@@ -116,7 +116,7 @@ def test_what_is_said_of_tokenizing_is_what_was_measured():
 
 def test_the_example_of_the_layer_alone_runs(capsys: pytest.CaptureFixture[str]):
     (example,) = re.findall(r"<!-- layer -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert len(example.strip().splitlines()) <= 12
+    assert len([line for line in example.splitlines() if line]) <= 11, "a short example"
     namespace: dict = {}
     exec(compile(example, "README.md", "exec"), namespace)
     assert namespace["x"].grad.abs().sum() > 0 and namespace["layer"].gate.weight.grad.abs().sum() > 0
