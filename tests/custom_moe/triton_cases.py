@@ -10,9 +10,12 @@ import os
 import pytest
 import torch
 import triton.language as tl
+from litgpt import Config
+from litgpt.model import LLaMAMoE
 from torch import Tensor
 
 import custom_moe.triton_kernels as kernels
+from custom_moe import MoE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -211,6 +214,41 @@ def test_compiles_to_one_graph_whatever_the_routing() -> None:
         for result, expected in zip(compiled(*arguments), layer(*arguments), strict=True):
             assert torch.equal(result, expected)
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"bias": True},
+        {"n_embd": 26, "moe_intermediate_size": 17, "n_expert": 5, "n_expert_per_token": 3},
+        {"n_expert": 1, "n_expert_per_token": 1},
+        {"n_expert": 8, "n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2},
+    ],
+    ids=["plain", "biases", "odd sizes", "one expert", "sigmoid"],
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_layer_equals_litgpts(fields: dict, compiled: bool) -> None:
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_embd=32, n_head=2, moe_intermediate_size=48, n_expert=4, n_expert_per_token=2, bias=False)
+    config = Config(**{**sizes, **fields}, mlp_class_name="LLaMAMoE")
+    ours, stock = MoE(config, backend="triton").to(DEVICE), LLaMAMoE(config).to(DEVICE)
+    values = {key: torch.randn_like(value) / value.shape[-1] ** 0.5 for key, value in stock.state_dict().items()}
+    ours.load_state_dict(values)
+    stock.load_state_dict(values)
+    results = []
+    for layer in (torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours, stock):
+        x = randn(2, 9, config.n_embd, seed=1).requires_grad_()
+        y = layer(x)
+        y.backward(randn(*y.shape, seed=2))
+        results.append((y, x.grad))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(ours.gate.weight.grad, stock.gate.weight.grad)
+    for expert, stock_expert in enumerate(stock.experts):
+        gate, up = ours.experts.fc_weight.grad[expert].chunk(2)
+        torch.testing.assert_close(gate, stock_expert.fc_1.weight.grad)
+        torch.testing.assert_close(up, stock_expert.fc_2.weight.grad)
+        torch.testing.assert_close(ours.experts.proj_weight.grad[expert], stock_expert.proj.weight.grad)
 
 
 if not INTERPRETED:
