@@ -62,7 +62,7 @@ bench: venv ## Run the benchmarks that need no GPU and write their results into 
 	$(RUN) python benchmarks/report.py
 
 bench-gpu: venv ## Measure the layer on the GPU of this machine, and write docs/PERFORMANCE.md
-	$(RUN) python benchmarks/moe_layer.py --device cuda
+	$(RUN) --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda
 	$(RUN) python benchmarks/report.py
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them

@@ -1,8 +1,10 @@
 """What the benchmarks share: where they run, on what, and how much memory a process takes."""
 
+import ctypes
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +27,18 @@ def circumstances(command: str, packages: Iterable[str]) -> dict[str, Any]:
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "load_before": load},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory that it frees, where the C library is glibc (Linux).
+
+    glibc gives blocks above 32 MB back to the system, which clears their pages when they are taken again. On a virtual
+    machine that can cost more than what is timed. Not for real runs: the heap may grow to many times its largest block.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 def commit() -> str:

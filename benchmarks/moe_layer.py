@@ -12,7 +12,8 @@ within a round. An iteration is a forward and a backward with gradients to the i
 None before it, so they are written and not added up. Tokens are N(0, 1) and the gate has its usual initial values, so
 that routing is about even; tokens whose choice of experts hangs on the rounding of their logits are not drawn, since
 layers that round differently would send them elsewhere. In the skewed case every token chooses the first expert. On a
-CPU the process keeps the memory that it frees, as in training.
+CPU the process keeps the memory that it frees: fresh pages for gradients could be most of what is timed there, most of
+all for the layers whose gradients are one large block.
 """
 
 import argparse
@@ -34,11 +35,10 @@ import torch
 from litgpt import Config
 from torch import Tensor, nn
 
-from benchmarks.common import circumstances, gpu, installed
+from benchmarks.common import circumstances, gpu, installed, keep_freed_memory
 from benchmarks.moe_peers import GPU_ONLY, Size, config_of, layers, stacked
 from custom_moe import MoE
 from custom_moe.backends import choose_backend
-from recipe.training.memory import keep_freed_memory
 
 PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel", "scattermoe", "sonic-moe")
 SIZES = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]
@@ -72,7 +72,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
     if args.device == "cpu":
-        keep_freed_memory()  # as training does
+        keep_freed_memory()
     output = args.output or ROOT / f"benchmarks/results/moe_layer_{args.device}.json"
     command = f"python benchmarks/moe_layer.py --device {args.device}"
     run(args.device, cases(args.device), output, command, seconds=0.1 if args.device == "cpu" else 0.03)
@@ -183,12 +183,16 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
     config = config_of(case.size)
     values, bench, share = prepare(case, device)
     exact = Bench(bench.x.detach().float().requires_grad_(), bench.dy.float())
-    wanted = outcome(build("LitGPT", case, values, device, torch.float32), exact, config)
+    rows: dict[str, dict[str, Any]] = {}
+    wanted = None
+    try:
+        wanted = outcome(build("LitGPT", case, values, device, torch.float32), exact, config)
+    except Exception as error:  # out of memory, at a large size
+        rows = {name: {"status": f"nothing to compare with: {why(error)}"} for name in case.layers}
     del exact
 
-    rows: dict[str, dict[str, Any]] = {}
     built: dict[str, nn.Module] = {}
-    for name in case.layers:
+    for name in case.layers if wanted else ():
         if device == "cpu" and name in GPU_ONLY:
             rows[name] = {"status": "needs a GPU"}
             continue
@@ -206,7 +210,7 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
         for name, own in times.items():
             router = 0 if name == "dense" else config.n_embd * config.n_expert
             experts = 3 * config.n_embd * config.moe_intermediate_size * config.n_expert_per_token
-            rows[name] |= summary(own, times["LitGPT"], 3 * 2 * (experts + router), case.tokens)
+            rows[name] |= summary(own, times.get("LitGPT"), 3 * 2 * (experts + router), case.tokens)
     names = ("n_embd", "intermediate_size", "n_expert", "n_expert_per_token")
     row = dict(zip(names, case.size, strict=True)) | {"tokens": case.tokens, "precision": case.precision}
     dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16
@@ -323,12 +327,13 @@ def rounds(built: dict[str, nn.Module], bench: Bench, number: int, seconds: floa
     return times
 
 
-def summary(times: list[float], stock: list[float], flops: float, tokens: int) -> dict[str, Any]:
-    """Seconds per iteration and times LitGPT's speed, both with quartiles over the rounds."""
+def summary(times: list[float], stock: list[float] | None, flops: float, tokens: int) -> dict[str, Any]:
+    """Seconds per iteration and, where LitGPT's ran, times its speed, both with quartiles over the rounds."""
     typical = median(times)
+    pairs = zip(stock, times, strict=True) if stock else ()
     return {
         "seconds": spread(times),
-        "speedup": spread([first / second for first, second in zip(stock, times, strict=True)]),
+        **({"speedup": spread([first / second for first, second in pairs])} if stock else {}),
         "tokens_per_second": round(tokens / typical),
         "tflops": float(f"{flops * tokens / typical / 1e12:.4g}"),
     }

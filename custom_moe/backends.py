@@ -5,14 +5,21 @@ backend        how                                                              
 =============  ============================================================================  ======================
 ``grouped_mm`` ``torch.nn.functional.grouped_mm``: one kernel for all experts                no
 ``triton``     the same as kernels of our own (``custom_moe.triton_kernels``)                no
-``loop``       one product per expert, on any device and in any type                         once on a GPU
+``loop``       one product per expert, on any device and in any type                         once in each direction
 =============  ============================================================================  ======================
+
+(With biases or LoRA the loop waits for each product. ``grouped_mm`` asked for by name where torch has no fast kernel
+for it, see ``backend_for``, is a loop of torch's own, which waits too.)
 
 Shape suffixes: S rows, E experts, C input width, O output width.
 """
 
+import functools
 import importlib.util
 import os
+import shutil
+import sys
+import sysconfig
 import warnings
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -43,7 +50,7 @@ def choose_backend(
     """
     if rows == 0:
         return "loop"
-    hardware = find_hardware(device.type, device.index)
+    hardware = hardware_of(device)
     if wanted is None:
         return backend_for(dtype, hardware, widths)
     if problem := _problem(wanted, dtype, device.type, hardware, widths):
@@ -57,40 +64,61 @@ class Hardware(NamedTuple):
     capability: tuple[int, int] | None
     """Of the NVIDIA card; None without one"""
     triton: bool
-    """Whether Triton is installed"""
+    """Whether Triton is there and can build its kernels"""
+    grouped_mm: bool = True
+    """Whether torch was built with its fast grouped_mm"""
     interpreter: bool = False
     """Whether Triton interprets its kernels (TRITON_INTERPRET=1), on any device, for tests"""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile can't trace these questions
-def find_hardware(device_type: str, index: int | None) -> Hardware:
+def hardware_of(device: torch.device) -> Hardware:
     """That of a device. Warns, once, where a card could do better with Triton."""
-    triton = importlib.util.find_spec("triton") is not None
-    interpreter = triton and os.environ.get("TRITON_INTERPRET") == "1"
+    return _find_hardware(device.type, device.index)
+
+
+@functools.cache
+def _find_hardware(device_type: str, index: int | None) -> Hardware:
+    problem = _triton_problem()
+    interpreter = problem is None and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" or torch.version.hip:
-        return Hardware(None, triton, interpreter)
+        return Hardware(None, problem is None, interpreter=interpreter)
     capability = torch.cuda.get_device_capability(index)
-    if capability >= (8, 0) and not triton:
+    if capability >= (8, 0) and capability[0] not in (9, 10) and problem:
         warnings.warn(
-            "Triton is not installed: in 16 bits the experts may be computed in a loop that waits for the GPU once per"
-            " layer. Install triton (on Windows triton-windows) for the fast kernels.",
+            f"{problem}: in 16 bits the experts are computed in a loop that waits for the GPU in each layer.",
             stacklevel=2,
         )
-    return Hardware(capability, triton, interpreter)
+    return Hardware(capability, problem is None, sys.platform != "win32", interpreter)
+
+
+def _triton_problem() -> str | None:
+    """Why Triton can't be used. Its wheel for Linux builds a small library with the system's compiler at first use."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (on Windows: triton-windows)"
+    if sys.platform == "linux":
+        if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+            return "Triton needs a C compiler, and there is none (Debian and Ubuntu: build-essential)"
+        if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+            return "Triton needs Python's headers, and there are none (Debian and Ubuntu: python3-dev)"
+    return None
 
 
 def backend_for(dtype: torch.dtype, hardware: Hardware, widths: tuple[int, ...]) -> Backend:
     """The table of what is fastest where.
 
-    - Compute capability 9.x and 10.x in bf16: ``grouped_mm``, for which torch has a fast kernel there alone. It wants
-      row strides of a multiple of 16 bytes.
-    - NVIDIA cards from 8.0 on in 16 bits: ``triton``, where it is installed. (grouped_mm would loop there, and wait.)
-    - All else: ``loop``. On a CPU nothing waits, and in fp32 on a GPU the products outweigh the wait.
+    - Compute capability 9.x and 10.x in bf16: ``grouped_mm``, for which torch has a fast kernel there alone, not on
+      Windows. It wants row strides of a multiple of 16 bytes.
+    - NVIDIA cards from 8.0 on in 16 bits: ``triton``, where it works. (grouped_mm would loop there, and wait.)
+    - All else: ``loop``. On a CPU nothing waits; in fp32 on a GPU the products should outweigh the wait.
+
+    Measured on a CPU only (docs/PERFORMANCE.md); on GPUs it goes by what torch and others say of their kernels.
     """
     capability = hardware.capability
     if capability is None or capability < (8, 0) or dtype not in (torch.bfloat16, torch.float16):
         return "loop"
-    if capability[0] in (9, 10) and dtype == torch.bfloat16 and _aligned(dtype, widths):
+    fast = hardware.grouped_mm and capability[0] in (9, 10)
+    if fast and dtype == torch.bfloat16 and _aligned(dtype, widths):
         return "grouped_mm"
     return "triton" if hardware.triton else "loop"
 
@@ -108,10 +136,10 @@ def _problem(
         if not _aligned(dtype, widths):
             return f"needs widths of a multiple of {16 // dtype.itemsize} in {dtype}, and these are {widths}"
     if backend == "triton":
-        if not hardware.triton:
-            return "needs Triton, which is not installed"
         if hardware.capability is None and not hardware.interpreter and device_type != "meta":
-            return f"needs an NVIDIA card, and this is {device_type}"
+            return f"needs an NVIDIA card, and this is {'an AMD card' if device_type == 'cuda' else device_type}"
+        if not hardware.triton:
+            return f"can't be had: {_triton_problem()}"
         if hardware.capability is not None and hardware.capability < (8, 0):
             return "needs a card of compute capability 8.0 or higher, and this has {}.{}".format(*hardware.capability)
     return None
@@ -166,6 +194,10 @@ def weight_gradient(
     x_SC = x_NC if x_rows_S is None else x_NC.index_select(0, x_rows_S)
     if backend == "grouped_mm":
         dweight_EOC = F.grouped_mm(grad_SO.t(), x_SC, offs=ends_E)
+        if (hardware_of(x_SC.device).capability or (0, 0))[0] == 10:
+            # There CUTLASS left the sum over no rows unset until its PR 2746 (pytorch issue 172439).
+            empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+            dweight_EOC = dweight_EOC.masked_fill(empty_E[:, None, None], 0)
     else:
         dweight_EOC = loop.weight_gradient(grad_SO, x_SC, ends_E)
     return dweight_EOC
@@ -174,7 +206,7 @@ def weight_gradient(
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
-        ctx.save_for_backward(x_SC, weight_EOC, ends_E)
+        ctx.save_for_backward(x_SC if ctx.needs_input_grad[1] else None, weight_EOC, ends_E)
         ctx.backend = backend
         return multiply(x_SC, weight_EOC, ends_E, backend)
 

@@ -88,7 +88,7 @@ def router_z_loss(logits_NE: Tensor, mask_N: Tensor | None = None) -> Tensor:
     return _mean_over_tokens(logits_NE.float().logsumexp(dim=-1).square(), mask_N)
 
 
-def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
+def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float | Tensor) -> Tensor:
     """``bias + rate * sign(mean(counts) - counts)``: balance without a loss (arXiv 2408.15664, algorithm 1).
 
     Once per optimizer step, from all of the step's tokens on all devices. An expert that got less than the mean is

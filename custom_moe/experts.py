@@ -82,8 +82,7 @@ class Experts(nn.Module):
         if self.fc_bias is not None:
             return self._feed_forward_by_layers(x_NC, weights_NK, indices_NK, backend)
         order = sort_by_expert(indices_NK, len(self.fc_weight), loop.padded_rows(x_NC) if backend == "loop" else 1)
-        fc_EJC, proj_ECI = self.fc_weight.to(x_NC.dtype), self.proj_weight.to(x_NC.dtype)
-        return grouped_swiglu(x_NC, weights_NK, fc_EJC, proj_ECI, order, backend)
+        return grouped_swiglu(x_NC, weights_NK, self.fc_weight, self.proj_weight, order, backend)
 
     def _feed_forward_by_layers(self, x_NC: Tensor, weights_NK: Tensor, indices_NK: Tensor, backend: Backend) -> Tensor:
         """``grouped_swiglu`` with room around each layer, for biases and LoRA; keeps more for the backward."""

@@ -17,8 +17,8 @@ from custom_moe.router import RouterOutput, SigmoidGate, linear_fp32, route, sco
 class MoE(nn.Module):
     """Drop-in for ``litgpt.model.LLaMAMoE``: the same config, the same result, the same keys in the state dict.
 
-    Unlike LitGPT's, it routes in fp32 whatever the precision of the model, computes all experts in grouped matrix
-    products, has no token-dependent control flow (one graph under ``torch.compile``), and initialises itself.
+    Unlike LitGPT's, it routes in fp32 whatever the precision of the model, computes all experts as one function, has no
+    token-dependent control flow (one graph under ``torch.compile``), and initialises itself.
 
     Args:
         config: LitGPT's.

@@ -13,23 +13,24 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-BLOCK_ROWS = 2048
-"""Rows that are taken together, in memory that all blocks share: on a CPU, fresh memory for each step of the formula
-costs as much as the step."""
+BLOCK_SIZE = 2**20
+"""How many pre-activations are worked on together, in memory that all blocks share: on a CPU, fresh memory for each
+step of the formula costs as much as the step."""
 
 
-def padded_rows(x: Tensor) -> int:
-    """What an expert's rows should be a multiple of. oneDNN, which multiplies 16-bit matrices on a CPU, builds a kernel
+def padded_rows(x_NC: Tensor) -> int:
+    """What an expert's rows should be a multiple of. oneDNN, which multiplies bf16 matrices on a CPU, builds a kernel
     for each new number of rows: thirty times a small product's own time, and routing brings new numbers at each step.
+    Few tokens, as in generation, have few such numbers, and padding would be most of their work.
     """
-    return 64 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
+    return 64 if x_NC.device.type == "cpu" and x_NC.dtype == torch.bfloat16 and x_NC.size(0) > 64 else 1
 
 
 @torch.library.custom_op("custom_moe::loop_multiply", mutates_args=())
 def multiply(x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor) -> Tensor:
     """``custom_moe.backends.multiply``"""
     y_SO = x_SC.new_empty(len(x_SC), weight_EOC.size(1))
-    for experts, rows, sizes in _blocks(ends_E):
+    for experts, rows, sizes in _blocks(ends_E, weight_EOC.size(1)):
         _multiply(x_SC[rows], weight_EOC[experts], sizes, out=y_SO[rows])
     return y_SO
 
@@ -43,7 +44,7 @@ def _(x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor) -> Tensor:
 def weight_gradient(grad_SO: Tensor, x_SC: Tensor, ends_E: Tensor) -> Tensor:
     """``custom_moe.backends.weight_gradient``"""
     dweight_EOC = x_SC.new_empty(len(ends_E), grad_SO.size(1), x_SC.size(1))
-    for experts, rows, sizes in _blocks(ends_E):
+    for experts, rows, sizes in _blocks(ends_E, grad_SO.size(1)):
         _weight_gradient(grad_SO[rows], x_SC[rows], sizes, out=dweight_EOC[experts])
     return dweight_EOC
 
@@ -60,7 +61,7 @@ def swiglu(
     """``custom_moe.swiglu.grouped_swiglu`` up to the sum: each row's output ``(S, C)``, and its pre-activations."""
     S, C, I = len(token_S), x_NC.size(1), proj_ECI.size(2)  # noqa: E741
     y_SC, h_SJ, weights_S1 = x_NC.new_empty(S, C), x_NC.new_empty(S, 2 * I), weights_S.to(x_NC.dtype).unsqueeze(1)
-    blocks = _blocks(ends_E)
+    blocks = _blocks(ends_E, 2 * I)
     most = max(sum(sizes) for _, _, sizes in blocks)
     x_BC, a_BI = x_NC.new_empty(most, C), x_NC.new_empty(most, I)
     for experts, rows, sizes in blocks:
@@ -92,12 +93,15 @@ def swiglu_backward(
     proj_ECI: Tensor,
     token_S: Tensor,
     ends_E: Tensor,
+    need_fc: bool,
+    need_proj: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradient of the sum: those of each row ``(S, C)``, of ``weights`` (fp32), of ``fc`` and ``proj``."""
+    """From the gradient of the sum: those of each row ``(S, C)``, of ``weights`` (fp32), of ``fc`` and ``proj``, which
+    are empty where they are not needed."""
     S, C, I = len(token_S), x_NC.size(1), proj_ECI.size(2)  # noqa: E741
     dx_SC, dweights_S, weights_S1 = x_NC.new_empty(S, C), torch.empty_like(weights_S), weights_S.to(x_NC.dtype)[:, None]
-    dfc_EJC, dproj_ECI = torch.empty_like(fc_EJC), torch.empty_like(proj_ECI)
-    blocks = _blocks(ends_E)
+    dfc_EJC, dproj_ECI = _like(fc_EJC, need_fc), _like(proj_ECI, need_proj)
+    blocks = _blocks(ends_E, 2 * I)
     most = max(sum(sizes) for _, _, sizes in blocks)
     x_BC, dh_BJ, da_BI, silu_BI, a_BI = (x_NC.new_empty(most, width) for width in (C, 2 * I, I, I, I))
     for experts, rows, sizes in blocks:
@@ -112,11 +116,13 @@ def swiglu_backward(
         torch.sum(product, dim=1, dtype=torch.float32, out=dweights_S[rows])
         a.mul_(weights_S1[rows])
         da.mul_(weights_S1[rows])
-        _weight_gradient(dy, a, sizes, out=dproj_ECI[experts])
+        if need_proj:
+            _weight_gradient(dy, a, sizes, out=dproj_ECI[experts])
         torch.mul(da, silu, out=dup)
         aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
-        torch.index_select(x_NC, 0, token_S[rows], out=x)
-        _weight_gradient(dh, x, sizes, out=dfc_EJC[experts])
+        if need_fc:
+            torch.index_select(x_NC, 0, token_S[rows], out=x)
+            _weight_gradient(dh, x, sizes, out=dfc_EJC[experts])
         _multiply(dh, fc_EJC[experts].transpose(1, 2), sizes, out=dx_SC[rows])
     return dx_SC, dweights_S, dfc_EJC, dproj_ECI
 
@@ -131,9 +137,15 @@ def _(
     proj_ECI: Tensor,
     token_S: Tensor,
     ends_E: Tensor,
+    need_fc: bool,
+    need_proj: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx_SC = x_NC.new_empty(token_S.size(0), x_NC.size(1))
-    return dx_SC, torch.empty_like(weights_S), torch.empty_like(fc_EJC), torch.empty_like(proj_ECI)
+    return dx_SC, torch.empty_like(weights_S), _like(fc_EJC, need_fc), _like(proj_ECI, need_proj)
+
+
+def _like(weight: Tensor, needed: bool) -> Tensor:
+    return torch.empty_like(weight) if needed else weight.new_empty(0)
 
 
 class _Block(NamedTuple):
@@ -145,15 +157,15 @@ class _Block(NamedTuple):
     """How many rows each of them has"""
 
 
-def _blocks(ends_E: Tensor) -> list[_Block]:
-    """All experts, in blocks of ``BLOCK_ROWS`` rows or of one expert."""
+def _blocks(ends_E: Tensor, width: int) -> list[_Block]:
+    """All experts, in blocks of rows with ``BLOCK_SIZE`` numbers in a width, or of one expert."""
     ends = ends_E.tolist()  # on a GPU this waits for the device
     blocks, first = [], 0
     for last, end in enumerate(ends):
         start = ends[first - 1] if first else 0
-        if last + 1 == len(ends) or ends[last + 1] - start > BLOCK_ROWS:
-            starts = [start, *ends[first:last]]
-            sizes = [end - start for start, end in zip(starts, ends[first : last + 1], strict=True)]
+        if last + 1 == len(ends) or (ends[last + 1] - start) * width > BLOCK_SIZE:
+            starts, stops = [start, *ends[first:last]], ends[first : last + 1]
+            sizes = [after - before for before, after in zip(starts, stops, strict=True)]
             blocks.append(_Block(slice(first, last + 1), slice(start, end), sizes))
             first = last + 1
     return blocks

@@ -49,8 +49,9 @@ class LoRAExperts(Experts):
     def _linear(self, name: str, x_S: Tensor, order: ExpertOrder, backend: Backend) -> Tensor:
         A, B = (getattr(self, f"{name}_lora_{which}").to(x_S.dtype) for which in "AB")
         rank = B.size(2)
-        # A backend that was asked for is for the large products: a rank is seldom wide enough for each.
-        lora_backend = choose_backend(None, x_S.dtype, x_S.device, x_S.size(0), (x_S.size(1), rank))
+        widths = (self.fc_weight.size(2), self.proj_weight.size(2), rank)
+        wanted = None if self.backend == "grouped_mm" else self.backend  # grouped_mm asked for is for the wide products
+        lora_backend = choose_backend(wanted, x_S.dtype, x_S.device, x_S.size(0), widths)
         low_S = grouped_linear(self.lora_dropout(x_S), A, order.ends_E, lora_backend)  # (S, 2R) or (S, R)
         parts = zip(low_S.chunk(low_S.size(1) // rank, dim=1), B.chunk(low_S.size(1) // rank, dim=1), strict=True)
         updates = [grouped_linear(x.contiguous(), weight, order.ends_E, lora_backend) for x, weight in parts]

@@ -6,8 +6,8 @@ the rest out again: gathering and activating are cheap beside the products. A to
 activation, the narrowest place, so that its gradient is a row sum that needs no expert output (SonicMoE, arXiv
 2512.14080).
 
-Shape suffixes: N tokens, C n_embd, E n_expert, K n_expert_per_token, S = N*K assignments sorted by expert, I an
-expert's hidden width, J = 2*I gate and up together.
+Shape suffixes: N tokens, C n_embd, E n_expert, K n_expert_per_token, S rows sorted by expert (see
+``custom_moe.dispatch``), I an expert's hidden width, J = 2*I gate and up together.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom_moe import loop
-from custom_moe.backends import Backend, multiply, weight_gradient
+from custom_moe.backends import Backend, hardware_of, multiply, weight_gradient
 from custom_moe.dispatch import ExpertOrder, sum_rows, weights_of_rows
 
 
@@ -29,8 +29,9 @@ def grouped_swiglu(
     Args:
         x_NC: tokens.
         weights_NK: the router's weights, fp32.
-        fc_EJC: each expert's gate above its up projection, in ``x``'s type.
-        proj_ECI: each expert's down projection, in ``x``'s type.
+        fc_EJC: each expert's gate above its up projection. Under mixed precision they are of another type than ``x``,
+            and cast in each direction: keeping the copy would be as much memory as half the weights.
+        proj_ECI: each expert's down projection, likewise.
         order: of the chosen experts; may have padding.
         backend: see ``custom_moe.backends``.
     """
@@ -52,11 +53,12 @@ class _GroupedSwiGLU(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         weights_S = weights_of_rows(weights_NK, ExpertOrder(token_S, row_NK, ends_E))
+        fc, proj = fc_EJC.to(x_NC.dtype), proj_ECI.to(x_NC.dtype)
         if backend == "loop":
-            y_SC, h_SJ = loop.swiglu(x_NC, weights_S, fc_EJC, proj_ECI, token_S, ends_E)
+            y_SC, h_SJ = loop.swiglu(x_NC, weights_S, fc, proj, token_S, ends_E)
         else:
-            h_SJ = multiply(x_NC, fc_EJC, ends_E, backend, rows_S=token_S)
-            y_SC = multiply(_swiglu(h_SJ, weights_S, backend), proj_ECI, ends_E, backend)
+            h_SJ = multiply(x_NC, fc, ends_E, backend, rows_S=token_S)
+            y_SC = multiply(_swiglu(h_SJ, weights_S, backend), proj, ends_E, backend)
         ctx.save_for_backward(x_NC, weights_S, h_SJ, fc_EJC, proj_ECI, token_S, row_NK, ends_E)
         ctx.backend = backend
         return sum_rows(y_SC, row_NK)
@@ -65,24 +67,39 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy_NC: Tensor) -> tuple[Tensor | None, ...]:
         x_NC, weights_S, h_SJ, fc_EJC, proj_ECI, token_S, row_NK, ends_E = ctx.saved_tensors
         backend: Backend = ctx.backend
+        _, _, need_fc, need_proj, *_ = ctx.needs_input_grad
+        fc, proj = fc_EJC.to(x_NC.dtype), proj_ECI.to(x_NC.dtype)
+        dfc_EJC: Tensor | None = None
+        dproj_ECI: Tensor | None = None
         if backend == "loop":
             dx_SC, dweights_S, dfc_EJC, dproj_ECI = loop.swiglu_backward(
-                dy_NC, x_NC, weights_S, h_SJ, fc_EJC, proj_ECI, token_S, ends_E
+                dy_NC, x_NC, weights_S, h_SJ, fc, proj, token_S, ends_E, need_fc, need_proj
             )
         else:
-            da_SI = multiply(dy_NC, proj_ECI.transpose(1, 2), ends_E, backend, rows_S=token_S)
+            da_SI = multiply(dy_NC, proj.transpose(1, 2), ends_E, backend, rows_S=token_S)
             dh_SJ, a_SI, dweights_S = _swiglu_backward(h_SJ, weights_S, da_SI, backend)
-            dproj_ECI = weight_gradient(dy_NC, a_SI, ends_E, backend, grad_rows_S=token_S)
-            del da_SI, a_SI
-            dfc_EJC = weight_gradient(dh_SJ, x_NC, ends_E, backend, x_rows_S=token_S)
-            dx_SC = multiply(dh_SJ, fc_EJC.transpose(1, 2), ends_E, backend)
+            del da_SI
+            if need_proj:
+                dproj_ECI = weight_gradient(dy_NC, a_SI, ends_E, backend, grad_rows_S=token_S)
+            del a_SI
+            if need_fc:
+                dfc_EJC = weight_gradient(dh_SJ, x_NC, ends_E, backend, x_rows_S=token_S)
+            dx_SC = multiply(dh_SJ, fc.transpose(1, 2), ends_E, backend)
+        # fp32 parameters under mixed precision get gradients in the type of the products: autograd casts them.
         dweights_NK = dweights_S.index_select(0, row_NK.flatten()).view(row_NK.shape)
+        dfc_EJC, dproj_ECI = dfc_EJC if need_fc else None, dproj_ECI if need_proj else None
         return sum_rows(dx_SC, row_NK), dweights_NK, dfc_EJC, dproj_ECI, None, None, None, None
+
+
+def _in_one_kernel(h_SJ: Tensor, backend: Backend) -> bool:
+    """Whether Triton activates. A compiler would fuse the plain functions by itself."""
+    eager = h_SJ.is_cuda and not torch.compiler.is_compiling()
+    return backend == "triton" or (eager and hardware_of(h_SJ.device).triton)
 
 
 def _swiglu(h_SJ: Tensor, weights_S: Tensor, backend: Backend) -> Tensor:
     """``(S, I)``, times each row's weight."""
-    if backend == "triton":
+    if _in_one_kernel(h_SJ, backend):
         from custom_moe import triton_kernels
 
         a_SI: Tensor = triton_kernels.swiglu(h_SJ, weights_S)
@@ -93,7 +110,7 @@ def _swiglu(h_SJ: Tensor, weights_S: Tensor, backend: Backend) -> Tensor:
 
 def _swiglu_backward(h_SJ: Tensor, weights_S: Tensor, da_SI: Tensor, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient to ``h``, the weighted activation once more, and the gradient to the weights (fp32)."""
-    if backend == "triton":
+    if _in_one_kernel(h_SJ, backend):
         from custom_moe import triton_kernels
 
         gradients: tuple[Tensor, Tensor, Tensor] = triton_kernels.swiglu_backward(h_SJ, weights_S, da_SI)

@@ -614,10 +614,12 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "G
     with use_custom_moe(), torch.device("meta"):
         gpt = GPT(config)
 
-    def stays(name: str, tensor: "torch.Tensor") -> bool:  # a router's selection bias is fp32 in any model
-        return not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
+    def dtype_of(name: str, tensor: "torch.Tensor") -> "torch.dtype | None":
+        if name.endswith("e_score_correction_bias"):  # a router's selection bias is fp32 in any model
+            return torch.float32
+        return dtype if tensor.is_floating_point() else None
 
-    weights = {name: tensor.to(device, None if stays(name, tensor) else dtype) for name, tensor in weights.items()}
+    weights = {name: tensor.to(device, dtype_of(name, tensor)) for name, tensor in weights.items()}
     try:
         gpt.load_state_dict(weights, assign=True)
     except RuntimeError as error:

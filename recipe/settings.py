@@ -82,8 +82,8 @@ class MoESettings:
     """How far the selection bias of a sigmoid router (model.n_expert_groups) moves at each step towards an even load
     (DeepSeek-V3, arXiv 2408.15664); usual is 0.001 with a small load_balancing_loss, or none"""
     backend: Literal["auto", "grouped_mm", "triton", "loop"] = "auto"
-    """What computes the experts (custom_moe/backends.py); auto is the fastest for the card, type and widths. A
-    checkpoint is the same for all"""
+    """What computes the experts (custom_moe/backends.py); auto goes by card, type and widths. A checkpoint is
+    the same for all"""
 
 
 @dataclass
@@ -504,12 +504,18 @@ def _check_model(config: Config) -> list[str]:
 
 def _check_balance(settings: RunSettings) -> list[str]:
     rate, config = settings.moe.bias_update_rate, settings.model
+    if settings.moe.backend != "auto" and config.mlp_class_name != "LLaMAMoE":
+        return [f"moe.backend is {settings.moe.backend}, but this model has no experts; --moe.backend auto"]
     if rate < 0:
         return [f"moe.bias_update_rate is {rate}; expected 0 for none, or a small step such as 0.001."]
     if rate and (config.mlp_class_name != "LLaMAMoE" or not config.n_expert_groups):
-        return [
+        problem = (
             f"moe.bias_update_rate is {rate}, but only a sigmoid router has a selection bias and this model has none;"
-            " --moe.bias_update_rate 0, or train a model with sigmoid routers: --model.n_expert_groups 2"
+        )
+        if config.mlp_class_name != "LLaMAMoE" or isinstance(settings, FinetuneSettings):
+            return [f"{problem} --moe.bias_update_rate 0"]
+        return [
+            f"{problem} --moe.bias_update_rate 0, or train a model with sigmoid routers: --model.n_expert_groups 2"
             " --model.n_topk_groups 2 --model.n_topk_scores_per_group 2 --model.norm_topk_prob true"
         ]
     if rate and isinstance(settings, FinetuneSettings) and settings.lora_r:

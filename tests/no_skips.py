@@ -5,7 +5,6 @@ A skip is expected only for one of the reasons below, and only where that reason
 
 import importlib.util
 import os
-import platform
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -35,7 +34,6 @@ EXPECTED: dict[str, Callable[[], bool]] = {
     "needs a CUDA GPU": _no_gpu,
     "needs two CUDA GPUs": _no_two_gpus,
     "needs Windows": lambda: os.name != "nt",
-    "needs glibc": lambda: platform.libc_ver()[0] != "glibc",
     "needs Triton": lambda: importlib.util.find_spec("triton") is None,
     "needs a Chromium browser": lambda: find_browser() is None,
     "needs make": lambda: shutil.which("make") is None,

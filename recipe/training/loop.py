@@ -34,7 +34,6 @@ from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings
 from recipe.training.compiling import should_compile
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
-from recipe.training.memory import keep_freed_memory
 from recipe.training.model import (
     Batch,
     Losses,
@@ -80,8 +79,6 @@ def run_training(
     settings, say = run.settings, fabric.print
     train, out_dir = settings.train, settings.out_dir
     experts_note = choose_experts_backend(fabric, gpt, settings.moe)
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
     compiled, compile_note = should_compile(settings.compile, fabric.device.type)
     module: nn.Module = PretrainingModel(gpt)
     model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
@@ -231,7 +228,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
                 raise UserError(_not_finite(progress.step + 1, out_dir))
             optimizer.step()
             optimizer.zero_grad()
-            balance(fabric, run, counts)
+            balance(fabric, run, counts, norm)
 
             progress.step += 1
             progress.tokens += tokens
@@ -284,7 +281,7 @@ def choose_experts_backend(fabric: L.Fabric, gpt: GPT, moe: MoESettings) -> str:
             raise UserError(f"--moe.backend {moe.backend}: {error} (--moe.backend auto)") from None
 
 
-def balance(fabric: L.Fabric, run: TrainingRun, counts: Tensor) -> None:
+def balance(fabric: L.Fabric, run: TrainingRun, counts: Tensor, norm: Tensor) -> None:
     """What follows from how often each expert was chosen in a step: the load by which the load-balancing loss of the
     next step goes, and the selection biases.
 
@@ -293,12 +290,13 @@ def balance(fabric: L.Fabric, run: TrainingRun, counts: Tensor) -> None:
 
     Args:
         counts: of this device's micro batches; summed over all devices in place.
+        norm: of the gradient: where it is not finite, a scaler skipped the step, and the biases stay.
     """
     if fabric.world_size > 1:
         torch.distributed.all_reduce(counts)  # Fabric's would make the device wait at a barrier
     run.expert_counts = counts
     if rate := run.settings.moe.bias_update_rate:
-        update_selection_biases(run.gpt, counts, rate)
+        update_selection_biases(run.gpt, counts, rate * torch.isfinite(norm))
 
 
 def evaluate(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[str, float]:

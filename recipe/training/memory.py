@@ -4,8 +4,6 @@ Training steps run on fake tensors, which have shapes and no contents, so that a
 machine; ``torch.distributed._tools.mem_tracker`` counts what would be alive at each moment.
 """
 
-import ctypes
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,18 +17,6 @@ from custom_moe import use_custom_moe
 from recipe.settings import Precision
 from recipe.training.model import PretrainingModel
 from recipe.training.optimizers import make_optimizer
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees, where the C library is glibc (Linux).
-
-    Training on a CPU frees its large tensors at each step and asks for them again. glibc gives blocks above 32 MB back
-    at once, and the system clears each page when it is touched again: a tenth of the time of a wide layer.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
-        trim_threshold, mmap_max = -1, -4  # malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, ctypes.c_int(2**31 - 1))
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def even_counts(gpt: GPT, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def update_selection_biases(gpt: GPT, counts: Tensor, rate: float) -> None:
+def update_selection_biases(gpt: GPT, counts: Tensor, rate: float | Tensor) -> None:
     """Moves each sigmoid router's selection bias by the counts of a whole step, ``(MoE layers, n_expert)``."""
     for layer, counts_of_layer in zip(moe_layers(gpt), counts, strict=True):
         bias = layer.gate.get_buffer("e_score_correction_bias")

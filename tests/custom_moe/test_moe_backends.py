@@ -1,13 +1,20 @@
 """Which backend computes where, and what is said where one can't be had."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from litgpt import GPT, Config
 
 from custom_moe import MoE, set_backend, use_custom_moe
-from custom_moe.backends import Hardware, backend_for, choose_backend, find_hardware
+from custom_moe.backends import Hardware, backend_for, choose_backend, hardware_of
 from custom_moe.experts import Experts
 
+ROOT = Path(__file__).resolve().parents[2]
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 EVEN, ODD = (768, 2048), (768, 44)  # 44 numbers of 16 bits are 88 bytes
 
@@ -40,6 +47,8 @@ def test_the_table(
 ) -> None:
     assert backend_for(dtype, Hardware(capability, triton=True), widths) == backend
     assert backend_for(dtype, Hardware(capability, triton=False), widths) == without_triton
+    on_windows = Hardware(capability, triton=True, grouped_mm=False)  # torch has no fast kernel there
+    assert backend_for(dtype, on_windows, widths) == ("triton" if backend == "grouped_mm" else backend)
 
 
 def test_without_rows_there_is_nothing_to_group() -> None:
@@ -63,9 +72,23 @@ def test_what_can_not_be_had_is_refused(wanted, dtype: torch.dtype, widths: tupl
 
 
 def test_the_hardware_of_this_machine() -> None:
-    assert find_hardware("cpu", None).capability is None
+    assert hardware_of(torch.device("cpu")).capability is None
     if torch.cuda.is_available():
-        assert find_hardware("cuda", 0).capability == torch.cuda.get_device_capability(0)
+        assert hardware_of(torch.device("cuda", 0)).capability == torch.cuda.get_device_capability(0)
+
+
+def test_triton_counts_only_where_it_can_build_its_kernels(tmp_path: Path) -> None:
+    """The wheel is there with every torch for Linux; without a compiler its first kernel would end the run."""
+    code = "import torch; from custom_moe.backends import hardware_of; print(hardware_of(torch.device('cpu')).triton)"
+    found = {}
+    for name, path in (("as it is", os.environ["PATH"]), ("no compiler", str(tmp_path))):
+        environment = {**{key: value for key, value in os.environ.items() if key != "CC"}, "PATH": path}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        found[name] = result.stdout.strip()
+    installed = importlib.util.find_spec("triton") is not None
+    assert found["no compiler"] == str(installed and sys.platform != "linux")
+    assert found["as it is"] in ("True", "False")
 
 
 def test_a_backend_is_set_for_all_layers_of_a_model() -> None:

@@ -11,7 +11,7 @@ from litgpt.model import LLaMAMLP, LLaMAMoE
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from custom_moe import Backend, MoE, RouterOutput
+from custom_moe import Backend, MoE, RouterOutput, loop
 from custom_moe.router import route
 
 SIGMOID = dict(n_expert_groups=2, n_topk_groups=1, n_topk_scores_per_group=2)
@@ -298,6 +298,7 @@ def test_no_tokens_give_no_output_and_zero_gradients(bias: bool, backend: Backen
     y, x_grad, grads = run(ours, torch.randn(1, 0, 32))
     assert y.shape == x_grad.shape == (1, 0, 32)
     assert not any(grad.any() for grad in grads.values())
+    assert all(parameter.grad is not None for parameter in ours.parameters())  # DDP would wait for one that is missing
 
 
 @both_backends
@@ -308,7 +309,57 @@ def test_the_gradient_of_a_sum_works(backend: Backend) -> None:
         x = torch.randn(2, 5, 32)
         ours(x).sum().backward()
         stock(x).sum().backward()
-        torch.testing.assert_close(ours.gate.weight.grad, stock.gate.weight.grad)
+        for name, grad in gradients(ours).items():
+            torch.testing.assert_close(grad, gradients(stock)[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_experts_get_no_gradient(dtype: torch.dtype, backend: Backend) -> None:
+    """As under LoRA of the attention alone: no product is computed for them, no memory taken."""
+    ours, stock = pair(config_of({}), dtype, backend)
+    for layer in (ours, stock):
+        layer.experts.requires_grad_(False)
+    x = torch.randn(3, 30, 32).to(dtype)
+
+    class Shapes(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[torch.Size] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ in ("loop_swiglu_backward", "_grouped_mm", "loop_weight_gradient"):
+                self.seen |= {r.shape for r in torch.utils._pytree.tree_leaves(result)}
+            return result
+
+    with Shapes() as shapes:
+        _, x_grad, _ = run(ours, x)
+    assert shapes.seen and not shapes.seen & {ours.experts.fc_weight.shape, ours.experts.proj_weight.shape}
+    assert all(parameter.grad is None for parameter in ours.experts.parameters())
+    _, x_grad_stock, _ = run(stock, x)
+    tolerance = {} if dtype == torch.float32 else dict(atol=0.03, rtol=0.03)
+    torch.testing.assert_close(x_grad, x_grad_stock, **tolerance)
+    torch.testing.assert_close(ours.gate.weight.grad, stock.gate.weight.grad, **tolerance)
+
+
+def test_blocks_of_experts_and_padded_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few numbers a block, so that there are many blocks; more than 64 tokens, so that bf16 is padded."""
+    config = config_of({"n_expert": 7, "n_expert_per_token": 3})
+    x = torch.randn(2, 70, 32)
+    for dtype, tolerance in ((torch.float32, {}), (torch.bfloat16, dict(atol=0.05, rtol=0.05))):
+        results = []
+        for size in (800, 2**20):
+            monkeypatch.setattr(loop, "BLOCK_SIZE", size)
+            results.append(run(pair(config, dtype)[0], x.to(dtype)))
+        for first, second in zip(results[0][:2], results[1][:2], strict=True):
+            assert torch.equal(first, second)
+        assert all(torch.equal(results[0][2][name], grad) for name, grad in results[1][2].items())
+        y, x_grad, grads = run(pair(config, dtype, "grouped_mm")[0], x.to(dtype))
+        torch.testing.assert_close(results[0][:2], (y, x_grad), **tolerance)
+        for name, grad in grads.items():
+            scale = grad.float().abs().max()
+            torch.testing.assert_close(results[0][2][name] / scale, grad / scale, **tolerance)
 
 
 def test_a_transposed_input_works() -> None:

@@ -132,13 +132,15 @@ def test_resume_auto(train, capsys):
     assert checkpoints.read_mark(out / "final").step == 16
 
 
-def test_a_run_goes_on_with_another_backend(train, tmp_path):
+def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
     """What a checkpoint holds does not depend on what computed the experts; sums differ in their last digits."""
     whole = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "whole"))
     cut = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "cut"))
     resumed = train(
         *("--moe.backend", "grouped_mm", "--out_dir", str(cut), "--resume", str(cut / "step-00000004")),
     )
+    printed = capsys.readouterr().out
+    assert printed.count("experts by loop.") == 2 and printed.count("experts by grouped_mm.") == 1
     assert len(rows(resumed)) == len(rows(whole)) == 12
     for name in ("train_loss", "val_loss", "grad_norm"):
         assert column(resumed, name) == pytest.approx(column(whole, name), rel=1e-4)
