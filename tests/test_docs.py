@@ -114,6 +114,19 @@ def test_what_is_said_of_tokenizing_is_what_was_measured():
     assert ", ".join(f"{run['peak_memory_mb']:.0f}" for run in memory["runs"]) + " MB" in README
 
 
+def test_what_is_said_of_finetuning_is_what_was_measured():
+    result = json.loads((PROJECT / "benchmarks/results/finetuning.json").read_text(encoding="utf-8"))
+    for name, key in (("as pretrained", "before"), ("all weights", "all weights"), ("LoRA of rank 16", "LoRA")):
+        (row,) = (line for line in README.splitlines() if line.startswith(f"| {name}"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        found = result[key]
+        assert cells[1:4] == [
+            f"{found['loss']:.4f}",
+            *map(str, (found["ended_by_themselves"], found["used_the_names"])),
+        ]
+        assert cells[4] == (f"{found['seconds']} s" if "seconds" in found else "")
+
+
 def test_the_example_of_the_layer_alone_runs(capsys: pytest.CaptureFixture[str]):
     (example,) = re.findall(r"<!-- layer -->\n```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in example.splitlines() if line]) <= 11, "a short example"
