@@ -1,7 +1,7 @@
 """The experts: their parameters, and their SwiGLU over tokens sorted by expert.
 
-Shape suffixes: N tokens, C n_embd, E n_expert, K n_expert_per_token, S = N*K assignments sorted by expert, I an
-expert's hidden width, J = 2*I gate and up together.
+Shape suffixes: N tokens, C n_embd, E n_expert, K n_expert_per_token, S rows sorted by expert, I an expert's hidden
+width, J = 2*I gate and up together, O an output width.
 """
 
 from typing import Any
