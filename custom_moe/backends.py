@@ -9,7 +9,7 @@ backend        how                                                              
 =============  ============================================================================  ======================
 
 (With biases or LoRA the loop waits for each product. ``grouped_mm`` asked for by name where torch has no fast kernel
-for it, see ``backend_for``, is a loop of torch's own, which waits too.)
+for it, see ``backend_for``, is a loop of torch's own, which waits too; torch 2.10 compiles it in bf16 alone.)
 
 Shape suffixes: S rows, E experts, C input width, O output width.
 """
