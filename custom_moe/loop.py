@@ -30,8 +30,7 @@ def padded_rows(x_NC: Tensor) -> int:
 def multiply(x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor) -> Tensor:
     """``custom_moe.backends.multiply``"""
     y_SO = x_SC.new_empty(len(x_SC), weight_EOC.size(1))
-    for experts, rows, sizes in _blocks(ends_E, weight_EOC.size(1)):
-        _multiply(x_SC[rows], weight_EOC[experts], sizes, out=y_SO[rows])
+    _multiply(x_SC, weight_EOC, _sizes(ends_E), out=y_SO)
     return y_SO
 
 
@@ -44,8 +43,7 @@ def _(x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor) -> Tensor:
 def weight_gradient(grad_SO: Tensor, x_SC: Tensor, ends_E: Tensor) -> Tensor:
     """``custom_moe.backends.weight_gradient``"""
     dweight_EOC = x_SC.new_empty(len(ends_E), grad_SO.size(1), x_SC.size(1))
-    for experts, rows, sizes in _blocks(ends_E, grad_SO.size(1)):
-        _weight_gradient(grad_SO[rows], x_SC[rows], sizes, out=dweight_EOC[experts])
+    _weight_gradient(grad_SO, x_SC, _sizes(ends_E), out=dweight_EOC)
     return dweight_EOC
 
 
@@ -157,17 +155,21 @@ class _Block(NamedTuple):
     """How many rows each of them has"""
 
 
+def _sizes(ends_E: Tensor) -> list[int]:
+    """How many rows each expert has."""
+    ends = ends_E.tolist()  # on a GPU this waits for the device
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def _blocks(ends_E: Tensor, width: int) -> list[_Block]:
     """All experts, in blocks of rows with ``BLOCK_SIZE`` numbers in a width, or of one expert."""
-    ends = ends_E.tolist()  # on a GPU this waits for the device
-    blocks, first = [], 0
-    for last, end in enumerate(ends):
-        start = ends[first - 1] if first else 0
-        if last + 1 == len(ends) or (ends[last + 1] - start) * width > BLOCK_SIZE:
-            starts, stops = [start, *ends[first:last]], ends[first : last + 1]
-            sizes = [after - before for before, after in zip(starts, stops, strict=True)]
-            blocks.append(_Block(slice(first, last + 1), slice(start, end), sizes))
-            first = last + 1
+    all_sizes = _sizes(ends_E)
+    blocks, first, start = [], 0, 0
+    for end in range(1, len(all_sizes) + 1):
+        sizes = all_sizes[first:end]
+        if sum(all_sizes[first : end + 1]) * width > BLOCK_SIZE or end == len(all_sizes):
+            blocks.append(_Block(slice(first, end), slice(start, start + sum(sizes)), sizes))
+            first, start = end, start + sum(sizes)
     return blocks
 
 

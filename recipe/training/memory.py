@@ -47,8 +47,8 @@ def training_memory(
     """The memory of steps that accumulate over more than one micro batch.
 
     Not counted: what the CUDA context takes (some hundred MB), the allocator's gaps, DDP's gradient buckets (as much as
-    the gradients). The kernels are a CPU's; a GPU's differ in what they keep
-    beside their results, and do not pad the experts' rows.
+    the gradients). The kernels are a CPU's; a GPU's differ in what they keep beside their results, and do not pad the
+    experts' rows.
 
     Args:
         config: any LitGPT config.
