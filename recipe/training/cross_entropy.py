@@ -39,7 +39,7 @@ def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> 
     Returns:
         A scalar, fp32; 0 where all targets are ignored.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x_NC, weight_VC, targets_N, compute_dtype(x_NC))
+    loss: Tensor = _LinearCrossEntropy.apply(x_NC, weight_VC, targets_N, compute_dtype(x_NC), torch.is_grad_enabled())
     return loss
 
 
@@ -53,8 +53,10 @@ def rows_at_once(N: int, V: int, device_type: str) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dtype: torch.dtype) -> Tensor:
-        need_x, need_weight, *_ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dtype: torch.dtype, gradients: bool
+    ) -> Tensor:
+        need_x, need_weight = (gradients and need for need in ctx.needs_input_grad[:2])
         x, weight = x_NC.to(dtype), weight_VC.to(dtype)
         counted_N = (targets_N != IGNORED).float()
         share = 1 / counted_N.sum().clamp(min=1)
@@ -80,11 +82,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss * share
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx_NC, dweight_VC = ctx.saved_tensors
         return (
             None if dx_NC is None else (dx_NC * grad).to(ctx.x_dtype),
             None if dweight_VC is None else dweight_VC * grad.to(dweight_VC.dtype),
+            None,
             None,
             None,
         )
