@@ -1,5 +1,6 @@
 import re
 
+import litgpt.lora
 import pytest
 import torch
 from litgpt import GPT, Config
@@ -42,6 +43,34 @@ def test_a_tied_head_counts_as_the_embedding(moe_fields):
     assert not any(p is gpt.lm_head.weight for p in decayed["params"])
 
 
+def names_by_parts(gpt: GPT) -> dict[tuple[int, ...] | None, set[str]]:
+    names = {id(p): re.sub(r"transformer\.h\.\d+\.", "", name) for name, p in gpt.named_parameters()}
+    groups = parameter_groups(gpt, muon=True)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in gpt.parameters())
+    found: dict[tuple[int, ...] | None, set[str]] = {}
+    for group in groups:
+        found.setdefault(group.get("parts"), set()).update(names[id(p)] for p in group["params"])
+    return found
+
+
+def test_for_muon_the_matrices_of_the_blocks_are_apart(moe_fields):
+    found = names_by_parts(build(moe_fields, n_head=4, n_query_groups=2))
+    assert found[4, 2, 2] == {"attn.qkv.weight"}
+    assert found[1, 1] == {"mlp.experts.fc_weight"}
+    assert found[1,] == {"attn.proj.weight", "mlp.experts.proj_weight"}
+    assert {"transformer.wte.weight", "lm_head.weight", "mlp.gate.weight", "norm_1.weight"} <= found[None]
+
+
+def test_for_muon_lora_updates_divide_as_the_experts_do(moe_fields):
+    with use_custom_moe():
+        config = litgpt.lora.Config(**moe_fields, lora_r=4, lora_query=True, lora_value=True, lora_mlp=True)
+        gpt = litgpt.lora.GPT(config)
+    litgpt.lora.mark_only_lora_as_trainable(gpt)
+    found = names_by_parts(gpt)
+    assert found[1, 1] == {"mlp.experts.fc_lora_A", "mlp.experts.fc_lora_B"}
+    assert {"attn.qkv.lora_A", "mlp.experts.proj_lora_B"} <= found[1,]
+
+
 def test_the_optimizer_leaves_the_settings_as_they_are(moe_fields):
     """LitGPT writes `fused` into the mapping that is later saved with the run."""
     optimizer = make_optimizer(ADAMW, build(moe_fields), fused=True)
@@ -58,7 +87,7 @@ def test_groups_keep_the_ratio_of_their_rates(moe_fields):
 
 
 def test_an_optimizer_that_refuses_gives_one_message(moe_fields):
-    with pytest.raises(UserError, match=r"torch\.optim\.Muon refuses"):
+    with pytest.raises(UserError, match=r"torch\.optim\.Muon refuses.*recipe\.training\.muon\.Muon takes whole models"):
         make_optimizer({"class_path": "torch.optim.Muon", "init_args": {"lr": 0.1}}, build(moe_fields), fused=False)
 
 
