@@ -87,6 +87,17 @@ class MoESettings:
 
 
 @dataclass
+class ScheduleSettings:
+    """The learning rate after its warm-up (`train.lr_warmup_steps`), from the optimizer's lr to `train.min_lr`."""
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    """cosine: half a cosine down. wsd (warmup-stable-decay; MiniCPM, arXiv 2404.06395): lr itself, then linearly down
+    at the end (arXiv 2405.18392), so that a longer run can go on from any checkpoint before that"""
+    decay_fraction: float = 0.2
+    """The part of all optimizer steps in which wsd goes down"""
+
+
+@dataclass
 class SampleSettings:
     """The text that the model writes at each evaluation."""
 
@@ -163,6 +174,8 @@ class RunSettings:
     """Delete the run that lies in out_dir and start anew"""
     moe: MoESettings = field(default_factory=MoESettings)
     """Balance of the experts"""
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    """The learning rate's curve; optimizer groups with rates of their own keep their ratio to the first"""
     sample: SampleSettings = field(default_factory=SampleSettings)
     """Text that is generated at each evaluation"""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
@@ -459,7 +472,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_model(settings.model),
         *_check_balance(settings),
         *_check_batches(settings),
-        *_check_schedule(settings.train, optimizer),
+        *_check_schedule(settings, optimizer),
         *_check_evaluation(settings),
         *_check_log(settings),
     ]
@@ -550,8 +563,17 @@ def _check_batches(settings: RunSettings) -> list[str]:
     return problems
 
 
-def _check_schedule(train: TrainArgs, optimizer: dict[str, Any]) -> list[str]:
-    problems = []
+def _check_schedule(settings: RunSettings, optimizer: dict[str, Any]) -> list[str]:
+    problems, train, fraction = [], settings.train, settings.schedule.decay_fraction
+    if not 0 < fraction <= 1:
+        problems.append(
+            f"schedule.decay_fraction is {fraction}; expected a part of the run, above 0 and at most 1, such as 0.2."
+        )
+    elif settings.schedule.name != "wsd" and fraction != ScheduleSettings.decay_fraction:
+        problems.append(
+            f"schedule.decay_fraction is {fraction}, but the schedule is {settings.schedule.name}, which goes down all"
+            " the way; --schedule.name wsd"
+        )
     limits = {name: getattr(train, name) for name in ("max_tokens", "max_steps", "epochs")}
     if not any(limits.values()):
         problems.append(

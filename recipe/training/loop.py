@@ -202,7 +202,12 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
 
         while progress.step < plan.steps:
             rate = learning_rate(
-                progress.step, peak=peak, minimum=train.min_lr, warmup_steps=plan.warmup_steps, steps=plan.steps
+                progress.step,
+                peak=peak,
+                minimum=train.min_lr,
+                warmup_steps=plan.warmup_steps,
+                steps=plan.steps,
+                schedule=settings.schedule,
             )
             set_learning_rate(optimizer.optimizer, rate / peak)
             micro_batches = plan.micro_batches_in(progress.step)

@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a matrix's gradient and
 gives all its directions nearly the same length. ``torch.optim.Muon`` does that for parameters of two dimensions and
-refuses any other, so it can hold neither a whole model nor stacked experts; for a single matrix this is the same (held by
-a test).
+refuses any other, so it can hold neither a whole model nor stacked experts; for a single matrix this is the same (held
+by a test).
 """
 
 from collections.abc import Callable, Iterable
