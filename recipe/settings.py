@@ -21,6 +21,7 @@ from litgpt.data import DataModule
 
 from recipe import checkpoints
 from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
+from recipe.forward import Recomputed
 from recipe.upcycling import upcycled_model
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -168,6 +169,8 @@ class RunSettings:
     """Name of the run for W&B and in the settings that are saved"""
     compile: bool | None = None
     """torch.compile; null turns it on where a CUDA GPU and a compiler are there"""
+    activation_checkpointing: Recomputed = "none"
+    """What is computed twice to save memory, with the same results: nothing, whole blocks, or their feed-forwards"""
     progress: bool | None = None
     """A progress bar; null shows one in a terminal and plain lines elsewhere"""
     overwrite: bool = False
