@@ -332,7 +332,8 @@ def run_parser() -> ArgumentParser:
     """The parser of ``run_train.py``: a flag for each field of ``RunSettings`` and of what lies in it."""
     parser = make_parser(description="Pretrain a model with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
-    parser.add_class_arguments(RunSettings, sub_configs=True)
+    # Optimizers of other packages (torchao) give their parameters no types.
+    parser.add_class_arguments(RunSettings, sub_configs=True, fail_untyped=False)
     _add_short_flags(parser, SHORT_FLAGS)
     parser.set_defaults(
         {
@@ -350,7 +351,7 @@ def finetuning_parser() -> ArgumentParser:
     """The parser of ``finetune.py``."""
     parser = make_parser(description="Tune a checkpoint to follow instructions, with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: configs/finetune.yaml")
-    parser.add_class_arguments(FinetuneSettings, sub_configs=True, skip=OF_THE_CHECKPOINT)
+    parser.add_class_arguments(FinetuneSettings, sub_configs=True, fail_untyped=False, skip=OF_THE_CHECKPOINT)
     _add_short_flags(parser, FINETUNE_SHORT_FLAGS)
     return parser
 
