@@ -4,8 +4,8 @@
     uv run python benchmarks/low_memory.py --device cuda    # a card with at least 6 GiB
 
 On a CPU the quickstart's model is trained three times on the same tokens: in fp32 with AdamW; in the way of
-configs/runs/tinystories-moe-200m-6gb.yaml (bf16 weights, 8-bit Adam, stochastic rounding, recomputed blocks); and so, but
-rounding to nearest. Writes benchmarks/results/low_memory.json.
+configs/runs/tinystories-moe-200m-6gb.yaml (bf16 weights, 8-bit Adam, stochastic rounding, recomputed blocks); and so,
+but rounding to nearest. Writes benchmarks/results/low_memory.json.
 
 On a GPU that run itself does some steps, on the built-in stories, with PyTorch's allocator held to what is left of a
 card of 6 GiB. Writes benchmarks/results/low_memory_cuda.json.
@@ -83,7 +83,7 @@ def compare(folder: Path, tokens: int) -> dict[str, Any]:
         start = time.perf_counter()
         subprocess.run(
             [
-                *(sys.executable, *command, "--eval.max_iters", "200", "--eval.interval", "1000000"),
+                *(sys.executable, *command, "--eval.max_iters", "50", "--eval.interval", "1000000"),
                 *("--sample.prompt", "null", "--progress", "false", "--out_dir", str(out_dir)),
             ],
             cwd=ROOT,

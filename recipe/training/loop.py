@@ -82,6 +82,8 @@ def run_training(
     compiled, compile_note = should_compile(settings.compile, fabric.device.type)
     module: nn.Module = PretrainingModel(gpt, settings.activation_checkpointing)
     model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
+    # bf16-true has just rounded the rotations along with the weights; generation has them in fp32.
+    gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
     # Fused optimizers unscale gradients themselves, so that Fabric could not clip them under a gradient scaler.
     fused = fabric.device.type == "cuda" and scaler_of(fabric) is None
     optimizer_in_fabric = cast(

@@ -14,6 +14,7 @@ from litgpt import GPT, Config
 
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.training import loop
 from recipe.training.pretrain import scale_gelu_projections
 from tests.training_fixtures import SIGMOID_ROUTER
 
@@ -315,6 +316,14 @@ def test_bf16_true_trains(train):
     assert 1 <= round(1000 * float(bias.abs().max())) <= 4
     GPT(Config.from_file(out / "final" / "model_config.yaml")).load_state_dict(weights)
     assert all(math.isfinite(loss) for loss in column(out, "train_loss"))
+
+
+def test_bf16_true_keeps_the_rotations_of_positions(train, monkeypatch):
+    """Fabric converts them along with the weights, to 8 bits; generation would then turn by other angles."""
+    rotations, fit = [], loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *run: rotations.extend((run[1].gpt.cos, run[1].gpt.sin)) or fit(*run))
+    train("--precision", "bf16-true", "--train.max_steps", "1")
+    assert [rotation.dtype for rotation in rotations] == [torch.float32] * 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
