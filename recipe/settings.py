@@ -139,7 +139,8 @@ class RunSettings:
     data: DataModule
     """Where the batches come from; `litgpt.data.TextFiles` works too"""
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
-    """Any optimizer by class_path; it gets one parameter group with and one without weight decay"""
+    """Any optimizer by class_path; it gets one parameter group with and one without weight decay.
+    recipe.training.muon.Muon is for whole models; torchao.optim.AdamW8bit takes the least memory"""
     log: LogArgs = field(default_factory=LogArgs)
     """Names for the loggers that want them"""
     out_dir: Path = Path("checkpoints")
