@@ -54,7 +54,7 @@ WAYS = {
 }
 
 
-def main(device: Literal["cpu", "cuda"] = "cpu", tokens: int = 400_000, steps: int = 4) -> None:
+def main(device: Literal["cpu", "cuda"] = "cpu", tokens: int = 300_000, steps: int = 4) -> None:
     """Measures and writes the result.
 
     Args:
