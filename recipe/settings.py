@@ -21,6 +21,7 @@ from litgpt.data import DataModule
 
 from recipe import checkpoints
 from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
+from recipe.forward import Recomputed
 from recipe.upcycling import upcycled_model
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,17 @@ class MoESettings:
 
 
 @dataclass
+class ScheduleSettings:
+    """The learning rate after its warm-up (`train.lr_warmup_steps`), from the optimizer's lr to `train.min_lr`."""
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    """cosine: half a cosine down. wsd (warmup-stable-decay; MiniCPM, arXiv 2404.06395): lr itself, then linearly down
+    at the end (arXiv 2405.18392), so that a longer run can go on from any checkpoint before that"""
+    decay_fraction: float = 0.2
+    """The part of all optimizer steps in which wsd goes down"""
+
+
+@dataclass
 class SampleSettings:
     """The text that the model writes at each evaluation."""
 
@@ -127,7 +139,8 @@ class RunSettings:
     data: DataModule
     """Where the batches come from; `litgpt.data.TextFiles` works too"""
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
-    """Any optimizer by class_path; it gets one parameter group with and one without weight decay"""
+    """Any optimizer by class_path; it gets one parameter group with and one without weight decay.
+    recipe.training.muon.Muon is for whole models; torchao.optim.AdamW8bit takes the least memory"""
     log: LogArgs = field(default_factory=LogArgs)
     """Names for the loggers that want them"""
     out_dir: Path = Path("checkpoints")
@@ -157,12 +170,16 @@ class RunSettings:
     """Name of the run for W&B and in the settings that are saved"""
     compile: bool | None = None
     """torch.compile; null turns it on where a CUDA GPU and a compiler are there"""
+    activation_checkpointing: Recomputed = "none"
+    """What is computed twice to save memory, with the same results: nothing, whole blocks, or their feed-forwards"""
     progress: bool | None = None
     """A progress bar; null shows one in a terminal and plain lines elsewhere"""
     overwrite: bool = False
     """Delete the run that lies in out_dir and start anew"""
     moe: MoESettings = field(default_factory=MoESettings)
     """Balance of the experts"""
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    """The learning rate's curve; optimizer groups with rates of their own keep their ratio to the first"""
     sample: SampleSettings = field(default_factory=SampleSettings)
     """Text that is generated at each evaluation"""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
@@ -316,7 +333,8 @@ def run_parser() -> ArgumentParser:
     """The parser of ``run_train.py``: a flag for each field of ``RunSettings`` and of what lies in it."""
     parser = make_parser(description="Pretrain a model with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
-    parser.add_class_arguments(RunSettings, sub_configs=True)
+    # Optimizers of other packages (torchao) give their parameters no types.
+    parser.add_class_arguments(RunSettings, sub_configs=True, fail_untyped=False)
     _add_short_flags(parser, SHORT_FLAGS)
     parser.set_defaults(
         {
@@ -334,7 +352,7 @@ def finetuning_parser() -> ArgumentParser:
     """The parser of ``finetune.py``."""
     parser = make_parser(description="Tune a checkpoint to follow instructions, with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: configs/finetune.yaml")
-    parser.add_class_arguments(FinetuneSettings, sub_configs=True, skip=OF_THE_CHECKPOINT)
+    parser.add_class_arguments(FinetuneSettings, sub_configs=True, fail_untyped=False, skip=OF_THE_CHECKPOINT)
     _add_short_flags(parser, FINETUNE_SHORT_FLAGS)
     return parser
 
@@ -459,7 +477,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_model(settings.model),
         *_check_balance(settings),
         *_check_batches(settings),
-        *_check_schedule(settings.train, optimizer),
+        *_check_schedule(settings, optimizer),
         *_check_evaluation(settings),
         *_check_log(settings),
     ]
@@ -550,8 +568,17 @@ def _check_batches(settings: RunSettings) -> list[str]:
     return problems
 
 
-def _check_schedule(train: TrainArgs, optimizer: dict[str, Any]) -> list[str]:
-    problems = []
+def _check_schedule(settings: RunSettings, optimizer: dict[str, Any]) -> list[str]:
+    problems, train, fraction = [], settings.train, settings.schedule.decay_fraction
+    if not 0 < fraction <= 1:
+        problems.append(
+            f"schedule.decay_fraction is {fraction}; expected a part of the run, above 0 and at most 1, such as 0.2."
+        )
+    elif settings.schedule.name != "wsd" and fraction != ScheduleSettings.decay_fraction:
+        problems.append(
+            f"schedule.decay_fraction is {fraction}, but the schedule is {settings.schedule.name}, which goes down all"
+            " the way; --schedule.name wsd"
+        )
     limits = {name: getattr(train, name) for name in ("max_tokens", "max_steps", "epochs")}
     if not any(limits.values()):
         problems.append(

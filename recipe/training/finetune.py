@@ -8,12 +8,14 @@ import lightning as L
 import litgpt.finetune.full
 import litgpt.finetune.lora
 import litgpt.lora
+import torch
 from litgpt import GPT, Tokenizer
 
 from recipe import checkpoints
 from recipe.data.conversations import prompt_style
 from recipe.data.instructions import instructions_fingerprint
 from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, choose_precision, processes
+from recipe.training.allocator import use_expandable_segments
 from recipe.training.logs import logger_factory
 from recipe.training.loop import run_training
 from recipe.training.lora import load_base_weights, load_lora_weights, lora_config
@@ -33,6 +35,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     """
     settings = run.settings
     assert isinstance(settings, FinetuneSettings)
+    use_expandable_segments(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     resume_step = checkpoints.read_mark(resume_from).step if resume_from else None

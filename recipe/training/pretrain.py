@@ -11,6 +11,7 @@ from typing import Literal
 
 import lightning as L
 import litgpt.pretrain
+import torch
 from litgpt import GPT, Config, Tokenizer
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
@@ -19,6 +20,7 @@ from torch import nn
 
 from recipe import checkpoints
 from recipe.settings import ParsedRun, choose_precision, processes
+from recipe.training.allocator import use_expandable_segments
 from recipe.training.logs import logger_factory
 from recipe.training.loop import run_training
 from recipe.training.patches import patched_pretraining
@@ -37,6 +39,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             a login.
     """
     settings = run.settings
+    use_expandable_segments(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir
