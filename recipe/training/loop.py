@@ -21,6 +21,7 @@ from litgpt.data import DataModule
 from litgpt.prompts import PromptStyle
 from litgpt.utils import CycleIterator
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from custom_moe import load_statistics, set_backend
@@ -42,7 +43,7 @@ from recipe.training.model import (
     moe_layers,
     update_selection_biases,
 )
-from recipe.training.optimizers import make_optimizer, set_learning_rate
+from recipe.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
 from recipe.training.schedule import learning_rate, plan_run
 from recipe.training.state import (
     TrainingRun,
@@ -81,7 +82,11 @@ def run_training(
     experts_note = choose_experts_backend(fabric, gpt, settings.moe)
     compiled, compile_note = should_compile(settings.compile, fabric.device.type)
     module: nn.Module = PretrainingModel(gpt, settings.activation_checkpointing)
-    model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
+    if compiled:
+        # A part that the compiler can't take ends the run; DDP's own bookkeeping (where Fabric compiles the whole of it,
+        # so that gradients travel while others are computed) is such a part.
+        module = cast(nn.Module, torch.compile(module, fullgraph=fabric.world_size == 1))
+    model = fabric.setup(module)
     # bf16-true has just rounded the rotations along with the weights; generation has them in fp32.
     gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
     # Fused optimizers unscale gradients themselves, so that Fabric could not clip them under a gradient scaler.
@@ -102,6 +107,7 @@ def run_training(
         settings=settings,
         hyperparameters=run.resolved,
         model=model,
+        compiled=compiled,
         optimizer=optimizer_in_fabric,
         loggers=loggers,
         train_dataloader=train_dataloader,
@@ -216,9 +222,10 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             taken = [as_batch(next(batches), run.gpt.max_seq_length) for _ in range(micro_batches)]
             shares, tokens = loss_shares(fabric, taken)
             counts = torch.zeros_like(run.expert_counts)
+            weights = cast_matrices(fabric, run)
             for index, (batch, share) in enumerate(zip(taken, shares, strict=True)):
                 with fabric.no_backward_sync(model, enabled=index < micro_batches - 1):
-                    losses: Losses = model(*batch, run.expert_counts)
+                    losses: Losses = functional_call(model, weights, (*batch, run.expert_counts), tie_weights=False)
                     losses = losses._replace(cross_entropy=losses.cross_entropy * share)
                     fabric.backward(total_loss(losses, settings.moe) / micro_batches)
                 interval.add(losses)
@@ -247,6 +254,8 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
                 interval = Interval()
             session = time.perf_counter() - start
             progress.seconds = seconds_before + session
+            if run.compiled and progress.step == first_step + 1:
+                display.print(f"The first step took {session:,.0f} s with compiling.")
             display.step(progress.step, row, session / (progress.step - first_step) * (plan.steps - progress.step))
 
             if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
@@ -263,6 +272,20 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             if train.max_time and not last and _any_rank(fabric, session >= train.max_time):
                 return False
     return True
+
+
+def cast_matrices(fabric: L.Fabric, run: TrainingRun) -> dict[str, Tensor]:
+    """Under mixed precision, the trained matrices in the type of the products, by name: cast once for all micro batches
+    of a step, where autocast casts at each of them, and experts in each direction. Gradients go back through the cast.
+
+    Not where activations are recomputed: that happens behind the forward, with the parameters themselves.
+    """
+    if not fabric._precision.precision.endswith("mixed") or run.settings.activation_checkpointing != "none":
+        return {}
+    with fabric.autocast():
+        dtype = torch.get_autocast_dtype(fabric.device.type)
+    matrices = {id(parameter) for parameter in parameter_groups(run.model)[0]["params"]}
+    return {name: value.to(dtype) for name, value in run.model.named_parameters() if id(value) in matrices}
 
 
 def total_loss(losses: Losses, moe: MoESettings) -> Tensor:

@@ -46,6 +46,7 @@ class TrainingRun:
     settings: RunSettings
     hyperparameters: dict[str, Any]
     model: _FabricModule
+    compiled: bool
     optimizer: _FabricOptimizer
     loggers: Loggers
     train_dataloader: DataLoader
