@@ -81,9 +81,6 @@ class Experts(nn.Module):
     def _feed_forward(self, x_NC: Tensor, weights_NK: Tensor, indices_NK: Tensor, backend: Backend) -> Tensor:
         if self.fc_bias is not None:
             return self._feed_forward_by_layers(x_NC, weights_NK, indices_NK, backend)
-        few = indices_NK.numel() <= len(self.fc_weight) and self.fc_weight.dtype == x_NC.dtype
-        if few and backend == "loop" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return loop.few_tokens(x_NC, weights_NK, indices_NK, self.fc_weight, self.proj_weight)
         order = sort_by_expert(indices_NK, len(self.fc_weight), loop.padded_rows(x_NC) if backend == "loop" else 1)
         return grouped_swiglu(x_NC, weights_NK, self.fc_weight, self.proj_weight, order, backend)
 

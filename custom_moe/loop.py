@@ -9,7 +9,6 @@ width, J = 2*I gate and up together, O output width.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -25,19 +24,6 @@ def padded_rows(x_NC: Tensor) -> int:
     Few tokens, as in generation, have few such numbers, and padding would be most of their work.
     """
     return 64 if x_NC.device.type == "cpu" and x_NC.dtype == torch.bfloat16 and x_NC.size(0) > 64 else 1
-
-
-def few_tokens(
-    x_NC: Tensor, weights_NK: Tensor, indices_NK: Tensor, fc_EJC: Tensor, proj_ECI: Tensor
-) -> Tensor:
-    """``custom_moe.swiglu.grouped_swiglu`` without an order and without gradients: a vector times a matrix for each
-    token and expert, as generation has it. Sorting a few rows takes longer than multiplying them."""
-    rows = []
-    for x, experts, weights in zip(x_NC, indices_NK.tolist(), weights_NK.to(x_NC.dtype).tolist(), strict=True):
-        for expert, weight in zip(experts, weights, strict=True):
-            gate, up = torch.mv(fc_EJC[expert], x).chunk(2)
-            rows.append(torch.mv(proj_ECI[expert], F.silu(gate) * up * weight))
-    return torch.stack(rows).view(*indices_NK.shape, x_NC.size(1)).sum(dim=1)
 
 
 @torch.library.custom_op("custom_moe::loop_multiply", mutates_args=())

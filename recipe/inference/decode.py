@@ -7,8 +7,10 @@ to save less than a millisecond a token.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from litgpt.model import RMSNorm
 from torch import Tensor, nn
 
 from custom_moe.experts import Experts
+from custom_moe.few import FewTokens
 from recipe.forward import logits_of
 
 _WORTH_A_GRAPH = 16
@@ -86,7 +89,7 @@ class Decoder:
         return logits
 
 
-# ---------------------------------------------------------------------------------------------------------- plain models
+# --------------------------------------------------------------------------------------------------------- plain models
 
 
 def is_plain(config: Config) -> bool:
@@ -112,12 +115,10 @@ class _PlainStep:
 
     def __init__(self, gpt: GPT, kv_caches: Sequence[nn.Module]) -> None:
         config, device = gpt.config, gpt.cos.device
-        self.gpt = gpt
-        self.blocks = [(b.norm_1, b.attn, b.norm_2, b.mlp) for b in gpt.transformer.h]
-        self.caches = [(cache.k, cache.v) for cache in kv_caches]
-        rows, groups, self.size, _ = self.caches[0][0].shape
+        self.embed, self.logits_of = gpt.transformer.wte, partial(logits_of, gpt)
+        self.layers = [_Layer(block, cache) for block, cache in zip(gpt.transformer.h, kv_caches, strict=True)]
+        rows, groups, self.size, self.head_size = self.layers[0].k_cache.shape
         self.heads = (config.n_head, groups)
-        self.head_size = config.head_size
         self.first_places = torch.arange(rows * groups, device=device).view(rows, groups) * self.size
         self.places = torch.arange(self.size, device=device)
         # x*cos + rotated(x)*sin, where rotated(x) is x with its halves exchanged and the minus moved into sin; what is
@@ -127,8 +128,8 @@ class _PlainStep:
         self.exchanged[: 2 * half] = self.exchanged[: 2 * half].roll(half)
         sign = torch.ones(2 * half, device=device)
         sign[:half] = -1
-        self.cos = F.pad(gpt.cos[: self.size], (0, rest), value=1.0)
-        self.sin = F.pad(gpt.sin[: self.size] * sign, (0, rest))
+        cos, sin = F.pad(gpt.cos[: self.size], (0, rest), value=1.0), F.pad(gpt.sin[: self.size] * sign, (0, rest))
+        self.rotations = torch.stack((cos, sin), dim=1).unsqueeze(2)  # (size, 2, 1, head_size)
 
     def __call__(self, tokens: Tensor, positions: Tensor, seen: int, masked: bool) -> Tensor:
         """Logits ``(B, V)``; writes the tokens' keys and values into the caches.
@@ -139,44 +140,73 @@ class _PlainStep:
             seen: how many places of the cache are looked at.
             masked: whether some of these come after a row's own position.
         """
-        (n_head, groups), rows = self.heads, len(tokens)
-        mask = None
-        if masked:
-            mask = (self.places[:seen] <= positions.unsqueeze(1)).view(rows, 1, 1, seen)
-        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # (B, 1, head_size)
+        (n_head, groups), head_size, rows = self.heads, self.head_size, len(tokens)
+        mask = (self.places[:seen] <= positions.unsqueeze(1)).view(rows, 1, 1, seen) if masked else None
+        cos, sin = self.rotations.index_select(0, positions).unbind(1)  # (B, 1, head_size)
         written = (self.first_places + positions.unsqueeze(1)).flatten()  # (B * groups,)
-        x = self.gpt.transformer.wte(tokens)  # (B, C)
-        for (norm_1, attn, norm_2, mlp), (k_cache, v_cache) in zip(self.blocks, self.caches, strict=True):
-            qkv = attn.qkv(_norm(norm_1, x)).view(rows, n_head + 2 * groups, self.head_size)
+        x = self.embed(tokens)  # (B, C)
+        for layer in self.layers:
+            qkv = layer.qkv(layer.norm_1(x)).view(rows, n_head + 2 * groups, head_size)
             qk, v = qkv.split_with_sizes((n_head + groups, groups), dim=1)
-            if attn.norm_q is not None:
+            if layer.norm_q is not None and layer.norm_k is not None:
                 q, k = qk.split_with_sizes(self.heads, dim=1)
-                qk = torch.cat((_norm(attn.norm_q, q), _norm(attn.norm_k, k)), dim=1)
-            qk = (qk * cos + qk.index_select(2, self.exchanged) * sin).to(qk.dtype)
+                qk = torch.cat((layer.norm_q(q), layer.norm_k(k)), dim=1)
+            qk = (qk * cos + qk.index_select(2, self.exchanged) * sin).to(v.dtype)
             q, k = qk.split_with_sizes(self.heads, dim=1)
-            k_cache.view(-1, self.head_size).index_copy_(0, written, k.reshape(-1, self.head_size))
-            v_cache.view(-1, self.head_size).index_copy_(0, written, v.reshape(-1, self.head_size))
+            layer.k_places.index_copy_(0, written, k.reshape(-1, head_size))
+            layer.v_places.index_copy_(0, written, v.reshape(-1, head_size))
             y = F.scaled_dot_product_attention(
-                q.reshape(rows, groups, n_head // groups, self.head_size),  # the heads of a group see the same keys
-                k_cache[:, :, :seen],
-                v_cache[:, :, :seen],
+                q.reshape(rows, groups, n_head // groups, head_size),  # the heads of a group see the same keys
+                layer.k_cache.narrow(2, 0, seen),
+                layer.v_cache.narrow(2, 0, seen),
                 attn_mask=mask,
-                scale=attn.mscale**2 * (attn.config.attention_scores_scalar or self.head_size) ** -0.5,
+                scale=layer.scale,
             )
-            x = x + attn.proj(y.reshape(rows, -1))
-            x = x + mlp(_norm(norm_2, x).unsqueeze(1)).squeeze(1)  # LitGPT's MoE takes three dimensions alone
-        return logits_of(self.gpt, x)
+            x = x + layer.proj(y.reshape(rows, -1))
+            x = x + layer.mlp(layer.norm_2(x))
+        return self.logits_of(x)
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+class _Layer:
+    """What a step needs of a block and its cache, within reach: attributes of modules are slow to look up."""
+
+    def __init__(self, block: Any, cache: Any) -> None:
+        attn, config = block.attn, block.config
+        self.norm_1, self.norm_2, self.mlp = _norm(block.norm_1), _norm(block.norm_2), _mlp(block.mlp, len(cache.k))
+        self.qkv, self.proj = _linear(attn.qkv), _linear(attn.proj)
+        self.norm_q = _norm(attn.norm_q) if config.norm_qk else None
+        self.norm_k = _norm(attn.norm_k) if config.norm_qk else None
+        self.scale = attn.mscale**2 * (config.attention_scores_scalar or config.head_size) ** -0.5
+        self.k_cache, self.v_cache = cache.k, cache.v  # (B, groups, size, head_size)
+        self.k_places, self.v_places = cache.k.view(-1, config.head_size), cache.v.view(-1, config.head_size)
+
+
+def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
     """LitGPT's RMSNorm as one operation, any other norm as it is."""
-    if isinstance(norm, RMSNorm) and not norm.add_unit_offset and norm.dim == -1:
-        return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
-    y: Tensor = norm(x)
-    return y
+    if not isinstance(norm, RMSNorm) or norm.add_unit_offset or norm.dim != -1:
+        return norm
+    shape, weight, eps = norm.weight.shape, norm.weight, norm.eps
+    if norm.weight.is_cpu and norm.weight.dtype == torch.float32:
+        # rms_norm is several operations on a CPU. The root of the mean square plus eps is a hypotenuse.
+        width = weight.size(0)
+        scaled, leg = weight * width**0.5, torch.tensor((width * eps) ** 0.5)
+        return lambda x: x * (scaled / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), leg))
+    return lambda x: F.rms_norm(x, shape, weight.to(x.dtype), eps)
 
 
-# ------------------------------------------------------------------------------------------------------------ CUDA graph
+def _linear(linear: nn.Module) -> Callable[[Tensor], Tensor]:
+    if type(linear) is not nn.Linear:
+        return lambda x: linear(x.unsqueeze(1)).squeeze(1)  # LitGPT's LoRA takes three dimensions alone
+    return partial(F.linear, weight=linear.weight, bias=linear.bias)
+
+
+def _mlp(mlp: Any, rows: int) -> Callable[[Tensor], Tensor]:
+    if FewTokens.can_take(mlp, rows):
+        return FewTokens(mlp)
+    return lambda x: mlp(x.unsqueeze(1)).squeeze(1)  # as does its own MoE
+
+
+# ----------------------------------------------------------------------------------------------------------- CUDA graph
 
 
 class _Graph:
@@ -216,7 +246,7 @@ def _can_be_recorded(gpt: GPT) -> bool:
     return all(layer.backend_on(device) != "loop" for layer in gpt.modules() if isinstance(layer, Experts))
 
 
-# ----------------------------------------------------------------------------------------------------- the model's state
+# ---------------------------------------------------------------------------------------------------- the model's state
 
 _one_at_a_time = threading.Lock()
 

@@ -273,7 +273,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
 def stream_pieces(
     gpt: GPT,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | Sequence[str],
     *,
     max_new_tokens: int = 256,
     num_samples: int = 1,
@@ -285,25 +285,29 @@ def stream_pieces(
 ) -> Generator[Piece, None, None]:
     """What the model writes after ``prompt``: sample 0 as it comes, then the others, which grew in the same batch.
 
-    The global random state is neither used nor changed. Arguments and errors as `generate_tokens`.
+    Of several prompts, all samples of the first come first. The global random state is neither used nor changed.
+    Arguments and errors as `generate_tokens`.
 
     Args:
-        prompt: a text, or token ids as they are.
-        seed: a number, or a generator on the model's device, which goes on from where it is.
+        prompt: a text, or token ids as they are; or several texts.
+        seed: sample i is the one that the seed ``seed + i`` gives alone. Or a generator on the model's device, which
+            goes on from where it is.
         stop: sequences of tokens that end a sample as the end-of-text token does; none of them is text.
     """
     device = gpt.transformer.wte.weight.device
-    tokens = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else torch.tensor(prompt)).to(device)
-    room = room_after(tokens.numel(), gpt.max_seq_length)
-    at_limit: End = "max_new_tokens" if max_new_tokens <= room else "block_size"
-    limit = min(max_new_tokens, room)
+    tokens = [
+        (encode_prompt(tokenizer, one) if isinstance(one, str) else torch.tensor(one)).to(device)
+        for one in _as_list(prompt)
+    ]
+    rooms = [room_after(len(ids), gpt.max_seq_length) for ids in tokens for _ in range(num_samples)]
+    rows = len(rooms)
     if tokenizer.eos_id is not None:
         stop = [[tokenizer.eos_id], *stop]
-    stops = [StopSequences(stop) for _ in range(num_samples)]
-    streams = [TextStream(tokenizer) for _ in range(num_samples)]
-    waiting = [""] * num_samples
-    lengths = [0] * num_samples
-    ends: list[End | None] = [None] * num_samples
+    stops = [StopSequences(stop) for _ in range(rows)]
+    streams = [TextStream(tokenizer) for _ in range(rows)]
+    waiting = [""] * rows
+    lengths = [0] * rows
+    ends: list[End | None] = [None] * rows
     current = 0
     steps = generate_tokens(
         gpt,
@@ -313,8 +317,7 @@ def stream_pieces(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        eos_id=tokenizer.eos_id,
-        generator=seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(check_seed(seed)),
+        generator=seed if isinstance(seed, torch.Generator) else _generators(seed, rows, device),
     )
     with closing(steps):
         for step, next_tokens in enumerate(steps, start=1):
@@ -325,25 +328,41 @@ def stream_pieces(
                 certain, ended = stops[row].push(token)
                 if ended:
                     ends[row] = "end_of_text"
-                elif step == limit:
-                    ends[row] = at_limit
+                elif step == min(max_new_tokens, rooms[row]):
+                    ends[row] = "max_new_tokens" if max_new_tokens <= rooms[row] else "block_size"
                     certain = certain + stops[row].held
                 waiting[row] += "".join(streams[row].push(token) for token in certain)
                 if ends[row] is not None:
                     waiting[row] += streams[row].flush()
-            while current < num_samples:
+            while current < rows:
                 if waiting[current] or ends[current] is not None:
                     yield Piece(current, waiting[current], ends[current], lengths[current])
                     waiting[current] = ""
                 if ends[current] is None:
                     break
                 current += 1
-            if current == num_samples:
+            if None not in ends:
                 return
 
 
-def draw_samples(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack[Sampling]) -> list[Sample]:
-    """``num_samples`` continuations of ``prompt``, one batch, without touching the global random state or the model."""
+def _as_list(prompt: str | Sequence[int] | Sequence[str]) -> Sequence[str | Sequence[int]]:
+    several = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], str)
+    return prompt if several else [prompt]  # type: ignore[list-item, return-value]
+
+
+def _generators(seed: int, rows: int, device: torch.device) -> list[torch.Generator]:
+    """One for each row, so that its samples do not depend on the others."""
+    check_seed(seed)
+    return [torch.Generator(device).manual_seed(check_seed(seed + row)) for row in range(rows)]
+
+
+def draw_samples(
+    gpt: GPT, tokenizer: Tokenizer, prompt: str | Sequence[str], **sampling: Unpack[Sampling]
+) -> list[Sample]:
+    """``num_samples`` continuations of each prompt, one batch, without touching the global random state or the model.
+
+    All samples of the first prompt come first.
+    """
     texts: dict[int, str] = {}
     ends: dict[int, End | None] = {}
     for piece in stream_pieces(gpt, tokenizer, prompt, **sampling):
@@ -352,9 +371,11 @@ def draw_samples(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack
     return [Sample(text, ends[sample]) for sample, text in texts.items()]
 
 
-def sample_text(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack[Sampling]) -> list[str]:
-    """As `draw_samples`, each with the prompt before it."""
-    return [prompt + sample.text for sample in draw_samples(gpt, tokenizer, prompt, **sampling)]
+def sample_text(gpt: GPT, tokenizer: Tokenizer, prompt: str | Sequence[str], **sampling: Unpack[Sampling]) -> list[str]:
+    """As `draw_samples`, each with its prompt before it."""
+    samples = draw_samples(gpt, tokenizer, prompt, **sampling)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    return [prompts[i * len(prompts) // len(samples)] + sample.text for i, sample in enumerate(samples)]
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -373,8 +394,8 @@ class Model:
         """The LitGPT config."""
         return self.gpt.config
 
-    def generate(self, prompt: str = "", **sampling: Unpack[Sampling]) -> str | list[str]:
-        """The prompt and what the model writes after it; a list of them where ``num_samples`` is given.
+    def generate(self, prompt: str | Sequence[str] = "", **sampling: Unpack[Sampling]) -> str | list[str]:
+        """The prompt and what the model writes after it; a list of them for several prompts, or with ``num_samples``.
 
         Ends at the end-of-text token, after ``max_new_tokens``, or where the model's context is full.
 
@@ -382,7 +403,7 @@ class Model:
             UserError: sampling settings out of range, or a prompt longer than the model's context.
         """
         texts = sample_text(self.gpt, self.tokenizer, prompt, **sampling)
-        return texts if "num_samples" in sampling else texts[0]
+        return texts[0] if isinstance(prompt, str) and "num_samples" not in sampling else texts
 
     def stream(self, prompt: str = "", **sampling: Unpack[Sampling]) -> Iterator[str]:
         """What `generate` returns, in pieces as they are written; several samples one after the other."""
