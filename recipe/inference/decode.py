@@ -34,7 +34,7 @@ class Decoder:
     """
 
     def __init__(self, gpt: GPT, prompts: Sequence[Tensor], copies: int, size: int) -> None:
-        """Reads the prompts, each once and by itself.
+        """Reads the prompts: each once, together where they are of one length, else one by one.
 
         Args:
             gpt: plain, not what `torch.compile` or Fabric made of it.
@@ -53,13 +53,20 @@ class Decoder:
         with _as_it_was(gpt):
             gpt.mask_cache = None
             gpt.set_kv_cache(batch_size=rows, max_seq_length=size, device=device)
-            # LitGPT writes a single text into row 0, so the one that belongs there comes last.
-            for number, prompt in reversed(list(enumerate(prompts))):
-                places = torch.arange(len(prompt), device=device)
-                logits.insert(0, gpt(prompt.view(1, -1), places, input_pos_maxp1=len(prompt))[:, -1])
-                for buffer in (b for block in gpt.transformer.h for b in block.attn.kv_cache.buffers()):
-                    buffer[number * copies : (number + 1) * copies] = buffer[:1].clone()
-            self.mask_cache, self.kv_caches = gpt.mask_cache, [block.attn.kv_cache for block in gpt.transformer.h]
+            caches = [block.attn.kv_cache for block in gpt.transformer.h]
+            # LitGPT writes into the first rows, so what belongs there comes last.
+            groups = [prompts] if self.even else [[prompt] for prompt in reversed(prompts)]
+            end = rows
+            for group in groups:
+                ids = torch.stack(list(group))  # (N, T)
+                places = torch.arange(ids.size(1), device=device)
+                logits.insert(0, gpt(ids, places, input_pos_maxp1=ids.size(1))[:, -1])
+                start = end - len(ids) * copies
+                for buffer in (buffer for cache in caches for buffer in cache.buffers()):
+                    if (start, end) != (0, len(ids)):
+                        buffer[start:end] = buffer[: len(ids)].repeat_interleave(copies, dim=0)
+                end = start
+            self.mask_cache, self.kv_caches = gpt.mask_cache, caches
         self.logits = torch.cat(logits).repeat_interleave(copies, dim=0)
         """``(B, V)``, of each prompt's last token"""
         self._step = _PlainStep(gpt, self.kv_caches) if is_plain(gpt.config) else None
