@@ -52,7 +52,7 @@ def main(
     checkpoint: Path = Path("checkpoints/quickstart/final"),
     model: Path | None = None,
     new_tokens: int = 128,
-    rounds: int = 7,
+    rounds: int = 5,
     output: Path | None = None,
 ) -> None:
     """Times generation by ours, LitGPT and Hugging Face, and writes the result as JSON.

@@ -17,7 +17,7 @@ from custom_moe.router import SigmoidGate, route
 class FewTokens:
     """``MoE`` as a function of a few rows, ``(N, C) -> (N, C)``, with its weights at hand.
 
-    To be made anew when parameters were replaced; that their values changed does not matter.
+    Made anew for each text: it may hold copies of what is small, so that a later step of training does not reach it.
     """
 
     @staticmethod
