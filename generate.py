@@ -3,6 +3,7 @@
     uv run python generate.py --prompt "Once upon a time"
     uv run python generate.py checkpoints/final --prompt "Lily found a key" --temperature 0.5 --max_new_tokens 200
     uv run python generate.py --num_samples 5 --seed 7 > stories.txt
+    uv run python generate.py --prompts beginnings.txt
 
 The text goes to stdout as it is written, everything else to stderr.
 """
@@ -13,12 +14,13 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from recipe.cli import run_door
+from recipe.cli import UserError, run_door
 
 
 def main(
     checkpoint: Path | None = None,
     prompt: str = "Once upon a time",
+    prompts: Path | None = None,
     max_new_tokens: int = 256,
     num_samples: int = 1,
     temperature: float = 0.8,
@@ -33,17 +35,21 @@ def main(
     Args:
         checkpoint: The checkpoint folder; without one, the newest whole one under checkpoints/.
         prompt: What the text begins with; an empty one starts a new document.
+        prompts: A text file, a prompt in each line, instead of one prompt; all are continued in one batch.
         max_new_tokens: Tokens to write at most. A sample ends before at the end-of-text token or a full context.
-        num_samples: Samples to write, all in one batch.
+        num_samples: Samples to write for each prompt, all in one batch.
         temperature: Below 1 the likely tokens become likelier; 0 always takes the most probable one.
         top_k: Sample among this many most probable tokens; null for all.
         top_p: Sample among the fewest tokens whose probability exceeds this; 1 for all.
-        seed: The same seed writes the same text on the same machine.
+        seed: The same seed writes the same text on the same machine; of several, the next one has the next seed.
         device: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
         precision: Type of the weights; auto is bf16-true on a GPU that computes in it, else 32-true.
     """
     from recipe import checkpoints
 
+    beginnings = [prompt] if prompts is None else prompts.read_text(encoding="utf-8").splitlines()
+    if not beginnings:
+        raise UserError(f"{prompts} is empty; expected a prompt in each line.")
     folder = checkpoints.resolve(checkpoint)
     mark = checkpoints.read_mark(folder)
     print(
@@ -55,11 +61,11 @@ def main(
     model = load(folder, device, precision)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
 
-    start, cut, began = time.perf_counter(), 0, -1
+    start, cut, began, samples = time.perf_counter(), 0, -1, len(beginnings) * num_samples
     pieces = stream_pieces(
         model.gpt,
         model.tokenizer,
-        prompt,
+        beginnings,
         max_new_tokens=max_new_tokens,
         num_samples=num_samples,
         seed=seed,
@@ -71,9 +77,9 @@ def main(
         for piece in pieces:
             if piece.sample != began:
                 began = piece.sample
-                if num_samples > 1:
-                    print(f"--- sample {began + 1} of {num_samples} ---")
-                print(prompt, end="")
+                if samples > 1:
+                    print(f"--- sample {began + 1} of {samples} ---")
+                print(beginnings[began // num_samples], end="")
             print(piece.text, end="\n" if piece.end else "", flush=True)
             cut += piece.end == "block_size"
     except BrokenPipeError:  # `| head`
@@ -81,7 +87,7 @@ def main(
         return
     if cut:
         print(
-            f"Note: {cut} of {num_samples} filled the model's context of {model.config.block_size:,} tokens.",
+            f"Note: {cut} of {samples} filled the model's context of {model.config.block_size:,} tokens.",
             file=sys.stderr,
         )
     print(f"Written in {time.perf_counter() - start:.1f} s", file=sys.stderr)

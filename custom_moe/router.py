@@ -109,4 +109,5 @@ def _choose_in_groups(scores_NE: Tensor, config: Config) -> Tensor:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     # torch.autocast does not know the meta device, and torch 2.10 cannot compile the question whether it does.
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    off = device_type == "meta" or not torch.is_autocast_enabled(device_type)
+    return nullcontext() if off else torch.autocast(device_type, enabled=False)

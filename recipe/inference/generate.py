@@ -7,9 +7,8 @@
 ...     print(piece, end="", flush=True)
 """
 
-import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.inference.decode import Decoder
 
 End = Literal["end_of_text", "max_new_tokens", "block_size"]
 Precision = Literal["auto", "32-true", "bf16-true", "16-true"]
@@ -81,19 +81,31 @@ def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float
 
 
 def sample_tokens(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
-    """The next token of each row, ``(B, V) -> (B,)``; the most probable one where temperature or top_p is 0."""
+    """The next token of each row, ``(B, V) -> (B,)``; the most probable one where temperature or top_p is 0.
+
+    With a generator for each row, a row's draw is that of `torch.multinomial` for this row alone.
+    """
     if temperature < 1e-30 or top_p == 0.0:  # logits divided by less would be infinite
         return logits.argmax(dim=-1)
     probabilities = restrict(logits.float(), temperature, top_k, top_p).softmax(dim=-1)
-    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
+    noise = torch.empty_like(probabilities)
+    for row, own in zip(noise, generator, strict=True):
+        row.exponential_(generator=own)
+    return (probabilities / noise).argmax(dim=-1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_tokens(
     gpt: GPT,
-    prompt: Tensor,
+    prompt: Tensor | Sequence[Tensor],
     *,
     num_samples: int = 1,
     max_new_tokens: int,
@@ -101,83 +113,49 @@ def generate_tokens(
     top_k: int | None = 50,
     top_p: float = 1.0,
     eos_id: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Generator[Tensor, None, None]:
-    """Continues one prompt ``num_samples`` times in one batch; yields each sample's next token, ``(num_samples,)``.
+    """Continues each prompt ``num_samples`` times, all in one batch; yields each row's next token, ``(B,)``.
 
-    A sample that has reached ``eos_id`` stays at it. Ends when all have, after ``max_new_tokens``, or where the model's
-    context is full. The prompt is computed once, whatever the number of samples.
+    The rows of the first prompt come first. A prompt is computed once, whatever the number of its samples. A row that
+    has reached ``eos_id``, or whose context is full, stays at its last token. Ends when all rows have, or after
+    ``max_new_tokens``.
 
     Leaves the model as it was found (also when the caller stops early), so that it may be the one in training; pass
     the plain `litgpt.GPT`, not what `torch.compile` or Fabric made of it.
 
     Args:
-        prompt: token ids, ``(T,)`` with ``1 <= T <= gpt.max_seq_length``, on the model's device.
-        generator: on the model's device; with None the global random state is used and changed.
+        prompt: token ids, ``(T,)`` with ``1 <= T <= gpt.max_seq_length``, on the model's device; or several such.
+        generator: on the model's device; with None the global random state is used and changed. With one for each row,
+            a row is drawn as it would be alone.
 
     Raises:
         UserError: sampling settings out of range, a prompt too long, or a model whose output is not a number.
     """
     check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
-    length = prompt.numel()
-    steps = min(max_new_tokens, room_after(length, gpt.max_seq_length))
-    with _as_it_was(gpt):
-        gpt.mask_cache = None
-        gpt.set_kv_cache(batch_size=num_samples, max_seq_length=length + steps - 1, device=prompt.device)
-        positions = torch.arange(length, device=prompt.device)
-        logits = gpt(prompt.view(1, -1), positions, input_pos_maxp1=length)[:, -1]  # (1, V)
-        if not logits.isfinite().all():
-            raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
-        mask_cache, kv_caches = gpt.mask_cache, [block.attn.kv_cache for block in gpt.transformer.h]
-    for cache in kv_caches:
-        for buffer in (cache.k, cache.v):
-            buffer[1:] = buffer[:1]
-    logits = logits.expand(num_samples, -1)
-    finished = torch.zeros(num_samples, dtype=torch.bool, device=prompt.device)
-    for step in range(1, steps + 1):
-        tokens = sample_tokens(logits, temperature, top_k, top_p, generator)  # (num_samples,)
-        if eos_id is not None:
-            tokens = tokens.masked_fill(finished, eos_id)
-            finished |= tokens == eos_id
+    prompts = [prompt] if isinstance(prompt, Tensor) else prompt
+    steps = [min(max_new_tokens, room_after(len(ids), gpt.max_seq_length)) for ids in prompts]
+    size = max(len(ids) + count - 1 for ids, count in zip(prompts, steps, strict=True))
+    decoder = Decoder(gpt, prompts, num_samples, size)
+    logits = decoder.logits
+    if not logits.isfinite().all():
+        raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
+    tokens = None
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    last = torch.tensor(steps, device=logits.device).repeat_interleave(num_samples)  # (B,)
+    for step in range(1, max(steps) + 1):
+        next_tokens = sample_tokens(logits, temperature, top_k, top_p, generator)  # (B,)
+        tokens = next_tokens if tokens is None else torch.where(ended, tokens, next_tokens)
         yield tokens
-        if step == steps or finished.all():
+        if step == max(steps):
             return
-        positions = torch.tensor([length + step - 1], device=prompt.device)
-        with _as_it_was(gpt):
-            gpt.mask_cache = mask_cache
-            _set_kv_caches(gpt, kv_caches)
-            logits = gpt(tokens.view(-1, 1), positions, input_pos_maxp1=length + step)[:, -1]  # (num_samples, V)
-
-
-_one_step_at_a_time = threading.Lock()
-
-
-@contextmanager
-def _as_it_was(gpt: GPT) -> Iterator[None]:
-    """For one step of one text: sets the model to eval, then puts its KV caches, mask and training modes back.
-
-    Between two steps a text holds nothing of the model. So several may be written in turn, from several threads too,
-    and one that is never finished is in nobody's way.
-    """
-    with _one_step_at_a_time:
-        training = [module for module in gpt.modules() if module.training]
-        kv_caches = [block.attn.kv_cache for block in gpt.transformer.h]
-        mask_cache = gpt.mask_cache
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            gpt.mask_cache = mask_cache
-            _set_kv_caches(gpt, kv_caches)
-            for module in training:
-                module.training = True
-
-
-def _set_kv_caches(gpt: GPT, kv_caches: Sequence[torch.nn.Module | None]) -> None:
-    for block, kv_cache in zip(gpt.transformer.h, kv_caches, strict=True):
-        del block.attn.kv_cache  # a None set over a module would stay listed among the modules
-        block.attn.kv_cache = kv_cache
+        if eos_id is not None:
+            ended |= tokens == eos_id
+            if ended.all():
+                return
+        if step >= min(steps):
+            ended |= last <= step
+        logits = decoder.step(tokens)
 
 
 def room_after(length: int, context: int) -> int:
@@ -295,7 +273,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
 def stream_pieces(
     gpt: GPT,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | Sequence[str],
     *,
     max_new_tokens: int = 256,
     num_samples: int = 1,
@@ -307,25 +285,29 @@ def stream_pieces(
 ) -> Generator[Piece, None, None]:
     """What the model writes after ``prompt``: sample 0 as it comes, then the others, which grew in the same batch.
 
-    The global random state is neither used nor changed. Arguments and errors as `generate_tokens`.
+    Of several prompts, all samples of the first come first. The global random state is neither used nor changed.
+    Arguments and errors as `generate_tokens`.
 
     Args:
-        prompt: a text, or token ids as they are.
-        seed: a number, or a generator on the model's device, which goes on from where it is.
+        prompt: a text, or token ids as they are; or several texts.
+        seed: sample i is the one that the seed ``seed + i`` gives alone. Or a generator on the model's device, which
+            goes on from where it is.
         stop: sequences of tokens that end a sample as the end-of-text token does; none of them is text.
     """
     device = gpt.transformer.wte.weight.device
-    tokens = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else torch.tensor(prompt)).to(device)
-    room = room_after(tokens.numel(), gpt.max_seq_length)
-    at_limit: End = "max_new_tokens" if max_new_tokens <= room else "block_size"
-    limit = min(max_new_tokens, room)
+    tokens = [
+        (encode_prompt(tokenizer, one) if isinstance(one, str) else torch.tensor(one)).to(device)
+        for one in _as_list(prompt)
+    ]
+    rooms = [room_after(len(ids), gpt.max_seq_length) for ids in tokens for _ in range(num_samples)]
+    rows = len(rooms)
     if tokenizer.eos_id is not None:
         stop = [[tokenizer.eos_id], *stop]
-    stops = [StopSequences(stop) for _ in range(num_samples)]
-    streams = [TextStream(tokenizer) for _ in range(num_samples)]
-    waiting = [""] * num_samples
-    lengths = [0] * num_samples
-    ends: list[End | None] = [None] * num_samples
+    stops = [StopSequences(stop) for _ in range(rows)]
+    streams = [TextStream(tokenizer) for _ in range(rows)]
+    waiting = [""] * rows
+    lengths = [0] * rows
+    ends: list[End | None] = [None] * rows
     current = 0
     steps = generate_tokens(
         gpt,
@@ -335,8 +317,7 @@ def stream_pieces(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        eos_id=tokenizer.eos_id,
-        generator=seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(check_seed(seed)),
+        generator=seed if isinstance(seed, torch.Generator) else _generators(seed, rows, device),
     )
     with closing(steps):
         for step, next_tokens in enumerate(steps, start=1):
@@ -347,25 +328,41 @@ def stream_pieces(
                 certain, ended = stops[row].push(token)
                 if ended:
                     ends[row] = "end_of_text"
-                elif step == limit:
-                    ends[row] = at_limit
+                elif step == min(max_new_tokens, rooms[row]):
+                    ends[row] = "max_new_tokens" if max_new_tokens <= rooms[row] else "block_size"
                     certain = certain + stops[row].held
                 waiting[row] += "".join(streams[row].push(token) for token in certain)
                 if ends[row] is not None:
                     waiting[row] += streams[row].flush()
-            while current < num_samples:
+            while current < rows:
                 if waiting[current] or ends[current] is not None:
                     yield Piece(current, waiting[current], ends[current], lengths[current])
                     waiting[current] = ""
                 if ends[current] is None:
                     break
                 current += 1
-            if current == num_samples:
+            if None not in ends:
                 return
 
 
-def draw_samples(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack[Sampling]) -> list[Sample]:
-    """``num_samples`` continuations of ``prompt``, one batch, without touching the global random state or the model."""
+def _as_list(prompt: str | Sequence[int] | Sequence[str]) -> Sequence[str | Sequence[int]]:
+    several = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], str)
+    return prompt if several else [prompt]  # type: ignore[list-item, return-value]
+
+
+def _generators(seed: int, rows: int, device: torch.device) -> list[torch.Generator]:
+    """One for each row, so that its samples do not depend on the others."""
+    check_seed(seed)
+    return [torch.Generator(device).manual_seed(check_seed(seed + row)) for row in range(rows)]
+
+
+def draw_samples(
+    gpt: GPT, tokenizer: Tokenizer, prompt: str | Sequence[str], **sampling: Unpack[Sampling]
+) -> list[Sample]:
+    """``num_samples`` continuations of each prompt, one batch, without touching the global random state or the model.
+
+    All samples of the first prompt come first.
+    """
     texts: dict[int, str] = {}
     ends: dict[int, End | None] = {}
     for piece in stream_pieces(gpt, tokenizer, prompt, **sampling):
@@ -374,9 +371,11 @@ def draw_samples(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack
     return [Sample(text, ends[sample]) for sample, text in texts.items()]
 
 
-def sample_text(gpt: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Unpack[Sampling]) -> list[str]:
-    """As `draw_samples`, each with the prompt before it."""
-    return [prompt + sample.text for sample in draw_samples(gpt, tokenizer, prompt, **sampling)]
+def sample_text(gpt: GPT, tokenizer: Tokenizer, prompt: str | Sequence[str], **sampling: Unpack[Sampling]) -> list[str]:
+    """As `draw_samples`, each with its prompt before it."""
+    samples = draw_samples(gpt, tokenizer, prompt, **sampling)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    return [prompts[i * len(prompts) // len(samples)] + sample.text for i, sample in enumerate(samples)]
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -395,8 +394,8 @@ class Model:
         """The LitGPT config."""
         return self.gpt.config
 
-    def generate(self, prompt: str = "", **sampling: Unpack[Sampling]) -> str | list[str]:
-        """The prompt and what the model writes after it; a list of them where ``num_samples`` is given.
+    def generate(self, prompt: str | Sequence[str] = "", **sampling: Unpack[Sampling]) -> str | list[str]:
+        """The prompt and what the model writes after it; a list of them for several prompts, or with ``num_samples``.
 
         Ends at the end-of-text token, after ``max_new_tokens``, or where the model's context is full.
 
@@ -404,7 +403,7 @@ class Model:
             UserError: sampling settings out of range, or a prompt longer than the model's context.
         """
         texts = sample_text(self.gpt, self.tokenizer, prompt, **sampling)
-        return texts if "num_samples" in sampling else texts[0]
+        return texts[0] if isinstance(prompt, str) and "num_samples" not in sampling else texts
 
     def stream(self, prompt: str = "", **sampling: Unpack[Sampling]) -> Iterator[str]:
         """What `generate` returns, in pieces as they are written; several samples one after the other."""

@@ -272,6 +272,18 @@ def test_the_seed_decides(gpt: GPT, tokenizer: Tokenizer) -> None:
     assert texts(2) != first
 
 
+def test_each_sample_is_as_with_its_own_seed(gpt: GPT, tokenizer: Tokenizer) -> None:
+    """Several prompts of different lengths in one batch: every row could be written again by itself."""
+    prompts, options = ["Once", "Once upon a time, Mia", ""], {"max_new_tokens": 70, "temperature": 2.0}
+    texts = sample_text(gpt, tokenizer, prompts, num_samples=2, seed=5, **options)
+    assert len(set(texts)) == 6
+    for row, text in enumerate(texts):
+        assert [text] == sample_text(gpt, tokenizer, prompts[row // 2], seed=5 + row, **options)
+    assert Model(gpt, tokenizer, Path()).generate(prompts[:1], **options) == sample_text(
+        gpt, tokenizer, "Once", **options
+    )
+
+
 def test_why_a_sample_ends(gpt: GPT, tokenizer: Tokenizer) -> None:
     assert draw_samples(gpt, tokenizer, "Once", max_new_tokens=3)[0].end == "max_new_tokens"
     prompt_length = tokenizer.encode("Once").numel()
@@ -367,6 +379,22 @@ def test_the_script(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
     assert result.stdout.replace("\r\n", "\n") == out.getvalue().replace("\r\n", "\n")
     assert f"{Path('checkpoints') / 'final'}, step 3" in result.stderr
     assert "filled the model's context of 64 tokens" in result.stderr
+
+
+def test_the_script_takes_several_prompts(
+    tmp_path: Path, gpt: GPT, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "prompts.txt"
+    file.write_text("Once\nMia was happy\n", encoding="utf-8")
+    argv = [str(folder), "--prompts", str(file), "--device", "cpu", "--max_new_tokens", "9"]
+    run_door(door("generate").main, argv, optional_positional="checkpoint")
+    texts = sample_text(gpt, Tokenizer(tokenizer_dir), ["Once", "Mia was happy"], max_new_tokens=9)
+    expected = "".join(f"--- sample {number} of 2 ---\n{text}\n" for number, text in enumerate(texts, start=1))
+    assert capsys.readouterr().out == expected
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        run_door(door("generate").main, argv, optional_positional="checkpoint")
+    assert "is empty; expected a prompt in each line" in capsys.readouterr().err
 
 
 def test_the_script_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
