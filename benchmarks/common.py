@@ -1,8 +1,10 @@
 """What the benchmarks share: where they run, on what, and how much memory a process takes."""
 
 import ctypes
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -27,6 +29,13 @@ def circumstances(command: str, packages: Iterable[str]) -> dict[str, Any]:
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "load_before": load},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """As JSON, with lists of numbers on one line each."""
+    text = json.dumps(result, indent=1)
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def keep_freed_memory() -> None:
@@ -79,6 +88,19 @@ def gpu() -> dict[str, Any]:
         "driver": output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]) or "unknown",
         "cuda": torch.version.cuda,
     }
+
+
+def matmul_flops(size: int = 2048, seconds: float = 2.0) -> float:
+    """FLOP/s of this CPU in large products of fp32 matrices: what no training step can go beyond."""
+    import torch
+
+    a, b = torch.randn(2, size, size)
+    rates, start = [], time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        a @ b
+        rates.append(2 * size**3 / (time.perf_counter() - before))
+    return max(rates)
 
 
 def cpu_name() -> str:
