@@ -105,6 +105,7 @@ def measure(name: str, tokens: int, seeds: int, text: Corpus) -> dict[str, Any]:
         "status": "measured",
         "flags": settings[best],
         "tuned": choice.tuned,
+        "chosen": choice.grid[best] if choice.grid else None,
         "grid": grid,
     }
     print(name, {key: value for key, value in row.items() if key != "flags"}, flush=True)

@@ -6,14 +6,14 @@
 
 Writes benchmarks/results/train_step_DEVICE.json; benchmarks/report.py makes docs/PERFORMANCE.md of it.
 
-Both sides are commands in processes of their own: run_train.py, and stock_pretrain.py, which is LitGPT's own pretraining
-with only the changes that it needs to end well. Both read the same tokens in the same order, validate the same
-batches before the first and after the last step, write no samples and save one checkpoint. First each side's settings
-are tried: the micro batches (whose gradients are added up to the same batch), and for stock, at the best of them,
-torch.compile. Then ours and stock's best take turns; ratios are formed within a round. If stock is best at one setting
-by its steps and at another by the time of the whole command, both take part, each for its ratio. Tokens per second are
-those of the second half of a run's steps, as its own log has them; "first step" is from the start of the command, with
-imports, compilation and the first validation.
+Both sides are commands in processes of their own: run_train.py, and stock_pretrain.py, which is LitGPT's own
+pretraining with only the changes that it needs to end well. Both read the same tokens in the same order, validate the
+same batches before the first and after the last step, write no samples and save one checkpoint. First each side's
+settings are tried: the micro batches (whose gradients are added up to the same batch), and for stock, at the best of
+them, torch.compile. Then ours and stock's best take turns; ratios are formed within a round. If stock is best at one
+setting by its steps and at another by the time of the whole command, both take part, each for its ratio. Tokens per
+second are those of the second half of a run's steps, as its own log has them; "first step" is from the start of the
+command, with imports, compilation and the first validation.
 """
 
 import argparse
