@@ -46,6 +46,8 @@ class Preset:
     dense: str
     tokens: int
     learning_rates: tuple[float, ...]
+    flags: tuple[str, ...] = ()
+    """Beside the run file, for both"""
 
 
 PRESETS = {
@@ -57,12 +59,17 @@ PRESETS = {
         "configs/models/moe-200m-dense-twin.yaml",
         16_000_000,
         (3e-4, 6e-4, 1.2e-3),
+        ("--train.lr_warmup_steps=50", "--train.micro_batch_size=32"),  # the run file is for 60 times as many tokens
     ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed is run_train.py's
+    )
     parser.add_argument("--device", choices=tuple(PRESETS), default="cpu")
     parser.add_argument("--config", help="run file of the mixture of experts")
     parser.add_argument("--dense", help="model file of its dense twin")
@@ -82,6 +89,7 @@ def main() -> None:
         args.dense or preset.dense,
         args.tokens or preset.tokens,
         tuple(args.learning_rates or preset.learning_rates),
+        (*(() if args.config else preset.flags), *further),
     )
     output = args.output or ROOT / f"benchmarks/results/moe_vs_dense_{args.device}.json"
     result = circumstances(" ".join(["python", "benchmarks/moe_vs_dense.py", *sys.argv[1:]]), PACKAGES)
@@ -90,14 +98,14 @@ def main() -> None:
         "gpu": gpu() if args.device == "cuda" else None,
     }
     started = time.perf_counter()
-    result |= {"device": args.device} | compare(chosen, args.seeds, corpus(args.data_dir), further)
+    result |= {"device": args.device} | compare(chosen, args.seeds, corpus(args.data_dir))
     write_result(result | {"seconds": round(time.perf_counter() - started, 1)}, output)
 
 
-def compare(preset: Preset, seeds: int, text: Corpus, further: Sequence[str]) -> dict[str, Any]:
+def compare(preset: Preset, seeds: int, text: Corpus) -> dict[str, Any]:
     """All runs, and what comes of them."""
     models = {"MoE": [], "dense": [f"--model={preset.dense}"]}
-    parsed = {name: parse_run(["--config", preset.config, *flags, *further]) for name, flags in models.items()}
+    parsed = {name: parse_run(["--config", preset.config, *flags, *preset.flags]) for name, flags in models.items()}
     settings = {name: run.settings for name, run in parsed.items()}
     train_args = settings["MoE"].train
     floor = train_args.min_lr / parsed["MoE"].optimizer["init_args"]["lr"]
@@ -105,7 +113,7 @@ def compare(preset: Preset, seeds: int, text: Corpus, further: Sequence[str]) ->
 
     def go(model: str, rate: float, seed: int, tokens: int) -> dict[str, Any]:
         interval = max(1, tokens // step // VALIDATIONS)
-        flags = ["--config", preset.config, *models[model], *further, *text.flags, *seeded(seed)]
+        flags = ["--config", preset.config, *models[model], *preset.flags, *text.flags, *seeded(seed)]
         flags += [f"--train.max_tokens={tokens}", "--train.max_steps=null", "--train.save_interval=null"]
         flags += [f"--optimizer.init_args.lr={rate}", f"--train.min_lr={rate * floor}"]
         flags += [f"--eval.interval={interval}", f"--train.log_interval={interval}", "--eval.max_iters=50"]
@@ -124,6 +132,7 @@ def compare(preset: Preset, seeds: int, text: Corpus, further: Sequence[str]) ->
     tied = bool(train_args.tie_embeddings)
     return {
         "run_file": preset.config,
+        "flags": preset.flags,
         "models": {
             name: {"name": of_run.model.name, **count_parameters(of_run.model, tie_embeddings=tied)._asdict()}
             for name, of_run in settings.items()

@@ -246,7 +246,8 @@ def moe_vs_dense(result: Row) -> list[str]:
     speeds = result["tokens_per_second"]
     seeds = len({run["seed"] for run in result["equal_tokens"]["runs"]})
     return [
-        f"{' against '.join(sizes)}; `{result['run_file']}`, {seeds} seeds, validation bits per byte.",
+        f"{' against '.join(sizes)}; {seeds} seeds, validation bits per byte.",
+        f"Both by `{' '.join([result['run_file'], *result['flags']])}`.",
         "",
         *table(heads, rows),
         "Means and standard deviations over the seeds; the difference is MoE less dense of the same seed, with the 95%",

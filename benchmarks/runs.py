@@ -143,11 +143,11 @@ def train(
         if code or first_line is None:
             print("\n".join(lines[-30:]), file=sys.stderr)
             raise Failed(next((line for line in reversed(lines) if line), f"exit code {code}")[:200])
-        allocated = re.search(r"Peak memory ([\d.]+) GiB", "\n".join(lines))
+        allocated = re.findall(r"Peak memory ([\d.]+) GiB", "\n".join(lines))
         return Run(
             seconds=seconds,
             first_line=first_line,
-            peak_bytes=round(float(allocated[1]) * 2**30) if allocated else round(peak["all"]),
+            peak_bytes=round(float(allocated[-1]) * 2**30) if allocated else round(peak["all"]),
             rows=read_metrics(next(out_dir.rglob("metrics.csv"))),
         )
 

@@ -43,10 +43,11 @@ EQUAL = {
     "train.save_interval": "null",
     "eval.initial_validation": "true",
     "eval.interval": 1_000_000_000,
-    "eval.max_iters": 20,
     "sample.prompt": "null",
 }
 """The same work beside the steps on both sides."""
+VALIDATED = 96
+"""Sequences of each validation; eval.max_iters counts micro batches"""
 
 
 @dataclass(frozen=True)

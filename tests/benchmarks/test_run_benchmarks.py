@@ -113,10 +113,13 @@ def test_a_run_that_fails_says_why(text: Corpus) -> None:
 @pytest.mark.slow
 def test_the_comparisons_of_models(text: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = moe_vs_dense.Preset(
-        "configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 4096, (1e-3, 2e-3)
+        "configs/quickstart.yaml",
+        "configs/models/quickstart-dense-twin.yaml",
+        4096,
+        (1e-3, 2e-3),
+        ("--model.n_layer=2", "--model.block_size=32", "--train.lr_warmup_steps=2"),
     )
-    small = ["--model.n_layer=2", "--model.block_size=32", "--data.init_args.num_workers=0"]
-    found = moe_vs_dense.compare(preset, 2, text, small)
+    found = moe_vs_dense.compare(preset, 2, text)
     assert len(found["grid"]) == 4 and len(found["equal_tokens"]["runs"]) == len(found["equal_seconds"]["runs"]) == 4
     assert found["models"]["MoE"]["total"] > found["models"]["dense"]["total"]
     result = {**CIRCUMSTANCES, "device": "cpu", **found}
