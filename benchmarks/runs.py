@@ -75,6 +75,8 @@ class Run:
     """CUDA's allocator, or of all its processes together on a CPU"""
     rows: list[Row]
     """Of its metrics file"""
+    val_loss: float | None = None
+    """The last one that it printed, in nats per token: LitGPT's never reaches its metrics file"""
 
     @property
     def tokens_per_second(self) -> float:
@@ -144,11 +146,13 @@ def train(
             print("\n".join(lines[-30:]), file=sys.stderr)
             raise Failed(next((line for line in reversed(lines) if line), f"exit code {code}")[:200])
         allocated = re.findall(r"Peak memory ([\d.]+) GiB", "\n".join(lines))
+        val_losses = re.findall(r"val loss:? ([\d.]+)", "\n".join(lines))
         return Run(
             seconds=seconds,
             first_line=first_line,
             peak_bytes=round(float(allocated[-1]) * 2**30) if allocated else round(peak["all"]),
             rows=read_metrics(next(out_dir.rglob("metrics.csv"))),
+            val_loss=float(val_losses[-1]) if val_losses else None,
         )
 
 

@@ -218,15 +218,14 @@ def one(way: Way, case: Case, text: Corpus, tokens: int, limit: float | None = N
         return {"status": str(error)}
 
 
-def numbers(run: Run) -> dict[str, float]:
+def numbers(run: Run) -> dict[str, float | None]:
     """What is kept of a run."""
-    validations = [row["val_loss"] for row in run.rows if "val_loss" in row]
     return {
         "tokens_per_second": round(run.tokens_per_second, 1),
         "seconds": round(run.seconds, 2),
         "first_step_seconds": round(run.first_step_seconds, 2),
         "peak_bytes": run.peak_bytes,
-        "val_loss": validations[-1],
+        "val_loss": run.val_loss,
     }
 
 
