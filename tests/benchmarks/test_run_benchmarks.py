@@ -212,6 +212,25 @@ def test_targets_of_runs_are_computed() -> None:
     assert verdicts({"data_loading_cpu": {"rows": [{"waiting": 0.001}, {"waiting": 0.02}, {}]}})[7] == ("2.00%", False)
 
 
+def test_what_low_memory_says_is_in_the_document() -> None:
+    way = {"val_loss": 1.0, "seconds": 9.0, "weights_mb": 1.5, "optimizer_mb": 3.0, "loss_over_fp32": 0.0}
+    loss = {"tokens": 1000, "ways": {"fp32": way, "bf16": {**way, "loss_over_fp32": 0.0123}}}
+    peak = {"model": "MoE", "context": 2048, "steps": 4, "card_gib": 6.0, "cap_gib": 5.0, "fits": True}
+    peak |= {
+        "peak_allocated_gib": 4.5,
+        "peak_reserved_gib": 4.75,
+        "outside_allocator_gib": 0.4,
+        "gpu": {"name": "a card"},
+    }
+    results = {"low_memory": {**CIRCUMSTANCES, **loss}, "low_memory_cuda": {**CIRCUMSTANCES, **peak}}
+    assert [(found.measured, found.reached) for found in targets(results)[-2:]] == [
+        ("+1.23%", False),
+        ("4.75 GiB", True),
+    ]
+    text = report.document(results)
+    assert "| bf16 | 1.0000 | +1.23% |" in text and "a card, its allocator held to 5.0 GiB" in text
+
+
 def test_what_was_not_measured_names_its_command() -> None:
     text = report.document({})
     for command in report_runs.FILES.values():
