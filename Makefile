@@ -57,6 +57,7 @@ types: venv
 bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and write docs/PERFORMANCE.md
 	$(RUN) python benchmarks/train_step.py
 	$(RUN) python benchmarks/data_loading.py
+	@test -d checkpoints/quickstart/final || $(RUN) python run_train.py --config configs/quickstart.yaml
 	$(RUN) python benchmarks/generation.py
 	$(RUN) python benchmarks/moe_vs_dense.py
 	$(RUN) python benchmarks/ablations.py
@@ -71,6 +72,7 @@ bench-gpu: venv ## Check the layer on the GPU of this machine, then measure all,
 	$(RUN) pytest tests/custom_moe
 	-$(RUN) python benchmarks/train_step.py --device cuda
 	-$(RUN) --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda
+	@test -d checkpoints/quickstart/final || $(RUN) python run_train.py --config configs/quickstart.yaml
 	-$(RUN) python benchmarks/generation.py --device cuda
 	-$(RUN) python benchmarks/moe_vs_dense.py --device cuda
 	-$(RUN) python benchmarks/low_memory.py --device cuda

@@ -20,6 +20,7 @@ FILES = {
     "moe_vs_dense_cuda": "python benchmarks/moe_vs_dense.py --device cuda",
     "ablations": "python benchmarks/ablations.py",
     "generation": "python benchmarks/generation.py",
+    "generation_cuda": "python benchmarks/generation.py --device cuda",
     "low_memory": "python benchmarks/low_memory.py",
     "low_memory_cuda": "python benchmarks/low_memory.py --device cuda",
 }
@@ -70,7 +71,18 @@ def targets(results: dict[str, Row]) -> list[Target]:
         waits = [row["waiting"] for row in found["rows"] if "waiting" in row]
         text = f"{where_it_is.removeprefix('on a ')}: less than 1% of the time is waiting for data (worst case)"
         rows.append(Target(text, f"{max(waits):.2%}" if waits else None, bool(waits) and max(waits) < 0.01))
+    rows += generation_targets(results.get("generation"), results.get("generation_cuda"))
     return [*rows, *memory_targets(results.get("low_memory"), results.get("low_memory_cuda"))]
+
+
+def generation_targets(cpu: Row | None, gpu: Row | None) -> list[Target]:
+    """Of one text at a time."""
+
+    def speed(result: Row | None) -> float | None:
+        return result and result["batches"]["1"]["ours"]["speedup"]["median"]
+
+    text = "the quickstart, batch 1: 3 times litgpt generate"
+    return [at_least(f"CPU, {text}", speed(cpu), 3), at_least(f"GPU, {text}", speed(gpu), 3)]
 
 
 def memory_targets(loss: Row | None, peak: Row | None) -> list[Target]:
@@ -393,18 +405,27 @@ def low_memory(result: Row) -> list[str]:
     return [f"The quickstart's model, {result['tokens']:,} tokens each.", "", *table(heads, rows)]
 
 
-def as_it_stands(result: Row) -> list[str]:
-    """The rows of a result, a column for each of their keys."""
-    keys = list(dict.fromkeys(key for row in result["rows"] for key in row))
-    return table(keys, ([shown(row.get(key, "")) for key in keys] for row in result["rows"]))
+def generation(result: Row) -> list[str]:
+    """Ours and the peers, at each batch."""
 
+    def line(batch: str, name: str, row: Row) -> tuple[str, ...]:
+        rate, ratio = ([row[key][end] for end in ("min", "median", "max")] for key in ("tokens_per_second", "speedup"))
+        first = f"{1000 * row['first_token_seconds']['median']:.1f}"
+        shares = f"{row['bandwidth_share']:.1%}", f"{row['rows_as_litgpt']} of {batch}"
+        bold = f"**{name}**" if name == "ours" else name
+        return batch, bold, ends(rate, "{:,.0f}"), ends(ratio, "{:.2f}"), first, *shares
 
-def shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
+    rows = [line(batch, *row) for batch, measured in result["batches"].items() for row in measured.items()]
+    weights = "trained" if result["trained"] else "random weights"
+    heads = ("batch", "", "tokens/s", "times litgpt generate", "first token, ms", "of the bandwidth", "LitGPT's ids")
+    size = f"{result['new_tokens']} tokens after {result['prompt_tokens']}"
+    return [
+        f"{result['model']} ({weights}, {result['dtype']}), {size}, at temperature 0; median (lowest to highest).",
+        "*Of the bandwidth*: what a step must read at least, as a share of the limit,",
+        f"{result['copy_bytes_per_second'] / 1e9:,.1f} GB/s, which copying a large tensor reads and writes.",
+        "",
+        *table(heads, rows),
+    ]
 
 
 SECTIONS = {
@@ -412,6 +433,6 @@ SECTIONS = {
     "data_loading": ("Reading the data", data_loading),
     "moe_vs_dense": ("A mixture of experts against its dense twin", moe_vs_dense),
     "ablations": ("What the defaults are worth", ablations),
-    "generation": ("Generation", as_it_stands),
+    "generation": ("Generation", generation),
     "low_memory": ("Training in little memory", low_memory),
 }

@@ -231,6 +231,18 @@ def test_what_low_memory_says_is_in_the_document() -> None:
     assert "| bf16 | 1.0000 | +1.23% |" in text and "a card, its allocator held to 5.0 GiB" in text
 
 
+def test_what_generation_says_is_in_the_document() -> None:
+    row = {"first_token_seconds": {"median": 0.0123}, "bandwidth_share": 0.5, "rows_as_litgpt": 1}
+    ours = {**row, "tokens_per_second": {"min": 900, "median": 1000, "max": 1100}}
+    ours["speedup"] = {"min": 2.8, "median": 2.9, "max": 3.0}
+    found = {"model": "quickstart", "trained": True, "dtype": "float32", "prompt_tokens": 16, "new_tokens": 128}
+    found |= {"copy_bytes_per_second": 2e10, "batches": {"1": {"ours": ours}}}
+    results = {"generation": {**CIRCUMSTANCES, **found}}
+    (target,) = [target for target in targets(results) if "CPU, the quickstart, batch 1" in target.text]
+    assert (target.measured, target.reached) == ("2.90", False)
+    assert "| 1 | **ours** | 1,000 (900 to 1,100) | 2.90 (2.80 to 3.00) | 12.3 | 50.0% |" in report.document(results)
+
+
 def test_what_was_not_measured_names_its_command() -> None:
     text = report.document({})
     for command in report_runs.FILES.values():
