@@ -111,7 +111,7 @@ def test_a_run_that_fails_says_why(text: Corpus) -> None:
 
 
 @pytest.mark.slow
-def test_the_comparisons_of_models(text: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_is_held_against_its_twin(text: Corpus, tmp_path: Path) -> None:
     preset = moe_vs_dense.Preset(
         "configs/quickstart.yaml",
         "configs/models/quickstart-dense-twin.yaml",
@@ -128,8 +128,16 @@ def test_the_comparisons_of_models(text: Corpus, tmp_path: Path, monkeypatch: py
     report_runs.plot(result, tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
 
-    row = ablations.measure("selection bias", 2048, 2, text)
-    assert row["status"] == "measured" and row["chosen"] in (0.001, 0.01) and len(row["runs"]) == 2
+
+@pytest.mark.slow
+def test_a_row_takes_the_best_of_its_grid(text: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (*ablations.SIGMOID, "--train.max_seq_length=32")  # the tests' corpus has no batch of longer windows
+    choice = ablations.Choice("balance", flags, "--moe.bias_update_rate", (0.001, 0.01))
+    monkeypatch.setitem(ablations.CHOICES, "tiny", choice)
+    row = ablations.measure("tiny", 2048, 2, text)
+    assert row["status"] == "measured", row
+    assert row["grid"][str(row["chosen"])] == min(row["grid"].values()) == row["runs"][0]["bits_per_byte"]
+    assert [run["seed"] for run in row["runs"]] == [0, 1] and f"--moe.bias_update_rate={row['chosen']}" in row["flags"]
 
 
 def test_equal_seconds_pair_runs_of_the_same_seed() -> None:
