@@ -370,7 +370,7 @@ def ablations(result: Row) -> list[str]:
 def reason(name: str, difference: Row, speed: float) -> str:
     """What a row says of the default that it was held against; ``speed`` in times the default's."""
     said = {"better": "speaks against the default", "worse": "chose the default"}
-    found = said.get(verdict(difference), "tells no difference from the default, which stays as the simpler one")
+    found = said.get(verdict(difference), "tells no clear difference from the default, which stays")
     return f"the row *{name}* {found} (equal tokens, at {speed:.2f} times its speed)."
 
 
