@@ -47,11 +47,13 @@ class Shape:
     micro_batch: int
     target: float | None
     """Tokens per second that its steps are to reach, where no measurement is there"""
+    workers: int
+    """Of its run file"""
 
 
 SHAPES = {
-    "cpu": [Shape("quickstart", 256, 4, None), Shape("moe-200m", 2048, 8, 310_000)],
-    "cuda": [Shape("moe-200m", 2048, 8, 310_000), Shape("gpt2-124m", 1024, 16, 445_000)],
+    "cpu": [Shape("quickstart", 256, 4, None, 0), Shape("moe-200m", 2048, 8, 310_000, 2)],
+    "cuda": [Shape("moe-200m", 2048, 8, 310_000, 2), Shape("gpt2-124m", 1024, 16, 445_000, 2)],
 }
 
 
@@ -73,6 +75,7 @@ def main() -> None:
         need, source = needed(shape, steps)
         for workers in WORKERS:
             row = {"model": shape.model, "context": shape.context, "micro_batch": shape.micro_batch, "workers": workers}
+            row["shipped"] = workers == shape.workers
             rows.append(row | alone(shape, workers, text) | {"needed": need, "needed_by": source})
             if need:
                 rows[-1]["waiting"] = round(waiting(shape, workers, text, need, STEPS_SECONDS), 5)

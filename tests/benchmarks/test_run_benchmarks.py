@@ -182,7 +182,7 @@ def test_ablations_are_held_against_the_defaults_runs() -> None:
 
 
 def test_the_reader_is_timed(text: Corpus) -> None:
-    shape = Shape("tiny", 16, 2, 5_000)
+    shape = Shape("tiny", 16, 2, 5_000, 0)
     for workers in (0, 1):
         found = data_loading.alone(shape, workers, text)
         assert found["tokens_per_second"] > 0 and found["first_batch_seconds"] > 0
@@ -217,7 +217,12 @@ def test_targets_of_runs_are_computed() -> None:
     unclear = {"equal_seconds": {"difference": {"mean": -0.2, "deviation": 0.1, "interval": 0.3}}}
     found = verdicts({"moe_vs_dense_cpu": clear, "moe_vs_dense_cuda": unclear})
     assert found[5:7] == [("-0.2000 ± 0.1000", True), ("-0.2000 ± 0.3000", False)]
-    assert verdicts({"data_loading_cpu": {"rows": [{"waiting": 0.001}, {"waiting": 0.02}, {}]}})[7] == ("2.00%", False)
+    waits = [
+        {"waiting": 0.001, "shipped": True},
+        {"waiting": 0.02, "shipped": True},
+        {"waiting": 0.9, "shipped": False},
+    ]
+    assert verdicts({"data_loading_cpu": {"rows": [*waits, {"shipped": True}]}})[7] == ("2.00%", False)
 
 
 def test_what_low_memory_says_is_in_the_document() -> None:
