@@ -69,7 +69,8 @@ def targets(results: dict[str, Row]) -> list[Target]:
     for device, where_it_is in DEVICES.items():
         found = results.get(f"data_loading_{device}", {"rows": []})
         waits = [row["waiting"] for row in found["rows"] if "waiting" in row and row["shipped"]]
-        text = f"{where_it_is.removeprefix('on a ')}: the runs' own readers keep the loop waiting for less than 1% of its time"
+        place = where_it_is.removeprefix("on a ")
+        text = f"{place}: the runs' own readers keep the loop waiting for less than 1% of its time"
         rows.append(Target(text, f"{max(waits):.2%}" if waits else None, bool(waits) and max(waits) < 0.01))
     rows += generation_targets(results.get("generation"), results.get("generation_cuda"))
     return [*rows, *memory_targets(results.get("low_memory"), results.get("low_memory_cuda"))]
