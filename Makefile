@@ -54,15 +54,29 @@ lint: venv
 types: venv
 	$(RUN) mypy
 
-bench: venv ## Run the benchmarks that need no GPU and write their results into benchmarks/results/
+bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and write docs/PERFORMANCE.md
+	$(RUN) python benchmarks/train_step.py
+	$(RUN) python benchmarks/data_loading.py
+	@test -d checkpoints/quickstart/final || $(RUN) python run_train.py --config configs/quickstart.yaml
+	$(RUN) python benchmarks/generation.py
+	$(RUN) python benchmarks/moe_vs_dense.py
+	$(RUN) python benchmarks/ablations.py
+	$(RUN) python benchmarks/low_memory.py
 	$(RUN) python benchmarks/data_prep.py
 	$(RUN) python benchmarks/data_memory.py
 	$(RUN) python benchmarks/memory.py
 	$(RUN) python benchmarks/moe_layer.py --device cpu
 	$(RUN) python benchmarks/report.py
 
-bench-gpu: venv ## Measure the layer on the GPU of this machine, and write docs/PERFORMANCE.md
-	$(RUN) --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda
+bench-gpu: venv ## Check the layer on the GPU of this machine, then measure all, what matters most first
+	$(RUN) pytest tests/custom_moe
+	-$(RUN) python benchmarks/train_step.py --device cuda
+	-$(RUN) --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda
+	@test -d checkpoints/quickstart/final || $(RUN) python run_train.py --config configs/quickstart.yaml
+	-$(RUN) python benchmarks/generation.py --device cuda
+	-$(RUN) python benchmarks/moe_vs_dense.py --device cuda
+	-$(RUN) python benchmarks/low_memory.py --device cuda
+	-$(RUN) python benchmarks/data_loading.py --device cuda
 	$(RUN) python benchmarks/report.py
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them

@@ -1,8 +1,10 @@
 """What the benchmarks share: where they run, on what, and how much memory a process takes."""
 
 import ctypes
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +29,59 @@ def circumstances(command: str, packages: Iterable[str]) -> dict[str, Any]:
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "load_before": load},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """As JSON, with lists of numbers on one line each."""
+    text = json.dumps(result, indent=1)
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """Lines of Markdown, and an empty one."""
+    heads = list(heads)
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)] + [""]
+
+
+class Target(NamedTuple):
+    """Something that was to be reached."""
+
+    text: str
+    measured: str | None
+    """None where it was not"""
+    reached: bool
+
+
+def verdicts(targets: Iterable[Target]) -> list[str]:
+    """A table: what was to be reached, what was measured, whether that is enough."""
+    rows = [
+        (text, "not measured yet", "") if measured is None else (text, measured, "yes" if reached else "**no**")
+        for text, measured, reached in targets
+    ]
+    return table(("to reach", "measured", "reached"), rows)
+
+
+def plotting() -> Any:
+    """``matplotlib.pyplot`` that draws SVG, the same picture from the same numbers."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "litmoe"
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def where(result: dict[str, Any]) -> str:
+    """The circumstances of a result as a line of text."""
+    hardware, versions = result["hardware"], ", ".join(" ".join(pair) for pair in result["versions"].items())
+    place = f"{hardware['cpu']}, {hardware['cores']} cores"
+    place += f", {hardware['threads']} threads" if "threads" in hardware else ""
+    if gpu := hardware.get("gpu"):
+        card = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB"
+        place = f"{card}, driver {gpu['driver']}, CUDA {gpu['cuda']}; {place}"
+    return f"{place}; {versions}; {result['date'][:10]}; `{result['command']}` at commit {result['commit']}."
 
 
 def keep_freed_memory() -> None:
@@ -79,6 +134,19 @@ def gpu() -> dict[str, Any]:
         "driver": output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]) or "unknown",
         "cuda": torch.version.cuda,
     }
+
+
+def matmul_flops(size: int = 2048, seconds: float = 2.0) -> float:
+    """FLOP/s of this CPU in large products of fp32 matrices: what no training step can go beyond."""
+    import torch
+
+    a, b = torch.randn(2, size, size)
+    rates, start = [], time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        a @ b
+        rates.append(2 * size**3 / (time.perf_counter() - before))
+    return max(rates)
 
 
 def cpu_name() -> str:

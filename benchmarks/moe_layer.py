@@ -17,9 +17,7 @@ all for the layers whose gradients are one large block.
 """
 
 import argparse
-import json
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ import torch
 from litgpt import Config
 from torch import Tensor, nn
 
-from benchmarks.common import circumstances, gpu, installed, keep_freed_memory
+from benchmarks.common import circumstances, gpu, installed, keep_freed_memory, write_result
 from benchmarks.moe_peers import GPU_ONLY, Size, config_of, layers, stacked
 from custom_moe import MoE
 from custom_moe.backends import choose_backend
@@ -113,19 +111,12 @@ def run(device: str, cases: list[Case], output: Path, command: str, seconds: flo
         result["seconds"] = round(time.perf_counter() - started, 1)
         if device == "cuda" and result["profile"] is None and case.rounds and not case.skewed:
             result["profile"] = {"size": case.size, "tokens": case.tokens, **profile(case, device)}
-        write(result, output)
+        write_result(result, output)
         rows = result["cases"][-1]["layers"].items()
         shown = (f"{name} {row.get('tokens_per_second', row['status'])}" for name, row in rows)
         print(f"{number}/{len(cases)}, {result['seconds']:.0f} s: {case.size}, {case.tokens} tokens, {case.precision}")
         print("   " + "; ".join(shown), flush=True)
     return result
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """As JSON, with lists of numbers on one line each."""
-    text = json.dumps(result, indent=1)
-    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
-    path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 @dataclass

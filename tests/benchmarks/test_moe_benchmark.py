@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import moe_layer, report
+from benchmarks import common, moe_layer, report, report_layer
 from benchmarks.moe_layer import Case
 from benchmarks.moe_peers import GPU_ONLY, Size, config_of, layers, stacked
 
@@ -84,14 +84,14 @@ def test_the_document_says_what_is_in_the_results(results: Path, tmp_path: Path)
     found = report.load(results)
     text = report.document(found)
     assert "Not measured yet." in text and "needs a GPU" in text and "### fp32, 64 tokens" in text
-    for row in report.flat(found["cpu"]):
+    for row in report_layer.flat(found["moe_layer_cpu"]):
         assert "speed" not in row or f"{row['tokens_per_second']:,}" in text
-    report.plot(found["cpu"], tmp_path / "plot.svg")
+    report_layer.plot(found["moe_layer_cpu"], tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
 
 
 def test_targets_are_computed(results: Path) -> None:
-    found = report.load(results)["cpu"]
+    found = report.load(results)["moe_layer_cpu"]
     found["cases"] = [
         case for case in found["cases"] if case["precision"] != "bf16-mixed" and case["routing"] == "even"
     ]
@@ -113,7 +113,7 @@ def test_targets_are_computed(results: Path) -> None:
         case["layers"][name] |= {"speedup": [1.0, speed / 9.4, 99.0], "tokens_per_second": speed}
 
     def verdicts_of(results: dict) -> list[tuple[str, str]]:
-        cells = [line.split("|") for line in report.targets(results)[2:-1]]
+        cells = [line.split("|") for line in common.verdicts(report_layer.targets(results))[2:-1]]
         return [(measured.strip(), reached.strip()) for _, _, measured, reached, _ in cells]
 
     verdicts = verdicts_of({"cpu": found, "cuda": cuda})
