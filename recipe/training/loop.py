@@ -83,8 +83,8 @@ def run_training(
     compiled, compile_note = should_compile(settings.compile, fabric.device.type)
     module: nn.Module = PretrainingModel(gpt, settings.activation_checkpointing)
     if compiled:
-        # What the compiler can't take ends the run, and never runs uncompiled unsaid. DDP's bookkeeping is such a thing:
-        # Fabric compiles it with the model, so that gradients travel while others are computed.
+        # What the compiler can't take ends the run, and never runs uncompiled unsaid. DDP's bookkeeping is such a
+        # thing: Fabric compiles it with the model, so that gradients travel while others are computed.
         module = cast(nn.Module, torch.compile(module, fullgraph=fabric.world_size == 1))
     model = fabric.setup(module)
     # bf16-true has just rounded the rotations along with the weights; generation has them in fp32.
