@@ -3,6 +3,7 @@
 import litgpt.model
 from litgpt import Config
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from custom_moe.layer import MoE
 from custom_moe.router import RouterOutput
@@ -27,8 +28,14 @@ class MoEBlock(litgpt.model.Block):  # type: ignore[misc]  # litgpt is not typed
         input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
         return_router_output: bool = False,
+        recompute_mlp: bool = False,
     ) -> Tensor | tuple[Tensor, RouterOutput | None]:
         """``litgpt.model.Block.forward``, and where asked for also the router's output.
+
+        Args:
+            return_router_output: see below.
+            recompute_mlp: keep nothing of the feed-forward for the backward, but compute it again (with
+                ``return_router_output``).
 
         Returns:
             ``(B, T, C)``; with ``return_router_output`` the pair of it and the ``RouterOutput``, or None where the
@@ -50,9 +57,11 @@ class MoEBlock(litgpt.model.Block):  # type: ignore[misc]  # litgpt is not typed
             x = attention_output + x
             x_normed = self.norm_2(x)
 
-        router: RouterOutput | None = None
-        if isinstance(self.mlp, MoE):
-            mlp_output, router = self.mlp.forward_with_router(x_normed)
+        if recompute_mlp:
+            mlp_output, router = checkpoint(self._feed_forward, x_normed, use_reentrant=False)
         else:
-            mlp_output = self.mlp(x_normed)
+            mlp_output, router = self._feed_forward(x_normed)
         return self.post_mlp_norm(mlp_output) + x, router
+
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, RouterOutput | None]:
+        return self.mlp.forward_with_router(x) if isinstance(self.mlp, MoE) else (self.mlp(x), None)

@@ -3,16 +3,26 @@
 Held against LitGPT's forward by the tests of those who call it (tests/training/test_model.py, tests/evaluation).
 """
 
+from typing import Literal
+
 import torch
 from litgpt import GPT
 from litgpt.model import do_softcapping
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from custom_moe import MoEBlock, RouterOutput
 
+Recomputed = Literal["none", "block", "moe"]
+"""What activation checkpointing keeps nothing of but the input, and computes again in the backward pass"""
+
 
 def hidden_states(
-    gpt: GPT, input_ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+    gpt: GPT,
+    input_ids: Tensor,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    recomputed: Recomputed = "none",
 ) -> tuple[Tensor, list[RouterOutput | None]]:
     """Everything up to the last norm.
 
@@ -20,6 +30,8 @@ def hidden_states(
         input_ids: ``(B, T)``.
         positions: ``(B, T)``; from 0 to T - 1 when None.
         mask: ``(B, 1, T, T)``, True where a token sees another; causal when None.
+        recomputed: nothing, each block, or each block's feed-forward, be it a mixture of experts or dense. The blocks
+            must be ``MoEBlock``s then.
 
     Returns:
         ``(B, T, C)``, and for each block what its router decided; None where it is dense or LitGPT's own block.
@@ -38,8 +50,13 @@ def hidden_states(
         # Models with local and global attention keep two rotations side by side in the last dimension.
         pick = (Ellipsis,) if config.rope_indices is None else (Ellipsis, config.rope_indices[index])
         router = None
-        if isinstance(block, MoEBlock):
-            x, router = block(x, cos[pick], sin[pick], mask, return_router_output=True)
+        if recomputed == "block":
+            assert isinstance(block, MoEBlock)
+            x, router = checkpoint(block, x, cos[pick], sin[pick], mask, return_router_output=True, use_reentrant=False)
+        elif isinstance(block, MoEBlock):
+            x, router = block(
+                x, cos[pick], sin[pick], mask, return_router_output=True, recompute_mlp=recomputed == "moe"
+            )
         else:
             x = block(x, cos[pick], sin[pick], mask)
         routers.append(router)

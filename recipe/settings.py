@@ -21,6 +21,7 @@ from litgpt.data import DataModule
 
 from recipe import checkpoints
 from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
+from recipe.forward import Recomputed
 from recipe.upcycling import upcycled_model
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -84,6 +85,17 @@ class MoESettings:
     backend: Literal["auto", "grouped_mm", "triton", "loop"] = "auto"
     """What computes the experts (custom_moe/backends.py); auto goes by card, type and widths. A checkpoint is
     the same for all"""
+
+
+@dataclass
+class ScheduleSettings:
+    """The learning rate after its warm-up (`train.lr_warmup_steps`), from the optimizer's lr to `train.min_lr`."""
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    """cosine: half a cosine down. wsd (warmup-stable-decay; MiniCPM, arXiv 2404.06395): lr itself, then linearly down
+    at the end (arXiv 2405.18392), so that a longer run can go on from any checkpoint before that"""
+    decay_fraction: float = 0.2
+    """The part of all optimizer steps in which wsd goes down"""
 
 
 @dataclass
@@ -157,12 +169,16 @@ class RunSettings:
     """Name of the run for W&B and in the settings that are saved"""
     compile: bool | None = None
     """torch.compile; null turns it on where a CUDA GPU and a compiler are there"""
+    activation_checkpointing: Recomputed = "none"
+    """What is computed twice to save memory, with the same results: nothing, whole blocks, or their feed-forwards"""
     progress: bool | None = None
     """A progress bar; null shows one in a terminal and plain lines elsewhere"""
     overwrite: bool = False
     """Delete the run that lies in out_dir and start anew"""
     moe: MoESettings = field(default_factory=MoESettings)
     """Balance of the experts"""
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    """The learning rate's curve; optimizer groups with rates of their own keep their ratio to the first"""
     sample: SampleSettings = field(default_factory=SampleSettings)
     """Text that is generated at each evaluation"""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
@@ -459,7 +475,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_model(settings.model),
         *_check_balance(settings),
         *_check_batches(settings),
-        *_check_schedule(settings.train, optimizer),
+        *_check_schedule(settings, optimizer),
         *_check_evaluation(settings),
         *_check_log(settings),
     ]
@@ -550,8 +566,17 @@ def _check_batches(settings: RunSettings) -> list[str]:
     return problems
 
 
-def _check_schedule(train: TrainArgs, optimizer: dict[str, Any]) -> list[str]:
-    problems = []
+def _check_schedule(settings: RunSettings, optimizer: dict[str, Any]) -> list[str]:
+    problems, train, fraction = [], settings.train, settings.schedule.decay_fraction
+    if not 0 < fraction <= 1:
+        problems.append(
+            f"schedule.decay_fraction is {fraction}; expected a part of the run, above 0 and at most 1, such as 0.2."
+        )
+    elif settings.schedule.name != "wsd" and fraction != ScheduleSettings.decay_fraction:
+        problems.append(
+            f"schedule.decay_fraction is {fraction}, but the schedule is {settings.schedule.name}, which goes down all"
+            " the way; --schedule.name wsd"
+        )
     limits = {name: getattr(train, name) for name in ("max_tokens", "max_steps", "epochs")}
     if not any(limits.values()):
         problems.append(

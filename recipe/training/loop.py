@@ -80,7 +80,7 @@ def run_training(
     train, out_dir = settings.train, settings.out_dir
     experts_note = choose_experts_backend(fabric, gpt, settings.moe)
     compiled, compile_note = should_compile(settings.compile, fabric.device.type)
-    module: nn.Module = PretrainingModel(gpt)
+    module: nn.Module = PretrainingModel(gpt, settings.activation_checkpointing)
     model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
     # Fused optimizers unscale gradients themselves, so that Fabric could not clip them under a gradient scaler.
     fused = fabric.device.type == "cuda" and scaler_of(fabric) is None
@@ -202,7 +202,12 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
 
         while progress.step < plan.steps:
             rate = learning_rate(
-                progress.step, peak=peak, minimum=train.min_lr, warmup_steps=plan.warmup_steps, steps=plan.steps
+                progress.step,
+                peak=peak,
+                minimum=train.min_lr,
+                warmup_steps=plan.warmup_steps,
+                steps=plan.steps,
+                schedule=settings.schedule,
             )
             set_learning_rate(optimizer.optimizer, rate / peak)
             micro_batches = plan.micro_batches_in(progress.step)

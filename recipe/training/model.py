@@ -18,7 +18,7 @@ from custom_moe import (
     updated_bias,
 )
 from recipe.data.instruction_module import IGNORED
-from recipe.forward import hidden_states, logits_of
+from recipe.forward import Recomputed, hidden_states, logits_of
 
 
 class Batch(NamedTuple):
@@ -54,9 +54,10 @@ class PretrainingModel(nn.Module):
     stored on the side. Drives LitGPT's modules as ``GPT.forward`` does without a KV cache (held against it by a test).
     """
 
-    def __init__(self, gpt: GPT) -> None:
+    def __init__(self, gpt: GPT, recomputed: Recomputed = "none") -> None:
         super().__init__()
         self.gpt = gpt
+        self.recomputed: Recomputed = recomputed
 
     def forward(
         self,
@@ -74,7 +75,7 @@ class PretrainingModel(nn.Module):
         if lengths is not None:
             places = torch.arange(input_ids.size(1), device=lengths.device)
             real_N = (places < lengths.unsqueeze(1)).flatten()
-        x, routers = hidden_states(self.gpt, input_ids)  # (B, T, C)
+        x, routers = hidden_states(self.gpt, input_ids, recomputed=self.recomputed)  # (B, T, C)
         score = score_function(config) if config.mlp_class_name == "LLaMAMoE" else "softmax"
         balancing, z_losses, confidences = [], [], []
         counts: list[Tensor] = []

@@ -4,42 +4,63 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from litgpt.model import CausalSelfAttention
 from litgpt.utils import instantiate_torch_optimizer
-from torch import nn
+from torch import Tensor, nn
 
 from custom_moe import MoE
+from custom_moe.experts import Experts
 from recipe.cli import UserError
+from recipe.training.compiling import missing_for_compile
+from recipe.training.muon import Muon
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and the rest, which do not (norms, embeddings, biases, routers).
+def parameter_groups(model: nn.Module, *, muon: bool = False) -> list[dict[str, Any]]:
+    """What each trainable parameter is; it stands in exactly one group.
 
-    A tied output head is the embedding, so it does not decay. Each trainable parameter stands in exactly one group.
+    Matrices decay; norms, embeddings, biases and routers do not, nor a tied output head, which is the embedding. For
+    Muon the matrices within the blocks are apart, in groups that say how a parameter divides into matrices (``parts``):
+    the experts' gate above up, and queries, keys and values, which LitGPT keeps in one matrix and which were found to
+    train better each by itself (https://kellerjordan.github.io/posts/muon/).
 
     Returns:
-        ``[{"params": [...]}, {"params": [...], "weight_decay": 0.0}]``, without empty groups.
+        Groups for the optimizer, none empty: the matrices, then the rest with ``weight_decay`` 0.
     """
-    decayed: list[nn.Parameter] = []
+    decayed: dict[tuple[int, ...], list[nn.Parameter]] = {}  # by parts; () for AdamW
     not_decayed: list[nn.Parameter] = []
     routers = {id(module.gate) for module in model.modules() if isinstance(module, MoE)}
+    qkv_parts = {
+        id(module.qkv): (module.config.n_head, module.config.n_query_groups, module.config.n_query_groups)
+        for module in model.modules()
+        if isinstance(module, CausalSelfAttention)
+    }
     seen: set[int] = set()
     # Embeddings first: a parameter that is shared with the output head belongs to them.
-    for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
+    for path, module in sorted(model.named_modules(), key=lambda item: not isinstance(item[1], nn.Embedding)):
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            keep = (
+            if (
                 isinstance(module, nn.Embedding)
                 or id(module) in routers
                 or parameter.ndim < 2  # norms, and biases of linear layers
                 or name.endswith("bias")  # biases of experts are stacked, so they have two dimensions
-            )
-            (not_decayed if keep else decayed).append(parameter)
+            ):
+                not_decayed.append(parameter)
+                continue
+            parts: tuple[int, ...] = ()
+            if muon and path.rpartition(".")[2] != "lm_head":
+                gate_above_up = isinstance(module, Experts) and name.startswith("fc_")
+                parts = (1, 1) if gate_above_up else qkv_parts.get(id(module), (1,)) if name == "weight" else (1,)
+            decayed.setdefault(parts, []).append(parameter)
     total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert total == sum(parameter.numel() for parameter in decayed + not_decayed)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed[parts], **({"parts": parts} if parts else {})} for parts in sorted(decayed, reverse=True)
+    ]
+    groups += [{"params": not_decayed, "weight_decay": 0.0}] if not_decayed else []
+    assert total == sum(parameter.numel() for group in groups for parameter in group["params"])
+    return groups
 
 
 def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
@@ -50,26 +71,39 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
         fused: use the fused kernel where the optimizer has one.
 
     Raises:
-        UserError: for an optimizer that refuses its arguments or these parameters.
+        UserError: for an optimizer that refuses its arguments or these parameters, or that lacks a compiler here.
     """
     specification = deepcopy(optimizer)  # LitGPT writes `fused` into it, and it is saved with the run
     specification["init_args"] = {k: v for k, v in (specification.get("init_args") or {}).items() if v is not None}
-    groups = parameter_groups(model)
+    class_path = optimizer["class_path"]
+    if class_path.startswith("torchao.") and (
+        missing := missing_for_compile(next(iter(model.parameters())).device.type)
+    ):
+        raise UserError(
+            f"{class_path} compiles its step, but {missing}. Install that, or take"
+            " --optimizer torch.optim.AdamW, which needs 4 times the memory for its state."
+        )
+    groups = parameter_groups(model, muon=class_path == f"{Muon.__module__}.{Muon.__name__}")
     try:
         result: torch.optim.Optimizer = instantiate_torch_optimizer(specification, groups, fused=fused)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"the optimizer {optimizer['class_path']} refuses these settings or this model: {error}"
-        ) from None
+        hint = ""
+        if class_path == "torch.optim.Muon":
+            hint = f"; {Muon.__module__}.{Muon.__name__} takes whole models"
+        raise UserError(f"the optimizer {class_path} refuses these settings or this model: {error}{hint}") from None
     for group in result.param_groups:
-        group["initial_lr"] = group["lr"]
+        group["initial_lr"] = float(group["lr"])
     return result
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Gives each group ``factor`` times its own rate, so that groups with different rates keep their ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):  # torchao compiles its step: a number would be a constant in it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

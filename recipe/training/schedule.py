@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from litgpt.args import TrainArgs
 
 from recipe.cli import UserError
+from recipe.settings import ScheduleSettings
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,22 @@ def _warmup_steps(train: TrainArgs, epoch_micro_batches: int, accumulation: int)
     return train.lr_warmup_steps or 0
 
 
-def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down: the rate of update ``step``, counted from 0.
+def learning_rate(
+    step: int, *, peak: float, minimum: float, warmup_steps: int, steps: int, schedule: ScheduleSettings
+) -> float:
+    """The rate of update ``step``, counted from 0: linear warm-up, then as ``schedule`` says down to ``minimum``.
 
     LitGPT's ``get_lr`` sets the first update's rate to 0 and never reaches ``min_lr``; here update 0 has
-    ``peak / warmup_steps``, update ``warmup_steps - 1`` has ``peak``, and the last one has ``minimum``.
+    ``peak / warmup_steps``, update ``warmup_steps - 1`` has ``peak``, and the last one has ``minimum``. Under ``wsd``
+    all up to the last ``decay_fraction`` of the run's updates have ``peak``, and those go down by equal steps.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    decayed = min(1.0, (step - warmup_steps + 1) / (steps - warmup_steps))
-    return minimum + 0.5 * (1.0 + math.cos(math.pi * decayed)) * (peak - minimum)
+        return peak * ((step + 1) / warmup_steps)
+    falling = steps - warmup_steps
+    if schedule.name == "wsd":
+        falling = min(max(round(schedule.decay_fraction * steps), 1), falling)
+    fallen = min(1.0, (step + 1 - (steps - falling)) / falling)
+    if fallen <= 0:
+        return peak
+    left = 1.0 - fallen if schedule.name == "wsd" else 0.5 * (1.0 + math.cos(math.pi * fallen))
+    return minimum + left * (peak - minimum)

@@ -112,6 +112,7 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     Raises:
         UserError: where the batches would not be the same ones.
     """
+    check_same_optimizer(folder, run)  # first: its state may be of tensors that only its own package can read
     state = checkpoints.load_training_state(folder)
     then, now = state["layout"], _layout(fabric, run)
     loader = with_position(run.train_dataloader)
@@ -137,8 +138,9 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     if other_devices:
         fabric.print(f"{other_devices}: the same batches go on; sums differ in their last digits by their order.")
     torch.set_rng_state(state["random"]["torch"])
-    if len(state["random"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    if fabric.device.type == "cuda" and state["random"]["cuda"]:
+        # All processes take the first one's: an optimizer that rounds by chance must do so alike everywhere.
+        torch.cuda.set_rng_state(state["random"]["cuda"][0], fabric.device)
     if (scaler := scaler_of(fabric)) and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
 
@@ -148,6 +150,19 @@ def anew_from(folder: Path, settings: RunSettings) -> str:
     if isinstance(settings, FinetuneSettings):
         return f"finetune.py {folder} --out_dir NEW"
     return f"--initial_checkpoint_dir {folder} --out_dir NEW"
+
+
+def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
+    """Raises ``UserError`` where the state that ``folder`` saved is another optimizer's."""
+    then, now = (
+        settings["optimizer"]["class_path"]
+        for settings in (checkpoints.load_hyperparameters(folder), run.hyperparameters)
+    )
+    if then != now:
+        raise UserError(
+            f"{folder} was trained with {then}, whose state {now} can't go on from. Resume with --optimizer {then}, or"
+            f" start a new run from its weights: {anew_from(folder, run.settings)}"
+        )
 
 
 def check_same_tokens(folder: Path, settings: RunSettings) -> None:

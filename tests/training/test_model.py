@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
-from custom_moe import expert_counts, expert_load, load_balancing_loss, use_custom_moe
-from recipe.forward import hidden_states
+from custom_moe import MoE, expert_counts, expert_load, load_balancing_loss, use_custom_moe
+from recipe.forward import Recomputed, hidden_states
 from recipe.settings import MoESettings
 from recipe.training.loop import total_loss
 from recipe.training.model import PretrainingModel, even_counts, update_selection_biases
@@ -129,32 +129,67 @@ def test_counts_and_confidence_are_of_tokens_that_are_no_padding():
     assert (padded.router_confidence > 1 / 4).all()
 
 
-def test_activation_checkpointing_counts_no_token_twice():
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("recomputed", ["block", "moe"])
+@pytest.mark.parametrize("name", MODELS)
+def test_activation_checkpointing_changes_no_bit_and_counts_no_token_twice(name, recomputed, autocast):
     """Counts travel with the result: what the backward computes again has none to add to."""
-    plain, recomputing = PretrainingModel(build("deepseek")), PretrainingModel(build("deepseek"))
-    calls = []
+    plain, recomputing = PretrainingModel(build(name)), PretrainingModel(build(name), recomputed)
+    calls: list[nn.Module] = []
     for block in recomputing.gpt.transformer.h:
-
-        def forward(*args, block_forward=block.forward, **kwargs):
-            calls.append(1)
-            return block_forward(*args, **kwargs)
-
-        block.forward = lambda *args, forward=forward, **kwargs: checkpoint(
-            forward, *args, use_reentrant=False, **kwargs
-        )
+        for module in (block.attn, block.mlp):
+            # The block calls a method of the mixture of experts, which calls its experts.
+            first = module.experts if isinstance(module, MoE) else module
+            first.register_forward_pre_hook(lambda module, *_: calls.append(module))
     results = []
     for model in (plain, recomputing):
-        losses = model(*batch())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = model(*batch())
         total_loss(losses, MoESettings()).backward()
-        update_selection_biases(model.gpt, losses.expert_counts, 0.001)
+        if losses.expert_counts.numel() and model.gpt.config.n_expert_groups:
+            update_selection_biases(model.gpt, losses.expert_counts, 0.001)
         results.append(losses)
-    assert len(calls) == 2 * 3, "each block ran twice"
+    for block in recomputing.gpt.transformer.h:
+        assert calls.count(block.attn) == (2 if recomputed == "block" else 1)
+        assert calls.count(block.mlp.experts if isinstance(block.mlp, MoE) else block.mlp) == 2
+    assert torch.equal(results[0].cross_entropy, results[1].cross_entropy)
     assert torch.equal(results[0].expert_counts, results[1].expert_counts)
-    assert results[1].expert_counts.sum(dim=1).tolist() == [2 * 2 * 17] * 2
-    for (name, wanted), found in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
-        assert torch.equal(wanted.grad, found.grad), name
+    for (parameter, wanted), found in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
+        assert torch.equal(wanted.grad, found.grad), parameter
     for wanted, found in zip(plain.buffers(), recomputing.buffers(), strict=True):
         assert torch.equal(wanted, found)
+
+
+def kept_bytes(recomputed: Recomputed) -> int:
+    """What a forward pass leaves allocated for its backward."""
+    model = PretrainingModel(build("moe"), recomputed)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        losses = model(*batch(seq_length=32))
+    assert losses.cross_entropy.requires_grad
+    return sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+def test_activation_checkpointing_keeps_less():
+    everything, without_moe, inputs = (kept_bytes(recomputed) for recomputed in ("none", "moe", "block"))
+    tokens, width = 2 * 32, 32
+    # Of each of 3 layers, whose experts have a hidden width of 24 for 2 experts a token: gate and up. The random state
+    # is kept instead, for dropout.
+    assert everything - without_moe >= 3 * (tokens * 2 * (2 * 24) * 4 - torch.get_rng_state().nbytes)
+    # Of each block at least the attention's input, queries, keys, values and output.
+    assert without_moe - inputs >= 3 * tokens * 4 * width * 4
+
+
+@pytest.mark.parametrize("recomputed", ["block", "moe"])
+def test_activation_checkpointing_compiles_into_one_graph(recomputed):
+    plain, compiled = PretrainingModel(build("moe")), PretrainingModel(build("moe"), recomputed)
+    graphs = CompileCounterWithBackend("aot_eager")
+    losses = [model(*batch()) for model in (plain, torch.compile(compiled, backend=graphs, fullgraph=True))]
+    assert graphs.frame_count == 1
+    for part in losses:
+        total_loss(part, MoESettings()).backward()
+    torch.testing.assert_close(losses[0].cross_entropy, losses[1].cross_entropy)
+    for (parameter, wanted), found in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(wanted.grad, found.grad, msg=parameter)
 
 
 def test_selection_biases_follow_the_counts_of_their_layer():

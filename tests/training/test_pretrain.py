@@ -81,10 +81,24 @@ def test_the_final_checkpoint_is_stock_litgpts(train):
     assert float(loss) == pytest.approx(column(out, "val_loss")[-1], rel=1e-5)
 
 
+MUON = (
+    "--optimizer",
+    "recipe.training.muon.Muon",
+    "--optimizer.init_args.adamw_lr",
+    "1.0e-3",
+    "--schedule.name",
+    "wsd",
+)
+EIGHT_BITS = (
+    *("--optimizer", "torchao.optim.AdamW8bit", "--optimizer.init_args.lr", "1.0e-2"),
+    *("--optimizer.init_args.bf16_stochastic_round", "true"),
+)
+
+
 @pytest.mark.parametrize(
     ("flags", "stop"),
-    [((), 4), ((), 8), ((*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01"), 4)],
-    ids=["4", "8", "biases, 4"],
+    [((), 4), ((), 8), ((*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01"), 4), (MUON, 4)],
+    ids=["4", "8", "biases, 4", "Muon, 4"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, flags, stop):
     """Bit for bit: losses, learning rates, weights, selection biases, optimizer; a sample is drawn on the way."""
@@ -103,6 +117,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, flags, stop):
         assert all(torch.equal(state[name], other["optimizer"]["state"][key][name]) for name in state)
     assert one["expert_counts"].sum(dim=1).tolist() == [64 * 2] * 2, "each token of the last step, once in each layer"
     assert torch.equal(one["expert_counts"], other["expert_counts"])
+
+
+def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
+    """All of a low-memory run: the state of torchao's optimizer is of tensors of its own."""
+    flags = (*("--precision", "bf16-true", "--activation_checkpointing", "block"), *EIGHT_BITS)
+    # Compiling each shape would take a minute; tests/training/test_optimizers.py has the compiled step.
+    with torch.compiler.set_stance("force_eager"):
+        whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
+        cut = shutil.copytree(whole, tmp_path / "cut")
+        train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"))
+    assert_same_weights(whole / "final", cut / "final")
+    weights, rounded = checkpoints.load_weights(whole / "final"), checkpoints.load_weights(whole / "step-00000004")
+    assert weights["lm_head.weight"].dtype == torch.bfloat16
+    assert not torch.equal(weights["lm_head.weight"], rounded["lm_head.weight"])
+    moments = [
+        state["exp_avg"] for state in checkpoints.load_training_state(cut / "final")["optimizer"]["state"].values()
+    ]
+    assert {moment.codes.dtype for moment in moments if hasattr(moment, "codes")} == {torch.uint8}
+    with pytest.raises(UserError, match=r"trained with torchao\.optim\.AdamW8bit.*Resume with --optimizer torchao"):
+        train("--out_dir", str(cut), "--resume", str(cut / "step-00000004"))
 
 
 def test_resume_across_the_end_of_an_epoch(train, tmp_path):

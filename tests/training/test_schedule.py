@@ -1,9 +1,11 @@
 import math
+from itertools import pairwise
 
 import pytest
 from litgpt.args import TrainArgs
 
 from recipe.cli import UserError
+from recipe.settings import ScheduleSettings
 from recipe.training.schedule import learning_rate, plan_run
 
 
@@ -50,16 +52,40 @@ def test_warmup_leaves_the_last_step_at_the_minimum():
     assert run.warmup_steps == 4
 
 
+PEAK, MINIMUM = 6.1e-4, 6.0e-5
+
+
+def rates(schedule: ScheduleSettings, *, warmup: int, steps: int) -> list[float]:
+    return [
+        learning_rate(step, peak=PEAK, minimum=MINIMUM, warmup_steps=warmup, steps=steps, schedule=schedule)
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0, 7), (3, 7), (6, 7), (100, 1000)])
-def test_learning_rate_from_the_first_update_to_the_last(warmup, steps):
-    rates = [learning_rate(s, peak=1.0, minimum=0.1, warmup_steps=warmup, steps=steps) for s in range(steps)]
-    assert all(rate > 0 for rate in rates)
-    assert rates[-1] == pytest.approx(0.1)
+def test_learning_rate_from_the_first_update_to_the_last(warmup, steps, name):
+    found = rates(ScheduleSettings(name), warmup=warmup, steps=steps)
+    assert all(rate > 0 for rate in found)
+    assert found[-1] == MINIMUM
     if warmup:
-        assert rates[0] == pytest.approx(1 / warmup)
-        assert rates[warmup - 1] == pytest.approx(1.0)
-    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+        assert found[0] == pytest.approx(PEAK / warmup, rel=1e-15)
+        assert found[warmup - 1] == PEAK
+    assert found[warmup:] == sorted(found[warmup:], reverse=True)
 
 
 def test_halfway_down_the_cosine():
-    assert learning_rate(14, peak=1.0, minimum=0.0, warmup_steps=10, steps=20) == pytest.approx(0.5)
+    assert rates(ScheduleSettings(), warmup=10, steps=20)[14] == pytest.approx((PEAK + MINIMUM) / 2)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "steps", "stable"), [(0.2, 50, 30), (0.25, 50, 28), (1.0, 50, 0), (0.001, 50, 39)]
+)
+def test_warmup_stable_decay(fraction, steps, stable):
+    """10 of warm-up, then the same rate, then equal steps down to the last update."""
+    found = rates(ScheduleSettings("wsd", fraction), warmup=10, steps=steps)
+    assert found[9 : 10 + stable] == [PEAK] * (1 + stable)
+    falling = found[9 + stable :]
+    differences = [a - b for a, b in pairwise(falling)]
+    assert differences == pytest.approx([(PEAK - MINIMUM) / (40 - stable)] * (40 - stable))
+    assert found[-1] == MINIMUM

@@ -1,0 +1,138 @@
+"""Muon for the matrices within the blocks and AdamW for everything else, as one optimizer.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a matrix's gradient and
+gives all its directions nearly the same length. ``torch.optim.Muon`` does that for parameters of two dimensions and
+refuses any other, so it can hold neither a whole model nor stacked experts; for a single matrix this is the same (held
+by a test).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton-Schulz step, steepest at 0: singular values end between about 0.7 and 1.2"""
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon on the groups that say how their parameters divide into matrices (``parts``), AdamW on the others.
+
+    All processes of a run compute the same updates from the same gradients.
+
+    Args:
+        params: groups as ``parameter_groups(model, muon=True)`` makes them. ``parts`` are the heights of the matrices
+            that lie above each other in a parameter, in proportion: ``(1,)`` one matrix, ``(1, 1)`` two of one height.
+            A parameter of three dimensions is a batch of such.
+        lr: Muon's; the update of a matrix is scaled by ``sqrt(max(1, rows / columns))``, as Jordan et al. do, so that
+            it changes the layer's output alike at any width (https://jeremybernste.in/writing/deriving-muon).
+        momentum: Nesterov's.
+        weight_decay: of both, decoupled; of the groups that have none of their own.
+        adamw_lr, betas, eps: AdamW's.
+        fused: torch's fused kernel for AdamW.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        adamw_lr: float = 2.0e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1.0e-8,
+        fused: bool | None = None,
+    ) -> None:
+        if not (lr > 0 and adamw_lr > 0 and 0 <= momentum < 1 and weight_decay >= 0):
+            raise ValueError(
+                f"lr is {lr}, adamw_lr {adamw_lr}, momentum {momentum}, weight_decay {weight_decay}; expected rates"
+                " above 0, a momentum from 0 to below 1 and a decay from 0"
+            )
+        groups = [{**group, "lr": lr if group.get("parts") else adamw_lr} for group in params]
+        defaults = {"momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
+        super().__init__(groups, {**defaults, "parts": None})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["parts"]:
+                self._update_by_muon(parameters, group)
+            else:
+                self._update_by_adamw(parameters, group)
+        return loss
+
+    def _update_by_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        lr, momentum, parts = group["lr"], group["momentum"], group["parts"]
+        for parameter in parameters:
+            gradient, state = parameter.grad, self.state[parameter]
+            assert gradient is not None
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+            direction = gradient.lerp(average, momentum)
+            parameter.mul_(1 - lr * group["weight_decay"])
+            rows, columns = parameter.shape[-2:]
+            heights = [rows * part // sum(parts) for part in parts]
+            for matrix, update in zip(parameter.split(heights, -2), direction.split(heights, -2), strict=True):
+                scale = max(1.0, matrix.size(-2) / columns) ** 0.5
+                matrix.add_(orthogonalized(update), alpha=-lr * scale)
+
+    def _update_by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not (state := self.state[parameter]):
+                state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        steps, averages, squares = (
+            [self.state[parameter][name] for parameter in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            averages,
+            squares,
+            [],
+            steps,
+            fused=group["fused"] or None,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Each matrix with all its singular values near 1, by Newton-Schulz: ``(..., rows, columns)`` of any strides.
+
+    In bf16 where the device multiplies fast in it, which is exact enough for a direction, else in fp32.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = (matrices.mT if tall else matrices).to(products_dtype(matrices.device))
+    x = x.reshape(-1, *x.shape[-2:])
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # so that no singular value is above 1
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def products_dtype(device: torch.device) -> torch.dtype:
+    """The type that a device multiplies matrices fastest in, bf16 or fp32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32

@@ -1,0 +1,108 @@
+"""Muon against torch's own for single matrices, and against AdamW for the rest."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from litgpt import GPT, Config
+from torch import nn
+
+from custom_moe import use_custom_moe
+from recipe.training import muon
+from recipe.training.muon import Muon, orthogonalized
+from recipe.training.optimizers import load_optimizer_state, make_optimizer, parameter_groups, set_learning_rate
+
+SPECIFICATION = {
+    "class_path": "recipe.training.muon.Muon",
+    "init_args": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1, "adamw_lr": 2.0e-3, "betas": [0.9, 0.95]},
+}
+
+
+@pytest.fixture
+def gpt(moe_fields: dict) -> GPT:
+    torch.manual_seed(0)
+    with use_custom_moe():
+        return GPT(Config(**{**moe_fields, "bias": True}))
+
+
+@pytest.fixture
+def in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.optim.Muon computes everywhere."""
+    monkeypatch.setattr(muon, "products_dtype", lambda device: torch.bfloat16)
+
+
+def matrix(*shape: int, seed: int = 0) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], count: int = 3) -> None:
+    """Updates with the same gradients for parameters of the same size, however they are cut into tensors."""
+    for step in range(count):
+        random = torch.Generator().manual_seed(step)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_a_matrix_moves_as_by_torchs_muon(shape: tuple[int, int], in_bf16: None) -> None:
+    ours, theirs = matrix(*shape), matrix(*shape)
+    steps(Muon([{"params": [ours], "parts": (1,)}], lr=0.02, weight_decay=0.1), [ours])
+    steps(torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95), [theirs])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [(1,), (1, 1), (4, 2, 2)])
+def test_stacked_matrices_move_as_each_by_itself(parts: tuple[int, ...], in_bf16: None) -> None:
+    stacked = matrix(3, 48, 16)
+    heights = [48 * part // sum(parts) for part in parts]
+    single = [nn.Parameter(m.detach().clone()) for expert in stacked for m in expert.split(heights)]
+    steps(Muon([{"params": [stacked], "parts": parts}], lr=0.02), [stacked])
+    steps(torch.optim.Muon(single, lr=0.02, weight_decay=0.1, momentum=0.95), single)
+    torch.testing.assert_close(stacked.reshape(-1, 16), torch.cat(single), rtol=0, atol=1e-6)
+
+
+def test_singular_values_end_near_one_in_fp32_too() -> None:
+    values = torch.linalg.svdvals(orthogonalized(matrix(4, 64, 32).detach()).float())
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert not orthogonalized(torch.zeros(2, 8, 4)).any()  # experts that got no token
+
+
+def test_the_rest_moves_as_by_adamw(gpt: GPT, moe_fields: dict) -> None:
+    with use_custom_moe():
+        other = GPT(gpt.config)
+    other.load_state_dict(gpt.state_dict())
+    groups = parameter_groups(other, muon=True)
+    rest = [{**group, "lr": 2.0e-3} for group in groups if "parts" not in group]
+    steps(make_optimizer(SPECIFICATION, gpt, fused=False), list(gpt.parameters()))
+    steps(torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1), list(other.parameters()))
+    by_muon = {id(p) for group in groups for p in group["params"] if "parts" in group}
+    for mine, theirs in zip(gpt.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs) != (id(theirs) in by_muon)
+
+
+def test_groups_have_their_own_rates_and_keep_their_ratio(gpt: GPT) -> None:
+    optimizer = make_optimizer(SPECIFICATION, gpt, fused=False)
+    set_learning_rate(optimizer, 0.5)
+    rates = {bool(group["parts"]): group["lr"] for group in optimizer.param_groups}
+    assert rates == {True: 0.01, False: 1.0e-3}
+    assert optimizer.param_groups[0]["parts"]  # the schedule and the log go by the first group's rate
+
+
+def test_it_goes_on_from_its_state(gpt: GPT, moe_fields: dict) -> None:
+    with use_custom_moe():
+        other = GPT(gpt.config)
+    first = make_optimizer(SPECIFICATION, gpt, fused=False)
+    steps(first, list(gpt.parameters()))
+    other.load_state_dict(gpt.state_dict())
+    resumed = make_optimizer(SPECIFICATION, other, fused=False)
+    load_optimizer_state(resumed, deepcopy(first.state_dict()))
+    for optimizer, model in ((first, gpt), (resumed, other)):
+        steps(optimizer, list(model.parameters()))
+    for mine, theirs in zip(gpt.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_mistakes_are_named(gpt: GPT) -> None:
+    with pytest.raises(ValueError, match=r"adamw_lr -1.*expected rates above 0"):
+        Muon([{"params": [matrix(2, 2)], "parts": (1,)}], adamw_lr=-1)
