@@ -78,7 +78,7 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
             gpt.transformer.wte.weight = gpt.lm_head.weight
         if hardware is not None:
             _choose_backend(gpt, _backend(run, precision, hardware))
-        model = PretrainingModel(gpt)
+        model = PretrainingModel(gpt, settings.activation_checkpointing)
         optimizer = make_optimizer(run.optimizer, model, fused=fused)
         if hardware is not None and not fused:
             for group in optimizer.param_groups:

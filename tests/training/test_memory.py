@@ -37,7 +37,7 @@ def allocated(run: ParsedRun, precision: str) -> int:
         gpt = GPT(run.settings.model)
     if train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.weight
-    model = PretrainingModel(gpt)
+    model = PretrainingModel(gpt, run.settings.activation_checkpointing)
     optimizer = make_optimizer(run.optimizer, model, fused=False)
     tokens = torch.randint(64, (train.micro_batch_size, train.max_seq_length))
 
@@ -79,13 +79,16 @@ def test_a_real_step_allocates_what_was_worked_out(kind: str, precision: str, vo
         ["--train.tie_embeddings=true"],
         ["--micro-batch-size=1", "--max-seq-length=16"],
         ["--optimizer.class_path=torch.optim.SGD", "--optimizer.init_args.momentum=0.9"],
+        ["--optimizer.class_path=recipe.training.muon.Muon", "--optimizer.init_args.lr=0.02"],
+        ["--activation_checkpointing=block"],
+        ["--activation_checkpointing=moe", "--model.padded_vocab_size=64", "--model.vocab_size=64"],
     ],
     ids=str,
 )
 def test_so_does_one_that(flags: list[str]) -> None:
-    """does not accumulate, ties its embeddings, has its most in the update, has another optimizer"""
-    run = parsed(*KINDS["dense"], *flags)
-    assert training_memory(run, "32-true").peak == pytest.approx(allocated(run, "32-true"), rel=0.005)
+    """does not accumulate, ties its embeddings, has its most in the update, has another optimizer, computes twice"""
+    run = parsed(*KINDS["moe"], *flags)
+    assert training_memory(run, "32-true").peak == pytest.approx(allocated(run, "32-true"), rel=0.02)
 
 
 def test_the_parts() -> None:
@@ -120,6 +123,6 @@ def test_any_card_can_be_worked_out_without_one(capability: tuple[int, int]) -> 
         precision: training_memory(parsed(*KINDS["moe"], "--max-seq-length=32"), precision, card)
         for precision in ("bf16-mixed", "16-mixed", "32-true")
     }
-    assert found["16-mixed"].peak - found["bf16-mixed"].peak > found["bf16-mixed"].weights / 2
+    assert found["16-mixed"].workspace > found["bf16-mixed"].workspace + found["bf16-mixed"].weights * 0.4
     assert found["32-true"].activations > found["bf16-mixed"].activations
     assert all(part % 512 == 0 for part in found["32-true"])
