@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+import torch
+
 GIB = 2**30
 
 
@@ -17,6 +19,10 @@ class Card(NamedTuple):
     capability: tuple[int, int]
     peak: float | None
     """FLOP/s in 16 bits, dense, summed up in fp32; None where it is not known"""
+    named: bool = True
+    """Not of this machine, but by its name"""
+    display: bool = False
+    """Whether people look at a desktop that it shows"""
 
 
 # cores, boost clock in MHz, GB, compute capability: NVIDIA's product pages. A laptop's clock is the lowest that is listed
@@ -84,11 +90,21 @@ def named_card(name: str) -> Card | None:
     key = next((key for key in NAMES if _plain(key) == _plain(name)), None)
     if key in _GEFORCE:
         cores, clock, memory, capability = _GEFORCE[key]
-        return Card(key, memory, CUDA_CONTEXT + DISPLAY, capability, 4.0e6 * cores * clock)
+        return Card(key, memory, CUDA_CONTEXT + DISPLAY, capability, 4.0e6 * cores * clock, display=True)
     if key in _OTHERS:
         memory_shown, peak, capability, _ = _OTHERS[key]
         return Card(key, memory_shown, CUDA_CONTEXT, capability, peak * 1.0e12)
     return None
+
+
+def found_card() -> Card | None:
+    """This machine's, with the memory that is free now; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()  # by then the context is there, and among what is taken
+    name = torch.cuda.get_device_name()
+    capability = torch.cuda.get_device_capability()
+    return Card(name, total / GIB, (total - free) / GIB, capability, peak_flops(name), named=False)
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -98,9 +114,9 @@ def peak_flops(device_name: str) -> float | None:
     ``lightning``'s own table has half of what GeForce cards do (their rate without tensor cores), twice what an H200
     does (its rate for sparse matrices), and no H200 under the name that torch has for it.
     """
-    for key, (_, peak, _, pattern) in _OTHERS.items():
+    for _, peak, _, pattern in _OTHERS.values():
         if re.fullmatch(pattern, device_name.lower()):
-            return peak * 1.0e12 if key else None
+            return peak * 1.0e12
     card = named_card(device_name) if "laptop" not in device_name.lower() else None
     return card.peak if card else None
 

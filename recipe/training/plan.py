@@ -1,9 +1,8 @@
-"""``run_train.py --plan``: what a run would need and how long it would take, and what to change where it won't fit."""
+"""``run_train.py --plan``: what a run needs and how long it would take, and what to change where it won't fit."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -11,36 +10,25 @@ from custom_moe.backends import Hardware
 from recipe.cli import UserError, nearest, underscored
 from recipe.flops import count_parameters, training_flops_per_token
 from recipe.settings import ParsedRun, RunSettings, check, choose_precision, parse_run, processes
-from recipe.training.cards import CUDA_CONTEXT, GIB, NAMES, Card, named_card, peak_flops
+from recipe.training.cards import GIB, NAMES, Card, found_card, named_card
 from recipe.training.memory import TrainingMemory, training_memory
-from recipe.training.schedule import Plan, plan_run
+from recipe.training.schedule import plan_run
 
 SHARE_OF_PEAK = {"dense": 0.30, "mixture": 0.22}
-"""What training reaches of the data sheet's peak, assumed: nanoGPT on A100s and plain PyTorch on an H100 report 30% for
-GPT-2 124M; nanochat's mixture reached 35% where its dense model reached 46%."""
+"""How much of the peak training is assumed to reach: of GPT-2 124M, nanoGPT on A100s and plain PyTorch on an H100 report
+30% of the data sheet's; nanochat's mixture reached three quarters of what its dense model did."""
 GAPS = 1.05
 """What the allocator takes for each byte that is used"""
-RECOMPUTED = {"none": 1.0, "moe": 1.2, "block": 4 / 3}
-"""How much more is computed under activation checkpointing"""
-NOTES = {
-    "weights": "all {total:,.1f} M parameters",
-    "gradients": "",
-    "optimizer": "the state of {optimizer}",
-    "activations": "kept for the backward, {micro_batch} x {context:,} tokens at once",
-    "logits": "as wide as the vocabulary",
-    "workspace": "weights cast to 16 bits, temporary results",
-}
-
-
-class Change(NamedTuple):
-    """Something that needs less memory."""
-
-    flags: tuple[str, ...]
-    cost: str
+COMPUTED = {"none": 1.0, "moe": 1.2, "block": 4 / 3}
+"""How much is computed under activation checkpointing"""
+EIGHT_BIT = (
+    *("--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit"),
+    *("--optimizer.init_args.bf16_stochastic_round", "true"),
+)
 
 
 def show_plan(argv: Sequence[str]) -> None:
-    """Prints the plan of a run; reads and writes nothing but the settings.
+    """Prints the plan of a run; reads and writes nothing but settings.
 
     Args:
         argv: as ``parse_run``, with ``--plan`` or ``--plan CARD`` among it.
@@ -49,29 +37,47 @@ def show_plan(argv: Sequence[str]) -> None:
         UserError: for a card that is not known, and as ``parse_run`` and ``check``.
     """
     flags, name = _without_plan(underscored(argv))
-    card = _found_card() if name is None else _known_card(name)
     run = _parsed(flags)
+    card = found_card() if name is None else _known(name)
     precision, note = _precision(run.settings, card)
     memory = _memory(run, card)
-    print("\n".join(_size(run)))
-    print(f"On {_describe(card)} in {precision}{f' ({note})' if note else ''}:\n")
+    print(f"{describe_size(run.settings)}\n{_length(run, card)}")
+    print(f"On {_describe(card)} in {precision}{f' ({note})' if note else ''}, as it is without torch.compile:\n")
     print("\n".join(_table(run, memory, card)))
-    if card is not None and not _fits(memory, card):
-        print(f"\nIt does not fit. What to change, the cheapest first, each with those above it:\n")
-        for line in _ways_to_fit(flags, run, card):
-            print(line)
+    if card is None or _fits(memory, card):
+        print(f"\n{_duration(run, card, precision)}")
         return
-    print("\n".join(_duration(run, card, precision)))
+    print("\nIt does not fit. What to change, the cheapest first, each line with those above it:\n")
+    for line in _ways_to_fit(flags, run, card):
+        print(line, flush=True)
+
+
+def describe_size(settings: RunSettings) -> str:
+    """Parameters, and operations for each token in both ways of counting."""
+    config = settings.model
+    sizes = count_parameters(config, tie_embeddings=bool(settings.train.tie_embeddings))
+    context = settings.train.max_seq_length or config.block_size
+    causal, full = (training_flops_per_token(config, context, causal) / 1e9 for causal in (True, False))
+    return (
+        f"{config.name}: {sizes.total / 1e6:,.1f} M parameters, {sizes.active / 1e6:,.1f} M active for each token;"
+        f" training takes {causal:,.3g} GFLOP per token (causal attention by half; {full:,.3g} in full)."
+    )
+
+
+def describe_memory(memory: TrainingMemory) -> str:
+    """All parts in one line."""
+    parts = ", ".join(f"{name} {part / GIB:,.2f}" for name, part in memory._asdict().items())
+    return f"Memory by plan, without torch.compile: {memory.peak / GIB:,.2f} GiB ({parts})."
 
 
 def _without_plan(arguments: list[str]) -> tuple[list[str], str | None]:
     """The arguments that remain, and the card's name."""
     index = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--plan")
-    _, _, name = arguments[index].partition("=")
-    following = arguments[index + 1 : index + 2]
-    if not name and following and not following[0].startswith("-"):
-        return arguments[:index] + arguments[index + 2 :], following[0]
-    return arguments[:index] + arguments[index + 1 :], name or None
+    name = arguments[index].partition("=")[2]
+    after = index + 1
+    if not name and after < len(arguments) and not arguments[after].startswith("-"):
+        name, after = arguments[after], after + 1
+    return arguments[:index] + arguments[after:], name or None
 
 
 def _parsed(flags: Sequence[str]) -> ParsedRun:
@@ -80,36 +86,25 @@ def _parsed(flags: Sequence[str]) -> ParsedRun:
     return run
 
 
-def _known_card(name: str) -> Card:
+def _known(name: str) -> Card:
     if card := named_card(name):
         return card
     guess = nearest(name.lower(), NAMES)
     raise UserError(
-        f"no card {name!r} is known{f'; did you mean {guess!r}?' if guess else '.'} Known are {', '.join(NAMES)}."
+        f"no card {name!r} is known{f'; the nearest is {guess}' if guess else ''}. Known are {', '.join(NAMES)}."
         " `--plan` alone takes the card of this machine."
     )
-
-
-def _found_card() -> Card | None:
-    """This machine's, with the memory that is free now; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    free, total = torch.cuda.mem_get_info()  # after this call the context is there, so it is not free any more
-    name = torch.cuda.get_device_name()
-    return Card(name, total / GIB, (total - free) / GIB, torch.cuda.get_device_capability(), peak_flops(name))
 
 
 def _precision(settings: RunSettings, card: Card | None) -> tuple[str, str | None]:
     """What it would compute in, and why not in what was asked for."""
     asked = settings.precision
-    if card is None or card.name not in NAMES:
+    if card is None or not card.named:
         precision, note = choose_precision(asked)
-        return precision, note and f"{asked} is not for this machine"
-    if asked is not None and (card.capability >= (8, 0) or not asked.startswith("bf16")):
-        return asked, None
-    if card.capability >= (8, 0):
-        return "bf16-mixed", None
-    return "16-mixed", "it has no bf16"
+        return precision, note and f"{asked} needs other hardware"
+    if card.capability < (8, 0) and (asked is None or asked.startswith("bf16")):
+        return "16-mixed", "it has no bf16"
+    return asked or "bf16-mixed", None
 
 
 def _memory(run: ParsedRun, card: Card | None) -> TrainingMemory:
@@ -122,20 +117,159 @@ def _fits(memory: TrainingMemory, card: Card) -> bool:
 
 
 def _devices(settings: RunSettings, card: Card | None) -> int:
-    if card is not None and card.name in NAMES and settings.devices == "auto":
-        return settings.num_nodes
     devices, nodes = processes(settings)
-    return devices * nodes
+    return nodes * (1 if card is not None and card.named and settings.devices == "auto" else devices)
 
 
-def _length(run: ParsedRun, devices: int) -> Plan | None:
-    """How long the run is; None where only the data can tell."""
+def _tokens(run: ParsedRun, card: Card | None) -> tuple[int, int, str] | None:
+    """Steps, tokens and what ends the run; None where the data alone can tell."""
     train = run.settings.train
     if not (train.max_tokens or train.max_steps):
         return None
-    context = train.max_seq_length or run.settings.model.block_size
-    return plan_run(replace(train, epochs=None), devices=devices, seq_length=context, epoch_micro_batches=1)
+    plan = plan_run(
+        replace(train, epochs=None),
+        devices=_devices(run.settings, card),
+        seq_length=train.max_seq_length or run.settings.model.block_size,
+        epoch_micro_batches=1,
+    )
+    return plan.steps, plan.tokens, plan.ended_by
 
 
-def describe_size(config: Config, tied: bool, seq_length: int) -> str:
-    sizes = count_parameters(config, tie_embeddings=tied)
+def _length(run: ParsedRun, card: Card | None) -> str:
+    train, found = run.settings.train, _tokens(run, card)
+    per_step = train.global_batch_size * (train.max_seq_length or run.settings.model.block_size)
+    if found is None:
+        return f"{train.epochs} epochs in steps of {per_step:,} tokens; how many steps, the data decide."
+    steps, tokens, ended_by = found
+    flops = tokens * training_flops_per_token(run.settings.model, train.max_seq_length or run.settings.model.block_size)
+    return (
+        f"{steps:,} steps of {per_step:,} tokens, {tokens:,} tokens in all, {flops / 1e15:,.3g} PFLOP;"
+        f" it ends by {ended_by}{f' or {train.epochs} epochs' if train.epochs else ''}."
+    )
+
+
+def _describe(card: Card | None) -> str:
+    if card is None:
+        return f"the CPU ({torch.get_num_threads()} threads)"
+    return f"{card.name} ({card.memory:.0f} GiB)"
+
+
+def _table(run: ParsedRun, memory: TrainingMemory, card: Card | None) -> Iterator[str]:
+    train = run.settings.train
+    notes = {
+        "optimizer": f"the state of {run.optimizer['class_path']}",
+        "activations": f"kept for the backward, {train.micro_batch_size} x"
+        f" {train.max_seq_length or run.settings.model.block_size:,} tokens at once",
+        "logits": f"scores of {run.settings.model.padded_vocab_size:,} tokens at each place",
+        "workspace": "weights cast to 16 bits, temporary results",
+    }
+    for name, part in memory._asdict().items():
+        yield f"  {name:<12}{part / GIB:8.2f} GiB   {notes.get(name, '')}".rstrip()
+    yield f"  {'peak':<12}{memory.peak / GIB:8.2f} GiB   the moment of a step when the most is there"
+    if card is not None:
+        others = "CUDA and the display" if card.display else "CUDA"
+        taken = f"{card.taken:.1f} for {others}" if card.named else f"{card.taken:.1f} are taken now"
+        yield (
+            f"  {'room':<12}{(card.memory - card.taken) / GAPS:8.2f} GiB   of {card.memory:.1f}: {taken},"
+            f" {GAPS - 1:.0%} for the allocator's gaps"
+        )
+
+
+def _duration(run: ParsedRun, card: Card | None, precision: str) -> str:
+    fits = "" if card is None else "It fits. "
+    peak = _cpu_peak() if card is None else card.peak
+    if peak is None:
+        return f"{fits}This card's speed is not on record, so there is no estimate of the time."
+    if precision != "32-true" if card is None else precision == "32-true":
+        return f"{fits}There is no estimate of the time for {precision} here."
+    settings = run.settings
+    share = SHARE_OF_PEAK["mixture" if settings.model.mlp_class_name == "LLaMAMoE" else "dense"]
+    context = settings.train.max_seq_length or settings.model.block_size
+    devices = _devices(settings, card)
+    flops = training_flops_per_token(settings.model, context) * COMPUTED[settings.activation_checkpointing]
+    rate = peak * share * (devices if card else 1) / flops
+    found = _tokens(run, card)
+    time_needed = f", {_readable(found[1] / rate)}" if found else ""
+    source = "measured on this CPU just now" if card is None else "by NVIDIA's product pages"
+    on = f" on {devices} cards" if card and devices > 1 else ""
+    return (
+        f"{fits}Estimated: {rate:,.0f} tokens/s{on}{time_needed}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
+        f" ({source}), the share that others\nreport of models of this size; not measured here, and small batches"
+        " reach less."
+    )
+
+
+def _cpu_peak() -> float:
+    """FLOP/s of one fp32 product, by the clock."""
+    x = torch.rand(1024, 1024)
+    x @ x
+    start, times = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < 0.2:
+        x @ x
+        times += 1
+    return times * 2 * 1024**3 / seconds
+
+
+def _readable(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} seconds"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
+def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
+    """Tries one change after the other until the run fits, then leaves away what it fits without."""
+    taken: list[tuple[str, ...]] = []
+    for choices, cost in _changes(run.settings, run.optimizer, card):
+        for index, change in enumerate(choices):
+            memory = _memory(_parsed([*flags, *_joined([*taken, change])]), card)
+            if _fits(memory, card):
+                break
+        taken.append(choices[index])
+        yield f"  {memory.peak / GIB:8.2f} GiB   {' '.join(change)}\n                 {cost}"
+        if _fits(memory, card):
+            break
+    else:
+        yield "\nNothing of this is enough; take a smaller model (configs/models) or another card."
+        return
+    for change in reversed(taken[:-1]):
+        without = [other for other in taken if other is not change]
+        fewer = _memory(_parsed([*flags, *_joined(without)]), card)
+        if _fits(fewer, card):
+            taken, memory = without, fewer
+    command = " ".join(["uv run python run_train.py", *flags, *_joined(taken)])
+    yield f"\nThe least of it that fits, {memory.peak / GIB:.2f} GiB:\n\n  {command}"
+
+
+def _changes(
+    settings: RunSettings, optimizer: dict[str, object], card: Card
+) -> Iterator[tuple[list[tuple[str, ...]], str]]:
+    """What could be changed, each in its own strengths, and what it costs."""
+    train, config = settings.train, settings.model
+    context = train.max_seq_length or config.block_size
+    if sizes := _halves(train.micro_batch_size, 1):
+        yield (
+            [("--micro_batch_size", str(size)) for size in sizes],
+            "no change of the result (more micro batches are summed up); a little slower",
+        )
+    if settings.activation_checkpointing == "none" and config.mlp_class_name == "LLaMAMoE":
+        yield [("--activation_checkpointing", "moe")], "the same result; the experts are computed once more, about +20%"
+    if settings.activation_checkpointing != "block":
+        yield [("--activation_checkpointing", "block")], "the same result; each block is computed once more, about +33%"
+    if not str(optimizer["class_path"]).startswith("torchao.") and card.capability >= (8, 0):
+        yield [EIGHT_BIT], "weights in 16 bits, rounded by chance, and moments in 8: the loss is close, not the same"
+    if sizes := _halves(context, 256):
+        yield [("--max_seq_length", str(size)) for size in sizes], "a shorter context: another training"
+    if layers := _halves(config.n_layer, 1):
+        yield [("--model.n_layer", str(size)) for size in layers], "a smaller model"
+
+
+def _halves(number: int, least: int) -> list[int]:
+    halves = []
+    while number % 2 == 0 and number // 2 >= least:
+        number //= 2
+        halves.append(number)
+    return halves
+
+
+def _joined(changes: Sequence[tuple[str, ...]]) -> list[str]:
+    return [flag for change in changes for flag in change]
