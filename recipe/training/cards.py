@@ -25,8 +25,8 @@ class Card(NamedTuple):
     """Whether people look at a desktop that it shows"""
 
 
-# cores, boost clock in MHz, GB, compute capability: NVIDIA's product pages. A laptop's clock is the lowest that is listed
-# for its power limits. Each core's share of the tensor cores does two multiply-adds in 16 bits per clock.
+# cores, boost clock in MHz, GB, compute capability: NVIDIA's product pages. A laptop's clock is the lowest that is
+# listed for its power limits. Each core's share of the tensor cores does two multiply-adds in 16 bits per clock.
 _GEFORCE = {
     "rtx3060": (3584, 1777, 12, (8, 6)),
     "rtx3060ti": (4864, 1665, 8, (8, 6)),

@@ -9,14 +9,14 @@ import torch
 from custom_moe.backends import Hardware
 from recipe.cli import UserError, nearest, underscored
 from recipe.flops import count_parameters, training_flops_per_token
-from recipe.settings import ParsedRun, RunSettings, check, choose_precision, parse_run, processes
+from recipe.settings import FinetuneSettings, ParsedRun, RunSettings, check, choose_precision, parse_run, processes
 from recipe.training.cards import GIB, NAMES, Card, found_card, named_card
 from recipe.training.memory import TrainingMemory, training_memory
 from recipe.training.schedule import plan_run
 
 SHARE_OF_PEAK = {"dense": 0.30, "mixture": 0.22}
-"""How much of the peak training is assumed to reach: of GPT-2 124M, nanoGPT on A100s and plain PyTorch on an H100 report
-30% of the data sheet's; nanochat's mixture reached three quarters of what its dense model did."""
+"""How much of the peak training is assumed to reach: with GPT-2 124M, nanoGPT on A100s and plain PyTorch on an H100
+report 30% of the data sheet's; nanochat's mixture reached three quarters of what its dense model did."""
 GAPS = 1.05
 """What the allocator takes for each byte that is used"""
 COMPUTED = {"none": 1.0, "moe": 1.2, "block": 4 / 3}
@@ -45,7 +45,7 @@ def show_plan(argv: Sequence[str]) -> None:
     print(f"On {_describe(card)} in {precision}{f' ({note})' if note else ''}, as it is without torch.compile:\n")
     print("\n".join(_table(run, memory, card)))
     if card is None or _fits(memory, card):
-        print(f"\n{_duration(run, card, precision)}")
+        print(f"\n{'It fits. ' if card else ''}{_duration(run, card, precision)}")
         return
     print("\nIt does not fit. What to change, the cheapest first, each line with those above it:\n")
     for line in _ways_to_fit(flags, run, card):
@@ -53,21 +53,24 @@ def show_plan(argv: Sequence[str]) -> None:
 
 
 def describe_size(settings: RunSettings) -> str:
-    """Parameters, and operations for each token in both ways of counting."""
+    """Parameters; and operations for each token, causal attention by half and in full."""
     config = settings.model
     sizes = count_parameters(config, tie_embeddings=bool(settings.train.tie_embeddings))
-    context = settings.train.max_seq_length or config.block_size
-    causal, full = (training_flops_per_token(config, context, causal) / 1e9 for causal in (True, False))
-    return (
-        f"{config.name}: {sizes.total / 1e6:,.1f} M parameters, {sizes.active / 1e6:,.1f} M active for each token;"
-        f" training takes {causal:,.3g} GFLOP per token (causal attention by half; {full:,.3g} in full)."
-    )
+    size = f"{config.name}: {sizes.total / 1e6:,.1f} M parameters, {sizes.active / 1e6:,.1f} M active for each token."
+    if isinstance(settings, FinetuneSettings):
+        return size  # rows of different lengths, and weights that are not trained
+    causal, full = (_flop(training_flops_per_token(config, _context(settings), causal)) for causal in (True, False))
+    return f"{size} A token takes {causal} of training ({full} with attention in full)."
 
 
-def describe_memory(memory: TrainingMemory) -> str:
-    """All parts in one line."""
-    parts = ", ".join(f"{name} {part / GIB:,.2f}" for name, part in memory._asdict().items())
-    return f"Memory by plan, without torch.compile: {memory.peak / GIB:,.2f} GiB ({parts})."
+def describe_memory(run: ParsedRun, precision: str, hardware: Hardware) -> str:
+    """What a step needs, in one line."""
+    try:
+        memory = training_memory(run, precision, hardware)
+    except Exception as error:  # an optimizer of somebody's own need not run on tensors without contents
+        return f"How much memory it needs can't be worked out beforehand ({type(error).__name__}: {error})."
+    parts = ", ".join(f"{name} {_bytes(part)}" for name, part in memory._asdict().items())
+    return f"Memory by plan, without torch.compile: {_bytes(memory.peak)} ({parts})."
 
 
 def _without_plan(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -116,6 +119,10 @@ def _fits(memory: TrainingMemory, card: Card) -> bool:
     return memory.peak * GAPS <= (card.memory - card.taken) * GIB
 
 
+def _context(settings: RunSettings) -> int:
+    return settings.train.max_seq_length or settings.model.block_size
+
+
 def _devices(settings: RunSettings, card: Card | None) -> int:
     devices, nodes = processes(settings)
     return nodes * (1 if card is not None and card.named and settings.devices == "auto" else devices)
@@ -129,7 +136,7 @@ def _tokens(run: ParsedRun, card: Card | None) -> tuple[int, int, str] | None:
     plan = plan_run(
         replace(train, epochs=None),
         devices=_devices(run.settings, card),
-        seq_length=train.max_seq_length or run.settings.model.block_size,
+        seq_length=_context(run.settings),
         epoch_micro_batches=1,
     )
     return plan.steps, plan.tokens, plan.ended_by
@@ -137,13 +144,13 @@ def _tokens(run: ParsedRun, card: Card | None) -> tuple[int, int, str] | None:
 
 def _length(run: ParsedRun, card: Card | None) -> str:
     train, found = run.settings.train, _tokens(run, card)
-    per_step = train.global_batch_size * (train.max_seq_length or run.settings.model.block_size)
+    per_step = train.global_batch_size * _context(run.settings)
     if found is None:
         return f"{train.epochs} epochs in steps of {per_step:,} tokens; how many steps, the data decide."
     steps, tokens, ended_by = found
-    flops = tokens * training_flops_per_token(run.settings.model, train.max_seq_length or run.settings.model.block_size)
+    flops = tokens * training_flops_per_token(run.settings.model, _context(run.settings))
     return (
-        f"{steps:,} steps of {per_step:,} tokens, {tokens:,} tokens in all, {flops / 1e15:,.3g} PFLOP;"
+        f"{steps:,} steps of {per_step:,} tokens, {tokens:,} tokens in all, {_flop(flops)};"
         f" it ends by {ended_by}{f' or {train.epochs} epochs' if train.epochs else ''}."
     )
 
@@ -157,43 +164,41 @@ def _describe(card: Card | None) -> str:
 def _table(run: ParsedRun, memory: TrainingMemory, card: Card | None) -> Iterator[str]:
     train = run.settings.train
     notes = {
+        "gradients": "" if memory.gradients else "not there yet when the most is",
         "optimizer": f"the state of {run.optimizer['class_path']}",
-        "activations": f"kept for the backward, {train.micro_batch_size} x"
-        f" {train.max_seq_length or run.settings.model.block_size:,} tokens at once",
+        "activations": f"kept for the backward, {train.micro_batch_size} x {_context(run.settings):,} tokens at once",
         "logits": f"scores of {run.settings.model.padded_vocab_size:,} tokens at each place",
         "workspace": "weights cast to 16 bits, temporary results",
     }
     for name, part in memory._asdict().items():
-        yield f"  {name:<12}{part / GIB:8.2f} GiB   {notes.get(name, '')}".rstrip()
-    yield f"  {'peak':<12}{memory.peak / GIB:8.2f} GiB   the moment of a step when the most is there"
+        yield f"  {name:<12}{_bytes(part):>12}   {notes.get(name, '')}".rstrip()
+    yield f"  {'peak':<12}{_bytes(memory.peak):>12}   all together, at the moment of a step when the most is there"
     if card is not None:
         others = "CUDA and the display" if card.display else "CUDA"
         taken = f"{card.taken:.1f} for {others}" if card.named else f"{card.taken:.1f} are taken now"
         yield (
-            f"  {'room':<12}{(card.memory - card.taken) / GAPS:8.2f} GiB   of {card.memory:.1f}: {taken},"
+            f"  {'room':<12}{_bytes((card.memory - card.taken) / GAPS * GIB):>12}   of {card.memory:.1f}: {taken},"
             f" {GAPS - 1:.0%} for the allocator's gaps"
         )
 
 
 def _duration(run: ParsedRun, card: Card | None, precision: str) -> str:
-    fits = "" if card is None else "It fits. "
     peak = _cpu_peak() if card is None else card.peak
     if peak is None:
-        return f"{fits}This card's speed is not on record, so there is no estimate of the time."
+        return "This card's speed is not on record, so there is no estimate of the time."
     if precision != "32-true" if card is None else precision == "32-true":
-        return f"{fits}There is no estimate of the time for {precision} here."
+        return f"There is no estimate of the time for {precision} here."
     settings = run.settings
     share = SHARE_OF_PEAK["mixture" if settings.model.mlp_class_name == "LLaMAMoE" else "dense"]
-    context = settings.train.max_seq_length or settings.model.block_size
     devices = _devices(settings, card)
-    flops = training_flops_per_token(settings.model, context) * COMPUTED[settings.activation_checkpointing]
+    flops = training_flops_per_token(settings.model, _context(settings)) * COMPUTED[settings.activation_checkpointing]
     rate = peak * share * (devices if card else 1) / flops
     found = _tokens(run, card)
     time_needed = f", {_readable(found[1] / rate)}" if found else ""
     source = "measured on this CPU just now" if card is None else "by NVIDIA's product pages"
     on = f" on {devices} cards" if card and devices > 1 else ""
     return (
-        f"{fits}Estimated: {rate:,.0f} tokens/s{on}{time_needed}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
+        f"Estimated: {rate:,.0f} tokens/s{on}{time_needed}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
         f" ({source}), the share that others\nreport of models of this size; not measured here, and small batches"
         " reach less."
     )
@@ -220,12 +225,12 @@ def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
     """Tries one change after the other until the run fits, then leaves away what it fits without."""
     taken: list[tuple[str, ...]] = []
     for choices, cost in _changes(run.settings, run.optimizer, card):
-        for index, change in enumerate(choices):
+        for change in choices:
             memory = _memory(_parsed([*flags, *_joined([*taken, change])]), card)
             if _fits(memory, card):
                 break
-        taken.append(choices[index])
-        yield f"  {memory.peak / GIB:8.2f} GiB   {' '.join(change)}\n                 {cost}"
+        taken.append(change)
+        yield f"  {_bytes(memory.peak):>12}   {' '.join(change)}\n{'':17}{cost}"
         if _fits(memory, card):
             break
     else:
@@ -236,8 +241,11 @@ def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
         fewer = _memory(_parsed([*flags, *_joined(without)]), card)
         if _fits(fewer, card):
             taken, memory = without, fewer
-    command = " ".join(["uv run python run_train.py", *flags, *_joined(taken)])
-    yield f"\nThe least of it that fits, {memory.peak / GIB:.2f} GiB:\n\n  {command}"
+    final = [*flags, *_joined(taken)]
+    yield f"\nThe least of it that fits, with {_bytes(memory.peak)}:\n"
+    yield f"  uv run python run_train.py {' '.join(final)}\n"
+    changed = _parsed(final)
+    yield _duration(changed, card, _precision(changed.settings, card)[0])
 
 
 def _changes(
@@ -245,7 +253,6 @@ def _changes(
 ) -> Iterator[tuple[list[tuple[str, ...]], str]]:
     """What could be changed, each in its own strengths, and what it costs."""
     train, config = settings.train, settings.model
-    context = train.max_seq_length or config.block_size
     if sizes := _halves(train.micro_batch_size, 1):
         yield (
             [("--micro_batch_size", str(size)) for size in sizes],
@@ -257,7 +264,7 @@ def _changes(
         yield [("--activation_checkpointing", "block")], "the same result; each block is computed once more, about +33%"
     if not str(optimizer["class_path"]).startswith("torchao.") and card.capability >= (8, 0):
         yield [EIGHT_BIT], "weights in 16 bits, rounded by chance, and moments in 8: the loss is close, not the same"
-    if sizes := _halves(context, 256):
+    if sizes := _halves(_context(settings), 256):
         yield [("--max_seq_length", str(size)) for size in sizes], "a shorter context: another training"
     if layers := _halves(config.n_layer, 1):
         yield [("--model.n_layer", str(size)) for size in layers], "a smaller model"
@@ -272,4 +279,16 @@ def _halves(number: int, least: int) -> list[int]:
 
 
 def _joined(changes: Sequence[tuple[str, ...]]) -> list[str]:
-    return [flag for change in changes for flag in change]
+    """All flags; of two changes of one setting the later."""
+    return [flag for change in {change[0]: change for change in changes}.values() for flag in change]
+
+
+def _flop(number: float) -> str:
+    unit, name = next(
+        (unit, name) for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")) if number > unit
+    )
+    return f"{number / unit:,.4g} {name}FLOP"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / GIB:,.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:,.1f} MiB"
