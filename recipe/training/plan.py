@@ -196,6 +196,8 @@ def _duration(run: ParsedRun, card: Card | None, precision: str) -> str:
     found = _tokens(run, card)
     time_needed = f", {_readable(found[1] / rate)}" if found else ""
     source = "measured on this CPU just now" if card is None else "by NVIDIA's product pages"
+    if card and "laptop" in card.name:
+        source += ", at the lowest clock of its power limits"
     on = f" on {devices} cards" if card and devices > 1 else ""
     return (
         f"Estimated: {rate:,.0f} tokens/s{on}{time_needed}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
@@ -218,7 +220,10 @@ def _cpu_peak() -> float:
 def _readable(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:,.0f} seconds"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+    hours = seconds / 3600
+    if hours < 2:
+        return f"{seconds / 60:,.0f} minutes"
+    return f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.1f} days"
 
 
 def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
