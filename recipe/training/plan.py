@@ -289,10 +289,9 @@ def _joined(changes: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _flop(number: float) -> str:
-    unit, name = next(
-        (unit, name) for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")) if number > unit
-    )
-    return f"{number / unit:,.4g} {name}FLOP"
+    units = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
+    name = next((name for name, unit in units.items() if number >= unit), "M")
+    return f"{number / units[name]:,.2f} {name}FLOP"
 
 
 def _bytes(number: float) -> str:

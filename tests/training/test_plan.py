@@ -64,8 +64,8 @@ def test_a_run_whose_length_the_data_decide(shown) -> None:
 
 def test_it_says_what_to_change(shown, tmp_path: Path) -> None:
     """The command at the end is one that fits; what it fits without is left away again."""
-    large = ("--model.n_embd=1024", "--model.n_layer=8", "--model.padded_vocab_size=50257", "--model.vocab_size=50257")
-    text = shown(*large, "--model.moe_intermediate_size=2048", "--plan", "rtx3050-laptop")
+    large = ("--model.n_embd=1024", "--model.n_layer=2", "--model.padded_vocab_size=50257", "--model.vocab_size=50257")
+    text = shown(*large, "--model.moe_intermediate_size=4096", "--plan", "rtx3050-laptop")
     before, after = text.split("The least of it that fits, with ")
     assert "It does not fit." in before
     changes = [line.split("GiB   ")[1] for line in before.split("\n\n")[3].splitlines() if "GiB   --" in line]
@@ -80,7 +80,7 @@ def test_it_says_what_to_change(shown, tmp_path: Path) -> None:
 
 
 def test_nothing_is_enough(shown) -> None:
-    text = shown("--model.n_embd=16384", "--model.n_head=64", "--model.n_layer=2", "--plan=rtx3050-laptop")
+    text = shown("--model.n_embd=32768", "--model.n_head=64", "--model.n_layer=1", "--plan=rtx3050-laptop")
     assert "Nothing of this is enough" in text
 
 
