@@ -28,7 +28,7 @@ from recipe.training.memory import training_memory
 from recipe.training.model import PretrainingModel
 from recipe.training.optimizers import make_optimizer
 
-RESULTS = ROOT / "benchmarks/results"
+RESULT = ROOT / "benchmarks/results/memory.json"
 RUNS = ("fineweb-edu-gpt2-124m", "fineweb-edu-gpt2-moe")
 LAYERS = (12, 24, 48)
 MICRO_BATCHES = (1, 16)
@@ -55,14 +55,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     if parser.parse_args().device == "cuda":
         rows = [against_a_card(name, *flags) for name, *flags in ON_A_CARD]
-        how, file, text = "plan against torch.cuda.max_memory_allocated, not compiled", "memory-cuda", comparison(rows)
+        how, text = "plan against torch.cuda.max_memory_allocated, not compiled", comparison(rows)
+        command, file = "python benchmarks/memory.py --device cuda", RESULT.with_name("memory-cuda.json")
     else:
         rows = [row(name, layers, size) for name in RUNS for layers in LAYERS for size in MICRO_BATCHES]
         how = "worked out on fake tensors, not measured on a GPU; without the CUDA context and the allocator's gaps"
-        file, text = "memory", table(rows)
-    command = "python benchmarks/memory.py" + (" --device cuda" if file == "memory-cuda" else "")
+        text, command, file = table(rows), "python benchmarks/memory.py", RESULT
     result = {**circumstances(command, ("torch", "litgpt", "lightning")), "how": how, "rows": rows}
-    (RESULTS / f"{file}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
     print(text)
 
 

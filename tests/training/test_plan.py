@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import run_train
@@ -99,7 +100,10 @@ def test_settings_are_checked_first(shown) -> None:
 
 
 def test_the_line_at_a_runs_start() -> None:
+    """It leaves the random numbers of the run as they are."""
     run = parsed(*KINDS["moe"])
+    before = torch.get_rng_state()
     assert describe_memory(run, "bf16-mixed", ADA).startswith("Memory by plan, without torch.compile: ")
+    assert torch.equal(torch.get_rng_state(), before)
     odd = parsed(*KINDS["moe"], "--optimizer=torch.optim.LBFGS")  # wants a closure
     assert "can't be worked out beforehand" in describe_memory(odd, "bf16-mixed", ADA)
