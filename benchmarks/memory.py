@@ -23,6 +23,7 @@ from benchmarks.common import circumstances
 from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware, hardware_of
 from recipe.flops import count_parameters
+from recipe.layers import use_fast_layers
 from recipe.settings import ParsedRun, parse_run
 from recipe.training.memory import training_memory
 from recipe.training.model import PretrainingModel
@@ -99,7 +100,7 @@ def against_a_card(name: str, *flags: str) -> dict[str, object]:
     fabric = L.Fabric(accelerator="cuda", devices=1, precision=precision)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with use_custom_moe(), fabric.init_module():
+    with use_custom_moe(), use_fast_layers(), fabric.init_module():
         gpt = GPT(settings.model)
     gpt.max_seq_length = train.max_seq_length or settings.model.block_size
     if train.tie_embeddings:

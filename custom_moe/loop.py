@@ -13,7 +13,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-BLOCK_SIZE = 2**20
+BLOCK_SIZE = 2**18
 """How many pre-activations are worked on together, in memory that all blocks share: on a CPU, fresh memory for each
 step of the formula costs as much as the step."""
 

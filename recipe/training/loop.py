@@ -84,7 +84,7 @@ def run_training(
     module: nn.Module = PretrainingModel(gpt, settings.activation_checkpointing)
     model = fabric.setup(cast(nn.Module, torch.compile(module)) if compiled else module)
     # Fused optimizers unscale gradients themselves, so that Fabric could not clip them under a gradient scaler.
-    fused = fabric.device.type == "cuda" and scaler_of(fabric) is None
+    fused = fabric.device.type in ("cpu", "cuda") and scaler_of(fabric) is None
     optimizer_in_fabric = cast(
         _FabricOptimizer, fabric.setup_optimizers(make_optimizer(run.optimizer, model, fused=fused))
     )

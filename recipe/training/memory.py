@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 from weakref import ReferenceType, ref
 
 import torch
@@ -24,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 from custom_moe import Backend, loop, use_custom_moe
 from custom_moe.backends import Hardware, backend_for
 from custom_moe.experts import Experts
+from recipe.layers import use_fast_layers
 from recipe.settings import ParsedRun
+from recipe.training import cross_entropy
 from recipe.training.model import PretrainingModel
 from recipe.training.optimizers import make_optimizer
 
@@ -70,7 +73,7 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
     fused = hardware is not None and precision != "16-mixed"  # as in recipe/training/loop.py
     # Its step is compiled, which fake tensors can't be; what it takes beside its state is little.
     eight_bit = run.optimizer["class_path"].startswith("torchao.")
-    with FakeTensorMode(allow_non_fake_inputs=True), use_custom_moe():
+    with FakeTensorMode(allow_non_fake_inputs=True), use_custom_moe(), use_fast_layers():
         with in_precision.module_init_context():
             gpt = GPT(config)
         gpt.max_seq_length = context
@@ -86,7 +89,10 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
 
         ledger = _Ledger(config.padded_vocab_size or 0, 512 if hardware else 1)  # CUDA's allocator rounds up
         tokens = torch.zeros(train.micro_batch_size, context, dtype=torch.int64)
-        with ledger:
+        rows = cross_entropy.rows_at_once
+        device = "cuda" if hardware else "cpu"
+        on_device = patch.object(cross_entropy, "rows_at_once", lambda N, V, _: rows(N, V, device))
+        with ledger, on_device:
             ledger.add("weights", *model.parameters(), *model.buffers())
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in parameters:

@@ -17,8 +17,10 @@ from custom_moe import (
     score_function,
     updated_bias,
 )
+from custom_moe.experts import compute_dtype
 from recipe.data.instruction_module import IGNORED
 from recipe.forward import Recomputed, hidden_states, logits_of
+from recipe.training.cross_entropy import linear_cross_entropy
 
 
 class Batch(NamedTuple):
@@ -87,17 +89,24 @@ class PretrainingModel(nn.Module):
                 confidences.append(router_confidence(router.logits, score, real_N))
                 counts.append(expert_counts(router.indices, config.n_expert, real_N))
 
-        logits = logits_of(self.gpt, x)  # (B, T, padded_vocab_size)
-        if self.gpt.transformer.wte.weight.dtype != torch.float32:
-            logits = logits.float()  # in bf16-true the loss itself would be rounded to 8 bits
         nothing = torch.zeros((), device=x.device)
         return Losses(
-            cross_entropy=chunked_cross_entropy(logits, targets, ignore_index=IGNORED),
+            cross_entropy=self._cross_entropy(x, targets),
             load_balancing=torch.stack(balancing).mean() if balancing else nothing,
             z_loss=torch.stack(z_losses).mean() if z_losses else nothing,
             router_confidence=torch.stack(confidences) if confidences else nothing.new_zeros(0),
             expert_counts=torch.stack(counts) if counts else nothing.new_zeros(0, 0, dtype=torch.int64),
         )
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Of hidden states ``(B, T, C)``; through all logits only where something other than a matrix makes them."""
+        head = getattr(self.gpt.lm_head, "linear", self.gpt.lm_head)  # LoRA's layer has it within
+        plain = isinstance(head, nn.Linear) and head.bias is None and not getattr(self.gpt.lm_head, "r", 0)
+        if plain and self.gpt.config.final_logit_softcapping is None and compute_dtype(x) != torch.float16:
+            x_NC = self.gpt.transformer.ln_f(x).flatten(0, 1)
+            return linear_cross_entropy(x_NC, head.weight, targets.flatten())
+        logits = logits_of(self.gpt, x)  # (B, T, padded_vocab_size)
+        return chunked_cross_entropy(logits.float(), targets, ignore_index=IGNORED)
 
 
 def moe_layers(gpt: GPT) -> list[MoE]:

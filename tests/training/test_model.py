@@ -1,3 +1,4 @@
+import litgpt.lora
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from custom_moe import MoE, expert_counts, expert_load, load_balancing_loss, use_custom_moe
 from recipe.forward import Recomputed, hidden_states
+from recipe.layers import use_fast_layers
 from recipe.settings import MoESettings
 from recipe.training.loop import total_loss
 from recipe.training.model import PretrainingModel, even_counts, update_selection_biases
@@ -64,7 +66,7 @@ MODELS = {
 
 def build(name: str) -> GPT:
     torch.manual_seed(0)
-    with use_custom_moe():
+    with use_custom_moe(), use_fast_layers():
         return GPT(Config(**MODELS[name]))
 
 
@@ -75,11 +77,60 @@ def batch(seq_length: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cross_entropy_is_that_of_litgpts_forward(name):
-    gpt = build(name)
-    input_ids, targets = batch()
-    losses = PretrainingModel(gpt)(input_ids, targets)
-    expected = F.cross_entropy(gpt(input_ids).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(losses.cross_entropy, expected)
+    """And so are all gradients, with and without an embedding that is the output layer too."""
+    for tied in (False, True):
+        model, gpt = PretrainingModel(build(name)), GPT(Config(**MODELS[name]))  # the latter is LitGPT's own
+        gpt.load_state_dict(model.gpt.state_dict())
+        if tied:
+            for one in (model.gpt, gpt):
+                one.transformer.wte.weight = one.lm_head.weight
+        input_ids, targets = batch()
+        losses = model(input_ids, targets)
+        expected = F.cross_entropy(gpt(input_ids).flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(losses.cross_entropy, expected)
+        losses.cross_entropy.backward()
+        expected.backward()
+        for key in ("lm_head.weight", "transformer.wte.weight", "transformer.h.0.attn.qkv.weight"):
+            torch.testing.assert_close(model.gpt.get_parameter(key).grad, gpt.get_parameter(key).grad)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_cross_entropy_under_autocast(precision):
+    """fp16 takes the way with all logits, whose gradients a scaler scales."""
+    model, dtype = PretrainingModel(build("moe")), torch.bfloat16 if precision == "bf16" else torch.float16
+    expected = model(*batch()).cross_entropy
+    with torch.autocast("cpu", dtype=dtype):
+        found = model(*batch()).cross_entropy
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+    assert ("LinearCrossEntropy" in str(_functions(found))) == (precision == "bf16")
+
+
+def test_lora_on_the_output_layer_is_part_of_the_loss():
+    sizes = dict(lora_r=4, lora_alpha=16, lora_dropout=0.0, lora_query=True)
+    losses = []
+    for on_head in (False, True):
+        torch.manual_seed(0)
+        with use_custom_moe():
+            gpt = litgpt.lora.GPT(litgpt.lora.Config(**MODELS["moe"], **sizes, lora_head=on_head))
+        torch.manual_seed(1)
+        for parameter in gpt.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        found = PretrainingModel(gpt)(*batch()).cross_entropy
+        expected = F.cross_entropy(gpt(batch()[0]).flatten(0, 1), batch()[1].flatten())
+        torch.testing.assert_close(found, expected)
+        losses.append((found, "LinearCrossEntropy" in str(_functions(found))))
+    assert [fused for _, fused in losses] == [True, False]
+
+
+def _functions(loss):
+    """The autograd functions that made it."""
+    seen, todo = [], [loss.grad_fn]
+    while todo and len(seen) < 50:
+        function = todo.pop(0)
+        seen.append(type(function).__name__)
+        todo += [parent for parent, _ in function.next_functions if parent is not None]
+    return seen
 
 
 def test_a_dense_model_has_no_balance_losses():
@@ -250,3 +301,20 @@ def test_one_graph_for_torch_compile(name):
         if name == "deepseek":
             update_selection_biases(model.gpt, counts, 0.001)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["moe", "pythia"])
+def test_one_graph_for_torch_compile_under_autocast_and_in_both_directions(name):
+    model, counter = PretrainingModel(build(name)), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    gradients = []
+    for module in (compiled, model):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = total_loss(module(*batch()), MoESettings())
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert counter.frame_count == 1
+    for key, expected in gradients[1].items():
+        error = (gradients[0][key] - expected).norm() / expected.norm()
+        assert error < 0.01, f"{key}: the compiler may leave out roundings to bf16, and no more ({error:.2g})"

@@ -1,0 +1,101 @@
+"""The output layer and the cross-entropy as one function, so that the logits of a whole batch never exist.
+
+At 50,257 words and 4,096 tokens they would be 0.8 GB in fp32, and their gradient as much again. Here a block of rows is
+multiplied, normalized and turned into gradients while it is still in fast memory, and the backward only scales what the
+forward has found. The idea is that of Liger-Kernel (arXiv 2410.10989, section 3.2) and cut-cross-entropy (arXiv
+2411.09009); in plain operators, so that it runs on any device and the compiler fuses what lies between the products.
+
+Shape suffixes: N tokens, C n_embd, V padded_vocab_size, R rows of one block.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_moe.experts import compute_dtype
+from recipe.data.instruction_module import IGNORED
+
+CPU_BLOCK = 2**18
+"""Logits at once: they stay in a core's cache"""
+GPU_BLOCK = 2**25
+"""Logits at once: rows enough to keep a card busy"""
+MAX_BLOCKS = 16
+"""On a GPU: the compiler writes out each of them"""
+
+
+def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
+    """``cross_entropy(x @ weight.T, targets)``: the mean over the tokens whose target is not ``IGNORED``, in nats.
+
+    Products are computed in autocast's type where it is on, else in ``x``'s; all between them, and the sums over
+    blocks, in fp32. (``torch.nn.functional.linear_cross_entropy``, new in torch 2.15, does not know autocast.)
+
+    Args:
+        x_NC: hidden states after the last norm. Not for fp16: its range is too narrow for gradients before a scaler
+            has scaled them.
+        weight_VC: the output layer's.
+        targets_N: int64.
+
+    Returns:
+        A scalar, fp32; 0 where all targets are ignored.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(x_NC, weight_VC, targets_N, compute_dtype(x_NC), torch.is_grad_enabled())
+    return loss
+
+
+def rows_at_once(N: int, V: int, device_type: str) -> int:
+    """How many tokens one block has."""
+    if device_type == "cpu":
+        return max(128, CPU_BLOCK // V)
+    whole_tiles = 128 * max(1, GPU_BLOCK // V // 128)
+    return max(whole_tiles, -(-N // MAX_BLOCKS))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dtype: torch.dtype, gradients: bool
+    ) -> Tensor:
+        need_x, need_weight = (gradients and need for need in ctx.needs_input_grad[:2])
+        x, weight = x_NC.to(dtype), weight_VC.to(dtype)
+        counted_N = (targets_N != IGNORED).float()
+        share = 1 / counted_N.sum().clamp(min=1)
+        loss = torch.zeros((), device=x.device)
+        dx_NC = torch.empty_like(x) if need_x else None
+        dweight_VC = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        size = rows_at_once(len(x), len(weight), x.device.type)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            target_R1, counted_R1 = targets_N[rows, None].clamp(min=0), counted_N[rows, None]
+            log_probs_RV = (x[rows] @ weight.t()).float().log_softmax(dim=1)
+            loss = loss - (log_probs_RV.gather(1, target_R1) * counted_R1).sum()
+            if not (need_x or need_weight):
+                continue
+            dlogits_RV = log_probs_RV.exp_().scatter_add_(1, target_R1, torch.full_like(counted_R1, -1))
+            dlogits_RV = dlogits_RV.mul_(counted_R1 * share).to(dtype)
+            if dx_NC is not None:
+                dx_NC[rows] = dlogits_RV @ weight
+            if dweight_VC is not None:
+                _add_product(dweight_VC, dlogits_RV.t(), x[rows])
+        ctx.save_for_backward(dx_NC, None if dweight_VC is None else dweight_VC.to(weight_VC.dtype))
+        ctx.x_dtype = x_NC.dtype
+        return loss * share
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx_NC, dweight_VC = ctx.saved_tensors
+        return (
+            None if dx_NC is None else (dx_NC * grad).to(ctx.x_dtype),
+            None if dweight_VC is None else dweight_VC * grad.to(dweight_VC.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, without a copy where the types are alike."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)  # FLOP counters do not know addmm_
+    else:
+        total += a @ b

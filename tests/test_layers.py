@@ -1,0 +1,136 @@
+"""The layers of recipe/layers.py against LitGPT's, with every gradient."""
+
+import litgpt.model
+import pytest
+import torch
+from litgpt import GPT, Config
+
+from recipe.layers import CausalSelfAttention, RMSNorm, use_fast_layers
+
+B, T = 2, 13
+USUAL = dict(block_size=32, n_layer=1, n_embd=48, n_head=6, padded_vocab_size=32, rotary_percentage=1.0, bias=False)
+ATTENTIONS = {
+    "every head its keys": dict(n_query_groups=6),
+    "grouped queries": dict(n_query_groups=2),
+    "one group": dict(n_query_groups=1),
+    "biases": dict(n_query_groups=2, bias=True),
+    "normed heads": dict(n_query_groups=2, norm_qk=True, norm_class_name="RMSNorm"),
+    "normed as in OLMo 2": dict(n_query_groups=6, norm_qk=True, norm_qk_type="olmo2", norm_class_name="RMSNorm"),
+    "another scale": dict(n_query_groups=6, attention_scores_scalar=20),
+    # LitGPT's way
+    "a quarter rotated": dict(n_query_groups=6, rotary_percentage=0.25),
+    "interleaved": dict(n_query_groups=6, rope_interleave=True),
+    "capped scores": dict(n_query_groups=6, attention_logit_softcapping=5.0),
+    "windows": dict(n_query_groups=6, sliding_window_size=4, sliding_window_indices=[1]),
+}
+
+
+def both_attentions(name):
+    torch.manual_seed(0)
+    config = Config(**{**USUAL, **ATTENTIONS[name]})
+    stock, ours = litgpt.model.CausalSelfAttention(config, 0), CausalSelfAttention(config, 0)
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(stock.state_dict())
+    gpt = GPT(config)
+    return stock, ours, gpt.cos[:T].unsqueeze(0), gpt.sin[:T].unsqueeze(0)
+
+
+def with_gradients(module, x, *args):
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    y = module(x, *args)
+    weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+    (y.float() * weights).sum().backward()
+    return y, x.grad, *(parameter.grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_and_its_gradients_are_litgpts(name):
+    stock, ours, cos, sin = both_attentions(name)
+    x = torch.randn(B, T, 48)
+    torch.testing.assert_close(with_gradients(ours, x, cos, sin), with_gradients(stock, x, cos, sin))
+
+
+@pytest.mark.parametrize("name", ["every head its keys", "grouped queries", "normed heads"])
+def test_attention_in_bf16_is_as_exact_as_litgpts(name):
+    stock, ours, cos, sin = both_attentions(name)
+    x = torch.randn(B, T, 48)
+    exact = with_gradients(stock, x, cos, sin)
+
+    def errors(module):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = with_gradients(module, x, cos, sin)
+        return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+    assert all(a < 1.3 * b for a, b in zip(errors(ours), errors(stock), strict=True))
+
+
+def test_attention_with_masks_and_positions_is_litgpts():
+    stock, ours, cos, sin = both_attentions("grouped queries")
+    x, mask = torch.randn(B, T, 48), torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+    assert torch.equal(ours(x, cos, sin, mask), stock(x, cos, sin, mask))
+    shifted = torch.stack([torch.arange(T), torch.arange(T) + 5])
+    cos, sin = (table.expand(B, -1, -1).clone() for table in (cos, sin))
+    cos[1], sin[1] = torch.cos(shifted[1, :, None] * 0.1), torch.sin(shifted[1, :, None] * 0.1)
+    torch.testing.assert_close(ours(x, cos, sin), stock(x, cos, sin))
+
+
+@pytest.mark.parametrize("add_unit_offset", [False, True])
+def test_norm_and_its_gradients_are_litgpts(add_unit_offset):
+    torch.manual_seed(0)
+    ours, stock = (kind(48, eps=1e-5, add_unit_offset=add_unit_offset) for kind in (RMSNorm, litgpt.model.RMSNorm))
+    for norm in (ours, stock):
+        torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    x = 3 * torch.randn(B, T, 48)
+    torch.testing.assert_close(with_gradients(ours, x), with_gradients(stock, x))
+    for norm in (ours, stock):
+        norm.bfloat16()
+    found, wanted = (with_gradients(norm, x.bfloat16()) for norm in (ours, stock))
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in wanted]
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("layer", ["attention", "norm"])
+def test_they_keep_less_for_the_backward_than_litgpts(layer):
+    if layer == "attention":
+        stock, ours, *rotation = both_attentions("grouped queries")
+    else:
+        (stock, ours), rotation = (kind(48) for kind in (litgpt.model.RMSNorm, RMSNorm)), []
+
+    def kept(module):
+        tensors = {}
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() not in parameters:
+                tensors[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        x = torch.randn(B, T, 48, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(x, *rotation)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    assert kept(ours) < kept(stock)
+
+
+def test_models_built_within_are_read_by_litgpts_and_litgpt_is_as_it_was():
+    before = (litgpt.model.CausalSelfAttention, litgpt.model.RMSNorm)
+    config = Config(**USUAL, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", intermediate_size=64)
+    with use_fast_layers():
+        with use_fast_layers():
+            pass
+        ours = GPT(config)
+    assert (litgpt.model.CausalSelfAttention, litgpt.model.RMSNorm) == before
+    block = ours.transformer.h[0]
+    assert type(block.attn) is CausalSelfAttention and type(block.norm_1) is type(ours.transformer.ln_f) is RMSNorm
+    stock = GPT(config)
+    stock.load_state_dict(ours.state_dict())
+    tokens = torch.randint(0, 32, (B, T))
+    torch.testing.assert_close(ours(tokens), stock(tokens))
+    # With a KV cache they go LitGPT's way.
+    for gpt in (ours, stock):
+        gpt.set_kv_cache(batch_size=B)
+    positions = torch.arange(T)
+    torch.testing.assert_close(ours(tokens, positions), stock(tokens, positions))
