@@ -7,6 +7,7 @@ uv run python run_train.py --train.max_tokens 1000000000 --optimizer.init_args.l
 uv run python run_train.py --resume auto                                  # go on where the last one stopped
 uv run python run_train.py --upcycle checkpoints/dense/final --out_dir checkpoints/moe    # a dense model's mixture
 uv run python run_train.py --print_config                                 # what would run
+uv run python run_train.py --plan rtx3060-laptop                          # what it needs there; --plan: on this machine
 uv run torchrun --standalone --nproc_per_node=2 run_train.py              # two GPUs
 """
 
@@ -21,6 +22,10 @@ def main() -> None:
     from recipe.training.pretrain import pretrain
     from recipe.training.ready import ready
 
+    if any(argument.partition("=")[0] == "--plan" for argument in sys.argv):
+        from recipe.training.plan import show_plan
+
+        return show_plan(sys.argv[1:])
     run = parse_run(sys.argv[1:])
     check(run.settings, run.optimizer)
     run, resume_from = ready(run)

@@ -335,6 +335,12 @@ def run_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
     # Optimizers of other packages (torchao) give their parameters no types.
     parser.add_class_arguments(RunSettings, sub_configs=True, fail_untyped=False)
+    parser.add_argument(
+        "--plan",
+        default=SUPPRESS,
+        metavar="CARD",
+        help="Show what the run needs on this machine or a card by name (rtx3060), and train nothing",
+    )
     _add_short_flags(parser, SHORT_FLAGS)
     parser.set_defaults(
         {

@@ -148,6 +148,26 @@ def test_flops_equal_torchs_counter(fields: dict) -> None:
     assert counter.get_total_flops() == ids.numel() * training_flops_per_token(config, 16, causal=False)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"bias": True}, {**TINY_MOE, "norm_class_name": "RMSNorm"}], ids=["dense", "naive MoE"]
+)
+def test_a_third_is_the_forward_and_causal_attention_is_half(fields: dict) -> None:
+    """The counter sees each token's forward by itself, which looks at no more than what is before it: with t positions
+    for token t a half and a half, which the formula leaves away, T (T + 1) / 2 for T * T / 2."""
+    config = Config(**{**TINY, **fields})
+    gpt = GPT(config)
+    seq_length = 16
+    gpt.set_kv_cache(batch_size=1)
+    counted = 0
+    for position in range(seq_length):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            seen = position + 1
+            gpt(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([position]), input_pos_maxp1=seen)
+        counted += counter.get_total_flops()
+    halves = seq_length * config.n_layer * 2 * config.n_head * config.head_size  # a position more for each token
+    assert 3 * (counted - halves) == seq_length * training_flops_per_token(config, seq_length, causal=True)
+
+
 def test_causal_attention_is_counted_by_half_and_windows_by_their_area() -> None:
     def attention(causal: bool, seq_length: int = 16, **fields: object) -> int:
         config = Config(**{**TINY, **fields})

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ import lightning as L
 import litgpt.pretrain
 import torch
 import yaml
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from litgpt import GPT, Tokenizer
 from litgpt.args import TrainArgs
@@ -25,26 +23,30 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from custom_moe import load_statistics, set_backend
+from custom_moe.backends import hardware_of
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.instruction_module import IGNORED, InstructionData
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
-from recipe.flops import count_parameters, training_flops_per_token
+from recipe.flops import training_flops_per_token
 from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings
+from recipe.training.cards import peak_flops
 from recipe.training.compiling import should_compile
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
 from recipe.training.model import (
     Batch,
     Losses,
     PretrainingModel,
+    cast_matrices,
     even_counts,
     moe_layers,
     update_selection_biases,
 )
-from recipe.training.optimizers import make_optimizer, parameter_groups, set_learning_rate
-from recipe.training.schedule import learning_rate, plan_run
+from recipe.training.optimizers import make_optimizer, set_learning_rate
+from recipe.training.plan import describe_memory, describe_size
+from recipe.training.schedule import Plan, learning_rate, plan_run
 from recipe.training.state import (
     TrainingRun,
     check_same_on_all_machines,
@@ -140,23 +142,8 @@ def run_training(
         (out_dir / "run_config.yaml").write_text(text, encoding="utf-8")
     loggers.log_hyperparams(run.resolved)
 
-    sizes = count_parameters(settings.model, tie_embeddings=bool(train.tie_embeddings))
-    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
-    say(
-        f"{settings.model.name}: {sizes.total / 1e6:,.1f} M parameters, {sizes.active / 1e6:,.1f} M active for each"
-        f" token{'' if trained >= sizes.total else f', {trained / 1e6:,.3f} M trained (LoRA)'}."
-    )
-    if isinstance(settings, FinetuneSettings):
-        size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
-    else:
-        size = (
-            f"{plan.steps:,} steps of {plan.accumulation * plan.tokens_per_micro_batch:,} tokens,"
-            f" {plan.tokens:,} tokens in all"
-        )
-    say(
-        f"{size}, {plan.micro_batches / len(train_dataloader):.2f} epochs;"
-        f" it ends by {plan.ended_by}{f' or after {train.max_time:g} s' if train.max_time else ''}."
-    )
+    for line in describe_run(fabric, gpt, run, plan, plan.micro_batches / len(train_dataloader)):
+        say(line)
     where = f"{fabric.world_size} x {_device_name(fabric)}" if fabric.world_size > 1 else _device_name(fabric)
     say(f"On {where} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}{experts_note}.")
     warmup_note = None
@@ -182,6 +169,26 @@ def run_training(
     save_checkpoint(fabric, training, out_dir / ("final" if finished else f"step-{training.progress.step:08d}"))
     loggers.finalize("success")
     _report(fabric, training, time.perf_counter() - start, training.progress.tokens - tokens_before)
+
+
+def describe_run(fabric: L.Fabric, gpt: GPT, run: ParsedRun, plan: Plan, epochs: float) -> Iterator[str]:
+    """How large the run is, much of it as ``run_train.py --plan`` has it."""
+    settings, train = run.settings, run.settings.train
+    yield describe_size(settings)
+    if isinstance(settings, FinetuneSettings):
+        trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
+        if settings.lora_r:
+            yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
+        size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
+    else:
+        if fabric.device.type == "cuda" and fabric.global_rank == 0:  # it takes seconds, as compiling does
+            yield describe_memory(run, str(fabric._precision.precision), hardware_of(fabric.device))
+        size = (
+            f"{plan.steps:,} steps of {plan.accumulation * plan.tokens_per_micro_batch:,} tokens,"
+            f" {plan.tokens:,} tokens in all"
+        )
+    limit = f" or after {train.max_time:g} s" if train.max_time else ""
+    yield f"{size}, {epochs:.2f} epochs; it ends by {plan.ended_by}{limit}."
 
 
 def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
@@ -222,7 +229,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             taken = [as_batch(next(batches), run.gpt.max_seq_length) for _ in range(micro_batches)]
             shares, tokens = loss_shares(fabric, taken)
             counts = torch.zeros_like(run.expert_counts)
-            weights = cast_matrices(fabric, run)
+            weights = cast_matrices(model, fabric._precision.precision, settings.activation_checkpointing)
             for index, (batch, share) in enumerate(zip(taken, shares, strict=True)):
                 with fabric.no_backward_sync(model, enabled=index < micro_batches - 1):
                     losses: Losses = functional_call(model, weights, (*batch, run.expert_counts), tie_weights=False)
@@ -230,6 +237,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
                     fabric.backward(total_loss(losses, settings.moe) / micro_batches)
                 interval.add(losses)
                 counts += losses.expert_counts
+            del weights
             interval.tokens += tokens
             # Without max_norm the norm is still measured: clipping at infinity changes nothing.
             norm = fabric.clip_gradients(
@@ -272,20 +280,6 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             if train.max_time and not last and _any_rank(fabric, session >= train.max_time):
                 return False
     return True
-
-
-def cast_matrices(fabric: L.Fabric, run: TrainingRun) -> dict[str, Tensor]:
-    """Under mixed precision, the trained matrices in the type of the products, by name: cast once for all micro batches
-    of a step, where autocast casts at each of them, and experts in each direction. Gradients go back through the cast.
-
-    Not where activations are recomputed: that happens behind the forward, with the parameters themselves.
-    """
-    if not fabric._precision.precision.endswith("mixed") or run.settings.activation_checkpointing != "none":
-        return {}
-    with fabric.autocast():
-        dtype = torch.get_autocast_dtype(fabric.device.type)
-    matrices = {id(parameter) for parameter in parameter_groups(run.model)[0]["params"]}
-    return {name: value.to(dtype) for name, value in run.model.named_parameters() if id(value) in matrices}
 
 
 def total_loss(losses: Losses, moe: MoESettings) -> Tensor:
@@ -554,12 +548,9 @@ def encode_hellaswag(settings: RunSettings, tokenizer: Tokenizer | None, gpt: GP
 
 
 def _peak_flops(fabric: L.Fabric) -> float | None:
-    if fabric.device.type != "cuda":
+    if fabric.device.type != "cuda" or fabric._precision.precision == "32-true":
         return None
-    dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns where it does not know the card, and then MFU stays empty
-        return get_available_flops(fabric.device, dtype.get(fabric._precision.precision, torch.float32))
+    return peak_flops(torch.cuda.get_device_name(fabric.device))
 
 
 def _device_name(fabric: L.Fabric) -> str:

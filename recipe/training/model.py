@@ -21,6 +21,7 @@ from custom_moe.experts import compute_dtype
 from recipe.data.instruction_module import IGNORED
 from recipe.forward import Recomputed, hidden_states, logits_of
 from recipe.training.cross_entropy import linear_cross_entropy
+from recipe.training.optimizers import parameter_groups
 
 
 class Batch(NamedTuple):
@@ -107,6 +108,24 @@ class PretrainingModel(nn.Module):
             return linear_cross_entropy(x_NC, head.weight, targets.flatten())
         logits = logits_of(self.gpt, x)  # (B, T, padded_vocab_size)
         return chunked_cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+
+
+def cast_matrices(model: nn.Module, precision: str, recomputed: Recomputed) -> dict[str, Tensor]:
+    """Under mixed precision the trained matrices in the type of the products, by name: for ``functional_call``.
+
+    Cast once for all micro batches of a step, where autocast would cast at each of them, and the experts in each
+    direction; gradients go back through the cast. Empty where activations are recomputed: that happens when the
+    call is over, with the parameters themselves.
+
+    Args:
+        model: a module around ``PretrainingModel``, or it itself.
+        precision: of Fabric, as ``bf16-mixed``.
+    """
+    if not precision.endswith("mixed") or recomputed != "none":
+        return {}
+    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    matrices = {id(parameter) for parameter in parameter_groups(model)[0]["params"]}
+    return {name: value.to(dtype) for name, value in model.named_parameters() if id(value) in matrices}
 
 
 def moe_layers(gpt: GPT) -> list[MoE]:

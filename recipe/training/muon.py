@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
     def _update_by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not (state := self.state[parameter]):
-                state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+                state["step"] = torch.tensor(0.0, device=parameter.device if group["fused"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         steps, averages, squares = (

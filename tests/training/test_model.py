@@ -5,13 +5,14 @@ import torch.nn.functional as F
 from litgpt import GPT, Config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
 
 from custom_moe import MoE, expert_counts, expert_load, load_balancing_loss, use_custom_moe
 from recipe.forward import Recomputed, hidden_states
 from recipe.layers import use_fast_layers
 from recipe.settings import MoESettings
 from recipe.training.loop import total_loss
-from recipe.training.model import PretrainingModel, even_counts, update_selection_biases
+from recipe.training.model import PretrainingModel, cast_matrices, even_counts, update_selection_biases
 
 SIZE = dict(block_size=32, n_layer=3, n_embd=32, n_head=4, padded_vocab_size=100, vocab_size=100)
 MODELS = {
@@ -318,3 +319,48 @@ def test_one_graph_for_torch_compile_under_autocast_and_in_both_directions(name)
     for key, expected in gradients[1].items():
         error = (gradients[0][key] - expected).norm() / expected.norm()
         assert error < 0.01, f"{key}: the compiler may leave out roundings to bf16, and no more ({error:.2g})"
+
+
+def _step(model, module, precision):
+    """The gradients of a step of two micro batches."""
+    model.zero_grad()
+    weights = cast_matrices(module, precision, "none")
+    for part in range(2):
+        tokens = [tensor[part : part + 1] for tensor in batch()]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = functional_call(module, weights, (*tokens,), tie_weights=False)
+        (total_loss(losses, MoESettings()) / 2).backward()
+    return losses, {name: parameter.grad for name, parameter in model.named_parameters()}, weights
+
+
+@pytest.mark.parametrize("name", ["moe", "pythia"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_that_are_cast_once_give_the_gradients_of_autocast(name, tied):
+    model = PretrainingModel(build(name))
+    if tied:
+        model.gpt.transformer.wte.weight = model.gpt.lm_head.weight
+    expected, gradients, none = _step(model, model, "32-true")
+    found, gradients_once, weights = _step(model, model, "bf16-mixed")
+    assert not none and {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    kept = {key for key in gradients if key not in weights}
+    assert any("wte" in key or tied for key in kept) and not any("qkv.weight" in key for key in kept)
+    assert not [key for key in weights if "wte" in key or "norm" in key or "gate" in key or key.endswith("bias")]
+    assert torch.equal(found.cross_entropy, expected.cross_entropy)
+    for key, gradient in gradients.items():
+        assert gradients_once[key].dtype == torch.float32
+        if "lm_head" in key and not tied:  # its sum over blocks of rows is rounded at the end
+            torch.testing.assert_close(gradients_once[key], gradient, rtol=0.01, atol=1e-4)
+        else:
+            assert torch.equal(gradients_once[key], gradient), key
+
+
+def test_matrices_that_are_cast_once_are_not_cast_in_the_compiled_graph():
+    """Nor is the graph another one at the next step."""
+    model, counter = PretrainingModel(build("moe")), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(3):
+        _step(model, compiled, "bf16-mixed")
+    assert counter.frame_count == 1
+    casts = [node for node in counter.graphs[0].graph.nodes if node.op == "call_method" and node.target == "to"]
+    shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim == 3}
+    assert not [node for node in casts if tuple(node.meta["example_value"].shape) in shapes]

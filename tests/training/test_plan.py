@@ -1,0 +1,109 @@
+"""``run_train.py --plan`` as a user sees it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import run_train
+from recipe.cli import exit_with_message
+from recipe.settings import parse_run
+from recipe.training.memory import training_memory
+from recipe.training.plan import describe_memory
+from tests.training.test_memory import ADA, KINDS, parsed
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, moe_fields: dict):
+    """``shown("--flag")``: what ``run_train.py`` prints for a run without data, which must leave nothing behind."""
+    settings = {
+        "model": moe_fields,
+        "out_dir": str(tmp_path / "out"),
+        "tokenizer_dir": str(tmp_path / "nowhere"),
+        "data": {
+            "class_path": "recipe.data.TokenizedText",
+            "init_args": {"train_data_path": str(tmp_path / "train"), "val_data_path": str(tmp_path / "val")},
+        },
+        "train": {"global_batch_size": 8, "micro_batch_size": 4, "max_tokens": 5120, "tie_embeddings": False},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}},
+    }
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+    def call(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["run_train.py", "--config", str(run_file), *flags])
+        exit_with_message(run_train.main)
+        assert list(tmp_path.iterdir()) == [run_file]
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_run_that_fits(shown) -> None:
+    text = shown("--plan", "RTX 3060")
+    assert "10 steps of 512 tokens, 5,120 tokens in all" in text
+    assert "On rtx3060 (12 GiB) in bf16-mixed" in text
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "peak", "room"):
+        assert f"\n  {part} " in text
+    assert "It fits. Estimated: " in text
+    assert "22% of 25.5 TFLOP/s" in text
+
+
+def test_this_machine(shown) -> None:
+    """The flag may stand last, or before another."""
+    assert "tokens/s" in shown("--plan")
+    assert "9 steps" in shown("--plan", "--train.max_steps", "9")
+
+
+def test_a_run_whose_length_the_data_decide(shown) -> None:
+    assert "3 epochs in steps of 512 tokens; how many steps, the data decide." in shown(
+        "--plan=t4", "--train.max_tokens=null", "--train.epochs=3"
+    )
+
+
+def test_it_says_what_to_change(shown, tmp_path: Path) -> None:
+    """The command at the end is one that fits; what it fits without is left away again."""
+    large = ("--model.n_embd=1024", "--model.n_layer=2", "--model.padded_vocab_size=50257", "--model.vocab_size=50257")
+    text = shown(*large, "--model.moe_intermediate_size=4096", "--plan", "rtx3050-laptop")
+    before, after = text.split("The least of it that fits, with ")
+    assert "It does not fit." in before
+    changes = [line.split("GiB   ")[1] for line in before.split("\n\n")[3].splitlines() if "GiB   --" in line]
+    assert changes[0] == "--micro_batch_size 1"
+    assert "--activation_checkpointing block" in changes
+    command = next(line for line in after.splitlines() if "run_train.py" in line)
+    run = parse_run(command.split("run_train.py ")[1].split())
+    peak = training_memory(run, run.settings.precision or "bf16-mixed", ADA).peak
+    assert peak < 2.8 * 2**30
+    assert after.startswith(f"{peak / 2**30:.2f} GiB")
+    assert "Estimated" in after
+
+
+def test_nothing_is_enough(shown) -> None:
+    text = shown("--model.n_embd=32768", "--model.n_head=64", "--model.n_layer=1", "--plan=rtx3050-laptop")
+    assert "Nothing of this is enough" in text
+
+
+def test_an_unknown_card(shown, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        shown("--plan", "rtx4061")
+    assert ended.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: no card 'rtx4061' is known; the nearest is rtx406")
+    assert "h200" in message
+
+
+def test_settings_are_checked_first(shown) -> None:
+    with pytest.raises(SystemExit):
+        shown("--plan", "--global-batch-size", "7")
+
+
+def test_the_line_at_a_runs_start() -> None:
+    """It leaves the random numbers of the run as they are."""
+    run = parsed(*KINDS["moe"])
+    before = torch.get_rng_state()
+    assert describe_memory(run, "bf16-mixed", ADA).startswith("Memory by plan, without torch.compile: ")
+    assert torch.equal(torch.get_rng_state(), before)
+    odd = parsed(*KINDS["moe"], "--optimizer=torch.optim.LBFGS")  # wants a closure
+    assert "can't be worked out beforehand" in describe_memory(odd, "bf16-mixed", ADA)
