@@ -1,6 +1,7 @@
 """The settings of a training run: one dataclass, YAML files and flags into it, and every check in one place."""
 
 import inspect
+import logging
 import os
 import pydoc
 import traceback
@@ -306,6 +307,8 @@ def _parse(
     parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(settings as plain values, the same as objects) of a run file and the flags that beat it."""
+    # What torchao's import has to say to torch's developers, where an optimizer of its is named.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         # First the file alone, so that a complaint about a key can say where the key stands.
         parser.parse_object(run)

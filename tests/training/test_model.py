@@ -354,6 +354,20 @@ def test_matrices_that_are_cast_once_give_the_gradients_of_autocast(name, tied):
             assert torch.equal(gradients_once[key], gradient), key
 
 
+def test_matrices_that_are_cast_once_go_through_ddp():
+    """Its hooks wait for the gradients of the parameters themselves."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"))
+        _, expected, _ = _step(plain, plain, "32-true")
+        _, found, weights = _step(model, nn.parallel.DistributedDataParallel(model), "bf16-mixed")
+        assert len(weights) == 1 + 3 * 4, "the output layer; two of attention and two of the experts in each block"
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient, rtol=0.01, atol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_matrices_that_are_cast_once_are_not_cast_in_the_compiled_graph():
     """Nor is the graph another one at the next step."""
     model, counter = PretrainingModel(build("moe")), CompileCounterWithBackend("aot_eager")
