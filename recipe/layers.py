@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from litgpt import Config
 from torch import Tensor
 
+from custom_moe.backends import hardware_of
+
 
 class CausalSelfAttention(litgpt.model.CausalSelfAttention):
     """The same parameters and the same result; what it does not know (a KV cache, masks, partial or interleaved
@@ -55,9 +57,19 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
             heads = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=2)
         q, k, v = _Rotate.apply(heads, cos, sin, H + G).transpose(1, 2).split((H, G, G), dim=1)
         scale = self.mscale**2 / math.sqrt(config.attention_scores_scalar or D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != G)  # (B, H, T, D)
+        grouped = H != G and _flash_attention(q)
+        if H != G and not grouped:
+            k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)  # (B, H, T, D)
         result = self.proj(y.transpose(1, 2).reshape(B, T, H * D))
         return result
+
+
+def _flash_attention(q: Tensor) -> bool:
+    """Whether a kernel takes fewer key heads than query heads: a CPU's, and flash attention. The memory-efficient one,
+    for fp32 and cards without flash attention, does not, and torch would fall back to scores of T x T."""
+    capability = hardware_of(q.device).capability or (0, 0)
+    return not q.is_cuda or (q.dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0))
 
 
 class _Rotate(torch.autograd.Function):
@@ -107,14 +119,14 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * rstd).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
         grad_wide, normed = grad.float(), x.float() * rstd
         product = grad_wide * normed
-        dweight = product.flatten(0, -2).sum(dim=0)
+        dweight = product.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         mean = product.mul_(weight.float()).mean(dim=-1, keepdim=True)
         dx = (grad_wide * weight.float()).sub_(normed.mul_(mean)).mul_(rstd)
-        return dx.to(x.dtype), dweight.to(weight.dtype), None
+        return dx.to(x.dtype), dweight, None
 
 
 @contextmanager

@@ -195,6 +195,8 @@ class RunSettings:
 class FinetuneSettings(RunSettings):
     """Everything that `finetune.py` can be told; the LoRA fields are `litgpt.finetune.lora.setup`'s."""
 
+    compile: bool | None = False
+    """torch.compile; conversations come in ever new lengths, each of which would be compiled anew"""
     checkpoint_dir: Path = Path("checkpoints")
     """The checkpoint that is tuned; model and tokenizer are its own. `checkpoints`: the newest one there"""
     lora_r: int = 0

@@ -5,6 +5,7 @@ import pytest
 import torch
 from litgpt import GPT, Config
 
+import recipe.layers
 from recipe.layers import CausalSelfAttention, RMSNorm, use_fast_layers
 
 B, T = 2, 13
@@ -64,6 +65,14 @@ def test_attention_in_bf16_is_as_exact_as_litgpts(name):
         return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
 
     assert all(a < 1.3 * b for a, b in zip(errors(ours), errors(stock), strict=True))
+
+
+def test_without_flash_attention_key_heads_are_repeated(monkeypatch):
+    """As on a GPU in fp32: no kernel takes fewer of them there, and torch would make all scores."""
+    stock, ours, cos, sin = both_attentions("grouped queries")
+    x = torch.randn(B, T, 48)
+    monkeypatch.setattr(recipe.layers, "_flash_attention", lambda q: False)
+    torch.testing.assert_close(with_gradients(ours, x, cos, sin), with_gradients(stock, x, cos, sin))
 
 
 def test_attention_with_masks_and_positions_is_litgpts():

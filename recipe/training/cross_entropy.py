@@ -24,7 +24,7 @@ MAX_BLOCKS = 16
 """On a GPU: the compiler writes out each of them"""
 
 
-def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
+def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, device_type: str | None = None) -> Tensor:
     """``cross_entropy(x @ weight.T, targets)``: the mean over the tokens whose target is not ``IGNORED``, in nats.
 
     Products are computed in autocast's type where it is on, else in ``x``'s; all between them, and the sums over
@@ -35,11 +35,19 @@ def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> 
             has scaled them.
         weight_VC: the output layer's.
         targets_N: int64.
+        device_type: as on which the blocks are to be; None: as they are where ``x`` is.
 
     Returns:
         A scalar, fp32; 0 where all targets are ignored.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x_NC, weight_VC, targets_N, compute_dtype(x_NC), torch.is_grad_enabled())
+    loss: Tensor = _LinearCrossEntropy.apply(
+        x_NC,
+        weight_VC,
+        targets_N,
+        compute_dtype(x_NC),
+        rows_at_once(len(x_NC), len(weight_VC), device_type or x_NC.device.type),
+        torch.is_grad_enabled(),
+    )
     return loss
 
 
@@ -54,7 +62,7 @@ def rows_at_once(N: int, V: int, device_type: str) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dtype: torch.dtype, gradients: bool
+        ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dtype: torch.dtype, size: int, gradients: bool
     ) -> Tensor:
         need_x, need_weight = (gradients and need for need in ctx.needs_input_grad[:2])
         x, weight = x_NC.to(dtype), weight_VC.to(dtype)
@@ -63,7 +71,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         dx_NC = torch.empty_like(x) if need_x else None
         dweight_VC = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        size = rows_at_once(len(x), len(weight), x.device.type)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             target_R1, counted_R1 = targets_N[rows, None].clamp(min=0), counted_N[rows, None]
@@ -87,6 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if dx_NC is None else (dx_NC * grad).to(ctx.x_dtype),
             None if dweight_VC is None else dweight_VC * grad.to(dweight_VC.dtype),
+            None,
             None,
             None,
             None,

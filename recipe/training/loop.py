@@ -19,6 +19,7 @@ from litgpt.data import DataModule
 from litgpt.prompts import PromptStyle
 from litgpt.utils import CycleIterator
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
@@ -41,10 +42,11 @@ from recipe.training.model import (
     PretrainingModel,
     cast_matrices,
     even_counts,
+    matrices_to_cast,
     moe_layers,
     update_selection_biases,
 )
-from recipe.training.optimizers import make_optimizer, set_learning_rate
+from recipe.training.optimizers import check_optimizer, make_optimizer, set_learning_rate
 from recipe.training.plan import describe_memory, describe_size
 from recipe.training.schedule import Plan, learning_rate, plan_run
 from recipe.training.state import (
@@ -87,10 +89,13 @@ def run_training(
     if compiled:
         # What the compiler can't take ends the run, and never runs uncompiled unsaid. DDP's bookkeeping is such a
         # thing: Fabric compiles it with the model, so that gradients travel while others are computed.
-        module = cast(nn.Module, torch.compile(module, fullgraph=fabric.world_size == 1))
+        # Conversations come in ever new lengths, and only so many graphs are kept.
+        whole = fabric.world_size == 1 and not isinstance(settings, FinetuneSettings)
+        module = cast(nn.Module, torch.compile(module, fullgraph=whole))
     model = fabric.setup(module)
     # bf16-true has just rounded the rotations along with the weights; generation has them in fp32.
     gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
+    check_optimizer(run.optimizer["class_path"], fabric.device.type)
     # Fused optimizers unscale gradients themselves, so that Fabric could not clip them under a gradient scaler.
     fused = fabric.device.type in ("cpu", "cuda") and scaler_of(fabric) is None
     optimizer_in_fabric = cast(
@@ -159,6 +164,10 @@ def run_training(
     tokens_before, start = training.progress.tokens, time.perf_counter()
     try:
         finished = fit(fabric, training)
+    except TorchDynamoException as error:
+        raise UserError(
+            f"torch.compile can't take this model: {error}\nIt trains uncompiled: --compile false"
+        ) from None
     except KeyboardInterrupt:
         newest = checkpoints.newest_step(out_dir)
         say(
@@ -206,6 +215,11 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
     batches.epoch = progress.epoch
     peak = optimizer.param_groups[0]["initial_lr"]
     hellaswag_interval = settings.eval.hellaswag_interval or evaluation.interval
+    # Under DDP the compiler parts its graph by the sizes of parameters, so that gradients travel early.
+    together = run.compiled and fabric.world_size > 1
+    matrices = (
+        {} if together else matrices_to_cast(model, fabric._precision.precision, settings.activation_checkpointing)
+    )
     interval = Interval()
     first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
 
@@ -229,7 +243,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             taken = [as_batch(next(batches), run.gpt.max_seq_length) for _ in range(micro_batches)]
             shares, tokens = loss_shares(fabric, taken)
             counts = torch.zeros_like(run.expert_counts)
-            weights = cast_matrices(model, fabric._precision.precision, settings.activation_checkpointing)
+            weights = cast_matrices(matrices, fabric._precision.precision)
             for index, (batch, share) in enumerate(zip(taken, shares, strict=True)):
                 with fabric.no_backward_sync(model, enabled=index < micro_batches - 1):
                     losses: Losses = functional_call(model, weights, (*batch, run.expert_counts), tie_weights=False)
@@ -263,7 +277,8 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             session = time.perf_counter() - start
             progress.seconds = seconds_before + session
             if run.compiled and progress.step == first_step + 1:
-                display.print(f"The first step took {session:,.0f} s with compiling.")
+                display.print(f"The first step took {interval.seconds:,.0f} s, with compiling.")
+                interval.leave_out()
             display.step(progress.step, row, session / (progress.step - first_step) * (plan.steps - progress.step))
 
             if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
@@ -404,6 +419,10 @@ class Interval:
     def seconds(self) -> float:
         """Since the interval began, without the pauses."""
         return time.perf_counter() - self._start
+
+    def leave_out(self) -> None:
+        """What was so far is no measure of the speed; its losses count."""
+        self.tokens, self._start = 0, time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 from weakref import ReferenceType, ref
 
 import torch
@@ -28,8 +27,7 @@ from custom_moe.backends import Hardware, backend_for
 from custom_moe.experts import Experts
 from recipe.layers import use_fast_layers
 from recipe.settings import ParsedRun
-from recipe.training import cross_entropy
-from recipe.training.model import PretrainingModel, cast_matrices
+from recipe.training.model import PretrainingModel, cast_matrices, matrices_to_cast
 from recipe.training.optimizers import make_optimizer
 
 
@@ -90,10 +88,8 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
 
         ledger = _Ledger(config.padded_vocab_size or 0, 512 if hardware else 1)  # CUDA's allocator rounds up
         tokens = torch.zeros(train.micro_batch_size, context, dtype=torch.int64)
-        rows = cross_entropy.rows_at_once
-        device = "cuda" if hardware else "cpu"
-        on_device = patch.object(cross_entropy, "rows_at_once", lambda N, V, _: rows(N, V, device))
-        with ledger, on_device:
+        model.loss_on = "cuda" if hardware else "cpu"
+        with ledger:
             ledger.add("weights", *model.parameters(), *model.buffers())
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in parameters:
@@ -109,7 +105,8 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
 
             ledger.part = "activations"
             with in_precision.forward_context():
-                weights = cast_matrices(model, precision, settings.activation_checkpointing)
+                matrices = matrices_to_cast(model, precision, settings.activation_checkpointing)
+                weights = cast_matrices(matrices, precision)
                 losses = functional_call(model, weights, (tokens, tokens), tie_weights=False)
             loss = losses.cross_entropy + losses.load_balancing + losses.z_loss
             ledger.part = "workspace"
@@ -210,9 +207,11 @@ def _run_loop(body: Callable[..., Any], args: Any) -> Any:
 
 
 def _precision(name: str) -> Precision:
-    """What Fabric would take, without its lines on the screen. fp16 is as wide as bf16, and a CPU knows the latter."""
+    """What Fabric would take, without its lines on the screen, nor the scaler that fp16 has on a card."""
     if name.endswith("mixed"):
-        return MixedPrecision("bf16-mixed", "cpu")
+        mixed = MixedPrecision("bf16-mixed", "cpu")
+        mixed.precision = name  # type: ignore[assignment]
+        return mixed
     return HalfPrecision("bf16-true") if name == "bf16-true" else Precision()
 
 

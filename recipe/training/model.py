@@ -61,6 +61,8 @@ class PretrainingModel(nn.Module):
         super().__init__()
         self.gpt = gpt
         self.recomputed: Recomputed = recomputed
+        self.loss_on: str | None = None
+        """The type of device that the loss is computed as on; None: the one that it is on"""
 
     def forward(
         self,
@@ -105,17 +107,15 @@ class PretrainingModel(nn.Module):
         plain = isinstance(head, nn.Linear) and head.bias is None and not getattr(self.gpt.lm_head, "r", 0)
         if plain and self.gpt.config.final_logit_softcapping is None and compute_dtype(x) != torch.float16:
             x_NC = self.gpt.transformer.ln_f(x).flatten(0, 1)
-            return linear_cross_entropy(x_NC, head.weight, targets.flatten())
+            return linear_cross_entropy(x_NC, head.weight, targets.flatten(), self.loss_on)
         logits = logits_of(self.gpt, x)  # (B, T, padded_vocab_size)
         return chunked_cross_entropy(logits.float(), targets, ignore_index=IGNORED)
 
 
-def cast_matrices(model: nn.Module, precision: str, recomputed: Recomputed) -> dict[str, Tensor]:
-    """Under mixed precision the trained matrices in the type of the products, by name: for ``functional_call``.
+def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -> dict[str, nn.Parameter]:
+    """Under mixed precision, the matrices that ``cast_matrices`` is for, by name.
 
-    Cast once for all micro batches of a step, where autocast would cast at each of them, and the experts in each
-    direction; gradients go back through the cast. Empty where activations are recomputed: that happens when the
-    call is over, with the parameters themselves.
+    None where activations are recomputed: that happens when the forward is over, with the parameters themselves.
 
     Args:
         model: a module around ``PretrainingModel``, or it itself.
@@ -123,9 +123,16 @@ def cast_matrices(model: nn.Module, precision: str, recomputed: Recomputed) -> d
     """
     if not precision.endswith("mixed") or recomputed != "none":
         return {}
+    decayed = (group["params"] for group in parameter_groups(model) if "weight_decay" not in group)
+    matrices = {id(parameter) for parameters in decayed for parameter in parameters}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in matrices}
+
+
+def cast_matrices(matrices: dict[str, nn.Parameter], precision: str) -> dict[str, Tensor]:
+    """The same in the type of the products, for ``functional_call``: cast once for all micro batches of a step, where
+    autocast would cast at each of them, and the experts in each direction. Gradients go back through the cast."""
     dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
-    matrices = {id(parameter) for parameter in parameter_groups(model)[0]["params"]}
-    return {name: value.to(dtype) for name, value in model.named_parameters() if id(value) in matrices}
+    return {name: parameter.to(dtype) for name, parameter in matrices.items()}
 
 
 def moe_layers(gpt: GPT) -> list[MoE]:

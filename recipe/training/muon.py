@@ -46,10 +46,10 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1.0e-8,
         fused: bool | None = None,
     ) -> None:
-        if not (lr > 0 and adamw_lr > 0 and 0 <= momentum < 1 and weight_decay >= 0):
+        if not (lr > 0 and adamw_lr > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in (momentum, *betas))):
             raise ValueError(
-                f"lr is {lr}, adamw_lr {adamw_lr}, momentum {momentum}, weight_decay {weight_decay}; expected rates"
-                " above 0, a momentum from 0 to below 1 and a decay from 0"
+                f"lr is {lr}, adamw_lr {adamw_lr}, momentum {momentum}, betas {betas}, weight_decay {weight_decay};"
+                " expected rates above 0, a momentum and betas from 0 to below 1 and a decay from 0"
             )
         groups = [{**group, "lr": lr if group.get("parts") else adamw_lr} for group in params]
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}

@@ -71,18 +71,11 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
         fused: use the fused kernel where the optimizer has one.
 
     Raises:
-        UserError: for an optimizer that refuses its arguments or these parameters, or that lacks a compiler here.
+        UserError: for an optimizer that refuses its arguments or these parameters.
     """
     specification = deepcopy(optimizer)  # LitGPT writes `fused` into it, and it is saved with the run
     specification["init_args"] = {k: v for k, v in (specification.get("init_args") or {}).items() if v is not None}
     class_path = optimizer["class_path"]
-    if class_path.startswith("torchao.") and (
-        missing := missing_for_compile(next(iter(model.parameters())).device.type)
-    ):
-        raise UserError(
-            f"{class_path} compiles its step, but {missing}. Install that, or take"
-            " --optimizer torch.optim.AdamW, which needs 4 times the memory for its state."
-        )
     groups = parameter_groups(model, muon=class_path == f"{Muon.__module__}.{Muon.__name__}")
     try:
         result: torch.optim.Optimizer = instantiate_torch_optimizer(specification, groups, fused=fused)
@@ -94,6 +87,15 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
     for group in result.param_groups:
         group["initial_lr"] = float(group["lr"])
     return result
+
+
+def check_optimizer(class_path: str, device_type: str) -> None:
+    """Raises ``UserError`` for an optimizer that lacks a compiler here: torchao's compile their step."""
+    if class_path.startswith("torchao.") and (missing := missing_for_compile(device_type)):
+        raise UserError(
+            f"{class_path} compiles its step, but {missing}. Install that, or take"
+            " --optimizer torch.optim.AdamW, which needs 4 times the memory for its state."
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

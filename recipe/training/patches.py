@@ -96,8 +96,8 @@ class _DataParallel:
     def __new__(cls, *args: Any, **kwargs: Any) -> DDPStrategy:  # type: ignore[misc]
         if torch.cuda.is_available() and not torch.distributed.is_nccl_available():  # Windows
             rank_zero_info("This torch has no NCCL, so the GPUs exchange gradients by gloo, which is slower.")
-            return DDPStrategy(process_group_backend="gloo")
-        return DDPStrategy()
+            return DDPStrategy(process_group_backend="gloo", broadcast_buffers=False)
+        return DDPStrategy(broadcast_buffers=False)  # they are the same everywhere
 
 
 def patched_pretraining(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -21,10 +22,6 @@ GAPS = 1.05
 """What the allocator takes for each byte that is used"""
 COMPUTED = {"none": 1.0, "moe": 1.2, "block": 4 / 3}
 """How much is computed under activation checkpointing"""
-EIGHT_BIT = (
-    *("--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit"),
-    *("--optimizer.init_args.bf16_stochastic_round", "true"),
-)
 
 
 def show_plan(argv: Sequence[str]) -> None:
@@ -229,23 +226,28 @@ def _readable(seconds: float) -> str:
 def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
     """Tries one change after the other until the run fits, then leaves away what it fits without."""
     taken: list[tuple[str, ...]] = []
+    strengths: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for choices, cost in _changes(run.settings, run.optimizer, card):
         for change in choices:
             memory = _memory(_parsed([*flags, *_joined([*taken, change])]), card)
             if _fits(memory, card):
                 break
         taken.append(change)
+        strengths[change] = choices
         yield f"  {_bytes(memory.peak):>12}   {' '.join(change)}\n{'':17}{cost}"
         if _fits(memory, card):
             break
     else:
         yield "\nNothing of this is enough; take a smaller model (configs/models) or another card."
         return
-    for change in reversed(taken[:-1]):
-        without = [other for other in taken if other is not change]
-        fewer = _memory(_parsed([*flags, *_joined(without)]), card)
-        if _fits(fewer, card):
-            taken, memory = without, fewer
+    for change in reversed(taken[:-1]):  # perhaps without it, or with less of it
+        weaker = [[], *([other] for other in strengths[change] if other != change)]
+        for instead in weaker:
+            others = [new for old in taken for new in (instead if old is change else [old])]
+            fewer = _memory(_parsed([*flags, *_joined(others)]), card)
+            if _fits(fewer, card):
+                taken, memory = others, fewer
+                break
     final = [*flags, *_joined(taken)]
     yield f"\nThe least of it that fits, with {_bytes(memory.peak)}:\n"
     yield f"  uv run python run_train.py {' '.join(final)}\n"
@@ -254,11 +256,11 @@ def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
 
 
 def _changes(
-    settings: RunSettings, optimizer: dict[str, object], card: Card
+    settings: RunSettings, optimizer: dict[str, Any], card: Card
 ) -> Iterator[tuple[list[tuple[str, ...]], str]]:
     """What could be changed, each in its own strengths, and what it costs."""
     train, config = settings.train, settings.model
-    if sizes := _halves(train.micro_batch_size, 1):
+    if sizes := [size for size in range(train.micro_batch_size - 1, 0, -1) if train.micro_batch_size % size == 0]:
         yield (
             [("--micro_batch_size", str(size)) for size in sizes],
             "no change of the result (more micro batches are summed up); a little slower",
@@ -268,11 +270,30 @@ def _changes(
     if settings.activation_checkpointing != "block":
         yield [("--activation_checkpointing", "block")], "the same result; each block is computed once more, about +33%"
     if not str(optimizer["class_path"]).startswith("torchao.") and card.capability >= (8, 0):
-        yield [EIGHT_BIT], "weights in 16 bits, rounded by chance, and moments in 8: the loss is close, not the same"
+        yield (
+            [_eight_bit(optimizer)],
+            "weights in 16 bits, rounded by chance, and moments in 8: the loss is close, not the same",
+        )
     if sizes := _halves(_context(settings), 256):
         yield [("--max_seq_length", str(size)) for size in sizes], "a shorter context: another training"
     if layers := _halves(config.n_layer, 1):
         yield [("--model.n_layer", str(size)) for size in layers], "a smaller model"
+
+
+def _eight_bit(optimizer: dict[str, Any]) -> tuple[str, ...]:
+    """The flags of 8-bit Adam in place of another optimizer, whose rate it keeps; of Muon the rate of its Adam."""
+    flags = (
+        *("--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit"),
+        *("--optimizer.init_args.bf16_stochastic_round", "true"),
+    )
+    if "adamw_lr" not in (arguments := optimizer.get("init_args") or {}):
+        return flags
+    return (
+        *flags,
+        *("--optimizer.init_args.lr", str(arguments["adamw_lr"])),
+        *("--optimizer.init_args.weight_decay", str(arguments["weight_decay"])),
+        *("--optimizer.init_args.betas", str(arguments["betas"]).replace(" ", "")),
+    )
 
 
 def _halves(number: int, least: int) -> list[int]:

@@ -11,7 +11,7 @@ from custom_moe.backends import Hardware
 from recipe.layers import use_fast_layers
 from recipe.settings import ParsedRun, parse_run
 from recipe.training.memory import training_memory
-from recipe.training.model import PretrainingModel, cast_matrices
+from recipe.training.model import PretrainingModel, cast_matrices, matrices_to_cast
 from recipe.training.optimizers import make_optimizer
 
 KINDS = {
@@ -44,7 +44,7 @@ def allocated(run: ParsedRun, precision: str) -> int:
     tokens = torch.randint(64, (train.micro_batch_size, train.max_seq_length))
 
     def step() -> None:
-        weights = cast_matrices(model, precision, run.settings.activation_checkpointing)
+        weights = cast_matrices(matrices_to_cast(model, precision, run.settings.activation_checkpointing), precision)
         for _ in range(train.gradient_accumulation_iters(1)):
             with fabric.autocast():
                 losses = functional_call(model, weights, (tokens, tokens), tie_weights=False)
@@ -117,6 +117,12 @@ def test_the_state_of_an_8_bit_optimizer() -> None:
     matrices = 2 * 2048 * 128 + 128 * (256 + 128 + 3 * 384)
     small = 3 * 128 * 2  # three norms in bf16
     assert found.optimizer == 2 * (matrices + matrices // 256 * 4 + 5 * 256 * 4 + small) + 2 * 2 * 256 * 4
+
+
+def test_fp16_makes_all_logits() -> None:
+    """In 16 bits, in 32, and their gradient: a loss in blocks could not be scaled."""
+    found = training_memory(parsed(*KINDS["dense"]), "16-mixed", Hardware((7, 5), triton=True))
+    assert found.logits >= 2 * 256 * 2048 * (2 + 4)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0)])

@@ -12,7 +12,13 @@ from recipe.forward import Recomputed, hidden_states
 from recipe.layers import use_fast_layers
 from recipe.settings import MoESettings
 from recipe.training.loop import total_loss
-from recipe.training.model import PretrainingModel, cast_matrices, even_counts, update_selection_biases
+from recipe.training.model import (
+    PretrainingModel,
+    cast_matrices,
+    even_counts,
+    matrices_to_cast,
+    update_selection_biases,
+)
 
 SIZE = dict(block_size=32, n_layer=3, n_embd=32, n_head=4, padded_vocab_size=100, vocab_size=100)
 MODELS = {
@@ -324,7 +330,7 @@ def test_one_graph_for_torch_compile_under_autocast_and_in_both_directions(name)
 def _step(model, module, precision):
     """The gradients of a step of two micro batches."""
     model.zero_grad()
-    weights = cast_matrices(module, precision, "none")
+    weights = cast_matrices(matrices_to_cast(module, precision, "none"), precision)
     for part in range(2):
         tokens = [tensor[part : part + 1] for tensor in batch()]
         with torch.autocast("cpu", dtype=torch.bfloat16):

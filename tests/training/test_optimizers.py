@@ -9,7 +9,13 @@ from torch import nn
 from custom_moe import use_custom_moe
 from custom_moe.experts import Experts
 from recipe.cli import UserError
-from recipe.training.optimizers import load_optimizer_state, make_optimizer, parameter_groups, set_learning_rate
+from recipe.training.optimizers import (
+    check_optimizer,
+    load_optimizer_state,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3, "weight_decay": 0.1, "fused": None}}
 
@@ -158,4 +164,5 @@ def test_eight_bit_adam_without_a_compiler_is_refused(experts, monkeypatch, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"torchao\.optim\.AdamW8bit compiles its step, but there is no C\+\+ compiler"):
-        make_optimizer(EIGHT_BITS, experts, fused=False)
+        check_optimizer(EIGHT_BITS["class_path"], "cpu")
+    make_optimizer(EIGHT_BITS, experts, fused=False)  # a plan only looks at it

@@ -80,6 +80,17 @@ def test_it_says_what_to_change(shown, tmp_path: Path) -> None:
     assert "Estimated" in after
 
 
+def test_a_run_by_muon_becomes_one_by_adam_at_the_rate_of_its_adam(shown) -> None:
+    large = ("--model.n_embd=1024", "--model.n_layer=1", "--model.padded_vocab_size=50257", "--model.vocab_size=50257")
+    muon = ("--optimizer=recipe.training.muon.Muon", "--optimizer.init_args.lr=0.02", "--micro-batch-size=3")
+    text = shown(*large, *muon, "--global-batch-size=6", "--model.moe_intermediate_size=8192", "--plan=rtx3050-laptop")
+    command = next(line for line in text.splitlines() if "uv run" in line)
+    run = parse_run(command.split("run_train.py ")[1].split())
+    assert run.optimizer["class_path"] == "torchao.optim.AdamW8bit"
+    assert run.optimizer["init_args"]["lr"] == 2.0e-3
+    assert run.settings.train.micro_batch_size == 1
+
+
 def test_nothing_is_enough(shown) -> None:
     text = shown("--model.n_embd=32768", "--model.n_head=64", "--model.n_layer=1", "--plan=rtx3050-laptop")
     assert "Nothing of this is enough" in text

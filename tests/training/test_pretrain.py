@@ -407,3 +407,15 @@ def test_a_gpt2_begins_with_output_projections_that_are_smaller_with_depth():
         assert float(block.mlp.proj.weight.std()) == pytest.approx(float(block.attn.proj.weight.std()), rel=0.05)
         assert float(block.mlp.fc.weight.std()) == pytest.approx((2 / 5 / 128) ** 0.5, rel=0.05)
         assert not block.mlp.proj.bias.any()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_one_graph_for_training_and_one_for_validation(train, capsys):
+    """A graph break, or a graph for each step, would end it (fullgraph); its losses are those of the other."""
+    flags = ("--train.max_steps", "4", "--eval.interval", "2", "--train.log_interval", "1")
+    losses = []
+    for compiled in ("true", "false"):
+        out_dir = train(*flags, "--compile", compiled, "--overwrite")
+        losses.append([float(row["train_loss"]) for row in rows(out_dir) if row["train_loss"]])
+    assert "The first step took" in capsys.readouterr().out
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
