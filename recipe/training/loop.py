@@ -86,6 +86,8 @@ def run_training(
     experts_note = choose_experts_backend(fabric, gpt, settings.moe)
     compiled, compile_note = should_compile(settings.compile, fabric.device.type)
     module: nn.Module = PretrainingModel(gpt, settings.activation_checkpointing)
+    if fabric.device.type == "cuda" and fabric._precision.precision == "32-true":
+        torch.set_float32_matmul_precision("high")  # TF32, as LitGPT's commands; routers stay exact in mixed precision
     if compiled:
         # What the compiler can't take ends the run, and never runs uncompiled unsaid. DDP's bookkeeping is such a
         # thing: Fabric compiles it with the model, so that gradients travel while others are computed.
