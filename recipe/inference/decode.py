@@ -48,7 +48,8 @@ class Decoder:
         self.seen = int(lengths.max())
         """How many places of the cache the longest row has filled"""
         rows, device = len(lengths), prompts[0].device
-        self.positions = lengths.to(device)  # (B,), of each row's next token
+        # (B,), of each row's next token; where there is no room for one, it is written over the last.
+        self.positions = lengths.clamp(max=size - 1).to(device)
         logits: list[Tensor] = []
         with _as_it_was(gpt):
             gpt.mask_cache = None

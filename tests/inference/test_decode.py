@@ -111,11 +111,12 @@ def test_with_lora(moe_fields: dict) -> None:
 
 @pytest.mark.parametrize("kind", ["moe", "GPT-2", "parallel"])
 def test_a_row_writes_what_it_would_alone(moe_fields: dict, kind: str) -> None:
-    """Prompts of different lengths in one batch, up to the end of their contexts."""
+    """Prompts of different lengths in one batch, up to the end of their contexts; one fills its own from the start."""
     gpt = ours({**moe_fields, **KINDS.get(kind, UNUSUAL.get(kind, {}))})
-    rows = torch.stack(list(generate_tokens(gpt, PROMPTS, max_new_tokens=60, temperature=0.0)), dim=1)
+    prompts = [*PROMPTS, torch.arange(64)]
+    rows = torch.stack(list(generate_tokens(gpt, prompts, max_new_tokens=60, temperature=0.0)), dim=1)
     assert rows.size(1) == 60
-    for prompt, row in zip(PROMPTS, rows, strict=True):
+    for prompt, row in zip(prompts, rows, strict=True):
         alone = torch.cat(list(generate_tokens(gpt, prompt, max_new_tokens=60, temperature=0.0)))
         assert len(alone) == min(60, 64 - len(prompt) + 1)
         assert torch.equal(row[: len(alone)], alone)
