@@ -68,12 +68,12 @@ class Decoder:
                         buffer[start:end] = buffer[: len(ids)].repeat_interleave(copies, dim=0)
                 end = start
             self.mask_cache, self.kv_caches = gpt.mask_cache, caches
-        self.logits = torch.cat(logits).repeat_interleave(copies, dim=0)
-        """``(B, V)``, of each prompt's last token"""
-        self._step = _PlainStep(gpt, self.kv_caches) if is_plain(gpt.config) else None
-        self._graph: _Graph | None = None
-        if self._step is not None and size - self.seen >= _WORTH_A_GRAPH and _can_be_recorded(gpt):
-            self._graph = _Graph(self._step, self.positions)
+            self.logits = torch.cat(logits).repeat_interleave(copies, dim=0)
+            """``(B, V)``, of each prompt's last token"""
+            self._step = _PlainStep(gpt, self.kv_caches) if is_plain(gpt.config) else None
+            self._graph: _Graph | None = None
+            if self._step is not None and size - self.seen >= _WORTH_A_GRAPH and _can_be_recorded(gpt):
+                self._graph = _Graph(self._step, self.positions)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Reads each row's next token, ``(B,)``, and returns the logits after it, ``(B, V)``, until the next step.
@@ -227,22 +227,27 @@ class _Graph:
             # The shapes in a graph are fixed: the whole cache is looked at, and what is not filled yet is masked.
             return step(self.tokens, self.positions, step.size, masked=True)
 
-        # Before it is recorded, whatever is set up at first use must have been. What this writes into the caches the
-        # first step writes over.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                once()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = once()
+        # Streams and graphs belong to the current device, which need not be the model's.
+        with torch.cuda.device(positions.device):
+            # Before it is recorded, whatever is set up at first use must have been. What this writes into the caches
+            # the first step writes over.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    once()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Without a stream, torch takes one on the device of the process's first graph. What other threads do
+            # meanwhile, allocating for instance, is none of this recording's business.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits = once()
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        self.tokens.copy_(tokens)
-        self.positions.copy_(positions)
-        self.graph.replay()
+        with torch.cuda.device(positions.device):
+            self.tokens.copy_(tokens)
+            self.positions.copy_(positions)
+            self.graph.replay()
         return self.logits
 
 
