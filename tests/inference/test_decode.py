@@ -6,6 +6,7 @@ import litgpt.lora
 import pytest
 import torch
 from litgpt import GPT, Config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from custom_moe import use_custom_moe
 from recipe.inference import decode
@@ -141,6 +142,15 @@ def test_a_row_writes_what_it_would_alone(moe_fields: dict, kind: str) -> None:
         assert len(alone) == min(60, 64 - len(prompt) + 1)
         assert torch.equal(row[: len(alone)], alone)
         assert set(row[len(alone) :].tolist()) <= {alone[-1].item()}, "a row whose context is full stays at its last"
+
+
+@pytest.mark.parametrize(("changed", "recorded"), [({}, False), ({"mlp_class_name": "LLaMAMLP", "n_expert": 0}, True)])
+def test_litgpts_own_experts_are_not_recorded(moe_fields: dict, changed: dict, recorded: bool) -> None:
+    """They wait for the device, which ends a recording. Without a GPU: fake tensors say that they lie on one."""
+    with FakeTensorMode(), torch.device("cuda"):
+        gpt = GPT(Config(**{**moe_fields, "intermediate_size": 64, **changed}))
+        assert gpt.cos.is_cuda
+        assert decode._can_be_recorded(gpt) == recorded
 
 
 @torch.inference_mode()
