@@ -2,8 +2,8 @@
 
 The prompts go through LitGPT's forward. A step of one token for each text is then so little work that on a CPU most of
 its time would be Python's and on a GPU that of launching kernels. So for the usual kind of model it is written anew
-here, with a third of the operations, and a GPU replays it as one CUDA graph. `torch.compile` would take half a minute
-to save less than a millisecond a token.
+here, with fewer operations, and a GPU replays it as one CUDA graph. `torch.compile` is left out, as one would have to
+wait for it before the first token.
 """
 
 import threading
@@ -23,7 +23,9 @@ from custom_moe.few import FewTokens
 from recipe.forward import logits_of
 
 _WORTH_A_GRAPH = 16
-"""Steps; recording a graph takes as long as about four."""
+"""Steps, as recording a graph takes the time of a few"""
+_READ_TOGETHER = 4096
+"""Tokens of prompts, because LitGPT computes the logits of all of them, though only those of the last are used"""
 
 
 class Decoder:
@@ -34,7 +36,7 @@ class Decoder:
     """
 
     def __init__(self, gpt: GPT, prompts: Sequence[Tensor], copies: int, size: int) -> None:
-        """Reads the prompts: each once, together where they are of one length, else one by one.
+        """Reads the prompts: each once, several together where all are of one length, else one by one.
 
         Args:
             gpt: plain, not what `torch.compile` or Fabric made of it.
@@ -55,13 +57,13 @@ class Decoder:
             gpt.mask_cache = None
             gpt.set_kv_cache(batch_size=rows, max_seq_length=size, device=device)
             caches = [block.attn.kv_cache for block in gpt.transformer.h]
-            # LitGPT writes into the first rows, so what belongs there comes last.
-            groups = [prompts] if self.even else [[prompt] for prompt in reversed(prompts)]
+            together = max(1, _READ_TOGETHER // self.seen) if self.even else 1
             end = rows
-            for group in groups:
-                ids = torch.stack(list(group))  # (N, T)
+            # LitGPT writes into the first rows, so what belongs there comes last.
+            for first in reversed(range(0, len(prompts), together)):
+                ids = torch.stack(list(prompts[first : first + together]))  # (N, T)
                 places = torch.arange(ids.size(1), device=device)
-                logits.insert(0, gpt(ids, places, input_pos_maxp1=ids.size(1))[:, -1])
+                logits.insert(0, gpt(ids, places, input_pos_maxp1=ids.size(1))[:, -1].clone())  # lets go of the rest
                 start = end - len(ids) * copies
                 for buffer in (buffer for cache in caches for buffer in cache.buffers()):
                     if (start, end) != (0, len(ids)):

@@ -130,6 +130,25 @@ def test_with_lora(moe_fields: dict) -> None:
     torch.testing.assert_close(logits, forwards(gpt, rows), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+@torch.inference_mode()
+def test_prompts_of_one_length_are_read_in_groups(
+    moe_fields: dict, monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    """Of so many tokens that the logits of all of them fit; the last group is the smaller one."""
+    gpt, prompts = ours(moe_fields), list(torch.randint(384, (7, 5), generator=torch.Generator().manual_seed(0)))
+    read: list[int] = []
+    gpt.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+    whole = Decoder(gpt, prompts, copies, size=10)
+    monkeypatch.setattr(decode, "_READ_TOGETHER", 17)
+    grouped = Decoder(gpt, prompts, copies, size=10)
+    assert read == [35, 5, 15, 15]
+    torch.testing.assert_close(grouped.logits, whole.logits)
+    for _ in range(5):
+        tokens = torch.randint(384, (7 * copies,), generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(grouped.step(tokens), whole.step(tokens), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["moe", "GPT-2", "parallel"])
 def test_a_row_writes_what_it_would_alone(moe_fields: dict, kind: str) -> None:
     """Prompts of different lengths in one batch, up to the end of their contexts; one fills its own from the start."""
