@@ -72,7 +72,9 @@ class Decoder:
             self.mask_cache, self.kv_caches = gpt.mask_cache, caches
             self.logits = torch.cat(logits).repeat_interleave(copies, dim=0)
             """``(B, V)``, of each prompt's last token"""
-            self._step = _PlainStep(gpt, self.kv_caches) if is_plain(gpt.config) else None
+            # LoRA has dropout, which a step of its own, outside of `_as_it_was`, would apply to a model in training.
+            dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in gpt.modules())
+            self._step = _PlainStep(gpt, self.kv_caches) if is_plain(gpt.config) and not dropout else None
             self._graph: _Graph | None = None
             if self._step is not None and size - self.seen >= _WORTH_A_GRAPH and _can_be_recorded(gpt):
                 self._graph = _Graph(self._step, self.positions)

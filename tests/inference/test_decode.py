@@ -116,16 +116,21 @@ def test_in_bf16(moe_fields: dict, autocast: bool) -> None:
     torch.testing.assert_close(logits.float(), expected.float(), atol=0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @torch.inference_mode()
-def test_with_lora(moe_fields: dict) -> None:
+def test_with_lora(moe_fields: dict, dropout: float) -> None:
+    """In training, whose dropout is none of generation's: it would also move the random state."""
     options = {"lora_r": 4, "lora_query": True, "lora_value": True, "lora_projection": True, "lora_mlp": True}
     torch.manual_seed(0)
     with use_custom_moe():
-        gpt = litgpt.lora.GPT(litgpt.lora.Config(**moe_fields, **options)).eval()
+        gpt = litgpt.lora.GPT(litgpt.lora.Config(**moe_fields, **options, lora_dropout=dropout)).train()
     for parameter in gpt.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    random_state = torch.get_rng_state()
     decoder = Decoder(gpt, PROMPTS[:2], copies=1, size=20)
     logits = decoder.step(torch.tensor([9, 10]))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    gpt.eval()
     rows = [torch.cat((prompt, torch.tensor([token]))) for prompt, token in zip(PROMPTS[:2], (9, 10), strict=True)]
     torch.testing.assert_close(logits, forwards(gpt, rows), atol=1e-4, rtol=1e-4)
 
