@@ -19,7 +19,7 @@ from recipe.cli import UserError, run_door
 
 def main(
     checkpoint: Path | None = None,
-    prompt: str = "Once upon a time",
+    prompt: str | None = None,
     prompts: Path | None = None,
     max_new_tokens: int = 256,
     num_samples: int = 1,
@@ -34,7 +34,7 @@ def main(
 
     Args:
         checkpoint: The checkpoint folder; without one, the newest whole one under checkpoints/.
-        prompt: What the text begins with; an empty one starts a new document.
+        prompt: What the text begins with, "Once upon a time" unless told; an empty one starts a new document.
         prompts: A text file, a prompt in each line, instead of one prompt; all are continued in one batch.
         max_new_tokens: Tokens to write at most. A sample ends before at the end-of-text token or a full context.
         num_samples: Samples to write for each prompt, all in one batch.
@@ -47,9 +47,9 @@ def main(
     """
     from recipe import checkpoints
 
-    beginnings = [prompt] if prompts is None else prompts.read_text(encoding="utf-8").splitlines()
-    if not beginnings:
-        raise UserError(f"{prompts} is empty; expected a prompt in each line.")
+    if prompt is not None and prompts is not None:
+        raise UserError("got both --prompt and --prompts; give one of them.")
+    beginnings = read_prompts(prompts) if prompts else ["Once upon a time" if prompt is None else prompt]
     folder = checkpoints.resolve(checkpoint)
     mark = checkpoints.read_mark(folder)
     print(
@@ -91,6 +91,19 @@ def main(
             file=sys.stderr,
         )
     print(f"Written in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8.") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"found no file at {path}; expected a text file with a prompt in each line.") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} is empty; expected a prompt in each line.")
+    return prompts
 
 
 if __name__ == "__main__":

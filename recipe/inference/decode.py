@@ -2,8 +2,8 @@
 
 The prompts go through LitGPT's forward. A step of one token for each text is then so little work that on a CPU most of
 its time would be Python's and on a GPU that of launching kernels. So for the usual kind of model it is written anew
-here, with a third of the operations, and a GPU replays it as one CUDA graph. `torch.compile` would take half a minute
-to save less than a millisecond a token.
+here, with fewer operations, and a GPU replays it as one CUDA graph. `torch.compile` is left out, as one would have to
+wait for it before the first token.
 """
 
 import threading
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
-from litgpt.model import RMSNorm
+from litgpt.model import LLaMAMoE, RMSNorm
 from torch import Tensor, nn
 
 from custom_moe.experts import Experts
@@ -23,7 +23,9 @@ from custom_moe.few import FewTokens
 from recipe.forward import logits_of
 
 _WORTH_A_GRAPH = 16
-"""Steps; recording a graph takes as long as about four."""
+"""Steps, as recording a graph takes the time of a few"""
+_READ_TOGETHER = 4096
+"""Tokens of prompts, because LitGPT computes the logits of all of them, though only those of the last are used"""
 
 
 class Decoder:
@@ -34,7 +36,7 @@ class Decoder:
     """
 
     def __init__(self, gpt: GPT, prompts: Sequence[Tensor], copies: int, size: int) -> None:
-        """Reads the prompts: each once, together where they are of one length, else one by one.
+        """Reads the prompts: each once, several together where all are of one length, else one by one.
 
         Args:
             gpt: plain, not what `torch.compile` or Fabric made of it.
@@ -48,31 +50,34 @@ class Decoder:
         self.seen = int(lengths.max())
         """How many places of the cache the longest row has filled"""
         rows, device = len(lengths), prompts[0].device
-        self.positions = lengths.to(device)  # (B,), of each row's next token
+        # (B,), of each row's next token; where there is no room for one, it is written over the last.
+        self.positions = lengths.clamp(max=size - 1).to(device)
         logits: list[Tensor] = []
         with _as_it_was(gpt):
             gpt.mask_cache = None
             gpt.set_kv_cache(batch_size=rows, max_seq_length=size, device=device)
             caches = [block.attn.kv_cache for block in gpt.transformer.h]
-            # LitGPT writes into the first rows, so what belongs there comes last.
-            groups = [prompts] if self.even else [[prompt] for prompt in reversed(prompts)]
+            together = max(1, _READ_TOGETHER // self.seen) if self.even else 1
             end = rows
-            for group in groups:
-                ids = torch.stack(list(group))  # (N, T)
+            # LitGPT writes into the first rows, so what belongs there comes last.
+            for first in reversed(range(0, len(prompts), together)):
+                ids = torch.stack(list(prompts[first : first + together]))  # (N, T)
                 places = torch.arange(ids.size(1), device=device)
-                logits.insert(0, gpt(ids, places, input_pos_maxp1=ids.size(1))[:, -1])
+                logits.insert(0, gpt(ids, places, input_pos_maxp1=ids.size(1))[:, -1].clone())  # lets go of the rest
                 start = end - len(ids) * copies
                 for buffer in (buffer for cache in caches for buffer in cache.buffers()):
                     if (start, end) != (0, len(ids)):
                         buffer[start:end] = buffer[: len(ids)].repeat_interleave(copies, dim=0)
                 end = start
             self.mask_cache, self.kv_caches = gpt.mask_cache, caches
-        self.logits = torch.cat(logits).repeat_interleave(copies, dim=0)
-        """``(B, V)``, of each prompt's last token"""
-        self._step = _PlainStep(gpt, self.kv_caches) if is_plain(gpt.config) else None
-        self._graph: _Graph | None = None
-        if self._step is not None and size - self.seen >= _WORTH_A_GRAPH and _can_be_recorded(gpt):
-            self._graph = _Graph(self._step, self.positions)
+            self.logits = torch.cat(logits).repeat_interleave(copies, dim=0)
+            """``(B, V)``, of each prompt's last token"""
+            # LoRA has dropout, which a step of its own, outside of `_as_it_was`, would apply to a model in training.
+            dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in gpt.modules())
+            self._step = _PlainStep(gpt, self.kv_caches) if is_plain(gpt.config) and not dropout else None
+            self._graph: _Graph | None = None
+            if self._step is not None and size - self.seen >= _WORTH_A_GRAPH and _can_be_recorded(gpt):
+                self._graph = _Graph(self._step, self.positions)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Reads each row's next token, ``(B,)``, and returns the logits after it, ``(B, V)``, until the next step.
@@ -226,22 +231,27 @@ class _Graph:
             # The shapes in a graph are fixed: the whole cache is looked at, and what is not filled yet is masked.
             return step(self.tokens, self.positions, step.size, masked=True)
 
-        # Before it is recorded, whatever is set up at first use must have been. What this writes into the caches the
-        # first step writes over.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                once()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = once()
+        # Streams and graphs belong to the current device, which need not be the model's.
+        with torch.cuda.device(positions.device):
+            # Before it is recorded, whatever is set up at first use must have been. What this writes into the caches
+            # the first step writes over.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    once()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Without a stream, torch takes one on the device of the process's first graph. What other threads do
+            # meanwhile, allocating for instance, is none of this recording's business.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits = once()
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        self.tokens.copy_(tokens)
-        self.positions.copy_(positions)
-        self.graph.replay()
+        with torch.cuda.device(positions.device):
+            self.tokens.copy_(tokens)
+            self.positions.copy_(positions)
+            self.graph.replay()
         return self.logits
 
 
@@ -249,6 +259,8 @@ def _can_be_recorded(gpt: GPT) -> bool:
     """On CUDA, where nothing waits for the device; autocast casts the weights outside of what is recorded."""
     device = gpt.cos.device
     if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+        return False
+    if any(isinstance(module, LLaMAMoE) for module in gpt.modules()):  # it asks which rows an expert has
         return False
     return all(layer.backend_on(device) != "loop" for layer in gpt.modules() if isinstance(layer, Experts))
 

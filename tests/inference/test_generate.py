@@ -391,10 +391,27 @@ def test_the_script_takes_several_prompts(
     texts = sample_text(gpt, Tokenizer(tokenizer_dir), ["Once", "Mia was happy"], max_new_tokens=9)
     expected = "".join(f"--- sample {number} of 2 ---\n{text}\n" for number, text in enumerate(texts, start=1))
     assert capsys.readouterr().out == expected
-    file.write_text("", encoding="utf-8")
     with pytest.raises(SystemExit):
-        run_door(door("generate").main, argv, optional_positional="checkpoint")
-    assert "is empty; expected a prompt in each line" in capsys.readouterr().err
+        run_door(door("generate").main, [*argv, "--prompt", ""], optional_positional="checkpoint")
+    assert "got both --prompt and --prompts" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts(tmp_path: Path) -> None:
+    """From any editor: a mark of its encoding and empty lines are no text, and only a new line begins a new prompt."""
+    file, read = tmp_path / "prompts.txt", door("generate").read_prompts
+    file.write_bytes(b"\xef\xbb\xbf" + "Once\r\n\r\n \nMia\u2028was\fhappy \n\n".encode())
+    assert read(file) == ["Once", "Mia\u2028was\fhappy "]
+    for content, told in (
+        (b"", r"prompts\.txt is empty; expected a prompt in each line"),
+        (b"\n \n", "is empty"),
+        ("Once".encode("utf-16"), r"prompts\.txt is not UTF-8 \(invalid start byte at byte 0\); save it as UTF-8"),
+        ("\nnaïve".encode("latin-1"), "at byte 3"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=told):
+            read(file)
+    with pytest.raises(UserError, match="found no file at"):
+        read(tmp_path / "nowhere")
 
 
 def test_the_script_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
