@@ -46,8 +46,8 @@ EQUAL = {
     "sample.prompt": "null",
 }
 """The same work beside the steps on both sides."""
-VALIDATED = 96
-"""Sequences of each validation; eval.max_iters counts micro batches"""
+VALIDATED = 64
+"""Sequences of each validation: whole micro batches of each size that is tried, which eval.max_iters counts"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Way:
     """``ours`` or ``stock``"""
     micro_batch: int
     compile: bool | None = None
-    """None: as the side does by itself (ours; it is known on a GPU alone to pay)"""
+    """None: as the side does by itself (ours)"""
 
 
 def main() -> None:
@@ -204,7 +204,8 @@ def one(way: Way, case: Case, text: Corpus, tokens: int, limit: float | None = N
         f"--train.max_tokens={tokens}",
         "--train.max_steps=null",
     ]
-    flags += [f"--train.micro_batch_size={way.micro_batch}", *(f"--{name}={value}" for name, value in EQUAL.items())]
+    flags += [f"--train.micro_batch_size={way.micro_batch}", f"--eval.max_iters={VALIDATED // way.micro_batch}"]
+    flags += [f"--{name}={value}" for name, value in EQUAL.items()]
     environment = {}
     if way.who == "ours":
         flags += [] if way.compile is None else [f"--compile={str(way.compile).lower()}"]

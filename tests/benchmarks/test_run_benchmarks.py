@@ -261,4 +261,4 @@ def test_what_was_not_measured_names_its_command() -> None:
     for command in report_runs.FILES.values():
         assert f"Not measured yet: `uv run {command}` does." in text
         script = command.split()[1]
-        assert (report.ROOT / script).exists() or script.endswith(("generation.py", "low_memory.py"))
+        assert (report.ROOT / script).exists()
