@@ -27,9 +27,9 @@ from benchmarks.common import circumstances, gpu
 from recipe.cli import UserError, run_door
 
 PACKAGES = ("torch", "torchao", "litgpt", "lightning")
-CARD, OUTSIDE = 6.0, 1.0
-"""GiB of the card, and of these what the allocator has no say in: assumed are 0.6 for Windows and the display, and 0.4
-for the CUDA context and its libraries. `outside_allocator_gib` in the result is what was seen."""
+CARD, WINDOWS, CONTEXT = 6.0, 0.6, 0.4
+"""GiB of the card, and of these what the allocator has no say in: assumed for Windows and the display, and for the CUDA
+context and its libraries. Of the latter `outside_allocator_gib` in the result is what was seen."""
 STORIES = (
     *("--prepare.source", "sample", "--prepare.tokenizer", "train", "--prepare.vocab_size", "2048"),
     *("--data.init_args.train_data_path", "data/stories/train", "--data.init_args.val_data_path", "data/stories/val"),
@@ -111,7 +111,7 @@ def measure_peak(folder: Path, steps: int) -> dict[str, Any]:
 
     use_expandable_segments(True)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    cap = CARD - OUTSIDE
+    cap = CARD - WINDOWS - CONTEXT
     torch.cuda.set_per_process_memory_fraction(min(cap / total, 1.0), 0)
     run = parse_run(
         [

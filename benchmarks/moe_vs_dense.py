@@ -15,7 +15,6 @@ All validate on the same tokens. Seconds are those of training, without start, v
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.common import circumstances, gpu, write_result
-from benchmarks.runs import Corpus, Point, corpus, curve, interpolate, spread, train
+from benchmarks.common import choose_device, circumstances, gpu, write_result
+from benchmarks.runs import SEEDS, Corpus, Point, corpus, curve, interpolate, spread, train
 from recipe.flops import count_parameters
 from recipe.settings import parse_run
 
@@ -75,14 +74,11 @@ def main() -> None:
     parser.add_argument("--dense", help="model file of its dense twin")
     parser.add_argument("--tokens", type=int, help="of each run at equal tokens")
     parser.add_argument("--learning-rates", type=float, nargs="+", help="the grid")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, choices=SEEDS, default=3, metavar="N")
     parser.add_argument("--data-dir", type=Path, help="a prepared corpus; the quickstart's when left away")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/moe_vs_dense_DEVICE.json")
     args, further = parser.parse_known_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes that this one starts
+    choose_device(args.device)
     preset = PRESETS[args.device]
     chosen = Preset(
         args.config or preset.config,

@@ -82,6 +82,8 @@ class Run:
     def tokens_per_second(self) -> float:
         """Over the second half of its steps, when everything is warm and compiled."""
         rows = [row for row in self.rows if {"total_tokens", "time"} <= row.keys()]
+        if len(rows) < 2:
+            raise Failed(f"{len(rows)} lines in its log are too few for a speed")
         middle, last = rows[(len(rows) - 1) // 2], rows[-1]
         return (last["total_tokens"] - middle["total_tokens"]) / (last["time"] - middle["time"])
 
@@ -144,7 +146,8 @@ def train(
             raise Failed(f"ended after {limit:.0f} s")
         if code or first_line is None:
             print("\n".join(lines[-30:]), file=sys.stderr)
-            raise Failed(next((line for line in reversed(lines) if line), f"exit code {code}")[:200])
+            last = next((line for line in reversed(lines) if line), f"exit code {code}")
+            raise Failed(last[:200] if code else "it wrote no line about a step")
         allocated = re.findall(r"Peak memory ([\d.]+) GiB", "\n".join(lines))
         val_losses = re.findall(r"val loss:? ([\d.]+)", "\n".join(lines))
         return Run(
@@ -208,6 +211,8 @@ class Spread(NamedTuple):
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for 95%, by how many numbers there are."""
+SEEDS = range(1, max(T_95) + 1)
+"""As many as `spread` knows of."""
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations, data_loading, moe_vs_dense, report, report_runs, train_step
+from benchmarks import ablations, common, data_loading, moe_vs_dense, report, report_runs, train_step
 from benchmarks.data_loading import Shape
 from benchmarks.report_runs import targets
 from benchmarks.runs import Corpus, Failed, Point, Run, Spread, curve, interpolate, spread, train
@@ -80,6 +80,28 @@ def test_the_best_settings_and_the_ratios() -> None:
     assert train_step.summary(rounds)["times_stock"]["tokens_per_second"] == [1, 2, 3]
 
 
+def test_only_rows_of_the_same_machine_and_versions_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    result = {**CIRCUMSTANCES, "tokens": 5}
+    assert common.kept_rows(path, result, "rows", "tokens") == {}
+    path.write_text(json.dumps({**result, "rows": {"a": {"n": 1}, "b": {"commit": "older"}}}), encoding="utf-8")
+    assert common.kept_rows(path, result, "rows", "tokens") == {
+        "a": {"n": 1, "commit": "abc"},
+        "b": {"commit": "older"},
+    }
+    busier = {**result, "hardware": {**CIRCUMSTANCES["hardware"], "load_before": 9.0}}
+    assert common.kept_rows(path, busier, "rows", "tokens")
+    others = {"hardware": {**CIRCUMSTANCES["hardware"], "cpu": "another"}, "versions": {"torch": "3"}, "tokens": 6}
+    for key, value in others.items():
+        assert common.kept_rows(path, {**result, key: value}, "rows", "tokens") == {}
+
+
+def test_a_run_with_one_line_has_no_speed() -> None:
+    run = Run(seconds=30.0, first_line=(10, 20.0), peak_bytes=1, rows=[{"total_tokens": 1.0, "time": 1.0}])
+    with pytest.raises(Failed, match="1 lines"):
+        run.tokens_per_second  # noqa: B018  (a property that raises)
+
+
 @pytest.fixture(scope="module")
 def text(prepared: Path) -> Corpus:
     return Corpus(prepared / "data", prepared / "tokenizer")
@@ -94,7 +116,7 @@ def test_bits_per_byte(text: Corpus) -> None:
 def test_both_sides_train_and_their_losses_are_alike(text: Corpus) -> None:
     """The same tokens, and weights from the same distribution: stock is the peer that it is said to be."""
     case = Case("configs/quickstart.yaml", tuple(TINY), (4, 2), 60 * 128, 60 * 128, 1, shipped=True)
-    found = train_step.measure(case, text, "cpu")
+    found = train_step.measure(case, text, save=lambda model: None)
     assert [trial["status"] for trial in found["trials"]] == ["measured"] * 3, found["trials"]
     (row,) = found["rounds"]
     assert row["ours"]["val_loss"] == pytest.approx(row["stock"]["val_loss"], rel=0.1)
@@ -203,16 +225,21 @@ def test_targets_of_runs_are_computed() -> None:
         return [(target.measured, target.reached) for target in targets(results)]
 
     assert set(verdicts({})) == {(None, False)}
-    cpu = {"peaks": {}, "models": {"quickstart": {"summary": steps(1.49, 1.5)}}}
+    cpu = {"hardware": {"cores": 2}, "peaks": {}, "models": {"quickstart": {"summary": steps(1.49, 1.5)}}}
     gpu = {
         "hardware": {"gpu": {"name": "NVIDIA H200"}},
+        "device": "cuda",
         "peaks": {"measured": 1e15, "datasheet": 2e15},
-        "models": {"moe-200m": {"summary": steps(4, 4), "flops_per_token": {"causal": 4.5e9}}},
+        "models": {
+            "moe-200m": {"summary": steps(4, 4), "flops_per_token": {"causal": 4.5e9}, "precision": "bf16-mixed"}
+        },
     }
     both = {"train_step_cpu": cpu, "train_step_cuda": gpu}
     assert verdicts(both)[:5] == [("1.49", False), ("1.50", True), ("4.00", True), ("0.45", True), (None, False)]
-    gpu["hardware"]["gpu"]["name"] = "another"
-    assert verdicts(both)[2:5] == [(None, False)] * 3
+    gpu["models"]["moe-200m"]["precision"] = "32-true"
+    assert verdicts(both)[3] == (None, False)
+    gpu["hardware"]["gpu"]["name"], cpu["hardware"]["cores"] = "NVIDIA GH200 480GB", 4
+    assert verdicts(both)[:5] == [(None, False)] * 5
     clear = {"equal_seconds": {"difference": {"mean": -0.2, "deviation": 0.1, "interval": 0.1}}}
     unclear = {"equal_seconds": {"difference": {"mean": -0.2, "deviation": 0.1, "interval": 0.3}}}
     found = verdicts({"moe_vs_dense_cpu": clear, "moe_vs_dense_cuda": unclear})
@@ -238,8 +265,10 @@ def test_what_low_memory_says_is_in_the_document() -> None:
     results = {"low_memory": {**CIRCUMSTANCES, **loss}, "low_memory_cuda": {**CIRCUMSTANCES, **peak}}
     assert [(found.measured, found.reached) for found in targets(results)[-2:]] == [
         ("+1.23%", False),
-        ("4.75 GiB", True),
+        ("4.75 GiB and 0.4 outside the allocator", True),
     ]
+    peak["outside_allocator_gib"] = 0.41
+    assert not targets({"low_memory_cuda": peak})[-1].reached
     text = report.document(results)
     assert "| bf16 | 1.0000 | +1.23% |" in text and "a card, its allocator held to 5.0 GiB" in text
 
