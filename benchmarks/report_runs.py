@@ -64,8 +64,7 @@ def targets(results: dict[str, Row]) -> list[Target]:
         rows.append(at_least(f"H200, {model}: MFU of 45% of the measured 790 TFLOP/s", shown, 0.45))
     for device, name in MOE_VS_DENSE.items():
         text = f"{DEVICES[device].removeprefix('on a ')}: MoE below its dense twin at equal seconds, bits per byte"
-        if name in results:
-            difference = results[name]["equal_seconds"]["difference"]
+        if difference := results.get(name, {}).get("equal_seconds", {}).get("difference"):
             reached = Spread(**difference).clear and difference["mean"] < 0
             rows.append(Target(text, signed(difference), reached))
         else:
@@ -268,6 +267,12 @@ def data_loading(result: Row) -> list[str]:
 
 def moe_vs_dense(result: Row) -> list[str]:
     """Both comparisons, on the way and at the end."""
+    failed = [
+        f"Failed: {row['model']}, learning rate {row['learning_rate']:g}, seed {row['seed']}: {row['status']}"
+        for row in result.get("failed", [])
+    ]
+    if "difference" not in result["equal_seconds"]:
+        return ["Cut short before the first comparison at equal seconds.", *failed, ""]
     moe, dense = result["models"]["MoE"], result["models"]["dense"]
     sizes = [
         f"{model['name']} ({model['total'] / 1e6:.1f} M, {model['active'] / 1e6:.1f} M active)"
@@ -291,7 +296,7 @@ def moe_vs_dense(result: Row) -> list[str]:
         )
     heads = ("", "MoE", "dense", "difference", "", "half-way", "tokens of the MoE", "of the dense one")
     rates = ", ".join(f"{rate:g} for the {name}" for name, rate in result["learning_rates"].items())
-    tried = sorted({row["learning_rate"] for row in result["grid"]})
+    tried = sorted({row["learning_rate"] for row in [*result["grid"], *result.get("failed", [])]})
     edge = f"; on the edge of the grid: {', '.join(result['on_the_edge'])}" if result["on_the_edge"] else ""
     speeds = result["tokens_per_second"]
     seeds = len({run["seed"] for run in result["equal_tokens"]["runs"]})
@@ -304,6 +309,7 @@ def moe_vs_dense(result: Row) -> list[str]:
         "interval of its mean. Best learning rates for seed 0 (which counts, too) of",
         f"{', '.join(f'{rate:g}' for rate in tried)}: {rates}{edge}.",
         f"The MoE trains {speeds['MoE']:,.0f} tokens/s, the dense model {speeds['dense']:,.0f}.",
+        *failed,
         "",
         f"![bits per byte over tokens and seconds](moe_vs_dense_{result['device']}.svg)",
         "",

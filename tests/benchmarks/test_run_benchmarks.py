@@ -138,10 +138,15 @@ def test_a_mixture_is_held_against_its_twin(text: Corpus, tmp_path: Path) -> Non
         "configs/quickstart.yaml",
         "configs/models/quickstart-dense-twin.yaml",
         4096,
-        (1e-3, 2e-3),
+        (1e-3, 2e-3, math.nan),
         ("--model.n_layer=2", "--model.block_size=32", "--train.lr_warmup_steps=2"),
     )
-    found = moe_vs_dense.compare(preset, 2, text)
+    saved: list[str] = []
+    found = moe_vs_dense.compare(preset, 2, text, lambda found: saved.append(json.dumps(found)))
+    assert len(saved) == 10 and json.loads(saved[-1]) == json.loads(json.dumps(found))
+    assert [math.isnan(row["learning_rate"]) for row in found["failed"]] == [True, True]
+    cut_short = {**CIRCUMSTANCES, "device": "cpu", **json.loads(saved[0])}
+    assert "Cut short" in report.document({"moe_vs_dense_cpu": cut_short})
     assert len(found["grid"]) == 4 and len(found["equal_tokens"]["runs"]) == len(found["equal_seconds"]["runs"]) == 4
     assert found["models"]["MoE"]["total"] > found["models"]["dense"]["total"]
     result = {**CIRCUMSTANCES, "device": "cpu", **found}
