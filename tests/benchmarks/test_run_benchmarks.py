@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +261,10 @@ def test_targets_of_runs_are_computed() -> None:
 
 
 def test_what_low_memory_says_is_in_the_document() -> None:
-    way = {"val_loss": 1.0, "seconds": 9.0, "weights_mb": 1.5, "optimizer_mb": 3.0, "loss_over_fp32": 0.0}
-    loss = {"tokens": 1000, "ways": {"fp32": way, "bf16": {**way, "loss_over_fp32": 0.0123}}}
+    way = {"status": "measured", "val_losses": [1.0, 2.0], "seconds": 9.0, "weights_mb": 1.5, "optimizer_mb": 3.0}
+    over = {"mean": 0.008, "deviation": 0.001, "interval": 0.0023}
+    ways = {"fp32": way, "bf16": {**way, "loss_over_fp32": over}, "nearest": {"status": "no C++ compiler"}}
+    loss = {"tokens": 1000, "seeds": 2, "ways": ways}
     peak = {"model": "MoE", "context": 2048, "steps": 4, "card_gib": 6.0, "cap_gib": 5.0, "fits": True}
     peak |= {
         "peak_allocated_gib": 4.5,
@@ -269,13 +274,14 @@ def test_what_low_memory_says_is_in_the_document() -> None:
     }
     results = {"low_memory": {**CIRCUMSTANCES, **loss}, "low_memory_cuda": {**CIRCUMSTANCES, **peak}}
     assert [(found.measured, found.reached) for found in targets(results)[-2:]] == [
-        ("+1.23%", False),
+        ("+0.80% ± 0.23%", False),
         ("4.75 GiB and 0.4 outside the allocator", True),
     ]
     peak["outside_allocator_gib"] = 0.41
     assert not targets({"low_memory_cuda": peak})[-1].reached
     text = report.document(results)
-    assert "| bf16 | 1.0000 | +1.23% |" in text and "a card, its allocator held to 5.0 GiB" in text
+    assert "| bf16 | 1.5000 | +0.80% ± 0.23% |" in text and "| nearest | no C++ compiler |" in text
+    assert "a card, its allocator held to 5.0 GiB" in text
 
 
 def test_what_generation_says_is_in_the_document() -> None:
@@ -296,3 +302,19 @@ def test_what_was_not_measured_names_its_command() -> None:
         assert f"Not measured yet: `uv run {command}` does." in text
         script = command.split()[1]
         assert (report.ROOT / script).exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
+@pytest.mark.parametrize("target", ["bench", "bench-gpu"])
+def test_a_measurement_that_fails_ends_the_target_badly_and_no_other(target: str, tmp_path: Path) -> None:
+    uv = tmp_path / "uv"
+    for script, code in {"train_step": 2, "nothing": 0}.items():
+        uv.write_text(f'#!/bin/sh\necho "ran $*"\ncase "$*" in *{script}*) exit 3;; esac\n', encoding="utf-8")
+        uv.chmod(0o755)
+        command = ["make", f"UV={uv}", "PYTHON=true", target]
+        done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert ("these failed:\n  python benchmarks/train_step.py" in done.stderr) == bool(code)
+        for name in ("train_step", "moe_vs_dense", "data_loading", "low_memory", "report"):
+            assert f"ran run python benchmarks/{name}.py" in done.stdout
