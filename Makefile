@@ -54,30 +54,40 @@ lint: venv
 types: venv
 	$(RUN) mypy
 
-bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and write docs/PERFORMANCE.md
-	$(RUN) python benchmarks/train_step.py
-	$(RUN) python benchmarks/data_loading.py
-	@test -d checkpoints/quickstart/final || $(RUN) python run_train.py --config configs/quickstart.yaml
-	$(RUN) python benchmarks/generation.py
-	$(RUN) python benchmarks/moe_vs_dense.py
-	$(RUN) python benchmarks/ablations.py
-	$(RUN) python benchmarks/low_memory.py
-	$(RUN) python benchmarks/data_prep.py
-	$(RUN) python benchmarks/data_memory.py
-	$(RUN) python benchmarks/memory.py
-	$(RUN) python benchmarks/moe_layer.py --device cpu
-	$(RUN) python benchmarks/report.py
+# The measurements of a target are one shell command: one that fails ends none of the others, but the target, at its end.
+MEASURE := trap 'exit 130' INT; failed=; measure() { echo "$$*"; $(RUN) "$$@" || failed="$$failed\n  $$*"; }
+QUICKSTART := test -d checkpoints/quickstart/final || measure python run_train.py --config configs/quickstart.yaml
+REPORT := measure python benchmarks/report.py; \
+          test -z "$$failed" || { printf "error: these failed:$$failed\n" >&2; exit 1; }
 
-bench-gpu: venv ## Check the layer on the GPU of this machine, then measure all, what matters most first
-	$(RUN) pytest tests/custom_moe
-	-$(RUN) python benchmarks/train_step.py --device cuda
-	-$(RUN) --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda
-	@test -d checkpoints/quickstart/final || $(RUN) python run_train.py --config configs/quickstart.yaml
-	-$(RUN) python benchmarks/generation.py --device cuda
-	-$(RUN) python benchmarks/moe_vs_dense.py --device cuda
-	-$(RUN) python benchmarks/low_memory.py --device cuda
-	-$(RUN) python benchmarks/data_loading.py --device cuda
-	$(RUN) python benchmarks/report.py
+bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and write docs/PERFORMANCE.md
+	@$(MEASURE); \
+	measure python benchmarks/train_step.py; \
+	measure python benchmarks/data_loading.py; \
+	$(QUICKSTART); \
+	measure python benchmarks/generation.py; \
+	measure python benchmarks/moe_vs_dense.py; \
+	measure python benchmarks/ablations.py; \
+	measure python benchmarks/low_memory.py; \
+	measure python benchmarks/data_prep.py --repeat 1; \
+	measure python benchmarks/data_memory.py; \
+	measure python benchmarks/memory.py; \
+	measure python benchmarks/moe_layer.py --device cpu; \
+	$(REPORT)
+
+bench-gpu: venv ## Check the layer and generation on the GPU of this machine, then measure all, what matters most first
+	@$(MEASURE); \
+	measure pytest tests/custom_moe tests/inference; \
+	measure python benchmarks/train_step.py --device cuda; \
+	measure --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda; \
+	$(QUICKSTART); \
+	measure python benchmarks/generation.py --device cuda; \
+	measure python benchmarks/generation.py --device cuda --model configs/models/moe-200m.yaml; \
+	measure python benchmarks/moe_vs_dense.py --device cuda; \
+	measure python benchmarks/low_memory.py --device cuda; \
+	measure python benchmarks/memory.py --device cuda; \
+	measure python benchmarks/data_loading.py --device cuda; \
+	$(REPORT)
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them
 	@$(RUN) python scripts/gpu.py status

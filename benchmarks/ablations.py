@@ -1,7 +1,7 @@
 """What the quickstart's defaults are worth: each choice against its alternatives, three seeds each, on a CPU.
 
     uv run python benchmarks/ablations.py                       # 14 minutes
-    uv run python benchmarks/ablations.py --only default Muon   # some of the rows; those of an earlier run are kept
+    uv run python benchmarks/ablations.py --only default Muon   # some of the rows; an earlier run's others are kept
 
 Writes benchmarks/results/ablations.json; benchmarks/report.py makes the table of docs/PERFORMANCE.md.
 
@@ -12,7 +12,6 @@ choice has a rate of its own, it is taken from a small grid with the first seed,
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.common import circumstances, write_result
+from benchmarks.common import choose_device, circumstances, kept_rows, write_result
 from benchmarks.moe_vs_dense import outcome, seeded
-from benchmarks.runs import Corpus, Failed, Row, corpus, curve, spread, train
+from benchmarks.runs import SEEDS, Corpus, Failed, Row, corpus, curve, spread, train
 
 PACKAGES = ("torch", "litgpt", "lightning")
 CONFIG = "configs/quickstart.yaml"
@@ -69,22 +68,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(CHOICES), default=list(CHOICES), metavar="ROW")
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, choices=SEEDS, default=3, metavar="N")
     parser.add_argument("--data-dir", type=Path, help="a prepared corpus; the quickstart's when left away")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes that this one starts
+    choose_device("cpu")
     result = circumstances(" ".join(["python", "benchmarks/ablations.py", *sys.argv[1:]]), PACKAGES)
     result["hardware"] |= {"threads": torch.get_num_threads()}
+    result |= {"run_file": CONFIG, "tokens": args.tokens, "seeds": args.seeds}
     text, started = corpus(args.data_dir), time.perf_counter()
-    rows: dict[str, Any] = {}
-    if args.output.exists() and set(args.only) != set(CHOICES):
-        kept = json.loads(args.output.read_text(encoding="utf-8"))
-        if (kept["tokens"], kept["seeds"]) == (args.tokens, args.seeds):
-            rows = kept["rows"]
+    rows = kept_rows(args.output, result, "rows", "tokens", "seeds")
     for name in args.only:
         rows[name] = measure(name, args.tokens, args.seeds, text)
-        result |= {"run_file": CONFIG, "tokens": args.tokens, "seeds": args.seeds}
         result |= {"rows": with_differences({name: rows[name] for name in CHOICES if name in rows})}
         write_result(result | {"seconds": round(time.perf_counter() - started, 1)}, args.output)
 
@@ -93,13 +88,21 @@ def measure(name: str, tokens: int, seeds: int, text: Corpus) -> dict[str, Any]:
     """A row's runs, its rate found first where it has one."""
     choice = CHOICES[name]
     settings = [(*choice.flags, f"{choice.tuned}={value}") for value in choice.grid] or [choice.flags]
+    tried: dict[int, dict[str, Any]] = {}
+    failed = ""
+    for index, flags in enumerate(settings):
+        try:
+            tried[index] = one(flags, 0, tokens, text)
+        except Failed as error:  # a rate that is too high, say
+            failed = str(error)
     try:
-        tried = [one(flags, 0, tokens, text) for flags in settings]
-        best = min(range(len(tried)), key=lambda index: tried[index]["bits_per_byte"])
+        if not tried:
+            raise Failed(failed)
+        best = min(tried, key=lambda index: tried[index]["bits_per_byte"])
         runs = [tried[best], *(one(settings[best], seed, tokens, text) for seed in range(1, seeds))]
     except Failed as error:
         return {"question": choice.question, "status": str(error)}
-    grid = {str(value): row["bits_per_byte"] for value, row in zip(choice.grid, tried, strict=False)}
+    grid = {str(choice.grid[index]): row["bits_per_byte"] for index, row in tried.items() if choice.grid}
     row = {
         "question": choice.question,
         "status": "measured",

@@ -31,6 +31,24 @@ def circumstances(command: str, packages: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def kept_rows(path: Path, result: dict[str, Any], key: str, *same: str) -> dict[str, Any]:
+    """The rows of a former result, by name, each with its commit.
+
+    Args:
+        path: of the former result; no rows where there is none.
+        result: the new one; no rows where the former has other hardware or versions, or differs in ``same``.
+        key: of the rows.
+    """
+    if not path.exists():
+        return {}
+    former = json.loads(path.read_text(encoding="utf-8"))
+    here, there = (
+        [{**of["hardware"], "load_before": None}, of["versions"], *(of.get(name) for name in same)]
+        for of in (result, former)
+    )
+    return {name: {"commit": former["commit"], **row} for name, row in former[key].items()} if here == there else {}
+
+
 def write_result(result: dict[str, Any], path: Path) -> None:
     """As JSON, with lists of numbers on one line each."""
     text = json.dumps(result, indent=1)
@@ -120,6 +138,16 @@ def installed(packages: Iterable[str]) -> list[str]:
             return False
 
     return [package for package in packages if here(package)]
+
+
+def choose_device(device: str) -> None:
+    """Ends the program where there is no such; without a GPU this process and all that it starts see none."""
+    import torch
+
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
 
 
 def gpu() -> dict[str, Any]:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from litgpt.utils import CycleIterator
 
-from benchmarks.common import circumstances, gpu, write_result
+from benchmarks.common import choose_device, circumstances, gpu, write_result
 from benchmarks.runs import Corpus, corpus
 from recipe.data import TokenizedText
 from recipe.training.loop import as_batch
@@ -63,8 +63,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="a prepared corpus; the quickstart's when left away")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/data_loading_DEVICE.json")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
+    choose_device(args.device)
     result = circumstances(" ".join(["python", "benchmarks/data_loading.py", *sys.argv[1:]]), PACKAGES)
     result["hardware"] |= {"threads": torch.get_num_threads(), "gpu": gpu() if args.device == "cuda" else None}
     measured = ROOT / f"benchmarks/results/train_step_{args.device}.json"

@@ -8,9 +8,10 @@ Writes benchmarks/results/generation.json (generation_NAME.json for a named mode
 
 All write the same number of tokens at temperature 0 after the same prompts of 16 tokens, and take turns; ratios are
 formed within a round. Counted are the tokens after the first, so neither loading nor the prompt: that is the time to
-the first token. LitGPT's is what `litgpt generate` runs, with LitGPT's own layers: one text after the other by
-`generate_fn`, and for a batch also its `batched_generate_fn`, which no command of LitGPT reaches. Whether a row has
-LitGPT's ids to the last one is reported: rounding may flip a close choice, and all tokens after it.
+the first token, in which on a GPU our recording of a step falls, too. LitGPT's is what `litgpt generate` runs, with
+LitGPT's own layers: one text after the other by `generate_fn`, and for a batch also its `batched_generate_fn`, which no
+command of LitGPT reaches. Whether a row has LitGPT's ids to the last one is reported: rounding may flip a close choice,
+and all tokens after it.
 
 Bandwidth: what a step must read at least (each weight that it uses once, where experts are chosen evenly, and the
 filled part of the KV caches), times the steps per second, as a share of what copying a large tensor reads and writes.
@@ -49,7 +50,7 @@ Rows = Iterator[list[int]]
 
 def main(
     device: Literal["cpu", "cuda"] = "cpu",
-    checkpoint: Path = Path("checkpoints/quickstart/final"),
+    checkpoint: Path = ROOT / "checkpoints/quickstart/final",
     model: Path | None = None,
     new_tokens: int = 128,
     rounds: int = 5,
@@ -276,7 +277,7 @@ def step_bytes(gpt: GPT, rows: int, seen: int) -> int:
     """What a step reads at least, with ``seen`` places of each KV cache filled."""
     config, size = gpt.config, gpt.lm_head.weight.element_size()
     parameters = {name: parameter.numel() for name, parameter in gpt.named_parameters()}
-    embedding = parameters.pop("transformer.wte.weight") if gpt.transformer.wte is not gpt.lm_head else 0
+    embedding = parameters.pop("transformer.wte.weight", 0)  # none where it is tied to the output layer
     experts = sum(count for name, count in parameters.items() if ".experts." in name)
     used = 1 - (1 - config.n_expert_per_token / config.n_expert) ** rows if config.n_expert else 0
     weights = sum(parameters.values()) - experts + int(experts * used) + rows * config.n_embd * bool(embedding)
@@ -297,4 +298,5 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")  # as LitGPT's command line does; for all peers
     run_door(main)

@@ -3,38 +3,35 @@
     uv run python benchmarks/low_memory.py                  # on a CPU, minutes
     uv run python benchmarks/low_memory.py --device cuda    # a card with at least 6 GiB
 
-On a CPU the quickstart's model is trained three times on the same tokens: in fp32 with AdamW; in the way of
+On a CPU the quickstart's model is trained on the same tokens in three ways: in fp32 with AdamW; in the way of
 configs/runs/tinystories-moe-200m-6gb.yaml (bf16 weights, 8-bit Adam, stochastic rounding, recomputed blocks); and so,
-but rounding to nearest. Writes benchmarks/results/low_memory.json.
+but rounding to nearest. Three seeds each, of the weights and of the order of the data; differences are formed between
+runs of the same seed. Writes benchmarks/results/low_memory.json.
 
 On a GPU that run itself does some steps, on the built-in stories, with PyTorch's allocator held to what is left of a
 card of 6 GiB. Writes benchmarks/results/low_memory_cuda.json.
 """
 
-import csv
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import circumstances, gpu
-from recipe.cli import UserError, run_door
+from benchmarks.common import choose_device, circumstances, gpu, write_result
+from benchmarks.moe_vs_dense import seeded
+from benchmarks.runs import Corpus, Failed, corpus, last, read_metrics, spread, train
+from recipe.cli import run_door
 
 PACKAGES = ("torch", "torchao", "litgpt", "lightning")
-CARD, OUTSIDE = 6.0, 1.0
-"""GiB of the card, and of these what the allocator has no say in: assumed are 0.6 for Windows and the display, and 0.4
-for the CUDA context and its libraries. `outside_allocator_gib` in the result is what was seen."""
-STORIES = (
-    *("--prepare.source", "sample", "--prepare.tokenizer", "train", "--prepare.vocab_size", "2048"),
-    *("--data.init_args.train_data_path", "data/stories/train", "--data.init_args.val_data_path", "data/stories/val"),
-    *("--tokenizer_dir", "data/stories/tokenizer"),
-)
+CARD, WINDOWS, CONTEXT = 6.0, 0.6, 0.4
+"""GiB of the card, and of these what the allocator has no say in: assumed for Windows and the display, and for the CUDA
+context and its libraries. Of the latter `outside_allocator_gib` in the result is what was seen."""
+SEEDS = 3
 
 
 def low_memory(rounding: bool) -> list[str]:
@@ -54,7 +51,7 @@ WAYS = {
 }
 
 
-def main(device: Literal["cpu", "cuda"] = "cpu", tokens: int = 300_000, steps: int = 4) -> None:
+def main(device: Literal["cpu", "cuda"] = "cpu", tokens: int = 150_000, steps: int = 4) -> None:
     """Measures and writes the result.
 
     Args:
@@ -62,45 +59,46 @@ def main(device: Literal["cpu", "cuda"] = "cpu", tokens: int = 300_000, steps: i
         tokens: Of each run on a CPU.
         steps: Of the run on a GPU.
     """
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA GPU; --device cpu compares the losses.")
+    choose_device(device)
     result = circumstances(" ".join(["uv run python benchmarks/low_memory.py", *sys.argv[1:]]), PACKAGES)
-    with tempfile.TemporaryDirectory() as folder:
-        result |= compare(Path(folder), tokens) if device == "cpu" else measure_peak(Path(folder), steps)
-    path = ROOT / "benchmarks" / "results" / ("low_memory.json" if device == "cpu" else "low_memory_cuda.json")
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
+    text = corpus(None)
+    if device == "cuda":
+        with tempfile.TemporaryDirectory() as folder:
+            result |= measure_peak(Path(folder), steps, text)
+    else:
+        result |= {"tokens": tokens, "seeds": SEEDS, "ways": compare(tokens, text)}
+    write_result(result, ROOT / f"benchmarks/results/low_memory{'' if device == 'cpu' else '_cuda'}.json")
     print(json.dumps(result, indent=1))
 
 
-def compare(folder: Path, tokens: int) -> dict[str, Any]:
-    """The loss of each way on the same validation tokens."""
+def compare(tokens: int, text: Corpus) -> dict[str, Any]:
+    """Each way's losses on the same validation tokens, and by how much they exceed those of fp32 with the same seed."""
     ways: dict[str, dict[str, Any]] = {}
-    for index, (way, flags) in enumerate(WAYS.items()):
-        out_dir = folder / str(index)
-        command = ["run_train.py", "--config", "configs/quickstart.yaml", *flags, "--train.max_tokens", str(tokens)]
-        start = time.perf_counter()
-        subprocess.run(
-            [
-                *(sys.executable, *command, "--eval.max_iters", "50", "--eval.interval", "1000000"),
-                *("--sample.prompt", "null", "--progress", "false", "--out_dir", str(out_dir)),
-            ],
-            cwd=ROOT,
-            check=True,
-        )
+    for way, its_flags in WAYS.items():
+        command = ["--config", "configs/quickstart.yaml", *its_flags, *text.flags, f"--train.max_tokens={tokens}"]
+        command += ["--train.log_interval=10", "--eval.max_iters=50", "--eval.interval=1000000", "--sample.prompt=null"]
+        try:
+            runs = [train([*command, *seeded(seed)]) for seed in range(SEEDS)]
+        except Failed as error:  # 8-bit Adam without a C++ compiler, say
+            ways[way] = {"flags": its_flags, "status": str(error)}
+            continue
+        losses = [last(run.rows, "val_loss") for run in runs]
         ways[way] = {
-            "flags": flags,
-            "val_loss": last(out_dir / "metrics.csv", "val_loss"),
-            "seconds": round(time.perf_counter() - start, 1),
-            "weights_mb": round((out_dir / "final" / "lit_model.pth").stat().st_size / 1e6, 2),
-            "optimizer_mb": round((out_dir / "final" / "training_state.pth").stat().st_size / 1e6, 2),
+            "flags": its_flags,
+            "status": "measured",
+            "val_losses": losses,
+            "seconds": round(mean(run.seconds for run in runs), 1),
+            "weights_mb": round(runs[0].saved_bytes["lit_model.pth"] / 1e6, 2),
+            "optimizer_mb": round(runs[0].saved_bytes["training_state.pth"] / 1e6, 2),
         }
-        ways[way]["loss_over_fp32"] = round(ways[way]["val_loss"] / ways["fp32, AdamW"]["val_loss"] - 1, 4)
-    return {"tokens": tokens, "ways": ways}
+        if exact := ways["fp32, AdamW"].get("val_losses"):
+            over = [loss / other - 1 for loss, other in zip(losses, exact, strict=True)]
+            ways[way]["loss_over_fp32"] = spread(over)._asdict()
+        print(f"{way}: {ways[way]}", flush=True)
+    return ways
 
 
-def measure_peak(folder: Path, steps: int) -> dict[str, Any]:
+def measure_peak(folder: Path, steps: int, text: Corpus) -> dict[str, Any]:
     """Trains in this process, for whose allocator the cap counts."""
     import torch
 
@@ -111,11 +109,11 @@ def measure_peak(folder: Path, steps: int) -> dict[str, Any]:
 
     use_expandable_segments(True)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    cap = CARD - OUTSIDE
+    cap = CARD - WINDOWS - CONTEXT
     torch.cuda.set_per_process_memory_fraction(min(cap / total, 1.0), 0)
     run = parse_run(
         [
-            *("--config", str(ROOT / "configs/runs/tinystories-moe-200m-6gb.yaml"), *STORIES, "--devices", "1"),
+            *("--config", str(ROOT / "configs/runs/tinystories-moe-200m-6gb.yaml"), *text.flags, "--devices", "1"),
             *("--train.max_steps", str(steps), "--train.log_interval", "1", "--eval.max_iters", "2"),
             *("--out_dir", str(folder / "run"), "--progress", "false"),
         ]
@@ -140,14 +138,8 @@ def measure_peak(folder: Path, steps: int) -> dict[str, Any]:
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
         "outside_allocator_gib": round(total - (free + torch.cuda.memory_reserved()) / 2**30, 3),
-        "tokens_per_second": last(metrics, "tokens_per_second") if fits else None,
+        "tokens_per_second": last(read_metrics(metrics), "tokens_per_second") if fits else None,
     }
-
-
-def last(metrics: Path, column: str) -> float:
-    """The last value of a column of a run's log."""
-    with open(metrics, encoding="utf-8", newline="") as file:
-        return [float(row[column]) for row in csv.DictReader(file) if row[column]][-1]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     uv run python benchmarks/memory.py --device cuda     # the plan of whole runs against what a card allocates
 
 Without a card nothing is measured: the steps run on tensors without contents (recipe/training/memory.py), with the
-kernels of an A100. Writes benchmarks/results/memory.json and prints the README's table; with a card, memory-cuda.json.
+kernels of an A100. Writes benchmarks/results/memory.json and prints the README's table; with a card, memory_cuda.json.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import lightning as L
 import torch
 from litgpt import GPT
 
-from benchmarks.common import circumstances
+from benchmarks.common import circumstances, gpu
 from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware, hardware_of
 from recipe.flops import count_parameters
@@ -57,12 +57,13 @@ def main() -> None:
     if parser.parse_args().device == "cuda":
         rows = [against_a_card(name, *flags) for name, *flags in ON_A_CARD]
         how, text = "plan against torch.cuda.max_memory_allocated, not compiled", comparison(rows)
-        command, file = "python benchmarks/memory.py --device cuda", RESULT.with_name("memory-cuda.json")
+        command, file = "python benchmarks/memory.py --device cuda", RESULT.with_name("memory_cuda.json")
     else:
         rows = [row(name, layers, size) for name in RUNS for layers in LAYERS for size in MICRO_BATCHES]
         how = "worked out on fake tensors, not measured on a GPU; without the CUDA context and the allocator's gaps"
         text, command, file = table(rows), "python benchmarks/memory.py", RESULT
     result = {**circumstances(command, ("torch", "litgpt", "lightning")), "how": how, "rows": rows}
+    result["hardware"]["gpu"] = gpu() if file != RESULT else None
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
     print(text)
 

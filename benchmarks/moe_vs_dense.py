@@ -4,7 +4,8 @@
     uv run python benchmarks/moe_vs_dense.py --device cuda    # MoE-200M; another one with --config, --dense, --tokens
     uv run python benchmarks/moe_vs_dense.py --train.global_batch_size 8    # further flags go to run_train.py
 
-Writes benchmarks/results/moe_vs_dense_DEVICE.json; benchmarks/report.py makes its table and plot.
+Writes benchmarks/results/moe_vs_dense_DEVICE.json; benchmarks/report.py makes its table and plot. The file is
+written after each run; a run that fails is on record in it, and as a rate of the grid just not the best.
 
 The twin's feed-forward is as wide as the experts that work on one token, so both have the same active parameters. All
 runs are run_train.py's, with the whole learning-rate schedule each. For both models each learning rate of one grid is
@@ -15,10 +16,9 @@ All validate on the same tokens. Seconds are those of training, without start, v
 """
 
 import argparse
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.common import circumstances, gpu, write_result
-from benchmarks.runs import Corpus, Point, corpus, curve, interpolate, spread, train
+from benchmarks.common import choose_device, circumstances, gpu, write_result
+from benchmarks.runs import SEEDS, Corpus, Failed, Point, corpus, curve, interpolate, spread, train
 from recipe.flops import count_parameters
 from recipe.settings import parse_run
 
@@ -75,14 +75,11 @@ def main() -> None:
     parser.add_argument("--dense", help="model file of its dense twin")
     parser.add_argument("--tokens", type=int, help="of each run at equal tokens")
     parser.add_argument("--learning-rates", type=float, nargs="+", help="the grid")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, choices=SEEDS, default=3, metavar="N")
     parser.add_argument("--data-dir", type=Path, help="a prepared corpus; the quickstart's when left away")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/moe_vs_dense_DEVICE.json")
     args, further = parser.parse_known_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes that this one starts
+    choose_device(args.device)
     preset = PRESETS[args.device]
     chosen = Preset(
         args.config or preset.config,
@@ -98,52 +95,77 @@ def main() -> None:
         "gpu": gpu() if args.device == "cuda" else None,
     }
     started = time.perf_counter()
-    result |= {"device": args.device} | compare(chosen, args.seeds, corpus(args.data_dir))
-    write_result(result | {"seconds": round(time.perf_counter() - started, 1)}, output)
+
+    def save(found: dict[str, Any]) -> None:
+        seconds = round(time.perf_counter() - started, 1)
+        write_result(result | {"device": args.device} | found | {"seconds": seconds}, output)
+
+    try:
+        compare(chosen, args.seeds, corpus(args.data_dir), save)
+    except Failed as error:
+        sys.exit(f"error: {error}")
 
 
-def compare(preset: Preset, seeds: int, text: Corpus) -> dict[str, Any]:
-    """All runs, and what comes of them."""
+def compare(preset: Preset, seeds: int, text: Corpus, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All runs, and what comes of them; ``save`` gets what is there after each run.
+
+    Raises:
+        Failed: where a model's runs failed at every learning rate.
+    """
     models = {"MoE": [], "dense": [f"--model={preset.dense}"]}
     parsed = {name: parse_run(["--config", preset.config, *flags, *preset.flags]) for name, flags in models.items()}
     settings = {name: run.settings for name, run in parsed.items()}
     train_args = settings["MoE"].train
     floor = train_args.min_lr / parsed["MoE"].optimizer["init_args"]["lr"]
     step = train_args.global_batch_size * (train_args.max_seq_length or settings["MoE"].model.block_size)
-
-    def go(model: str, rate: float, seed: int, tokens: int) -> dict[str, Any]:
-        interval = max(1, tokens // step // VALIDATIONS)
-        flags = ["--config", preset.config, *models[model], *preset.flags, *text.flags, *seeded(seed)]
-        flags += [f"--train.max_tokens={tokens}", "--train.max_steps=null", "--train.save_interval=null"]
-        flags += [f"--optimizer.init_args.lr={rate}", f"--train.min_lr={rate * floor}"]
-        flags += [f"--eval.interval={interval}", f"--train.log_interval={interval}", "--eval.max_iters=50"]
-        row = {"model": model, "learning_rate": rate, "seed": seed, "max_tokens": tokens}
-        row |= outcome(curve(train([*flags, "--sample.prompt=null"]).rows), text)
-        print(f"  { ({**row, 'curve': row['curve'][-1]}) }", flush=True)
-        return row
-
-    grid = [go(name, rate, 0, preset.tokens) for rate in preset.learning_rates for name in models]
-    rates = {name: best_rate(grid, name) for name in models}
-    equal_tokens = [row for row in grid if row["learning_rate"] == rates[row["model"]]]
-    equal_tokens += [go(name, rates[name], seed, preset.tokens) for seed in range(1, seeds) for name in models]
-    speeds = {name: median(row["tokens_per_second"] for row in of(equal_tokens, name)) for name in models}
-    longer = round(preset.tokens * speeds["dense"] / speeds["MoE"])
-    equal_seconds = of(equal_tokens, "MoE") + [go("dense", rates["dense"], seed, longer) for seed in range(seeds)]
     tied = bool(train_args.tie_embeddings)
-    return {
+    grid, failed = [], []
+    equal: dict[str, list[dict[str, Any]]] = {"tokens": [], "seconds": []}
+    found: dict[str, Any] = {
         "run_file": preset.config,
         "flags": preset.flags,
         "models": {
             name: {"name": of_run.model.name, **count_parameters(of_run.model, tie_embeddings=tied)._asdict()}
             for name, of_run in settings.items()
         },
-        "learning_rates": rates,
-        "on_the_edge": sorted(name for name, rate in rates.items() if rate in edges(preset.learning_rates)),
-        "tokens_per_second": speeds,
-        "grid": [{key: row[key] for key in ("model", "learning_rate", "bits_per_byte")} for row in grid],
-        "equal_tokens": {"runs": equal_tokens, **verdict(equal_tokens, by="tokens")},
-        "equal_seconds": {"runs": equal_seconds, **verdict(equal_seconds, by="seconds")},
+        "grid": grid,
+        "failed": failed,
     }
+
+    def go(model: str, rate: float, seed: int, tokens: int, runs: list[dict[str, Any]]) -> None:
+        interval = max(1, tokens // step // VALIDATIONS)
+        flags = ["--config", preset.config, *models[model], *preset.flags, *text.flags, *seeded(seed)]
+        flags += [f"--train.max_tokens={tokens}", "--train.max_steps=null", "--train.save_interval=null"]
+        flags += [f"--optimizer.init_args.lr={rate}", f"--train.min_lr={rate * floor}"]
+        flags += [f"--eval.interval={interval}", f"--train.log_interval={interval}", "--eval.max_iters=50"]
+        row = {"model": model, "learning_rate": rate, "seed": seed, "max_tokens": tokens}
+        try:
+            row |= outcome(curve(train([*flags, "--sample.prompt=null"]).rows), text)
+            runs.append(row)
+        except Failed as error:  # a rate that is too high, say
+            failed.append(row | {"status": str(error)})
+        print(f"  { ({**row, 'curve': row.get('curve', failed)[-1]}) }", flush=True)
+        for by, equal_runs in equal.items():
+            found[f"equal_{by}"] = {"runs": equal_runs, **verdict(equal_runs, by)}
+        save(found)
+
+    for rate in preset.learning_rates:
+        for name in models:
+            go(name, rate, 0, preset.tokens, grid)
+    rates = {name: best_rate(grid, name) for name in models}
+    found["learning_rates"] = rates
+    found["on_the_edge"] = sorted(name for name, rate in rates.items() if rate in edges(preset.learning_rates))
+    equal["tokens"] += [row for row in grid if row["learning_rate"] == rates[row["model"]]]
+    for seed in range(1, seeds):
+        for name in models:
+            go(name, rates[name], seed, preset.tokens, equal["tokens"])
+    speeds = {name: median(row["tokens_per_second"] for row in of(equal["tokens"], name)) for name in models}
+    found["tokens_per_second"] = speeds
+    longer = round(preset.tokens * speeds["dense"] / speeds["MoE"])
+    equal["seconds"] += of(equal["tokens"], "MoE")
+    for seed in range(seeds):
+        go("dense", rates["dense"], seed, longer, equal["seconds"])
+    return found
 
 
 def seeded(seed: int) -> list[str]:
@@ -167,7 +189,9 @@ def outcome(points: Sequence[Point], text: Corpus) -> dict[str, Any]:
 
 def best_rate(grid: Sequence[dict[str, Any]], model: str) -> float:
     """The learning rate with which the model ended best."""
-    return min(of(grid, model), key=lambda row: row["bits_per_byte"])["learning_rate"]
+    if not (runs := of(grid, model)):
+        raise Failed(f"the {model} model failed at every learning rate.")
+    return min(runs, key=lambda row: row["bits_per_byte"])["learning_rate"]
 
 
 def edges(rates: Sequence[float]) -> set[float]:
@@ -180,13 +204,14 @@ def of(runs: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any]]:
 
 
 def verdict(runs: Sequence[dict[str, Any]], by: str) -> dict[str, Any]:
-    """Means at the end, and MoE less dense of the same seed: at the end, and on the way.
+    """Means at the end, and MoE less dense of the same seed: at the end, and on the way; nothing without a pair.
 
     Args:
         by: ``tokens`` or ``seconds``, what is equal.
     """
-    pairs = list(zip(of(runs, "MoE"), of(runs, "dense"), strict=True))
-    assert all(moe["seed"] == dense["seed"] for moe, dense in pairs)
+    pairs = [(moe, dense) for moe in of(runs, "MoE") for dense in of(runs, "dense") if moe["seed"] == dense["seed"]]
+    if not pairs:
+        return {}
     column = {"tokens": 0, "seconds": 1}[by]
     on_the_way = {}
     for share in (0.25, 0.5, 0.75):
@@ -200,7 +225,8 @@ def verdict(runs: Sequence[dict[str, Any]], by: str) -> dict[str, Any]:
             on_the_way[f"{share:.0%}"] = spread(differences)._asdict()
     return {
         "means": {
-            name: spread([row["bits_per_byte"] for row in of(runs, name)])._asdict() for name in ("MoE", "dense")
+            name: spread([pair[index]["bits_per_byte"] for pair in pairs])._asdict()
+            for index, name in enumerate(("MoE", "dense"))
         },
         "difference": spread([moe["bits_per_byte"] - dense["bits_per_byte"] for moe, dense in pairs])._asdict(),
         "difference_on_the_way": on_the_way,

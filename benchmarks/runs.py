@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -77,11 +77,15 @@ class Run:
     """Of its metrics file"""
     val_loss: float | None = None
     """The last one that it printed, in nats per token: LitGPT's never reaches its metrics file"""
+    saved_bytes: Mapping[str, int] = field(default_factory=dict)
+    """The files of its last checkpoint, by name"""
 
     @property
     def tokens_per_second(self) -> float:
         """Over the second half of its steps, when everything is warm and compiled."""
         rows = [row for row in self.rows if {"total_tokens", "time"} <= row.keys()]
+        if len(rows) < 2:
+            raise Failed(f"{len(rows)} lines in its log are too few for a speed")
         middle, last = rows[(len(rows) - 1) // 2], rows[-1]
         return (last["total_tokens"] - middle["total_tokens"]) / (last["time"] - middle["time"])
 
@@ -144,7 +148,8 @@ def train(
             raise Failed(f"ended after {limit:.0f} s")
         if code or first_line is None:
             print("\n".join(lines[-30:]), file=sys.stderr)
-            raise Failed(next((line for line in reversed(lines) if line), f"exit code {code}")[:200])
+            said = next((line for line in reversed(lines) if line), f"exit code {code}")
+            raise Failed(said[:200] if code else "it wrote no line about a step")
         allocated = re.findall(r"Peak memory ([\d.]+) GiB", "\n".join(lines))
         val_losses = re.findall(r"val loss:? ([\d.]+)", "\n".join(lines))
         return Run(
@@ -153,6 +158,7 @@ def train(
             peak_bytes=round(float(allocated[-1]) * 2**30) if allocated else round(peak["all"]),
             rows=read_metrics(next(out_dir.rglob("metrics.csv"))),
             val_loss=float(val_losses[-1]) if val_losses else None,
+            saved_bytes={path.name: path.stat().st_size for path in (out_dir / "final").glob("*.pth")},
         )
 
 
@@ -160,6 +166,11 @@ def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics file, each with the columns that it has numbers in."""
     with open(path, encoding="utf-8", newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def last(rows: Sequence[Row], column: str) -> float:
+    """The last number of a column."""
+    return next(row[column] for row in reversed(rows) if column in row)
 
 
 class Point(NamedTuple):
@@ -208,6 +219,8 @@ class Spread(NamedTuple):
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for 95%, by how many numbers there are."""
+SEEDS = range(1, max(T_95) + 1)
+"""As many as `spread` knows of."""
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -21,6 +21,7 @@ from recipe.settings import choose_precision, parse_run, processes
 
 def main() -> None:
     """One run, and the allocator's peak on a GPU."""
+    torch.set_float32_matmul_precision("high")  # as LitGPT's command line does first of all
     run = parse_run(sys.argv[1:])
     settings = run.settings
     replace_what_ends_the_program(settings.model)

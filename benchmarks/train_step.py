@@ -1,7 +1,7 @@
 """Times whole training steps: run_train.py against stock LitGPT, the same model, tokens, batches and AdamW.
 
     uv run python benchmarks/train_step.py                                    # the quickstart on a CPU, 8 minutes
-    uv run python benchmarks/train_step.py --device cuda --models moe-200m
+    uv run python benchmarks/train_step.py --device cuda --models moe-200m    # an earlier run's others are kept
     uv run python benchmarks/train_step.py --data-dir data/tinystories        # another corpus than the quickstart's
 
 Writes benchmarks/results/train_step_DEVICE.json; benchmarks/report.py makes docs/PERFORMANCE.md of it.
@@ -17,9 +17,9 @@ command, with imports, compilation and the first validation.
 """
 
 import argparse
-import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -30,14 +30,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.common import circumstances, gpu, matmul_flops, write_result
+from benchmarks.common import choose_device, circumstances, gpu, kept_rows, matmul_flops, write_result
 from benchmarks.runs import Corpus, Failed, Run, corpus, train
 from recipe.flops import training_flops_per_token
 from recipe.settings import parse_run
 
 PACKAGES = ("torch", "litgpt", "lightning")
-PEAKS = {"H200": {"measured": 790e12, "datasheet": 989e12}}
-"""FLOP/s of dense bf16 matrix products, by what a GPU's name holds"""
+PEAKS = {"NVIDIA H200": {"measured": 790e12, "datasheet": 989e12}}
+"""FLOP/s of dense bf16 matrix products, by a GPU's name"""
 EQUAL = {
     "train.log_interval": 10,
     "train.save_interval": "null",
@@ -46,8 +46,8 @@ EQUAL = {
     "sample.prompt": "null",
 }
 """The same work beside the steps on both sides."""
-VALIDATED = 96
-"""Sequences of each validation; eval.max_iters counts micro batches"""
+VALIDATED = 64
+"""Sequences of each validation: whole micro batches of each size that is tried, which eval.max_iters counts"""
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,24 @@ class Case:
     """Ours runs as the run file has it"""
 
 
-def large(run_file: str, context: int, micro_batches: tuple[int, ...], model: str | None = None) -> Case:
-    """For a GPU: 65,536 tokens a step."""
-    flags = [f"--train.max_seq_length={context}", f"--train.global_batch_size={65536 // context}"]
+def large(run_file: str, context: int, model: str | None = None) -> Case:
+    """For a GPU: 65,536 tokens a step, in four, two and one micro batches."""
+    batch = 65536 // context
+    flags = [f"--train.max_seq_length={context}", f"--train.global_batch_size={batch}"]
     flags += [f"--model=configs/models/{model}.yaml"] if model else []
-    return Case(f"configs/runs/{run_file}.yaml", tuple(flags), micro_batches, 40 * 65536, 80 * 65536, 2)
+    return Case(
+        f"configs/runs/{run_file}.yaml", tuple(flags), (batch // 4, batch // 2, batch), 40 * 65536, 80 * 65536, 2
+    )
 
 
 QUICKSTART = Case("configs/quickstart.yaml", (), (4, 2), 50 * 1024, 300_000, 3, shipped=True)
 CASES = {
     "cpu": {"quickstart": QUICKSTART},
     "cuda": {  # what matters most first
-        "moe-200m": large("tinystories-moe-200m", 2048, (8, 16)),
-        "gpt2-124m": large("openwebtext-gpt2-124m", 1024, (16, 32)),
-        "moe-200m-dense-twin": large("tinystories-moe-200m", 2048, (8, 16), "moe-200m-dense-twin"),
-        "moe-fine-32": large("tinystories-moe-200m", 2048, (8, 16), "moe-fine-32"),
+        "moe-200m": large("tinystories-moe-200m", 2048),
+        "gpt2-124m": large("openwebtext-gpt2-124m", 1024),
+        "moe-200m-dense-twin": large("tinystories-moe-200m", 2048, "moe-200m-dense-twin"),
+        "moe-fine-32": large("tinystories-moe-200m", 2048, "moe-fine-32"),
         "quickstart": QUICKSTART,
     },
 }
@@ -96,7 +99,7 @@ class Way:
     """``ours`` or ``stock``"""
     micro_batch: int
     compile: bool | None = None
-    """None: as the side does by itself (ours; it is known on a GPU alone to pay)"""
+    """None: as the side does by itself (ours)"""
 
 
 def main() -> None:
@@ -104,16 +107,17 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(CASES), default="cpu")
     parser.add_argument("--models", nargs="+", help="of the device's; all when left away")
     parser.add_argument("--data-dir", type=Path, help="a prepared corpus; the quickstart's when left away")
-    parser.add_argument("--scale", type=float, default=1.0, help="for trying it: this share of the tokens")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="for trying it, with --output: this share of the tokens"
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/train_step_DEVICE.json")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
+    if args.scale != 1 and not args.output:
+        sys.exit("error: --scale is for trying; name an --output beside it, which the published result is not.")
     cases = CASES[args.device]
     if unknown := [name for name in args.models or () if name not in cases]:
         sys.exit(f"error: no model {', '.join(unknown)} on {args.device}; there are {', '.join(cases)}.")
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes that this one starts
+    choose_device(args.device)
     chosen = {name: scaled(cases[name], args.scale) for name in args.models or cases}
     output = args.output or ROOT / f"benchmarks/results/train_step_{args.device}.json"
     command = " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]])
@@ -125,15 +129,20 @@ def scaled(case: Case, scale: float) -> Case:
 
 
 def run(device: str, cases: dict[str, Case], text: Corpus, output: Path, command: str) -> dict[str, Any]:
-    """Measures each model; the file is written anew after each, so that what was cut short leaves what it had."""
+    """Measures each model; the file is written after each trial and round: what was cut short leaves what it had."""
     result = circumstances(command, PACKAGES)
     result["hardware"] |= {"threads": torch.get_num_threads(), "gpu": gpu() if device == "cuda" else None}
-    result |= {"device": device, "peaks": peaks(device), "same_on_both_sides": EQUAL, "models": {}}
+    result |= {"device": device, "peaks": peaks(device), "same_on_both_sides": EQUAL}
+    result["models"] = kept_rows(output, result, "models")
     started = time.perf_counter()
     for name, case in cases.items():
-        result["models"][name] = measure(case, text, device)
-        result["seconds"] = round(time.perf_counter() - started, 1)
-        write_result(result, output)
+
+        def save(model: dict[str, Any], name: str = name) -> None:
+            result["models"][name] = model
+            result["seconds"] = round(time.perf_counter() - started, 1)
+            write_result(result, output)
+
+        measure(case, text, save)
     return result
 
 
@@ -141,18 +150,39 @@ def peaks(device: str) -> dict[str, float]:
     """FLOP/s that matrix products reach: of a GPU what is known of it, of a CPU in fp32 what it does now."""
     if device == "cpu":
         return {"measured": matmul_flops()}
-    return next((peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), {})
+    return PEAKS.get(torch.cuda.get_device_name(), {})
 
 
-def measure(case: Case, text: Corpus, device: str) -> dict[str, Any]:
-    """Tries both sides' settings, then lets the best take turns."""
+def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Tries both sides' settings, then lets the best take turns; ``save`` gets what is there after each."""
     settings = parse_run(["--config", str(ROOT / case.run_file), *case.flags]).settings
     context = settings.train.max_seq_length or settings.model.block_size
     trials: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = []
+    ways: dict[str, Way | None] = {}
+
+    def found() -> dict[str, Any]:
+        return {
+            "run_file": case.run_file,
+            "flags": case.flags,
+            "precision": settings.precision,
+            "context": context,
+            "batch": settings.train.global_batch_size,
+            "tokens": case.tokens,
+            "flops_per_token": {
+                "causal": training_flops_per_token(settings.model, context),
+                "full": training_flops_per_token(settings.model, context, causal=False),
+            },
+            "trials": trials,
+            "ways": {name: way and asdict(way) for name, way in ways.items()},
+            "rounds": rounds,
+            "summary": summary(rounds),
+        }
 
     def attempt(way: Way) -> None:
         trials.append(asdict(way) | one(way, case, text, case.trial_tokens, TRIAL_LIMIT))
         print(f"  trial {trials[-1]}", flush=True)
+        save(found())
 
     print(f"{settings.model.name}: {case.tokens:,} tokens", flush=True)
     for micro_batch in case.micro_batches:
@@ -166,32 +196,17 @@ def measure(case: Case, text: Corpus, device: str) -> dict[str, Any]:
         if trial["status"] == "measured":  # the whole command, were it as long as the runs that count
             trial["expected_seconds"] = trial["seconds"] + (steps - 1) * case.trial_tokens / trial["tokens_per_second"]
     ours = Way("ours", settings.train.micro_batch_size) if case.shipped else best(trials, "ours", "tokens_per_second")
-    ways = {
+    ways |= {
         "ours": ours,
         "stock": best(trials, "stock", "tokens_per_second"),
         "stock by the whole command": best(trials, "stock", "expected_seconds"),
     }
-    rounds: list[dict[str, Any]] = []
     for _ in range(case.rounds):
         measured = {way: one(way, case, text, case.tokens) for way in dict.fromkeys(filter(None, ways.values()))}
         rounds.append({name: measured[way] for name, way in ways.items() if way})
         print("  " + "; ".join(f"{name} {row}" for name, row in rounds[-1].items()), flush=True)
-    return {
-        "run_file": case.run_file,
-        "flags": case.flags,
-        "precision": settings.precision,
-        "context": context,
-        "batch": settings.train.global_batch_size,
-        "tokens": case.tokens,
-        "flops_per_token": {
-            "causal": training_flops_per_token(settings.model, context),
-            "full": training_flops_per_token(settings.model, context, causal=False),
-        },
-        "trials": trials,
-        "ways": {name: way and asdict(way) for name, way in ways.items()},
-        "rounds": rounds,
-        "summary": summary(rounds),
-    }
+        save(found())
+    return found()
 
 
 def one(way: Way, case: Case, text: Corpus, tokens: int, limit: float | None = None) -> dict[str, Any]:
@@ -204,7 +219,8 @@ def one(way: Way, case: Case, text: Corpus, tokens: int, limit: float | None = N
         f"--train.max_tokens={tokens}",
         "--train.max_steps=null",
     ]
-    flags += [f"--train.micro_batch_size={way.micro_batch}", *(f"--{name}={value}" for name, value in EQUAL.items())]
+    flags += [f"--train.micro_batch_size={way.micro_batch}", f"--eval.max_iters={VALIDATED // way.micro_batch}"]
+    flags += [f"--{name}={value}" for name, value in EQUAL.items()]
     environment = {}
     if way.who == "ours":
         flags += [] if way.compile is None else [f"--compile={str(way.compile).lower()}"]

@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import ablations, data_loading, moe_vs_dense, report, report_runs, train_step
+from benchmarks import ablations, common, data_loading, moe_vs_dense, report, report_runs, train_step
 from benchmarks.data_loading import Shape
 from benchmarks.report_runs import targets
 from benchmarks.runs import Corpus, Failed, Point, Run, Spread, curve, interpolate, spread, train
@@ -80,6 +83,28 @@ def test_the_best_settings_and_the_ratios() -> None:
     assert train_step.summary(rounds)["times_stock"]["tokens_per_second"] == [1, 2, 3]
 
 
+def test_only_rows_of_the_same_machine_and_versions_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    result = {**CIRCUMSTANCES, "tokens": 5}
+    assert common.kept_rows(path, result, "rows", "tokens") == {}
+    path.write_text(json.dumps({**result, "rows": {"a": {"n": 1}, "b": {"commit": "older"}}}), encoding="utf-8")
+    assert common.kept_rows(path, result, "rows", "tokens") == {
+        "a": {"n": 1, "commit": "abc"},
+        "b": {"commit": "older"},
+    }
+    busier = {**result, "hardware": {**CIRCUMSTANCES["hardware"], "load_before": 9.0}}
+    assert common.kept_rows(path, busier, "rows", "tokens")
+    others = {"hardware": {**CIRCUMSTANCES["hardware"], "cpu": "another"}, "versions": {"torch": "3"}, "tokens": 6}
+    for key, value in others.items():
+        assert common.kept_rows(path, {**result, key: value}, "rows", "tokens") == {}
+
+
+def test_a_run_with_one_line_has_no_speed() -> None:
+    run = Run(seconds=30.0, first_line=(10, 20.0), peak_bytes=1, rows=[{"total_tokens": 1.0, "time": 1.0}])
+    with pytest.raises(Failed, match="1 lines"):
+        run.tokens_per_second  # noqa: B018  (a property that raises)
+
+
 @pytest.fixture(scope="module")
 def text(prepared: Path) -> Corpus:
     return Corpus(prepared / "data", prepared / "tokenizer")
@@ -94,7 +119,7 @@ def test_bits_per_byte(text: Corpus) -> None:
 def test_both_sides_train_and_their_losses_are_alike(text: Corpus) -> None:
     """The same tokens, and weights from the same distribution: stock is the peer that it is said to be."""
     case = Case("configs/quickstart.yaml", tuple(TINY), (4, 2), 60 * 128, 60 * 128, 1, shipped=True)
-    found = train_step.measure(case, text, "cpu")
+    found = train_step.measure(case, text, save=lambda model: None)
     assert [trial["status"] for trial in found["trials"]] == ["measured"] * 3, found["trials"]
     (row,) = found["rounds"]
     assert row["ours"]["val_loss"] == pytest.approx(row["stock"]["val_loss"], rel=0.1)
@@ -116,10 +141,15 @@ def test_a_mixture_is_held_against_its_twin(text: Corpus, tmp_path: Path) -> Non
         "configs/quickstart.yaml",
         "configs/models/quickstart-dense-twin.yaml",
         4096,
-        (1e-3, 2e-3),
+        (1e-3, 2e-3, math.nan),
         ("--model.n_layer=2", "--model.block_size=32", "--train.lr_warmup_steps=2"),
     )
-    found = moe_vs_dense.compare(preset, 2, text)
+    saved: list[str] = []
+    found = moe_vs_dense.compare(preset, 2, text, lambda found: saved.append(json.dumps(found)))
+    assert len(saved) == 10 and json.loads(saved[-1]) == json.loads(json.dumps(found))
+    assert [math.isnan(row["learning_rate"]) for row in found["failed"]] == [True, True]
+    cut_short = {**CIRCUMSTANCES, "device": "cpu", **json.loads(saved[0])}
+    assert "Cut short" in report.document({"moe_vs_dense_cpu": cut_short})
     assert len(found["grid"]) == 4 and len(found["equal_tokens"]["runs"]) == len(found["equal_seconds"]["runs"]) == 4
     assert found["models"]["MoE"]["total"] > found["models"]["dense"]["total"]
     result = {**CIRCUMSTANCES, "device": "cpu", **found}
@@ -203,16 +233,21 @@ def test_targets_of_runs_are_computed() -> None:
         return [(target.measured, target.reached) for target in targets(results)]
 
     assert set(verdicts({})) == {(None, False)}
-    cpu = {"peaks": {}, "models": {"quickstart": {"summary": steps(1.49, 1.5)}}}
+    cpu = {"hardware": {"cores": 2}, "peaks": {}, "models": {"quickstart": {"summary": steps(1.49, 1.5)}}}
     gpu = {
         "hardware": {"gpu": {"name": "NVIDIA H200"}},
+        "device": "cuda",
         "peaks": {"measured": 1e15, "datasheet": 2e15},
-        "models": {"moe-200m": {"summary": steps(4, 4), "flops_per_token": {"causal": 4.5e9}}},
+        "models": {
+            "moe-200m": {"summary": steps(4, 4), "flops_per_token": {"causal": 4.5e9}, "precision": "bf16-mixed"}
+        },
     }
     both = {"train_step_cpu": cpu, "train_step_cuda": gpu}
     assert verdicts(both)[:5] == [("1.49", False), ("1.50", True), ("4.00", True), ("0.45", True), (None, False)]
-    gpu["hardware"]["gpu"]["name"] = "another"
-    assert verdicts(both)[2:5] == [(None, False)] * 3
+    gpu["models"]["moe-200m"]["precision"] = "32-true"
+    assert verdicts(both)[3] == (None, False)
+    gpu["hardware"]["gpu"]["name"], cpu["hardware"]["cores"] = "NVIDIA GH200 480GB", 4
+    assert verdicts(both)[:5] == [(None, False)] * 5
     clear = {"equal_seconds": {"difference": {"mean": -0.2, "deviation": 0.1, "interval": 0.1}}}
     unclear = {"equal_seconds": {"difference": {"mean": -0.2, "deviation": 0.1, "interval": 0.3}}}
     found = verdicts({"moe_vs_dense_cpu": clear, "moe_vs_dense_cuda": unclear})
@@ -226,8 +261,10 @@ def test_targets_of_runs_are_computed() -> None:
 
 
 def test_what_low_memory_says_is_in_the_document() -> None:
-    way = {"val_loss": 1.0, "seconds": 9.0, "weights_mb": 1.5, "optimizer_mb": 3.0, "loss_over_fp32": 0.0}
-    loss = {"tokens": 1000, "ways": {"fp32": way, "bf16": {**way, "loss_over_fp32": 0.0123}}}
+    way = {"status": "measured", "val_losses": [1.0, 2.0], "seconds": 9.0, "weights_mb": 1.5, "optimizer_mb": 3.0}
+    over = {"mean": 0.008, "deviation": 0.001, "interval": 0.0023}
+    ways = {"fp32": way, "bf16": {**way, "loss_over_fp32": over}, "nearest": {"status": "no C++ compiler"}}
+    loss = {"tokens": 1000, "seeds": 2, "ways": ways}
     peak = {"model": "MoE", "context": 2048, "steps": 4, "card_gib": 6.0, "cap_gib": 5.0, "fits": True}
     peak |= {
         "peak_allocated_gib": 4.5,
@@ -237,11 +274,14 @@ def test_what_low_memory_says_is_in_the_document() -> None:
     }
     results = {"low_memory": {**CIRCUMSTANCES, **loss}, "low_memory_cuda": {**CIRCUMSTANCES, **peak}}
     assert [(found.measured, found.reached) for found in targets(results)[-2:]] == [
-        ("+1.23%", False),
-        ("4.75 GiB", True),
+        ("+0.80% ± 0.23%", False),
+        ("4.75 GiB and 0.4 outside the allocator", True),
     ]
+    peak["outside_allocator_gib"] = 0.41
+    assert not targets({"low_memory_cuda": peak})[-1].reached
     text = report.document(results)
-    assert "| bf16 | 1.0000 | +1.23% |" in text and "a card, its allocator held to 5.0 GiB" in text
+    assert "| bf16 | 1.5000 | +0.80% ± 0.23% |" in text and "| nearest | no C++ compiler |" in text
+    assert "a card, its allocator held to 5.0 GiB" in text
 
 
 def test_what_generation_says_is_in_the_document() -> None:
@@ -261,4 +301,20 @@ def test_what_was_not_measured_names_its_command() -> None:
     for command in report_runs.FILES.values():
         assert f"Not measured yet: `uv run {command}` does." in text
         script = command.split()[1]
-        assert (report.ROOT / script).exists() or script.endswith(("generation.py", "low_memory.py"))
+        assert (report.ROOT / script).exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
+@pytest.mark.parametrize("target", ["bench", "bench-gpu"])
+def test_a_measurement_that_fails_ends_the_target_badly_and_no_other(target: str, tmp_path: Path) -> None:
+    uv = tmp_path / "uv"
+    for script, code in {"train_step": 2, "nothing": 0}.items():
+        uv.write_text(f'#!/bin/sh\necho "ran $*"\ncase "$*" in *{script}*) exit 3;; esac\n', encoding="utf-8")
+        uv.chmod(0o755)
+        command = ["make", f"UV={uv}", "PYTHON=true", target]
+        done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert ("these failed:\n  python benchmarks/train_step.py" in done.stderr) == bool(code)
+        for name in ("train_step", "moe_vs_dense", "data_loading", "low_memory", "report"):
+            assert f"ran run python benchmarks/{name}.py" in done.stdout
