@@ -222,7 +222,6 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
     matrices = (
         {} if together else matrices_to_cast(model, fabric._precision.precision, settings.activation_checkpointing)
     )
-    interval = Interval()
     first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
 
     with RunDisplay(
@@ -231,6 +230,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
         if evaluation.initial_validation and first_step == 0:
             fabric.log_dict(evaluate(fabric, run, display) | score_hellaswag(fabric, run, display), step=0)
 
+        interval = Interval()
         while progress.step < plan.steps:
             rate = learning_rate(
                 progress.step,
@@ -272,15 +272,17 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             progress.tokens += tokens
             progress.epoch = batches.epoch
             last = progress.step == plan.steps
+            compiling = run.compiled and progress.step == first_step + 1
+            if compiling:
+                display.print(f"The first step took {interval.seconds:,.0f} s, with compiling.")
             row: dict[str, Any] = {}
             if progress.step % train.log_interval == 0 or last:
                 row = training_row(fabric, run, interval, norm, rate, tokens)
                 interval = Interval()
+            elif compiling:
+                interval.leave_out()
             session = time.perf_counter() - start
             progress.seconds = seconds_before + session
-            if run.compiled and progress.step == first_step + 1:
-                display.print(f"The first step took {interval.seconds:,.0f} s, with compiling.")
-                interval.leave_out()
             display.step(progress.step, row, session / (progress.step - first_step) * (plan.steps - progress.step))
 
             if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
