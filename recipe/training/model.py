@@ -115,7 +115,7 @@ class PretrainingModel(nn.Module):
 def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -> dict[str, nn.Parameter]:
     """Under mixed precision, the matrices that ``cast_matrices`` is for, by name.
 
-    None where activations are recomputed: that happens when the forward is over, with the parameters themselves.
+    Empty where activations are recomputed: that happens when the forward is over, with the parameters themselves.
 
     Args:
         model: a module around ``PretrainingModel``, or it itself.
