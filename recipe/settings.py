@@ -159,6 +159,9 @@ class RunSettings:
     """How many GPUs (or CPU processes); `auto` takes all GPUs, or one CPU process"""
     num_nodes: int = 1
     """How many machines"""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work: ddp (auto, too) keeps the whole model on each; fsdp keeps a part of each
+    parameter, gradient and moment, for models too large for one. Checkpoints are the same"""
     tokenizer_dir: Path = Path("data/tokenizer")
     """Folder of the tokenizer"""
     logger_name: LoggerName = "csv"
@@ -459,6 +462,12 @@ def processes(settings: RunSettings) -> tuple[int, int]:
     return devices, settings.num_nodes
 
 
+def is_sharded(settings: RunSettings) -> bool:
+    """Whether parameters are divided over the devices; one alone has nothing to divide."""
+    devices, num_nodes = processes(settings)
+    return settings.strategy == "fsdp" and devices * num_nodes > 1
+
+
 def choose_precision(asked: str | None) -> tuple[str, str | None]:
     """(precision, a line that says why it is not the one asked for, or None).
 
@@ -488,6 +497,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_model(settings.model),
         *_check_balance(settings),
         *_check_batches(settings),
+        *_check_sharding(settings, optimizer),
         *_check_schedule(settings, optimizer),
         *_check_evaluation(settings),
         *_check_log(settings),
@@ -576,6 +586,26 @@ def _check_batches(settings: RunSettings) -> list[str]:
     for name in ("log_interval", "save_interval"):
         if (interval := getattr(train, name)) is not None and interval < 1:
             problems.append(f"train.{name} is {interval}; expected at least 1.")
+    return problems
+
+
+def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> list[str]:
+    """What needs whole matrices in one process can't be had with FSDP."""
+    if not is_sharded(settings):
+        return []
+    problems = []
+    elementwise = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
+    if optimizer["class_path"] not in elementwise:
+        problems.append(
+            f"strategy fsdp gives each device a part of every matrix, and {optimizer['class_path']} is not known to"
+            " work on parts; --optimizer torch.optim.AdamW, or --strategy ddp."
+        )
+    if settings.eval.hellaswag is not None:
+        problems.append("strategy fsdp scores no HellaSwag while it trains; --eval.hellaswag null, then evaluate.py.")
+    if isinstance(settings, FinetuneSettings) and settings.lora_r:
+        problems.append("strategy fsdp has no LoRA, which trains little enough for --strategy ddp; or --lora_r 0.")
+    if choose_precision(settings.precision)[0] == "16-mixed":
+        problems.append("strategy fsdp has no gradient scaler, so no fp16; --precision 32-true, or --strategy ddp.")
     return problems
 
 

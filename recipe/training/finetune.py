@@ -14,12 +14,13 @@ from litgpt import GPT, Tokenizer
 from recipe import checkpoints
 from recipe.data.conversations import prompt_style
 from recipe.data.instructions import instructions_fingerprint
-from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, choose_precision, processes
+from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, choose_precision, is_sharded, processes
 from recipe.training.allocator import use_expandable_segments
 from recipe.training.logs import logger_factory
 from recipe.training.loop import run_training
 from recipe.training.lora import load_base_weights, load_lora_weights, lora_config
 from recipe.training.patches import patched_finetuning
+from recipe.training.processes import make_strategy, watch_others
 from recipe.training.ready import question
 
 
@@ -56,13 +57,15 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     }
     if settings.lora_r:
         arguments |= {name: getattr(settings, name) for name in LORA_FIELDS}
-    with patched_finetuning(
+    patched = patched_finetuning(
         module,
         main=partial(main, run=run, resume_from=resume_from, precision_note=note),
         choose_logger=logger_factory(
             settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
         ),
-    ):
+        strategy=partial(make_strategy, settings, precision),
+    )
+    with patched, watch_others(settings):
         module.setup(**arguments)
 
 
@@ -76,7 +79,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     folder, data = settings.checkpoint_dir, settings.data
     fabric.seed_everything(settings.seed, verbose=False)
     weights = checkpoints.load_weights(resume_from if resume_from and not settings.lora_r else folder)
-    with fabric.init_module(empty_init=True):
+    with fabric.init_module(empty_init=not is_sharded(settings)):
         gpt = litgpt.lora.GPT(lora_config(settings)) if settings.lora_r else GPT(settings.model)
     # Embeddings that were one matrix while pretraining stay one; LoRA on the head makes another one of it.
     settings.train.tie_embeddings = checkpoints.is_tied(weights) and not (settings.lora_r and settings.lora_head)

@@ -20,6 +20,7 @@ from litgpt.prompts import PromptStyle
 from litgpt.utils import CycleIterator
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
@@ -32,7 +33,7 @@ from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.flops import training_flops_per_token
 from recipe.inference.generate import sample_text
-from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings
+from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings, is_sharded
 from recipe.training.cards import peak_flops
 from recipe.training.compiling import should_compile
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
@@ -127,7 +128,7 @@ def run_training(
         # Rows of different lengths, and weights that are not trained: no formula tells how busy a card was.
         peak_flops=None if isinstance(settings, FinetuneSettings) else _peak_flops(fabric),
         questions=encode_hellaswag(settings, tokenizer, gpt),
-        sample_prompt=sample_prompt,
+        sample_prompt=None if is_sharded(settings) else sample_prompt,
         expert_counts=even_counts(gpt, fabric.device),
         prompt_style=prompt_style,
         made_from=made_from or {},
@@ -157,7 +158,8 @@ def run_training(
     if plan.warmup_steps < (train.lr_warmup_steps or 0):
         warmup_note = f"The run is shorter than its warm-up, which ends at step {plan.warmup_steps:,} instead."
     conversations = data.summary() if isinstance(data, InstructionData) else None
-    for note in (precision_note, compile_note, warmup_note, conversations):
+    sharded_note = "Sharded by FSDP: no samples are written while it trains." if is_sharded(settings) else None
+    for note in (precision_note, compile_note, warmup_note, sharded_note, conversations):
         if note:
             say(note)
     if resume_from:
@@ -219,8 +221,12 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
     hellaswag_interval = settings.eval.hellaswag_interval or evaluation.interval
     # Under DDP the compiler parts its graph by the sizes of parameters, so that gradients travel early.
     together = run.compiled and fabric.world_size > 1
+    # FSDP casts on its own, and keeps no whole gradients between micro batches.
+    sharded = is_sharded(settings)
     matrices = (
-        {} if together else matrices_to_cast(model, fabric._precision.precision, settings.activation_checkpointing)
+        {}
+        if together or sharded
+        else matrices_to_cast(model, fabric._precision.precision, settings.activation_checkpointing)
     )
     first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
 
@@ -247,7 +253,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             counts = torch.zeros_like(run.expert_counts)
             weights = cast_matrices(matrices, fabric._precision.precision)
             for index, (batch, share) in enumerate(zip(taken, shares, strict=True)):
-                with fabric.no_backward_sync(model, enabled=index < micro_batches - 1):
+                with fabric.no_backward_sync(model, enabled=index < micro_batches - 1 and not sharded):
                     losses: Losses = functional_call(model, weights, (*batch, run.expert_counts), tie_weights=False)
                     losses = losses._replace(cross_entropy=losses.cross_entropy * share)
                     fabric.backward(total_loss(losses, settings.moe) / micro_batches)
@@ -259,6 +265,7 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             norm = fabric.clip_gradients(
                 model, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
             )
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             assert norm is not None
             # Under a scaler a norm that is not finite is part of its search; the loss tells there.
             finite = torch.isfinite(norm if scaler_of(fabric) is None else losses.cross_entropy)

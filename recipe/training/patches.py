@@ -7,7 +7,8 @@
 ``litgpt.pretrain.choose_logger`` by ``recipe.training.logs``: several loggers at once, one CSV file that a resumed run
 goes on with, the W&B run id kept in ``out_dir``.
 
-``litgpt.pretrain.FSDPStrategy`` by DDP: the models of this project fit on each device, and FSDP does not run on a CPU.
+``litgpt.pretrain.FSDPStrategy`` by the run's own choice (``recipe.training.processes``): DDP, or torch's second FSDP,
+which also runs on CPUs and knows stacked experts.
 
 ``litgpt.pretrain.capture_hparams`` by a line that says where the settings stand: LitGPT prints all of them each time.
 
@@ -49,9 +50,7 @@ from typing import Any
 import litgpt.finetune.full
 import litgpt.finetune.lora
 import litgpt.pretrain
-import torch
-from lightning.fabric.strategies import DDPStrategy
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.strategies import Strategy
 
 from custom_moe import use_custom_moe
 from recipe.layers import use_fast_layers
@@ -90,24 +89,20 @@ _EXPECTED: dict[ModuleType, dict[str, tuple[str, ...] | None]] = {
 }
 
 
-class _DataParallel:
-    """Stands where LitGPT builds its FSDP strategy; not a subclass, so that LitGPT's ``isinstance`` checks say no."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> DDPStrategy:  # type: ignore[misc]
-        if torch.cuda.is_available() and not torch.distributed.is_nccl_available():  # Windows
-            rank_zero_info("This torch has no NCCL, so the GPUs exchange gradients by gloo, which is slower.")
-            return DDPStrategy(process_group_backend="gloo", broadcast_buffers=False)
-        return DDPStrategy(broadcast_buffers=False)  # they are the same everywhere
+def _class_that_makes(strategy: Callable[[], Strategy]) -> type:
+    """What stands where LitGPT builds its strategy; not a subclass, so that LitGPT's ``isinstance`` checks say no."""
+    return type("ChosenStrategy", (), {"__new__": lambda cls, *args, **kwargs: strategy()})
 
 
 def patched_pretraining(
-    *, main: Callable, choose_logger: Callable, summary: dict[str, Any]
+    *, main: Callable, choose_logger: Callable, strategy: Callable[[], Strategy], summary: dict[str, Any]
 ) -> AbstractContextManager[None]:
     """While open, ``litgpt.pretrain.setup`` runs with this project's parts; afterwards LitGPT is as it was.
 
     Args:
         main: takes what ``litgpt.pretrain.main`` takes.
         choose_logger: takes what ``litgpt.utils.choose_logger`` takes.
+        strategy: makes Fabric's for several processes.
         summary: what LitGPT prints at the start in place of all settings.
 
     Raises:
@@ -119,17 +114,24 @@ def patched_pretraining(
             "main": main,
             "choose_logger": choose_logger,
             "capture_hparams": lambda: summary,
-            "FSDPStrategy": _DataParallel,
+            "FSDPStrategy": _class_that_makes(strategy),
         },
     )
 
 
-def patched_finetuning(module: ModuleType, *, main: Callable, choose_logger: Callable) -> AbstractContextManager[None]:
+def patched_finetuning(
+    module: ModuleType, *, main: Callable, choose_logger: Callable, strategy: Callable[[], Strategy]
+) -> AbstractContextManager[None]:
     """The same for ``litgpt.finetune.full`` or ``litgpt.finetune.lora``."""
-    strategy = "ModelParallelStrategy" if module is litgpt.finetune.lora else "FSDPStrategy"
+    theirs = "ModelParallelStrategy" if module is litgpt.finetune.lora else "FSDPStrategy"
     return _replaced(
         module,
-        {"main": main, "choose_logger": choose_logger, "pprint": lambda *_: None, strategy: _DataParallel},
+        {
+            "main": main,
+            "choose_logger": choose_logger,
+            "pprint": lambda *_: None,
+            theirs: _class_that_makes(strategy),
+        },
     )
 
 

@@ -19,11 +19,12 @@ from litgpt.model import GptNeoxMLP
 from torch import nn
 
 from recipe import checkpoints
-from recipe.settings import ParsedRun, choose_precision, processes
+from recipe.settings import ParsedRun, choose_precision, is_sharded, processes
 from recipe.training.allocator import use_expandable_segments
 from recipe.training.logs import logger_factory
 from recipe.training.loop import run_training
 from recipe.training.patches import patched_pretraining
+from recipe.training.processes import make_strategy, watch_others
 from recipe.upcycling import upcycle
 
 
@@ -36,7 +37,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
 
     Raises:
         UserError: for what only shows now: a resumed run that does not fit, a data set that is too small, W&B without
-            a login.
+            a login, another process that is gone.
     """
     settings = run.settings
     use_expandable_segments(torch.cuda.is_available())
@@ -44,13 +45,15 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir
     resume_step = checkpoints.read_mark(resume_from).step if resume_from else None
-    with patched_pretraining(
+    patched = patched_pretraining(
         main=partial(main, run=run, resume_from=resume_from, precision_note=note),
         choose_logger=logger_factory(
             settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
         ),
+        strategy=partial(make_strategy, settings, precision),
         summary={"settings": str(out_dir / "run_config.yaml")},
-    ):
+    )
+    with patched, watch_others(settings):
         litgpt.pretrain.setup(
             model_name=settings.model.name,
             model_config=settings.model,
@@ -92,9 +95,9 @@ def main(
     precision_note: str | None,
 ) -> None:
     """Replaces ``litgpt.pretrain.main``: builds the model and trains it."""
-    fabric.seed_everything(seed, verbose=False)  # the same in every process, so that all start from the same weights
-    with fabric.init_module(empty_init=True):
+    with fabric.init_module(empty_init=not is_sharded(run.settings)):  # where FSDP's "empty" has no contents at all
         gpt = GPT(config)
+    fabric.seed_everything(seed, verbose=False)  # the same in every process, so that all start from the same weights
     litgpt.pretrain.initialize_weights(fabric, gpt, n_layer=config.n_layer, n_embd=config.n_embd)
     scale_gelu_projections(gpt)
     if train.tie_embeddings:

@@ -18,11 +18,12 @@ from recipe.cli import UserError
 from recipe.data.manifest import SPLITS, from_dict, manifest_path, text_fingerprint
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
-from recipe.settings import FinetuneSettings, RunSettings
+from recipe.settings import FinetuneSettings, RunSettings, is_sharded
 from recipe.training.logs import Loggers
 from recipe.training.lora import divide_weights
 from recipe.training.optimizers import load_optimizer_state
 from recipe.training.schedule import Plan
+from recipe.training.sharding import gathered_state, gathered_weights, sharded_state
 
 
 @dataclass
@@ -77,10 +78,12 @@ class TrainingRun:
 
 def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     """Saves everything that resuming needs; one process writes."""
-    progress = run.progress
+    progress, optimizer = run.progress, run.optimizer.state_dict()
+    if sharded := is_sharded(run.settings):  # all processes take part
+        weights, optimizer = gathered_weights(run.gpt), gathered_state(optimizer)
     if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
-        weights, lora_weights = divide_weights(run.gpt)
+        weights, lora_weights = (weights, None) if sharded else divide_weights(run.gpt)
         checkpoints.save(
             folder,
             weights=weights,
@@ -96,7 +99,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
                 "progress": asdict(progress),
                 "layout": _layout(fabric, run),
                 "made_from": run.made_from,
-                "optimizer": run.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "expert_counts": run.expert_counts,
                 "train_dataloader": with_position(run.train_dataloader).state_dict(),
                 "random": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
@@ -132,7 +135,10 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
             )
     run.progress = Progress(**state["progress"])
     check_same_tokens(folder, run.settings)
-    load_optimizer_state(run.optimizer.optimizer, state["optimizer"])
+    optimizer = run.optimizer.optimizer
+    if is_sharded(run.settings):
+        state["optimizer"]["state"] = sharded_state(state["optimizer"]["state"], optimizer)
+    load_optimizer_state(optimizer, state["optimizer"])
     if "expert_counts" in state:  # checkpoints from before it was kept begin evenly, as a first step does
         run.expert_counts.copy_(state["expert_counts"])
     loader.load_state_dict(state["train_dataloader"])

@@ -1,0 +1,87 @@
+"""Several processes of one run: how they share the work, and what is said where one of them is gone."""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import psutil
+import torch
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from recipe.cli import UserError
+from recipe.settings import RunSettings, is_sharded, processes
+from recipe.training.sharding import shard
+
+
+def make_strategy(settings: RunSettings, precision: str) -> DDPStrategy | ModelParallelStrategy:
+    """Fabric's strategy for a run of several processes.
+
+    Args:
+        precision: Fabric's, as ``bf16-mixed``.
+    """
+    backend = None
+    if torch.cuda.is_available() and not torch.distributed.is_nccl_available():  # Windows
+        rank_zero_info("This torch has no NCCL, so the GPUs talk to each other by gloo, which is slower.")
+        backend = "gloo"
+    if is_sharded(settings):
+        devices, num_nodes = processes(settings)
+        return ModelParallelStrategy(
+            partial(shard, precision=precision),
+            data_parallel_size=devices * num_nodes,
+            tensor_parallel_size=1,
+            process_group_backend=backend,
+        )
+    # Buffers are the same everywhere.
+    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
+
+
+@contextmanager
+def watch_others(settings: RunSettings) -> Iterator[None]:
+    """While open, a process that is gone ends the others with one message and not with torch's inner workings.
+
+    A closed connection shows itself in the next exchange; that error is translated. For what shows nothing (a GPU waits
+    for the others for ever): torchrun ends all processes of its machine, as Fabric's launcher does where one of its
+    children fails; children whose launcher is gone find that out here.
+
+    Raises:
+        UserError: in the processes that are left.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        threading.Thread(target=_end_without, args=(os.getppid(), settings), daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise UserError(_is_gone(settings)) from None
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Torch has classes for NCCL's errors and the store's; gloo's are known by their text alone."""
+    return torch.distributed.is_available() and (
+        isinstance(error, torch.distributed.DistError) or re.search("gloo|by peer", str(error), re.I) is not None
+    )
+
+
+def _is_gone(settings: RunSettings) -> str:
+    devices, num_nodes = processes(settings)
+    return (
+        f"process {rank_zero_only.rank} of {devices * num_nodes} lost another one of this run: it ended, or its machine"  # type: ignore[attr-defined]
+        " can't be reached. What ended it may stand above. Then the same command with --resume auto goes on from the"
+        " newest checkpoint, also on another number of devices."
+    )
+
+
+def _end_without(launcher: int, settings: RunSettings) -> None:
+    """Ends this process soon after its launcher, which waited for nobody."""
+    while os.getppid() == launcher and psutil.pid_exists(launcher):  # the first tells on POSIX, the second on Windows
+        time.sleep(5)
+    time.sleep(10)  # the run is over, or its connection closes and says so
+    print(f"error: {_is_gone(settings)}", file=sys.stderr, flush=True)
+    os._exit(1)
