@@ -602,6 +602,8 @@ def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> list[st
         )
     if settings.eval.hellaswag is not None:
         problems.append("strategy fsdp scores no HellaSwag while it trains; --eval.hellaswag null, then evaluate.py.")
+    if settings.compile:
+        problems.append("strategy fsdp runs uncompiled; --compile false, or --strategy ddp.")
     if isinstance(settings, FinetuneSettings) and settings.lora_r:
         problems.append("strategy fsdp has no LoRA, which trains little enough for --strategy ddp; or --lora_r 0.")
     if choose_precision(settings.precision)[0] == "16-mixed":

@@ -229,3 +229,15 @@ def test_precision_without_a_gpu(monkeypatch):
     precision, note = choose_precision("bf16-mixed")
     assert precision == "32-true"
     assert "bf16-mixed needs a GPU" in str(note)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--optimizer", "recipe.training.muon.Muon"), "recipe.training.muon.Muon is not known to work on parts"),
+        (("--eval.hellaswag", "questions.jsonl"), "no HellaSwag while it trains"),
+        (("--compile", "true"), "runs uncompiled"),
+    ],
+)
+def test_what_fsdp_can_not_do_is_refused(refusal, flags, message):
+    assert message in refusal("--strategy", "fsdp", "--devices", "2", *flags)

@@ -65,7 +65,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
         ),
         strategy=partial(make_strategy, settings, precision),
     )
-    with patched, watch_others(settings):
+    with patched, watch_others():
         module.setup(**arguments)
 
 

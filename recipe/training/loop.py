@@ -85,7 +85,8 @@ def run_training(
     settings, say = run.settings, fabric.print
     train, out_dir = settings.train, settings.out_dir
     experts_note = choose_experts_backend(fabric, gpt, settings.moe)
-    compiled, compile_note = should_compile(settings.compile, fabric.device.type)
+    sharded = is_sharded(settings)
+    compiled, compile_note = should_compile(False if sharded else settings.compile, fabric.device.type)
     module: nn.Module = PretrainingModel(gpt, settings.activation_checkpointing)
     if fabric.device.type == "cuda" and fabric._precision.precision == "32-true":
         torch.set_float32_matmul_precision("high")  # TF32, as LitGPT's commands; routers stay exact in mixed precision
@@ -128,7 +129,7 @@ def run_training(
         # Rows of different lengths, and weights that are not trained: no formula tells how busy a card was.
         peak_flops=None if isinstance(settings, FinetuneSettings) else _peak_flops(fabric),
         questions=encode_hellaswag(settings, tokenizer, gpt),
-        sample_prompt=None if is_sharded(settings) else sample_prompt,
+        sample_prompt=None if sharded else sample_prompt,
         expert_counts=even_counts(gpt, fabric.device),
         prompt_style=prompt_style,
         made_from=made_from or {},
@@ -158,7 +159,7 @@ def run_training(
     if plan.warmup_steps < (train.lr_warmup_steps or 0):
         warmup_note = f"The run is shorter than its warm-up, which ends at step {plan.warmup_steps:,} instead."
     conversations = data.summary() if isinstance(data, InstructionData) else None
-    sharded_note = "Sharded by FSDP: no samples are written while it trains." if is_sharded(settings) else None
+    sharded_note = "Sharded by FSDP: no samples are written while it trains." if sharded else None
     for note in (precision_note, compile_note, warmup_note, sharded_note, conversations):
         if note:
             say(note)

@@ -53,7 +53,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
         strategy=partial(make_strategy, settings, precision),
         summary={"settings": str(out_dir / "run_config.yaml")},
     )
-    with patched, watch_others(settings):
+    with patched, watch_others():
         litgpt.pretrain.setup(
             model_name=settings.model.name,
             model_config=settings.model,

@@ -1,7 +1,6 @@
 """Several processes of one run: how they share the work, and what is said where one of them is gone."""
 
 import os
-import re
 import sys
 import threading
 import time
@@ -42,7 +41,7 @@ def make_strategy(settings: RunSettings, precision: str) -> DDPStrategy | ModelP
 
 
 @contextmanager
-def watch_others(settings: RunSettings) -> Iterator[None]:
+def watch_others() -> Iterator[None]:
     """While open, a process that is gone ends the others with one message and not with torch's inner workings.
 
     A closed connection shows itself in the next exchange; that error is translated. For what shows nothing (a GPU waits
@@ -53,35 +52,32 @@ def watch_others(settings: RunSettings) -> Iterator[None]:
         UserError: in the processes that are left.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        threading.Thread(target=_end_without, args=(os.getppid(), settings), daemon=True).start()
+        threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
     try:
         yield
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        raise UserError(_is_gone(settings)) from None
+        raise UserError(_another_is_gone()) from None
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     """Torch has classes for NCCL's errors and the store's; gloo's are known by their text alone."""
-    return torch.distributed.is_available() and (
-        isinstance(error, torch.distributed.DistError) or re.search("gloo|by peer", str(error), re.I) is not None
-    )
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "by peer" in str(error)
 
 
-def _is_gone(settings: RunSettings) -> str:
-    devices, num_nodes = processes(settings)
+def _another_is_gone() -> str:
+    me = f"process {rank_zero_only.rank} of {os.environ.get('WORLD_SIZE', 1)}"  # type: ignore[attr-defined]
     return (
-        f"process {rank_zero_only.rank} of {devices * num_nodes} lost another one of this run: it ended, or its machine"  # type: ignore[attr-defined]
-        " can't be reached. What ended it may stand above. Then the same command with --resume auto goes on from the"
-        " newest checkpoint, also on another number of devices."
+        f"{me} lost another one of this run: it ended, or its machine can't be reached. What ended it may stand above."
+        " The same command with --resume auto goes on from the newest checkpoint, also on another number of devices."
     )
 
 
-def _end_without(launcher: int, settings: RunSettings) -> None:
-    """Ends this process soon after its launcher, which waited for nobody."""
+def _end_without(launcher: int) -> None:
+    """Ends this process soon after its launcher, which waits for nobody."""
     while os.getppid() == launcher and psutil.pid_exists(launcher):  # the first tells on POSIX, the second on Windows
         time.sleep(5)
-    time.sleep(10)  # the run is over, or its connection closes and says so
-    print(f"error: {_is_gone(settings)}", file=sys.stderr, flush=True)
+    time.sleep(10)  # the run is over, or a closed connection says so
+    print(f"error: {_another_is_gone()}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -1,6 +1,7 @@
 import litgpt.model
 import litgpt.pretrain
 import pytest
+from lightning.fabric.strategies import DDPStrategy
 
 from recipe.training.patches import patched_pretraining
 
@@ -8,7 +9,7 @@ NAMES = ("main", "choose_logger", "capture_hparams", "FSDPStrategy")
 
 
 def patched():
-    return patched_pretraining(main=print, choose_logger=print, summary={"a": 1})
+    return patched_pretraining(main=print, choose_logger=print, strategy=DDPStrategy, summary={"a": 1})
 
 
 def test_litgpt_is_as_it_was_afterwards_also_after_an_error():
@@ -26,6 +27,7 @@ def test_the_strategy_is_not_taken_for_fsdp():
     """LitGPT skips the initialisation of weights where it sees its FSDP strategy."""
     with patched():
         strategy = litgpt.pretrain.FSDPStrategy(auto_wrap_policy=set())
+        assert isinstance(strategy, DDPStrategy)
         assert not isinstance(strategy, litgpt.pretrain.FSDPStrategy)
 
 
