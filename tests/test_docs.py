@@ -46,6 +46,15 @@ def test_commands_name_scripts_and_targets_that_exist(document: Path):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
+def test_the_speed_up_table_is_what_its_program_prints(monkeypatch, capsys):
+    text = (PROJECT / "docs" / "SCALING.md").read_text(encoding="utf-8")
+    program, rest = text.split("<!-- speed-up -->\n```python\n")[1].split("```\n", 1)
+    monkeypatch.chdir(PROJECT)
+    exec(program, {})
+    assert rest.strip().startswith("| model | machine |")
+    assert capsys.readouterr().out == "".join(rest.strip().splitlines(keepends=True)[2:12])
+
+
 def test_training_flags_of_the_readme_exist():
     known = {option for action in run_parser()._actions for option in action.option_strings}
     for line in README.splitlines():

@@ -1,13 +1,14 @@
 """The door of training as a user knows it: whole processes, a kill, and every mistake that a user can make."""
 
 import csv
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -198,18 +199,32 @@ ONE_RUN = (
 )
 
 
+FSDP = ("--strategy", "fsdp")
+
+
 def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
     """Trains in two processes on the CPU; what they say."""
     door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
+    environments: list[dict[str, str]] = [{}, {}]
     if launcher == "two nodes":
         commands = two_nodes(door, door)
-    elif launcher == "torchrun":
-        commands = [[*TORCHRUN, "--standalone", "--nproc_per_node=2", *door]]
+    elif launcher == "num_nodes":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            main = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environments = [main | {"NODE_RANK": rank} for rank in ("0", "1")]
+        commands = [[sys.executable, *door, "--devices", "1", "--num_nodes", "2"]] * 2
     else:
-        commands = [[sys.executable, *door, "--devices", "2"]]
-    codes, outputs = run_together(commands)
+        commands = [two_processes(launcher, door)]
+    codes, outputs = run_together(commands, environments)
     assert not any(codes), "\n".join(outputs)
     return "\n".join(outputs)
+
+
+def two_processes(launcher: str, door: list[str]) -> list[str]:
+    """The command of a run of two on this machine."""
+    if launcher == "torchrun":
+        return [*TORCHRUN, "--standalone", "--nproc_per_node=2", *door]
+    return [sys.executable, *door, "--devices", "2"]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -223,10 +238,17 @@ def two_nodes(*doors: list[str]) -> list[list[str]]:
     return [[*TORCHRUN, *node, *door] for door in doors]
 
 
-def run_together(commands: list[list[str]]) -> tuple[list[int], list[str]]:
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+
+
+def run_together(
+    commands: list[list[str]], environments: Sequence[dict[str, str]] = ({}, {})
+) -> tuple[list[int], list[str]]:
     """Exit code and output of each."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
-    started = [subprocess.Popen(command, **pipes) for command in commands]
+    started = [
+        subprocess.Popen(command, env=os.environ | environment, **PIPES)
+        for command, environment in zip(commands, environments, strict=False)
+    ]
     try:
         outputs = [process.communicate(timeout=280)[0] for process in started]
     finally:
@@ -259,32 +281,100 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "flags"),
-    [("torchrun", ()), ("two nodes", ()), ("devices", (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01"))],
-    ids=["torchrun", "two nodes", "devices, selection biases"],
+    [
+        ("torchrun", ()),
+        ("two nodes", ()),
+        ("num_nodes", ()),
+        ("devices", (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01")),
+        ("torchrun", FSDP),
+        ("devices", (*FSDP, "--train.tie_embeddings", "true", "--activation_checkpointing", "block")),
+    ],
+    ids=["torchrun", "two nodes", "num_nodes", "selection biases", "fsdp", "fsdp, tied, recomputed"],
 )
 def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, flags):
     """The experts' load of each step, too, by which the next step's load-balancing loss and the biases go."""
     said = run_twice(launcher, run_file, *ONE_RUN, *flags, "--out_dir", str(tmp_path / "two"))
     # fabric.print prints on each machine
-    assert said.count("12 steps of 256 tokens") == (2 if launcher == "two nodes" else 1)
+    assert said.count("12 steps of 256 tokens") == (2 if "nodes" in launcher else 1)
     assert checkpoints.read_mark(tmp_path / "two" / "final").tokens == 2944
     assert_same_run(train(*ONE_RUN, *flags, "--out_dir", str(tmp_path / "one")), tmp_path / "two")
     states = [checkpoints.load_training_state(tmp_path / name / "final") for name in ("one", "two")]
     assert torch.equal(states[0]["expert_counts"], states[1]["expert_counts"])
     assert states[0]["expert_counts"].sum(dim=1).tolist() == [2 * 2 * 4 * 16] * 2, "of the last step's 2 micro batches"
+    assert_same_moments(*(state["optimizer"] for state in states))
+
+
+def assert_same_moments(one: dict, other: dict) -> None:
+    """Parameter by parameter, in the same layout."""
+    for before, after in zip(one["param_groups"], other["param_groups"], strict=True):
+        assert before["params"] == after["params"]
+    assert one["state"].keys() == other["state"].keys()
+    for index, moments in one["state"].items():
+        for name, value in moments.items():
+            torch.testing.assert_close(other["state"][index][name], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path, capsys):
+@pytest.mark.parametrize("strategy", [(), FSDP], ids=["ddp", "fsdp"])
+def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path, capsys, strategy):
     whole = train(*ONE_RUN, "--out_dir", str(tmp_path / "whole"))
     moved = shutil.copytree(whole, tmp_path / "moved")
     resume = ("--out_dir", str(moved), "--resume")
-    said = run_twice("devices", run_file, *ONE_RUN, *resume, str(moved / "step-00000005"))
+    said = run_twice("devices", run_file, *ONE_RUN, *strategy, *resume, str(moved / "step-00000005"))
     assert "devices was 1 and is now 2" in said
     assert_same_run(whole, moved)
     train(*ONE_RUN, *resume, str(moved / "step-00000010"))  # saved by two
     assert "devices was 2 and is now 1" in capsys.readouterr().out
     assert_same_run(whole, moved)
+
+
+OPTIMIZER = """
+import os, signal, torch
+
+class Failing(torch.optim.AdamW):
+    def step(self, closure=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 8 and os.environ.get("LOCAL_RANK", "0") == os.environ["FAILS"]:
+            if os.environ["HOW"] == "killed":
+                os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+            raise RuntimeError("this process alone fails")
+        return super().step(closure)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "error"])
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("launcher", ["torchrun", "devices"])
+def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
+    train, run_file, tmp_path, monkeypatch, launcher, rank, how
+):
+    """It died, and the other waited for half an hour, or showed what c10d has to say."""
+    (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
+    flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
+    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "FAILS": rank, "HOW": how}
+    run = subprocess.Popen(two_processes(launcher, door), env=environment, **PIPES)
+    try:
+        lines = []
+        assert run.stdout is not None
+        for line in run.stdout:
+            lines.append(line)
+            if "step 7/12" in line:
+                start = time.monotonic()
+        assert run.wait(timeout=60) != 0
+        assert time.monotonic() - start < 60, "all of them have closed their output by now"
+    finally:
+        run.kill()
+    said = "".join(lines)
+    assert f"process {1 - int(rank)} of 2 lost another one of this run" in said, said
+    assert "--resume auto" in said
+    assert ("this process alone fails" in said) == (how == "error")
+    assert "c10d" not in said.split("lost another one")[0].split("step 7/12")[1], said
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("FAILS", "nobody")
+    train(*flags, "--resume", "auto")
+    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "whole")), tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -311,4 +311,5 @@ def check_writable(out_dir: Path) -> None:
 
 def _main_process() -> bool:
     """Of those that torchrun or Fabric started; one process alone has none of these variables."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)

@@ -281,7 +281,11 @@ def test_the_settings_that_are_saved_run_again(tune, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_mlp", "true")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--lora_r", "4", "--lora_mlp", "true"), ("--strategy", "fsdp")],
+    ids=["full", "lora", "full by fsdp"],
+)
 def test_two_processes_are_one(tune, base, tmp_path, flags):
     flags = ("--lora_dropout", "0.0", *flags)
     one = tune(*flags, "--out_dir", str(tmp_path / "one"))
