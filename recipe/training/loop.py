@@ -220,14 +220,12 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
     batches.epoch = progress.epoch
     peak = optimizer.param_groups[0]["initial_lr"]
     hellaswag_interval = settings.eval.hellaswag_interval or evaluation.interval
-    # Under DDP the compiler parts its graph by the sizes of parameters, so that gradients travel early.
-    together = run.compiled and fabric.world_size > 1
     # FSDP casts on its own, and keeps no whole gradients between micro batches.
     sharded = is_sharded(settings)
+    # Under DDP the compiler parts its graph by the sizes of parameters, so that gradients travel early.
+    together = sharded or (run.compiled and fabric.world_size > 1)
     matrices = (
-        {}
-        if together or sharded
-        else matrices_to_cast(model, fabric._precision.precision, settings.activation_checkpointing)
+        {} if together else matrices_to_cast(model, fabric._precision.precision, settings.activation_checkpointing)
     )
     first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
 

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,6 +37,7 @@ def make_strategy(settings: RunSettings, precision: str) -> DDPStrategy | ModelP
             tensor_parallel_size=1,
             process_group_backend=backend,
         )
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.10
     # Buffers are the same everywhere.
     return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
 

@@ -71,7 +71,8 @@ def sharded_state(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optim
         if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
             return value
         value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        mine = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return mine.clone()  # a view would keep the whole alive
 
     return {
         index: {name: part(parameters[index], value) for name, value in values.items()}

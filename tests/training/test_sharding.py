@@ -10,6 +10,7 @@ from litgpt import GPT, Config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from custom_moe import use_custom_moe
 from recipe.layers import use_fast_layers
@@ -91,6 +92,24 @@ def test_it_goes_on_from_what_one_device_saved(mesh):
     for model, each in ((whole, optimizer), (sharded, its_optimizer)):
         step(model, each, 1)
     assert_same(gathered_weights(sharded.gpt), whole.gpt.state_dict())
+
+
+def test_each_process_keeps_its_part_alone():
+    """A view of the whole moments would keep them all on each device."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)  # answers by itself
+    try:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        sharded = shard(build("moe"), mesh, precision="32-true")
+        parameter = sharded.gpt.transformer.h[0].mlp.experts.fc_weight
+        optimizer = torch.optim.AdamW([parameter])
+        whole = torch.randn(parameter.shape)
+        state = sharded_state({0: {"step": torch.tensor(3.0), "exp_avg": whole}}, optimizer)[0]
+        mine = state["exp_avg"].to_local()
+        assert torch.equal(mine, whole.chunk(2)[1])
+        assert mine.untyped_storage().nbytes() == whole.nbytes // 2
+        assert state["step"] == 3
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_mixed_precision_is_that_of_autocast(mesh):
