@@ -78,5 +78,6 @@ def sum_over_devices(fabric: L.Fabric, value: Tensor) -> Tensor:
 
 
 def mean_over_devices(fabric: L.Fabric, value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes."""
+    """The mean of a tensor over all processes; of whole numbers in floating point."""
+    value = value if value.is_floating_point() else value.double()
     return cast(Tensor, fabric.all_reduce(value, reduce_op="mean"))

@@ -52,7 +52,7 @@ def _first_of(fabric: L.Fabric, gpt: GPT, batches: Sequence[Batch], loss_of: Cal
             return f"the first output that went bad was that of {found[0]}, {where}"
         if not _is_finite(loss):
             return f"all layers' outputs are finite, but not the loss of them, {where}"
-        fabric._precision.pre_backward(loss, gpt).backward()
+        loss.backward()
         # The backward goes from the last layer to the first.
         for name, parameter in reversed(list(gpt.named_parameters())):
             if parameter.grad is not None and not _is_finite(parameter.grad):

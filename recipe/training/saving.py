@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def copied(value: Any) -> Any:
         if hasattr(value, "__tensor_flatten__"):  # tensors around others, whose own copies may share those (torchao)
             names, context = value.__tensor_flatten__()
             within = {name: copy(getattr(value, name)) for name in names}
-            return type(value).__tensor_unflatten__(within, context, value.size(), value.stride())
+            return cast(Any, type(value)).__tensor_unflatten__(within, context, value.size(), value.stride())
         key = (value.data_ptr() or id(value), *value.shape, *value.stride())
         if key not in copies:
             copies[key] = value.detach().to("cpu", copy=True)

@@ -21,7 +21,7 @@ from recipe.data.manifest import SPLITS, from_dict, manifest_path, text_fingerpr
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.settings import FinetuneSettings, RunSettings
-from recipe.training.interval import Interval
+from recipe.training.interval import Interval, mean_over_devices
 from recipe.training.logs import Loggers
 from recipe.training.lora import divide_weights
 from recipe.training.optimizers import load_optimizer_state
@@ -108,6 +108,9 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
     Args:
         last: the run ends with it: it is written before this returns, and a failure is raised.
     """
+    assert run.moment is not None, "a save within an update"
+    if (sums := run.moment["interval"]["sums"]) is not None and fabric.world_size > 1:
+        run.moment["interval"]["sums"] = [mean_over_devices(fabric, value) for value in sums]
     if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
         content = checkpoint_content(fabric, run)
@@ -133,7 +136,7 @@ def save_what_is_whole(fabric: L.Fabric, run: TrainingRun) -> None:
 def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
     """The arguments of ``checkpoints.save``; weights and optimizer are the run's own tensors."""
     progress, settings = run.progress, run.settings
-    assert run.moment is not None, "a save within an update"
+    assert run.moment is not None
     weights, lora_weights = divide_weights(run.gpt)
     return {
         "weights": weights,
