@@ -210,7 +210,8 @@ def describe_run(fabric: L.Fabric, gpt: GPT, run: ParsedRun, plan: Plan, epochs:
             yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
         size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
     else:
-        if fabric.device.type == "cuda" and fabric.global_rank == 0:  # it takes seconds, as compiling does
+        # It takes seconds, as compiling does; and it knows no FSDP.
+        if fabric.device.type == "cuda" and fabric.global_rank == 0 and not is_sharded(settings):
             yield describe_memory(run, str(fabric._precision.precision), hardware_of(fabric.device))
         size = (
             f"{plan.steps:,} steps of {plan.accumulation * plan.tokens_per_micro_batch:,} tokens,"
