@@ -319,7 +319,7 @@ def assert_same_moments(one: dict, other: dict) -> None:
 def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path, capsys, strategy):
     whole = train(*ONE_RUN, "--out_dir", str(tmp_path / "whole"))
     moved = shutil.copytree(whole, tmp_path / "moved")
-    resume = ("--out_dir", str(moved), "--resume")
+    resume = ("--out_dir", str(moved), "--overwrite", "--resume")
     said = run_twice("devices", run_file, *ONE_RUN, *strategy, *resume, str(moved / "step-00000005"))
     assert "devices was 1 and is now 2" in said
     assert_same_run(whole, moved)
