@@ -186,6 +186,9 @@ def _what_differs(run: TrainingRun, then: dict[str, int]) -> str:
     left_out, before = (items % size for size in (train.micro_batch_size, then["micro_batch_size"]))
     if left_out != before:
         found.append(f"{left_out} of an epoch's {items:,} fill no micro batch and are left out, {before} were")
+    val, sizes = run.val_dataloader, {train.micro_batch_size, then["micro_batch_size"]}
+    if val is not None and len(sizes) > 1 and run.settings.eval.max_iters * min(sizes) < len(val.dataset):
+        found.append("validation reads other windows (eval.max_iters counts micro batches)")
     train = copy(train)
     train.micro_batch_size = then["micro_batch_size"]
     old = make_plan(train, run.train_dataloader, then["max_seq_length"], devices=then["devices"], progress=progress)

@@ -4,12 +4,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from recipe import checkpoints
 from recipe.cli import UserError
@@ -18,10 +19,10 @@ from tests.training_fixtures import SIGMOID_ROUTER, column, rows
 
 Call = Callable[..., Path]
 
-# 12 steps of 2 x 4 windows of 32 tokens; the epoch's 19 micro batches end within step 10. Each step is saved.
+# 12 steps of 2 x 4 windows of 32 tokens; the epoch's 19 micro batches end within step 10.
 SMALL = (
     *("--global-batch-size", "8", "--micro-batch-size", "4", "--max-seq-length", "32"),
-    *("--train.save_interval", "1", "--moe.load_balancing_loss", "0.1"),
+    *("--train.save_interval", "5", "--moe.load_balancing_loss", "0.1"),
 )
 MUON = (
     *("--optimizer", "recipe.training.muon.Muon", "--optimizer.init_args.adamw_lr", "1.0e-3"),
@@ -29,28 +30,27 @@ MUON = (
 )
 BIASES = (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01", "--moe.load_balancing_loss", "0.0")
 CASES = {
-    "one worker": ("--data.init_args.num_workers", "1"),
     "two workers": ("--data.init_args.num_workers", "2"),
     "Muon, wsd": MUON,
-    "selection biases": BIASES,
-    "samples at each step": (
-        "--eval.interval",
-        "1",
-        "--sample.temperature",
-        "1.5",
-        "--eval.initial_validation",
-        "true",
-    ),
+    "log lines between saves": ("--train.log_interval", "3"),
+}
+SLOW_CASES = {
+    "one worker": ("--data.init_args.num_workers", "1"),
+    "a sample at each step": ("--eval.interval", "1", "--sample.temperature", "1.5"),
     "a short last step": ("--train.max_steps", "null", "--train.max_tokens", "2900"),
     "epochs": ("--train.max_steps", "null", "--train.epochs", "2"),
-    "log lines between saves": ("--train.log_interval", "3"),
     "tied embeddings, recomputed": ("--train.tie_embeddings", "true", "--activation_checkpointing", "moe"),
 }
 TUNING = {
-    "all weights": (),
     "LoRA with dropout": ("--lora_r", "4", "--lora_mlp", "true", "--lora_dropout", "0.2"),
+    "all weights": (),
     "LoRA, Muon": ("--lora_r", "4", "--lora_dropout", "0.2", *MUON),
+    "selection biases": ("--moe.bias_update_rate", "0.01"),
 }
+
+
+def slow(names: Iterable[str]) -> list[ParameterSet]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def interrupted(whole: Path, step: int, folder: Path) -> Path:
@@ -100,14 +100,14 @@ def assert_equal(found: Any, expected: Any, place: str = "state") -> None:
 
 def test_interrupted_at_any_step(train: Call, tmp_path: Path) -> None:
     """In the first epoch, in the step in which it ends, between two evaluations and at one."""
-    whole = train(*SMALL, "--out_dir", str(tmp_path / "whole"))
+    whole = train(*SMALL, "--train.save_interval", "1", "--out_dir", str(tmp_path / "whole"))
     epochs = column(whole, "epoch")
     assert len(epochs) == 12 and epochs[0] == 0 and epochs[-1] == 1
     for step in range(1, 12):
-        assert_same_run(resume(train, whole, step, *SMALL), whole)
+        assert_same_run(resume(train, whole, step, *SMALL, "--train.save_interval", "100"), whole)
 
 
-def resumed_twice(call: Call, tmp_path: Path, *flags: str, stops: tuple[int, int]) -> None:
+def resumed_twice(call: Call, tmp_path: Path, *flags: str, stops: tuple[int, int] = (5, 10)) -> None:
     """From a step of the whole run, and from a later one of what was resumed."""
     whole = call(*flags, "--out_dir", str(tmp_path / "whole"))
     once = resume(call, whole, stops[0], *flags)
@@ -115,20 +115,28 @@ def resumed_twice(call: Call, tmp_path: Path, *flags: str, stops: tuple[int, int
     assert_same_run(resume(call, once, stops[1], *flags), whole)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *slow(SLOW_CASES)])
 def test_resumed_twice(train: Call, tmp_path: Path, case: str) -> None:
     """In the first epoch and in the second."""
-    resumed_twice(train, tmp_path, *SMALL, *CASES[case], stops=(4, 10))
+    resumed_twice(train, tmp_path, *SMALL, *(CASES | SLOW_CASES)[case])
 
 
-@pytest.mark.parametrize("case", [*TUNING, "selection biases"])
-def test_finetuning_resumed_twice(tune: Call, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, case: str) -> None:
-    flags = ("--train.save_interval", "1", *TUNING.get(case, ("--moe.bias_update_rate", "0.01")))
-    if case == "selection biases":
+@pytest.fixture
+def tune_case(
+    tune: Call, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, request: pytest.FixtureRequest
+) -> Call:
+    """``tune`` as one of ``TUNING``."""
+    flags = TUNING[request.param]
+    if request.param == "selection biases":
         sigmoid = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": True}
         gpt = tiny_gpt(moe_fields | {"block_size": 48} | sigmoid)
         flags += ("--checkpoint_dir", str(save_tiny(tmp_path / "other", gpt, tokenizer_dir)))
-    resumed_twice(tune, tmp_path, *flags, stops=(3, 6))
+    return lambda *more: tune(*flags, *more)
+
+
+@pytest.mark.parametrize("tune_case", ["LoRA with dropout", *slow(list(TUNING)[1:])], indirect=True)
+def test_finetuning_resumed_twice(tune_case: Call, tmp_path: Path) -> None:
+    resumed_twice(tune_case, tmp_path, "--train.save_interval", "3", stops=(3, 6))
 
 
 @pytest.fixture
@@ -140,54 +148,44 @@ def deterministic() -> Iterator[None]:
 
 @pytest.mark.usefixtures("deterministic")
 def test_with_deterministic_algorithms(train: Call, tmp_path: Path) -> None:
-    resumed_twice(train, tmp_path, *SMALL, *BIASES, stops=(4, 9))
+    resumed_twice(train, tmp_path, *SMALL, *BIASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1", "2"])
-@pytest.mark.parametrize("optimizer", [(), MUON], ids=["AdamW", "Muon"])
-@pytest.mark.parametrize("balance", [(), BIASES], ids=["loss", "biases"])
-def test_interrupted_at_any_step_of_three_epochs(
-    train: Call, tmp_path: Path, workers: str, optimizer: tuple[str, ...], balance: tuple[str, ...]
+@pytest.mark.parametrize("flags", [(), BIASES, MUON, (*MUON, *BIASES)], ids=["plain", "biases", "Muon", "Muon, biases"])
+def test_interrupted_at_any_step_of_two_epochs(
+    train: Call, tmp_path: Path, workers: str, flags: tuple[str, ...]
 ) -> None:
-    flags = (*SMALL, *optimizer, *balance, "--data.init_args.num_workers", workers, "--train.log_interval", "4")
-    flags += ("--eval.interval", "3", "--train.max_steps", "null", "--train.epochs", "3")
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    steps = checkpoints.read_mark(whole / "final").step
-    for step in range(1, steps):
+    flags = (*SMALL, *flags, "--data.init_args.num_workers", workers, "--train.log_interval", "4")
+    flags += ("--eval.interval", "3", "--train.max_steps", "null", "--train.epochs", "2")
+    whole = train(*flags, "--train.save_interval", "1", "--out_dir", str(tmp_path / "whole"))
+    for step in range(1, checkpoints.read_mark(whole / "final").step):
         assert_same_run(resume(train, whole, step, *flags), whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", TUNING)
-def test_finetuning_interrupted_at_any_step(tune: Call, tmp_path: Path, case: str) -> None:
-    flags = (*TUNING[case], "--train.save_interval", "1", "--train.max_steps", "null", "--train.epochs", "2")
-    whole = tune(*flags, "--out_dir", str(tmp_path / "whole"))
+@pytest.mark.parametrize("tune_case", TUNING, indirect=True)
+def test_finetuning_interrupted_at_any_step(tune_case: Call, tmp_path: Path) -> None:
+    flags = ("--train.max_steps", "null", "--train.epochs", "2")
+    whole = tune_case(*flags, "--train.save_interval", "1", "--out_dir", str(tmp_path / "whole"))
     for step in range(1, checkpoints.read_mark(whole / "final").step):
-        assert_same_run(resume(tune, whole, step, *flags), whole)
+        assert_same_run(resume(tune_case, whole, step, *flags), whole)
 
 
 # --- not to the bit ---
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 8])
-def test_another_micro_batch_goes_on_at_the_same_token(
-    train: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str], micro_batch: int
-) -> None:
+@pytest.mark.parametrize("micro_batch", [1, 8])
+def test_another_micro_batch_goes_on_at_the_same_token(train: Call, tmp_path: Path, micro_batch: int) -> None:
     """The same steps on the same windows, so the same numbers but for rounding; and back."""
-    flags = (*SMALL, "--train.max_steps", "6")
+    flags = (*SMALL, "--train.max_steps", "6", "--train.save_interval", "2", "--eval.interval", "100")
     whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    capsys.readouterr()
     other = resume(train, whole, 2, *flags, "--micro-batch-size", str(micro_batch))
-    assert f"micro_batch_size was 4 and is now {micro_batch}: the same tokens go on; sums differ" in (
-        capsys.readouterr().out
-    )
-    back = resume(train, other, 4, *flags)
-    exact = ("step", "learning_rate", "iter_tokens", "total_tokens", "epoch")
-    for out in (other, back):
-        for name in exact:
+    for out in (other, resume(train, other, 4, *flags)):
+        for name in ("step", "learning_rate", "iter_tokens", "total_tokens", "epoch"):
             assert column(out, name) == column(whole, name)
-        for name in ("train_loss", "val_loss", "grad_norm", "load_balancing_loss"):
+        for name in ("train_loss", "grad_norm", "load_balancing_loss", "expert_load_max/layer_1"):
             assert column(out, name) == pytest.approx(column(whole, name), rel=1e-4)
 
 
@@ -195,32 +193,33 @@ def test_what_another_micro_batch_changes_is_said(
     train: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Windows that filled none of the old size are trained on, and a last step may be another."""
-    flags = (*SMALL, "--train.max_steps", "null", "--train.max_tokens", "2400")  # 75 windows of 76
+    # 75 windows of 76
+    flags = (*SMALL, "--train.max_steps", "null", "--train.max_tokens", "2400", "--eval.final_validation", "false")
     whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
     assert column(whole, "total_tokens")[-1] == 72 * 32
     for micro_batch, differs, steps, tokens in (
         (1, "the run ends at step 10 after 2,400 tokens, and would have at step 9 after 2,304", 10, 2400),
         (8, "4 of an epoch's 76 fill no micro batch and are left out, 0 were", 9, 2304),
     ):
+        shutil.rmtree(tmp_path / "whole-5", ignore_errors=True)
         capsys.readouterr()
-        out = resume(train, whole, 2 if micro_batch == 1 else 3, *flags, "--micro-batch-size", str(micro_batch))
+        out = resume(train, whole, 5, *flags, "--micro-batch-size", str(micro_batch))
         said = re.search(rf"micro_batch_size was 4 and is now {micro_batch}: .*", capsys.readouterr().out)
         assert said is not None and differs in said[0]
+        assert "the same tokens go on; sums differ in their last digits by their order" in said[0]
+        assert "validation reads other windows" in said[0]
         assert (column(out, "step")[-1], column(out, "total_tokens")[-1]) == (steps, tokens)
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
+def test_other_batches_are_not_resumed(train: Call) -> None:
+    out = train("--train.max_steps", "1")
+    for flag, value, message in (
         ("--global-batch-size", "8", "global_batch_size was 4 and is now 8"),
         ("--max-seq-length", "8", "max_seq_length was 16 and is now 8"),
         ("--data.init_args.seed", "1", "data_seed was 42 and is now 1"),
-    ],
-)
-def test_other_batches_are_not_resumed(train: Call, flag: str, value: str, message: str) -> None:
-    out = train("--train.max_steps", "4", "--train.save_interval", "2")
-    with pytest.raises(UserError, match=rf"{message}\. Resume with the old values, or start a new run"):
-        train("--resume", str(out / "step-00000002"), flag, value)
+    ):
+        with pytest.raises(UserError, match=rf"{message}\. Resume with the old values, or start a new run"):
+            train("--resume", str(out / "final"), flag, value)
 
 
 def test_a_short_last_step_is_made_up_for(train: Call) -> None:
@@ -258,28 +257,31 @@ def moving(tmp_path: Path, prepared: Path, train: Call) -> tuple[Path, Call]:
     return place, lambda *more: train(*flags, *more)
 
 
-@pytest.mark.parametrize("there", ["corpora/renamed", "stories", "elsewhere/stories", "work/data/any"])
 def test_moved_data_is_found_by_its_manifest(
-    moving: tuple[Path, Call], there: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    moving: tuple[Path, Call], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Not that of other tokens, which lies there too."""
     place, train = moving
     out = train("--train.save_interval", "2")
-    other = shutil.copytree(place / "corpora" / "stories", place / "corpora" / "other")
+    before = (out / "final" / "lit_model.pth").read_bytes()
+    lies = place / "corpora" / "stories"
+    other = shutil.copytree(lies, place / "corpora" / "other")
     manifest = json.loads((other / "tokens" / "manifest.json").read_text(encoding="utf-8"))
     manifest["splits"]["train"]["text"][0]["sha256"] = "0" * 64
     (other / "tokens" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     (place / "work").mkdir()
     monkeypatch.chdir(place / "work")
-    (place / there).parent.mkdir(exist_ok=True)
-    shutil.move(place / "corpora" / "stories", place / there)
-    before = (out / "final" / "lit_model.pth").read_bytes()
-    train("--resume", str(out / "step-00000002"))
-    found = Path("data", "any") if there == "work/data/any" else place / there
-    assert f"lies in {found} now, and is taken from there" in capsys.readouterr().out
-    assert (out / "final" / "lit_model.pth").read_bytes() == before
-    settings = checkpoints.load_hyperparameters(out / "final")
-    assert Path(settings["tokenizer_dir"]) == found / "tokenizer"
-    assert Path(settings["data"]["init_args"]["val_data_path"]) == found / "val"
+    for there in ("corpora/renamed", "stories", "elsewhere/stories", "work/data/any"):
+        (place / there).parent.mkdir(exist_ok=True)
+        shutil.move(lies, place / there)
+        lies = place / there
+        train("--resume", str(out / "step-00000002"))
+        found = Path("data", "any") if there == "work/data/any" else lies
+        assert f"lies in {found} now, and is taken from there" in capsys.readouterr().out
+        assert (out / "final" / "lit_model.pth").read_bytes() == before
+        settings = checkpoints.load_hyperparameters(out / "final")
+        assert Path(settings["tokenizer_dir"]) == found / "tokenizer"
+        assert Path(settings["data"]["init_args"]["val_data_path"]) == found / "val"
 
 
 def test_data_that_is_gone_is_asked_for(moving: tuple[Path, Call]) -> None:
