@@ -4,8 +4,10 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import jsonargparse._optionals
 import pytest
 import yaml
 
@@ -16,6 +18,9 @@ from recipe.training.finetune import finetune
 from recipe.training.pretrain import pretrain
 from recipe.training.ready import ready, ready_to_finetune
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
+
+# Half of what parsing takes is reading the same classes' sources anew for their help texts.
+jsonargparse._optionals.parse_docstring = cache(jsonargparse._optionals.parse_docstring)
 
 SIGMOID_ROUTER = (
     *("--model.n_expert_groups", "2", "--model.n_topk_groups", "2", "--model.n_topk_scores_per_group", "2"),

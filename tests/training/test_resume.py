@@ -30,12 +30,12 @@ MUON = (
 )
 BIASES = (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01", "--moe.load_balancing_loss", "0.0")
 CASES = {
-    "two workers": ("--data.init_args.num_workers", "2"),
-    "Muon, wsd": MUON,
+    "two workers, Muon, wsd": ("--data.init_args.num_workers", "2", *MUON),
     "log lines between saves": ("--train.log_interval", "3"),
 }
 SLOW_CASES = {
     "one worker": ("--data.init_args.num_workers", "1"),
+    "two workers": ("--data.init_args.num_workers", "2"),
     "a sample at each step": ("--eval.interval", "1", "--sample.temperature", "1.5"),
     "a short last step": ("--train.max_steps", "null", "--train.max_tokens", "2900"),
     "epochs": ("--train.max_steps", "null", "--train.epochs", "2"),
@@ -176,7 +176,7 @@ def test_finetuning_interrupted_at_any_step(tune_case: Call, tmp_path: Path) -> 
 # --- not to the bit ---
 
 
-@pytest.mark.parametrize("micro_batch", [1, 8])
+@pytest.mark.parametrize("micro_batch", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_another_micro_batch_goes_on_at_the_same_token(train: Call, tmp_path: Path, micro_batch: int) -> None:
     """The same steps on the same windows, so the same numbers but for rounding; and back."""
     flags = (*SMALL, "--train.max_steps", "6", "--train.save_interval", "2", "--eval.interval", "100")
