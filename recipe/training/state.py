@@ -186,15 +186,19 @@ def _what_differs(run: TrainingRun, then: dict[str, int]) -> str:
     left_out, before = (items % size for size in (train.micro_batch_size, then["micro_batch_size"]))
     if left_out != before:
         found.append(f"{left_out} of an epoch's {items:,} fill no micro batch and are left out, {before} were")
+    finetuning = isinstance(run.settings, FinetuneSettings)
+    if finetuning:
+        found.append("balance losses and LoRA's dropout go by micro batches")  # of unequal lengths
     val, sizes = run.val_dataloader, {train.micro_batch_size, then["micro_batch_size"]}
     if val is not None and len(sizes) > 1 and run.settings.eval.max_iters * min(sizes) < len(val.dataset):
         found.append("validation reads other windows (eval.max_iters counts micro batches)")
     train = copy(train)
     train.micro_batch_size = then["micro_batch_size"]
     old = make_plan(train, run.train_dataloader, then["max_seq_length"], devices=then["devices"], progress=progress)
-    if (old.steps, old.tokens) != (run.plan.steps, run.plan.tokens):
-        found.append(f"the run ends at step {run.plan.steps:,} after {run.plan.tokens:,} tokens")
-        found[-1] += f", and would have at step {old.steps:,} after {old.tokens:,}"
+    plans = (run.plan, old)
+    ends = [f"step {plan.steps:,}" + ("" if finetuning else f", {plan.tokens:,} tokens") for plan in plans]
+    if ends[0] != ends[1]:
+        found.append(f"the run ends at {ends[0]}; it would have at {ends[1]}")
     return "; ".join(found)
 
 
