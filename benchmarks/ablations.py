@@ -118,8 +118,8 @@ def measure(name: str, tokens: int, seeds: int, text: Corpus) -> dict[str, Any]:
 def one(flags: Sequence[str], seed: int, tokens: int, text: Corpus) -> dict[str, Any]:
     """One run."""
     flags = ["--config", CONFIG, *flags, *text.flags, *seeded(seed), f"--train.max_tokens={tokens}"]
-    flags += ["--train.log_interval=50", "--train.save_interval=null", "--sample.prompt=null"]
-    flags += ["--eval.interval=1000000000", "--eval.max_iters=100"]
+    flags += ["--train.save_interval=null", "--checkpoint.every_minutes=null", "--sample.prompt=null"]
+    flags += ["--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=100"]
     rows = train(flags).rows
     row = {"seed": seed, **outcome(curve(rows), text), **balance(rows)}
     print(f"  {row}", flush=True)

@@ -49,7 +49,9 @@ def test_a_run_from_the_first_step_to_the_last(train):
     balancing = column(out, "load_balancing_loss")
     assert balancing[0] == pytest.approx(1, abs=1e-6), "by an even load: there is no step before it"
     assert all(1 < value < 4 for value in balancing[1:])
-    assert sorted(path.name for path in out.glob("step-*")) == [f"step-{step:08d}" for step in range(4, 40, 4)]
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-00000032", "step-00000036"], (
+        "3 with the final one"
+    )
     assert checkpoints.read_mark(out / "final").step == 40
 
 
@@ -84,7 +86,7 @@ def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
     with torch.compiler.set_stance("force_eager"):
         whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
         cut = shutil.copytree(whole, tmp_path / "cut")
-        train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"))
+        train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
     assert_same_weights(whole / "final", cut / "final")
     weights, rounded = checkpoints.load_weights(whole / "final"), checkpoints.load_weights(whole / "step-00000004")
     assert weights["lm_head.weight"].dtype == torch.bfloat16
@@ -94,7 +96,7 @@ def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
     ]
     assert {moment.codes.dtype for moment in moments if hasattr(moment, "codes")} == {torch.uint8}
     with pytest.raises(UserError, match=r"trained with torchao\.optim\.AdamW8bit.*Resume with --optimizer torchao"):
-        train("--out_dir", str(cut), "--resume", str(cut / "step-00000004"))
+        train("--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
 
 
 def test_resume_auto(train, capsys):
@@ -115,7 +117,7 @@ def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
     whole = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "whole"))
     cut = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "cut"))
     resumed = train(
-        *("--moe.backend", "grouped_mm", "--out_dir", str(cut), "--resume", str(cut / "step-00000004")),
+        *("--moe.backend", "grouped_mm", "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite"),
     )
     printed = capsys.readouterr().out
     assert printed.count("experts by loop.") == 2 and printed.count("experts by grouped_mm.") == 1
@@ -270,21 +272,19 @@ def test_bf16_true_keeps_the_rotations_of_positions(train, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
-    with pytest.raises(UserError, match="no longer finite at step"):
-        train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null")
-    assert not (tmp_path / "out" / "final").exists()
-
-
-def test_a_loss_that_is_not_finite_is_found_between_log_lines(train, tmp_path):
-    with pytest.raises(UserError, match="so the run stops before this update"):
+    """Also between log lines. What was trained before is kept."""
+    found = r"no longer finite at step 2: the first (output|gradient) that went bad was that of \w+.*, in micro batch 1"
+    with pytest.raises(UserError, match=found):
         train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null", "--train.log_interval", "100")
-    assert checkpoints.newest_step(tmp_path / "out") is None
+    out = tmp_path / "out"
+    assert not (out / "final").exists()
+    assert checkpoints.newest_step(out) == out / "step-00000001"
 
 
 def test_another_model_is_not_resumed(train):
     out = train()
     with pytest.raises(UserError, match="n_layer: 2 there, 1 here"):
-        train("--resume", str(out / "step-00000004"), "--model.n_layer", "1")
+        train("--resume", str(out / "step-00000004"), "--overwrite", "--model.n_layer", "1")
 
 
 def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
@@ -294,11 +294,11 @@ def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
     out = train(*paths)
     shutil.move(own / "data", own / "moved")
     moved = [f"--data.init_args.{split}_data_path={own / 'moved' / split}" for split in ("train", "val")]
-    train(*moved, "--resume", str(out / "step-00000004"))  # elsewhere, but the same tokens
+    train(*moved, "--resume", str(out / "step-00000004"), "--overwrite")  # elsewhere, but the same tokens
     with open(own / "moved" / "train" / "stories.txt", "a", encoding="utf-8") as file:
         file.write("\n<|endoftext|>\nA new story.")
     with pytest.raises(UserError, match="was trained on other tokens"):
-        train(*moved, "--resume", str(out / "step-00000004"))
+        train(*moved, "--resume", str(out / "step-00000004"), "--overwrite")
 
 
 def test_a_run_that_cannot_start_deletes_nothing(train, tmp_path):

@@ -22,8 +22,9 @@ Call = Callable[..., Path]
 # 12 steps of 2 x 4 windows of 32 tokens; the epoch's 19 micro batches end within step 10.
 SMALL = (
     *("--global-batch-size", "8", "--micro-batch-size", "4", "--max-seq-length", "32"),
-    *("--train.save_interval", "5", "--moe.load_balancing_loss", "0.1"),
+    *("--train.save_interval", "5", "--moe.load_balancing_loss", "0.1", "--checkpoint.every_minutes", "null"),
 )
+EVERY_STEP = ("--train.save_interval", "1", "--checkpoint.keep_last", "null")
 MUON = (
     *("--optimizer", "recipe.training.muon.Muon", "--optimizer.init_args.adamw_lr", "1.0e-3"),
     *("--schedule.name", "wsd", "--schedule.decay_fraction", "0.5"),
@@ -100,7 +101,7 @@ def assert_equal(found: Any, expected: Any, place: str = "state") -> None:
 
 def test_interrupted_at_any_step(train: Call, tmp_path: Path) -> None:
     """In the first epoch, in the step in which it ends, between two evaluations and at one."""
-    whole = train(*SMALL, "--train.save_interval", "1", "--out_dir", str(tmp_path / "whole"))
+    whole = train(*SMALL, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
     epochs = column(whole, "epoch")
     assert len(epochs) == 12 and epochs[0] == 0 and epochs[-1] == 1
     for step in range(1, 12):
@@ -159,7 +160,7 @@ def test_interrupted_at_any_step_of_two_epochs(
 ) -> None:
     flags = (*SMALL, *flags, "--data.init_args.num_workers", workers, "--train.log_interval", "4")
     flags += ("--eval.interval", "3", "--train.max_steps", "null", "--train.epochs", "2")
-    whole = train(*flags, "--train.save_interval", "1", "--out_dir", str(tmp_path / "whole"))
+    whole = train(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
     for step in range(1, checkpoints.read_mark(whole / "final").step):
         assert_same_run(resume(train, whole, step, *flags), whole)
 
@@ -168,7 +169,7 @@ def test_interrupted_at_any_step_of_two_epochs(
 @pytest.mark.parametrize("tune_case", TUNING, indirect=True)
 def test_finetuning_interrupted_at_any_step(tune_case: Call, tmp_path: Path) -> None:
     flags = ("--train.max_steps", "null", "--train.epochs", "2")
-    whole = tune_case(*flags, "--train.save_interval", "1", "--out_dir", str(tmp_path / "whole"))
+    whole = tune_case(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
     for step in range(1, checkpoints.read_mark(whole / "final").step):
         assert_same_run(resume(tune_case, whole, step, *flags), whole)
 
@@ -180,6 +181,7 @@ def test_finetuning_interrupted_at_any_step(tune_case: Call, tmp_path: Path) -> 
 def test_another_micro_batch_goes_on_at_the_same_token(train: Call, tmp_path: Path, micro_batch: int) -> None:
     """The same steps on the same windows, so the same numbers but for rounding; and back."""
     flags = (*SMALL, "--train.max_steps", "6", "--train.save_interval", "2", "--eval.interval", "100")
+    flags += ("--train.log_interval", "3")
     whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
     other = resume(train, whole, 2, *flags, "--micro-batch-size", str(micro_batch))
     for out in (other, resume(train, other, 4, *flags)):
@@ -275,7 +277,7 @@ def test_moved_data_is_found_by_its_manifest(
         (place / there).parent.mkdir(exist_ok=True)
         shutil.move(lies, place / there)
         lies = place / there
-        train("--resume", str(out / "step-00000002"))
+        train("--resume", str(out / "step-00000002"), "--overwrite")
         found = Path("data", "any") if there == "work/data/any" else lies
         assert f"lies in {found} now, and is taken from there" in capsys.readouterr().out
         assert (out / "final" / "lit_model.pth").read_bytes() == before
@@ -291,7 +293,7 @@ def test_data_that_is_gone_is_asked_for(moving: tuple[Path, Call]) -> None:
         os.truncate(path, 8)  # half a copy is none
     shutil.move(place / "corpora" / "stories", place / "corpora" / "renamed")
     with pytest.raises(UserError, match=r"no longer there, nor .* Say where they are: --data\.init_args\.train_data"):
-        train("--resume", str(out / "step-00000002"))
+        train("--resume", str(out / "step-00000002"), "--overwrite")
 
 
 def test_moved_conversations_are_found_too(
@@ -302,6 +304,6 @@ def test_moved_conversations_are_found_too(
     out = tune(*flags)
     before = (out / "final" / "lit_model.pth").read_bytes()
     shutil.move(data_dir, tmp_path / "place" / "moved")
-    tune(*flags, "--resume", str(out / "step-00000002"))
+    tune(*flags, "--resume", str(out / "step-00000002"), "--overwrite")
     assert f"lies in {tmp_path / 'place' / 'moved'} now" in capsys.readouterr().out
     assert (out / "final" / "lit_model.pth").read_bytes() == before
