@@ -251,7 +251,7 @@ def _what_differs(run: TrainingRun, then: dict[str, int]) -> str:
     if finetuning:
         found.append("balance losses and LoRA's dropout go by micro batches")  # of unequal lengths
     val, sizes = run.val_dataloader, {train.micro_batch_size, then["micro_batch_size"]}
-    if val is not None and len(sizes) > 1 and run.settings.eval.max_iters * min(sizes) < len(val.dataset):
+    if val is not None and len(sizes) > 1 and run.settings.eval.max_iters * min(sizes) < with_position(val).items:
         found.append("validation reads other windows (eval.max_iters counts micro batches)")
     train = copy(train)
     train.micro_batch_size = then["micro_batch_size"]
