@@ -278,7 +278,7 @@ def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, f
 def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path, capsys):
     whole = train(*ONE_RUN, "--out_dir", str(tmp_path / "whole"))
     moved = shutil.copytree(whole, tmp_path / "moved")
-    resume = ("--out_dir", str(moved), "--resume")
+    resume = ("--out_dir", str(moved), "--overwrite", "--resume")
     said = run_twice("devices", run_file, *ONE_RUN, *resume, str(moved / "step-00000005"))
     assert "devices was 1 and is now 2" in said
     assert_same_run(whole, moved)
