@@ -1,22 +1,43 @@
-"""A prepared tiny corpus, and real training in this process on it."""
+"""A prepared tiny corpus, tiny conversations, and real training in this process on them."""
 
+import csv
+import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import jsonargparse._optionals
 import pytest
 import yaml
 
+from recipe.data.instructions import InstructArgs, prepare_instructions
 from recipe.data.prepare import PrepareArgs, prepare
-from recipe.settings import check, parse_run
+from recipe.settings import check, parse_finetuning, parse_run
+from recipe.training.finetune import finetune
 from recipe.training.pretrain import pretrain
-from recipe.training.ready import ready
+from recipe.training.ready import ready, ready_to_finetune
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
+
+# Half of what parsing takes is reading the same classes' sources anew for their help texts.
+jsonargparse._optionals.parse_docstring = cache(jsonargparse._optionals.parse_docstring)
 
 SIGMOID_ROUTER = (
     *("--model.n_expert_groups", "2", "--model.n_topk_groups", "2", "--model.n_topk_scores_per_group", "2"),
     *("--model.norm_topk_prob", "true"),
 )
 """Flags that give the run file's model a sigmoid router with a selection bias"""
+
+
+def rows(out_dir: Path) -> list[dict[str, str]]:
+    """Of its metrics file."""
+    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(out_dir: Path, name: str) -> list[float]:
+    """The numbers of a column that stand there."""
+    return [float(row[name]) for row in rows(out_dir) if row[name]]
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +97,59 @@ def train(run_file: Path) -> Callable[..., Path]:
         check(run.settings, run.optimizer)
         run, resume_from = ready(run)
         pretrain(run, resume_from=resume_from)
+        return run.settings.out_dir
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 questions, of long and short answers, prepared; don't write there."""
+    folder = tmp_path_factory.mktemp("instructions")
+    rows = [
+        {"instruction": f"Where is {name} {day}?", "output": f"{name} went to the {place}." * times}
+        for name in ("Mia", "Tom", "Lily", "Ben")
+        for day in ("now", "today", "at noon")
+        for place, times in (("sea", 1), ("wood", 3), ("hill", 1), ("sea again", 2), ("wood again", 1))
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    prepare_instructions(InstructArgs(str(folder / "rows.json"), folder / "data", val_fraction=0.2))
+    return folder / "data"
+
+
+@pytest.fixture
+def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    return save_tiny(tmp_path / "base", tiny_gpt({**moe_fields, "block_size": 48}), tokenizer_dir)
+
+
+@pytest.fixture
+def tune(tmp_path: Path, base: Path, instructions: Path) -> Callable[..., Path]:
+    """``tune("--flag", "value")`` does what ``finetune.py`` does and returns the ``out_dir``."""
+    settings = {
+        "data": {"class_path": "recipe.data.InstructionData", "init_args": {"data_dir": str(instructions)}},
+        "train": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 8,
+            "log_interval": 1,
+            "lr_warmup_steps": 1,
+            "max_norm": 1.0,
+            "min_lr": 1.0e-4,
+            "save_interval": 4,
+        },
+        "eval": {"interval": 4, "max_iters": 100, "initial_validation": True},
+        "sample": {"prompt": None, "max_new_tokens": 8},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
+        "progress": False,
+        "compile": False,
+    }
+    run_file = tmp_path / "finetune.yaml"
+    run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+    def call(*flags: str) -> Path:
+        run = parse_finetuning([str(base), "--config", str(run_file), "--out_dir", str(tmp_path / "out"), *flags])
+        check(run.settings, run.optimizer)
+        finetune(run, resume_from=ready_to_finetune(run.settings))
         return run.settings.out_dir
 
     return call

@@ -115,6 +115,10 @@ class Manifest:
     splits: dict[str, Split]
     versions: dict[str, str]
 
+    def made_from(self, *splits: str) -> tuple[str, ...]:
+        """What the tokens follow from: fingerprints of the tokenizer and of each split's text."""
+        return self.tokenizer.sha256, *(text_fingerprint(self.splits[split].text) for split in splits)
+
 
 def tokens_dir(data_dir: Path, split: str | None = None) -> Path:
     """The folder of all tokens, or of a split's."""

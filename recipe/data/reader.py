@@ -1,7 +1,8 @@
 """Tokens on disk into micro batches: windows, one order for all devices, a loader that knows its position.
 
 All devices together read one sequence of micro batches, which depends on the tokens, the micro batch, the context
-length and the seed alone: not on how many devices or workers there are. Worker processes import this file, so LitGPT
+length and the seed alone: not on how many devices or workers there are; and where it has got to is counted in windows,
+so that a run goes on with another micro batch too. Worker processes import this file, so LitGPT
 stays out of it: where they are not forked (Windows, macOS), they would wait for it at each epoch.
 """
 
@@ -131,51 +132,73 @@ class MicroBatches(Sampler[list[int]]):
         world_size: int = 1,
         keep_all: bool = False,
     ) -> None:
-        self._items, self._batch_size, self._seed = items, batch_size, seed
-        self._rank, self.world_size, self._keep_all = rank, world_size, keep_all
-        self._per_epoch = -(-items // batch_size) if keep_all else items // batch_size
-        if keep_all:
-            self._per_epoch = min(-(-self._per_epoch // world_size), items // world_size) * world_size
-        elif seed is None:
-            self._per_epoch -= self._per_epoch % world_size
-        self.epoch = 0
+        self.items, self._batch_size, self._seed = items, batch_size, seed
+        self._rank, self._world_size, self._keep_all = rank, world_size, keep_all
         self.taken = 0
         """Micro batches that this device has got, in all epochs"""
+        self._start(0, 0, began=0)
 
     def __len__(self) -> int:
         """Of one device in one epoch, rounded down: the devices take turns in having one more."""
-        return self._per_epoch // self.world_size
+        return self._divided(self.items) // self._world_size
 
     def next_epoch(self) -> None:
         """Goes to the next epoch, also from the middle of this one."""
-        self.epoch += 1
-        self.taken = max(self.taken, -((self._rank - self.epoch * self._per_epoch) // self.world_size))
+        self._start(self._epoch + 1, 0, began=self._began + self._micro_batches)
+        self.taken = max(self.taken, -((self._rank - self._began) // self._world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         """The rest of the epoch."""
-        order = self._order()
-        first = self._rank + self.taken * self.world_size - self.epoch * self._per_epoch
-        for number in range(first, self._per_epoch, self.world_size):
+        order = self._order()[self._skipped :]
+        first = self._rank + self.taken * self._world_size - self._began
+        for number in range(first, self._micro_batches, self._world_size):
             yield order[self._begin(number) : self._begin(number + 1)].tolist()
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """After as many micro batches for each device: the epoch, and how many items of its order were given out."""
+        number = self.taken * self._world_size - self._began
+        if number > self._micro_batches:  # other devices are in the next epoch already
+            return self._epoch + 1, (number - self._micro_batches) * self._batch_size
+        return self._epoch, self._skipped + self._begin(number)
+
+    @position.setter
+    def position(self, position: tuple[int, int]) -> None:
+        self.taken = 0
+        self._start(*position, began=0)
+
+    def _start(self, epoch: int, skipped: int, *, began: int) -> None:
+        """Divides an epoch without its first ``skipped`` items, after ``began`` micro batches of all devices."""
+        self._epoch, self._skipped, self._began = epoch, skipped, began
+        self._micro_batches = self._divided(self.items - skipped)
+
+    def _divided(self, items: int) -> int:
+        """How many micro batches so many items make."""
+        if self._keep_all:
+            return min(-(-items // (self._batch_size * self._world_size)), items // self._world_size) * self._world_size
+        micro_batches = items // self._batch_size
+        return micro_batches - micro_batches % self._world_size if self._seed is None else micro_batches
+
     def _begin(self, number: int) -> int:
-        return number * self._items // self._per_epoch if self._keep_all else number * self._batch_size
+        if self._keep_all:
+            return number * (self.items - self._skipped) // self._micro_batches
+        return number * self._batch_size
 
     def _order(self) -> Tensor:
         """8 bytes an item in each main process: 80 MB for 10 billion tokens in windows of 1,024."""
         if self._seed is None:
-            return torch.arange(self._items)
+            return torch.arange(self.items)
         generator = torch.Generator().manual_seed(self._seed)
         # Of its own for each epoch: seed + epoch would give seed 1 the orders of seed 0, an epoch earlier.
-        epoch_seed = int(torch.randint(1 << 62, (self.epoch + 1,), generator=generator)[-1])
-        return torch.randperm(self._items, generator=generator.manual_seed(epoch_seed))
+        epoch_seed = int(torch.randint(1 << 62, (self._epoch + 1,), generator=generator)[-1])
+        return torch.randperm(self.items, generator=generator.manual_seed(epoch_seed))
 
 
 class TokenLoader(DataLoader[Any]):
     """Torch's loader with a position: batches ``(B, T + 1)`` int64 of windows. Each pass is the next epoch.
 
-    ``state_dict`` counts the batches that were handed out, not those that workers have read ahead, over all devices:
-    plain numbers, good in any folder, for any number of workers, and for any number of devices that divides them.
+    ``state_dict`` counts what was handed out, not what workers have read ahead, over all devices: two plain numbers,
+    good in any folder, for any number of workers and devices and any micro batch.
     """
 
     batch_sampler: MicroBatches
@@ -214,31 +237,41 @@ class TokenLoader(DataLoader[Any]):
             position.taken += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Where it is: the epoch, and how many micro batches all devices have got since the first."""
-        position = self.batch_sampler
-        return {"epoch": position.epoch, "micro_batches": position.taken * position.world_size}
+    @property
+    def items(self) -> int:
+        """Of the whole set: windows, conversations."""
+        return self.batch_sampler.items
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    @property
+    def position(self) -> tuple[int, int]:
+        """The epoch, and how many items of it all devices have got."""
+        return self.batch_sampler.position
+
+    def state_dict(self) -> dict[str, int]:
+        """The position by name."""
+        return dict(zip(("epoch", "items"), self.position, strict=True))
+
+    def load_state_dict(self, state: dict[str, int], batch_size: int = 0) -> None:
         """Makes the next pass the rest of the one in which ``state`` was taken.
 
+        Args:
+            batch_size: the micro batch that a state of an older version counts by.
+
         Raises:
-            UserError: the position is another reader's, or between two rounds of these devices.
+            UserError: the position is another reader's.
         """
-        position = self.batch_sampler
+        if state.keys() == {"epoch", "micro_batches"} and batch_size:
+            # The first device's epoch, while others may have been in the next, and a count since the first epoch.
+            epoch, per_epoch = state["epoch"], self.items // batch_size
+            epoch += state["micro_batches"] > (epoch + 1) * per_epoch
+            state = {"epoch": epoch, "items": (state["micro_batches"] - epoch * per_epoch) * batch_size}
         if state.keys() != self.state_dict().keys():
             raise UserError(
                 "the checkpoint's position in the data is that of another reader (of an older version of this project,"
                 " or another data module), which this one can't go on from. Start a new run from its weights:"
                 " --initial_checkpoint_dir CHECKPOINT --out_dir NEW"
             )
-        taken, rest = divmod(state["micro_batches"], position.world_size)
-        if rest:
-            raise UserError(
-                f"the checkpoint lies after {state['micro_batches']:,} micro batches, which {position.world_size}"
-                " devices do not divide; resume it on as many devices as it was saved with."
-            )
-        position.epoch, position.taken, self._begun = state["epoch"], taken, False
+        self.batch_sampler.position, self._begun = (state["epoch"], state["items"]), False
 
 
 def _end_workers(passes: WeakSet[Generator[Any]]) -> None:

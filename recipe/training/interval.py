@@ -17,7 +17,7 @@ class Interval:
 
     def __init__(self) -> None:
         self._sums: Losses | None = None
-        self.micro_batches = 0
+        self.micro_batches: float = 0
         self.tokens = 0
         """Trained on, over all devices"""
         self._before = 0.0
@@ -65,10 +65,22 @@ class Interval:
             "seconds": self.seconds,
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Goes on from ``state``, of any number of devices: each then has the first one's sums."""
+    def load_state_dict(
+        self, state: dict[str, Any], device: torch.device, *, devices: float = 1, micro_batch: float = 1
+    ) -> None:
+        """Goes on from ``state``, of any number of devices: each then has the first one's sums.
+
+        Args:
+            devices: how many times as many there were.
+            micro_batch: how many times as large it was.
+        """
         self._sums = None if state["sums"] is None else Losses(*(value.to(device) for value in state["sums"]))
         self.micro_batches, self.tokens = state["micro_batches"], state["tokens"]
+        if (share := devices * micro_batch) != 1:  # what is summed up counts for as many of the present micro batches
+            self.micro_batches *= share
+            if self._sums is not None:
+                counts = self._sums.expert_counts * devices
+                self._sums = Losses(*(value * share for value in self._sums))._replace(expert_counts=counts)
         self._before = state["seconds"]
 
 

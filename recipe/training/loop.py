@@ -52,11 +52,13 @@ from recipe.training.nonfinite import first_not_finite
 from recipe.training.optimizers import check_optimizer, make_optimizer, set_learning_rate
 from recipe.training.plan import describe_memory, describe_size
 from recipe.training.saving import CheckpointWriter, StopSignals
-from recipe.training.schedule import Plan, learning_rate, plan_run
+from recipe.training.schedule import Plan, learning_rate
 from recipe.training.state import (
+    Progress,
     TrainingRun,
     check_same_on_all_machines,
     gpt_of,
+    make_plan,
     moment_of,
     resume_training,
     save_checkpoint,
@@ -115,12 +117,7 @@ def run_training(
     loggers = cast(Loggers, fabric.logger)  # what `logger_factory` made
     train_dataloader, val_dataloader = make_dataloaders(fabric, data, tokenizer, train, gpt.max_seq_length)
 
-    plan = plan_run(
-        train,
-        devices=fabric.world_size,
-        seq_length=gpt.max_seq_length,
-        epoch_micro_batches=len(train_dataloader),
-    )
+    plan = make_plan(train, train_dataloader, gpt.max_seq_length, devices=fabric.world_size, progress=Progress())
     training = TrainingRun(
         settings=settings,
         hyperparameters=run.resolved,
@@ -144,6 +141,7 @@ def run_training(
     )
     if resume_from:
         resume_training(fabric, training, resume_from)
+        plan = training.plan
     check_same_on_all_machines(fabric, training)
     if resume_from and training.progress.step >= plan.steps:
         say(
@@ -160,7 +158,7 @@ def run_training(
         (out_dir / "run_config.yaml").write_text(text, encoding="utf-8")
     loggers.log_hyperparams(run.resolved)
 
-    for line in describe_run(fabric, gpt, run, plan, plan.micro_batches / len(train_dataloader)):
+    for line in describe_run(fabric, gpt, run, plan):
         say(line)
     where = f"{fabric.world_size} x {_device_name(fabric)}" if fabric.world_size > 1 else _device_name(fabric)
     say(f"On {where} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}{experts_note}.")
@@ -200,7 +198,7 @@ def run_training(
     _report(fabric, training, time.perf_counter() - start, training.progress.tokens - tokens_before)
 
 
-def describe_run(fabric: L.Fabric, gpt: GPT, run: ParsedRun, plan: Plan, epochs: float) -> Iterator[str]:
+def describe_run(fabric: L.Fabric, gpt: GPT, run: ParsedRun, plan: Plan) -> Iterator[str]:
     """How large the run is, much of it as ``run_train.py --plan`` has it."""
     settings, train = run.settings, run.settings.train
     yield describe_size(settings)
@@ -218,7 +216,7 @@ def describe_run(fabric: L.Fabric, gpt: GPT, run: ParsedRun, plan: Plan, epochs:
             f" {plan.tokens:,} tokens in all"
         )
     limit = f" or after {train.max_time:g} s" if train.max_time else ""
-    yield f"{size}, {epochs:.2f} epochs; it ends by {plan.ended_by}{limit}."
+    yield f"{size}, {plan.epochs:.2f} epochs; it ends by {plan.ended_by}{limit}."
 
 
 def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:

@@ -134,7 +134,7 @@ def _tokens(run: ParsedRun, card: Card | None) -> tuple[int, int, str] | None:
         replace(train, epochs=None),
         devices=_devices(run.settings, card),
         seq_length=_context(run.settings),
-        epoch_micro_batches=1,
+        epoch_sequences=train.global_batch_size,  # matters to epochs alone
     )
     return plan.steps, plan.tokens, plan.ended_by
 

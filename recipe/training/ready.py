@@ -1,9 +1,11 @@
 """What must be there before the first step: data, a tokenizer that fits the model, a place to write, a checkpoint."""
 
+import glob
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
@@ -16,7 +18,8 @@ from recipe.cli import UserError
 from recipe.data import InstructionData, TokenizedText, conversations
 from recipe.data.conversations import Message
 from recipe.data.instructions import conversations as read_conversations
-from recipe.data.manifest import manifest_path
+from recipe.data.manifest import SPLITS, from_dict, manifest_path, tokenizer_fingerprint
+from recipe.data.manifest import read as read_manifest
 from recipe.data.prepare import PrepareArgs, prepare
 from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
@@ -51,6 +54,9 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
             check_same_model(folder, settings.model)
     if settings.eval.hellaswag is not None and _main_process():
         read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before text is tokenized for hours
+    if resume_from is not None:
+        run = _with_moved_data(run, resume_from)
+        settings = run.settings
     prepare_data(settings)
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
     if (start := settings.initial_checkpoint_dir or settings.upcycle) is not None:
@@ -77,6 +83,11 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
     if resume_from is not None:
         check_same_model(resume_from, settings.model)
         check_same_tuning(resume_from, settings)
+        if not settings.data.manifest_path.is_file():
+            then = (resume_from / checkpoints.INSTRUCTIONS).read_bytes()
+            name = settings.data.manifest_path.name
+            found = _moved_to(settings.data.data_dir, lambda folder: (folder / name).read_bytes() == then)
+            settings.data.data_dir = found or settings.data.data_dir  # where there is none, that is said below
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
     settings.data.connect(tokenizer, settings.train.micro_batch_size, settings.model.block_size)
     settings.data.prepare_data()
@@ -130,7 +141,7 @@ def prepare_data(settings: RunSettings) -> None:
         return
     data_dir = Path(data.train_data_path).parent
     source = settings.prepare.source
-    has_text = Path(data.train_data_path).is_dir() and any(Path(data.train_data_path).iterdir())
+    has_text = _has_text(data)
     if not has_text and manifest_path(data_dir).is_file():
         return  # tokens whose text was removed to save space
     if not has_text and source is None:
@@ -150,6 +161,10 @@ def prepare_data(settings: RunSettings) -> None:
             vocab_size=None if has_tokenizer else settings.prepare.vocab_size,
         )
     )
+
+
+def _has_text(data: TokenizedText) -> bool:
+    return data.train_data_path.is_dir() and any(data.train_data_path.iterdir())
 
 
 def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
@@ -301,9 +316,59 @@ def _with_wandb_dataset(run: ParsedRun) -> ParsedRun:
     if not isinstance(settings.data, TokenizedText):
         raise UserError("--wandb_dataset brings tokens, so the run's data must be recipe.data.TokenizedText.")
     data_dir = fetch_dataset(settings.wandb_dataset, settings.wandb_artifacts_dir)
+    return _with_data(run, data_dir, data_dir / "tokenizer")
+
+
+def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
+    """A run that goes on, its data where the tokens of its checkpoint lie now, if not where they did.
+
+    Raises:
+        UserError: they lie nowhere near, and there is nothing to make them anew from.
+    """
+    settings, data = run.settings, run.settings.data
+    saved = resume_from / checkpoints.MANIFEST
+    if not isinstance(data, TokenizedText) or not saved.is_file() or manifest_path(data.data_dir).is_file():
+        return run
+    if _has_text(data):
+        return run
+    then = from_dict(json.loads(saved.read_text(encoding="utf-8"))).made_from(*SPLITS)
+    data_dir = _moved_to(
+        data.data_dir, lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == then
+    )
+    if data_dir is not None:
+        tokenizer_dir = settings.tokenizer_dir
+        for folder in (tokenizer_dir, data_dir / tokenizer_dir.name, data_dir.parent / tokenizer_dir.name):
+            if (folder / "tokenizer.json").is_file() and tokenizer_fingerprint(folder) == then[0]:
+                return _with_data(run, data_dir, folder)
+        return _with_data(run, data_dir, tokenizer_dir)
+    if settings.prepare.source is not None:
+        return run
+    raise UserError(
+        f"{resume_from} was trained on tokens in {data.data_dir} that are no longer there, nor do the same ones lie"
+        " beside it, beside the folder that it was in, or under data. Say where they are:"
+        " --data.init_args.train_data_path FOLDER/train --data.init_args.val_data_path FOLDER/val"
+    )
+
+
+def _moved_to(old: Path, same: Callable[[Path], bool]) -> Path | None:
+    """The folder near ``old``, which is gone, that holds the same data; said in a line. None where there is none."""
+    parent, outer = old.absolute().parent, old.absolute().parent.parent
+    places = ((parent, "*"), (outer, "*"), (outer, f"*/{glob.escape(old.name)}"), (Path("data"), "*"))
+    for folder in (folder for place, pattern in places for folder in sorted(place.glob(pattern))):
+        with suppress(OSError):
+            if same(folder):
+                if _main_process():
+                    print(f"The data that lay in {old} lies in {folder} now, and is taken from there.")
+                return folder
+    return None
+
+
+def _with_data(run: ParsedRun, data_dir: Path, tokenizer_dir: Path) -> ParsedRun:
+    """The run with the tokens and the tokenizer of these folders."""
+    settings = run.settings
+    assert isinstance(settings.data, TokenizedText)
     paths = {"train_data_path": data_dir / "train", "val_data_path": data_dir / "val"}
     data = replace(settings.data, **paths)
-    tokenizer_dir = data_dir / "tokenizer"
     resolved: dict[str, Any] = {**run.resolved, "tokenizer_dir": str(tokenizer_dir)}
     texts = {name: str(path) for name, path in paths.items()}
     resolved["data"] = {**resolved["data"], "init_args": {**resolved["data"]["init_args"], **texts}}

@@ -11,74 +11,95 @@ from recipe.settings import ScheduleSettings
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a run, counted for one device in micro batches (one forward and backward each)."""
+    """The length of a run, from its beginning or from the checkpoint that it goes on from; one device's micro batches
+    (one forward and backward each)."""
 
     micro_batches: int
-    """In the whole run"""
+    """Still to come"""
     accumulation: int
     """In one optimizer step; the last step takes what is left over"""
     warmup_steps: int
     tokens_per_micro_batch: int
     """Over all devices"""
+    epochs: float
+    """Passes over the training set at the end of the run"""
     ended_by: str
     """The setting that ends the run, in words"""
+    first_step: int = 0
+    """Steps that are done"""
+    first_tokens: int = 0
+    """Tokens of those, over all devices"""
 
     @property
     def steps(self) -> int:
         """Optimizer steps in the whole run."""
-        return math.ceil(self.micro_batches / self.accumulation)
+        return self.first_step + math.ceil(self.micro_batches / self.accumulation)
 
     @property
     def tokens(self) -> int:
         """Tokens in the whole run, over all devices."""
-        return self.micro_batches * self.tokens_per_micro_batch
+        return self.first_tokens + self.micro_batches * self.tokens_per_micro_batch
 
     def micro_batches_in(self, step: int) -> int:
         """Micro batches of optimizer step ``step``, counted from 0."""
-        return min(self.accumulation, self.micro_batches - step * self.accumulation)
+        return min(self.accumulation, self.micro_batches - (step - self.first_step) * self.accumulation)
 
 
-def plan_run(train: TrainArgs, *, devices: int, seq_length: int, epoch_micro_batches: int) -> Plan:
+def plan_run(
+    train: TrainArgs,
+    *,
+    devices: int,
+    seq_length: int,
+    epoch_sequences: int,
+    step: int = 0,
+    tokens: int = 0,
+    position: tuple[int, int] = (0, 0),
+) -> Plan:
     """Turns ``max_tokens``, ``max_steps`` and ``epochs`` into a number of micro batches; the smallest wins.
 
     Args:
         devices: over all machines.
         seq_length: tokens that one sequence trains on.
-        epoch_micro_batches: micro batches that one device gets from one pass over the training set.
+        epoch_sequences: in the training set.
+        step, tokens: what is done; a run that goes on trains on what is missing, whatever its micro batches were.
+        position: the epoch, and the sequences of it that were given out.
 
     Raises:
         UserError: where the run would be shorter than one micro batch.
     """
     accumulation = train.gradient_accumulation_iters(devices)
     tokens_per_micro_batch = train.micro_batch_size * seq_length * devices
+    epoch, taken = position
+    per_epoch = epoch_sequences // train.micro_batch_size  # of all devices, which share the epochs' sequence
+    in_this_epoch = (epoch_sequences - taken) // train.micro_batch_size
     limits: dict[str, int] = {}
     if train.max_tokens:
-        limits[f"max_tokens {train.max_tokens:,}"] = train.max_tokens // tokens_per_micro_batch
+        limits[f"max_tokens {train.max_tokens:,}"] = (train.max_tokens - tokens) // tokens_per_micro_batch
     if train.max_steps:
-        limits[f"max_steps {train.max_steps:,}"] = train.max_steps * accumulation
+        limits[f"max_steps {train.max_steps:,}"] = (train.max_steps - step) * accumulation
     if train.epochs:
-        limits[f"epochs {train.epochs}"] = train.epochs * epoch_micro_batches
+        limits[f"epochs {train.epochs}"] = (in_this_epoch + (train.epochs - epoch - 1) * per_epoch) // devices
     ended_by = min(limits, key=lambda name: limits[name])
-    micro_batches = limits[ended_by]
-    if micro_batches < 1:
+    micro_batches = max(limits[ended_by], 0)
+    if micro_batches < 1 and not step:
         raise UserError(
             f"{ended_by} is less than one micro batch of {tokens_per_micro_batch:,} tokens"
             f" (micro_batch_size x sequence length x devices); expected at least that."
         )
-    steps = math.ceil(micro_batches / accumulation)
+    steps = step + math.ceil(micro_batches / accumulation)
+    warmup_steps = train.lr_warmup_steps or 0
+    if train.lr_warmup_fraction:
+        warmup_steps = math.ceil(train.lr_warmup_fraction * epoch_sequences / train.global_batch_size)
     return Plan(
         micro_batches=micro_batches,
         accumulation=accumulation,
-        warmup_steps=min(_warmup_steps(train, epoch_micro_batches, accumulation), steps - 1),
+        warmup_steps=min(warmup_steps, steps - 1),
         tokens_per_micro_batch=tokens_per_micro_batch,
+        epochs=epoch + 1 + (micro_batches * devices - in_this_epoch) / per_epoch,
         ended_by=ended_by,
+        first_step=step,
+        first_tokens=tokens,
     )
-
-
-def _warmup_steps(train: TrainArgs, epoch_micro_batches: int, accumulation: int) -> int:
-    if train.lr_warmup_fraction:
-        return math.ceil(train.lr_warmup_fraction * epoch_micro_batches / accumulation)
-    return train.lr_warmup_steps or 0
 
 
 def learning_rate(

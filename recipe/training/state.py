@@ -2,6 +2,7 @@
 
 import json
 import random
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from litgpt import GPT, Tokenizer
+from litgpt.args import TrainArgs
 from litgpt.prompts import PromptStyle
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data.manifest import SPLITS, from_dict, manifest_path, text_fingerprint
+from recipe.data.manifest import SPLITS, from_dict, manifest_path
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.settings import FinetuneSettings, RunSettings, is_sharded
@@ -26,7 +28,7 @@ from recipe.training.logs import Loggers
 from recipe.training.lora import divide_weights
 from recipe.training.optimizers import load_optimizer_state
 from recipe.training.saving import CheckpointWriter
-from recipe.training.schedule import Plan
+from recipe.training.schedule import Plan, plan_run
 from recipe.training.sharding import gathered_state, gathered_weights, sharded_state
 
 
@@ -168,7 +170,7 @@ def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
 
 
 def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
-    """Puts optimizer, data position, random states and counters back to where ``folder`` was saved.
+    """Puts optimizer, data position, random states and counters back to where ``folder`` was saved, and plans the rest.
 
     Raises:
         UserError: where the batches would not be the same ones.
@@ -177,8 +179,9 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     state = checkpoints.load_training_state(folder)
     then, now = state["layout"], _layout(fabric, run)
     loader = with_position(run.train_dataloader)
+    ours = isinstance(loader, TokenLoader)  # its position does not depend on who reads how much at once
     changed = {name: f"{name} was {then[name]} and is now {now[name]}" for name in now if then[name] != now[name]}
-    other_devices = changed.pop("devices", None) if isinstance(loader, TokenLoader) else None
+    divided = [changed.pop(name) for name in ("devices", "micro_batch_size") if name in changed and ours]
     if changed:
         raise UserError(
             f"{folder} can't be resumed with other batches: {'; '.join(changed.values())}. Resume with the old values,"
@@ -198,11 +201,23 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     load_optimizer_state(optimizer, state["optimizer"])
     if "expert_counts" in state:  # checkpoints from before it was kept begin evenly, as a first step does
         run.expert_counts.copy_(state["expert_counts"])
-    loader.load_state_dict(state["train_dataloader"])
-    if other_devices:
-        fabric.print(f"{other_devices}: the same batches go on; sums differ in their last digits by their order.")
+    if ours:
+        loader.load_state_dict(state["train_dataloader"], then["micro_batch_size"])
+        run.progress.epoch = loader.position[0]  # the last device's: the first may have been in the one before
+    else:
+        loader.load_state_dict(state["train_dataloader"])
+    run.plan = make_plan(
+        run.settings.train,
+        run.train_dataloader,
+        run.gpt.max_seq_length,
+        devices=fabric.world_size,
+        progress=run.progress,
+    )
+    if divided:
+        fabric.print(f"{'; '.join(divided)}: {_what_differs(run, then)}.")
     if "interval" in state:
-        run.interval.load_state_dict(state["interval"], fabric.device)
+        devices, micro_batch = (then[name] / now[name] for name in ("devices", "micro_batch_size"))
+        run.interval.load_state_dict(state["interval"], fabric.device, devices=devices, micro_batch=micro_batch)
     torch.set_rng_state(state["random"]["torch"])
     if "python" in state["random"]:
         version, keys, gauss = state["random"]["python"]
@@ -213,6 +228,48 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
         torch.cuda.set_rng_state(state["random"]["cuda"][0], fabric.device)
     if (scaler := scaler_of(fabric)) and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+
+
+def make_plan(train: TrainArgs, loader: DataLoader, seq_length: int, *, devices: int, progress: Progress) -> Plan:
+    """The plan of a run from where its progress and its data are."""
+    loader = with_position(loader)
+    if isinstance(loader, TokenLoader):
+        sequences, position = loader.items, loader.position
+    else:
+        sequences = len(loader) * train.micro_batch_size * devices
+        position = 0, progress.step * train.global_batch_size
+    return plan_run(
+        train,
+        devices=devices,
+        seq_length=seq_length,
+        epoch_sequences=sequences,
+        step=progress.step,
+        tokens=progress.tokens,
+        position=position,
+    )
+
+
+def _what_differs(run: TrainingRun, then: dict[str, int]) -> str:
+    """What becomes of a run whose layout was ``then``, where only devices and micro batch are others."""
+    found = ["the same tokens go on; sums differ in their last digits by their order"]
+    train, items, progress = run.settings.train, with_position(run.train_dataloader).items, run.progress
+    left_out, before = (items % size for size in (train.micro_batch_size, then["micro_batch_size"]))
+    if left_out != before:
+        found.append(f"{left_out} of an epoch's {items:,} fill no micro batch and are left out, {before} were")
+    finetuning = isinstance(run.settings, FinetuneSettings)
+    if finetuning:
+        found.append("balance losses and LoRA's dropout go by micro batches")  # of unequal lengths
+    val, sizes = run.val_dataloader, {train.micro_batch_size, then["micro_batch_size"]}
+    if val is not None and len(sizes) > 1 and run.settings.eval.max_iters * min(sizes) < with_position(val).items:
+        found.append("validation reads other windows (eval.max_iters counts micro batches)")
+    train = copy(train)
+    train.micro_batch_size = then["micro_batch_size"]
+    old = make_plan(train, run.train_dataloader, then["max_seq_length"], devices=then["devices"], progress=progress)
+    plans = (run.plan, old)
+    ends = [f"step {plan.steps:,}" + ("" if finetuning else f", {plan.tokens:,} tokens") for plan in plans]
+    if ends[0] != ends[1]:
+        found.append(f"the run ends at {ends[0]}; it would have at {ends[1]}")
+    return "; ".join(found)
 
 
 def anew_from(folder: Path, settings: RunSettings) -> str:
@@ -300,9 +357,7 @@ def tokens_manifest(settings: RunSettings) -> Path | None:
 
 
 def _made_from(path: Path, *splits: str) -> tuple[str, ...]:
-    """What the tokens of a manifest follow from: fingerprints of the tokenizer and of each split's text."""
-    found = from_dict(json.loads(path.read_text(encoding="utf-8")))
-    return found.tokenizer.sha256, *(text_fingerprint(found.splits[split].text) for split in splits)
+    return from_dict(json.loads(path.read_text(encoding="utf-8"))).made_from(*splits)
 
 
 def gpt_of(model: _FabricModule) -> GPT:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -254,11 +255,54 @@ def test_a_pass_that_was_left_is_followed_by_the_next_epoch(prepared: Path) -> N
         assert rows(left) == rows(whole)
 
 
-def test_a_position_that_devices_do_not_divide_is_refused(prepared: Path) -> None:
-    loader = loader_on(prepared, 0, 1)
-    list(itertools.islice(loader, 5))
-    with pytest.raises(UserError, match="after 5 micro batches, which 2 devices do not divide"):
-        loader_on(prepared, 0, 2).load_state_dict(loader.state_dict())
+def sessions(items: int, *sessions: tuple[int, int, int]) -> tuple[list[list[int]], dict[str, int]]:
+    """Item numbers of the micro batches of sessions of (micro batch, devices, rounds) that follow, and the position."""
+    found, state = [], {"epoch": 0, "items": 0}
+    for batch_size, world_size, rounds in sessions:
+        shares = []
+        for rank in range(world_size):
+            batches = MicroBatches(items, batch_size, seed=7, rank=rank, world_size=world_size)
+            loader = TokenLoader(list(range(items)), batches)  # type: ignore[arg-type]
+            loader.load_state_dict(state)
+            shares.append(
+                ([batch.tolist() for batch in itertools.islice(endless(loader), rounds)], loader.state_dict())
+            )
+        (state,) = {json.dumps(share[1]): share[1] for share in shares}.values()  # all devices say the same
+        found += [batch for turn in zip(*(share[0] for share in shares), strict=True) for batch in turn]
+    return found, state
+
+
+def orders(items: int, epochs: int) -> list[list[int]]:
+    return sessions(items, (items, 1, epochs))[0]
+
+
+def test_other_micro_batches_and_devices_go_on_at_the_same_item() -> None:
+    """Each epoch is its order from the first item to the last, but for those at its end that fill no micro batch."""
+    draw, order = random.Random(0), {items: orders(items, 100) for items in (20, 23, 101)}
+    for _ in range(60):
+        items = draw.choice([20, 23, 101])
+        parts = [(draw.choice([1, 2, 3, 4, 5]), draw.choice([1, 2, 4]), draw.randint(0, 25)) for _ in range(4)]
+        found, state = sessions(items, *parts)
+        epoch = taken = 0
+        sizes = [size for size, devices, rounds in parts for _ in range(devices * rounds)]
+        for batch, size in zip(found, sizes, strict=True):
+            if items - taken < size:
+                epoch, taken = epoch + 1, 0
+            assert batch == order[items][epoch][taken : taken + size]
+            taken += size
+        assert state == {"epoch": epoch, "items": taken}
+
+
+@pytest.mark.parametrize("taken", [16, 28, 32, 60])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_position_counted_in_micro_batches_is_read_too(devices: int, taken: int) -> None:
+    """As older checkpoints have it: the first device's epoch, and all micro batches since the first. 29 in an epoch."""
+    loader = TokenLoader(list(range(147)), MicroBatches(147, 3, seed=7))  # type: ignore[arg-type]
+    older = {"epoch": (taken - devices) // 29, "micro_batches": taken}
+    loader.load_state_dict(older, 5)
+    assert loader.state_dict() == sessions(147, (5, devices, taken // devices))[1]
+    with pytest.raises(UserError, match="that of another reader"):
+        loader.load_state_dict(older)
 
 
 def test_a_position_of_litdatas_reader_is_refused(prepared: Path) -> None:

@@ -1,90 +1,27 @@
 """Finetuning by the door's own path: what is learned, what is saved, that a resumed run is the uninterrupted one."""
 
-import csv
-import json
 import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import litgpt.lora
 import litgpt.prompts
 import pytest
 import torch
-import yaml
 from litgpt import GPT, Tokenizer
 from litgpt.scripts.merge_lora import merge_lora
 
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.conversations import encode_conversation, load_prompt_style
-from recipe.data.instructions import InstructArgs, conversations, prepare_instructions
-from recipe.settings import check, parse_finetuning
-from recipe.training.finetune import finetune
-from recipe.training.ready import ready_to_finetune
+from recipe.data.instructions import conversations
+from recipe.settings import parse_finetuning
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
+from tests.training_fixtures import column
 
 SIGMOID = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": True}
-
-
-@pytest.fixture(scope="module")
-def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 questions, of long and short answers, prepared; don't write there."""
-    folder = tmp_path_factory.mktemp("instructions")
-    rows = [
-        {"instruction": f"Where is {name} {day}?", "output": f"{name} went to the {place}." * times}
-        for name in ("Mia", "Tom", "Lily", "Ben")
-        for day in ("now", "today", "at noon")
-        for place, times in (("sea", 1), ("wood", 3), ("hill", 1), ("sea again", 2), ("wood again", 1))
-    ]
-    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    prepare_instructions(InstructArgs(str(folder / "rows.json"), folder / "data", val_fraction=0.2))
-    return folder / "data"
-
-
-@pytest.fixture
-def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
-    return save_tiny(tmp_path / "base", tiny_gpt({**moe_fields, "block_size": 48}), tokenizer_dir)
-
-
-@pytest.fixture
-def tune(tmp_path: Path, base: Path, instructions: Path) -> Callable[..., Path]:
-    """``tune("--flag", "value")`` does what ``finetune.py`` does and returns the ``out_dir``."""
-    settings = {
-        "data": {"class_path": "recipe.data.InstructionData", "init_args": {"data_dir": str(instructions)}},
-        "train": {
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "max_steps": 8,
-            "log_interval": 1,
-            "lr_warmup_steps": 1,
-            "max_norm": 1.0,
-            "min_lr": 1.0e-4,
-            "save_interval": 4,
-        },
-        "eval": {"interval": 4, "max_iters": 100, "initial_validation": True},
-        "sample": {"prompt": None, "max_new_tokens": 8},
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
-        "progress": False,
-        "compile": False,
-    }
-    run_file = tmp_path / "finetune.yaml"
-    run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-
-    def call(*flags: str) -> Path:
-        run = parse_finetuning([str(base), "--config", str(run_file), "--out_dir", str(tmp_path / "out"), *flags])
-        check(run.settings, run.optimizer)
-        finetune(run, resume_from=ready_to_finetune(run.settings))
-        return run.settings.out_dir
-
-    return call
-
-
-def column(out_dir: Path, name: str) -> list[float]:
-    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
 def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "phi-2") -> float:
@@ -121,36 +58,6 @@ def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(tune, tmp_path):
     for name in ("train_loss", "grad_norm"):
         assert column(accumulated, name) == pytest.approx(column(at_once, name), rel=1e-5)
     assert column(accumulated, "total_tokens") == column(at_once, "total_tokens")
-
-
-@pytest.mark.parametrize(
-    ("fields", "flags"),
-    [
-        ({}, ()),
-        ({}, ("--lora_r", "4", "--lora_mlp", "true", "--lora_dropout", "0.1")),
-        (SIGMOID, ("--moe.bias_update_rate", "0.01")),
-    ],
-    ids=["full", "lora with dropout", "selection biases"],
-)
-def test_a_resumed_run_is_the_uninterrupted_one(tune, tmp_path, moe_fields, tokenizer_dir, fields, flags):
-    if fields:
-        other = save_tiny(tmp_path / "other", tiny_gpt(moe_fields | {"block_size": 48} | fields), tokenizer_dir)
-        flags = ("--checkpoint_dir", str(other), *flags)
-    whole = tune(*flags, "--out_dir", str(tmp_path / "whole"))
-    tune(*flags, "--out_dir", str(tmp_path / "parts"))
-    for name in ("final", "step-00000008"):
-        folder = tmp_path / "parts" / name
-        for path in folder.glob("*") if folder.is_dir() else ():
-            path.unlink()
-        if folder.is_dir():
-            folder.rmdir()
-    parts = tune(*flags, "--out_dir", str(tmp_path / "parts"), "--resume", "auto")
-    expected, found = (checkpoints.load_weights(out / "final") for out in (whole, parts))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert column(parts, "train_loss") == column(whole, "train_loss")
-    biases = [name for name in expected if name.endswith("e_score_correction_bias")]
-    assert len(biases) == (2 if fields else 0)
-    assert all(expected[name].any() for name in biases)
 
 
 def test_lora_leaves_selection_biases_as_they_are(tune, tmp_path, moe_fields, tokenizer_dir):

@@ -1,6 +1,5 @@
 """Whole runs of a tiny model through ``litgpt.pretrain.setup``."""
 
-import csv
 import math
 import re
 import shutil
@@ -17,18 +16,7 @@ from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.training import loop
 from recipe.training.pretrain import scale_gelu_projections
-from tests.training_fixtures import SIGMOID_ROUTER
-
-SETTINGS_THAT_DIFFER = {"hyperparameters.yaml", "complete.json"}
-
-
-def rows(out_dir: Path) -> list[dict[str, str]]:
-    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def column(out_dir: Path, name: str) -> list[float]:
-    return [float(row[name]) for row in rows(out_dir) if row[name]]
+from tests.training_fixtures import SIGMOID_ROUTER, column, rows
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -85,42 +73,10 @@ def test_the_final_checkpoint_is_stock_litgpts(train):
     assert float(loss) == pytest.approx(column(out, "val_loss")[-1], rel=1e-5)
 
 
-MUON = (
-    "--optimizer",
-    "recipe.training.muon.Muon",
-    "--optimizer.init_args.adamw_lr",
-    "1.0e-3",
-    "--schedule.name",
-    "wsd",
-)
 EIGHT_BITS = (
     *("--optimizer", "torchao.optim.AdamW8bit", "--optimizer.init_args.lr", "1.0e-2"),
     *("--optimizer.init_args.bf16_stochastic_round", "true"),
 )
-
-
-@pytest.mark.parametrize(
-    ("flags", "stop"),
-    [((), 4), ((), 8), ((*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01"), 4), (MUON, 4)],
-    ids=["4", "8", "biases, 4", "Muon, 4"],
-)
-def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, flags, stop):
-    """Bit for bit: losses, learning rates, weights, selection biases, optimizer; a sample is drawn on the way."""
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    train(*flags, "--out_dir", str(tmp_path / "cut"))
-    cut = tmp_path / "cut"
-    resumed = train(*flags, "--out_dir", str(cut), "--resume", str(cut / f"step-{stop:08d}"), "--overwrite")
-    assert_same_weights(whole / "final", resumed / "final")
-    same = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "epoch", "total_tokens")
-    same += ("load_balancing_loss", "expert_load_max/layer_1")
-    assert [[row[name] for name in same] for row in rows(whole)] == [
-        [row[name] for name in same] for row in rows(resumed)
-    ]
-    one, other = (checkpoints.load_training_state(out / "final") for out in (whole, resumed))
-    for key, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(state[name], other["optimizer"]["state"][key][name]) for name in state)
-    assert one["expert_counts"].sum(dim=1).tolist() == [64 * 2] * 2, "each token of the last step, once in each layer"
-    assert torch.equal(one["expert_counts"], other["expert_counts"])
 
 
 def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
@@ -141,20 +97,6 @@ def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
     assert {moment.codes.dtype for moment in moments if hasattr(moment, "codes")} == {torch.uint8}
     with pytest.raises(UserError, match=r"trained with torchao\.optim\.AdamW8bit.*Resume with --optimizer torchao"):
         train("--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
-
-
-def test_resume_across_the_end_of_an_epoch(train, tmp_path):
-    flags = ("--train.max_steps", "150", "--train.save_interval", "50", "--eval.interval", "100")
-    whole = train("--out_dir", str(tmp_path / "whole"), *flags)
-    epochs = column(whole, "epoch")
-    assert epochs[0] == 0
-    assert epochs[-1] >= 1
-    assert epochs == sorted(epochs)
-    cut = train("--out_dir", str(tmp_path / "cut"), *flags)
-    for step in (50, 100):
-        train("--out_dir", str(cut), *flags, "--resume", str(cut / f"step-{step:08d}"), "--overwrite")
-        assert_same_weights(whole / "final", cut / "final")
-        assert column(whole, "epoch") == column(cut, "epoch")
 
 
 def test_resume_auto(train, capsys):
@@ -337,12 +279,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     out = tmp_path / "out"
     assert not (out / "final").exists()
     assert checkpoints.newest_step(out) == out / "step-00000001"
-
-
-def test_other_batches_are_not_resumed(train):
-    out = train()
-    with pytest.raises(UserError, match="micro_batch_size was 2 and is now 4"):
-        train("--resume", str(out / "step-00000004"), "--overwrite", "--micro-batch-size", "4")
 
 
 def test_another_model_is_not_resumed(train):

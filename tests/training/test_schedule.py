@@ -9,9 +9,10 @@ from recipe.settings import ScheduleSettings
 from recipe.training.schedule import learning_rate, plan_run
 
 
-def plan(**train):
+def plan(step=0, tokens=0, position=(0, 0), **train):
     defaults = dict(global_batch_size=8, micro_batch_size=2, lr_warmup_steps=3)
-    return plan_run(TrainArgs(**{**defaults, **train}), devices=1, seq_length=10, epoch_micro_batches=50)
+    done = dict(step=step, tokens=tokens, position=position)
+    return plan_run(TrainArgs(**{**defaults, **train}), devices=1, seq_length=10, epoch_sequences=100, **done)
 
 
 def test_leftover_micro_batches_make_a_shorter_last_step():
@@ -33,9 +34,46 @@ def test_devices_share_the_tokens():
         TrainArgs(global_batch_size=8, micro_batch_size=2, max_tokens=800),
         devices=2,
         seq_length=10,
-        epoch_micro_batches=50,
+        epoch_sequences=100,
     )
     assert (run.micro_batches, run.accumulation, run.tokens) == (20, 2, 800)
+
+
+@pytest.mark.parametrize("limit", [{"max_tokens": 2330}, {"max_steps": 17}, {"epochs": 3}])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_that_goes_on_has_the_plan_that_it_had(limit, devices):
+    """103 sequences make 51 micro batches of 2, which two devices do not divide, nor steps of 8 sequences."""
+    train = TrainArgs(global_batch_size=8, micro_batch_size=2, lr_warmup_steps=3, **limit)
+    shape = dict(devices=devices, seq_length=10, epoch_sequences=103)
+    whole = plan_run(train, **shape)
+    assert whole.epochs == pytest.approx(whole.micro_batches * devices / 51)
+    for step in range(1, whole.steps):
+        epoch, micro_batches = divmod(4 * step, 51)
+        rest = plan_run(train, **shape, step=step, tokens=80 * step, position=(epoch, 2 * micro_batches))
+        for name in ("steps", "tokens", "warmup_steps", "ended_by"):
+            assert getattr(rest, name) == getattr(whole, name)
+        assert rest.epochs == pytest.approx(whole.epochs)
+        assert [rest.micro_batches_in(n) for n in range(step, whole.steps)] == [
+            whole.micro_batches_in(n) for n in range(step, whole.steps)
+        ]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
+def test_the_micro_batch_changes_no_step(micro_batch):
+    rest = plan(max_tokens=800, micro_batch_size=micro_batch, step=3, tokens=240, position=(0, 24))
+    assert (rest.steps, rest.tokens, rest.micro_batches) == (10, 800, 56 // micro_batch)
+
+
+def test_a_short_last_step_is_followed_by_whole_ones():
+    rest = plan(max_tokens=500, step=3, tokens=220, position=(0, 22))
+    assert (rest.steps, rest.tokens) == (7, 500)
+    assert [rest.micro_batches_in(step) for step in range(3, 7)] == [4, 4, 4, 2]
+
+
+def test_nothing_is_left_of_a_run_that_is_at_its_end():
+    for limit in ({"max_tokens": 230}, {"max_tokens": 100}, {"max_steps": 3}, {"epochs": 1}):
+        rest = plan(**limit, step=3, tokens=220, position=(1, 10))
+        assert (rest.steps, rest.micro_batches) == (3, 0)
 
 
 def test_a_run_shorter_than_a_micro_batch_is_refused():
