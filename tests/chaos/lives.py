@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.settings import PROJECT
-
+PROJECT = Path(__file__).parents[2]
 SAVES = r"\.(step-\d+|final)\.(?:partial|old)(?:/|$)"
 """What is written below an ``out_dir`` while a checkpoint is on its way: ``Watched.pattern``"""
 KILL = signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM  # os.kill of Windows ends a process by any
@@ -107,7 +106,7 @@ class Life:
         """Whether the process is still running."""
         return self.process.is_alive()
 
-    def end(self, timeout: float = 300) -> int:
+    def end(self, timeout: float = 1500) -> int:
         """Waits for the process's end; its exit code, negative after a signal."""
         self.process.join(timeout)
         if self.process.exitcode is None:

@@ -157,17 +157,27 @@ def assert_same_run(one: Path, other: Path) -> None:
     """The same files, weights, state of training and metrics, but for what a clock tells."""
     files = [sorted(path.relative_to(out).as_posix() for path in out.rglob("*")) for out in (one, other)]
     assert files[0] == files[1]
-    assert not [name for name in files[0] if re.search(r"(^|/)\.|\.(tmp|partial|old)$", name)]
+    assert_same_end(one, other)
     for folder in one.glob("*/"):
-        checkpoints.verify(other / folder.name)
-        assert_equal(*(checkpoints.load_weights(out / folder.name) for out in (one, other)))
-        states = [checkpoints.load_training_state(out / folder.name) for out in (one, other)]
-        for state in states:
-            del state["progress"]["seconds"]
-        assert_equal(*states)
+        assert_same_checkpoint(folder, other / folder.name)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """The same where other checkpoints may lie beside ``final``."""
+    assert not [path for path in other.rglob("*") if re.search(r"^\.|\.(tmp|partial|old)$", path.name)]
+    assert_same_checkpoint(one / "final", other / "final")
     tables = [rows(out / "metrics.csv") for out in (one, other)]
     assert [int(row["step"]) for row in tables[1]] == list(range(1, STEPS + 1))
     assert tables[0] == tables[1]
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    checkpoints.verify(other)
+    assert_equal(checkpoints.load_weights(one), checkpoints.load_weights(other))
+    states = [checkpoints.load_training_state(folder) for folder in (one, other)]
+    for state in states:
+        del state["progress"]["seconds"]
+    assert_equal(*states)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -247,7 +257,5 @@ def test_finetuning_in_chaos(
     run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     lora = ("--lora_r", "4", "--lora_dropout", "0.1") if tuned == "LoRA" else ()
     once = ("--train.log_interval", "1", "--train.epochs", "null")
-    whole = run_whole(
-        tmp_path / "whole", "finetune.py", str(base), "--config", str(run_file), *RUN, *once, *lora
-    )
+    whole = run_whole(tmp_path / "whole", "finetune.py", str(base), "--config", str(run_file), *RUN, *once, *lora)
     chaos(whole, tmp_path / tuned, share(kills), moments)
