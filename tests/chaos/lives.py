@@ -14,9 +14,12 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PROJECT = Path(__file__).parents[2]
 SAVES = r"\.(step-\d+|final)\.(?:partial|old)(?:/|$)"
@@ -89,11 +92,15 @@ class Life:
             target=_live,
             args=(PROJECT / door, argv, self._output, watched, self._operations, death, environment or {}),
         )
+        self.helpers: list[psutil.Process] = []
+        """Data workers and others that it had when it was killed"""
         self.started = time.monotonic()
         self.process.start()
 
     def kill(self) -> None:
         """SIGKILL, or what Windows has for it."""
+        with suppress(psutil.NoSuchProcess):
+            self.helpers = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
 
     def signal(self, number: int) -> None:
@@ -147,6 +154,7 @@ def _live(
     os.dup2(descriptor, 2)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", **environment}  # to the last bit the same: on a CPU
     sys.argv = [str(door), *argv]
+    multiprocessing.set_start_method(None, force=True)  # its data workers start as in any process, not as this one did
     if watched is not None:
         _watch(watched, operations, death)
     try:

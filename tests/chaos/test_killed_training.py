@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -87,6 +88,7 @@ def saved_step(out: Path) -> int:
 def chaos(whole: Whole, folder: Path, kills: int, note: Callable[[Moment], None]) -> None:
     """Kills runs ``kills`` times, evenly from the first step to the last, and lets each come to its end."""
     draw, done = random.Random(f"{folder.name} {kills}"), 0
+    helpers: list[psutil.Process] = []
     while done < kills:
         a_round, planned = folder / f"from-kill-{done}", min(A_ROUND, kills - done)
         out = a_round / "out"
@@ -100,9 +102,11 @@ def chaos(whole: Whole, folder: Path, kills: int, note: Callable[[Moment], None]
             done += 1
             note(moment(whole, life, saved))
             check_what_is_left(out, life, saved)
+            helpers += life.helpers
         last = begin(a_round / "last", out, whole.command, "--resume", "auto")
         assert last.end() == 0, last.said
         assert_same_run(whole.out, out)
+    assert not psutil.wait_procs(helpers, timeout=60)[1], "data workers outlived their process"
 
 
 def kill(whole: Whole, folder: Path, out: Path, what: str, step: int, draw: random.Random) -> Life:
@@ -145,9 +149,9 @@ def check_what_is_left(out: Path, life: Life, saved: int) -> None:
     """What a kill may leave: whole checkpoints under their names, and no more than an interval is lost."""
     for folder in out.glob("[!.]*/"):
         checkpoints.verify(folder)
-    renamed = [int(one.group.removeprefix("step-")) for one in life.operations[:-1] if "rename" in one.what]
+    moved = [one.group for one in life.operations[:-1] if one.what.startswith("os.rename .") and "partial" in one.what]
     now = saved_step(out)
-    assert now >= max([saved, *renamed])
+    assert now >= max([saved, *(STEPS if name == "final" else int(name.removeprefix("step-")) for name in moved)])
     assert last_step(life) - now <= INTERVAL
     if last_step(life) and saved:
         assert f"step {saved} of {STEPS}" in life.said
