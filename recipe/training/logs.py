@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,7 +61,7 @@ class MetricsCSV(Logger):
         """Sees to it that the rows outlive the machine's power too: before a checkpoint that comes after them."""
         self._write_waiting()
         if self._columns and not self._waiting:
-            with open(self.path, "ab") as file:
+            with suppress(OSError), open(self.path, "ab") as file:
                 os.fsync(file.fileno())
 
     @rank_zero_only
