@@ -3,6 +3,7 @@ lost beyond the last save, and in the end the run is the one that nobody killed.
 
 import csv
 import json
+import math
 import random
 import re
 import time
@@ -66,9 +67,9 @@ def run_whole(folder: Path, *command: str) -> Whole:
     return Whole(command, folder / "out", first, (last - first) / (STEPS - 1), saves)
 
 
-def wait_for(life: Life, step: int) -> float:
-    """Waits until it says that it did ``step``, or ends; the time then."""
-    while last_step(life) < step and life.is_alive:
+def wait_for(life: Life, step: int, seconds: float = math.inf) -> float:
+    """Waits until it says that it did ``step``, or ends, or is so old; the time then."""
+    while last_step(life) < step and life.is_alive and time.monotonic() - life.started < seconds:
         time.sleep(0.002)
     return time.monotonic()
 
@@ -120,7 +121,7 @@ def kill(whole: Whole, folder: Path, out: Path, what: str, step: int, draw: rand
         wait_for(life, step + 1)
         time.sleep(draw.random() * whole.step)
     elif what == "start":
-        time.sleep(draw.random() * whole.start)
+        wait_for(life, 1, draw.random() * whole.start)
     if what != "save":
         life.kill()
     return life
