@@ -70,7 +70,7 @@ def run_whole(folder: Path, *command: str) -> Whole:
 def wait_for(life: Life, step: int, seconds: float = math.inf) -> float:
     """Waits until it says that it did ``step``, or ends, or is so old; the time then."""
     while last_step(life) < step and life.is_alive and time.monotonic() - life.started < seconds:
-        time.sleep(0.002)
+        time.sleep(0.005)
     return time.monotonic()
 
 
@@ -146,14 +146,14 @@ def moment(whole: Whole, life: Life, saved: int) -> Moment:
     return Moment("training", (step or saved) / STEPS, "in or between steps" if step else "as it started or resumed")
 
 
-def check_what_is_left(out: Path, life: Life, saved: int) -> None:
-    """What a kill may leave: whole checkpoints under their names, and no more than an interval is lost."""
+def check_what_is_left(out: Path, life: Life, saved: int, interval: int = INTERVAL) -> None:
+    """What a kill may leave: whole checkpoints under their names, and no more steps than those of an interval lost."""
     for folder in out.glob("[!.]*/"):
         checkpoints.verify(folder)
     moved = [one.group for one in life.operations[:-1] if one.what.startswith("os.rename .") and "partial" in one.what]
     now = saved_step(out)
     assert now >= max([saved, *(STEPS if name == "final" else int(name.removeprefix("step-")) for name in moved)])
-    assert last_step(life) - now <= INTERVAL
+    assert last_step(life) - now <= interval
     if last_step(life) and saved:
         assert f"step {saved} of {STEPS}" in life.said
 
@@ -216,7 +216,7 @@ def test_a_run_that_is_killed_is_the_run_that_is_not(
 
 
 STORIES = {
-    "AdamW": (7, ()),
+    "AdamW": (5, ()),
     "sigmoid router, Muon": (2, (*MUON, *SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01")),
     "2 workers, Muon": (2, (*MUON, "--data.init_args.num_workers", "2")),
 }
@@ -229,6 +229,33 @@ def test_pretraining_in_chaos(run_file: Path, tmp_path: Path, moments: Callable[
     kills, flags = STORIES[story]
     whole = run_whole(tmp_path / "whole", "run_train.py", "--config", str(run_file), *RUN, *flags)
     chaos(whole, tmp_path / story, share(kills), moments)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_saves_by_the_clock_in_chaos(run_file: Path, tmp_path: Path, moments: Callable[[Moment], None]) -> None:
+    """``checkpoint.every_minutes`` alone, so short that steps and saves run side by side all the time."""
+    command = ("run_train.py", "--config", str(run_file), *RUN)
+    whole = run_whole(tmp_path / "whole", *command)
+    by_clock = (*command, "--train.save_interval", "null", "--checkpoint.every_minutes", "0.0001")
+    draw, done = random.Random(share(2)), 0
+    while done < share(2):
+        out = tmp_path / f"from-kill-{done}" / "out"
+        for at in list(range(5, STEPS - 5, 11))[: share(2) - done]:
+            saved = saved_step(out)
+            life = begin(out.with_name(f"life-{at}"), out, by_clock, "--resume", "auto")
+            wait_for(life, max(at, saved + 15))
+            time.sleep(draw.random() * whole.step)
+            life.kill()
+            if not life.was_killed:
+                break
+            done += 1
+            moments(moment(whole, life, saved))
+            check_what_is_left(out, life, saved, STEPS)
+            assert saved_step(out) > saved
+        last = begin(out.with_name("last"), out, by_clock, "--resume", "auto")
+        assert last.end() == 0, last.said
+        assert_same_end(whole.out, out)
 
 
 @pytest.mark.slow
