@@ -113,6 +113,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
         run.moment["interval"]["sums"] = [mean_over_devices(fabric, value) for value in sums]
     if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
+        run.loggers.save()  # no checkpoint without the metrics before it
         content = checkpoint_content(fabric, run)
         run.writer.write_now(folder, content) if last else run.writer.write(folder, content)
     if last:

@@ -47,7 +47,8 @@ class Watched:
 
     folder: Path
     pattern: str
-    """Of paths below the folder, with forward slashes; its first group names what the operation belongs to."""
+    """Of paths below the folder, with forward slashes; its first group names what the operation belongs to. What was
+    moved to such a path from elsewhere is being removed."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _live(
 
 def _watch(watched: Watched, operations: Path, death: Death | None) -> None:
     """Notes each operation on a watched file before it is done, whichever thread does it, and dies at the one named."""
-    pattern, counts = re.compile(watched.pattern), dict[str, int]()
+    pattern, counts, removed = re.compile(watched.pattern), dict[str, int](), set[str]()
     root = os.path.abspath(watched.folder) + os.sep
     log = os.open(operations, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     files = ("open", "os.", "shutil.")
@@ -183,6 +184,12 @@ def _watch(watched: Watched, operations: Path, death: Death | None) -> None:
             if below is None or not (found := pattern.search(below)):
                 continue
             group = found.group(1)
+            if event == "os.rename":
+                other = os.path.abspath(os.fspath(arguments[1])).removeprefix(root).replace(os.sep, "/")
+                below = f"{below} to {other}" if argument is arguments[0] else "an older one"
+                if argument is not arguments[0]:
+                    removed.add(group)
+            group = f"{group} removed" if group in removed else group
             number = counts.get(group, 0)
             counts[group] = number + 1
             mode = f" {arguments[1]}" if event == "open" and isinstance(arguments[1], str) else ""

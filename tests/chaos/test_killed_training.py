@@ -28,7 +28,7 @@ STEPS = 60
 INTERVAL = 5
 RUN = (
     *("--train.max_steps", str(STEPS), "--train.save_interval", str(INTERVAL)),
-    *("--eval.interval", "20", "--progress", "false"),
+    *("--eval.interval", "20", "--progress", "false", "--checkpoint.every_minutes", "null"),
 )
 MUON = ("--optimizer", "recipe.training.muon.Muon", "--optimizer.init_args.lr", "0.02")
 A_ROUND = 20
@@ -61,10 +61,17 @@ def run_whole(folder: Path, *command: str) -> Whole:
     life = begin(folder / "life", folder / "out", command)
     first, last = (wait_for(life, step) - life.started for step in (1, STEPS))
     assert life.end() == 0, life.said
+    return Whole(command, folder / "out", first, (last - first) / (STEPS - 1), saves_of(life.operations))
+
+
+def saves_of(operations: list[Operation]) -> dict[str, list[Operation]]:
+    """For each save its operations, the removal of older checkpoints that follows among them."""
     saves: dict[str, list[Operation]] = {}
-    for operation in life.operations:
-        saves.setdefault(operation.group, []).append(operation)
-    return Whole(command, folder / "out", first, (last - first) / (STEPS - 1), saves)
+    for operation in operations:
+        if not (saves and operation.group.endswith(" removed")):
+            saves.setdefault(operation.group, [])
+        next(reversed(saves.values())).append(operation)
+    return saves
 
 
 def wait_for(life: Life, step: int, seconds: float = math.inf) -> float:
@@ -131,29 +138,34 @@ def even_moment(save: str, whole: Whole, draw: random.Random) -> Death:
     """At any moment of the time that a save takes, or, as often, at any of its file operations: some take no time."""
     operations = whole.saves[save]
     if draw.random() < 0.5:
-        return Death(save, draw.randrange(len(operations)))
+        last = draw.choice(operations)
+        return Death(last.group, last.number)
     seconds = draw.uniform(operations[0].seconds, operations[-1].seconds)
-    last = max(number for number, operation in enumerate(operations) if operation.seconds <= seconds)
-    return Death(save, last, seconds - operations[last].seconds)
+    last = max((one for one in operations if one.seconds <= seconds), key=lambda one: one.seconds)
+    return Death(last.group, last.number, seconds - last.seconds)
 
 
 def moment(whole: Whole, life: Life, saved: int) -> Moment:
     """Where a process was when it was killed."""
-    step, operations = last_step(life), life.operations
-    if operations and (last := operations[-1]).number < (count := len(whole.saves[last.group])) - 1:
-        what = re.sub(r"step-\d+|final", "NAME", last.what)
-        return Moment("training", step / STEPS, "inside a save", last.number / count, what)
+    step, saves = last_step(life), saves_of(life.operations)
+    if saves:
+        name, operations = saves.popitem()
+        done, count = len(operations), len(whole.saves.get(name, next(iter(whole.saves.values()))))
+        if done < count and any(operation.what.startswith("os.mkdir") for operation in operations):
+            what = re.sub(r"step-\d+|final", "NAME", operations[-1].what)
+            return Moment("training", step / STEPS, "inside a save", done / count, what)
     return Moment("training", (step or saved) / STEPS, "in or between steps" if step else "as it started or resumed")
 
 
 def check_what_is_left(out: Path, life: Life, saved: int, interval: int = INTERVAL) -> None:
-    """What a kill may leave: whole checkpoints under their names, and no more steps than those of an interval lost."""
+    """What a kill may leave: whole checkpoints under their names. Lost are the steps since the last one; a save waits
+    for the one before it."""
     for folder in out.glob("[!.]*/"):
         checkpoints.verify(folder)
-    moved = [one.group for one in life.operations[:-1] if one.what.startswith("os.rename .") and "partial" in one.what]
+    moved = [one.group.removesuffix(" removed") for one in life.operations[:-1] if one.what.startswith("os.rename .")]
     now = saved_step(out)
     assert now >= max([saved, *(STEPS if name == "final" else int(name.removeprefix("step-")) for name in moved)])
-    assert last_step(life) - now <= interval
+    assert last_step(life) - now <= 2 * interval
     if last_step(life) and saved:
         assert f"step {saved} of {STEPS}" in life.said
 
@@ -181,7 +193,7 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     assert_equal(checkpoints.load_weights(one), checkpoints.load_weights(other))
     states = [checkpoints.load_training_state(folder) for folder in (one, other)]
     for state in states:
-        del state["progress"]["seconds"]
+        del state["progress"]["seconds"], state["interval"]["seconds"]
     assert_equal(*states)
 
 
