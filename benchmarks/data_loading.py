@@ -8,8 +8,8 @@ Writes benchmarks/results/data_loading_DEVICE.json; benchmarks/report.py makes t
 The batches come from TokenizedText's own loader, through the training loop's way from a batch to inputs and targets.
 First alone, as fast as they come: one pass, without its first batch, whose seconds (of starting the workers) stand
 beside it. Then, where the speed of the steps was measured on this device, with pauses in the place of steps: what the
-loop waits is the time in the loader, as a share of all. The pauses keep this thread busy, as a CPU's steps do, and a wait
-for a GPU: after a sleep a virtual machine takes three times as long for a batch.
+loop waits is the time in the loader, as a share of all. The pauses keep this thread busy, as a CPU's steps do, and the
+wait for a GPU: after a sleep a virtual machine takes three times as long for a batch.
 """
 
 import argparse
