@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,20 @@ def chaos(folder: Path, preparation: Preparation, kills: int, note: Callable[[Mo
     whole = preparation.begin(folder / "life", folder / "whole")
     assert whole.end() == 0, whole.said
     operations, draw, done = whole.operations, random.Random(f"{folder.name} {kills}"), 0
-    while done < kills:
-        place = folder / f"from-kill-{done}"
+    for number in count():
+        if done >= kills:
+            return
+        place = folder / str(number) / "place"
         for again in range(A_FOLDER):
             even = draw.random() if again else (done + draw.random()) / kills
             death = even_moment(operations, even, by_time=bool(done // A_FOLDER % 2))
-            life = preparation.begin(folder / f"life-{done}", place, death)
+            life = preparation.begin(place.with_name(f"life-{again}"), place, death)
             if not life.was_killed:  # less is to do when it goes on
                 assert life.end() == 0, life.said
                 break
             note(Moment("preparation", life.operations[-1].number / len(operations), what(life.operations[-1])))
             done += 1
-        last = preparation.begin(folder / f"last-{done}", place)
+        last = preparation.begin(place.with_name("last"), place)
         assert last.end() == 0, last.said
         assert contents(place) == contents(folder / "whole")
 
