@@ -5,10 +5,11 @@ PYTHON ?= $(shell command -v python3 2>/dev/null || command -v python 2>/dev/nul
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := "$(UV)" run
 WORKERS ?= 2
+KILLS ?= 200
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment uv venv lock quickstart train ddp-train tensorboard test test-slow check lint types bench \
+.PHONY: help environment uv venv lock quickstart train ddp-train tensorboard test test-slow chaos check lint types bench \
         bench-gpu gpu-status kill-gpu gpu-hot clean
 
 help: ## List these commands
@@ -44,6 +45,9 @@ test: venv ## Run the quick tests, WORKERS=2 at a time
 
 test-slow: venv ## Run the tests that take minutes each
 	$(RUN) pytest -m slow $(ARGS)
+
+chaos: venv ## Kill training and preparation KILLS=200 times at even moments, and compare with what nobody killed
+	CHAOS_KILLS=$(KILLS) $(RUN) pytest tests/chaos -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: lint types test ## Everything that must be green before a commit: lint, format, types, quick tests
 

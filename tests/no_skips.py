@@ -6,7 +6,10 @@ A skip is expected only for one of the reasons below, and only where that reason
 import importlib.util
 import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Generator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,16 @@ def find_browser() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+@cache
+def can_mount() -> bool:
+    """Whether this user may mount a disk in memory: tried, and taken away again."""
+    if shutil.which("mount") is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode == 0
+        return mounted and subprocess.run(["umount", folder]).returncode == 0
+
+
 EXPECTED: dict[str, Callable[[], bool]] = {
     "needs a CUDA GPU": _no_gpu,
     "needs two CUDA GPUs": _no_two_gpus,
@@ -41,6 +54,7 @@ EXPECTED: dict[str, Callable[[], bool]] = {
         shutil.which("uv") is None and not Path(__file__).parent.parent.joinpath(".uv/bin/uv").is_file()
     ),
     "needs a POSIX system": lambda: os.name == "nt",
+    "needs the right to mount a disk": lambda: not can_mount(),
     "needs a user other than root": lambda: hasattr(os, "geteuid") and os.geteuid() == 0,
 }
 """Reasons that a test may give for its skip, and the check that each is true."""

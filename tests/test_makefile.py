@@ -21,7 +21,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 TARGETS = ["environment", "uv", "venv", "lock", "quickstart", "train", "ddp-train", "tensorboard", "test", "test-slow"]
-TARGETS += ["check", "bench", "bench-gpu", "gpu-status", "kill-gpu", "gpu-hot", "clean"]
+TARGETS += ["chaos", "check", "bench", "bench-gpu", "gpu-status", "kill-gpu", "gpu-hot", "clean"]
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")

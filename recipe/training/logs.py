@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +33,8 @@ class MetricsCSV(Logger):
     """One row per step in ``<out_dir>/metrics.csv``, on disk as soon as it is logged.
 
     Lightning's ``CSVLogger`` starts another ``version_1/`` file for a resumed run. This one goes on in the same file,
-    less the rows after the step that the run resumes from, so that no step stands in it twice.
+    less the rows after the step that the run resumes from, so that no step stands in it twice. A full disk ends no run
+    here: rows that can't be written wait for the next time.
     """
 
     name = None
@@ -41,45 +43,84 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
         self._resume_step = resume_step
-        self._columns: list[str] = []
+        self._columns: list[str] = []  # of the file, once it is this run's
+        self._size = 0  # of the file, up to the last whole row
+        self._waiting: list[dict[str, Any]] = []
+        self._refused = False
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        row = {"step": step, **metrics}
-        if not self._columns:
-            self._open()
-        if new := [name for name in row if name not in self._columns]:
-            rows = self._read_rows()
-            self._columns += new
-            self._write_all(rows)
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._columns, restval="").writerow(row)
+        self._waiting.append({"step": step, **metrics})
+        self._write_waiting()
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: the settings stand in the checkpoint's ``hyperparameters.yaml``."""
 
-    def _open(self) -> None:
-        self._columns = list(COLUMNS)
-        rows: list[dict[str, str]] = []
-        if self._resume_step is not None and self.path.is_file():
-            rows = [row for row in self._read_rows() if int(row["step"]) <= self._resume_step]
-            self._columns += [name for row in rows[:1] for name in row if name not in self._columns]
-        self._write_all(rows)
+    @rank_zero_only
+    def save(self) -> None:
+        """Sees to it that the rows outlive the machine's power too: before a checkpoint that comes after them."""
+        self._write_waiting()
+        if self._columns and not self._waiting:
+            with suppress(OSError), open(self.path, "ab") as file:
+                os.fsync(file.fileno())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._write_waiting()
+        if self._waiting:
+            print(f"{len(self._waiting):,} rows, from step {self._waiting[0]['step']} on, are missing in {self.path}.")
+
+    def _write_waiting(self) -> None:
+        if not self._waiting:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            if not self._refused:
+                print(f"{self.path} can't be written: {error.strerror or error}. Its rows wait until it can be.")
+            self._refused = True
+            return
+        if self._refused:
+            print(f"{self.path} is written again, with the {len(self._waiting):,} rows that waited.")
+        self._waiting, self._refused = [], False
+
+    def _write(self) -> None:
+        names = [name for row in self._waiting for name in row]
+        if self._columns and self.path.is_file() and not set(names) - set(self._columns):
+            try:
+                with open(self.path, "a", encoding="utf-8", newline="") as file:
+                    csv.DictWriter(file, self._columns, restval="").writerows(self._waiting)
+            except OSError:
+                os.truncate(self.path, self._size)  # half a row
+                raise
+        else:
+            rows = self._read_rows()
+            columns = list(dict.fromkeys((*(self._columns or COLUMNS), *(rows[0] if rows else ()), *names)))
+            self._write_all(columns, [*rows, *self._waiting])
+            self._columns = columns
+        self._size = self.path.stat().st_size
 
     def _read_rows(self) -> list[dict[str, str]]:
+        """The rows so far; of a file that another process wrote those up to the step that the run resumes from."""
+        if not self.path.is_file() or (not self._columns and self._resume_step is None):
+            return []
         with open(self.path, encoding="utf-8", newline="") as file:
             # A row that a kill cut off has no step, or holds None where cells are missing.
-            return [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row.values()]
+            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row.values()]
+        return rows if self._columns else [row for row in rows if int(row["step"]) <= (self._resume_step or 0)]
 
-    def _write_all(self, rows: Iterable[dict[str, str]]) -> None:
+    def _write_all(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, restval="")
+        writer = csv.DictWriter(text, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
-        os.replace(partial, self.path)
+        try:
+            partial.write_text(text.getvalue(), encoding="utf-8", newline="")
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 class Loggers(Logger):
@@ -107,6 +148,10 @@ class Loggers(Logger):
                 logger.experiment.add_text(name, text, step)
             elif isinstance(logger, WandbLogger):
                 logger.log_text(name, columns=["step", "text"], data=[[str(step), text]], step=step)
+
+    def save(self) -> None:
+        for logger in self.loggers:
+            logger.save()
 
     def finalize(self, status: str) -> None:
         for logger in self.loggers:

@@ -116,6 +116,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
         run.moment["interval"]["sums"] = [mean_over_devices(fabric, value) for value in sums]
     if fabric.global_rank == 0 or is_sharded(run.settings):  # then all take part
         fabric.print(f"Saving {folder}")
+        run.loggers.save()  # no checkpoint without the metrics before it
         content = checkpoint_content(fabric, run)
     if fabric.global_rank == 0:
         run.writer.write_now(folder, content) if last else run.writer.write(folder, content)

@@ -46,6 +46,23 @@ def test_a_new_column_keeps_the_rows_before_it(tmp_path):
     assert [row["train_loss"] for row in read(path)] == ["0.5", "0.4"]
 
 
+def test_rows_that_cannot_be_written_wait(tmp_path, capsys):
+    """An error of the disk at a log line ended the run. (A disk that is full: tests/chaos/test_full_disk.py.)"""
+    path = tmp_path / "metrics.csv"
+    path.mkdir()
+    logger = MetricsCSV(path, resume_step=None)
+    logger.log_metrics({"train_loss": 0.5}, 1)
+    logger.log_metrics({"train_loss": 0.4, "new": 1}, 2)
+    assert capsys.readouterr().out.count("wait until") == 1
+    logger.finalize("success")
+    assert "2 rows, from step 1 on, are missing" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [path]
+    path.rmdir()
+    logger.save()
+    assert "is written again, with the 2 rows" in capsys.readouterr().out
+    assert [(row["step"], row["train_loss"], row["new"]) for row in read(path)] == [("1", "0.5", ""), ("2", "0.4", "1")]
+
+
 @pytest.mark.parametrize(("dead", "said"), [((0.0, 0.0), ""), ((2.0, 1.0), " | dead experts 3")])
 def test_dead_experts_are_said_where_there_are_some(capsys, dead, said):
     row = {"total_tokens": 4096, "train_loss": 1.5, "tokens_per_second": 1000.0}

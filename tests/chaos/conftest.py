@@ -1,0 +1,64 @@
+"""How many times processes are killed, and the histogram of the moments at the end.
+
+``CHAOS_KILLS=200 pytest tests/chaos -m slow`` kills 200 times (``make chaos``); without it `make test-slow` kills 20.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+
+import pytest
+
+KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
+
+
+def share(of_twenty: int) -> int:
+    """A test's part of all kills."""
+    return max(1, round(of_twenty * KILLS / 20))
+
+
+@dataclass
+class Moment:
+    """Where a process was when it was killed."""
+
+    work: str
+    """What it was about: ``training``, say"""
+    place: float
+    """How far this was, from 0 to 1"""
+    doing: str
+    part: float | None = None
+    """How far that was, where it is a matter of its own"""
+    operation: str = ""
+    """The file operation that came last in it, or would have come next"""
+
+
+@pytest.fixture
+def moments(record_property: Callable[[str, object], None]) -> Callable[[Moment], None]:
+    """Notes a moment for the histogram."""
+    return lambda moment: record_property("moment", astuple(moment))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    properties = [item for report in reports if report.when == "call" for item in report.user_properties]
+    if not (found := [Moment(*value) for name, value in properties if name == "moment"]):
+        return
+    say = terminalreporter.line
+    terminalreporter.section(f"the moments of {len(found)} kills")
+    for work in sorted({moment.work for moment in found}):
+        _show(say, work, [moment.place for moment in found if moment.work == work])
+        for doing, count in Counter(moment.doing for moment in found if moment.work == work).most_common():
+            say(f"  {count:>4}  {doing}")
+    for doing in sorted({moment.doing for moment in found if moment.part is not None}):
+        within = [moment for moment in found if moment.doing == doing]
+        _show(say, doing, [moment.part or 0.0 for moment in within])
+        for operation, count in Counter(moment.operation for moment in within).most_common():
+            say(f"  {count:>4}  {operation}")
+
+
+def _show(say: Callable[[str], None], name: str, places: list[float]) -> None:
+    say(f"{name}: {len(places)} kills")
+    tenths = Counter(min(int(place * 10), 9) for place in places)
+    for tenth in range(10):
+        say(f"  {tenth * 10:>3} to {tenth * 10 + 10:>3}%  {tenths[tenth]:>4}  {'#' * tenths[tenth]}")

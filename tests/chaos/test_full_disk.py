@@ -1,0 +1,127 @@
+"""A disk of a few MB fills while a run trains on it: the run says so, keeps what is whole, goes on, and saves again as
+soon as it can; its metrics wait for room."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recipe import checkpoints
+from recipe.training.logs import MetricsCSV
+from tests.chaos.lives import Life
+from tests.chaos.test_killed_training import (
+    INTERVAL,
+    RUN,
+    STEPS,
+    assert_same_end,
+    begin,
+    last_step,
+    rows,
+    run_whole,
+    saved_step,
+    wait_for,
+)
+from tests.no_skips import can_mount
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty disk of 8 MB: room for some checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not can_mount():
+        pytest.skip("needs the right to mount a disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Takes all the room that is left; the file that does, to be removed."""
+    ballast = disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 12))
+        except OSError:
+            return ballast
+
+
+def wait_until_said(life: Life, text: str) -> None:
+    while text not in life.said:
+        assert life.is_alive, life.said
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def command(run_file: Path) -> tuple[str, ...]:
+    return ("run_train.py", "--config", str(run_file), *RUN)
+
+
+@pytest.mark.slow
+def test_the_run_goes_on_and_saves_when_there_is_room_again(
+    tmp_path: Path, disk: Path, command: tuple[str, ...]
+) -> None:
+    whole = run_whole(tmp_path / "whole", *command)
+    out = disk / "out"
+    life = begin(tmp_path / "life", out, command)
+    while not (out / f"step-{INTERVAL:08d}").exists():
+        assert life.is_alive, life.said
+        time.sleep(0.002)
+    ballast = fill(disk)
+    before = saved_step(out)
+    wait_until_said(life, "the disk is full")
+    assert saved_step(out) >= before
+    ballast.unlink()
+    assert life.end() == 0, life.said
+    kept = [int(folder.name.removeprefix("step-")) for folder in out.glob("step-*")]
+    assert max(kept) > before, "it saved again"
+    assert_same_end(whole.out, out)
+
+
+@pytest.mark.slow
+def test_a_final_save_without_room_is_an_error_that_resuming_mends(
+    tmp_path: Path, disk: Path, command: tuple[str, ...]
+) -> None:
+    whole = run_whole(tmp_path / "whole", *command)
+    out = disk / "out"
+    life = begin(tmp_path / "life", out, command)
+    wait_for(life, STEPS // 2)
+    ballast = fill(disk)
+    assert life.end() == 1, life.said
+    assert last_step(life) == STEPS, "it trained to its end"
+    message = life.said[life.said.index("error: ") :]
+    assert "the disk is full" in message and "--resume auto" in message and "Traceback" not in life.said
+    assert not checkpoints.leftovers(out) and not (out / "final").exists()
+    assert 0 < saved_step(out) <= STEPS // 2 + INTERVAL
+    ballast.unlink()
+    again = begin(tmp_path / "again", out, command, "--resume", "auto")
+    assert again.end() == 0, again.said
+    assert_same_end(whole.out, out)
+
+
+def test_metrics_wait_for_room(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that were half written are whole in the end, each once and in their order, also new columns among them."""
+    path = disk / "metrics.csv"
+    metrics = MetricsCSV(path, resume_step=None)
+    metrics.log_metrics({"train_loss": 0.5}, 1)
+    ballast = fill(disk)
+    text = "x" * 1000
+    for step in range(2, 12):
+        metrics.log_metrics({"train_loss": 0.5, "mfu": text} | ({"new": step} if step > 6 else {}), step)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "No space left" in said
+    here = rows(path)
+    assert [int(row["step"]) for row in here] == list(range(1, len(here) + 1)), "whole rows alone"
+    assert not list(disk.glob(".*"))
+    metrics.finalize("success")
+    assert "rows, from step" in capsys.readouterr().out
+    ballast.unlink()
+    metrics.save()
+    assert "is written again" in capsys.readouterr().out
+    assert [(int(row["step"]), row["mfu"], row["new"]) for row in rows(path)] == [
+        (1, "", ""),
+        *((step, text, str(step) if step > 6 else "") for step in range(2, 12)),
+    ]

@@ -1,0 +1,161 @@
+"""Preparation of data is killed while it writes text, trains a tokenizer, downloads, tokenizes, writes manifests: the
+same command, called again, gives the same bytes, and nothing else lies there."""
+
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.chaos.conftest import Moment, share
+from tests.chaos.lives import Death, Life, Operation, Watched
+from tests.data.hub_server import serve
+
+ALL = "()"
+A_FOLDER = 2
+"""As often a folder's preparation is killed before it may come to its end"""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A call of ``prepare_data.py``, in whatever folder."""
+
+    flags: tuple[str, ...]
+    text: Path | None = None
+    """Lies in the folder's ``train`` before"""
+    more: dict[str, Any] = field(default_factory=dict)
+    """For ``Life``"""
+
+    def begin(self, folder: Path, place: Path, death: Death | None = None) -> Life:
+        """A process that prepares into ``place``."""
+        if self.text and not place.exists():
+            shutil.copytree(self.text, place / "data" / "train")
+        command = [*self.flags, "--data_dir", str(place / "data"), "--tokenizer_dir", str(place / "tokenizer")]
+        return Life(folder, "prepare_data.py", command, watched=Watched(place, ALL), death=death, **self.more)
+
+
+def chaos(folder: Path, preparation: Preparation, kills: int, note: Callable[[Moment], None]) -> None:
+    """Kills preparations ``kills`` times, evenly over their file operations and their time."""
+    whole = preparation.begin(folder / "life", folder / "whole")
+    assert whole.end() == 0, whole.said
+    operations, draw, done = whole.operations, random.Random(f"{folder.name} {kills}"), 0
+    for number in count():
+        if done >= kills:
+            return
+        place = folder / str(number) / "place"
+        for again in range(A_FOLDER):
+            even = draw.random() if again else (done + draw.random()) / kills
+            death = even_moment(operations, even, by_time=bool(done // A_FOLDER % 2))
+            life = preparation.begin(place.with_name(f"life-{again}"), place, death)
+            if not life.was_killed:  # less is to do when it goes on
+                assert life.end() == 0, life.said
+                break
+            note(Moment("preparation", life.operations[-1].number / len(operations), what(life.operations[-1])))
+            done += 1
+        last = preparation.begin(place.with_name("last"), place)
+        assert last.end() == 0, last.said
+        assert contents(place) == contents(folder / "whole")
+
+
+def even_moment(operations: list[Operation], even: float, *, by_time: bool) -> Death:
+    if not by_time:
+        return Death("", int(even * len(operations)))
+    begun, ended = operations[0].seconds, operations[-1].seconds
+    seconds = begun + even * (ended - begun)
+    last = max(number for number, operation in enumerate(operations) if operation.seconds <= seconds)
+    return Death("", last, seconds - operations[last].seconds)
+
+
+def what(operation: Operation) -> str:
+    """What an operation is about, without its file."""
+    parts = operation.what.split()[1].split("/")
+    if ".incoming" in parts:
+        return "writing text"
+    if "tokenizer" in parts:
+        return "the tokenizer"
+    if "splits" in parts:
+        return "tokens"
+    if parts[-1].endswith((".json", ".tmp")):
+        return "manifests"
+    return "reading text" if parts[-1].endswith(".txt") else "folders"
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files below a folder, less the times of the text files."""
+
+    def untimed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: untimed(item) for key, item in value.items() if key != "mtime_ns"}
+        return [untimed(item) for item in value] if isinstance(value, list) else value
+
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: untimed(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+        for name, path in found.items()
+        if path.name != ".prepare.lock"
+    }
+
+
+@pytest.fixture
+def texts(tmp_path: Path, stories: list[str]) -> Path:
+    """A folder of text files, more of them than are tokenized without other processes."""
+    for number in range(6):
+        path = tmp_path / "texts" / f"{number}.txt"
+        path.parent.mkdir(exist_ok=True)
+        rows = [f"{number}, {row}: {story}" for row in range(8) for story in stories]
+        path.write_text("\n<|endoftext|>\n".join(rows), encoding="utf-8", newline="\n")
+    return tmp_path / "texts"
+
+
+TRAINED = ("--tokenizer", "train", "--vocab_size", "320")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_own_text(tmp_path: Path, texts: Path, moments: Callable[[Moment], None]) -> None:
+    preparation = Preparation(("--source", str(texts), *TRAINED, "--num_workers", "0"))
+    chaos(tmp_path / "own", preparation, share(1), moments)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_text_in_place_by_processes(tmp_path: Path, texts: Path, moments: Callable[[Moment], None]) -> None:
+    preparation = Preparation((*TRAINED, "--num_workers", "2"), texts)
+    chaos(tmp_path / "in place", preparation, share(2), moments)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, stories: list[str]) -> Iterator[dict[str, str]]:
+    """The environment of processes that read ``org/stories`` of a Hub of this machine."""
+    files = {}
+    for number in range(3):
+        buffer = io.BytesIO()
+        rows = [f"{number}, {row}: {story}" for row in range(8) for story in stories]
+        pq.write_table(pa.table({"text": rows}), buffer, row_group_size=200)
+        files[f"data/train-{number:05d}-of-00003.parquet"] = buffer.getvalue()
+    with serve({"org/stories": {"main": files}}) as server:
+        yield {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("kept", "kills"), [((), 1), (("--keep_text",), 1)], ids=["tokens alone", "text too"])
+def test_a_corpus_of_the_hub(
+    tmp_path: Path,
+    hub: dict[str, str],
+    tokenizer_dir: Path,
+    moments: Callable[[Moment], None],
+    kept: tuple[str, ...],
+    kills: int,
+) -> None:
+    flags = ("--source", "hf:org/stories", "--tokenizer", str(tokenizer_dir), "--num_workers", "0", *kept)
+    # Not warm: the Hub's client reads its address when it is imported.
+    chaos(tmp_path / "hub", Preparation(flags, more={"environment": hub, "warm": False}), share(kills), moments)

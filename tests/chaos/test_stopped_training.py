@@ -1,0 +1,82 @@
+"""Training that is asked to stop: by a signal, by its time. It saves where it is, and resumed it is the same run."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recipe import checkpoints
+from tests.chaos.test_killed_training import (
+    RUN,
+    assert_same_end,
+    begin,
+    last_step,
+    run_whole,
+    saved_step,
+    wait_for,
+)
+
+pytestmark = pytest.mark.slow
+needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX system")
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+@pytest.fixture
+def command(run_file: Path) -> tuple[str, ...]:
+    return ("run_train.py", "--config", str(run_file), *RUN)
+
+
+@needs_posix
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_saves_after_the_step(
+    tmp_path: Path, command: tuple[str, ...], number: int, code: int, workers: str
+) -> None:
+    command = (*command, "--data.init_args.num_workers", workers)
+    whole = run_whole(tmp_path / "whole", *command)
+    out = tmp_path / "out"
+    life = begin(tmp_path / "life", out, command)
+    wait_for(life, 17)
+    life.signal(number)
+    life.signal(number)  # by the launcher, say
+    assert life.end() == code, life.said
+    assert saved_step(out) == last_step(life) >= 17 and "Traceback" not in life.said
+    assert not (out / "final").exists() and not checkpoints.leftovers(out)
+    again = begin(tmp_path / "again", out, command, "--resume", "auto")
+    assert again.end() == 0, again.said
+    assert_same_end(whole.out, out)
+
+
+@needs_posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_step_under_way(tmp_path: Path, command: tuple[str, ...], number: int) -> None:
+    """A second later or more: one of a terminal and one of a launcher at once are one."""
+    steps_of_seconds = ("--train.global_batch_size", "4096", "--train.max_steps", "3", "--train.save_interval", "1")
+    out = tmp_path / "out"
+    life = begin(tmp_path / "life", out, (*command, *steps_of_seconds))
+    wait_for(life, 1)
+    while not (out / "step-00000001").exists():
+        time.sleep(0.01)
+    life.signal(number)
+    time.sleep(1.1)
+    life.signal(number)
+    assert life.end() == -number, life.said
+    assert last_step(life) == saved_step(out) == 1
+    checkpoints.verify(out / "step-00000001")
+
+
+def test_a_run_by_budgets_of_time_is_one_run(tmp_path: Path, command: tuple[str, ...]) -> None:
+    whole = run_whole(tmp_path / "whole", *command)
+    out, lives = tmp_path / "out", 0
+    while not (out / "final").exists():
+        lives += 1
+        life = begin(
+            tmp_path / f"life-{lives}", out, command, "--resume", "auto", "--train.max_time", str(20 * whole.step)
+        )
+        assert life.end() == 0, life.said
+        if not (out / "final").exists():
+            assert saved_step(out) == last_step(life)
+    assert lives > 1
+    assert_same_end(whole.out, out)
