@@ -133,6 +133,7 @@ def save_what_is_whole(fabric: L.Fabric, run: TrainingRun) -> None:
         run.writer.tell_failure(wait=True)
         if not checkpoints.is_whole(folder):
             fabric.print(f"Saving {folder}")
+            run.loggers.save()
             run.writer.write_now(folder, checkpoint_content(fabric, run))
     except Exception as error:  # what ended the run is what is to be shown
         fabric.print(f"warning: {error}")
