@@ -10,6 +10,9 @@ from typing import Any, Optional
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+# What a terminal would obey instead of showing it, but for line breaks and tabs.
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: what was found, what was expected, and the command that mends it.
@@ -52,8 +55,13 @@ def exit_with_message(call: Callable[[], Any]) -> Any:
         message = _describe_os_error(error)
         if not message:
             raise
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {harmless(message)}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def harmless(text: str) -> str:
+    """A text that others wrote (a model may write any byte), as it may go to a terminal."""
+    return text.translate(_CONTROL)
 
 
 def make_parser(**kwargs: Any) -> ArgumentParser:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, harmless
 
 METRICS_FILE = "metrics.csv"
 COLUMNS = (
@@ -209,7 +209,7 @@ class RunDisplay:
 
     def print(self, text: str) -> None:
         """A line above the progress bar, on the main process alone."""
-        self.console.print(text, markup=False)
+        self.console.print(harmless(text), markup=False)
 
     def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:
         """Shows that ``step`` steps are done; with a row of metrics (an empty one is none) also the numbers."""
