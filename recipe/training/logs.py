@@ -62,14 +62,28 @@ class MetricsCSV(Logger):
         self._columns = list(COLUMNS)
         rows: list[dict[str, str]] = []
         if self._resume_step is not None and self.path.is_file():
-            rows = [row for row in self._read_rows() if int(row["step"]) <= self._resume_step]
+            rows = [row for row in self._read_rows(keep_damaged=True) if int(row["step"]) <= self._resume_step]
             self._columns += [name for row in rows[:1] for name in row if name not in self._columns]
         self._write_all(rows)
 
-    def _read_rows(self) -> list[dict[str, str]]:
-        with open(self.path, encoding="utf-8", newline="") as file:
-            # A row that a kill cut off has no step, or holds None where cells are missing.
-            return [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row.values()]
+    def _read_rows(self, keep_damaged: bool = False) -> list[dict[str, str]]:
+        """The rows that can be read; where others than the last can't, the file is kept beside it, if asked."""
+        header, *lines = self.path.read_bytes().decode("utf-8", errors="replace").splitlines() or [""]
+        columns = header.split(",")
+        rows: list[dict[str, str]] = []
+        broken = []
+        for number, line in enumerate(lines):
+            row = dict(zip(columns, line.split(","), strict=False))
+            whole = tuple(columns[: len(COLUMNS)]) == COLUMNS and line.count(",") == len(columns) - 1
+            if whole and _are_numbers(row) and int(row["step"]) > (int(rows[-1]["step"]) if rows else -1):
+                rows.append(row)
+            else:
+                broken.append(number)
+        if keep_damaged and broken and broken[0] < len(lines) - 1:  # the last one may be one that a kill cut off
+            kept = self.path.with_name(f"{self.path.name}.damaged")
+            shutil.copyfile(self.path, kept)
+            print(f"{self.path} is damaged: {len(broken)} of its rows can't be read. As it was: {kept}")
+        return rows
 
     def _write_all(self, rows: Iterable[dict[str, str]]) -> None:
         text = io.StringIO(newline="")
@@ -80,6 +94,14 @@ class MetricsCSV(Logger):
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text(text.getvalue(), encoding="utf-8", newline="")
         os.replace(partial, self.path)
+
+
+def _are_numbers(row: Mapping[str, str]) -> bool:
+    """Whether a row has a step, and numbers or nothing beside it."""
+    try:
+        return int(row["step"]) >= 0 and all(float(cell) is not None for cell in row.values() if cell)
+    except ValueError:
+        return False
 
 
 class Loggers(Logger):
