@@ -548,11 +548,15 @@ def load_config(folder: Path) -> "Config":
     path = as_folder(folder) / MODEL_CONFIG
     _verify_if_marked(path)
     try:
-        return Config.from_file(path)
+        config = Config.from_file(path)
+        _ = config.mlp_class, config.norm_class  # found in litgpt.model and torch.nn by their names
+        if not all(isinstance(getattr(config, size), int) for size in ("n_layer", "n_embd", "n_head", "block_size")):
+            raise TypeError("n_layer, n_embd, n_head and block_size are whole numbers")
+        return config
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expected a checkpoint folder with its model config.") from None
-    except (OSError, ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no LitGPT model config: {error}.") from None
+    except Exception as error:  # of YAML, of its values, or of LitGPT's checks
+        raise UserError(f"{path} is no LitGPT model config: {type(error).__name__}: {error}.") from None
 
 
 def load_weights(folder: Path, *, mmap: bool = False) -> "dict[str, Tensor]":
@@ -595,7 +599,7 @@ def load_hyperparameters(folder: Path) -> dict[str, Any]:
     _verify_if_marked(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of YAML, or of its values
         raise UserError(f"cannot read {path}: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
@@ -616,8 +620,11 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "G
     config = load_config(folder)
     # Mapped, the weights are in memory once; but Windows could not replace the folder while the model lives.
     weights = load_weights(folder, mmap=os.name != "nt")
-    with use_custom_moe(), torch.device("meta"):
-        gpt = GPT(config)
+    try:
+        with use_custom_moe(), torch.device("meta"):
+            gpt = GPT(config)
+    except Exception as error:
+        raise UserError(f"{as_folder(folder) / MODEL_CONFIG} describes no model that can be built: {error}.") from error
 
     def dtype_of(name: str, tensor: "torch.Tensor") -> "torch.dtype | None":
         if name.endswith("e_score_correction_bias"):  # a router's selection bias is fp32 in any model

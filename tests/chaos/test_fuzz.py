@@ -167,7 +167,7 @@ def arguments(flags: tuple[str, ...]) -> st.SearchStrategy[list[str]]:
 # --------------------------------------------------------------------------------------------------------------- tests
 
 EXAMPLES = [
-    pytest.param(12, id="quick"),
+    pytest.param(5, id="quick"),
     pytest.param(300, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
 ]
 
@@ -230,6 +230,39 @@ def test_files_that_are_no_yaml(examples: int, parse: Any, tmp_path: Path, capsy
     fuzz(case, examples, data=damaged_texts(RUN_FILES))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "a: 2026-99-99",
+            "a: !!int ''",
+            "a: !!timestamp x",
+            "a: !!bool x",
+            "[" * 20_000,
+            f"a: {'1' * 5000}",
+            "=",
+            "\x00",
+        ),
+        *("- 1", "? [a]\n: b", "&a [*a]", "upcycle: [1]", "num_nodes: 0", "model: {n_head: 0}", f"model: {'a' * 5000}"),
+        *('out_dir: "a\\0"', "model: {n_layer: -1}", "optimizer: antigravity.x", "train: {max_time: .nan}"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_files_that_ended_in_a_traceback_or_might(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyYAML's constructors, the system's calls and LitGPT's checks have errors of many kinds."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        exit_with_message(lambda: check(*_settings_of(parse_run(["--config", str(path)]))))
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def _settings_of(run: ParsedRun) -> tuple[Any, dict[str, Any]]:
+    return run.settings, run.optimizer
+
+
 @pytest.mark.parametrize("examples", EXAMPLES)
 def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[str]) -> None:
     quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
@@ -259,7 +292,7 @@ DOORS = {
 
 
 @pytest.mark.parametrize(
-    "examples", [pytest.param(25, id="quick"), pytest.param(600, id="many", marks=pytest.mark.slow)]
+    "examples", [pytest.param(10, id="quick"), pytest.param(600, id="many", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", [*DOORS, "prepare_data", "instruct"])
 def test_command_lines_of_the_doors(examples: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +319,7 @@ def _help(function: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "examples", [pytest.param(10, id="quick"), pytest.param(100, id="many", marks=pytest.mark.slow)]
+    "examples", [pytest.param(5, id="quick"), pytest.param(100, id="many", marks=pytest.mark.slow)]
 )
 def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").mkdir()
