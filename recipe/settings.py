@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import os
 import pydoc
 import traceback
@@ -609,10 +610,10 @@ def _check_schedule(settings: RunSettings, optimizer: dict[str, Any]) -> list[st
             " (train.max_time alone gives the learning-rate schedule no length)."
         )
     for name, limit in {**limits, "max_time": train.max_time}.items():
-        if limit is not None and limit <= 0:
+        if limit is not None and not limit > 0:  # also where it is not a number
             problems.append(f"train.{name} is {limit}; expected more than 0.")
     learning_rate = (optimizer.get("init_args") or {}).get("lr")
-    if isinstance(learning_rate, float) and learning_rate <= 0:
+    if isinstance(learning_rate, float) and not 0 < learning_rate < math.inf:
         problems.append(f"the optimizer's lr is {learning_rate}; expected more than 0, such as 3.0e-4.")
     elif isinstance(learning_rate, float) and not 0 <= train.min_lr <= learning_rate:
         problems.append(

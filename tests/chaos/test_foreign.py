@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from litgpt import Tokenizer
 
 from recipe import checkpoints, load
-from recipe.cli import UserError
+from recipe.cli import UserError, exit_with_message
 from recipe.data import manifest
 from recipe.data.prepare import PrepareArgs, prepare
 from recipe.inference.chat import Chat
@@ -231,6 +232,42 @@ def test_no_flag_is_run(run_file: Path) -> None:
     assert parse_run(["--config", str(run_file), "--model.name", CODE]).settings.model.name == CODE, "it is a text"
     with pytest.raises(UserError):
         parse_run(["--config", str(run_file), "--optimizer", CODE])
+
+
+# --- what is shown ---
+
+
+def test_no_control_character_of_a_model_reaches_the_terminal(
+    stranger: Path,
+    dense_fields: dict,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It could change the title, the colours, or what stands above; into a file its text goes as it is."""
+    gpt, tokenizer = tiny_gpt(dense_fields), Tokenizer(tokenizer_dir)
+    escape, bell = (int(tokenizer.encode(byte)[0]) for byte in "\x1b\x07")
+    with torch.no_grad():
+        row = gpt.lm_head.weight[escape].clone()
+        gpt.lm_head.weight.zero_()
+        gpt.lm_head.weight[escape], gpt.lm_head.weight[bell] = row, -row  # one of them is always the likeliest
+    folder = save_tiny(tmp_path / "control" / "final", gpt, tokenizer_dir)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        door("generate").main(checkpoint=folder, prompt="Mia\x1b[2J", temperature=0.0, max_new_tokens=5, device="cpu")
+        shown = capsys.readouterr().out
+        assert any(character in shown for character in "\x1b\x07") is not terminal
+        assert len(shown.rstrip("\n")) == len("Mia\x1b[2J") + 5
+
+
+def test_no_control_character_stands_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise UserError("the model \x1b]0;owned\x07\x9b2J\r is none\nof ours")
+
+    with pytest.raises(SystemExit):
+        exit_with_message(refuse)
+    assert capsys.readouterr().err == "error: the model \ufffd]0;owned\ufffd\ufffd2J\ufffd is none\nof ours\n"
 
 
 # --- data folders ---
