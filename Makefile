@@ -69,6 +69,7 @@ bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and wri
 	measure python benchmarks/moe_vs_dense.py; \
 	measure python benchmarks/ablations.py; \
 	measure python benchmarks/low_memory.py; \
+	measure python benchmarks/checkpoint.py; \
 	measure python benchmarks/data_prep.py --repeat 1; \
 	measure python benchmarks/data_memory.py; \
 	measure python benchmarks/memory.py; \

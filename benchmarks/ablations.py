@@ -56,6 +56,7 @@ CHOICES = {
     "default": Choice("softmax router with both balance losses, AdamW, 8 experts top-2, no QK-norm"),
     "selection bias": Choice("balance", tuple(SIGMOID), "--moe.bias_update_rate", (0.001, 0.01)),
     "no balancing": Choice("balance", ("--moe.load_balancing_loss=0", "--moe.z_loss=0")),
+    "AdamW at a higher rate": Choice("rate", (), "--optimizer.init_args.lr", (4e-3, 8e-3)),
     "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",), "--optimizer.init_args.lr", (0.01, 0.02, 0.04)),
     "32 experts, top-8": Choice(
         "experts", ("--model.n_expert=32", "--model.n_expert_per_token=8", "--model.moe_intermediate_size=48")
@@ -118,8 +119,8 @@ def measure(name: str, tokens: int, seeds: int, text: Corpus) -> dict[str, Any]:
 def one(flags: Sequence[str], seed: int, tokens: int, text: Corpus) -> dict[str, Any]:
     """One run."""
     flags = ["--config", CONFIG, *flags, *text.flags, *seeded(seed), f"--train.max_tokens={tokens}"]
-    flags += ["--train.log_interval=50", "--train.save_interval=null", "--sample.prompt=null"]
-    flags += ["--eval.interval=1000000000", "--eval.max_iters=100"]
+    flags += ["--train.save_interval=null", "--checkpoint.every_minutes=null", "--sample.prompt=null"]
+    flags += ["--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=100"]
     rows = train(flags).rows
     row = {"seed": seed, **outcome(curve(rows), text), **balance(rows)}
     print(f"  {row}", flush=True)

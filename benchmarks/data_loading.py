@@ -7,9 +7,9 @@ Writes benchmarks/results/data_loading_DEVICE.json; benchmarks/report.py makes t
 
 The batches come from TokenizedText's own loader, through the training loop's way from a batch to inputs and targets.
 First alone, as fast as they come: one pass, without its first batch, whose seconds (of starting the workers) stand
-beside it. Then with pauses in the place of steps, each as long as a step takes at the speed needed: what the loop waits
-is the time in the loader, as a share of all. The pauses leave the processor to the workers, as a GPU's steps do; a
-CPU's steps don't, so that there the reader alone with 0 workers tells more: each batch costs what it says.
+beside it. Then, where the speed of the steps was measured on this device, with pauses in the place of steps: what the
+loop waits is the time in the loader, as a share of all. The pauses keep this thread busy, as a CPU's steps do, and the
+wait for a GPU: after a sleep a virtual machine takes three times as long for a batch.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
             row = {"model": shape.model, "context": shape.context, "micro_batch": shape.micro_batch, "workers": workers}
             row["shipped"] = workers == shape.workers
             rows.append(row | alone(shape, workers, text) | {"needed": need, "needed_by": source})
-            if need:
+            if need and source == "measured":
                 rows[-1]["waiting"] = round(waiting(shape, workers, text, need, STEPS_SECONDS), 5)
             print(rows[-1], flush=True)
     output = args.output or ROOT / f"benchmarks/results/data_loading_{args.device}.json"
@@ -120,7 +120,9 @@ def waiting(shape: Shape, workers: int, text: Corpus, need: float, seconds: floa
     as_batch(next(batches), shape.context)  # the workers run
     start = time.perf_counter()
     for _ in range(max(2, round(seconds / pause))):
-        time.sleep(pause)
+        end = time.perf_counter() + pause
+        while time.perf_counter() < end:
+            pass
         before = time.perf_counter()
         as_batch(next(batches), shape.context)
         waited += time.perf_counter() - before

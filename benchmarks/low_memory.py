@@ -77,6 +77,7 @@ def compare(tokens: int, text: Corpus) -> dict[str, Any]:
     for way, its_flags in WAYS.items():
         command = ["--config", "configs/quickstart.yaml", *its_flags, *text.flags, f"--train.max_tokens={tokens}"]
         command += ["--train.log_interval=10", "--eval.max_iters=50", "--eval.interval=1000000", "--sample.prompt=null"]
+        command += ["--checkpoint.every_minutes=null"]
         try:
             runs = [train([*command, *seeded(seed)]) for seed in range(SEEDS)]
         except Failed as error:  # 8-bit Adam without a C++ compiler, say

@@ -136,6 +136,7 @@ def compare(preset: Preset, seeds: int, text: Corpus, save: Callable[[dict[str, 
         interval = max(1, tokens // step // VALIDATIONS)
         flags = ["--config", preset.config, *models[model], *preset.flags, *text.flags, *seeded(seed)]
         flags += [f"--train.max_tokens={tokens}", "--train.max_steps=null", "--train.save_interval=null"]
+        flags += ["--checkpoint.every_minutes=null"]
         flags += [f"--optimizer.init_args.lr={rate}", f"--train.min_lr={rate * floor}"]
         flags += [f"--eval.interval={interval}", f"--train.log_interval={interval}", "--eval.max_iters=50"]
         row = {"model": model, "learning_rate": rate, "seed": seed, "max_tokens": tokens}

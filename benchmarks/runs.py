@@ -79,6 +79,8 @@ class Run:
     """The last one that it printed, in nats per token: LitGPT's never reaches its metrics file"""
     saved_bytes: Mapping[str, int] = field(default_factory=dict)
     """The files of its last checkpoint, by name"""
+    saves: int = 0
+    """Checkpoints that it said to write"""
 
     @property
     def tokens_per_second(self) -> float:
@@ -159,6 +161,7 @@ def train(
             rows=read_metrics(next(out_dir.rglob("metrics.csv"))),
             val_loss=float(val_losses[-1]) if val_losses else None,
             saved_bytes={path.name: path.stat().st_size for path in (out_dir / "final").glob("*.pth")},
+            saves=sum(line.startswith("Saving ") for line in lines),
         )
 
 

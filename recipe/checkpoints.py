@@ -18,6 +18,7 @@ step-00000010/            or final/
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -133,7 +134,7 @@ def save(
     partial, old = _hidden(folder, "partial"), _hidden(folder, "old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _finish_interrupted_saves(folder.parent)
+        finish_interrupted_saves(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state)
@@ -166,7 +167,7 @@ def leftovers(out_dir: Path) -> list[Path]:
     return sorted(path for name in names for suffix in ("partial", "old") for path in out_dir.glob(f".{name}.{suffix}"))
 
 
-def _finish_interrupted_saves(out_dir: Path) -> None:
+def finish_interrupted_saves(out_dir: Path) -> None:
     """Puts right what killed saves left: whole checkpoints take their places, halves are removed."""
     for leftover in leftovers(out_dir):
         folder = out_dir / leftover.stem.removeprefix(".")
@@ -176,6 +177,56 @@ def _finish_interrupted_saves(out_dir: Path) -> None:
             os.rename(leftover, folder)
     for leftover in leftovers(out_dir):
         shutil.rmtree(leftover)
+
+
+def remove_old(newest: Path, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Removes checkpoints of a run that are not to be kept, now that ``newest`` is whole. ``final/`` stays.
+
+    Those of later steps go too: ``newest`` went on before them, because they were damaged.
+
+    Args:
+        keep_last: how many stay with ``newest``; None: all.
+        keep_every: those whose step is a multiple of it stay.
+
+    Raises:
+        OSError: one can't be removed. It is no checkpoint any longer.
+    """
+    if keep_last is None:
+        return
+    step = _read_mark(newest).step
+    others = {folder: mark.step for folder, mark in _step_folders(newest.parent) if folder != newest}
+    before = sorted(
+        (folder for folder in others if others[folder] <= step and is_whole(folder)), key=others.__getitem__
+    )
+    kept = before[len(before) + 1 - keep_last :]
+    for folder, its_step in others.items():
+        if folder not in kept and not (keep_every and its_step <= step and its_step % keep_every == 0):
+            _remove(folder)
+
+
+def remove_newer(checkpoint: Path) -> None:
+    """Removes the checkpoints of the same run that were saved after it."""
+    for folder in newer(checkpoint):
+        _remove(folder)
+
+
+def newer(checkpoint: Path) -> list[Path]:
+    """The checkpoints of the same run of later steps."""
+    step, out_dir = read_mark(checkpoint).step, checkpoint.parent
+    marked = [*_step_folders(out_dir), *_marked(out_dir.glob(f"final/{MARK}"))]
+    return sorted(folder for folder, mark in marked if mark.step > step)
+
+
+def _step_folders(out_dir: Path) -> Iterator[tuple[Path, CheckpointMark]]:
+    return _marked(out_dir.glob(f"step-*/{MARK}"))
+
+
+def _remove(folder: Path) -> None:
+    """Under a name that the next save cleans up, should this process die meanwhile."""
+    doomed = _hidden(folder, "partial")
+    os.rename(folder, doomed)
+    (doomed / MARK).unlink()
+    shutil.rmtree(doomed)
 
 
 def _move_into_place(partial: Path, folder: Path, old: Path) -> None:
@@ -496,6 +547,29 @@ def newest_step(out_dir: Path) -> Path | None:
         if TRAINING_STATE in mark.files and is_whole(folder):
             found.append((mark.step, mark.time, folder))
     return max(found)[-1] if found else None
+
+
+def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
+    """As ``newest_step``, with all contents read and compared; and what is wrong with those of higher steps."""
+    found: list[tuple[float, str, Path]] = []
+    for folder in (*Path(out_dir).glob("step-*"), Path(out_dir) / "final", *leftovers(Path(out_dir))):
+        try:
+            mark = _read_mark(folder)
+            found.append((mark.step, mark.time, folder))
+        except _Damaged:
+            step = folder.name.removeprefix("step-")
+            if folder.is_dir() and not folder.name.startswith("."):  # of a final one, the step is not known
+                found.append((int(step) if step.isdigit() else math.inf, "", folder))
+    damages: list[str] = []
+    for _, _, folder in sorted(found, reverse=True):
+        try:
+            if TRAINING_STATE not in _checked(folder, None, checksums=True).files:
+                continue
+            return folder, damages
+        except _Damaged as damage:
+            if not folder.name.startswith("."):
+                damages.append(str(damage))
+    return None, damages
 
 
 def _marked(marks: Iterable[Path]) -> Iterator[tuple[Path, CheckpointMark]]:

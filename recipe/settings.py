@@ -101,6 +101,18 @@ class ScheduleSettings:
 
 
 @dataclass
+class CheckpointSettings:
+    """When a run saves, beside `train.save_interval` (in optimizer steps), and what it keeps."""
+
+    every_minutes: float | None = 10.0
+    """Minutes between two saves at most, and so what a power cut may cost; null saves by `train.save_interval` alone"""
+    keep_last: int | None = 3
+    """How many checkpoints stay, the newest; an older one is deleted when its successor is whole. null keeps all"""
+    keep_every: int | None = None
+    """Those whose step is a multiple of this stay, too (a multiple of `train.save_interval`)"""
+
+
+@dataclass
 class SampleSettings:
     """The text that the model writes at each evaluation."""
 
@@ -182,6 +194,8 @@ class RunSettings:
     """Balance of the experts"""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     """The learning rate's curve; optimizer groups with rates of their own keep their ratio to the first"""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    """When the run saves and which checkpoints it keeps"""
     sample: SampleSettings = field(default_factory=SampleSettings)
     """Text that is generated at each evaluation"""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
@@ -494,6 +508,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_balance(settings),
         *_check_batches(settings),
         *_check_schedule(settings, optimizer),
+        *_check_checkpoints(settings),
         *_check_evaluation(settings),
         *_check_log(settings),
     ]
@@ -619,6 +634,26 @@ def _check_schedule(settings: RunSettings, optimizer: dict[str, Any]) -> list[st
         problems.append(
             f"train.min_lr is {train.min_lr} but the optimizer's lr is {learning_rate}; expected a min_lr from 0 to lr:"
             f" --train.min_lr {learning_rate / 10:.1e}"
+        )
+    return problems
+
+
+def _check_checkpoints(settings: RunSettings) -> list[str]:
+    problems = []
+    checkpoint, interval = settings.checkpoint, settings.train.save_interval
+    if checkpoint.every_minutes is not None and not 0 < checkpoint.every_minutes < math.inf:
+        problems.append(f"checkpoint.every_minutes is {checkpoint.every_minutes}; expected more than 0, or null.")
+    if checkpoint.keep_last is not None and checkpoint.keep_last < 2:
+        problems.append(
+            f"checkpoint.keep_last is {checkpoint.keep_last}; expected at least 2, so that one is there when another"
+            " turns out to be damaged, or null to keep all."
+        )
+    if checkpoint.keep_every is not None and (
+        not interval or checkpoint.keep_every < 1 or checkpoint.keep_every % interval
+    ):
+        problems.append(
+            f"checkpoint.keep_every is {checkpoint.keep_every}, but the run saves every {interval} steps"
+            " (train.save_interval); expected a multiple of that."
         )
     return problems
 

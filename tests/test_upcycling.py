@@ -210,7 +210,7 @@ def test_another_run_is_not_resumed(train, tmp_path: Path, dense: Path, dense_fi
     other = save_tiny(tmp_path / "other", tiny_gpt(dense_fields, seed=1), None)
     with pytest.raises(UserError, match=r"is of a run that began from .*dense, not from .*other"):
         train("--upcycle", str(other), *shape, "--resume", "auto")
-    train("--upcycle", str(dense), *shape, "--resume", str(out / "step-00000004"))
+    train("--upcycle", str(dense), *shape, "--resume", str(out / "step-00000004"), "--overwrite")
     with pytest.raises(UserError, match="--overwrite would delete"):
         train("--upcycle", str(save_tiny(out / "step-00000004", tiny_gpt(dense_fields), None)), "--overwrite")
 
@@ -219,4 +219,4 @@ def test_a_run_that_was_not_upcycled_is_not_taken_for_one(train, dense: Path) ->
     scratch = ("--model.moe_intermediate_size", "40", "--model.n_expert", "8")
     out = train(*scratch, "--train.max_steps", "5")
     with pytest.raises(UserError, match=r"began without --upcycle, not from .*dense\. Leave --upcycle away"):
-        train("--upcycle", str(dense), "--resume", str(out / "step-00000004"))
+        train("--upcycle", str(dense), "--resume", str(out / "step-00000004"), "--overwrite")

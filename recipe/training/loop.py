@@ -2,11 +2,11 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import litgpt.pretrain
@@ -35,6 +35,7 @@ from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings
 from recipe.training.cards import peak_flops
 from recipe.training.compiling import should_compile
+from recipe.training.interval import Interval, sum_over_devices
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
 from recipe.training.model import (
     Batch,
@@ -46,18 +47,24 @@ from recipe.training.model import (
     moe_layers,
     update_selection_biases,
 )
+from recipe.training.nonfinite import first_not_finite
 from recipe.training.optimizers import check_optimizer, make_optimizer, set_learning_rate
 from recipe.training.plan import describe_memory, describe_size
+from recipe.training.saving import CheckpointWriter, StopSignals
 from recipe.training.schedule import Plan, learning_rate, plan_run
 from recipe.training.state import (
     TrainingRun,
     check_same_on_all_machines,
     gpt_of,
+    moment_of,
     resume_training,
     save_checkpoint,
+    save_what_is_whole,
     scaler_of,
     with_position,
 )
+
+Ending = Literal["finished", "out of time", "stopped"]
 
 
 def run_training(
@@ -131,6 +138,7 @@ def run_training(
         expert_counts=even_counts(gpt, fabric.device),
         prompt_style=prompt_style,
         made_from=made_from or {},
+        writer=CheckpointWriter(settings.checkpoint, say),
     )
     if resume_from:
         resume_training(fabric, training, resume_from)
@@ -142,9 +150,10 @@ def run_training(
         )
         return
     if fabric.global_rank == 0:
-        if settings.overwrite and not resume_from:  # all that could be wrong with the new run is known by now
-            remove_run(out_dir)
+        if settings.overwrite:  # all that could be wrong with the new run is known by now
+            checkpoints.remove_newer(resume_from) if resume_from else remove_run(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.finish_interrupted_saves(out_dir)
         text = yaml.safe_dump(run.resolved, sort_keys=False)
         (out_dir / "run_config.yaml").write_text(text, encoding="utf-8")
     loggers.log_hyperparams(run.resolved)
@@ -164,21 +173,27 @@ def run_training(
         say(f"Resuming from {resume_from}: step {training.progress.step:,} of {plan.steps:,}.")
 
     tokens_before, start = training.progress.tokens, time.perf_counter()
-    try:
-        finished = fit(fabric, training)
-    except TorchDynamoException as error:
-        raise UserError(
-            f"torch.compile can't take this model: {error}\nIt trains uncompiled: --compile false"
-        ) from None
-    except KeyboardInterrupt:
-        newest = checkpoints.newest_step(out_dir)
-        say(
-            f"\nStopped after step {training.progress.step:,} of {plan.steps:,}. "
-            + (f"--resume auto goes on from {newest}." if newest else "Nothing was saved yet (train.save_interval).")
-        )
-        raise
-    save_checkpoint(fabric, training, out_dir / ("final" if finished else f"step-{training.progress.step:08d}"))
+    with StopSignals(say) as signals:
+        try:
+            ending = fit(fabric, training, signals)
+        except TorchDynamoException as error:
+            raise UserError(
+                f"torch.compile can't take this model: {error}\nIt trains uncompiled: --compile false"
+            ) from None
+        except Exception:
+            save_what_is_whole(fabric, training)
+            raise
+        name = "final" if ending == "finished" else f"step-{training.progress.step:08d}"
+        save_checkpoint(fabric, training, out_dir / name, last=True)
     loggers.finalize("success")
+    if ending == "stopped":
+        say(
+            f"Stopped after step {training.progress.step:,} of {plan.steps:,}. The same command with --resume auto goes"
+            f" on from {out_dir / name}."
+        )
+        if fabric.global_rank == 0:  # one process tells: launchers take another's code for a failure
+            sys.exit(signals.exit_code)
+        return
     _report(fabric, training, time.perf_counter() - start, training.progress.tokens - tokens_before)
 
 
@@ -202,11 +217,11 @@ def describe_run(fabric: L.Fabric, gpt: GPT, run: ParsedRun, plan: Plan, epochs:
     yield f"{size}, {epochs:.2f} epochs; it ends by {plan.ended_by}{limit}."
 
 
-def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
+def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
     """Replaces ``litgpt.pretrain.fit``: trains from ``run.progress`` to the end of ``run.plan``.
 
     Returns:
-        True at the end of the plan, False when ``train.max_time`` came first.
+        What ended it: the plan, ``train.max_time``, or a signal to any of the processes.
 
     Raises:
         UserError: for a loss or gradient that is no longer finite, before the update.
@@ -230,7 +245,8 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
         if evaluation.initial_validation and first_step == 0:
             fabric.log_dict(evaluate(fabric, run, display) | score_hellaswag(fabric, run, display), step=0)
 
-        interval = Interval()
+        begun = time.perf_counter()
+        run.interval.begin()
         while progress.step < plan.steps:
             rate = learning_rate(
                 progress.step,
@@ -251,19 +267,26 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
                     losses: Losses = functional_call(model, weights, (*batch, run.expert_counts), tie_weights=False)
                     losses = losses._replace(cross_entropy=losses.cross_entropy * share)
                     fabric.backward(total_loss(losses, settings.moe) / micro_batches)
-                interval.add(losses)
+                run.interval.add(losses)
                 counts += losses.expert_counts
             del weights
-            interval.tokens += tokens
+            run.interval.tokens += tokens
             # Without max_norm the norm is still measured: clipping at infinity changes nothing.
             norm = fabric.clip_gradients(
                 model, optimizer, max_norm=train.max_norm or math.inf, error_if_nonfinite=False
             )
             assert norm is not None
             # Under a scaler a norm that is not finite is part of its search; the loss tells there.
-            finite = torch.isfinite(norm if scaler_of(fabric) is None else losses.cross_entropy)
-            if _any_rank(fabric, not finite):
-                raise UserError(_not_finite(progress.step + 1, out_dir))
+            finite = bool(torch.isfinite(norm if scaler_of(fabric) is None else losses.cross_entropy))
+            out_of_time = bool(train.max_time) and time.perf_counter() - start >= train.max_time
+            save_due = fabric.global_rank == 0 and run.writer.is_due()
+            bad, out_of_time, stopped, save_due = in_any_process(
+                fabric, not finite, out_of_time, signals.received is not None, save_due
+            )
+            if bad:
+                optimizer.zero_grad()
+                raise UserError(_not_finite(fabric, run, taken))
+            run.moment = None
             optimizer.step()
             optimizer.zero_grad()
             balance(fabric, run, counts, norm)
@@ -271,34 +294,41 @@ def fit(fabric: L.Fabric, run: TrainingRun) -> bool:
             progress.step += 1
             progress.tokens += tokens
             progress.epoch = batches.epoch
+            session = time.perf_counter() - start
+            progress.seconds = seconds_before + session
             last = progress.step == plan.steps
             compiling = run.compiled and progress.step == first_step + 1
             if compiling:
-                display.print(f"The first step took {interval.seconds:,.0f} s, with compiling.")
+                display.print(f"The first step took {time.perf_counter() - begun:,.0f} s, with compiling.")
             row: dict[str, Any] = {}
             if progress.step % train.log_interval == 0 or last:
-                row = training_row(fabric, run, interval, norm, rate, tokens)
-                interval = Interval()
+                row = training_row(fabric, run, norm, rate, tokens)
+                run.interval = Interval()
             elif compiling:
-                interval.leave_out()
-            session = time.perf_counter() - start
-            progress.seconds = seconds_before + session
+                run.interval.leave_out()
+            run.moment = moment_of(fabric, run)
             display.step(progress.step, row, session / (progress.step - first_step) * (plan.steps - progress.step))
 
-            if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
-                with interval.paused():
-                    row |= evaluate(fabric, run, display)
-            if progress.step % hellaswag_interval == 0 or (last and evaluation.final_validation):
-                with interval.paused():
-                    row |= score_hellaswag(fabric, run, display)
-            if row:
-                fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
-            if train.save_interval and progress.step % train.save_interval == 0 and not last:
-                with interval.paused():
+            try:
+                with run.interval.paused():
+                    if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
+                        row |= evaluate(fabric, run, display)
+                    if progress.step % hellaswag_interval == 0 or (last and evaluation.final_validation):
+                        row |= score_hellaswag(fabric, run, display)
+            finally:  # an evaluation that fails ends the run in a checkpoint of this step
+                if row:
+                    fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
+            if last:
+                break
+            if stopped or (fabric.world_size == 1 and signals.received is not None):
+                return "stopped"
+            if out_of_time:
+                return "out of time"
+            if save_due or (train.save_interval and progress.step % train.save_interval == 0):
+                with run.interval.paused():
                     save_checkpoint(fabric, run, out_dir / f"step-{progress.step:08d}")
-            if train.max_time and not last and _any_rank(fabric, session >= train.max_time):
-                return False
-    return True
+            run.writer.tell_failure()
+    return "finished"
 
 
 def total_loss(losses: Losses, moe: MoESettings) -> Tensor:
@@ -397,49 +427,9 @@ def validate(fabric: L.Fabric, model: _FabricModule, val_dataloader: DataLoader,
     return float(total[0] / total[1])
 
 
-class Interval:
-    """Sums over the micro batches since the last log line, kept on the device until they are asked for."""
-
-    def __init__(self) -> None:
-        self._sums: Losses | None = None
-        self.micro_batches = 0
-        self.tokens = 0
-        """Trained on, over all devices"""
-        self._start = time.perf_counter()
-
-    def add(self, losses: Losses) -> None:
-        detached = Losses(*(value.detach() for value in losses))
-        self._sums = (
-            detached if self._sums is None else Losses(*(a + b for a, b in zip(self._sums, detached, strict=True)))
-        )
-        self.micro_batches += 1
-
-    def means(self, fabric: L.Fabric) -> Losses:
-        """Means over micro batches and devices; waits for the device."""
-        assert self._sums is not None
-        return Losses(*(mean_over_devices(fabric, value / self.micro_batches) for value in self._sums))
-
-    @property
-    def seconds(self) -> float:
-        """Since the interval began, without the pauses."""
-        return time.perf_counter() - self._start
-
-    def leave_out(self) -> None:
-        """What was so far is no measure of the speed; its losses count."""
-        self.tokens, self._start = 0, time.perf_counter()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Validation and saving are no training time."""
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-
-def training_row(
-    fabric: L.Fabric, run: TrainingRun, interval: Interval, norm: Tensor, rate: float, step_tokens: int
-) -> dict[str, Any]:
+def training_row(fabric: L.Fabric, run: TrainingRun, norm: Tensor, rate: float, step_tokens: int) -> dict[str, Any]:
     """The numbers of one log line; columns as in ``recipe.training.logs.COLUMNS``."""
+    interval = run.interval
     means = interval.means(fabric)
     cross_entropy = float(means.cross_entropy)  # waits for the device, so the seconds below are true
     tokens_per_second = interval.tokens / interval.seconds
@@ -510,30 +500,21 @@ def loss_shares(fabric: L.Fabric, batches: Sequence[Batch]) -> tuple[list[float]
     return [count * all_batches / all_targets for count in targets], all_tokens
 
 
-def sum_over_devices(fabric: L.Fabric, value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
-    return cast(Tensor, fabric.all_reduce(value, reduce_op="sum"))
-
-
-def mean_over_devices(fabric: L.Fabric, value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes."""
-    return cast(Tensor, fabric.all_reduce(value, reduce_op="mean"))
-
-
-def _any_rank(fabric: L.Fabric, condition: bool) -> bool:
-    """Whether it holds in any process: clocks and losses differ, and all must leave the loop at the same step."""
+def in_any_process(fabric: L.Fabric, *conditions: bool) -> list[bool]:
+    """Which of the conditions hold in any process: clocks, losses and signals differ, and all must do the same."""
     if fabric.world_size == 1:
-        return condition
-    return bool(fabric.all_reduce(torch.tensor(float(condition), device=fabric.device), reduce_op="sum"))
+        return list(conditions)
+    values = torch.tensor(conditions, dtype=torch.float32, device=fabric.device)
+    return [bool(value) for value in sum_over_devices(fabric, values).tolist()]
 
 
-def _not_finite(step: int, out_dir: Path) -> str:
-    newest = checkpoints.newest_step(out_dir)
-    start = f"--resume {newest}" if newest else "--overwrite"
+def _not_finite(fabric: L.Fabric, run: TrainingRun, batches: Sequence[Batch]) -> str:
+    found = first_not_finite(fabric, run.gpt, batches, lambda losses: total_loss(losses, run.settings.moe))
     return (
-        f"the loss or its gradient is no longer finite at step {step:,}, so the run stops before this update;"
-        f" start again with {start} and a lower --optimizer.init_args.lr, a longer --train.lr_warmup_steps,"
-        " or --precision 32-true."
+        f"the loss or its gradient is no longer finite at step {run.progress.step + 1:,}: {found}. The run stops before"
+        " this update and keeps what was trained so far. Go on with --resume auto, or from an older checkpoint"
+        " (--resume FOLDER --overwrite), and a lower --optimizer.init_args.lr, a longer --train.lr_warmup_steps, or"
+        " --precision 32-true."
     )
 
 

@@ -39,8 +39,6 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     run = _with_wandb_dataset(run)
     settings = run.settings
     resume_from = find_checkpoint(settings)
-    if resume_from is not None:
-        checkpoints.verify(resume_from)
     if settings.initial_checkpoint_dir is not None:
         refuse_openai_gpt2(settings.initial_checkpoint_dir)
     if settings.upcycle is not None and resume_from is not None:
@@ -77,7 +75,6 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
         )
     resume_from = find_checkpoint(settings)
     if resume_from is not None:
-        checkpoints.verify(resume_from)
         check_same_model(resume_from, settings.model)
         check_same_tuning(resume_from, settings)
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
@@ -194,28 +191,45 @@ def check_sample(settings: RunSettings, tokenizer: Tokenizer) -> None:
 
 
 def find_checkpoint(settings: RunSettings) -> Path | None:
-    """The folder that ``resume`` means, or None for a fresh start.
+    """The folder that ``resume`` means, its contents verified, or None for a fresh start.
 
     Raises:
-        UserError: where there is none at the path named, or the run would go over another one.
+        UserError: where there is none at the path named, or it is damaged, or the run would go over other checkpoints.
     """
     out_dir, resume = settings.out_dir, settings.resume
-    newest = checkpoints.newest_step(out_dir) if out_dir.is_dir() else None
     if isinstance(resume, Path):
         folder = checkpoints.resolve(resume)
+        checkpoints.verify(folder)
         if folder.resolve().parent != out_dir.resolve():
             check_unoccupied(settings)
-        elif newest is not None and newest != folder and _main_process():
-            print(f"{out_dir} holds a newer checkpoint, {newest.name}: this run replaces it when it gets there.")
+        elif (newer := checkpoints.newer(folder)) and not settings.overwrite:
+            raise UserError(
+                f"{out_dir} holds checkpoints of later steps than {folder.name}:"
+                f" {', '.join(path.name for path in newer[:4])}. Delete them with --overwrite, or keep them and go on"
+                " from this one elsewhere with --out_dir."
+            )
         return folder
-    if resume is True and newest is None:
+    if not resume:
+        check_unoccupied(settings)
+        return None
+    found, damages = checkpoints.newest_undamaged(out_dir)
+    for damage in damages:
+        _warn(f"warning: {damage}; it is passed over.")
+    if found is None and damages:
+        raise UserError(
+            f"no checkpoint in {out_dir} is whole. Start anew with --overwrite in place of --resume, or elsewhere with"
+            " --out_dir."
+        )
+    if found is None and resume is True:
         raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
-    if resume:
-        if newest is None and _main_process():
-            print(f"Nothing to resume in {out_dir}: this is a fresh start.")
-        return newest
-    check_unoccupied(settings)
-    return None
+    if found is None:
+        _warn(f"Nothing to resume in {out_dir}: this is a fresh start.")
+    return found
+
+
+def _warn(line: str) -> None:
+    if _main_process():
+        print(line)
 
 
 def check_unoccupied(settings: RunSettings) -> None:

@@ -1,11 +1,13 @@
 """What a training run is made of, how it is saved, and how it is put back to where it was saved."""
 
 import json
+import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from litgpt import GPT, Tokenizer
@@ -19,9 +21,11 @@ from recipe.data.manifest import SPLITS, from_dict, manifest_path, text_fingerpr
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.settings import FinetuneSettings, RunSettings
+from recipe.training.interval import Interval, mean_over_devices
 from recipe.training.logs import Loggers
 from recipe.training.lora import divide_weights
 from recipe.training.optimizers import load_optimizer_state
+from recipe.training.saving import CheckpointWriter
 from recipe.training.schedule import Plan
 
 
@@ -63,11 +67,17 @@ class TrainingRun:
     """What the sample at each evaluation continues; None for no samples"""
     expert_counts: Tensor
     """``(MoE layers, n_expert)``: what each expert got in the last step, over all micro batches and devices"""
+    writer: CheckpointWriter
+    """Of this run's checkpoints; the first process's works"""
     prompt_style: PromptStyle | None = None
     """What prompts look like to a model that is tuned to answer"""
     made_from: dict[str, str] = field(default_factory=dict)
     """Fingerprints of what else must be the same when the run is resumed, by what it is"""
     progress: Progress = field(default_factory=Progress)
+    interval: Interval = field(default_factory=Interval)
+    """Since the last log line"""
+    moment: dict[str, Any] | None = None
+    """What ``moment_of`` said when the last step was complete; None while an update makes it another"""
 
     @property
     def gpt(self) -> GPT:
@@ -75,36 +85,80 @@ class TrainingRun:
         return gpt_of(self.model)
 
 
-def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
-    """Saves everything that resuming needs; one process writes."""
-    progress = run.progress
+def moment_of(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
+    """What a save needs besides weights and optimizer and that the next step changes before it changes those."""
+    device = fabric.device
+    generator: Any = np.random.get_state(legacy=True)
+    kind, keys, *rest = generator
+    return {
+        "train_dataloader": with_position(run.train_dataloader).state_dict(),
+        "interval": run.interval.state_dict(),
+        "random": {
+            "torch": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
+            "python": random.getstate(),
+            "numpy": [kind, keys.tolist(), *rest],
+        },
+    }
+
+
+def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: bool = False) -> None:
+    """Saves everything that resuming needs as of the last complete step; one process writes.
+
+    Args:
+        last: the run ends with it: it is written before this returns, and a failure is raised.
+    """
+    assert run.moment is not None, "a save within an update"
+    if (sums := run.moment["interval"]["sums"]) is not None and fabric.world_size > 1:
+        run.moment["interval"]["sums"] = [mean_over_devices(fabric, value) for value in sums]
     if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
-        weights, lora_weights = divide_weights(run.gpt)
-        checkpoints.save(
-            folder,
-            weights=weights,
-            lora_weights=lora_weights,
-            config=run.settings.model,
-            prompt_style=run.prompt_style,
-            instructions_path=run.settings.data.manifest_path if isinstance(run.settings, FinetuneSettings) else None,
-            hyperparameters=run.hyperparameters,
-            step=progress.step,
-            tokens=progress.tokens,
-            tokenizer_dir=run.settings.tokenizer_dir,
-            training_state={
-                "progress": asdict(progress),
-                "layout": _layout(fabric, run),
-                "made_from": run.made_from,
-                "optimizer": run.optimizer.state_dict(),
-                "expert_counts": run.expert_counts,
-                "train_dataloader": with_position(run.train_dataloader).state_dict(),
-                "random": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-                "scaler": scaler.state_dict() if (scaler := scaler_of(fabric)) else {},
-            },
-            manifest_path=tokens_manifest(run.settings),
-        )
-    fabric.barrier()
+        content = checkpoint_content(fabric, run)
+        run.writer.write_now(folder, content) if last else run.writer.write(folder, content)
+    if last:
+        fabric.barrier()
+
+
+def save_what_is_whole(fabric: L.Fabric, run: TrainingRun) -> None:
+    """After an error within the loop: saves the last complete step, where it is not saved yet and nothing is half."""
+    folder = run.settings.out_dir / f"step-{run.progress.step:08d}"
+    if fabric.global_rank != 0 or run.moment is None:
+        return
+    try:
+        run.writer.tell_failure(wait=True)
+        if not checkpoints.is_whole(folder):
+            fabric.print(f"Saving {folder}")
+            run.writer.write_now(folder, checkpoint_content(fabric, run))
+    except Exception as error:  # what ended the run is what is to be shown
+        fabric.print(f"warning: {error}")
+
+
+def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
+    """The arguments of ``checkpoints.save``; weights and optimizer are the run's own tensors."""
+    progress, settings = run.progress, run.settings
+    assert run.moment is not None
+    weights, lora_weights = divide_weights(run.gpt)
+    return {
+        "weights": weights,
+        "lora_weights": lora_weights,
+        "config": settings.model,
+        "prompt_style": run.prompt_style,
+        "instructions_path": settings.data.manifest_path if isinstance(settings, FinetuneSettings) else None,
+        "hyperparameters": run.hyperparameters,
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "tokenizer_dir": settings.tokenizer_dir,
+        "manifest_path": tokens_manifest(settings),
+        "training_state": {
+            "progress": asdict(progress),
+            "layout": _layout(fabric, run),
+            "made_from": run.made_from,
+            "optimizer": run.optimizer.state_dict(),
+            "expert_counts": run.expert_counts,
+            "scaler": scaler.state_dict() if (scaler := scaler_of(fabric)) else {},
+            **run.moment,
+        },
+    }
 
 
 def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
@@ -138,7 +192,13 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     loader.load_state_dict(state["train_dataloader"])
     if other_devices:
         fabric.print(f"{other_devices}: the same batches go on; sums differ in their last digits by their order.")
+    if "interval" in state:
+        run.interval.load_state_dict(state["interval"], fabric.device)
     torch.set_rng_state(state["random"]["torch"])
+    if "python" in state["random"]:
+        version, keys, gauss = state["random"]["python"]
+        random.setstate((version, tuple(keys), gauss))
+        np.random.set_state(tuple(state["random"]["numpy"]))
     if fabric.device.type == "cuda" and state["random"]["cuda"]:
         # All processes take the first one's: an optimizer that rounds by chance must do so alike everywhere.
         torch.cuda.set_rng_state(state["random"]["cuda"][0], fabric.device)

@@ -527,7 +527,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path: Path, file: Pat
     flags = (*FLAGS, "--eval.hellaswag", str(file), "--train.max_steps", "8")
     whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
     cut = train(*flags, "--out_dir", str(tmp_path / "cut"))
-    train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"))
+    train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
     one, other = (checkpoints.read_mark(path / "final").files["lit_model.pth"] for path in (whole, cut))
     assert one == other
     same = ("step", "train_loss", "val_loss", "grad_norm", "hellaswag_acc", "hellaswag_acc_norm")

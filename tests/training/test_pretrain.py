@@ -61,7 +61,9 @@ def test_a_run_from_the_first_step_to_the_last(train):
     balancing = column(out, "load_balancing_loss")
     assert balancing[0] == pytest.approx(1, abs=1e-6), "by an even load: there is no step before it"
     assert all(1 < value < 4 for value in balancing[1:])
-    assert sorted(path.name for path in out.glob("step-*")) == [f"step-{step:08d}" for step in range(4, 40, 4)]
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-00000032", "step-00000036"], (
+        "3 with the final one"
+    )
     assert checkpoints.read_mark(out / "final").step == 40
 
 
@@ -107,7 +109,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, flags, stop):
     whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
     train(*flags, "--out_dir", str(tmp_path / "cut"))
     cut = tmp_path / "cut"
-    resumed = train(*flags, "--out_dir", str(cut), "--resume", str(cut / f"step-{stop:08d}"))
+    resumed = train(*flags, "--out_dir", str(cut), "--resume", str(cut / f"step-{stop:08d}"), "--overwrite")
     assert_same_weights(whole / "final", resumed / "final")
     same = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "epoch", "total_tokens")
     same += ("load_balancing_loss", "expert_load_max/layer_1")
@@ -128,7 +130,7 @@ def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
     with torch.compiler.set_stance("force_eager"):
         whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
         cut = shutil.copytree(whole, tmp_path / "cut")
-        train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"))
+        train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
     assert_same_weights(whole / "final", cut / "final")
     weights, rounded = checkpoints.load_weights(whole / "final"), checkpoints.load_weights(whole / "step-00000004")
     assert weights["lm_head.weight"].dtype == torch.bfloat16
@@ -138,7 +140,7 @@ def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
     ]
     assert {moment.codes.dtype for moment in moments if hasattr(moment, "codes")} == {torch.uint8}
     with pytest.raises(UserError, match=r"trained with torchao\.optim\.AdamW8bit.*Resume with --optimizer torchao"):
-        train("--out_dir", str(cut), "--resume", str(cut / "step-00000004"))
+        train("--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
 
 
 def test_resume_across_the_end_of_an_epoch(train, tmp_path):
@@ -150,7 +152,7 @@ def test_resume_across_the_end_of_an_epoch(train, tmp_path):
     assert epochs == sorted(epochs)
     cut = train("--out_dir", str(tmp_path / "cut"), *flags)
     for step in (50, 100):
-        train("--out_dir", str(cut), *flags, "--resume", str(cut / f"step-{step:08d}"))
+        train("--out_dir", str(cut), *flags, "--resume", str(cut / f"step-{step:08d}"), "--overwrite")
         assert_same_weights(whole / "final", cut / "final")
         assert column(whole, "epoch") == column(cut, "epoch")
 
@@ -173,7 +175,7 @@ def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
     whole = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "whole"))
     cut = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "cut"))
     resumed = train(
-        *("--moe.backend", "grouped_mm", "--out_dir", str(cut), "--resume", str(cut / "step-00000004")),
+        *("--moe.backend", "grouped_mm", "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite"),
     )
     printed = capsys.readouterr().out
     assert printed.count("experts by loop.") == 2 and printed.count("experts by grouped_mm.") == 1
@@ -328,27 +330,25 @@ def test_bf16_true_keeps_the_rotations_of_positions(train, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
-    with pytest.raises(UserError, match="no longer finite at step"):
-        train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null")
-    assert not (tmp_path / "out" / "final").exists()
-
-
-def test_a_loss_that_is_not_finite_is_found_between_log_lines(train, tmp_path):
-    with pytest.raises(UserError, match="so the run stops before this update"):
+    """Also between log lines. What was trained before is kept."""
+    found = r"no longer finite at step 2: the first (output|gradient) that went bad was that of \w+.*, in micro batch 1"
+    with pytest.raises(UserError, match=found):
         train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null", "--train.log_interval", "100")
-    assert checkpoints.newest_step(tmp_path / "out") is None
+    out = tmp_path / "out"
+    assert not (out / "final").exists()
+    assert checkpoints.newest_step(out) == out / "step-00000001"
 
 
 def test_other_batches_are_not_resumed(train):
     out = train()
     with pytest.raises(UserError, match="micro_batch_size was 2 and is now 4"):
-        train("--resume", str(out / "step-00000004"), "--micro-batch-size", "4")
+        train("--resume", str(out / "step-00000004"), "--overwrite", "--micro-batch-size", "4")
 
 
 def test_another_model_is_not_resumed(train):
     out = train()
     with pytest.raises(UserError, match="n_layer: 2 there, 1 here"):
-        train("--resume", str(out / "step-00000004"), "--model.n_layer", "1")
+        train("--resume", str(out / "step-00000004"), "--overwrite", "--model.n_layer", "1")
 
 
 def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
@@ -358,11 +358,11 @@ def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
     out = train(*paths)
     shutil.move(own / "data", own / "moved")
     moved = [f"--data.init_args.{split}_data_path={own / 'moved' / split}" for split in ("train", "val")]
-    train(*moved, "--resume", str(out / "step-00000004"))  # elsewhere, but the same tokens
+    train(*moved, "--resume", str(out / "step-00000004"), "--overwrite")  # elsewhere, but the same tokens
     with open(own / "moved" / "train" / "stories.txt", "a", encoding="utf-8") as file:
         file.write("\n<|endoftext|>\nA new story.")
     with pytest.raises(UserError, match="was trained on other tokens"):
-        train(*moved, "--resume", str(out / "step-00000004"))
+        train(*moved, "--resume", str(out / "step-00000004"), "--overwrite")
 
 
 def test_a_run_that_cannot_start_deletes_nothing(train, tmp_path):
