@@ -165,7 +165,8 @@ def test_no_pickle_is_run_when_resuming(train: Callable[..., Path]) -> None:
 def test_no_pickle_is_run_when_lora_resumes(tmp_path: Path, stranger: Path) -> None:
     lora = ("--lora_r", "2")
     finetune_on(tmp_path, stranger, *lora)
-    folder = tmp_path / "tuned" / "step-00000001"
+    folder = checkpoints.newest_step(tmp_path / "tuned")
+    assert folder is not None
     torch.save({"lora": Harmful()}, folder / "lit_model.pth.lora")
     mark_anew(folder)
     with pytest.raises(UserError, match=r"lit_model\.pth\.lora is refused, and nothing in it was run"):
