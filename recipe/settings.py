@@ -1,6 +1,7 @@
 """The settings of a training run: one dataclass, YAML files and flags into it, and every check in one place."""
 
 import inspect
+import json
 import logging
 import math
 import os
@@ -422,6 +423,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones lie under configs/.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        json.dumps(content, default=str, skipkeys=True)  # refuses what holds itself, which no parser comes to an end of
     except OSError:
         raise
     except Exception as error:  # not YAML's own alone: 2026-99-99, `!!int x` and ten thousand `[` have others
