@@ -140,7 +140,7 @@ def run_files(draw: st.DrawFn, files: list[Path], flags: tuple[str, ...]) -> dic
         TEXTS.map(lambda name: ("train", name)),
     )
     for _ in range(draw(st.integers(1, 3))):
-        values = changed(values, draw(places), draw(st.one_of(VALUES, st.integers(5, 200).map(nested))))
+        values = changed(values, draw(places), draw(st.one_of(VALUES, st.integers(5, 60).map(nested))))
     return values
 
 
