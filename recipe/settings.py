@@ -505,6 +505,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         UserError: with a line for each problem.
     """
     problems = [
+        *_check_seed(settings),
         *_check_paths(settings),
         *_check_model(settings.model),
         *_check_balance(settings),
@@ -528,6 +529,10 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         )
     if problems:
         raise UserError("\n  ".join(["the settings do not fit together:", *problems]))
+
+
+def _check_seed(settings: RunSettings) -> list[str]:
+    return [] if 0 <= settings.seed < 2**32 else ["seed is out of range; expected 0 to 2**32 - 1, as Lightning takes."]
 
 
 def _check_paths(settings: RunSettings) -> list[str]:
