@@ -53,9 +53,10 @@ def import_folder(hf_folder: Path, out: Path) -> None:
 def show(checks: "list[Check]", out: Path) -> None:
     """Prints what was verified."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(show_header=False, title=f"{out}: verified")
+    table = Table(show_header=False, title=escape(f"{out}: verified"))
     for check in checks:
         table.add_row(*check)
     Console().print(table)

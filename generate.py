@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from recipe.cli import UserError, run_door
+from recipe.cli import UserError, harmless, run_door
 
 
 def main(
@@ -61,6 +61,7 @@ def main(
     model = load(folder, device, precision)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
 
+    shown = harmless if sys.stdout.isatty() else str
     start, cut, began, samples = time.perf_counter(), 0, -1, len(beginnings) * num_samples
     pieces = stream_pieces(
         model.gpt,
@@ -79,8 +80,8 @@ def main(
                 began = piece.sample
                 if samples > 1:
                     print(f"--- sample {began + 1} of {samples} ---")
-                print(beginnings[began // num_samples], end="")
-            print(piece.text, end="\n" if piece.end else "", flush=True)
+                print(shown(beginnings[began // num_samples]), end="")
+            print(shown(piece.text), end="\n" if piece.end else "", flush=True)
             cut += piece.end == "block_size"
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,15 +12,16 @@ step-00000010/            or final/
     config.json           the same model as transformers describes it, for `litgpt evaluate` (where one exists)
     manifest.json         what the training tokens were made of
     instructions.json     what it was tuned on, where it was
-    complete.json         written last: step, tokens, time, versions, and the size and sha256 of every file above
+    complete.json         written last: step, tokens, time, versions, the size and sha256 of every file above, its own
 ```
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
@@ -33,6 +34,7 @@ import yaml
 
 from recipe.cli import UserError
 from recipe.hf_config import converted_by_litgpt, huggingface_config, without_counterpart
+from recipe.sealed import file_sha256, read_sealed, write_sealed
 
 if TYPE_CHECKING:  # torch and litgpt are imported where they are used, so that a wrong path is told at once
     import torch
@@ -320,15 +322,10 @@ def _write_mark(folder: Path, step: int, tokens: int) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         _sync(path)
-        files[path.name] = FileMark(path.stat().st_size, _sha256(path))
+        files[path.name] = FileMark(path.stat().st_size, file_sha256(path))
     mark = CheckpointMark(step, tokens, datetime.now(UTC).isoformat(), _versions(), files)
-    _write_json(folder / MARK, asdict(mark))
+    write_sealed(folder / MARK, asdict(mark))
     _sync(folder / MARK)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -490,9 +487,12 @@ def _read_mark(folder: Path) -> CheckpointMark:
             )
         raise _Damaged(f"{folder} is no checkpoint: it holds neither {WEIGHTS} nor {MARK}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_sealed(path)
         files = {name: FileMark(**file) for name, file in content.pop("files").items()}
-        return CheckpointMark(**content, files=files)
+        mark = CheckpointMark(**content, files=files)
+        if (type(mark.step), type(mark.tokens), type(mark.time)) != (int, int, str):
+            raise TypeError("step and tokens are whole numbers, the time is a text")
+        return mark
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise _Damaged(f"{path} is damaged: it can't be read") from None
 
@@ -507,7 +507,7 @@ def _checked(folder: Path, files: Collection[str] | None, *, checksums: bool) ->
             size = path.stat().st_size
             if size != mark.files[name].size:
                 raise _Damaged(f"{path} is truncated or changed: {size:,} bytes instead of {mark.files[name].size:,}")
-            if checksums and _sha256(path) != mark.files[name].sha256:
+            if checksums and file_sha256(path) != mark.files[name].sha256:
                 raise _Damaged(f"{path} is damaged: its checksum is not the one that {MARK} names")
         except FileNotFoundError:
             raise _Damaged(f"{path} is missing") from None
@@ -622,11 +622,15 @@ def load_config(folder: Path) -> "Config":
     path = as_folder(folder) / MODEL_CONFIG
     _verify_if_marked(path)
     try:
-        return Config.from_file(path)
+        config = Config.from_file(path)
+        _ = config.mlp_class, config.norm_class  # found in litgpt.model and torch.nn by their names
+        if not all(isinstance(getattr(config, size), int) for size in ("n_layer", "n_embd", "n_head", "block_size")):
+            raise TypeError("n_layer, n_embd, n_head and block_size are whole numbers")
+        return config
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expected a checkpoint folder with its model config.") from None
-    except (OSError, ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no LitGPT model config: {error}.") from None
+    except Exception as error:  # of YAML, of its values, or of LitGPT's checks
+        raise UserError(f"{path} is no LitGPT model config: {type(error).__name__}: {error}.") from None
 
 
 def load_weights(folder: Path, *, mmap: bool = False) -> "dict[str, Tensor]":
@@ -640,6 +644,8 @@ def load_weights(folder: Path, *, mmap: bool = False) -> "dict[str, Tensor]":
     """
     weights = _load_torch(as_folder(folder) / WEIGHTS, mmap=mmap)
     inner: dict[str, Tensor] = weights.get("model", weights)
+    if not isinstance(inner, dict) or not all(hasattr(value, "is_floating_point") for value in inner.values()):
+        raise UserError(f"{as_folder(folder) / WEIGHTS} holds no state dict; expected tensors by their names.")
     return inner
 
 
@@ -666,9 +672,12 @@ def load_hyperparameters(folder: Path) -> dict[str, Any]:
     path = as_folder(folder) / HYPERPARAMETERS
     _verify_if_marked(path)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except Exception as error:  # of YAML, or of its values
         raise UserError(f"cannot read {path}: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
+    return content
 
 
 def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "GPT":
@@ -685,8 +694,11 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "G
     config = load_config(folder)
     # Mapped, the weights are in memory once; but Windows could not replace the folder while the model lives.
     weights = load_weights(folder, mmap=os.name != "nt")
-    with use_custom_moe(), torch.device("meta"):
-        gpt = GPT(config)
+    try:
+        with use_custom_moe(), torch.device("meta"):
+            gpt = GPT(config)
+    except Exception as error:
+        raise UserError(f"{as_folder(folder) / MODEL_CONFIG} describes no model that can be built: {error}.") from error
 
     def dtype_of(name: str, tensor: "torch.Tensor") -> "torch.dtype | None":
         if name.endswith("e_score_correction_bias"):  # a router's selection bias is fp32 in any model
@@ -745,7 +757,16 @@ def _load_torch(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     _verify_if_marked(path)
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        return content
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path} is refused, and nothing in it was run: it is damaged, or holds more than tensors and plain values"
+            f"{f' ({found.group(1)})' if found else ''}, which could be code. Get these weights from somebody who saves"
+            " tensors alone, or as safetensors: `uv run python export_hf.py --import HF_FOLDER CHECKPOINT`."
+        ) from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}; expected a mapping of names to tensors.")
+    return content

@@ -10,6 +10,12 @@ from typing import Any, Optional
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+# What the system says of paths that nobody but the user can have named.
+_NO_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+
+# What a terminal would obey instead of showing it, but for line breaks and tabs.
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: what was found, what was expected, and the command that mends it.
@@ -52,8 +58,13 @@ def exit_with_message(call: Callable[[], Any]) -> Any:
         message = _describe_os_error(error)
         if not message:
             raise
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {harmless(message)}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def harmless(text: str) -> str:
+    """A text that others wrote (a model may write any byte), as it may go to a terminal."""
+    return text.translate(_CONTROL)
 
 
 def make_parser(**kwargs: Any) -> ArgumentParser:
@@ -153,4 +164,6 @@ def _describe_os_error(error: OSError) -> str:
         return f"the disk is full{place}; free some space and run the same command again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write or read{place}; choose another folder or change its permissions."
+    if error.errno in _NO_NAMES and place:
+        return f"{error.strerror}{place}; name another file or folder."
     return ""

@@ -1,6 +1,7 @@
 """The settings of a training run: one dataclass, YAML files and flags into it, and every check in one place."""
 
 import inspect
+import json
 import logging
 import math
 import os
@@ -279,7 +280,7 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     dense = files["upcycle"]
     if dense is not None:
         flags.append(f"--upcycle={dense}")
-    elif not run.get("model") and run.get("upcycle"):
+    elif not run.get("model") and isinstance(run.get("upcycle"), str):
         dense = Path(run["upcycle"])
     if dense is not None and files["model"] is None:
         run["model"] = upcycled_model(dense)
@@ -319,7 +320,7 @@ def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
         return checkpoints.resolve(given)
     run_file = out_dir / "run_config.yaml"
     if resume and run_file.is_file() and (of_the_run := _read_yaml(run_file).get("checkpoint_dir")):
-        return checkpoints.resolve(Path(of_the_run))
+        return checkpoints.resolve(Path(str(of_the_run)))
     return checkpoints.resolve(None)
 
 
@@ -345,10 +346,11 @@ def _parse(
         raise UserError(explain(str(error), _known_names(parser, run))) from None
     except UserError:
         raise
-    except (TypeError, ValueError, AssertionError) as error:  # LitGPT's dataclasses check some fields themselves
+    except Exception as error:  # LitGPT's dataclasses check some fields themselves, and classes that are named theirs
         failed = traceback.extract_tb(error.__traceback__)[-1].line
+        reason = f"{type(error).__name__} in `{failed}`" if isinstance(error, ArithmeticError | LookupError) else error
         raise UserError(
-            f"these settings do not fit together: {str(error) or f'LitGPT holds that `{failed}`'}"
+            f"these settings do not fit together: {str(reason) or f'LitGPT holds that `{failed}`'}"
         ) from None
 
 
@@ -412,7 +414,7 @@ def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
     for group in ("data", "optimizer"):
         chosen = run.get(group) or {}
         class_path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
-        with suppress(ImportError, AttributeError, TypeError, ValueError):
+        with suppress(Exception):  # whatever the import of a module, or a name that is none, leads to
             chosen_class: Any = pydoc.locate(class_path or parser.get_default(group)["class_path"])
             parameters = inspect.signature(chosen_class).parameters
             names += [f"{group}.init_args.{name}" for name in parameters if name != "params"]
@@ -424,8 +426,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones lie under configs/.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+        json.dumps(content, default=str, skipkeys=True)  # refuses what holds itself, which no parser comes to an end of
+    except OSError:
+        raise
+    except Exception as error:  # not YAML's own alone: 2026-99-99, `!!int x` and ten thousand `[` have others
+        raise UserError(f"{path} is not valid YAML: {str(error)[:500] or type(error).__name__}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
     return content
@@ -509,6 +514,8 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         UserError: with a line for each problem.
     """
     problems = [
+        *_check_seed(settings),
+        *_check_paths(settings),
         *_check_model(settings.model),
         *_check_balance(settings),
         *_check_batches(settings),
@@ -534,8 +541,18 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         raise UserError("\n  ".join(["the settings do not fit together:", *problems]))
 
 
+def _check_seed(settings: RunSettings) -> list[str]:
+    return [] if 0 <= settings.seed < 2**32 else ["seed is out of range; expected 0 to 2**32 - 1, as Lightning takes."]
+
+
+def _check_paths(settings: RunSettings) -> list[str]:
+    paths = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return [f"{name} holds a zero byte; no file can have such a name." for name, p in paths.items() if "\0" in str(p)]
+
+
 def _check_model(config: Config) -> list[str]:
-    problems = []
+    sizes = ("n_layer", "n_embd", "n_head", "block_size", "padded_vocab_size")
+    problems = [f"{name} is {size}; expected at least 1." for name in sizes if (size := getattr(config, name)) < 1]
     if config.mlp_class_name == "LLaMAMoE":
         if config.n_expert < 1:
             problems.append(
@@ -582,6 +599,8 @@ def _check_balance(settings: RunSettings) -> list[str]:
 
 
 def _check_batches(settings: RunSettings) -> list[str]:
+    if settings.num_nodes < 1:
+        return [f"num_nodes is {settings.num_nodes}; expected at least 1."]
     problems = []
     train, (devices, num_nodes) = settings.train, processes(settings)
     ranks = devices * num_nodes
@@ -645,10 +664,10 @@ def _check_schedule(settings: RunSettings, optimizer: dict[str, Any]) -> list[st
             " (train.max_time alone gives the learning-rate schedule no length)."
         )
     for name, limit in {**limits, "max_time": train.max_time}.items():
-        if limit is not None and limit <= 0:
-            problems.append(f"train.{name} is {limit}; expected more than 0.")
+        if limit is not None and not 0 < limit <= 2**62:  # also where it is not a number
+            problems.append(f"train.{name} is {str(limit)[:30]}; expected more than 0, and at most 2**62.")
     learning_rate = (optimizer.get("init_args") or {}).get("lr")
-    if isinstance(learning_rate, float) and learning_rate <= 0:
+    if isinstance(learning_rate, float) and not 0 < learning_rate < math.inf:
         problems.append(f"the optimizer's lr is {learning_rate}; expected more than 0, such as 3.0e-4.")
     elif isinstance(learning_rate, float) and not 0 <= train.min_lr <= learning_rate:
         problems.append(

@@ -15,13 +15,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from recipe.cli import UserError
 from recipe.data import manifest
 from recipe.data.manifest import Manifest
+from recipe.sealed import write_json
 
 if TYPE_CHECKING:
     import wandb
@@ -71,12 +72,13 @@ def log_dataset(
         ``entity/project/name:version``, or offline the folder of the run.
 
     Raises:
-        UserError: for tokens that are missing, incomplete or stale, another tokenizer, a bad name, a missing key or
-            network, or when W&B refuses.
+        UserError: for tokens that are missing, incomplete, stale or damaged, another tokenizer, a bad name, a missing
+            key or network, or when W&B refuses.
     """
     from recipe.data.module import checked_manifest
 
     found = checked_manifest(data_dir)
+    manifest.verify(data_dir, found.splits)
     files = _files(data_dir, found, tokenizer_dir)
     name = name or "dataset-" + re.sub(r"[^\w.-]", "-", data_dir.resolve().name, flags=re.ASCII)
     if not re.fullmatch(r"[\w.-]{1,128}", name, flags=re.ASCII):
@@ -148,11 +150,12 @@ def _tokenizer(data_dir: Path, found: Manifest, tokenizer_dir: Path | None) -> P
 
 
 def _metadata(found: Manifest) -> dict[str, Any]:
-    """The manifest, without the list of text files where that is long (it is in tokens/manifest.json anyway)."""
+    """The manifest, without the lists of files where those are long (they are in tokens/manifest.json anyway)."""
     values = asdict(found)
     for split in values["splits"].values():
-        if len(split["text"]) > MAX_FILES_IN_METADATA:
-            split["text"] = f"{len(split['text'])} files, see tokens/manifest.json"
+        for name in ("text", "files"):
+            if len(split[name]) > MAX_FILES_IN_METADATA:
+                split[name] = f"{len(split[name])} files, see tokens/manifest.json"
     return values
 
 
@@ -324,9 +327,8 @@ def _download(artifact: "wandb.Artifact", found: Reference, target: Path) -> Non
     """Fetches into a temporary folder beside ``target``, checks everything, and renames."""
     entries = artifact.manifest.entries
     for name, entry in entries.items():
-        for path in (PureWindowsPath(name), PureWindowsPath(entry.path)):  # knows both kinds of slashes, and drives
-            if entry.ref is not None or path.drive or path.root or ".." in path.parts:
-                raise UserError(f"{found} is refused: its entry {name!r} lies outside of it. Nothing was written.")
+        if entry.ref is not None or not (manifest.lies_inside(name) and manifest.lies_inside(str(entry.path))):
+            raise UserError(f"{found} is refused: its entry {name!r} lies outside of it. Nothing was written.")
     size = sum(entry.size or 0 for entry in entries.values())
     free = shutil.disk_usage(target.parent).free
     if 2 * size > free:  # W&B's client keeps a second copy of each file while it downloads
@@ -354,7 +356,7 @@ def _download(artifact: "wandb.Artifact", found: Reference, target: Path) -> Non
                 os.utime(folder / text.path, ns=(text.mtime_ns, text.mtime_ns))
         files = {str(entry.path): (folder / entry.path).stat().st_size for entry in entries.values()}
         record = {"artifact": str(found), "digest": str(artifact.digest), "files": files}
-        manifest.write_json(folder / RECORD, record)
+        write_json(folder / RECORD, record)
         manifest.replace_folder(folder, target)
 
 

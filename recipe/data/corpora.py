@@ -34,6 +34,7 @@ from recipe.data.documents import (
 from recipe.data.files import HUB, Location, Unfinished, in_short, is_remote, reading, suffix
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.tokenizers import OFFLINE_WAYS
+from recipe.sealed import read_sealed, write_sealed
 
 SHARD_BYTES = 16 << 20  # of text a file: stock LitGPT's TextFiles holds a whole file in memory, at 180 times its size
 SAMPLE_BYTES = 20 << 20
@@ -400,7 +401,7 @@ def write_text(
     except UserError:
         shutil.rmtree(incoming, ignore_errors=True)
         raise
-    manifest.write_json(incoming / "source.json", asdict(origin))  # last: from here on the text counts as complete
+    write_sealed(incoming / "source.json", asdict(origin))  # last: from here on the text counts as complete
     publish(data_dir)
     return origin
 
@@ -426,7 +427,7 @@ def publish(data_dir: Path) -> None:
 def read_origin(data_dir: Path) -> TextOrigin | None:
     """Where the text came from, None for text that was put there by hand."""
     try:
-        values = json.loads((data_dir / "source.json").read_text(encoding="utf-8"))
+        values = read_sealed(data_dir / "source.json")
         return TextOrigin(
             values["name"],
             values["location"],
@@ -607,7 +608,7 @@ def _write_splits(
                     written = {split: [asdict(entry) for entry in writer.records] for split, writer in writers.items()}
                     sizes = {split: writer.size for split, writer in writers.items()}
                     state = {"cut": cut, "parts": number, "counts": counts, "records": written, "open": sizes}
-                    manifest.write_json(incoming / JOURNAL, {**inputs, **state})
+                    write_sealed(incoming / JOURNAL, {**inputs, **state})
                     noted = time.monotonic()
                 done = number
                 counts["empty"] += text.empty
@@ -631,7 +632,7 @@ def _write_splits(
 def _read_journal(incoming: Path) -> dict[str, Any]:
     """What an interrupted call had written; empty where there is nothing."""
     try:
-        return dict(json.loads((incoming / JOURNAL).read_text(encoding="utf-8")))
+        return read_sealed(incoming / JOURNAL)
     except (OSError, ValueError):
         return {}
 

@@ -25,6 +25,7 @@ from recipe.data.files import Location, open_file, reading, suffix
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.prepare import DEFAULT_VAL_FRACTION, locked
 from recipe.data.story_instructions import story_instructions
+from recipe.sealed import read_sealed, write_sealed
 
 FORMAT = 1  # of the folder; another one must be made anew
 MANIFEST = "instructions.json"
@@ -254,7 +255,7 @@ def _build(args: InstructArgs, source: Source) -> Instructions:
     building.mkdir()
     try:
         found = _write(building, source)
-        manifest.write_json(building / MANIFEST, asdict(found))  # from here on it counts as complete
+        write_sealed(building / MANIFEST, asdict(found))  # from here on it counts as complete
         _publish(args.data_dir)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -510,7 +511,7 @@ def read(data_dir: Path) -> Instructions:
     """
     command = f"`uv run python prepare_data.py --instruct SOURCE --data_dir {data_dir}"
     try:
-        values = json.loads((data_dir / MANIFEST).read_text(encoding="utf-8"))
+        values = read_sealed(data_dir / MANIFEST)
         splits = {name: Split(n["conversations"], FileRecord(**n["file"])) for name, n in values["splits"].items()}
         records = tuple(FileRecord(**entry) for entry in values["source_files"])
         found = Instructions(**{**values, "splits": splits, "source_files": records})
@@ -527,7 +528,8 @@ def read(data_dir: Path) -> Instructions:
         )
     known = [split.file for split in found.splits.values()]
     lying = [path for name in SPLITS if (path := data_dir / f"{name}.jsonl").is_file()]
-    if changes := manifest.changed_files(known, manifest.refresh(lying, data_dir, known)):
+    # Read through, though size and time are as they were: a disk's errors change neither.
+    if changes := manifest.changed_files(known, [manifest.record(path, data_dir) for path in lying]):
         raise UserError(
             f"{data_dir} is not as it was prepared: {'; '.join(changes)}. Put it back, or make it anew: "
             f"{command} --overwrite`. Conversations of your own are a SOURCE."

@@ -1,23 +1,27 @@
 """What a folder of tokens was made from, and whether that still holds.
 
 Each split's token folder carries ``split.json`` (what went in, what came out), moved into place together with the
-tokens; ``manifest.json`` joins the splits and is written last. No manifest: not complete.
+tokens; ``manifest.json`` joins the splits and is written last. No manifest: not complete. Both carry a checksum of
+themselves, and checksums of the chunks and their index.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from recipe.cli import UserError
+from recipe.sealed import file_sha256, read_sealed, write_sealed
 
 FORMAT = 1  # of the tokens and their manifests; another one makes tokens stale
 SPLITS = ("train", "val")
+QUIET_SECONDS = 5  # reading the tokens through is told where it takes longer
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Split:
     """For a corpus streamed from the Hub its files there: none of them lies in the folder."""
     held_out: int = 0
     """Training documents left out, since they also stand in the validation text."""
+    files: dict[str, str] = field(default_factory=dict)
+    """The SHA-256 of each chunk and of their index, by name; older tokens have none."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,8 @@ def manifest_path(data_dir: Path) -> Path:
 def read(data_dir: Path) -> Manifest | None:
     """The manifest of complete tokens; None where there is none, or where the token files are not those it counts."""
     try:
-        values = json.loads(manifest_path(data_dir).read_text(encoding="utf-8"))
-        manifest = from_dict(values)
-    except (OSError, ValueError, TypeError, KeyError):
+        manifest = from_dict(read_sealed(manifest_path(data_dir)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     whole = manifest.format == FORMAT and all(
         _chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in manifest.splits.items()
@@ -145,26 +150,34 @@ def read(data_dir: Path) -> Manifest | None:
 
 def write(data_dir: Path, manifest: Manifest) -> None:
     """Writes the manifest, whole or not at all."""
-    write_json(manifest_path(data_dir), asdict(manifest))
+    write_sealed(manifest_path(data_dir), asdict(manifest))
 
 
 def read_split(data_dir: Path, split: str) -> BuiltSplit | None:
     """What a split's token folder says of itself; None where it is not there, not whole or of another format."""
     folder = tokens_dir(data_dir, split)
     try:
-        values = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+        values = read_sealed(folder / "split.json")
         found = BuiltSplit(**{**values, "counts": _split(values["counts"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return found if found.format == FORMAT and _chunk_tokens(folder) == found.counts.tokens else None
 
 
 def write_split(folder: Path, built: BuiltSplit) -> None:
     """Writes ``split.json`` into a token folder."""
-    write_json(folder / "split.json", asdict(built))
+    write_sealed(folder / "split.json", asdict(built))
+
+
+def lies_inside(name: str) -> bool:
+    """Whether a name that somebody else wrote stays in its folder, on any system."""
+    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+    return not (path.drive or path.root or ".." in path.parts)
 
 
 def _split(values: dict[str, Any]) -> Split:
+    if outside := [entry["path"] for entry in values["text"] if not lies_inside(entry["path"])]:
+        raise ValueError(f"{outside[0]!r} lies outside of the folder")
     return Split(**{**values, "text": tuple(FileRecord(**entry) for entry in values["text"])})
 
 
@@ -187,17 +200,43 @@ def _chunk_tokens(folder: Path) -> int:
     """The tokens of a split's chunks; -1 where a chunk is missing or of another size than its index says."""
     try:
         chunks = json.loads((folder / "index.json").read_text(encoding="utf-8"))["chunks"]
-        whole = all((folder / chunk["filename"]).stat().st_size == chunk["chunk_bytes"] for chunk in chunks)
+        whole = all(
+            lies_inside(name := chunk["filename"]) and (folder / name).stat().st_size == chunk["chunk_bytes"]
+            for chunk in chunks
+        )
         return sum(chunk["dim"] for chunk in chunks) if whole else -1
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return -1
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside and renames, so that nobody ever reads half of it."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-    os.replace(beside, path)
+def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
+    """Reads the tokens of ``splits`` through and compares them with the checksums that were taken when they were made.
+
+    Says so where that takes long, and where older tokens have no checksums.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = read(data_dir)
+    assert found is not None, "the caller has read the manifest"
+    wanted = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in found.splits[s].files.items()}
+    if unknown := [split for split in splits if not found.splits[split].files]:
+        print(
+            f"The tokens of {data_dir} ({' and '.join(unknown)}) were made by an older version, without checksums:"
+            f" damage to them can't be noticed. Remove {tokens_dir(data_dir)} and make them anew for some."
+        )
+    with ThreadPoolExecutor() as threads:
+        sums = {path: threads.submit(file_sha256, path) for path in wanted}
+        if wait(sums.values(), QUIET_SECONDS).not_done:
+            size = sum(path.stat().st_size for path in wanted)
+            print(f"Reading {size / 1e9:,.1f} GB of tokens through, to know that they are undamaged ...", flush=True)
+    if damaged := [str(path) for path, digest in sums.items() if digest.result() != wanted[path]]:
+        hub = f" --source {found.source.name}" if found.source.name not in ("files", "text") else ""
+        raise UserError(
+            f"damaged since it was made: {', '.join(damaged[:3])} (its checksum is not the one in"
+            f" {manifest_path(data_dir)}). Remove {tokens_dir(data_dir)} and make the tokens anew: `uv run python"
+            f" prepare_data.py --data_dir {data_dir}{hub}`. (A dataset of W&B: remove {data_dir}, it is fetched anew.)"
+        )
 
 
 def replace_folder(new: Path, old: Path) -> None:
@@ -210,12 +249,17 @@ def replace_folder(new: Path, old: Path) -> None:
 # --- fingerprints ---
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """Of a split's chunks and their index, by name."""
+    paths = [*sorted(folder.glob("chunk-*.bin")), folder / "index.json"]
+    with ThreadPoolExecutor() as threads:
+        return {path.name: digest for path, digest in zip(paths, threads.map(file_sha256, paths), strict=True)}
+
+
 def record(path: Path, folder: Path) -> FileRecord:
     """Reads a file for its fingerprint."""
     status = path.stat()
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns, digest)
+    return FileRecord(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns, file_sha256(path))
 
 
 def refresh(paths: Iterable[Path], folder: Path, known: Iterable[FileRecord]) -> tuple[FileRecord, ...]:

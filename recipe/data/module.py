@@ -1,5 +1,6 @@
 """The reader: prepared tokens as LitGPT's data module, any context length, resumable to the batch."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class TokenizedText(DataModule):
         self.max_seq_length = max_seq_length
 
     def prepare_data(self) -> None:
-        """Checks that there are tokens, of the text and the tokenizer as they are now, and enough for a batch.
+        """Checks that there are tokens, undamaged, of the text and the tokenizer as they are now, enough for a batch.
 
         Raises:
             UserError: where not.
@@ -67,6 +68,8 @@ class TokenizedText(DataModule):
                 f"id is {found.tokenizer.eos_id}; the run's tokenizer has {self.tokenizer.eos_id}. Name its folder "
                 f"(--tokenizer_dir), or tokenize anew: `uv run python prepare_data.py --data_dir {self.data_dir}`."
             )
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":  # once on each machine
+            manifest.verify(self.data_dir)
         for split in manifest.SPLITS:
             self._require_batches(found, split, world_size=1)
 
@@ -143,9 +146,10 @@ def validation_windows(data_dir: Path, split: str, block_size: int) -> TokenWind
         A dataset with ``len``; each item is ``(T + 1,)`` int64. The same windows that training validates on.
 
     Raises:
-        UserError: for missing, incomplete or stale tokens, or fewer than one window.
+        UserError: for missing, incomplete, stale or damaged tokens, or fewer than one window.
     """
     found = checked_manifest(data_dir)
+    manifest.verify(data_dir, [split])
     windows = TokenWindows(data_dir, split, block_size)
     if len(windows) == 0:
         raise UserError(

@@ -22,6 +22,7 @@ from recipe.data.documents import END_OF_TEXT, Part, Rules, first_documents, par
 from recipe.data.files import Unfinished, is_remote
 from recipe.data.manifest import SPLITS, BuiltSplit, FileRecord, Manifest, Settings, Source, TokenizerRecord
 from recipe.data.tokenizers import TokenizerInfo
+from recipe.sealed import write_json
 
 DEFAULT_VAL_FRACTION = 0.1
 BUILDING = ".building"  # tokens on their way, below data_dir/tokens; stays when the work is interrupted
@@ -523,7 +524,7 @@ def _text_of_hub(args: PrepareArgs, text: _TextToWrite, settings: Settings, buil
     before = _read_begun(args.data_dir)
     files = dataset.open(settings, before.revision if before and before.source == text.source else None)
     building.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(begun, asdict(_Begun(text.source, files.revision, settings)))
+    write_json(begun, asdict(_Begun(text.source, files.revision, settings)))
     settings = replace(settings, val_fraction=None if "val" in files.files else settings.val_fraction)
     records = [entry for entries in files.records.values() for entry in entries]
     lazily = settings.max_documents is not None
@@ -730,7 +731,7 @@ def _tokenize(
         if begun != inputs[cut]:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            manifest.write_json(work / "inputs.json", inputs[cut])
+            write_json(work / "inputs.json", inputs[cut])
         rules = replace(rules, cut=cut)
         job = tokens.Job(tokenizer_json, False, info.eos_id, tokens.dtype_for(info.vocab_size), rules)
         counts: dict[str, tokens.Counts] = {}
@@ -760,6 +761,7 @@ def _tokenize(
             job.dtype,
             text.inputs(split),
             count.held_out,
+            manifest.checksums(folders[split]),
         )
         manifest.write_split(folders[split], BuiltSplit(manifest.FORMAT, info.sha256, asdict(rules), entry))
     return folders

@@ -12,7 +12,8 @@ from typing import Any
 from recipe.cli import UserError
 from recipe.data.documents import END_OF_TEXT
 from recipe.data.files import in_short
-from recipe.data.manifest import end_of_text_token, fingerprint_of, tokenizer_fingerprint, write_json
+from recipe.data.manifest import end_of_text_token, fingerprint_of, tokenizer_fingerprint
+from recipe.sealed import write_json
 
 DEFAULT = "gpt2"
 DEFAULT_VOCAB_SIZE = 8192

@@ -25,8 +25,8 @@ import numpy as np
 
 from recipe.data.documents import Part, PartText, Piece, Rules, first_documents, read
 from recipe.data.files import Unfinished
-from recipe.data.manifest import write_json
 from recipe.data.tokenizers import Encoder
+from recipe.sealed import read_sealed, write_sealed
 
 # A chunk's last tokens that fill no window are lost, so chunks are long; and there are about 16 of them where the text
 # allows it, as litdata's own reader shuffles chunks before windows.
@@ -404,7 +404,7 @@ def build(
             with open(hashes, "ab") as file:
                 os.fsync(file.fileno())
         values = {split: asdict(count) for split, count in counts.items()}
-        write_json(journal, {"parts": done, "bytes": seen, "counts": values, "complete": complete})
+        write_sealed(journal, {"parts": done, "bytes": seen, "counts": values, "complete": complete})
 
     noted = -JOURNAL_SECONDS
     left = None if max_documents is None else max_documents - documents
@@ -450,10 +450,10 @@ def build(
 def _read_journal(path: Path, splits: list[str]) -> tuple[int, int, dict[str, Counts], bool]:
     """(parts done, their bytes, counts, whether that is all) of an earlier call; nothing where there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_sealed(path)
         counts = {split: Counts(**values["counts"][split]) for split in splits}
         return values["parts"], values["bytes"], counts, values["complete"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # also a damaged one: the work begins anew
         return 0, 0, {split: Counts() for split in splits}, False
 
 

@@ -10,9 +10,10 @@ from litgpt import GPT, Config, Tokenizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, harmless
 
 Precision = Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
 
@@ -97,5 +98,5 @@ def as_table(rows: dict[str, str]) -> Table:
     """A result for people."""
     shown = Table(show_header=False)
     for name, value in rows.items():
-        shown.add_row(name, value)
+        shown.add_row(name, Text(harmless(value)))
     return shown

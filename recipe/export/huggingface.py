@@ -128,7 +128,9 @@ def _verify(gpt: GPT, tokenizer: Tokenizer, folder: Path, their_tokenizer: Any) 
 
 def _load(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
     """The transformers model of a folder, in which each weight has found its place."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
     model, loading = loaded
     if wrong := {kind: sorted(map(str, names))[:5] for kind, names in loading.items() if names}:
         raise RuntimeError(f"not every weight in {folder} has found its place in transformers' model: {wrong}")

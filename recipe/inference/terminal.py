@@ -7,14 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from recipe.cli import UserError, nearest
+from recipe.cli import UserError, harmless, nearest
 from recipe.inference.chat import NOT_TUNED, Chat, describe
 from recipe.inference.generate import Sampling, check_sampling, check_seed
 
 HINT = "/help lists the commands. Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves."
-
-# What a terminal would obey instead of showing it; a model may write any byte.
-_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Terminal:
@@ -55,7 +52,7 @@ class Terminal:
 
     def say(self, text: str, style: str = "dim") -> None:
         """A line about the chat."""
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        self.console.print(harmless(text), style=style, markup=False, soft_wrap=True)
 
     def answer(self, question: str) -> None:
         """Streams the answer to stdout. Ctrl-C stops it; what was written stays in the conversation."""
@@ -63,7 +60,7 @@ class Terminal:
         try:
             with closing(reply.__iter__()) as pieces:
                 for text in pieces:
-                    print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
+                    print(harmless(text) if sys.stdout.isatty() else text, end="", flush=True)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise

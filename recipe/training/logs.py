@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, harmless
 
 METRICS_FILE = "metrics.csv"
 COLUMNS = (
@@ -101,13 +101,27 @@ class MetricsCSV(Logger):
         self._size = self.path.stat().st_size
 
     def _read_rows(self) -> list[dict[str, str]]:
-        """The rows so far; of a file that another process wrote those up to the step that the run resumes from."""
-        if not self.path.is_file() or (not self._columns and self._resume_step is None):
+        """The rows so far that can be read; of a file that another process wrote those up to the step that the run
+        resumes from, and where others than its last row can't be read, it is kept beside."""
+        before = not self._columns
+        if not self.path.is_file() or (before and self._resume_step is None):
             return []
-        with open(self.path, encoding="utf-8", newline="") as file:
-            # A row that a kill cut off has no step, or holds None where cells are missing.
-            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row.values()]
-        return rows if self._columns else [row for row in rows if int(row["step"]) <= (self._resume_step or 0)]
+        header, *lines = self.path.read_bytes().decode("utf-8", errors="replace").splitlines() or [""]
+        columns = header.split(",")
+        rows: list[dict[str, str]] = []
+        broken = []
+        for number, line in enumerate(lines):
+            row = dict(zip(columns, line.split(","), strict=False))
+            whole = tuple(columns[: len(COLUMNS)]) == COLUMNS and line.count(",") == len(columns) - 1
+            if whole and _are_numbers(row) and int(row["step"]) > (int(rows[-1]["step"]) if rows else -1):
+                rows.append(row)
+            else:
+                broken.append(number)
+        if before and broken and broken[0] < len(lines) - 1:  # the last one may be one that a kill cut off
+            kept = self.path.with_name(f"{self.path.name}.damaged")
+            shutil.copyfile(self.path, kept)
+            print(f"{self.path} is damaged: {len(broken)} of its rows can't be read. As it was: {kept}")
+        return [row for row in rows if int(row["step"]) <= (self._resume_step or 0)] if before else rows
 
     def _write_all(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
         text = io.StringIO(newline="")
@@ -121,6 +135,14 @@ class MetricsCSV(Logger):
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _are_numbers(row: Mapping[str, str]) -> bool:
+    """Whether a row has a step, and numbers or nothing beside it."""
+    try:
+        return int(row["step"]) >= 0 and all(float(cell) is not None for cell in row.values() if cell)
+    except ValueError:
+        return False
 
 
 class Loggers(Logger):
@@ -254,7 +276,7 @@ class RunDisplay:
 
     def print(self, text: str) -> None:
         """A line above the progress bar, on the main process alone."""
-        self.console.print(text, markup=False)
+        self.console.print(harmless(text), markup=False)
 
     def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:
         """Shows that ``step`` steps are done; with a row of metrics (an empty one is none) also the numbers."""

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from recipe.cli import UserError
 from recipe.data import manifest, tokenizers
 from recipe.data.tokenizers import Encoder, agrees_with_tiktoken, byte_level_bpe, from_folder, install
+from recipe.sealed import write_json
 
 END = "<|endoftext|>"
 # What GPT-4's and Llama 3's tokenizers divide by, in the form of a tokenizer.json.
@@ -303,7 +304,7 @@ def test_an_interrupted_installation_leaves_no_tokenizer(
         written.append(path.name)
         if path.name == "tokenizer.json":
             raise KeyboardInterrupt
-        manifest.write_json(path, value)
+        write_json(path, value)
 
     monkeypatch.setattr(tokenizers, "write_json", die_at_the_last)
     with pytest.raises(KeyboardInterrupt):

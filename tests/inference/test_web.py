@@ -1,5 +1,7 @@
 """The chat page in a real browser: two models answer, nothing that is typed runs, and nothing leaves this machine."""
 
+import inspect
+import json
 import os
 import re
 import signal
@@ -21,7 +23,7 @@ from recipe.data.conversations import Message
 from recipe.inference.chat import Chat
 from recipe.inference.generate import Model, Sampling, load
 from tests.no_skips import find_browser
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLING = Sampling(max_new_tokens=30, temperature=0.8, top_k=50, top_p=1.0)
@@ -139,6 +141,14 @@ def test_settings_beyond_the_sliders() -> None:
     assert [slider.preprocess(slider.value) for slider in _settings(given, None, True)[:4]] == [3.0, 500, 1.0, 4000]
 
 
+def test_this_machine_alone_is_served_unless_told_otherwise() -> None:
+    from recipe.inference.web import listen
+
+    defaults = {name: found.default for name, found in inspect.signature(door("chat").main).parameters.items()}
+    with listen(defaults["host"], 0) as sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
+
+
 def test_a_port_that_is_taken() -> None:
     from recipe.inference.web import _is_loopback, listen
 
@@ -151,6 +161,115 @@ def test_a_port_that_is_taken() -> None:
         *[True] * 3,
         *[False] * 3,
     ]
+
+
+SECRET = "nobody may read this"
+
+
+def _asked(model: Model, question: str) -> list[Any]:
+    """What the page shows at last after a question: box, conversations, shown messages, caption."""
+    said = _event([model], "begin")(question, False, [[]])[3]
+    return list(_event([model], "answer")(question, True, said, 0.8, 50, 1.0, 5, "", ""))[-1]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *(
+            "\x00",
+            "\x00" * 1000,
+            "\ud800",
+            "a\udfff\ud800b",
+            HOSTILE,
+            "\u202e\u2066 \U0010ffff \ufffe",
+            "<|endoftext|>" * 50,
+        ),
+        *(
+            pytest.param("x" * 2_000_000, marks=pytest.mark.slow),
+            "<b>" * 300_000,
+            bytes(range(256)).decode("latin-1") * 5,
+        ),
+    ],
+    ids=lambda text: f"{len(text)} characters",
+)
+def test_hostile_questions_are_answered_or_refused(question: str, folders: list[Path]) -> None:
+    box, said, shown, caption = _asked(load(folders[0], device="cpu"), question)
+    for text in (json.dumps(said), json.dumps(shown), caption):
+        text.encode("utf-8")  # what goes to the browser
+    assert "tokens/s" in caption or "class='wrong'" in caption
+    assert all(
+        "<" not in message["content"] and ">" not in message["content"] for column in [shown] for message in column
+    )
+    if "wrong" in caption:
+        assert (box["value"] if isinstance(box, dict) else box.value) == question, "to be shortened, not lost"
+
+
+def test_markup_that_a_model_writes_is_shown_as_text() -> None:
+    from recipe.inference.web import _shown
+
+    said = [[Message(role="user", content="?"), Message(role="assistant", content=HOSTILE)]]
+    (shown,) = _shown(said)
+    assert "<" not in shown[1]["content"] and "&lt;script&gt;window.ran = 1&lt;/script&gt;" in shown[1]["content"]
+
+
+def test_no_request_reads_a_file_or_ends_the_server(folders: list[Path], tmp_path: Path) -> None:
+    """Paths out of the page's folders, bodies that are no JSON or not what is expected, many at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from fastapi.testclient import TestClient
+
+    from recipe.inference.web import make_app
+
+    secret = tmp_path / "secret.txt"
+    secret.write_text(SECRET, encoding="utf-8")
+    path = secret.as_posix().removeprefix("/")
+    up = "../" * 20
+    api = "/gradio_api"
+    app = make_app([load(folders[0], device="cpu")], SAMPLING, None)
+    starts = [f"{api}/file=", "/file=", "/static/", "/assets/", "/svelte/", "/custom_component/", f"{api}/proxy=", "/"]
+    names = [path, f"/{path}", *(f"{up}{path}".replace("/", slash) for slash in ("/", "%2f", "\\"))]
+    names = [
+        coded for name in names for coded in (name, name.replace("..", "%2e%2e"), f"file://{name}", f"{name}%00.svg")
+    ]
+    with TestClient(app, raise_server_exceptions=False) as client:
+        events = client.get("/config").json()["dependencies"]
+        begin = next(event["id"] for event in events if event["api_name"] == "begin")
+        for address in (start + name for start in starts for name in names):
+            answer = client.get(address)
+            assert SECRET not in answer.text and answer.status_code != 200, address
+        assert client.post(f"{api}/upload", files={"files": ("../../up.txt", b"x" * 100_000)}).status_code == 413
+        calls = [
+            {"fn_index": number, "data": data, "session_hash": session}
+            for number in (begin, -1, 10**10)
+            for data in ([], [{"a": 1}, [1], "x"], ["\ud800", None, None], None)
+            for session in ("a", "\ud800", "x" * 10**5)
+        ]
+        no_json = [
+            b"",
+            b"{",
+            b"\xff\xfe\x00",
+            b"[" * 100_000,
+            b'{"a":' * 10_000,
+            b"nan",
+            b"null",
+            b"[]",
+            b'"' + b"x" * 10**6,
+        ]
+        bodies = [*no_json, *(json.dumps(call).encode() for call in calls)]
+        routes = [
+            f"{api}/{name}"
+            for name in ("queue/join", "run/predict", "api/predict", "reset", "cancel", "component_server")
+        ]
+
+        def post(route: str, body: bytes) -> int:
+            return client.post(route, content=body, headers={"content-type": "application/json"}).status_code
+
+        with ThreadPoolExecutor(16) as threads:
+            codes = list(threads.map(post, *zip(*((route, body) for route in routes for body in bodies), strict=True)))
+        assert len(codes) == len(routes) * len(bodies)
+        assert client.get("/").status_code == 200 and client.get("/config").status_code == 200
+        asked = {"fn_index": begin, "data": ["Who?", False, None], "session_hash": "a new one"}
+        assert client.post(f"{api}/run/predict", json=asked).json()["data"][4][0]["content"][0]["text"] == "Who?"
 
 
 # ------------------------------------------------------------------------------------------------------- the browser

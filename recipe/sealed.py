@@ -1,0 +1,47 @@
+"""JSON files that are written whole or not at all and know when they were damaged; checksums of files."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+CHECKSUM = "sha256"
+"""Where a sealed file says what the rest of it comes to."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside and renames, so that nobody ever reads half of it."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    os.replace(beside, path)
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """As ``write_json``, with a checksum of all that it says."""
+    write_json(path, {**values, CHECKSUM: _seal(values)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What ``write_sealed`` was given; files of older versions have no checksum.
+
+    Raises:
+        OSError, ValueError: it can't be read, or its checksum is another.
+    """
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds {type(values).__name__}, expected an object")
+    sealed = values.pop(CHECKSUM, None)
+    if sealed is not None and sealed != _seal(values):
+        raise ValueError("its checksum is not that of what it says: it was damaged or changed")
+    return values
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The checksum of a file; other threads run on meanwhile."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

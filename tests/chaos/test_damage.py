@@ -1,0 +1,271 @@
+"""Bytes that change on the disk, files cut off or lost: found, with a message that says where, or without effect.
+
+A disk's errors leave size and time of a file as they were, so here they stay, too.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from litgpt import Tokenizer
+
+from recipe import checkpoints, load
+from recipe.cli import UserError
+from recipe.data import InstructionData, manifest
+from recipe.data.instructions import InstructArgs, prepare_instructions
+from recipe.data.prepare import PrepareArgs, prepare
+from recipe.settings import check, parse_run
+from recipe.training.logs import COLUMNS, MetricsCSV
+from recipe.training.pretrain import pretrain
+from recipe.training.ready import ready
+from recipe.training.state import check_same_tokens
+
+STEP = "step-00000002"
+MODEL = dict(
+    **{"name": "tiny-moe", "block_size": 64, "vocab_size": 384, "padded_vocab_size": 384, "n_layer": 1, "n_embd": 16},
+    **{"n_head": 2, "mlp_class_name": "LLaMAMoE", "moe_intermediate_size": 16, "n_expert": 2, "n_expert_per_token": 1},
+    **{"norm_class_name": "RMSNorm", "bias": False, "parallel_residual": False, "rotary_percentage": 1.0},
+)
+
+
+class World:
+    """A corpus, its tokens and tokenizer, conversations, and a run's checkpoints; brought back whole when asked."""
+
+    def __init__(self, folder: Path, stories: list[str], tokenizer_dir: Path) -> None:
+        self.folder, self._whole = folder / "world", folder / "whole"
+        shutil.copytree(tokenizer_dir, self.folder / "tokenizer")
+        for split, texts in (("train", stories[:120]), ("val", stories[120:])):
+            (self.folder / "data" / split).mkdir(parents=True)
+            text = "\n<|endoftext|>\n".join(texts)
+            (self.folder / "data" / split / "stories.txt").write_text(text, encoding="utf-8", newline="\n")
+        self.prepare()
+        (folder / "pairs.jsonl").write_text(
+            "".join(f'{{"prompt": "Who is {i}?", "response": "It is {i}."}}\n' for i in range(40)), encoding="utf-8"
+        )
+        prepare_instructions(InstructArgs(instruct=str(folder / "pairs.jsonl"), data_dir=self.folder / "instruct"))
+        paths = {f"{split}_data_path": str(self.folder / "data" / split) for split in ("train", "val")}
+        settings = {
+            "model": MODEL,
+            "out_dir": str(self.folder / "out"),
+            "tokenizer_dir": str(self.folder / "tokenizer"),
+            "data": {"class_path": "recipe.data.TokenizedText", "init_args": {**paths, "num_workers": 0}},
+            "train": {
+                **{"global_batch_size": 2, "micro_batch_size": 2, "max_seq_length": 16, "max_steps": 4},
+                **{"save_interval": 2, "lr_warmup_steps": 1},
+            },
+            "eval": {"interval": 4, "max_iters": 1},
+            "sample": {"prompt": None},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
+            "progress": False,
+        }
+        run_file = folder / "run.yaml"
+        run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        run = parse_run(["--config", str(run_file)])
+        check(run.settings, run.optimizer)
+        pretrain(*ready(run)[:1], resume_from=None)
+        shutil.move(self.folder / "out" / "final", self.folder / "model")
+        for later in self.folder.glob("out/step-*"):
+            if later.name != STEP:
+                shutil.rmtree(later)
+        self.run = parse_run(["--config", str(run_file), "--resume", str(self.folder / "out" / STEP)])
+        shutil.copytree(self.folder, self._whole)
+
+    def prepare(self) -> None:
+        prepare(PrepareArgs(data_dir=self.folder / "data", tokenizer_dir=self.folder / "tokenizer", num_workers=0))
+
+    def mend(self) -> None:
+        shutil.rmtree(self.folder)
+        shutil.copytree(self._whole, self.folder)
+        manifest._tokenizer_fingerprint.cache_clear()  # another process would have read nothing yet
+
+    def files(self, *below: str) -> list[Path]:
+        names = ("filelock", ".lock", ".prepare.lock")
+        return [
+            path
+            for name in below
+            for path in sorted((self.folder / name).rglob("*"))
+            if path.is_file() and not path.name.endswith(names)
+        ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> World:
+    return World(tmp_path_factory.mktemp("damage"), stories, tokenizer_dir)
+
+
+def damage(path: Path, rng: random.Random) -> str:
+    """Changes a file in one of the ways in which disks and people do; says how."""
+    data, times = bytearray(path.read_bytes()), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    how = rng.choice(["a bit", "a bit", "a bit", "bytes", "cut off", "emptied", "lost", "zeros"])
+    if how == "lost" or not data:
+        path.unlink()
+        return "lost"
+    at = rng.randrange(len(data))
+    if how == "a bit":
+        data[at] ^= 1 << rng.randrange(8)
+    elif how == "bytes":
+        data[at : at + 16] = rng.randbytes(len(data[at : at + 16]))
+    elif how == "zeros":
+        data[at : at + 512] = bytes(len(data[at : at + 512]))
+    else:
+        del data[0 if how == "emptied" else at :]
+    path.write_bytes(data)
+    os.utime(path, ns=times)
+    return f"{how} at {at}"
+
+
+def content(value: Any, digest: Any) -> None:
+    """Everything in nested values, tensors included, into a hash."""
+    if isinstance(value, torch.Tensor):
+        bits = value.contiguous().reshape(-1).view(torch.uint8)
+        digest.update(str((value.dtype, value.shape)).encode() + bits.numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in value:
+            digest.update(repr(key).encode())
+            content(value[key], digest)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            content(item, digest)
+    else:
+        digest.update(repr(value).encode())
+
+
+def hashed(*values: Any) -> str:
+    digest = hashlib.sha256()
+    content(values, digest)
+    return digest.hexdigest()
+
+
+def resumed(world: World) -> str:
+    """All that a resumed run would go on with: weights, state, settings, every batch."""
+    run, folder = ready(world.run)
+    assert folder is not None
+    check_same_tokens(folder, run.settings)
+    data = run.settings.data
+    data.connect(Tokenizer(run.settings.tokenizer_dir), 2, 16)
+    data.prepare_data()
+    state = (checkpoints.load_weights(folder), checkpoints.load_training_state(folder))
+    settings = (checkpoints.load_config(folder), checkpoints.load_hyperparameters(folder))
+    return hashed(
+        state, settings, checkpoints.read_mark(folder).step, list(data.train_dataloader()), list(data.val_dataloader())
+    )
+
+
+def written(world: World) -> str:
+    """What the final model writes."""
+    return hashed(load(world.folder / "model", device="cpu").generate("Mia went", max_new_tokens=12))
+
+
+def tuned_on(world: World) -> str:
+    """Every batch of conversations."""
+    data = InstructionData(data_dir=world.folder / "instruct")
+    data.connect(Tokenizer(world.folder / "tokenizer"), 2, 64)
+    data.prepare_data()
+    data.setup()
+    return hashed(list(map(tuple, data.train_dataloader())), list(map(tuple, data.val_dataloader())))
+
+
+# Not the text: that is the user's to change, and then it is said that tokens are made of it anew.
+MANY = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.mark.parametrize(
+    ("use", "below", "times"),
+    [
+        pytest.param(resumed, (f"out/{STEP}", "data/tokens", "tokenizer"), 40, id="resumed"),
+        pytest.param(written, ("model",), 20, id="written"),
+        pytest.param(tuned_on, ("instruct",), 12, id="tuned on"),
+        pytest.param(resumed, (f"out/{STEP}", "data/tokens", "tokenizer"), 500, id="resumed, many", marks=MANY),
+        pytest.param(written, ("model",), 150, id="written, many", marks=MANY),
+        pytest.param(tuned_on, ("instruct",), 100, id="tuned on, many", marks=MANY),
+    ],
+)
+def test_every_damage_is_found_or_harmless(
+    use: Callable[[World], str], below: tuple[str, ...], times: int, world: World
+) -> None:
+    world.mend()
+    whole = use(world)
+    rng = random.Random(times)
+    found = 0
+    for number in range(times):
+        world.mend()
+        files = world.files(*below)
+        path = files[number % len(files)]
+        how = f"{path.relative_to(world.folder)}: {damage(path, rng)}"
+        try:
+            result = use(world)
+        except UserError as error:
+            found += 1
+            message = str(error)
+            assert path.name in message or str(path.parent) in message or str(world.folder) in message, (how, message)
+        else:
+            assert result == whole, f"{how} went unnoticed"
+    world.mend()
+    assert found > times / 4
+    print(f"{times} damages: {found} found, {times - found} without effect")
+
+
+def test_damaged_chunks_are_named_and_made_anew(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command of the message mends it: then it is the run that it was."""
+    world.mend()
+    whole = resumed(world)
+    chunk = manifest.tokens_dir(world.folder / "data", "train") / "chunk-0-0.bin"
+    data = bytearray(chunk.read_bytes())
+    data[-1] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(UserError, match=r"chunk-0-0\.bin .*`uv run python prepare_data.py --data_dir") as error:
+        resumed(world)
+    assert f"Remove {world.folder / 'data' / 'tokens'}" in str(error.value)
+    shutil.rmtree(world.folder / "data" / "tokens")
+    world.prepare()
+    assert resumed(world) == whole
+    world.mend()
+
+
+def test_tokens_of_an_older_version(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without checksums they are read, and it is said that damage to them can't be seen."""
+    world.mend()
+    whole = resumed(world)
+    assert "without checksums" not in capsys.readouterr().out
+    from recipe.sealed import read_sealed, write_json
+
+    path = manifest.manifest_path(world.folder / "data")
+    values = read_sealed(path)
+    for split in values["splits"].values():
+        del split["files"]
+    write_json(path, values)
+    assert resumed(world) == whole
+    assert "made by an older version, without checksums" in capsys.readouterr().out
+    world.mend()
+
+
+@pytest.mark.parametrize("times", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_metrics_lose_no_other_row(times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A resumed run goes on after the rows that can be read; what it left out is kept beside the file."""
+    path = tmp_path / "metrics.csv"
+    first = MetricsCSV(path, None)
+    for step in range(1, 11):
+        first.log_metrics({"train_loss": 1 / step, "total_tokens": 64 * step, "expert": 0.5}, step)
+    whole = path.read_bytes()
+    rows = whole.decode().splitlines()
+    for number in range(times):
+        path.write_bytes(whole)
+        rng = random.Random(number)
+        how = damage(path, rng)
+        damaged = path.read_bytes() if path.exists() else b""
+        kept = path.with_name("metrics.csv.damaged")
+        kept.unlink(missing_ok=True)
+        MetricsCSV(path, 8).log_metrics({"train_loss": 0.1, "total_tokens": 9 * 64, "expert": 0.5}, 9)
+        now = path.read_text(encoding="utf-8").splitlines()
+        assert now[-1].startswith("9,0.1,") and now[0].split(",")[: len(COLUMNS)] == list(COLUMNS), how
+        steps = [row.split(",")[0] for row in now[1:]]
+        assert len(set(steps)) == len(steps) and all(step.isdigit() for step in steps), how
+        lost = [row for row in rows[1:9] if row.encode() in damaged and row not in now]
+        assert not lost or kept.read_bytes() == damaged, how

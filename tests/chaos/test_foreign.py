@@ -1,0 +1,310 @@
+"""What others made, checkpoints and data folders: nothing in them is run, and nothing outside of them is touched."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from litgpt import Tokenizer
+
+from recipe import checkpoints, load
+from recipe.cli import UserError, exit_with_message
+from recipe.data import manifest
+from recipe.data.prepare import PrepareArgs, prepare
+from recipe.inference.chat import Chat
+from recipe.sealed import read_sealed, write_sealed
+from recipe.settings import check, parse_finetuning, parse_run
+from recipe.training.ready import ready_to_finetune
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+
+HARM = "harm-done"
+
+
+class Harmful:
+    """Makes a folder where it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (HARM,)
+
+
+def mark_anew(folder: Path) -> Path:
+    """The checksums of the files as they lie there now: a stranger's checkpoint has right ones."""
+    mark = checkpoints.read_mark(folder)
+    (folder / checkpoints.MARK).unlink()
+    checkpoints._write_mark(folder, mark.step, mark.tokens)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Whatever a test reads, no harm is done; and a module ``evil`` could be imported."""
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({HARM!r})\nclass Evil: pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / HARM).exists()
+    assert "evil" not in sys.modules
+
+
+@pytest.fixture
+def dense_fields(moe_fields: dict) -> dict:
+    dense = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
+    return {**moe_fields, **dense, "moe_intermediate_size": None}
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, dense_fields: dict, tokenizer_dir: Path) -> Path:
+    """A whole checkpoint of somebody else's, with right checksums."""
+    return save_tiny(tmp_path / "stranger" / "final", tiny_gpt(dense_fields), tokenizer_dir)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    row = {"ind": 1, "ctx": "Mia went", "activity_label": "", "endings": ["a", "b", "c", "d"], "label": 1}
+    row |= {"ctx_a": "Mia went", "ctx_b": "", "source_id": "x", "split": "val"}
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return path
+
+
+READERS = ["generate", "chat", "loss", "hellaswag", "tasks", "experts", "export_hf", "initial", "upcycle", "finetune"]
+
+
+@pytest.mark.parametrize(
+    ("reader", "form"),
+    [*((reader, "zip") for reader in READERS), *(("generate", form) for form in ("bare", "inside a list", "a list"))],
+)
+def test_no_door_runs_a_pickle(
+    reader: str,
+    form: str,
+    stranger: Path,
+    questions: Path,
+    prepared: Path,
+    run_file: Path,
+    train: Callable[..., Path],
+    tmp_path: Path,
+    dense_fields: dict,
+) -> None:
+    if form == "bare":
+        (stranger / "lit_model.pth").write_bytes(pickle.dumps({"model": Harmful()}))
+    else:
+        content: Any = {"zip": {"model": Harmful()}, "inside a list": {"model": [Harmful()]}, "a list": [torch.ones(1)]}
+        torch.save(content[form], stranger / "lit_model.pth")
+    mark_anew(stranger)
+    model = tmp_path / "dense.yaml"
+    model.write_text(yaml.safe_dump(dense_fields), encoding="utf-8")
+    (tmp_path / "tasks").mkdir()
+    task = {"task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(questions)}}}
+    task |= {
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{ctx}}",
+        "doc_to_choice": "endings",
+    }
+    (tmp_path / "tasks" / "t.yaml").write_text(yaml.safe_dump({**task, "doc_to_target": "label"}), encoding="utf-8")
+    evaluate = door("evaluate").main
+    calls: dict[str, Callable[[], Any]] = {
+        "generate": lambda: door("generate").main(checkpoint=stranger, device="cpu"),
+        "chat": lambda: door("chat").main(checkpoint=stranger, device="cpu"),
+        "loss": lambda: evaluate(checkpoint=stranger, data_dir=prepared / "data", device="cpu", max_seq_length=16),
+        "hellaswag": lambda: evaluate(checkpoint=stranger, hellaswag=str(questions), device="cpu"),
+        "tasks": lambda: evaluate(checkpoint=stranger, tasks="t", tasks_dir=tmp_path / "tasks", device="cpu"),
+        "experts": lambda: evaluate(checkpoint=stranger, experts=True, data_dir=prepared / "data", device="cpu"),
+        "export_hf": lambda: door("export_hf").main(stranger, tmp_path / "exported"),
+        "initial": lambda: train("--initial_checkpoint_dir", str(stranger), "--model", str(model)),
+        "upcycle": lambda: train("--upcycle", str(stranger), "--train.tie_embeddings=true"),
+        "finetune": lambda: finetune_on(tmp_path, stranger),
+    }
+    if reader == "upcycle":
+        settings = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+        del settings["model"]
+        run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    expected = r"lit_model\.pth (is refused|holds|is damaged)|no experts|has no expert"
+    with pytest.raises(UserError, match=expected) as refused:
+        calls[reader]()
+    assert "weights_only" not in str(refused.value), "torch's message names the way around it"
+    assert "\n" not in str(refused.value)
+
+
+def finetune_on(tmp_path: Path, checkpoint: Path, *flags: str) -> None:
+    from recipe.data.instructions import InstructArgs, prepare_instructions
+    from recipe.training.finetune import finetune
+
+    pairs = [{"prompt": f"Who is {i}?", "response": f"It is {i}."} for i in range(40)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    prepare_instructions(InstructArgs(instruct=str(tmp_path / "pairs.json"), data_dir=tmp_path / "instruct"))
+    run = parse_finetuning(
+        [
+            *(str(checkpoint), "--data_dir", str(tmp_path / "instruct"), "--out_dir", str(tmp_path / "tuned")),
+            *("--train.max_steps", "2", "--train.save_interval", "1", "--micro_batch_size", "2"),
+            *("--global_batch_size", "2", "--max_seq_length", "64", "--sample.max_new_tokens", "4"),
+            *("--progress", "false", "--train.epochs", "null", "--train.lr_warmup_steps", "1", *flags),
+        ]
+    )
+    check(run.settings, run.optimizer)
+    finetune(run, resume_from=ready_to_finetune(run.settings))
+
+
+def test_no_pickle_is_run_when_resuming(train: Callable[..., Path]) -> None:
+    out = train("--train.max_steps", "4")
+    folder = out / "step-00000004" if (out / "step-00000004").is_dir() else out / "final"
+    torch.save({"progress": Harmful()}, folder / "training_state.pth")
+    mark_anew(folder)
+    with pytest.raises(UserError, match=r"training_state\.pth is refused, and nothing in it was run"):
+        train("--train.max_steps", "8", "--resume", str(folder))
+
+
+@pytest.mark.slow
+def test_no_pickle_is_run_when_lora_resumes(tmp_path: Path, stranger: Path) -> None:
+    lora = ("--lora_r", "2")
+    finetune_on(tmp_path, stranger, *lora)
+    folder = checkpoints.newest_step(tmp_path / "tuned")
+    assert folder is not None
+    torch.save({"lora": Harmful()}, folder / "lit_model.pth.lora")
+    mark_anew(folder)
+    with pytest.raises(UserError, match=r"lit_model\.pth\.lora is refused, and nothing in it was run"):
+        finetune_on(tmp_path, stranger, *lora, "--resume", str(folder))
+
+
+CODE = f"!!python/object/apply:os.mkdir ['{HARM}']"
+
+
+@pytest.mark.parametrize("name", ["model_config.yaml", "prompt_style.yaml", "hyperparameters.yaml"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(CODE, marks=pytest.mark.slow),
+        pytest.param(f"class_path: {CODE}", marks=pytest.mark.slow),
+        "class_path: evil.Evil",
+    ],
+)
+def test_no_yaml_of_a_checkpoint_is_run(name: str, text: str, stranger: Path, prepared: Path, tmp_path: Path) -> None:
+    """Each reader takes it for damaged, or for one that does not read this file."""
+    (stranger / name).write_text(text, encoding="utf-8")
+    mark_anew(stranger)
+    calls: list[Callable[[], Any]] = [
+        lambda: Chat(load(stranger, device="cpu")),
+        lambda: door("evaluate").main(checkpoint=stranger, device="cpu", max_seq_length=16, data_dir=prepared / "data"),
+        lambda: door("export_hf").main(stranger, tmp_path / "exported"),
+        lambda: checkpoints.load_hyperparameters(stranger),
+        lambda: parse_finetuning([str(stranger)]),
+        lambda: parse_run(["--upcycle", str(stranger)]),
+    ]
+    for call in calls:
+        try:
+            call()
+        except UserError as error:
+            assert name in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["data", "optimizer"])
+def test_a_checkpoint_chooses_no_class(
+    setting: str, stranger: Path, prepared: Path, tmp_path: Path, train: Any
+) -> None:
+    """Its hyperparameters name classes; what is instantiated is what the user's own run file and flags name."""
+    settings = {"data": {"class_path": "recipe.data.TokenizedText", "init_args": {}}, "optimizer": {}}
+    settings[setting] = {"class_path": "evil.Evil", "init_args": {}}
+    (stranger / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    mark_anew(stranger)
+    door("evaluate").main(checkpoint=stranger, device="cpu", max_seq_length=16, data_dir=prepared / "data")
+    finetune_on(tmp_path, stranger)
+    flags = ("--model", str(stranger / "model_config.yaml"), "--train.max_steps", "1")
+    train("--initial_checkpoint_dir", str(stranger), *flags)
+
+
+@pytest.mark.parametrize("parse", [parse_run, parse_finetuning])
+@pytest.mark.parametrize("text", [CODE, f"optimizer: {CODE}", f"a: &a [*a, {CODE}]"])
+def test_no_yaml_of_a_run_file_is_run(text: str, parse: Callable[[list[str]], Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"run\.yaml is not valid YAML"):
+        parse(["--config", str(path)])
+
+
+def test_no_flag_is_run(run_file: Path) -> None:
+    assert parse_run(["--config", str(run_file), "--model.name", CODE]).settings.model.name == CODE, "it is a text"
+    with pytest.raises(UserError):
+        parse_run(["--config", str(run_file), "--optimizer", CODE])
+
+
+# --- what is shown ---
+
+
+def test_no_control_character_of_a_model_reaches_the_terminal(
+    stranger: Path,
+    dense_fields: dict,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It could change the title, the colours, or what stands above; into a file its text goes as it is."""
+    gpt, tokenizer = tiny_gpt(dense_fields), Tokenizer(tokenizer_dir)
+    escape, bell = (int(tokenizer.encode(byte)[0]) for byte in "\x1b\x07")
+    with torch.no_grad():
+        row = gpt.lm_head.weight[escape].clone()
+        gpt.lm_head.weight.zero_()
+        gpt.lm_head.weight[escape], gpt.lm_head.weight[bell] = row, -row  # one of them is always the likeliest
+    folder = save_tiny(tmp_path / "control" / "final", gpt, tokenizer_dir)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        door("generate").main(checkpoint=folder, prompt="Mia\x1b[2J", temperature=0.0, max_new_tokens=5, device="cpu")
+        shown = capsys.readouterr().out
+        assert any(character in shown for character in "\x1b\x07") is not terminal
+        assert len(shown.rstrip("\n")) == len("Mia\x1b[2J") + 5
+
+
+def test_no_control_character_stands_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise UserError("the model \x1b]0;owned\x07\x9b2J\r is none\nof ours")
+
+    with pytest.raises(SystemExit):
+        exit_with_message(refuse)
+    assert capsys.readouterr().err == "error: the model \ufffd]0;owned\ufffd\ufffd2J\ufffd is none\nof ours\n"
+
+
+# --- data folders ---
+
+OUTSIDE = ["../outside", "/outside", "a/../../outside", "..\\outside", "C:\\outside", "C:outside", "\\\\host\\outside"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_data_folder_names_no_file_outside_of_it(name: str, prepared: Path, tmp_path: Path) -> None:
+    """Neither as a chunk of its tokens, whose bytes would be read and logged, nor as its text, whose time is set."""
+    data = shutil.copytree(prepared / "data", tmp_path / "data")
+    (tmp_path / "outside").write_bytes(b"secret")
+    index = data / "tokens" / "train" / "index.json"
+    values = json.loads(index.read_text(encoding="utf-8"))
+    values["chunks"][0] |= {"filename": name, "chunk_bytes": 6}
+    index.write_text(json.dumps(values), encoding="utf-8")
+    assert manifest.read(data) is None and manifest.read_split(data, "train") is None
+    shutil.copy(prepared / "data" / "tokens" / "train" / "index.json", index)
+    assert manifest.read(data) is not None
+    values = read_sealed(manifest.manifest_path(data))
+    values["splits"]["train"]["text"][0]["path"] = name
+    write_sealed(manifest.manifest_path(data), values)
+    assert manifest.read(data) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
+def test_text_is_written_through_no_link(tmp_path: Path, tokenizer_dir: Path, stories: list[str]) -> None:
+    """A data folder from elsewhere whose token folder is a link: what lies behind it stays as it is."""
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "a.txt").write_text(stories[0] + "\n", encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "chunk-0-0.bin").write_bytes(b"theirs")
+    (tmp_path / "data" / "tokens").mkdir()
+    (tmp_path / "data" / "tokens" / "train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises((UserError, OSError)):
+        prepare(PrepareArgs(data_dir=tmp_path / "data", tokenizer_dir=tokenizer_dir, num_workers=0))
+    assert (tmp_path / "elsewhere" / "chunk-0-0.bin").read_bytes() == b"theirs"
+    assert os.listdir(tmp_path / "elsewhere") == ["chunk-0-0.bin"]

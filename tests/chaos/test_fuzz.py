@@ -1,0 +1,384 @@
+"""Config files and command lines at random: every outcome is a run (as far as it goes before training) or one message.
+
+The quick tests try the same few cases each time; the slow ones others each day, from a seed that they print:
+``LITMOE_FUZZ_SEED=N`` repeats them.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+
+from recipe.cli import exit_with_message, run_door
+from recipe.data.instructions import InstructArgs
+from recipe.data.prepare import PrepareArgs, prepare
+from recipe.settings import ParsedRun, check, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+
+ROOT = Path(__file__).parent.parent.parent
+RUN_FILES = sorted(
+    [ROOT / "train_config.yaml", ROOT / "configs" / "quickstart.yaml", *ROOT.glob("configs/runs/*.yaml")]
+)
+FINETUNE_FILES = sorted(ROOT.glob("configs/finetune*.yaml"))
+SEED = int(os.environ.get("LITMOE_FUZZ_SEED", time.time() // 86400))
+
+
+def fuzz(case: Callable[..., None], examples: int, **strategies: st.SearchStrategy[Any]) -> None:
+    """Tries ``case`` with so many examples: few of them are always the same, many differ from day to day."""
+    quick = examples <= 30
+    test = given(**strategies)(case)
+    if not quick:
+        print(f"LITMOE_FUZZ_SEED={SEED}")
+        test = seeded(SEED)(test)
+    unhurried = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+    settings(max_examples=examples, derandomize=quick, **unhurried)(test)()  # type: ignore[arg-type]
+
+
+def outcome(call: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> Any:
+    """What ``call`` returns, or None where it ended as a door does: with a message and 1, or a text and 0."""
+    try:
+        return exit_with_message(call)
+    except SystemExit as ended:
+        captured = capsys.readouterr()
+        assert ended.code in (0, 1), ended.code
+        if ended.code:
+            message = captured.err.rpartition("error: ")[2].strip()
+            assert len(message) > 10, captured
+            assert "Traceback" not in captured.err
+            assert len(message) < 20_000, "nobody reads so much"
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------- strategies
+
+TEXTS = st.one_of(
+    st.text(max_size=30),
+    st.sampled_from(
+        [
+            *(
+                "",
+                " ",
+                "null",
+                "true",
+                "no",
+                "1e-5",
+                "nan",
+                "inf",
+                "-inf",
+                "1_000",
+                "0x10",
+                "~",
+                "auto",
+                "\x00",
+                "\x1b[2J",
+            ),
+            *("ünï 🎉", "\u202e", "a" * 5000, "../..", "/", "C:\\x", "{}", "[1, 2", "!!python/name:os.system", "&a *a"),
+            *("%(x)s", "{0}", "$HOME", "~nobody/x", "con", "torch.optim.SGD", "os.system", "litgpt.data.TextFiles"),
+        ]
+    ),
+)
+NUMBERS = st.one_of(
+    st.integers(-3, 3),
+    st.integers(-(2**70), 2**70),
+    st.sampled_from([float("nan"), float("inf"), float("-inf"), -0.0, 1e-320, 1e308, 10**400, 2**31, 2**63]),
+    st.floats(),
+)
+LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.one_of(TEXTS, st.integers()), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def nested(depth: int) -> Any:
+    """Lists in mappings in lists."""
+    value: Any = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+def leaf_paths(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where the values stand in nested mappings; the mappings too."""
+    inside = (
+        [found for key, value in values.items() for found in leaf_paths(value, (*path, key))]
+        if isinstance(values, dict)
+        else []
+    )
+    return [path, *inside] if path else inside
+
+
+def changed(values: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """A copy in which ``value`` stands at ``path``."""
+    key, *rest = path
+    inner = values.get(key)
+    return {**values, key: changed(inner if isinstance(inner, dict) else {}, tuple(rest), value) if rest else value}
+
+
+@st.composite
+def run_files(draw: st.DrawFn, files: list[Path], flags: tuple[str, ...]) -> dict[str, Any]:
+    """A shipped run file in which one to three settings were replaced, some by settings that it does not have."""
+    path = draw(st.sampled_from(files))
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(values.get("model"), str):
+        values["model"] = str(ROOT / "configs" / "models" / "quickstart.yaml")
+    places = st.one_of(
+        st.sampled_from(leaf_paths(values)),
+        st.sampled_from(flags).map(lambda flag: tuple(flag.split("."))),
+        TEXTS.map(lambda name: (name,)),
+        TEXTS.map(lambda name: ("train", name)),
+    )
+    for _ in range(draw(st.integers(1, 3))):
+        values = changed(values, draw(places), draw(st.one_of(VALUES, st.integers(5, 60).map(nested))))
+    return values
+
+
+@st.composite
+def damaged_texts(draw: st.DrawFn, files: list[Path]) -> bytes:
+    """A shipped run file, some of whose bytes were replaced, cut out or doubled; or no text at all."""
+    data = bytearray(draw(st.sampled_from(files)).read_bytes())
+    for _ in range(draw(st.integers(1, 8))):
+        at, size = draw(st.integers(0, len(data))), draw(st.integers(0, 40))
+        data[at : at + size] = draw(st.one_of(st.binary(max_size=8), st.just(bytes(data[at : at + 2 * size]))))
+    return draw(st.one_of(st.just(bytes(data)), st.just(bytes(data)), st.binary(max_size=300), st.just(b"")))
+
+
+def arguments(flags: tuple[str, ...]) -> st.SearchStrategy[list[str]]:
+    """One to four of these flags and of others, with values in both spellings, or none."""
+    names = st.one_of(st.sampled_from(flags), st.sampled_from(flags).map(lambda name: name.replace("_", "-")), TEXTS)
+    values = st.one_of(LEAVES.map(str), TEXTS, VALUES.map(lambda value: yaml.safe_dump(value, allow_unicode=True)))
+    one = st.tuples(names, values, st.sampled_from(["=", " ", ""])).map(
+        lambda flag: [f"--{flag[0]}={flag[1]}"] if flag[2] == "=" else [f"--{flag[0]}", *([flag[1]] if flag[2] else [])]
+    )
+    return st.lists(one, min_size=1, max_size=4).map(lambda flags: [part for flag in flags for part in flag])
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+EXAMPLES = [
+    pytest.param(5, id="quick"),
+    pytest.param(300, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths mean nothing here, and nothing in the project is written to."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture
+def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    return save_tiny(tmp_path / "base" / "final", tiny_gpt(moe_fields), tokenizer_dir)
+
+
+def _flags(parser: Any) -> tuple[str, ...]:
+    return tuple(sorted(set(known_flags(parser)) - {"config", "help", "print_config"}))
+
+
+def _parsed(parse: Callable[[list[str]], ParsedRun], argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def call() -> None:
+        run = parse(argv)
+        check(run.settings, run.optimizer)
+
+    outcome(call, capsys)
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_run_files(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+
+    def case(values: dict[str, Any]) -> None:
+        path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="replace")
+        _parsed(parse_run, ["--config", str(path)], capsys)
+
+    fuzz(case, examples, values=run_files(RUN_FILES, _flags(run_parser())))
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_finetuning_files(examples: int, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+
+    def case(values: dict[str, Any]) -> None:
+        path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="replace")
+        _parsed(parse_finetuning, [str(base), "--config", str(path)], capsys)
+
+    fuzz(case, examples, values=run_files(FINETUNE_FILES, _flags(finetuning_parser())))
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("parse", [parse_run, parse_finetuning])
+def test_files_that_are_no_yaml(examples: int, parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+
+    def case(data: bytes) -> None:
+        path.write_bytes(data)
+        _parsed(parse, ["--config", str(path)], capsys)
+
+    fuzz(case, examples, data=damaged_texts(RUN_FILES))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "a: 2026-99-99",
+            "a: !!int ''",
+            "a: !!timestamp x",
+            "a: !!bool x",
+            "[" * 20_000,
+            f"a: {'1' * 5000}",
+            "=",
+            "\x00",
+        ),
+        *(
+            "- 1",
+            "? [a]\n: b",
+            "&a [*a]",
+            "a: &a {b: *a}",
+            "upcycle: [1]",
+            "num_nodes: 0",
+            "model: {n_head: 0}",
+            f"model: {'a' * 5000}",
+        ),
+        *('out_dir: "a\\0"', "model: {n_layer: -1}", "optimizer: antigravity.x", "train: {max_time: .nan}"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_files_that_ended_in_a_traceback_or_might(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyYAML's constructors, the system's calls and LitGPT's checks have errors of many kinds."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        exit_with_message(lambda: check(*_settings_of(parse_run(["--config", str(path)]))))
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def _settings_of(run: ParsedRun) -> tuple[Any, dict[str, Any]]:
+    return run.settings, run.optimizer
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    fuzz(
+        lambda argv: _parsed(parse_run, [*quickstart, *argv], capsys),
+        examples,
+        argv=arguments((*_flags(run_parser()), "config", "model", "upcycle", "print_config", "help")),
+    )
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_command_line_of_finetuning(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fuzz(
+        lambda argv: _parsed(parse_finetuning, [str(base), *argv], capsys),
+        examples,
+        argv=arguments((*_flags(finetuning_parser()), "config", "print_config", "help")),
+    )
+
+
+DOORS = {
+    "generate": ("main", "checkpoint"),
+    "chat": ("main", "checkpoint"),
+    "evaluate": ("main", "checkpoint"),
+    "export_hf": ("main", None),
+    "wandb_dataset": ("main", None),
+}
+
+
+@pytest.mark.parametrize(
+    "examples", [pytest.param(10, id="quick"), pytest.param(600, id="many", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", [*DOORS, "prepare_data", "instruct"])
+def test_command_lines_of_the_doors(examples: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as the door's function gets without a checkpoint or data."""
+    if name in ("prepare_data", "instruct"):
+        function: Any = PrepareArgs if name == "prepare_data" else InstructArgs
+        positional = None
+    else:
+        function, positional = getattr(door(name), DOORS[name][0]), DOORS[name][1]
+    names = tuple(re.findall(r"--(\w+)", _help(function)))
+
+    def case(argv: list[str]) -> None:
+        outcome(lambda: run_door(function, argv, optional_positional=positional), capsys)
+
+    fuzz(case, examples, argv=arguments(names))
+
+
+def _help(function: Any) -> str:
+    from recipe.cli import make_parser
+
+    parser = make_parser()
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
+    return parser.format_help()
+
+
+@pytest.mark.parametrize(
+    "examples", [pytest.param(5, id="quick"), pytest.param(100, id="many", marks=pytest.mark.slow)]
+)
+def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("Mia went.\n<|endoftext|>\nTom went.\n", encoding="utf-8")
+    (tmp_path / "text" / "b.jsonl").write_text('{"text": "Mia"}\n', encoding="utf-8")
+    sources = ["a.txt", "b.jsonl", "", "c.txt"]
+
+    def case(source: str, argv: list[str]) -> None:
+        target = [
+            "--data_dir",
+            str(tmp_path / "data"),
+            "--tokenizer_dir",
+            str(tmp_path / "tokenizer"),
+            "--num_workers=0",
+        ]
+        given = ["--source", str(tmp_path / "text" / source), "--tokenizer=train", "--vocab_size=300", *argv, *target]
+        outcome(lambda: prepare(run_door(PrepareArgs, given)), capsys)
+
+    flags = (
+        "val_fraction",
+        "document_separator",
+        "text_column",
+        "max_documents",
+        "vocab_size",
+        "tokenizer",
+        "overwrite",
+    )
+    fuzz(case, examples, source=st.sampled_from(sources), argv=arguments(flags))
+
+
+@pytest.mark.parametrize(
+    "examples", [pytest.param(12, id="quick"), pytest.param(200, id="many", marks=pytest.mark.slow)]
+)
+def test_what_a_model_is_asked(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a real model: any text, any sampling."""
+    generate = door("generate").main
+    numbers = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**63, 2**70]))
+    rates = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, 1e-40, 1e308]))
+
+    def case(**flags: Any) -> None:
+        outcome(lambda: generate(checkpoint=base, device="cpu", **flags), capsys)
+
+    fuzz(
+        case,
+        examples,
+        prompt=st.one_of(st.none(), TEXTS),
+        max_new_tokens=numbers,
+        num_samples=st.integers(-1, 3),
+        temperature=rates,
+        top_k=st.one_of(st.none(), numbers),
+        top_p=rates,
+        seed=numbers,
+    )
