@@ -546,7 +546,8 @@ def _check_seed(settings: RunSettings) -> list[str]:
 
 
 def _check_paths(settings: RunSettings) -> list[str]:
-    paths = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    paths = {name: value for name, value in values.items() if isinstance(value, str | Path)}
     return [f"{name} holds a zero byte; no file can have such a name." for name, p in paths.items() if "\0" in str(p)]
 
 

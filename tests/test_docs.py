@@ -46,6 +46,15 @@ def test_commands_name_scripts_and_targets_that_exist(document: Path):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
+def test_promises_name_tests_that_exist():
+    text = (PROJECT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "tests").rglob("test_*.py"))
+    named = re.findall(r"\b(test_\w+)(?!\w*\.py)\b", text)
+    assert len(named) > 30
+    assert not [name for name in named if not re.search(rf"def {name}", tests)]
+    assert all((PROJECT / path).is_file() for path in re.findall(r"`(tests/[\w/.]+\.py)`", text))
+
+
 def test_the_speed_up_table_is_what_its_program_prints(monkeypatch, capsys):
     text = (PROJECT / "docs" / "SCALING.md").read_text(encoding="utf-8")
     program, rest = text.split("<!-- speed-up -->\n```python\n")[1].split("```\n", 1)

@@ -108,7 +108,7 @@ def test_metrics_wait_for_room(disk: Path, capsys: pytest.CaptureFixture[str]) -
     metrics = MetricsCSV(path, resume_step=None)
     metrics.log_metrics({"train_loss": 0.5}, 1)
     ballast = fill(disk)
-    text = "x" * 1000
+    text = "0." + 1000 * "1"
     for step in range(2, 12):
         metrics.log_metrics({"train_loss": 0.5, "mfu": text} | ({"new": step} if step > 6 else {}), step)
     said = capsys.readouterr().out
