@@ -58,7 +58,7 @@ def show(checks: "list[Check]", out: Path) -> None:
 
     table = Table(show_header=False, title=escape(f"{out}: verified"))
     for check in checks:
-        table.add_row(*check)
+        table.add_row(*map(escape, check))
     Console().print(table)
 
 

@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -489,6 +489,8 @@ def _read_mark(folder: Path) -> CheckpointMark:
     try:
         content = read_sealed(path)
         files = {name: FileMark(**file) for name, file in content.pop("files").items()}
+        if outside := [name for name in files if name in ("", "..") or PureWindowsPath(name).name != name]:
+            raise ValueError(f"{outside[0]!r} is no file of this folder")
         mark = CheckpointMark(**content, files=files)
         if (type(mark.step), type(mark.tokens), type(mark.time)) != (int, int, str):
             raise TypeError("step and tokens are whole numbers, the time is a text")
@@ -525,6 +527,11 @@ def newest(root: Path) -> Path | None:
     Its training state may have been removed to save space: generating and evaluating need none.
     """
     return _last_saved(Path(root).rglob(MARK))
+
+
+def _in_or_below(folder: Path) -> Path | None:
+    """As `newest`, two levels deep: for a hint, nobody waits until a whole disk is searched."""
+    return _last_saved(path for pattern in ("*/", "*/*/") for path in folder.glob(f"{pattern}{MARK}"))
 
 
 def _beside(folder: Path) -> Path | None:
@@ -591,7 +598,7 @@ def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
         try:
             _read_mark(folder)
         except _Damaged as damage:
-            below = newest(folder) if folder.is_dir() else None
+            below = _in_or_below(folder) if folder.is_dir() else None
             if found := below or _beside(folder) or newest(root):
                 where = "in it" if below else "beside it" if found.parent == folder.parent else f"under {root}"
                 hint = f"the newest whole checkpoint {where} is {found}"

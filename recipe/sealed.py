@@ -1,5 +1,6 @@
 """JSON files that are written whole or not at all and know when they were damaged; checksums of files."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,18 @@ from typing import Any
 
 CHECKSUM = "sha256"
 """Where a sealed file says what the rest of it comes to."""
+
+
+def read_json(path: Path) -> Any:
+    """What ``json.load`` gives.
+
+    Raises:
+        OSError, ValueError: it can't be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,7 +41,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it can't be read, or its checksum is another.
     """
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}, expected an object")
     sealed = values.pop(CHECKSUM, None)
@@ -42,6 +55,12 @@ def _seal(values: dict[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The checksum of a file; other threads run on meanwhile."""
+    """The checksum of a file; other threads run on meanwhile.
+
+    Raises:
+        OSError: it can't be read, or is a device or a pipe, which have no end.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,11 +8,11 @@ import os
 import pydoc
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import litgpt.args
 import torch
@@ -284,7 +284,7 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         dense = Path(run["upcycle"])
     if dense is not None and files["model"] is None:
         run["model"] = upcycled_model(dense)
-    resolved, values = _parse(run_parser(), run_file, run, flags)
+    resolved, values = _parse(run_parser(), RunSettings, run_file, run, flags)
     settings = RunSettings(**{field.name: values[field.name] for field in fields(RunSettings)})
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
 
@@ -303,7 +303,7 @@ def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
         argv = [f"--checkpoint_dir={argv[0]}", *argv[1:]]
     files, flags = _split_files_off(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
     run_file = files["config"] or DEFAULT_FINETUNING
-    resolved, values = _parse(finetuning_parser(), run_file, _read_yaml(run_file), flags)
+    resolved, values = _parse(finetuning_parser(), FinetuneSettings, run_file, _read_yaml(run_file), flags)
     folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
     resolved["checkpoint_dir"] = str(folder)
     settings = FinetuneSettings(
@@ -325,9 +325,9 @@ def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
 
 
 def _parse(
-    parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]
+    parser: ArgumentParser, kind: type[RunSettings], run_file: Path, run: dict[str, Any], flags: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings as plain values, the same as objects) of a run file and the flags that beat it."""
+    """(settings as plain values, the same as objects of ``kind``) of a run file and the flags that beat it."""
     # What torchao's import has to say to torch's developers, where an optimizer of its is named.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
@@ -338,10 +338,11 @@ def _parse(
     try:
         namespace = parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
+        _check_nulls(kind, resolved)
         with warnings.catch_warnings():
             # LitGPT warns of a warm-up as long as the run; here it is shortened, and the run says so.
             warnings.filterwarnings("ignore", message="`--train.lr_warmup_steps` should be less")
-            return resolved, vars(parser.instantiate_classes(namespace))
+            values = vars(parser.instantiate_classes(namespace))
     except ArgumentError as error:
         raise UserError(explain(str(error), _known_names(parser, run))) from None
     except UserError:
@@ -352,6 +353,28 @@ def _parse(
         raise UserError(
             f"these settings do not fit together: {str(reason) or f'LitGPT holds that `{failed}`'}"
         ) from None
+    _check_nulls(kind, values)
+    return resolved, values
+
+
+def _check_nulls(kind: type, values: dict[str, Any]) -> None:
+    """Raises ``UserError`` for settings that are null and may not be: jsonargparse takes null for anything."""
+    if nulls := list(_nulls(kind, values)):
+        raise UserError(f"{', '.join(nulls)} can't be null; expected a value, or no such line for the default.")
+
+
+def _nulls(kind: type, values: dict[str, Any], path: str = "") -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for setting in fields(kind):
+        name, value = setting.name, values.get(setting.name)
+        if value is None and name in values and setting.default is not None and not _takes_null(hints[name]):
+            yield path + name
+        elif is_dataclass(value):
+            yield from _nulls(type(value), vars(value), f"{path}{name}.")
+
+
+def _takes_null(hint: Any) -> bool:
+    return hint is Any or type(None) in get_args(hint)
 
 
 def run_parser() -> ArgumentParser:

@@ -8,6 +8,7 @@ themselves, and checksums of the chunks and their index.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,8 +18,10 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from recipe.cli import UserError
-from recipe.sealed import file_sha256, read_sealed, write_sealed
+from recipe.sealed import file_sha256, read_json, read_sealed, write_sealed
 
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
+"""What comes of reading JSON that is missing, damaged, of another version, or a stranger's."""
 FORMAT = 1  # of the tokens and their manifests; another one makes tokens stale
 SPLITS = ("train", "val")
 QUIET_SECONDS = 5  # reading the tokens through is told where it takes longer
@@ -138,14 +141,21 @@ def manifest_path(data_dir: Path) -> Path:
 
 def read(data_dir: Path) -> Manifest | None:
     """The manifest of complete tokens; None where there is none, or where the token files are not those it counts."""
-    try:
-        manifest = from_dict(read_sealed(manifest_path(data_dir)))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    whole = manifest.format == FORMAT and all(
-        _chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in manifest.splits.items()
+    manifest = read_file(manifest_path(data_dir))
+    whole = (
+        manifest is not None
+        and manifest.format == FORMAT
+        and all(_chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in manifest.splits.items())
     )
     return manifest if whole else None
+
+
+def read_file(path: Path) -> Manifest | None:
+    """A manifest wherever it lies, such as the copy in a checkpoint; None where it is none that can be read."""
+    try:
+        return from_dict(read_sealed(path))
+    except _UNREADABLE:
+        return None
 
 
 def write(data_dir: Path, manifest: Manifest) -> None:
@@ -159,7 +169,7 @@ def read_split(data_dir: Path, split: str) -> BuiltSplit | None:
     try:
         values = read_sealed(folder / "split.json")
         found = BuiltSplit(**{**values, "counts": _split(values["counts"])})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except _UNREADABLE:
         return None
     return found if found.format == FORMAT and _chunk_tokens(folder) == found.counts.tokens else None
 
@@ -176,14 +186,15 @@ def lies_inside(name: str) -> bool:
 
 
 def _split(values: dict[str, Any]) -> Split:
-    if outside := [entry["path"] for entry in values["text"] if not lies_inside(entry["path"])]:
+    names = (*(entry["path"] for entry in values["text"]), *values.get("files", {}))
+    if outside := [name for name in names if not lies_inside(name)]:
         raise ValueError(f"{outside[0]!r} lies outside of the folder")
     return Split(**{**values, "text": tuple(FileRecord(**entry) for entry in values["text"])})
 
 
 def from_dict(values: dict[str, Any]) -> Manifest:
     """A manifest from what ``json.load`` gives."""
-    splits = {name: _split(split) for name, split in values["splits"].items()}
+    splits = {name: _split(values["splits"][name]) for name in SPLITS}
     known = {field.name: values[field.name] for field in fields(Manifest)}
     return Manifest(
         **{
@@ -199,13 +210,13 @@ def from_dict(values: dict[str, Any]) -> Manifest:
 def _chunk_tokens(folder: Path) -> int:
     """The tokens of a split's chunks; -1 where a chunk is missing or of another size than its index says."""
     try:
-        chunks = json.loads((folder / "index.json").read_text(encoding="utf-8"))["chunks"]
+        chunks = read_json(folder / "index.json")["chunks"]
         whole = all(
             lies_inside(name := chunk["filename"]) and (folder / name).stat().st_size == chunk["chunk_bytes"]
             for chunk in chunks
         )
         return sum(chunk["dim"] for chunk in chunks) if whole else -1
-    except (OSError, ValueError, KeyError, TypeError):
+    except _UNREADABLE:
         return -1
 
 
@@ -225,18 +236,54 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
             f"The tokens of {data_dir} ({' and '.join(unknown)}) were made by an older version, without checksums:"
             f" damage to them can't be noticed. Remove {tokens_dir(data_dir)} and make them anew for some."
         )
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
         sums = {path: threads.submit(file_sha256, path) for path in wanted}
-        if wait(sums.values(), QUIET_SECONDS).not_done:
-            size = sum(path.stat().st_size for path in wanted)
-            print(f"Reading {size / 1e9:,.1f} GB of tokens through, to know that they are undamaged ...", flush=True)
-    if damaged := [str(path) for path, digest in sums.items() if digest.result() != wanted[path]]:
-        hub = f" --source {found.source.name}" if found.source.name not in ("files", "text") else ""
+        try:
+            if wait(sums.values(), QUIET_SECONDS).not_done:
+                counts = [found.splits[split] for split in splits]
+                size = sum(split.tokens * (2 if split.dtype == "uint16" else 4) for split in counts)
+                print(
+                    f"Reading {size / 1e9:,.1f} GB of tokens through, to know that they are undamaged ...", flush=True
+                )
+            wait(sums.values())
+        except KeyboardInterrupt:
+            threads.shutdown(cancel_futures=True)
+            raise
+    if damaged := [path for path, digest in sums.items() if digest.exception() or digest.result() != wanted[path]]:
+        error = sums[damaged[0]].exception()
+        why = f"it can't be read: {error}" if error else f"its checksum is not the one in {manifest_path(data_dir)}"
         raise UserError(
-            f"damaged since it was made: {', '.join(damaged[:3])} (its checksum is not the one in"
-            f" {manifest_path(data_dir)}). Remove {tokens_dir(data_dir)} and make the tokens anew: `uv run python"
-            f" prepare_data.py --data_dir {data_dir}{hub}`. (A dataset of W&B: remove {data_dir}, it is fetched anew.)"
+            f"damaged since it was made: {', '.join(map(str, damaged[:3]))} ({why}). Remove {tokens_dir(data_dir)}"
+            f" and make the tokens anew: {_made_anew_by(data_dir, found)}. (A dataset of W&B: remove {data_dir}, it is"
+            " fetched anew.)"
         )
+
+
+def _made_anew_by(data_dir: Path, found: Manifest) -> str:
+    """The command that makes the same tokens once more when their folder is removed."""
+    flags = [f"--data_dir {data_dir}"]
+    places = (Path("data/tokenizer"), data_dir / "tokenizer", data_dir.parent / "tokenizer")
+    same = [folder for folder in places if _is_tokenizer(folder, found.tokenizer.sha256)]
+    flags.append(f"--tokenizer_dir {same[0] if same else 'FOLDER_OF_THEIR_TOKENIZER'}")
+    settings = {key: value for key, value in asdict(found.settings).items() if value is not None}
+    first = ""
+    if any((data_dir / entry.path).is_file() for split in found.splits.values() for entry in split.text):
+        settings.pop("max_documents", None)  # the text that lies there is what they left of it
+    elif found.source.name == "text":
+        first = f"put its text back into {data_dir}, then "
+    else:
+        flags.append(f"--source {found.source.location if found.source.name == 'files' else found.source.name}")
+    if settings.get("document_separator") == "":
+        settings["document_separator"] = r"\n"
+    flags += [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()]
+    return f"{first}`uv run python prepare_data.py {' '.join(flags)}`"
+
+
+def _is_tokenizer(folder: Path, sha256: str) -> bool:
+    try:
+        return tokenizer_fingerprint(folder) == sha256
+    except UserError:
+        return False
 
 
 def replace_folder(new: Path, old: Path) -> None:
@@ -319,7 +366,7 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
 @cache
 def _tokenizer_fingerprint(path: Path, size: int, mtime_ns: int, inode: int, eos_token: str | None) -> str:
     # Asked for many times in a run; size, time and inode only tell one state of the file from another.
-    return fingerprint_of(json.loads(path.read_text(encoding="utf-8")), eos_token)
+    return fingerprint_of(read_json(path), eos_token)
 
 
 def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None) -> str:
@@ -331,7 +378,7 @@ def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None) -> str
 def end_of_text_token(tokenizer_dir: Path) -> str | None:
     """The end-of-text token that ``tokenizer_config.json`` names, None where it names none."""
     try:
-        config = json.loads((tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = read_json(tokenizer_dir / "tokenizer_config.json")
     except (OSError, ValueError):
         return None
     token = config.get("eos_token")

@@ -98,5 +98,5 @@ def as_table(rows: dict[str, str]) -> Table:
     """A result for people."""
     shown = Table(show_header=False)
     for name, value in rows.items():
-        shown.add_row(name, Text(harmless(value)))
+        shown.add_row(Text(harmless(name)), Text(harmless(value)))
     return shown

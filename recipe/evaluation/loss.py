@@ -13,7 +13,6 @@ after which documents begin). The last window is as short as it comes out.
 Where ``max_iters`` stops early, the bytes are those of all documents times the share of the tokens that were read.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -289,11 +288,7 @@ def _trained_manifest(folder: Path, mark: checkpoints.CheckpointMark) -> Manifes
     if checkpoints.MANIFEST not in mark.files:
         return None
     checkpoints.verify(folder, [checkpoints.MANIFEST])
-    values = json.loads((folder / checkpoints.MANIFEST).read_text(encoding="utf-8"))
-    try:
-        return manifest.from_dict(values)
-    except (KeyError, TypeError):  # of another version
-        return None
+    return manifest.read_file(folder / checkpoints.MANIFEST)
 
 
 def _same_data(folder: Path, mark: checkpoints.CheckpointMark, found: Manifest) -> bool | None:

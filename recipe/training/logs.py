@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,8 @@ COLUMNS = (
     *("hellaswag_acc", "hellaswag_acc_norm"),
 )
 """Columns of the CSV file that every run has; those of each layer's experts follow."""
+CUT_OFF = re.compile(r"\d+(,[-+.\deinfa]*)*")
+"""What a kill may leave of a row"""
 
 
 class MetricsCSV(Logger):
@@ -94,33 +97,40 @@ class MetricsCSV(Logger):
                 os.truncate(self.path, self._size)  # half a row
                 raise
         else:
-            rows = self._read_rows()
+            rows = self._read_rows(names)
             columns = list(dict.fromkeys((*(self._columns or COLUMNS), *(rows[0] if rows else ()), *names)))
             self._write_all(columns, [*rows, *self._waiting])
             self._columns = columns
         self._size = self.path.stat().st_size
 
-    def _read_rows(self) -> list[dict[str, str]]:
+    def _read_rows(self, names: list[str]) -> list[dict[str, str]]:
         """The rows so far that can be read; of a file that another process wrote those up to the step that the run
-        resumes from, and where others than its last row can't be read, it is kept beside."""
+        resumes from. It is kept beside where more is lost than a last row that a kill cut off, or where its
+        columns are others than the ``names`` of this run."""
         before = not self._columns
         if not self.path.is_file() or (before and self._resume_step is None):
             return []
-        header, *lines = self.path.read_bytes().decode("utf-8", errors="replace").splitlines() or [""]
+        text = self.path.read_bytes().decode("utf-8", errors="replace")
+        header, *lines = text.splitlines() or [""]
         columns = header.split(",")
+        readable = tuple(columns[: len(COLUMNS)]) == COLUMNS and header.isprintable() and "\ufffd" not in header
         rows: list[dict[str, str]] = []
         broken = []
-        for number, line in enumerate(lines):
+        for line in lines:
             row = dict(zip(columns, line.split(","), strict=False))
-            whole = tuple(columns[: len(COLUMNS)]) == COLUMNS and line.count(",") == len(columns) - 1
+            whole = readable and line.count(",") == len(columns) - 1
             if whole and _are_numbers(row) and int(row["step"]) > (int(rows[-1]["step"]) if rows else -1):
                 rows.append(row)
             else:
-                broken.append(number)
-        if before and broken and broken[0] < len(lines) - 1:  # the last one may be one that a kill cut off
+                broken.append(line)
+        if broken and broken == lines[-1:] and not text.endswith("\n") and CUT_OFF.fullmatch(lines[-1]):
+            broken = []
+        others = bool(set(columns) - {*COLUMNS, *names}) and bool(set(names) - set(columns))
+        if before and (broken or others or not readable):
             kept = self.path.with_name(f"{self.path.name}.damaged")
             shutil.copyfile(self.path, kept)
-            print(f"{self.path} is damaged: {len(broken)} of its rows can't be read. As it was: {kept}")
+            what = f"{len(broken)} of its rows can't be read" if broken else "its header names other columns"
+            print(f"{self.path} is damaged: {what}. As it was: {kept}")
         return [row for row in rows if int(row["step"]) <= (self._resume_step or 0)] if before else rows
 
     def _write_all(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:

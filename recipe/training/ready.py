@@ -18,14 +18,14 @@ from recipe.cli import UserError
 from recipe.data import InstructionData, TokenizedText, conversations
 from recipe.data.conversations import Message
 from recipe.data.instructions import conversations as read_conversations
-from recipe.data.manifest import SPLITS, from_dict, manifest_path, tokenizer_fingerprint
+from recipe.data.manifest import SPLITS, manifest_path, tokenizer_fingerprint
 from recipe.data.manifest import read as read_manifest
 from recipe.data.prepare import PrepareArgs, prepare
 from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
 from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings
 from recipe.training.logs import METRICS_FILE, run_files
-from recipe.training.state import anew_from
+from recipe.training.state import anew_from, made_from
 from recipe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 
 
@@ -331,7 +331,7 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
         return run
     if _has_text(data):
         return run
-    then = from_dict(json.loads(saved.read_text(encoding="utf-8"))).made_from(*SPLITS)
+    then = made_from(saved, *SPLITS)
     data_dir = _moved_to(
         data.data_dir, lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == then
     )

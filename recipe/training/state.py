@@ -1,6 +1,5 @@
 """What a training run is made of, how it is saved, and how it is put back to where it was saved."""
 
-import json
 import random
 from copy import copy
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data.manifest import SPLITS, from_dict, manifest_path
+from recipe.data.manifest import SPLITS, manifest_path, read_file
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.settings import FinetuneSettings, RunSettings, is_sharded
@@ -299,7 +298,7 @@ def check_same_tokens(folder: Path, settings: RunSettings) -> None:
     then, now = folder / "manifest.json", tokens_manifest(settings)
     if now is None or not then.is_file():
         return
-    if _made_from(then, "train") != _made_from(now, "train"):
+    if made_from(then, "train") != made_from(now, "train"):
         raise UserError(
             f"{folder} was trained on other tokens than those of {now.parent.parent}: the text or the tokenizer"
             " changed. Bring the old ones back, or start a new run from its weights:"
@@ -313,7 +312,7 @@ def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
     if fabric.world_size == 1:
         return
     path = tokens_manifest(run.settings)
-    tokens = _made_from(path, *SPLITS) if path else None
+    tokens = made_from(path, *SPLITS) if path else None
     mine = {"the step that it starts from": run.progress.step, "the tokens": tokens, **run.made_from}
     everyone: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(everyone, mine)
@@ -358,8 +357,14 @@ def tokens_manifest(settings: RunSettings) -> Path | None:
     return path if path.is_file() else None
 
 
-def _made_from(path: Path, *splits: str) -> tuple[str, ...]:
-    return from_dict(json.loads(path.read_text(encoding="utf-8"))).made_from(*splits)
+def made_from(path: Path, *splits: str) -> tuple[str, ...]:
+    """What tokens follow from, by their manifest; raises ``UserError`` where it is none that can be read."""
+    if (found := read_file(path)) is None:
+        raise UserError(
+            f"{path} is damaged, or no manifest of this version, so it can't be told on which tokens the run goes on."
+            " Start a new run from the checkpoint's weights (--initial_checkpoint_dir), on tokens made anew."
+        )
+    return found.made_from(*splits)
 
 
 def gpt_of(model: _FabricModule) -> GPT:

@@ -6,6 +6,8 @@ A disk's errors leave size and time of a file as they were, so here they stay, t
 import hashlib
 import os
 import random
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,11 @@ import yaml
 from litgpt import Tokenizer
 
 from recipe import checkpoints, load
-from recipe.cli import UserError
+from recipe.cli import UserError, run_door
 from recipe.data import InstructionData, manifest
 from recipe.data.instructions import InstructArgs, prepare_instructions
 from recipe.data.prepare import PrepareArgs, prepare
+from recipe.sealed import file_sha256, read_sealed, write_json, write_sealed
 from recipe.settings import check, parse_run
 from recipe.training.logs import COLUMNS, MetricsCSV
 from recipe.training.pretrain import pretrain
@@ -204,7 +207,7 @@ def test_every_damage_is_found_or_harmless(
         except UserError as error:
             found += 1
             message = str(error)
-            assert path.name in message or str(path.parent) in message or str(world.folder) in message, (how, message)
+            assert path.name in message or str(path.parent) in message, (how, message)
         else:
             assert result == whole, f"{how} went unnoticed"
     world.mend()
@@ -212,7 +215,7 @@ def test_every_damage_is_found_or_harmless(
     print(f"{times} damages: {found} found, {times - found} without effect")
 
 
-def test_damaged_chunks_are_named_and_made_anew(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_chunks_are_named_and_made_anew(world: World) -> None:
     """The command of the message mends it: then it is the run that it was."""
     world.mend()
     whole = resumed(world)
@@ -220,12 +223,93 @@ def test_damaged_chunks_are_named_and_made_anew(world: World, capsys: pytest.Cap
     data = bytearray(chunk.read_bytes())
     data[-1] ^= 1
     chunk.write_bytes(data)
-    with pytest.raises(UserError, match=r"chunk-0-0\.bin .*`uv run python prepare_data.py --data_dir") as error:
+    with pytest.raises(UserError, match=r"chunk-0-0\.bin ") as error:
         resumed(world)
-    assert f"Remove {world.folder / 'data' / 'tokens'}" in str(error.value)
-    shutil.rmtree(world.folder / "data" / "tokens")
-    world.prepare()
+    mend_as_told(world, str(error.value))
     assert resumed(world) == whole
+    world.mend()
+
+
+def mend_as_told(world: World, message: str, data: str = "data") -> None:
+    """Does what the message about damaged tokens says."""
+    assert f"Remove {world.folder / data / 'tokens'}" in message
+    shutil.rmtree(world.folder / data / "tokens")
+    (command,) = re.findall(r"`uv run python prepare_data\.py (.*?)`", message)
+    prepare(run_door(PrepareArgs, [*shlex.split(command, posix=os.name != "nt"), "--num_workers", "0"]))
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["its text is there", "its text is gone"])
+def test_damaged_tokens_are_made_anew_from_their_source(
+    there: bool, world: World, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from the corpus that is the default; and with the settings of then."""
+    world.mend()
+    (world.folder / "own").mkdir()
+    text = "\n***\n".join(stories[:60])
+    (world.folder / "own" / "a.txt").write_text(text, encoding="utf-8", newline="\n")
+    settings = {"document_separator": "***", "val_fraction": 0.3, "max_documents": 40}
+    monkeypatch.chdir(world.folder)  # the source is named relative to it
+    data = world.folder / "tokens of own"
+    args = PrepareArgs("own", data_dir=data, tokenizer_dir=world.folder / "tokenizer", num_workers=0, **settings)
+    then = prepare(args)
+    monkeypatch.chdir(world.folder.parent)
+    if not there:
+        for split in ("train", "val"):
+            shutil.rmtree(data / split)
+        (data / "source.json").unlink()
+    for chunk in (data / "tokens").rglob("*.bin"):
+        chunk.write_bytes(bytes(chunk.stat().st_size))
+    with pytest.raises(UserError) as error:
+        manifest.verify(data)
+    mend_as_told(world, str(error.value), data.name)
+    manifest.verify(data)
+    now = manifest.read(data)
+    assert now is not None and now.made_from("train", "val") == then.made_from("train", "val")
+    assert all(now.splits[split].files == then.splits[split].files for split in ("train", "val"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
+def test_tokens_that_can_not_be_read_are_damaged(world: World) -> None:
+    """A link that leads in a circle, as a disk with errors."""
+    world.mend()
+    data = world.folder / "data"
+    index = manifest.tokens_dir(data, "train") / "index.json"
+    values = read_sealed(manifest.manifest_path(data))
+    values["splits"]["train"]["files"]["circle"] = "0" * 64
+    write_sealed(manifest.manifest_path(data), values)
+    (index.parent / "circle").symlink_to("circle")
+    with pytest.raises(UserError, match=r"circle \(it can't be read: "):
+        manifest.verify(data)
+    (index.parent / "circle").unlink()
+    (index.parent / "circle").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"circle \(it can't be read: .*no regular file"):
+        manifest.verify(data)
+
+
+@pytest.mark.parametrize(
+    "below", ["data/tokens/manifest.json", f"out/{STEP}/manifest.json", f"out/{STEP}/complete.json"]
+)
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 200_000, "[1]", '{"splits": []}', '{"splits": {"train": {"text": 1}}}']
+)
+def test_json_of_a_stranger_is_one_message(text: str, below: str, world: World) -> None:
+    """Whatever it is, and with the checksums that it should have."""
+    world.mend()
+    path = world.folder / below
+    path.write_text(text, encoding="utf-8")
+    if path.name == "manifest.json" and path.parent.name == STEP:
+        values = read_sealed(path.parent / checkpoints.MARK)
+        values["files"][path.name] = {"size": len(text), "sha256": file_sha256(path)}
+        write_sealed(path.parent / checkpoints.MARK, values)
+    with pytest.raises(UserError, match=re.escape(str(path.parents[1 if "tokens" in below else 0]))):
+        resumed(world)
+    world.mend()
+
+
+def test_an_index_that_is_nested_too_deeply_is_no_traceback(world: World) -> None:
+    world.mend()
+    (manifest.tokens_dir(world.folder / "data", "train") / "index.json").write_text("[" * 200_000, encoding="utf-8")
+    assert manifest.read(world.folder / "data") is None
     world.mend()
 
 
@@ -234,8 +318,6 @@ def test_tokens_of_an_older_version(world: World, capsys: pytest.CaptureFixture[
     world.mend()
     whole = resumed(world)
     assert "without checksums" not in capsys.readouterr().out
-    from recipe.sealed import read_sealed, write_json
-
     path = manifest.manifest_path(world.folder / "data")
     values = read_sealed(path)
     for split in values["splits"].values():
@@ -269,3 +351,4 @@ def test_damaged_metrics_lose_no_other_row(times: int, tmp_path: Path, capsys: p
         assert len(set(steps)) == len(steps) and all(step.isdigit() for step in steps), how
         lost = [row for row in rows[1:9] if row.encode() in damaged and row not in now]
         assert not lost or kept.read_bytes() == damaged, how
+        assert kept.exists() is (f"As it was: {kept}" in capsys.readouterr().out)

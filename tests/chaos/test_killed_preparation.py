@@ -2,7 +2,6 @@
 same command, called again, gives the same bytes, and nothing else lies there."""
 
 import io
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recipe.sealed import read_sealed
 from tests.chaos.conftest import Moment, share
 from tests.chaos.lives import Death, Life, Operation, Watched
 from tests.data.hub_server import serve
@@ -89,7 +89,7 @@ def what(operation: Operation) -> str:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All files below a folder, less the times of the text files."""
+    """All files below a folder, less the times of the text files and the seals, which are taken over them, too."""
 
     def untimed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -98,7 +98,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {
-        name: untimed(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+        name: untimed(read_sealed(path)) if path.suffix == ".json" else path.read_bytes()
         for name, path in found.items()
         if path.name != ".prepare.lock"
     }
