@@ -51,6 +51,7 @@ def test_promises_name_tests_that_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "tests").rglob("test_*.py"))
     named = re.findall(r"\b(test_\w+)(?!\w*\.py)\b", text)
     assert len(named) > 30
+    assert not re.findall(r"@[A-Z_]+@", text), "a number that was not filled in"
     assert not [name for name in named if not re.search(rf"def {name}", tests)]
     assert all((PROJECT / path).is_file() for path in re.findall(r"`(tests/[\w/.]+\.py)`", text))
 

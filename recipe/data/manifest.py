@@ -272,7 +272,10 @@ def _made_anew_by(data_dir: Path, found: Manifest) -> str:
     elif found.source.name == "text":
         first = f"put its text back into {data_dir}, then "
     else:
-        flags.append(f"--source {found.source.location if found.source.name == 'files' else found.source.name}")
+        source = found.source.location if found.source.name == "files" else found.source.name
+        flags.append(f"--source {source}")
+        if found.source.name == "files" and not Path(str(source)).exists():
+            first = f"their text came from {source}, which is not there (seen from {Path.cwd()}); bring it back, then "
     if settings.get("document_separator") == "":
         settings["document_separator"] = r"\n"
     flags += [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()]

@@ -5,10 +5,12 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 
 import pytest
+
+from tests.chaos.lives import end_all
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
 
@@ -31,6 +33,13 @@ class Moment:
     """How far that was, where it is a matter of its own"""
     operation: str = ""
     """The file operation that came last in it, or would have come next"""
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    """A failing assertion would leave a run that goes on for an hour."""
+    yield
+    end_all()
 
 
 @pytest.fixture

@@ -66,6 +66,8 @@ class Operation:
 class Life:
     """One process of a script, from its start on; its output and its file operations lie in ``folder``.
 
+    It ends with its test at the latest (``end_all``).
+
     Args:
         folder: new; for what the life leaves.
         door: the script in the project's folder, such as ``run_train.py``.
@@ -97,6 +99,7 @@ class Life:
         """Data workers and others that it had when it was killed"""
         self.started = time.monotonic()
         self.process.start()
+        _BEGUN.append(self)
 
     def kill(self) -> None:
         """SIGKILL, or what Windows has for it."""
@@ -125,7 +128,7 @@ class Life:
     @property
     def was_killed(self) -> bool:
         """Whether it has ended by a kill."""
-        return self.end() == (KILL if os.name == "nt" else -KILL)
+        return abs(self.end()) == KILL  # Windows has no negative ones
 
     @property
     def said(self) -> str:
@@ -138,6 +141,21 @@ class Life:
         if not self._operations.exists():
             return []
         return [Operation(*json.loads(line)) for line in self._operations.read_text(encoding="utf-8").splitlines()]
+
+
+_BEGUN: list[Life] = []
+
+
+def end_all() -> None:
+    """Kills what a failed test has left running, and what that had started."""
+    for life in _BEGUN:
+        if life.is_alive:
+            life.kill()
+            for helper in life.helpers:
+                with suppress(psutil.NoSuchProcess):
+                    helper.kill()
+            life.process.join()
+    _BEGUN.clear()
 
 
 def _live(

@@ -248,19 +248,23 @@ def test_damaged_tokens_are_made_anew_from_their_source(
     text = "\n***\n".join(stories[:60])
     (world.folder / "own" / "a.txt").write_text(text, encoding="utf-8", newline="\n")
     settings = {"document_separator": "***", "val_fraction": 0.3, "max_documents": 40}
-    monkeypatch.chdir(world.folder)  # the source is named relative to it
-    data = world.folder / "tokens of own"
+    monkeypatch.chdir(world.folder)
+    data = world.folder / "own-tokens"
     args = PrepareArgs("own", data_dir=data, tokenizer_dir=world.folder / "tokenizer", num_workers=0, **settings)
     then = prepare(args)
-    monkeypatch.chdir(world.folder.parent)
     if not there:
         for split in ("train", "val"):
             shutil.rmtree(data / split)
         (data / "source.json").unlink()
     for chunk in (data / "tokens").rglob("*.bin"):
         chunk.write_bytes(bytes(chunk.stat().st_size))
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.chdir(world.folder.parent)
+        manifest.verify(data)
+    assert ("came from own, which is not there" in str(error.value)) is not there
     with pytest.raises(UserError) as error:
         manifest.verify(data)
+    assert "is not there" not in str(error.value)
     mend_as_told(world, str(error.value), data.name)
     manifest.verify(data)
     now = manifest.read(data)
@@ -286,23 +290,25 @@ def test_tokens_that_can_not_be_read_are_damaged(world: World) -> None:
         manifest.verify(data)
 
 
-@pytest.mark.parametrize(
-    "below", ["data/tokens/manifest.json", f"out/{STEP}/manifest.json", f"out/{STEP}/complete.json"]
-)
+@pytest.mark.parametrize("below", ["data/tokens/manifest", f"out/{STEP}/manifest", f"out/{STEP}/complete"])
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, '{"a":' * 200_000, "[1]", '{"splits": []}', '{"splits": {"train": {"text": 1}}}']
 )
 def test_json_of_a_stranger_is_one_message(text: str, below: str, world: World) -> None:
-    """Whatever it is, and with the checksums that it should have."""
+    """Whatever it is, and with the checksums that it should have; tokens are made anew where their text is there."""
     world.mend()
-    path = world.folder / below
+    whole = resumed(world)
+    path = world.folder / f"{below}.json"
     path.write_text(text, encoding="utf-8")
-    if path.name == "manifest.json" and path.parent.name == STEP:
-        values = read_sealed(path.parent / checkpoints.MARK)
-        values["files"][path.name] = {"size": len(text), "sha256": file_sha256(path)}
-        write_sealed(path.parent / checkpoints.MARK, values)
-    with pytest.raises(UserError, match=re.escape(str(path.parents[1 if "tokens" in below else 0]))):
-        resumed(world)
+    if below.startswith("data"):
+        assert resumed(world) == whole
+    else:
+        if path.name == checkpoints.MANIFEST:
+            mark = read_sealed(path.with_name(checkpoints.MARK))
+            mark["files"][path.name] = {"size": len(text), "sha256": file_sha256(path)}
+            write_sealed(path.with_name(checkpoints.MARK), mark)
+        with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
+            resumed(world)
     world.mend()
 
 

@@ -41,7 +41,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path) -> Path:
     """Takes all the room that is left; the file that does, to be removed."""
     ballast = disk / "ballast"
-    with open(ballast, "wb", buffering=0) as file:
+    with open(ballast, "ab", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(1 << 12))
@@ -49,10 +49,13 @@ def fill(disk: Path) -> Path:
             return ballast
 
 
-def wait_until_said(life: Life, text: str) -> None:
+def fill_until_said(disk: Path, life: Life, text: str) -> Path:
+    """As ``fill``, again and again: an older checkpoint that is removed meanwhile makes room."""
     while text not in life.said:
         assert life.is_alive, life.said
+        fill(disk)
         time.sleep(0.002)
+    return disk / "ballast"
 
 
 @pytest.fixture
@@ -70,9 +73,8 @@ def test_the_run_goes_on_and_saves_when_there_is_room_again(
     while not (out / f"step-{INTERVAL:08d}").exists():
         assert life.is_alive, life.said
         time.sleep(0.002)
-    ballast = fill(disk)
     before = saved_step(out)
-    wait_until_said(life, "the disk is full")
+    ballast = fill_until_said(disk, life, "the disk is full")
     assert saved_step(out) >= before
     ballast.unlink()
     assert life.end() == 0, life.said
@@ -89,7 +91,7 @@ def test_a_final_save_without_room_is_an_error_that_resuming_mends(
     out = disk / "out"
     life = begin(tmp_path / "life", out, command)
     wait_for(life, STEPS // 2)
-    ballast = fill(disk)
+    ballast = fill_until_said(disk, life, "the disk is full")
     assert life.end() == 1, life.said
     assert last_step(life) == STEPS, "it trained to its end"
     message = life.said[life.said.index("error: ") :]

@@ -7,7 +7,8 @@ The quick tests try the same few cases each time; the slow ones others each day,
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from recipe.cli import exit_with_message, run_door
+from recipe import settings as settings_module
+from recipe.cli import UserError, exit_with_message, run_door
 from recipe.data.instructions import InstructArgs
 from recipe.data.prepare import PrepareArgs, prepare
 from recipe.settings import ParsedRun, check, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
@@ -166,10 +168,21 @@ def arguments(flags: tuple[str, ...]) -> st.SearchStrategy[list[str]]:
 
 # --------------------------------------------------------------------------------------------------------------- tests
 
-EXAMPLES = [
-    pytest.param(5, id="quick"),
-    pytest.param(300, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
-]
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def many(examples: int, *quick: int) -> list[Any]:
+    """Examples of a test: ``quick`` at each run of the tests, if any, and many in a slow one."""
+    return [*(pytest.param(few, id="quick") for few in quick), pytest.param(examples, id="many", marks=SLOW)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_parser() -> Iterator[None]:
+    """Building the parser takes longest by far, and it is the same each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for build in (run_parser, finetuning_parser):
+            patch.setattr(settings_module, build.__name__, cache(build))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +209,7 @@ def _parsed(parse: Callable[[list[str]], ParsedRun], argv: list[str], capsys: py
     outcome(call, capsys)
 
 
-@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("examples", many(150, 2))
 def test_run_files(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
 
@@ -207,7 +220,7 @@ def test_run_files(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[
     fuzz(case, examples, values=run_files(RUN_FILES, _flags(run_parser())))
 
 
-@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("examples", many(100))
 def test_finetuning_files(examples: int, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
 
@@ -218,7 +231,7 @@ def test_finetuning_files(examples: int, base: Path, tmp_path: Path, capsys: pyt
     fuzz(case, examples, values=run_files(FINETUNE_FILES, _flags(finetuning_parser())))
 
 
-@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("examples", many(100))
 @pytest.mark.parametrize("parse", [parse_run, parse_finetuning])
 def test_files_that_are_no_yaml(examples: int, parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
@@ -268,11 +281,27 @@ def test_files_that_ended_in_a_traceback_or_might(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        *(("lora_alpha: null", "lora_alpha"), ("seed: null", "seed"), ("moe: {z_loss: null}", r"moe\.z_loss")),
+        *(("train: null", "train"), ("data: {init_args: {seed: null}}", r"data\.seed")),
+    ],
+)
+def test_a_null_where_a_value_is_expected(line: str, named: str, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    values = yaml.safe_load(FINETUNE_FILES[0].read_text(encoding="utf-8"))
+    ((key, value),) = yaml.safe_load(line).items()
+    path.write_text(yaml.safe_dump(values | {key: (values[key] | value if key == "data" else value)}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^{named} can't be null; expected a value"):
+        parse_finetuning([str(base), "--config", str(path)])
+
+
 def _settings_of(run: ParsedRun) -> tuple[Any, dict[str, Any]]:
     return run.settings, run.optimizer
 
 
-@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("examples", many(100))
 def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[str]) -> None:
     quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
     fuzz(
@@ -282,7 +311,7 @@ def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[s
     )
 
 
-@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("examples", many(100))
 def test_command_line_of_finetuning(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fuzz(
         lambda argv: _parsed(parse_finetuning, [str(base), *argv], capsys),
@@ -301,10 +330,13 @@ DOORS = {
 
 
 @pytest.mark.parametrize(
-    "examples", [pytest.param(10, id="quick"), pytest.param(600, id="many", marks=pytest.mark.slow)]
+    ("name", "examples"),
+    [
+        pytest.param("generate", 2, id="generate-quick"),
+        *(pytest.param(name, 150, id=f"{name}-many", marks=SLOW) for name in (*DOORS, "prepare_data", "instruct")),
+    ],
 )
-@pytest.mark.parametrize("name", [*DOORS, "prepare_data", "instruct"])
-def test_command_lines_of_the_doors(examples: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_lines_of_the_doors(name: str, examples: int, capsys: pytest.CaptureFixture[str]) -> None:
     """As far as the door's function gets without a checkpoint or data."""
     if name in ("prepare_data", "instruct"):
         function: Any = PrepareArgs if name == "prepare_data" else InstructArgs
@@ -327,9 +359,7 @@ def _help(function: Any) -> str:
     return parser.format_help()
 
 
-@pytest.mark.parametrize(
-    "examples", [pytest.param(5, id="quick"), pytest.param(100, id="many", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("examples", many(60))
 def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("Mia went.\n<|endoftext|>\nTom went.\n", encoding="utf-8")
@@ -359,9 +389,7 @@ def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: py
     fuzz(case, examples, source=st.sampled_from(sources), argv=arguments(flags))
 
 
-@pytest.mark.parametrize(
-    "examples", [pytest.param(12, id="quick"), pytest.param(200, id="many", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("examples", many(100))
 def test_what_a_model_is_asked(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a real model: any text, any sampling."""
     generate = door("generate").main

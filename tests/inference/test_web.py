@@ -240,9 +240,13 @@ def test_no_request_reads_a_file_or_ends_the_server(folders: list[Path], tmp_pat
         assert client.post(f"{api}/upload", files={"files": ("../../up.txt", b"x" * 100_000)}).status_code == 413
         calls = [
             {"fn_index": number, "data": data, "session_hash": session}
-            for number in (begin, -1, 10**10)
-            for data in ([], [{"a": 1}, [1], "x"], ["\ud800", None, None], None)
-            for session in ("a", "\ud800", "x" * 10**5)
+            for number, data, session in (
+                (begin, [], "a"),
+                (begin, [{"a": 1}, [1], "x"], "\ud800"),
+                (begin, ["\ud800", None, None], "x" * 10**5),
+                (-1, ["Who?", False, None], "a"),
+                (10**10, None, "a"),
+            )
         ]
         no_json = [
             b"",
