@@ -54,10 +54,10 @@ class Choice:
 
 CHOICES = {
     "default": Choice("softmax router with both balance losses, AdamW, 8 experts top-2, no QK-norm"),
-    "selection bias": Choice("balance", tuple(SIGMOID), "--moe.bias_update_rate", (0.001, 0.01)),
+    "selection bias": Choice("balance", tuple(SIGMOID), "--moe.bias_update_rate", (0.001,)),
     "no balancing": Choice("balance", ("--moe.load_balancing_loss=0", "--moe.z_loss=0")),
-    "AdamW at a higher rate": Choice("rate", (), "--optimizer.init_args.lr", (4e-3, 8e-3)),
-    "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",), "--optimizer.init_args.lr", (0.01, 0.02, 0.04)),
+    "AdamW at a higher rate": Choice("rate", (), "--optimizer.init_args.lr", (8e-3,)),
+    "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",), "--optimizer.init_args.lr", (0.01, 0.02)),
     "32 experts, top-8": Choice(
         "experts", ("--model.n_expert=32", "--model.n_expert_per_token=8", "--model.moe_intermediate_size=48")
     ),

@@ -1,6 +1,6 @@
 """What saving costs a run: seconds of training lost to a checkpoint, which is copied at once and written meanwhile.
 
-    uv run python benchmarks/checkpoint.py                        # the quickstart, 4 minutes on 2 cores
+    uv run python benchmarks/checkpoint.py                        # the quickstart, 3 minutes on 2 cores
 
 The quickstart's run, some of its tokens, with a save every few seconds and without any, in turn; the order changes from
 pair to pair. The difference over the number of saves is the cost of one, with the 95% interval of its mean over the
@@ -22,7 +22,7 @@ from recipe.cli import run_door
 PACKAGES = ("torch", "litgpt", "lightning")
 
 
-def main(tokens: int = 300_000, pairs: int = 4, every_seconds: float = 2.0) -> None:
+def main(tokens: int = 200_000, pairs: int = 3, every_seconds: float = 2.0) -> None:
     """Measures and writes the result.
 
     Args:

@@ -51,7 +51,7 @@ WAYS = {
 }
 
 
-def main(device: Literal["cpu", "cuda"] = "cpu", tokens: int = 150_000, steps: int = 4) -> None:
+def main(device: Literal["cpu", "cuda"] = "cpu", tokens: int = 100_000, steps: int = 4) -> None:
     """Measures and writes the result.
 
     Args:

@@ -51,9 +51,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(
-        "configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 500_000, (1e-3, 2e-3, 4e-3, 8e-3)
-    ),
+    "cpu": Preset("configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 500_000, (2e-3, 4e-3, 8e-3)),
     "cuda": Preset(
         "configs/runs/tinystories-moe-200m.yaml",
         "configs/models/moe-200m-dense-twin.yaml",

@@ -17,6 +17,7 @@ step-00000010/            or final/
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import yaml
 
@@ -137,12 +138,12 @@ def save(
         finish_interrupted_saves(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state)
-        _write_tuning(partial, prompt_style, lora_weights)
+        written = _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state)
+        written |= _write_tuning(partial, prompt_style, lora_weights)
         for source, name in ((manifest_path, MANIFEST), (instructions_path, INSTRUCTIONS)):
             if source is not None:
                 shutil.copyfile(source, partial / name)
-        _write_mark(partial, step, tokens)
+        _write_mark(partial, step, tokens, written)
         _sync(partial)
         _move_into_place(partial, folder, old)
         _sync(folder.parent)
@@ -176,7 +177,8 @@ def finish_interrupted_saves(out_dir: Path) -> None:
         elif leftover.suffix == ".old" and not folder.exists():
             os.rename(leftover, folder)
     for leftover in leftovers(out_dir):
-        shutil.rmtree(leftover)
+        # A file of it may be open elsewhere (Windows, NFS); what is left is no checkpoint, and goes another time.
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove_old(newest: Path, *, keep_last: int | None, keep_every: int | None) -> None:
@@ -198,7 +200,7 @@ def remove_old(newest: Path, *, keep_last: int | None, keep_every: int | None) -
     before = sorted(
         (folder for folder in others if others[folder] <= step and is_whole(folder)), key=others.__getitem__
     )
-    kept = before[len(before) + 1 - keep_last :]
+    kept = before[max(0, len(before) + 1 - keep_last) :]
     for folder, its_step in others.items():
         if folder not in kept and not (keep_every and its_step <= step and its_step % keep_every == 0):
             _remove(folder)
@@ -245,15 +247,16 @@ def _write_files(
     hyperparameters: dict[str, Any],
     tokenizer_dir: Path | None,
     training_state: dict[str, Any] | None,
-) -> None:
+) -> dict[str, str]:
+    """Returns the checksums of what went into the large files."""
     from litgpt.utils import save_config
 
     on_cpu = {name: _own_storage(tensor) for name, tensor in weights.items()}
     if tied := is_tied(weights):
         on_cpu["lm_head.weight"] = on_cpu["transformer.wte.weight"]  # stored once, from a GPU too
-    _write_torch(folder / WEIGHTS, on_cpu)
+    written = {WEIGHTS: _write_torch(folder / WEIGHTS, on_cpu)}
     if training_state is not None:
-        _write_torch(folder / TRAINING_STATE, training_state)
+        written[TRAINING_STATE] = _write_torch(folder / TRAINING_STATE, training_state)
     save_config(config, folder)
     with open(folder / HYPERPARAMETERS, "w", encoding="utf-8", newline="\n") as file:
         yaml.safe_dump(_plain(hyperparameters), file, sort_keys=False)
@@ -265,15 +268,20 @@ def _write_files(
         ids = _special_ids(tokenizer_dir)
         described = huggingface_config(config, tied=tied, dtype=_dtype_name(weights), **ids)
         _write_json(folder / "config.json", described)
+    return written
 
 
-def _write_tuning(folder: Path, prompt_style: "PromptStyle | None", lora_weights: "dict[str, Tensor] | None") -> None:
+def _write_tuning(
+    folder: Path, prompt_style: "PromptStyle | None", lora_weights: "dict[str, Tensor] | None"
+) -> dict[str, str]:
     from litgpt.prompts import Default, save_prompt_style
 
     # Without a style LitGPT picks a chat format by the model's name ("Llama-3-small-Instruct", "R1").
     save_prompt_style(prompt_style or Default(), folder)
-    if lora_weights is not None:
-        _write_torch(folder / LORA_WEIGHTS, {name: _own_storage(tensor) for name, tensor in lora_weights.items()})
+    if lora_weights is None:
+        return {}
+    content = {name: _own_storage(tensor) for name, tensor in lora_weights.items()}
+    return {LORA_WEIGHTS: _write_torch(folder / LORA_WEIGHTS, content)}
 
 
 def _own_storage(tensor: "Tensor") -> "Tensor":
@@ -306,23 +314,44 @@ def _special_ids(tokenizer_dir: Path | None) -> dict[str, int | None]:
     return {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
 
 
-def _write_torch(path: Path, content: Any) -> None:
+class _HashedFile:
+    """A file of Python's, whose contents are hashed as they are written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write_torch(path: Path, content: Any) -> str:
+    """Returns the checksum of what was written."""
     import torch
 
     # Through a file of Python's: torch's own writer turns a full disk into an error without its cause.
     with open(path, "wb") as file:
-        torch.save(content, file)
+        hashed = _HashedFile(file)
+        torch.save(content, cast(BinaryIO, hashed))
+    return hashed.sha256.hexdigest()
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-def _write_mark(folder: Path, step: int, tokens: int) -> None:
+def _write_mark(folder: Path, step: int, tokens: int, written: dict[str, str]) -> None:
+    """Reads all files back; ``written`` are checksums that they must have."""
     files = {}
     for path in sorted(folder.iterdir()):
         _sync(path)
         files[path.name] = FileMark(path.stat().st_size, file_sha256(path))
+    for name, checksum in written.items():
+        if files[name].sha256 != checksum:
+            raise OSError(errno.EIO, "what was written is not what is read back", str(folder / name))
     mark = CheckpointMark(step, tokens, datetime.now(UTC).isoformat(), _versions(), files)
     write_sealed(folder / MARK, asdict(mark))
     _sync(folder / MARK)

@@ -335,11 +335,47 @@ class Failing(torch.optim.AdamW):
     def step(self, closure=None):
         self.steps = getattr(self, "steps", 0) + 1
         if self.steps == 8 and os.environ.get("LOCAL_RANK", "0") == os.environ["FAILS"]:
+            if os.environ["HOW"] == "asked to stop":
+                signal.raise_signal(signal.SIGTERM)
+                return super().step(closure)
             if os.environ["HOW"] == "killed":
                 os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
             raise RuntimeError("this process alone fails")
         return super().step(closure)
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatch, rank):
+    """After the same step, with a checkpoint of it; a spot machine tells its own process alone."""
+    (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
+    flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
+    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
+    environment = {"PYTHONPATH": str(tmp_path), "FAILS": rank, "HOW": "asked to stop"}
+    (code,), (said,) = run_together([two_processes("devices", door)], [environment])
+    assert code == 143, said
+    assert "Traceback" not in said
+    step = checkpoints.newest_step(tmp_path / "run")
+    assert step and f"--resume auto goes on from {step}" in said
+    assert checkpoints.read_mark(step).step == 9
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("FAILS", "nobody")
+    train(*flags, "--resume", "auto")
+    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "whole")), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [(), FSDP], ids=["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_stops_two_processes(run_file, tmp_path, strategy):
+    """What was trained before is kept, also where no process alone has all of it."""
+    flags = (*strategy, "--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null")
+    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, *flags]
+    (code,), (said,) = run_together([two_processes("devices", [*door, "--out_dir", str(tmp_path / "run")])])
+    assert code == 1, said
+    assert "is no longer finite at step 2" in said and "Traceback" not in said
+    assert ("went bad was that of" in said) == (not strategy)
+    assert checkpoints.newest_step(tmp_path / "run") == tmp_path / "run" / "step-00000001"
 
 
 @pytest.mark.slow

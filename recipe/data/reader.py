@@ -280,7 +280,11 @@ def _end_workers(passes: WeakSet[Generator[Any]]) -> None:
         batches.close()
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+"""What asks a run to stop, on this system."""
+
+
 def start_worker(_index: int) -> None:
     """Lets the main process save and stop: a signal to the whole group would end the workers first."""
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -48,7 +48,7 @@ from recipe.training.model import (
     moe_layers,
     update_selection_biases,
 )
-from recipe.training.nonfinite import first_not_finite
+from recipe.training.nonfinite import first_not_finite, weights_not_finite
 from recipe.training.optimizers import check_optimizer, make_optimizer, set_learning_rate
 from recipe.training.plan import describe_memory, describe_size
 from recipe.training.saving import CheckpointWriter, StopSignals
@@ -148,12 +148,17 @@ def run_training(
             f"This run is finished: {resume_from} is step {training.progress.step:,} of {plan.steps:,}"
             f" ({training.progress.tokens:,} tokens). To train it further, raise what ends it ({plan.ended_by})."
         )
+        if fabric.global_rank == 0:  # a kill may have come after the last save
+            checkpoints.finish_interrupted_saves(resume_from.parent)
+            if resume_from.exists():
+                training.writer.remove_old(resume_from)
         return
     if fabric.global_rank == 0:
-        if settings.overwrite:  # all that could be wrong with the new run is known by now
-            checkpoints.remove_newer(resume_from) if resume_from else remove_run(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.finish_interrupted_saves(out_dir)
+        if settings.overwrite:  # all that could be wrong with the new run is known by now
+            goes_on = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
+            checkpoints.remove_newer(cast(Path, resume_from)) if goes_on else remove_run(out_dir)
         text = yaml.safe_dump(run.resolved, sort_keys=False)
         (out_dir / "run_config.yaml").write_text(text, encoding="utf-8")
     loggers.log_hyperparams(run.resolved)
@@ -177,15 +182,17 @@ def run_training(
     with StopSignals(say) as signals:
         try:
             ending = fit(fabric, training, signals)
-        except TorchDynamoException as error:
-            raise UserError(
-                f"torch.compile can't take this model: {error}\nIt trains uncompiled: --compile false"
-            ) from None
-        except Exception:
+        except Exception as error:
             save_what_is_whole(fabric, training)
+            if isinstance(error, TorchDynamoException):
+                raise UserError(
+                    f"torch.compile can't take this model: {error}\nIt trains uncompiled: --compile false"
+                ) from None
             raise
         name = "final" if ending == "finished" else f"step-{training.progress.step:08d}"
-        save_checkpoint(fabric, training, out_dir / name, last=True)
+        training.writer.tell_failure(wait=True)
+        if _any_process(fabric, training.writer.saved != out_dir / name and fabric.global_rank == 0):
+            save_checkpoint(fabric, training, out_dir / name, last=True)
     loggers.finalize("success")
     if ending == "stopped":
         say(
@@ -264,7 +271,7 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
             micro_batches = plan.micro_batches_in(progress.step)
             taken = [as_batch(next(batches), run.gpt.max_seq_length) for _ in range(micro_batches)]
             shares, tokens = loss_shares(fabric, taken)
-            counts = torch.zeros_like(run.expert_counts)
+            counts, step_loss = torch.zeros_like(run.expert_counts), torch.zeros((), device=fabric.device)
             weights = cast_matrices(matrices, fabric._precision.precision)
             for index, (batch, share) in enumerate(zip(taken, shares, strict=True)):
                 with fabric.no_backward_sync(model, enabled=index < micro_batches - 1 and not sharded):
@@ -273,6 +280,7 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
                     fabric.backward(total_loss(losses, settings.moe) / micro_batches)
                 run.interval.add(losses)
                 counts += losses.expert_counts
+                step_loss += losses.cross_entropy.detach()
             del weights
             run.interval.tokens += tokens
             # Without max_norm the norm is still measured: clipping at infinity changes nothing.
@@ -282,15 +290,17 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             assert norm is not None
             # Under a scaler a norm that is not finite is part of its search; the loss tells there.
-            finite = bool(torch.isfinite(norm if scaler_of(fabric) is None else losses.cross_entropy))
+            measure = norm if scaler_of(fabric) is None else step_loss
             out_of_time = bool(train.max_time) and time.perf_counter() - start >= train.max_time
             save_due = fabric.global_rank == 0 and run.writer.is_due()
             bad, out_of_time, stopped, save_due = in_any_process(
-                fabric, not finite, out_of_time, signals.received is not None, save_due
+                fabric, ~torch.isfinite(measure), out_of_time, signals.received is not None, save_due
             )
             if bad:
                 optimizer.zero_grad()
-                raise UserError(_not_finite(fabric, run, taken))
+                message = _not_finite(fabric, run, taken)
+                save_what_is_whole(fabric, run, by_all=True)
+                raise UserError(message)
             run.moment = None
             optimizer.step()
             optimizer.zero_grad()
@@ -314,6 +324,8 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
             run.moment = moment_of(fabric, run)
             display.step(progress.step, row, session / (progress.step - first_step) * (plan.steps - progress.step))
 
+            if stopped and not last:  # before an evaluation, which may take longer than what asks to stop will wait
+                save_checkpoint(fabric, run, out_dir / f"step-{progress.step:08d}")
             try:
                 with run.interval.paused():
                     if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
@@ -505,24 +517,39 @@ def loss_shares(fabric: L.Fabric, batches: Sequence[Batch]) -> tuple[list[float]
     return [count * all_batches / all_targets for count in targets], all_tokens
 
 
-def in_any_process(fabric: L.Fabric, *conditions: bool) -> list[bool]:
-    """Which of the conditions hold in any process: clocks, losses and signals differ, and all must do the same."""
+def in_any_process(fabric: L.Fabric, not_finite: Tensor, *conditions: bool) -> list[bool]:
+    """Which of the conditions hold in any process: clocks, losses and signals differ, and all must do the same. Waits
+    for the device, once."""
     if fabric.world_size == 1:
-        return list(conditions)
-    values = torch.tensor(conditions, dtype=torch.float32, device=fabric.device)
-    return [bool(value) for value in sum_over_devices(fabric, values).tolist()]
+        return [bool(not_finite), *conditions]
+    values = torch.tensor([False, *conditions], dtype=torch.float32, device=fabric.device)
+    values[0] = not_finite
+    torch.distributed.all_reduce(values)  # Fabric's would make the device wait at a barrier
+    return [bool(value) for value in values.tolist()]
+
+
+def _any_process(fabric: L.Fabric, condition: bool) -> bool:
+    return in_any_process(fabric, torch.tensor(condition, device=fabric.device))[0]
 
 
 def _not_finite(fabric: L.Fabric, run: TrainingRun, batches: Sequence[Batch]) -> str:
-    if is_sharded(run.settings):
+    """What is said of it. Where the weights themselves are not finite, this step is not to be saved."""
+    settings = run.settings
+    kept = "keeps what was trained so far. Go on with --resume auto, or from an older checkpoint"
+    name = weights_not_finite(run.gpt)
+    if _any_process(fabric, name is not None):
+        found, run.moment = f"the weights{f' of {name}' if name else ''} were not before it", None
+        kept = "saves nothing. Go on from a checkpoint that was saved before"
+    elif is_sharded(settings):
         found = "where it began, a sharded model does not tell"
     else:
-        found = first_not_finite(fabric, run.gpt, batches, lambda losses: total_loss(losses, run.settings.moe))
+        found = first_not_finite(
+            fabric, run.gpt, batches, lambda losses: total_loss(losses, settings.moe), settings.activation_checkpointing
+        )
     return (
         f"the loss or its gradient is no longer finite at step {run.progress.step + 1:,}: {found}. The run stops before"
-        " this update and keeps what was trained so far. Go on with --resume auto, or from an older checkpoint"
-        " (--resume FOLDER --overwrite), and a lower --optimizer.init_args.lr, a longer --train.lr_warmup_steps, or"
-        " --precision 32-true."
+        f" this update and {kept} (--resume FOLDER --overwrite), and a lower --optimizer.init_args.lr, a longer"
+        " --train.lr_warmup_steps, or --precision 32-true."
     )
 
 

@@ -7,17 +7,33 @@ import lightning as L
 import torch
 from litgpt import GPT
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from recipe.forward import Recomputed
 from recipe.training.model import Batch, Losses, PretrainingModel
 
 
-def first_not_finite(fabric: L.Fabric, gpt: GPT, batches: Sequence[Batch], loss_of: Callable[[Losses], Tensor]) -> str:
+def weights_not_finite(gpt: GPT) -> str | None:
+    """The name of the first parameter that is not finite, or None. Of a sharded model, within this process's part."""
+    return next((name for name, parameter in gpt.named_parameters() if not _is_finite(_local(parameter))), None)
+
+
+def first_not_finite(
+    fabric: L.Fabric,
+    gpt: GPT,
+    batches: Sequence[Batch],
+    loss_of: Callable[[Losses], Tensor],
+    recomputed: Recomputed = "none",
+) -> str:
     """Computes the batches of a step again, uncompiled, until something is not finite, and says in words what it was:
     the output of a layer, or a gradient. Gradients are zero before and anything after.
 
     All processes must call it; each looks at its own batches, and all get the same words.
     """
-    mine = _first_of(fabric, gpt, batches, loss_of)
+    try:
+        mine = _first_of(fabric, PretrainingModel(gpt, recomputed), batches, loss_of)
+    except torch.OutOfMemoryError:
+        mine = "there was no memory to find out where"
     if fabric.world_size == 1:
         return mine or _NOT_FOUND
     everyone: list[Any] = [None] * fabric.world_size
@@ -29,17 +45,15 @@ def first_not_finite(fabric: L.Fabric, gpt: GPT, batches: Sequence[Batch], loss_
 _NOT_FOUND = "computed again step by step, everything was finite, so only all micro batches or devices together are not"
 
 
-def _first_of(fabric: L.Fabric, gpt: GPT, batches: Sequence[Batch], loss_of: Callable[[Losses], Tensor]) -> str | None:
-    model = PretrainingModel(gpt)
-    for name, parameter in gpt.named_parameters():
-        if not _is_finite(parameter):
-            return f"the weights of {name} were not before this step"
+def _first_of(
+    fabric: L.Fabric, model: PretrainingModel, batches: Sequence[Batch], loss_of: Callable[[Losses], Tensor]
+) -> str | None:
     for number, batch in enumerate(batches, 1):
         where = f"in micro batch {number} of {len(batches)}"
         found: list[str] = []
         hooks = [
             module.register_forward_hook(_looks_at(name, found))
-            for name, module in gpt.named_modules()
+            for name, module in model.gpt.named_modules()
             if not isinstance(module, GPT | nn.ModuleDict | nn.ModuleList)
         ]
         try:
@@ -54,7 +68,7 @@ def _first_of(fabric: L.Fabric, gpt: GPT, batches: Sequence[Batch], loss_of: Cal
             return f"all layers' outputs are finite, but not the loss of them, {where}"
         loss.backward()
         # The backward goes from the last layer to the first.
-        for name, parameter in reversed(list(gpt.named_parameters())):
+        for name, parameter in reversed(list(model.gpt.named_parameters())):
             if parameter.grad is not None and not _is_finite(parameter.grad):
                 return f"the first gradient that went bad was that of {name}, {where}"
     return None
@@ -67,6 +81,10 @@ def _looks_at(name: str, found: list[str]) -> Callable[..., None]:
             found.append(name)
 
     return look
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -60,7 +60,7 @@ def watch_others() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        raise UserError(_another_is_gone()) from None
+        raise UserError(f"{_another_is_gone()}\n(torch says: {str(error).splitlines()[0]})") from None
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

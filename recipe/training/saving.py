@@ -5,10 +5,10 @@ older ones removed (``recipe.checkpoints``).
 """
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.data.reader import STOP_SIGNALS
 from recipe.settings import CheckpointSettings
 
 
@@ -33,21 +34,27 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._last_save = time.monotonic()
+        self.saved: Path | None = None
+        """The last one that was written whole"""
 
     def is_due(self) -> bool:
         """Whether ``every_minutes`` have passed since the last save began, and it is written."""
         minutes = self._settings.every_minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes and not self._writing()
 
-    def write(self, folder: Path, content: dict[str, Any]) -> None:
-        """Copies ``content`` (what ``checkpoints.save`` takes) and writes it in the background.
+    def write(self, folder: Path, content: dict[str, Any], *, copy: bool = True) -> None:
+        """Writes ``content`` (what ``checkpoints.save`` takes) in the background, from a copy.
 
         Waits for the checkpoint before it. One that can't be written is told by the next call, and the run goes on.
+
+        Args:
+            copy: False where nobody changes the content any more.
         """
         self.tell_failure(wait=True)
         self._last_save = time.monotonic()
+        content = copied(content) if copy else content
         self._thread = threading.Thread(
-            target=self._write, args=(folder, copied(content)), name=f"writes {folder.name}", daemon=True
+            target=self._write, args=(folder, content), name=f"writes {folder.name}", daemon=True
         )
         self._thread.start()
 
@@ -84,13 +91,17 @@ class CheckpointWriter:
     def _write(self, folder: Path, content: dict[str, Any]) -> None:
         try:
             checkpoints.save(folder, **content)
+            self.saved = folder
+            self.remove_old(folder)
         except BaseException as error:  # shown or raised by the training thread
             self._failure = error
-            return
+
+    def remove_old(self, newest: Path) -> None:
+        """Removes what is not to be kept beside ``newest``, which is whole."""
         try:
-            checkpoints.remove_old(folder, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
-        except OSError as error:  # Windows: a file of it is open somewhere
-            self._warn(f"warning: an old checkpoint in {folder.parent} could not be removed: {error}")
+            checkpoints.remove_old(newest, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
+        except OSError as error:  # a file of it is open somewhere (Windows, NFS)
+            self._warn(f"warning: an old checkpoint in {newest.parent} could not be removed: {error}")
 
 
 def copied(value: Any) -> Any:
@@ -117,7 +128,8 @@ def copied(value: Any) -> Any:
 
 
 class StopSignals:
-    """While open, the first SIGINT (Ctrl-C) or SIGTERM only asks the run to stop; a second one ends the process.
+    """While open, the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal) only asks the run to stop; a second
+    one ends the process.
 
     ``received`` is the signal that asked. A second one is one that comes a second later or more: a terminal and a
     launcher both send theirs to the same processes.
@@ -130,10 +142,9 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        names = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one is Windows'
         if threading.current_thread() is threading.main_thread():  # no other one may set handlers
-            for name in names:
-                if (number := getattr(signal, name, None)) is not None:
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -144,14 +155,13 @@ class StopSignals:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), time.monotonic()
-            self._warn(f"{self.received.name}: saving and stopping after this step; once more stops at once.")
+            with suppress(OSError, RuntimeError, ValueError):  # a pipe that the same Ctrl-C broke, a write under way
+                self._warn(f"{self.received.name}: saving and stopping after this step; once more stops at once.")
         elif time.monotonic() - self._received_at >= 1:
-            sys.stdout.flush()
             signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)  # no clean-up that could take its time: a save in progress is not lost or half
+            signal.raise_signal(number)  # no clean-up that could take its time: a save in progress is never half
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 130 after SIGINT, 143 after SIGTERM."""
-        assert self.received is not None
-        return 128 + self.received
+        """As shells have it: 130 after SIGINT, 143 after SIGTERM, also to another process of the run."""
+        return 128 + (self.received or signal.SIGTERM)

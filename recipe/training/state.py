@@ -1,6 +1,7 @@
 """What a training run is made of, how it is saved, and how it is put back to where it was saved."""
 
 import random
+from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,25 +118,38 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
         fabric.print(f"Saving {folder}")
         run.loggers.save()  # no checkpoint without the metrics before it
         content = checkpoint_content(fabric, run)
-    if fabric.global_rank == 0:
-        run.writer.write_now(folder, content) if last else run.writer.write(folder, content)
+    if fabric.global_rank == 0 and last:
+        run.writer.write_now(folder, content)
+    elif fabric.global_rank == 0:
+        run.writer.write(folder, content, copy=not is_sharded(run.settings))  # gathered from all, nobody else has it
     if last:
         fabric.barrier()
 
 
-def save_what_is_whole(fabric: L.Fabric, run: TrainingRun) -> None:
-    """After an error within the loop: saves the last complete step, where it is not saved yet and nothing is half."""
+def save_what_is_whole(fabric: L.Fabric, run: TrainingRun, *, by_all: bool = False) -> None:
+    """After an error within the loop: waits for the checkpoint that is being written, and saves the last complete step
+    where it is not saved yet and nothing is half.
+
+    Args:
+        by_all: all processes call this at the same step, so that a sharded model can be saved, and all wait for it: a
+            launcher kills the others soon after one process has ended.
+    """
     folder = run.settings.out_dir / f"step-{run.progress.step:08d}"
-    if fabric.global_rank != 0 or run.moment is None or is_sharded(run.settings):  # no process alone has it all
-        return
+    whole = run.moment is not None and (by_all or not is_sharded(run.settings))
     try:
-        run.writer.tell_failure(wait=True)
-        if not checkpoints.is_whole(folder):
-            fabric.print(f"Saving {folder}")
-            run.loggers.save()
-            run.writer.write_now(folder, checkpoint_content(fabric, run))
-    except Exception as error:  # what ended the run is what is to be shown
-        fabric.print(f"warning: {error}")
+        if whole and is_sharded(run.settings):
+            content = checkpoint_content(fabric, run)
+        if fabric.global_rank == 0:
+            run.writer.tell_failure(wait=True)
+            if whole and run.writer.saved != folder:
+                run.writer.write_now(folder, content if is_sharded(run.settings) else checkpoint_content(fabric, run))
+                run.loggers.save()
+                fabric.print(f"Saved {folder}")
+    except Exception as error:  # what ended the run is what is to be shown; and a terminal may be gone
+        with suppress(OSError):
+            fabric.print(f"warning: {error}")
+    if by_all:
+        fabric.barrier()
 
 
 def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:

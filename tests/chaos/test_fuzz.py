@@ -209,7 +209,7 @@ def _parsed(parse: Callable[[list[str]], ParsedRun], argv: list[str], capsys: py
     outcome(call, capsys)
 
 
-@pytest.mark.parametrize("examples", many(150, 2))
+@pytest.mark.parametrize("examples", many(300, 2))
 def test_run_files(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
 
@@ -220,7 +220,7 @@ def test_run_files(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[
     fuzz(case, examples, values=run_files(RUN_FILES, _flags(run_parser())))
 
 
-@pytest.mark.parametrize("examples", many(100))
+@pytest.mark.parametrize("examples", many(300))
 def test_finetuning_files(examples: int, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
 
@@ -231,7 +231,7 @@ def test_finetuning_files(examples: int, base: Path, tmp_path: Path, capsys: pyt
     fuzz(case, examples, values=run_files(FINETUNE_FILES, _flags(finetuning_parser())))
 
 
-@pytest.mark.parametrize("examples", many(100))
+@pytest.mark.parametrize("examples", many(300))
 @pytest.mark.parametrize("parse", [parse_run, parse_finetuning])
 def test_files_that_are_no_yaml(examples: int, parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
@@ -333,7 +333,7 @@ DOORS = {
     ("name", "examples"),
     [
         pytest.param("generate", 2, id="generate-quick"),
-        *(pytest.param(name, 150, id=f"{name}-many", marks=SLOW) for name in (*DOORS, "prepare_data", "instruct")),
+        *(pytest.param(name, 300, id=f"{name}-many", marks=SLOW) for name in (*DOORS, "prepare_data", "instruct")),
     ],
 )
 def test_command_lines_of_the_doors(name: str, examples: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,7 +359,7 @@ def _help(function: Any) -> str:
     return parser.format_help()
 
 
-@pytest.mark.parametrize("examples", many(60))
+@pytest.mark.parametrize("examples", many(100))
 def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("Mia went.\n<|endoftext|>\nTom went.\n", encoding="utf-8")
@@ -389,7 +389,7 @@ def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: py
     fuzz(case, examples, source=st.sampled_from(sources), argv=arguments(flags))
 
 
-@pytest.mark.parametrize("examples", many(100))
+@pytest.mark.parametrize("examples", many(200))
 def test_what_a_model_is_asked(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a real model: any text, any sampling."""
     generate = door("generate").main

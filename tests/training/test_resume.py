@@ -110,6 +110,7 @@ def test_interrupted_at_any_step(train: Call, tmp_path: Path) -> None:
 
 def resumed_twice(call: Call, tmp_path: Path, *flags: str, stops: tuple[int, int] = (5, 10)) -> None:
     """From a step of the whole run, and from a later one of what was resumed."""
+    flags += ("--checkpoint.keep_last", "null")
     whole = call(*flags, "--out_dir", str(tmp_path / "whole"))
     once = resume(call, whole, stops[0], *flags)
     assert_same_run(once, whole)

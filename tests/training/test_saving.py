@@ -1,5 +1,4 @@
 import csv
-import os
 import shutil
 import signal
 import threading
@@ -15,7 +14,7 @@ from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.training import loop
 from recipe.training.model import Batch
-from recipe.training.nonfinite import first_not_finite
+from recipe.training.nonfinite import first_not_finite, weights_not_finite
 from recipe.training.saving import StopSignals, copied
 
 
@@ -75,6 +74,8 @@ def test_the_newest_stay_and_the_ones_asked_for(train, tmp_path):
     flags = ("--train.save_interval", "2", "--checkpoint.keep_every", "6")
     out = train(*flags, "--checkpoint.keep_last", "2")
     assert steps_in(out) == ["final", "step-00000006", "step-00000010"]
+    out = train("--train.save_interval", "1", "--checkpoint.keep_last", "5", "--out_dir", str(tmp_path / "five"))
+    assert steps_in(out) == ["final", *(f"step-{step:08d}" for step in range(8, 12))]
     out = train(*flags, "--checkpoint.keep_last", "null", "--out_dir", str(tmp_path / "all"))
     assert steps_in(out) == ["final", *(f"step-{step:08d}" for step in range(2, 12, 2))]
 
@@ -112,12 +113,10 @@ def test_what_is_written_is_what_was_copied_while_training_goes_on(train, monkey
     assert one["train_dataloader"] == other["train_dataloader"]
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_no_run(train, monkeypatch, tmp_path, capsys):
-    """A regular file lies where the second checkpoint is to be written."""
+def test_a_checkpoint_that_cannot_be_written_ends_no_run(train, tmp_path, capsys):
+    """A regular file lies where the second checkpoint is to be written, and can't be cleaned away as a folder."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".step-00000008.partial").write_text("in the way", encoding="utf-8")
-    real = checkpoints.finish_interrupted_saves
-    monkeypatch.setattr(checkpoints, "finish_interrupted_saves", lambda out: out.name == "out" or real(out))
     out = train()
     assert "cannot write the checkpoint" in (said := capsys.readouterr().out)
     assert "The run goes on without this checkpoint." in said
@@ -147,8 +146,8 @@ def test_two_signals_at_once_are_one():
     """A terminal sends Ctrl-C to the launcher and to the processes, and the launcher passes its own on."""
     said = []
     with StopSignals(said.append) as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT
     assert len(said) == 1
 
@@ -175,6 +174,43 @@ def test_an_error_within_an_update_saves_nothing_half(train, monkeypatch, tmp_pa
     with pytest.raises(RuntimeError, match="within the update"):
         train()
     assert not list((tmp_path / "out").glob("step-*"))
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(train, monkeypatch, tmp_path):
+    """In an update that follows the save of step 4, so that nothing newer can be saved."""
+    begun, real, balance = threading.Event(), checkpoints.save, loop.balance
+
+    def slow(folder, **content):
+        begun.set()
+        threading.Event().wait(0.5)
+        real(folder, **content)
+
+    def fail_after_the_save(*arguments):
+        balance(*arguments)
+        if begun.is_set():
+            raise RuntimeError("within the update")
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    monkeypatch.setattr(loop, "balance", fail_after_the_save)
+    with pytest.raises(RuntimeError, match="within the update"):
+        train()
+    assert checkpoints.newest_step(tmp_path / "out") == tmp_path / "out" / "step-00000004"
+
+
+def test_a_stop_is_saved_before_the_evaluation_of_its_step(train, monkeypatch, tmp_path):
+    """An evaluation may take longer than what asks to stop will wait; its row is there all the same."""
+    order, real = [], loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *run: order.append(steps_in(tmp_path / "out")) or real(*run))
+    written = threading.Event()
+    save = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda *a, **b: save(*a, **b) or written.set())
+    on_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *run: written.wait(60) and evaluate(*run))
+    with pytest.raises(SystemExit):
+        train("--train.save_interval", "null")
+    assert order == [["step-00000004"]]
+    assert (tmp_path / "out" / "metrics.csv").read_text(encoding="utf-8").splitlines()[-1].startswith("4,")
 
 
 def test_an_evaluation_that_fails_leaves_its_step(train, monkeypatch, tmp_path):
@@ -250,6 +286,26 @@ def test_going_on_from_an_older_checkpoint_deletes_the_newer_ones_when_told_to(t
     assert checkpoints.read_mark(out / "final").step == 6
 
 
+def test_going_on_from_another_folder_deletes_nothing_there(train, tmp_path):
+    one = train("--out_dir", str(tmp_path / "one"))
+    two = train("--out_dir", str(tmp_path / "two"), "--train.max_steps", "16")
+    resume = ("--out_dir", str(two), "--resume", str(one / "step-00000004"))
+    train(*resume, "--overwrite", "--train.max_steps", "6")
+    assert steps_in(one) == ["final", "step-00000004", "step-00000008"]
+    assert steps_in(two) == ["final"]
+
+
+def test_a_finished_run_is_tidied_up(train, capsys):
+    """A kill between the last rename and the removal of older ones."""
+    out = train("--checkpoint.keep_last", "2")
+    shutil.copytree(out / "step-00000008", out / "step-00000007")
+    (out / "step-00000008").rename(out / ".step-00000008.partial")
+    (out / ".step-00000008.partial" / "complete.json").unlink()
+    train("--checkpoint.keep_last", "2", "--resume", "auto")
+    assert "This run is finished" in capsys.readouterr().out
+    assert sorted(path.name for path in out.glob("*step*")) == ["step-00000007"]
+
+
 # ----------------------------------------------------------------------------------------------------------- not finite
 
 
@@ -275,8 +331,29 @@ def test_the_layer_whose_output_went_bad_first_is_named(tiny):
     assert found == "the first output that went bad was that of transformer.h.1.attn.proj, in micro batch 1 of 1"
     with torch.no_grad():
         gpt.transformer.h[0].norm_1.weight.fill_(float("nan"))
-    found = first_not_finite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
-    assert found == "the weights of transformer.h.0.norm_1.weight were not before this step"
+    assert weights_not_finite(gpt) == "transformer.h.0.norm_1.weight"
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path):
+    """Else they would be the newest checkpoint, from which nothing goes on."""
+    whole = train("--train.max_steps", "8", "--out_dir", str(tmp_path / "whole"))
+    weights = checkpoints.load_weights(whole / "step-00000004")
+    state = checkpoints.load_training_state(whole / "step-00000004")
+    weights["transformer.h.1.norm_1.weight"][0] = float("nan")
+    out = tmp_path / "out"
+    saved = checkpoints.read_mark(whole / "step-00000004")
+    checkpoints.save(
+        out / "step-00000004",
+        weights=weights,
+        config=checkpoints.load_config(whole / "final"),
+        hyperparameters=checkpoints.load_hyperparameters(whole / "step-00000004"),
+        step=4,
+        tokens=saved.tokens,
+        training_state=state,
+    )
+    with pytest.raises(UserError, match=r"step 5: the weights of transformer\.h\.1\.norm_1\.weight .*saves nothing"):
+        train("--resume", "auto")
+    assert steps_in(out) == ["step-00000004"]
 
 
 def test_the_gradient_that_went_bad_first_is_named(tiny):
