@@ -38,7 +38,7 @@ def mark_anew(folder: Path) -> Path:
     """The checksums of the files as they lie there now: a stranger's checkpoint has right ones."""
     mark = checkpoints.read_mark(folder)
     (folder / checkpoints.MARK).unlink()
-    checkpoints._write_mark(folder, mark.step, mark.tokens)
+    checkpoints._write_mark(folder, mark.step, mark.tokens, {})
     return folder
 
 

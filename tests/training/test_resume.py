@@ -243,7 +243,7 @@ def test_a_position_as_older_checkpoints_have_it(train: Call, tmp_path: Path) ->
     state["train_dataloader"] = {"epoch": 1, "micro_batches": 20}
     torch.save(state, folder / "training_state.pth")
     (folder / checkpoints.MARK).unlink()
-    checkpoints._write_mark(folder, 10, 10 * 256)
+    checkpoints._write_mark(folder, 10, 10 * 256, {})
     assert_same_run(train(*SMALL, "--out_dir", str(older), "--resume", "auto"), whole)
 
 
