@@ -112,7 +112,7 @@ def save(
     """Writes a checkpoint beside ``folder``, marks it complete and moves it into place; to be called by one process.
 
     At every moment either no ``folder`` of this name was ever whole, or a whole one lies at ``folder`` or beside it
-    under a hidden name that `newest` and `newest_step` find. An older ``folder`` is replaced.
+    under a hidden name that `newest` and `newest_undamaged` find. An older ``folder`` is replaced.
 
     Args:
         weights: the full state dict in LitGPT's keys, on any device. Tied embeddings stand under both their keys.
@@ -576,17 +576,9 @@ def _last_saved(marks: Iterable[Path]) -> Path | None:
     return max(found)[-1] if found else None
 
 
-def newest_step(out_dir: Path) -> Path | None:
-    """The whole checkpoint of the highest step that training can go on from, among those of one run, or None."""
-    found = []
-    for folder, mark in _marked(Path(out_dir).glob(f"*/{MARK}")):
-        if TRAINING_STATE in mark.files and is_whole(folder):
-            found.append((mark.step, mark.time, folder))
-    return max(found)[-1] if found else None
-
-
 def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
-    """As ``newest_step``, with all contents read and compared; and what is wrong with those of higher steps."""
+    """The checkpoint of the highest step that training can go on from, among those of one run, its contents read and
+    compared, or None; and what is wrong with those of higher steps."""
     found: list[tuple[float, str, Path]] = []
     for folder in (*Path(out_dir).glob("step-*"), Path(out_dir) / "final", *leftovers(Path(out_dir))):
         try:

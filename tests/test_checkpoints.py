@@ -166,7 +166,7 @@ def test_killed_while_replacing(tmp_path: Path, gpt: GPT, at: int) -> None:
         save_tiny(final, gpt, None, step=2)
 
     assert exit_code_in_child(killed) == 9
-    found = checkpoints.newest_step(tmp_path)
+    found = checkpoints.newest_undamaged(tmp_path)[0]
     assert found is not None and checkpoints.verify(found).step == 2  # whole in both cases, though not yet in place
     assert {checkpoints.verify(folder).step for folder in tmp_path.iterdir()} == {1, 2}
     with pytest.raises(UserError):
@@ -184,7 +184,7 @@ def test_half_a_checkpoint_is_never_found(tmp_path: Path, gpt: GPT) -> None:
     half = (tmp_path / "step-00000002").rename(tmp_path / ".step-00000002.partial")
     whole = (tmp_path / "step-00000003").rename(tmp_path / ".step-00000003.partial")
     (half / "complete.json").unlink()
-    assert checkpoints.newest(tmp_path) == checkpoints.newest_step(tmp_path) == whole
+    assert checkpoints.newest(tmp_path) == checkpoints.newest_undamaged(tmp_path)[0] == whole
     assert checkpoints.leftovers(tmp_path) == [half, whole]
     save_tiny(tmp_path / "final", gpt, None, step=4)
     assert names(tmp_path) == {"step-00000001", "step-00000003", "final"}
@@ -301,7 +301,7 @@ def test_the_newest_is_the_one_saved_last_not_the_one_of_the_highest_step(run: P
     final = save_tiny(run / "other" / "final", gpt, None, step=1)
     assert checkpoints.newest(run) == final
     assert checkpoints.resolve(None, run) == final
-    assert checkpoints.newest_step(run) == run / "step-00000002"
+    assert checkpoints.newest_undamaged(run)[0] == run / "step-00000002"
     truncate(final / "lit_model.pth")
     assert checkpoints.newest(run) == run / "step-00000002"
 
@@ -309,14 +309,14 @@ def test_the_newest_is_the_one_saved_last_not_the_one_of_the_highest_step(run: P
 def test_removing_the_training_state_hinders_resuming_alone(run: Path) -> None:
     (run / "step-00000002" / "training_state.pth").unlink()
     assert checkpoints.newest(run) == run / "step-00000002"
-    assert checkpoints.newest_step(run) == run / "step-00000001"
+    assert checkpoints.newest_undamaged(run)[0] == run / "step-00000001"
     with pytest.raises(UserError, match=r"training_state\.pth is missing"):
         checkpoints.load_training_state(run / "step-00000002")
 
 
 def test_nothing_to_find(tmp_path: Path, run: Path) -> None:
     assert checkpoints.newest(tmp_path / "nowhere") is None
-    assert checkpoints.newest_step(tmp_path / "nowhere") is None
+    assert checkpoints.newest_undamaged(tmp_path / "nowhere")[0] is None
     with pytest.raises(UserError, match=r"run_train\.py"):
         checkpoints.resolve(None, tmp_path / "nowhere")
     with pytest.raises(UserError, match=re.escape(f"in it is {run / 'step-00000002'}")):

@@ -168,7 +168,7 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_pat
     finally:
         killed.kill()
         killed.communicate()
-    stopped_at = checkpoints.read_mark(checkpoints.newest_step(tmp_path / "killed")).step
+    stopped_at = checkpoints.read_mark(checkpoints.newest_undamaged(tmp_path / "killed")[0]).step
     assert 10 <= stopped_at < 200
     resumed = run_door(run_file, *steps, "--out_dir", str(tmp_path / "killed"), "--resume", "auto")
     output, _ = resumed.communicate(timeout=240)
@@ -356,7 +356,7 @@ def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatc
     (code,), (said,) = run_together([two_processes("devices", door)], [environment])
     assert code == 143, said
     assert "Traceback" not in said
-    step = checkpoints.newest_step(tmp_path / "run")
+    step = checkpoints.newest_undamaged(tmp_path / "run")[0]
     assert step and f"--resume auto goes on from {step}" in said
     assert checkpoints.read_mark(step).step == 9
     monkeypatch.syspath_prepend(tmp_path)
@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops_two_processes(run_file, tmp_path, strat
     assert code == 1, said
     assert "is no longer finite at step 2" in said and "Traceback" not in said
     assert ("went bad was that of" in said) == (not strategy)
-    assert checkpoints.newest_step(tmp_path / "run") == tmp_path / "run" / "step-00000001"
+    assert checkpoints.newest_undamaged(tmp_path / "run")[0] == tmp_path / "run" / "step-00000001"
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_no_pickle_is_run_when_resuming(train: Callable[..., Path]) -> None:
 def test_no_pickle_is_run_when_lora_resumes(tmp_path: Path, stranger: Path) -> None:
     lora = ("--lora_r", "2")
     finetune_on(tmp_path, stranger, *lora)
-    folder = checkpoints.newest_step(tmp_path / "tuned")
+    folder = checkpoints.newest_undamaged(tmp_path / "tuned")[0]
     assert folder is not None
     torch.save({"lora": Harmful()}, folder / "lit_model.pth.lora")
     mark_anew(folder)

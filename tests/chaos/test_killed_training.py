@@ -89,7 +89,7 @@ def last_step(life: Life) -> int:
 
 def saved_step(out: Path) -> int:
     """The step that ``--resume auto`` goes on from."""
-    newest = checkpoints.newest_step(out)
+    newest = checkpoints.newest_undamaged(out)[0]
     return checkpoints.read_mark(newest).step if newest else 0
 
 
