@@ -143,22 +143,22 @@ def run_training(
         resume_training(fabric, training, resume_from)
         plan = training.plan
     check_same_on_all_machines(fabric, training)
+    own = resume_from if resume_from and resume_from.resolve().parent == out_dir.resolve() else None
     if resume_from and training.progress.step >= plan.steps:
         say(
             f"This run is finished: {resume_from} is step {training.progress.step:,} of {plan.steps:,}"
             f" ({training.progress.tokens:,} tokens). To train it further, raise what ends it ({plan.ended_by})."
         )
-        if fabric.global_rank == 0:  # a kill may have come after the last save
-            checkpoints.finish_interrupted_saves(resume_from.parent)
-            if resume_from.exists():
-                training.writer.remove_old(resume_from)
+        if own and fabric.global_rank == 0:  # a kill may have come after the last save
+            checkpoints.finish_interrupted_saves(out_dir)
+            if own.exists():
+                training.writer.remove_old(own)
         return
     if fabric.global_rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.finish_interrupted_saves(out_dir)
         if settings.overwrite:  # all that could be wrong with the new run is known by now
-            goes_on = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
-            checkpoints.remove_newer(cast(Path, resume_from)) if goes_on else remove_run(out_dir)
+            checkpoints.remove_newer(own) if own else remove_run(out_dir)
         text = yaml.safe_dump(run.resolved, sort_keys=False)
         (out_dir / "run_config.yaml").write_text(text, encoding="utf-8")
     loggers.log_hyperparams(run.resolved)
