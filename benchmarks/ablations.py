@@ -32,7 +32,7 @@ from benchmarks.runs import SEEDS, Corpus, Failed, Row, corpus, curve, spread, t
 PACKAGES = ("torch", "litgpt", "lightning")
 CONFIG = "configs/quickstart.yaml"
 OUTPUT = ROOT / "benchmarks/results/ablations.json"
-TOKENS = 300_000
+TOKENS = 200_000
 SIGMOID = [
     *("--model.n_expert_groups=2", "--model.n_topk_groups=2", "--model.n_topk_scores_per_group=2"),
     *("--model.norm_topk_prob=true", "--moe.load_balancing_loss=0"),
@@ -57,7 +57,7 @@ CHOICES = {
     "selection bias": Choice("balance", tuple(SIGMOID), "--moe.bias_update_rate", (0.001,)),
     "no balancing": Choice("balance", ("--moe.load_balancing_loss=0", "--moe.z_loss=0")),
     "AdamW at a higher rate": Choice("rate", (), "--optimizer.init_args.lr", (8e-3,)),
-    "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",), "--optimizer.init_args.lr", (0.01, 0.02)),
+    "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",), "--optimizer.init_args.lr", (0.02,)),
     "32 experts, top-8": Choice(
         "experts", ("--model.n_expert=32", "--model.n_expert_per_token=8", "--model.moe_intermediate_size=48")
     ),
@@ -120,7 +120,7 @@ def one(flags: Sequence[str], seed: int, tokens: int, text: Corpus) -> dict[str,
     """One run."""
     flags = ["--config", CONFIG, *flags, *text.flags, *seeded(seed), f"--train.max_tokens={tokens}"]
     flags += ["--train.save_interval=null", "--checkpoint.every_minutes=null", "--sample.prompt=null"]
-    flags += ["--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=100"]
+    flags += ["--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=50"]
     rows = train(flags).rows
     row = {"seed": seed, **outcome(curve(rows), text), **balance(rows)}
     print(f"  {row}", flush=True)

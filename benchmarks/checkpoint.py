@@ -22,7 +22,7 @@ from recipe.cli import run_door
 PACKAGES = ("torch", "litgpt", "lightning")
 
 
-def main(tokens: int = 200_000, pairs: int = 3, every_seconds: float = 2.0) -> None:
+def main(tokens: int = 120_000, pairs: int = 3, every_seconds: float = 2.0) -> None:
     """Measures and writes the result.
 
     Args:

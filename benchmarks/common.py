@@ -62,6 +62,10 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
     return [f"| {' | '.join(map(str, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)] + [""]
 
 
+NO_BF16 = "this CPU has no instructions for it, and would take a hundred times as long as in fp32"
+"""Why something is left out; on a GPU it never is."""
+
+
 class Target(NamedTuple):
     """Something that was to be reached."""
 
@@ -115,9 +119,10 @@ def keep_freed_memory() -> None:
 
 
 def commit() -> str:
-    """The commit that was checked out, marked where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return output(command) or "unknown"
+    """The commit that was checked out, marked where files differ from it other than those that benchmarks write."""
+    name = output(["git", "rev-parse", "--short=12", "HEAD"]) or "unknown"
+    changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs"]
+    return f"{name}-dirty" if output(changed) else name
 
 
 def output(command: list[str]) -> str:

@@ -22,10 +22,11 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import choose_device, circumstances, gpu, write_result
+from benchmarks.common import NO_BF16, choose_device, circumstances, gpu, write_result
 from benchmarks.moe_vs_dense import seeded
 from benchmarks.runs import Corpus, Failed, corpus, last, read_metrics, spread, train
 from recipe.cli import run_door
+from recipe.settings import cpu_has_bf16
 
 PACKAGES = ("torch", "torchao", "litgpt", "lightning")
 CARD, WINDOWS, CONTEXT = 6.0, 0.6, 0.4
@@ -75,6 +76,9 @@ def compare(tokens: int, text: Corpus) -> dict[str, Any]:
     """Each way's losses on the same validation tokens, and by how much they exceed those of fp32 with the same seed."""
     ways: dict[str, dict[str, Any]] = {}
     for way, its_flags in WAYS.items():
+        if "bf16-true" in its_flags and not cpu_has_bf16():
+            ways[way] = {"flags": its_flags, "status": NO_BF16}
+            continue
         command = ["--config", "configs/quickstart.yaml", *its_flags, *text.flags, f"--train.max_tokens={tokens}"]
         command += ["--train.log_interval=10", "--eval.max_iters=50", "--eval.interval=1000000", "--sample.prompt=null"]
         command += ["--checkpoint.every_minutes=null"]

@@ -37,6 +37,7 @@ from benchmarks.common import circumstances, gpu, installed, keep_freed_memory, 
 from benchmarks.moe_peers import GPU_ONLY, Size, config_of, layers, stacked
 from custom_moe import MoE
 from custom_moe.backends import choose_backend
+from recipe.settings import cpu_has_bf16
 
 PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel", "scattermoe", "sonic-moe")
 SIZES = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]
@@ -78,15 +79,16 @@ def main() -> None:
 
 def cases(device: str) -> list[Case]:
     """What is measured, on a GPU what matters most first. Compiling is slow, so not every case has it: on the CPU the
-    two sizes that are not bound by arithmetic, on a GPU one number of tokens."""
+    two sizes that are not bound by arithmetic, on a GPU one number of tokens. bf16 only on a CPU that has it."""
     sizes = [*SIZES, quickstart()]
     pair = ("LitGPT", "ours")
     every = tuple(layers(SIZES[0]))
     eager = tuple(name for name in every if "compiled" not in name)
     if device == "cpu":
-        places = [(size, precision) for precision in ("fp32", "bf16") for size in sizes]
+        precisions = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
+        places = [(size, precision) for precision in precisions for size in sizes]
         table = [Case(size, 2048, precision, every if size in sizes[3:] else eager, 7) for size, precision in places]
-        return [*table, *(Case(SIZES[0], 2048, precision, pair, 7, skewed=True) for precision in ("fp32", "bf16"))]
+        return [*table, *(Case(SIZES[0], 2048, precision, pair, 7, skewed=True) for precision in precisions)]
     backends = tuple(name for name in eager if name.startswith("ours"))
     checks = [Case(size, 2048, precision, backends, 0) for precision in ("fp32", "bf16") for size in sizes]
     skewed = Case(SIZES[0], 16384, "bf16", pair, 15, skewed=True)

@@ -35,7 +35,7 @@ from recipe.flops import count_parameters
 from recipe.settings import parse_run
 
 PACKAGES = ("torch", "litgpt", "lightning")
-VALIDATIONS = 8
+VALIDATIONS = 6
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 500_000, (2e-3, 4e-3, 8e-3)),
+    "cpu": Preset("configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 300_000, (2e-3, 4e-3, 8e-3)),
     "cuda": Preset(
         "configs/runs/tinystories-moe-200m.yaml",
         "configs/models/moe-200m-dense-twin.yaml",
@@ -136,7 +136,7 @@ def compare(preset: Preset, seeds: int, text: Corpus, save: Callable[[dict[str, 
         flags += [f"--train.max_tokens={tokens}", "--train.max_steps=null", "--train.save_interval=null"]
         flags += ["--checkpoint.every_minutes=null"]
         flags += [f"--optimizer.init_args.lr={rate}", f"--train.min_lr={rate * floor}"]
-        flags += [f"--eval.interval={interval}", f"--train.log_interval={interval}", "--eval.max_iters=50"]
+        flags += [f"--eval.interval={interval}", f"--train.log_interval={interval}", "--eval.max_iters=25"]
         row = {"model": model, "learning_rate": rate, "seed": seed, "max_tokens": tokens}
         try:
             row |= outcome(curve(train([*flags, "--sample.prompt=null"]).rows), text)

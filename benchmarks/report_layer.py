@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Target, plotting, table, where
+from benchmarks.common import NO_BF16, Target, plotting, table, where
 
 DEVICES = {"cpu": "The layer on a CPU", "cuda": "The layer on a GPU"}
 PEERS = ("Hugging Face eager", "Hugging Face grouped_mm", "Liger-Kernel", "scattermoe", "sonic-moe")
@@ -115,6 +115,8 @@ def section(result: Row) -> list[str]:
     lines = [where(result), ""]
     lines += [f"![speed and memory of the layers](moe_layer_{result['device']}.svg)", ""]
     rows = flat(result)
+    if not any(row["precision"] == "bf16" for row in rows):
+        lines += [f"No bf16: {NO_BF16}.", ""]
     timed = [row for row in rows if "speed" in row]
     for routing, precision, tokens in dict.fromkeys((r["routing"], r["precision"], r["tokens"]) for r in timed):
         here = select(timed, routing=routing, precision=precision, tokens=tokens)

@@ -76,7 +76,7 @@ def large(run_file: str, context: int, model: str | None = None) -> Case:
     )
 
 
-QUICKSTART = Case("configs/quickstart.yaml", (), (4, 2), 50 * 1024, 300_000, 3, shipped=True)
+QUICKSTART = Case("configs/quickstart.yaml", (), (4, 2), 50 * 1024, 150_000, 3, shipped=True)
 CASES = {
     "cpu": {"quickstart": QUICKSTART},
     "cuda": {  # what matters most first

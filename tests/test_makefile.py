@@ -60,6 +60,19 @@ def test_make_environment_gets_uv_and_syncs_in_a_folder_with_a_space(project: Pa
 
 @needs_make
 @needs_posix
+def test_what_make_starts_keeps_its_bytecode(project: Path) -> None:
+    """Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every command compiled its imports anew."""
+    uv = project / "uv"
+    uv.write_text('#!/bin/sh\necho "bytecode: ${PYTHONDONTWRITEBYTECODE-kept}"\n', encoding="utf-8")
+    uv.chmod(0o755)
+    result = run(
+        "make", f"UV={uv}", "PYTHON=true", "venv", cwd=project, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    )
+    assert "bytecode: kept" in result.stdout, result.stderr
+
+
+@needs_make
+@needs_posix
 def test_make_clean_keeps_what_the_user_made(project: Path) -> None:
     kept = ["data/custom_text/train/a.txt", "checkpoints/final/lit_model.pth", "wandb/run", ".venv/__pycache__/a.pyc"]
     gone = ["recipe/__pycache__/a.pyc", ".mypy_cache/a", "litmoe.egg-info/a"]

@@ -10,7 +10,17 @@ from litgpt import Config
 from litgpt.args import LogArgs, TrainArgs
 
 from recipe.cli import UserError
-from recipe.settings import PROJECT, SHORT_FLAGS, EvalArgs, RunSettings, check, choose_precision, parse_run, run_parser
+from recipe.settings import (
+    PROJECT,
+    SHORT_FLAGS,
+    EvalArgs,
+    RunSettings,
+    check,
+    choose_precision,
+    cpu_has_bf16,
+    parse_run,
+    run_parser,
+)
 
 RUN_FILES = [PROJECT / "train_config.yaml", *sorted(PROJECT.glob("configs/*.yaml"))]
 
@@ -225,7 +235,9 @@ def test_precision_without_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert choose_precision(None) == ("32-true", None)
     assert choose_precision("32-true") == ("32-true", None)
-    assert choose_precision("bf16-true") == ("bf16-true", None)
+    precision, note = choose_precision("bf16-true")
+    assert precision == "bf16-true"
+    assert "no instructions for bf16" in str(note) if not cpu_has_bf16() else note is None
     precision, note = choose_precision("bf16-mixed")
     assert precision == "32-true"
     assert "bf16-mixed needs a GPU" in str(note)

@@ -90,6 +90,18 @@ def test_the_document_says_what_is_in_the_results(results: Path, tmp_path: Path)
     assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
 
 
+def test_bf16_is_left_out_where_a_cpu_has_none_of_it(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a case that takes half a second elsewhere takes minutes, and the whole table a day."""
+    for has_it in (True, False):
+        monkeypatch.setattr(moe_layer, "cpu_has_bf16", lambda has_it=has_it: has_it)
+        assert ("bf16" in {case.precision for case in moe_layer.cases("cpu")}) == has_it
+    found = report.load(results)
+    assert "No bf16:" not in report.document(found)
+    cases = found["moe_layer_cpu"]["cases"]
+    found["moe_layer_cpu"]["cases"] = [case for case in cases if case["precision"] == "fp32"]
+    assert f"No bf16: {common.NO_BF16}." in report.document(found)
+
+
 def test_targets_are_computed(results: Path) -> None:
     found = report.load(results)["moe_layer_cpu"]
     found["cases"] = [

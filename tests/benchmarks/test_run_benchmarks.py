@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations, common, data_loading, moe_vs_dense, report, report_runs, train_step
+from benchmarks import ablations, common, data_loading, low_memory, moe_vs_dense, report, report_runs, train_step
 from benchmarks.data_loading import Shape
 from benchmarks.report_runs import targets
 from benchmarks.runs import Corpus, Failed, Point, Run, Spread, curve, interpolate, spread, train
@@ -260,6 +260,16 @@ def test_targets_of_runs_are_computed() -> None:
     assert verdicts({"data_loading_cpu": {"rows": [*waits, {"shipped": True}]}})[7] == ("2.00%", False)
 
 
+def test_low_memory_leaves_bf16_out_where_a_cpu_has_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_memory, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(low_memory, "WAYS", {name: way for name, way in low_memory.WAYS.items() if way})
+    ways = low_memory.compare(1000, Corpus(Path("none"), Path("none")))
+    assert [way["status"] for way in ways.values()] == [common.NO_BF16] * 2
+    found = {"low_memory": {**CIRCUMSTANCES, "tokens": 1000, "seeds": 3, "ways": {"fp32": {"status": "x"}, **ways}}}
+    assert f"| {common.NO_BF16} |" in report.document(found)
+    assert targets(found)[-3].measured is None
+
+
 def test_what_low_memory_says_is_in_the_document() -> None:
     way = {"status": "measured", "val_losses": [1.0, 2.0], "seconds": 9.0, "weights_mb": 1.5, "optimizer_mb": 3.0}
     over = {"mean": 0.008, "deviation": 0.001, "interval": 0.0023}
@@ -302,6 +312,26 @@ def test_what_was_not_measured_names_its_command() -> None:
         assert f"Not measured yet: `uv run {command}` does." in text
         script = command.split()[1]
         assert (report.ROOT / script).exists()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_results_of_the_benchmark_before_are_no_change_of_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the first result of `make bench` said that the code was not the commit's."""
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert common.commit() == "unknown"
+    names = ["benchmarks/results/a.json", "docs/a.md", "code.py"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for arguments in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m first"):
+        subprocess.run(["git", *arguments.split()], cwd=tmp_path, check=True)
+    clean = common.commit()
+    assert len(clean) == 12
+    for name, wanted in zip(names, (clean, clean, f"{clean}-dirty"), strict=True):
+        (tmp_path / name).write_text("changed")
+        assert common.commit() == wanted
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
