@@ -698,6 +698,8 @@ def _check_schedule(settings: RunSettings, optimizer: dict[str, Any]) -> list[st
     for name, limit in {**limits, "max_time": train.max_time}.items():
         if limit is not None and not 0 < limit <= 2**62:  # also where it is not a number
             problems.append(f"train.{name} is {str(limit)[:30]}; expected more than 0, and at most 2**62.")
+    if train.max_norm is not None and not train.max_norm > 0:
+        problems.append(f"train.max_norm is {train.max_norm}; expected more than 0, or null for no clipping.")
     learning_rate = (optimizer.get("init_args") or {}).get("lr")
     if isinstance(learning_rate, float) and not 0 < learning_rate < math.inf:
         problems.append(f"the optimizer's lr is {learning_rate}; expected more than 0, such as 3.0e-4.")

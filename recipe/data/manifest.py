@@ -12,7 +12,7 @@ import shlex
 import shutil
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -124,9 +124,12 @@ class Manifest:
     splits: dict[str, Split]
     versions: dict[str, str]
 
-    def made_from(self, *splits: str) -> tuple[str, ...]:
-        """What the tokens follow from: fingerprints of the tokenizer and of each split's text."""
-        return self.tokenizer.sha256, *(text_fingerprint(self.splits[split].text) for split in splits)
+    def made_from(self, *splits: str) -> tuple[Any, ...]:
+        """What the tokens follow from: fingerprints of the tokenizer and of each split's text, with the settings that
+        made documents of it, and how many came of it (a part of a corpus of the Hub has the whole one's files)."""
+        found = (self.splits[split] for split in splits)
+        texts = ((text_fingerprint(split.text), split.documents, split.tokens, split.bytes) for split in found)
+        return self.tokenizer.sha256, astuple(self.settings), *texts
 
 
 def tokens_dir(data_dir: Path, split: str | None = None) -> Path:
@@ -369,7 +372,9 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
 @cache
 def _tokenizer_fingerprint(path: Path, size: int, mtime_ns: int, inode: int, eos_token: str | None) -> str:
     # Asked for many times in a run; size, time and inode only tell one state of the file from another.
-    return fingerprint_of(read_json(path), eos_token)
+    if not isinstance(content := read_json(path), dict):
+        raise ValueError(f"it holds a {type(content).__name__} where a mapping was expected")
+    return fingerprint_of(content, eos_token)
 
 
 def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None) -> str:
@@ -384,5 +389,5 @@ def end_of_text_token(tokenizer_dir: Path) -> str | None:
         config = read_json(tokenizer_dir / "tokenizer_config.json")
     except (OSError, ValueError):
         return None
-    token = config.get("eos_token")
+    token = config.get("eos_token") if isinstance(config, dict) else None
     return token.get("content") if isinstance(token, dict) else token

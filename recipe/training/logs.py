@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -163,10 +163,12 @@ class Loggers(Logger):
 
     def __init__(self, loggers: list[Logger]) -> None:
         self.loggers = loggers
+        self._refused: list[Logger] = []
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         for logger in self.loggers:
-            logger.log_metrics(dict(metrics), step)
+            with self._going_on(logger):
+                logger.log_metrics(dict(metrics), step)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         for logger in self.loggers:
@@ -176,18 +178,32 @@ class Loggers(Logger):
     def log_text(self, name: str, text: str, step: int) -> None:
         """Sends a generated text to the loggers that show texts."""
         for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(name, text, step)
-            elif isinstance(logger, WandbLogger):
-                logger.log_text(name, columns=["step", "text"], data=[[str(step), text]], step=step)
+            with self._going_on(logger):
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text(name, text, step)
+                elif isinstance(logger, WandbLogger):
+                    logger.log_text(name, columns=["step", "text"], data=[[str(step), text]], step=step)
 
     def save(self) -> None:
         for logger in self.loggers:
-            logger.save()
+            with self._going_on(logger):
+                logger.save()
 
     def finalize(self, status: str) -> None:
         for logger in self.loggers:
-            logger.finalize(status)
+            with self._going_on(logger):
+                logger.finalize(status)
+
+    @contextmanager
+    def _going_on(self, logger: Logger) -> Iterator[None]:
+        """A full disk ends no run at another logger either; what it misses stands in the CSV file."""
+        try:
+            yield
+        except OSError as error:
+            if logger not in self._refused:
+                self._refused.append(logger)
+                name, why = type(logger).__name__, error.strerror or error
+                print(f"warning: {name} can't write: {why}. The run goes on; {METRICS_FILE} has all.")
 
 
 def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: int | None) -> Callable[..., Loggers]:

@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -51,7 +52,7 @@ from recipe.training.model import (
 from recipe.training.nonfinite import first_not_finite, weights_not_finite
 from recipe.training.optimizers import check_optimizer, make_optimizer, set_learning_rate
 from recipe.training.plan import describe_memory, describe_size
-from recipe.training.saving import CheckpointWriter, StopSignals
+from recipe.training.saving import CheckpointWriter, StopSignals, lasting_output
 from recipe.training.schedule import Plan, learning_rate
 from recipe.training.state import (
     Progress,
@@ -70,6 +71,7 @@ from recipe.training.state import (
 Ending = Literal["finished", "out of time", "stopped"]
 
 
+@lasting_output()
 def run_training(
     fabric: L.Fabric,
     gpt: GPT,
@@ -158,9 +160,13 @@ def run_training(
         out_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.finish_interrupted_saves(out_dir)
         if settings.overwrite:  # all that could be wrong with the new run is known by now
-            checkpoints.remove_newer(own) if own else remove_run(out_dir)
-        text = yaml.safe_dump(run.resolved, sort_keys=False)
-        (out_dir / "run_config.yaml").write_text(text, encoding="utf-8")
+            if own is None:
+                remove_run(out_dir)
+            elif own.exists():  # an interrupted save that was resumed from has just got its name, and is the newest
+                checkpoints.remove_newer(own)
+        partial = out_dir / ".run_config.yaml.partial"
+        partial.write_text(yaml.safe_dump(run.resolved, sort_keys=False), encoding="utf-8")
+        os.replace(partial, out_dir / "run_config.yaml")  # a kill leaves the old one or the new one
     loggers.log_hyperparams(run.resolved)
 
     for line in describe_run(fabric, gpt, run, plan):
@@ -240,7 +246,6 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
     batches = CycleIterator(run.train_dataloader)
     batches.epoch = progress.epoch
     peak = optimizer.param_groups[0]["initial_lr"]
-    hellaswag_interval = settings.eval.hellaswag_interval or evaluation.interval
     # FSDP casts on its own, and keeps no whole gradients between micro batches.
     sharded = is_sharded(settings)
     # Under DDP the compiler parts its graph by the sizes of parameters, so that gradients travel early.
@@ -256,6 +261,11 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
         if evaluation.initial_validation and first_step == 0:
             fabric.log_dict(evaluate(fabric, run, display) | score_hellaswag(fabric, run, display), step=0)
 
+        if run.moment is not None:  # resumed from a save before an evaluation
+            try:
+                finish_row(fabric, run, display, signals)
+            except Interrupted:
+                return "stopped"
         begun = time.perf_counter()
         run.interval.begin()
         while progress.step < plan.steps:
@@ -324,17 +334,13 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
             run.moment = moment_of(fabric, run)
             display.step(progress.step, row, session / (progress.step - first_step) * (plan.steps - progress.step))
 
-            if stopped and not last:  # before an evaluation, which may take longer than what asks to stop will wait
-                save_checkpoint(fabric, run, out_dir / f"step-{progress.step:08d}")
-            try:
-                with run.interval.paused():
-                    if progress.step % evaluation.interval == 0 or (last and evaluation.final_validation):
-                        row |= evaluate(fabric, run, display)
-                    if progress.step % hellaswag_interval == 0 or (last and evaluation.final_validation):
-                        row |= score_hellaswag(fabric, run, display)
-            finally:  # an evaluation that fails ends the run in a checkpoint of this step
-                if row:
-                    fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
+            run.moment["row"] = row
+            # What asks to stop may not wait for an evaluation: the resumed run begins with it.
+            if last or not ((stopped or out_of_time) and any(evaluations_due(run))):
+                try:
+                    finish_row(fabric, run, display, signals)
+                except Interrupted:
+                    return "stopped"
             if last:
                 break
             if stopped or (fabric.world_size == 1 and signals.received is not None):
@@ -346,6 +352,46 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
                     save_checkpoint(fabric, run, out_dir / f"step-{progress.step:08d}")
             run.writer.tell_failure()
     return "finished"
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop during an evaluation."""
+
+
+def evaluations_due(run: TrainingRun) -> tuple[bool, bool]:
+    """Whether validation and HellaSwag belong to the last step."""
+    step, evaluation = run.progress.step, run.settings.eval
+    at_the_end = step == run.plan.steps and evaluation.final_validation
+    every = evaluation.interval, evaluation.hellaswag_interval or evaluation.interval
+    return step % every[0] == 0 or at_the_end, step % every[1] == 0 or at_the_end
+
+
+def finish_row(fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals) -> None:
+    """Evaluates where the last step is one to do so, and logs that step's row.
+
+    Raises:
+        Interrupted: a signal came before the end of an evaluation. The row stays in ``run.moment``, so that a resumed
+            run begins here. Not in several processes, which do not know of each other's signals in time, nor at the
+            last step, after which there is nothing to resume.
+    """
+    assert run.moment is not None
+    row, last = dict(run.moment["row"]), run.progress.step == run.plan.steps
+    until = None if last or fabric.world_size > 1 else signals
+    validation_is_due, hellaswag_is_due = evaluations_due(run)
+    with run.interval.paused():
+        row |= evaluate(fabric, run, display, until) if validation_is_due else {}
+        row |= score_hellaswag(fabric, run, display, until) if hellaswag_is_due else {}
+    if row:
+        fabric.log_dict({**row, "time": round(run.progress.seconds, 3)}, step=run.progress.step)
+    run.moment["row"] = None
+
+
+def _until(signals: StopSignals | None, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, as long as no signal came."""
+    for batch in batches:
+        if signals is not None and signals.received is not None:
+            raise Interrupted
+        yield batch
 
 
 def total_loss(losses: Losses, moe: MoESettings) -> Tensor:
@@ -389,12 +435,15 @@ def balance(fabric: L.Fabric, run: TrainingRun, counts: Tensor, norm: Tensor) ->
         update_selection_biases(run.gpt, counts, rate * torch.isfinite(norm))
 
 
-def evaluate(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[str, float]:
+def evaluate(
+    fabric: L.Fabric, run: TrainingRun, display: RunDisplay, until: StopSignals | None = None
+) -> dict[str, float]:
     """Validation loss and a sample, printed and logged; nothing where there is no validation data."""
     if run.val_dataloader is None:
         return {}
     step = run.progress.step
-    loss = validate(fabric, run.model, run.val_dataloader, max_iters=run.settings.eval.max_iters)
+    batches = _until(until, run.val_dataloader)
+    loss = validate(fabric, run.model, batches, max_iters=run.settings.eval.max_iters)
     display.print(f"step {step}/{run.plan.steps} | val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}")
     if fabric.global_rank == 0 and (text := write_sample(fabric, run)) is not None:
         display.print(f"step {step}/{run.plan.steps} | sample: {text}")
@@ -403,14 +452,16 @@ def evaluate(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[st
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))}
 
 
-def score_hellaswag(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> dict[str, float]:
+def score_hellaswag(
+    fabric: L.Fabric, run: TrainingRun, display: RunDisplay, until: StopSignals | None = None
+) -> dict[str, float]:
     """HellaSwag's accuracies, printed and logged; each process computes its share of the questions."""
     if run.questions is None:
         return {}
     start = time.perf_counter()
     share = run.questions.batches[fabric.global_rank :: fabric.world_size]
     with fabric.autocast():
-        scores = hellaswag.log_probabilities(run.gpt, share, run.questions)
+        scores = hellaswag.log_probabilities(run.gpt, _until(until, share), run.questions)
     if fabric.world_size > 1:
         scores = cast(Tensor, fabric.all_reduce(scores, reduce_op="sum")).cpu()
     score = hellaswag.accuracy(run.questions.questions, scores)
@@ -422,7 +473,7 @@ def score_hellaswag(fabric: L.Fabric, run: TrainingRun, display: RunDisplay) -> 
 
 
 @torch.no_grad()
-def validate(fabric: L.Fabric, model: _FabricModule, val_dataloader: DataLoader, max_iters: int) -> float:
+def validate(fabric: L.Fabric, model: _FabricModule, batches: Iterable[Any], max_iters: int) -> float:
     """Replaces ``litgpt.pretrain.validate``: the mean cross-entropy in nats per token, over all devices.
 
     Takes the first ``max_iters`` batches of all devices together, which are the same at each call where the loader's
@@ -432,7 +483,7 @@ def validate(fabric: L.Fabric, model: _FabricModule, val_dataloader: DataLoader,
     max_iters = math.ceil(max_iters / fabric.world_size)
     model.eval()
     losses, tokens = [], []
-    for index, batch in enumerate(val_dataloader):
+    for index, batch in enumerate(batches):
         if index >= max_iters:
             break
         part = as_batch(batch, gpt_of(model).max_seq_length)

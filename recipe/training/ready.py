@@ -83,8 +83,9 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
     if resume_from is not None:
         check_same_model(resume_from, settings.model)
         check_same_tuning(resume_from, settings)
-        if not settings.data.manifest_path.is_file():
-            then = (resume_from / checkpoints.INSTRUCTIONS).read_bytes()
+        kept = resume_from / checkpoints.INSTRUCTIONS
+        if not settings.data.manifest_path.is_file() and kept.is_file():
+            then = kept.read_bytes()
             name = settings.data.manifest_path.name
             found = _moved_to(settings.data.data_dir, lambda folder: (folder / name).read_bytes() == then)
             settings.data.data_dir = found or settings.data.data_dir  # where there is none, that is said below
@@ -101,6 +102,11 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
 def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
     """Raises ``UserError`` where a run would go on with other LoRA weights or another prompt style."""
     saved = checkpoints.load_hyperparameters(folder)
+    if "lora_r" not in saved:
+        raise UserError(
+            f"{folder} is of a pretraining run, which finetuning can't resume; start from its weights:"
+            f" {anew_from(folder, settings)}"
+        )
     then = {name: saved.get(name) for name in LORA_FIELDS} | {
         "prompt_style": saved["data"]["init_args"]["prompt_style"]
     }
@@ -238,6 +244,7 @@ def find_checkpoint(settings: RunSettings) -> Path | None:
     if found is None and resume is True:
         raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
     if found is None:
+        check_unoccupied(settings)
         _warn(f"Nothing to resume in {out_dir}: this is a fresh start.")
     return found
 

@@ -4,14 +4,16 @@ The training thread pays for the copy in memory alone. A checkpoint is written w
 older ones removed (``recipe.checkpoints``).
 """
 
+import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from torch import Tensor
 
@@ -127,6 +129,47 @@ def copied(value: Any) -> Any:
     return copy(value)
 
 
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """While open, a pipe or terminal that is gone (``| head``, a ``tee`` that the same Ctrl-C ended) ends no run: what
+    is printed then goes nowhere, as under ``nohup``. Else a library may end the process at its next line, unsaved."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Lasting(stream)) for stream in before)
+    try:
+        yield
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Lasting:
+    """A stream that can always be written to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._going_on():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._going_on():
+            self._stream.flush()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # also for what is still in its buffer
+
+
 class StopSignals:
     """While open, the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal) only asks the run to stop; a second
     one ends the process.
@@ -156,7 +199,7 @@ class StopSignals:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), time.monotonic()
-            with suppress(OSError, RuntimeError, ValueError):  # a pipe that the same Ctrl-C broke, a write under way
+            with suppress(RuntimeError, ValueError):  # a write under way
                 self._warn(f"{self.received.name}: saving and stopping after this step; once more stops at once.")
         elif time.monotonic() - self._received_at >= 1:
             signal.signal(number, signal.SIG_DFL)

@@ -80,7 +80,8 @@ class TrainingRun:
     interval: Interval = field(default_factory=Interval)
     """Since the last log line"""
     moment: dict[str, Any] | None = None
-    """What ``moment_of`` said when the last step was complete; None while an update makes it another"""
+    """What ``moment_of`` said when the last step was complete; None while an update makes it another. Its ``row`` is
+    that step's for the metrics, as long as it has not been evaluated and logged, else None"""
 
     @property
     def gpt(self) -> GPT:
@@ -94,6 +95,7 @@ def moment_of(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
     generator: Any = np.random.get_state(legacy=True)
     kind, keys, *rest = generator
     return {
+        "row": None,
         "train_dataloader": with_position(run.train_dataloader).state_dict(),
         "interval": run.interval.state_dict(),
         "random": {
@@ -142,8 +144,8 @@ def save_what_is_whole(fabric: L.Fabric, run: TrainingRun, *, by_all: bool = Fal
         if fabric.global_rank == 0:
             run.writer.tell_failure(wait=True)
             if whole and run.writer.saved != folder:
+                run.loggers.save()  # no checkpoint without the metrics before it
                 run.writer.write_now(folder, content if is_sharded(run.settings) else checkpoint_content(fabric, run))
-                run.loggers.save()
                 fabric.print(f"Saved {folder}")
     except Exception as error:  # what ended the run is what is to be shown; and a terminal may be gone
         with suppress(OSError):
@@ -243,6 +245,8 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
         torch.cuda.set_rng_state(state["random"]["cuda"][0], fabric.device)
     if (scaler := scaler_of(fabric)) and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+    if state.get("row") is not None:
+        run.moment = {**moment_of(fabric, run), "row": state["row"]}
 
 
 def make_plan(train: TrainArgs, loader: DataLoader, seq_length: int, *, devices: int, progress: Progress) -> Plan:
@@ -296,10 +300,13 @@ def anew_from(folder: Path, settings: RunSettings) -> str:
 
 def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
     """Raises ``UserError`` where the state that ``folder`` saved is another optimizer's."""
-    then, now = (
-        settings["optimizer"]["class_path"]
-        for settings in (checkpoints.load_hyperparameters(folder), run.hyperparameters)
-    )
+    saved = checkpoints.load_hyperparameters(folder)
+    if "optimizer" not in saved:
+        raise UserError(
+            f"{folder} holds no run that could be resumed (an imported checkpoint, say); start a new one from its"
+            f" weights: {anew_from(folder, run.settings)}"
+        )
+    then, now = (settings["optimizer"]["class_path"] for settings in (saved, run.hyperparameters))
     if then != now:
         raise UserError(
             f"{folder} was trained with {then}, whose state {now} can't go on from. Resume with --optimizer {then}, or"
@@ -314,8 +321,8 @@ def check_same_tokens(folder: Path, settings: RunSettings) -> None:
         return
     if made_from(then, "train") != made_from(now, "train"):
         raise UserError(
-            f"{folder} was trained on other tokens than those of {now.parent.parent}: the text or the tokenizer"
-            " changed. Bring the old ones back, or start a new run from its weights:"
+            f"{folder} was trained on other tokens than those of {now.parent.parent}: the text, how it is divided,"
+            " or the tokenizer changed. Bring the old ones back, or start a new run from its weights:"
             f" {anew_from(folder, settings)}"
         )
 
@@ -371,7 +378,7 @@ def tokens_manifest(settings: RunSettings) -> Path | None:
     return path if path.is_file() else None
 
 
-def made_from(path: Path, *splits: str) -> tuple[str, ...]:
+def made_from(path: Path, *splits: str) -> tuple[Any, ...]:
     """What tokens follow from, by their manifest; raises ``UserError`` where it is none that can be read."""
     if (found := read_file(path)) is None:
         raise UserError(

@@ -22,7 +22,7 @@ from recipe.inference.chat import Chat
 from recipe.sealed import read_sealed, write_sealed
 from recipe.settings import check, parse_finetuning, parse_run
 from recipe.training.ready import ready_to_finetune
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import door, mark_anew, save_tiny, tiny_gpt
 
 HARM = "harm-done"
 
@@ -32,14 +32,6 @@ class Harmful:
 
     def __reduce__(self) -> tuple:
         return os.mkdir, (HARM,)
-
-
-def mark_anew(folder: Path) -> Path:
-    """The checksums of the files as they lie there now: a stranger's checkpoint has right ones."""
-    mark = checkpoints.read_mark(folder)
-    (folder / checkpoints.MARK).unlink()
-    checkpoints._write_mark(folder, mark.step, mark.tokens, {})
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Training that is asked to stop: by a signal, by its time. It saves where it is, and resumed it is the same run."""
 
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipe import checkpoints
+from tests.chaos.lives import PROJECT
 from tests.chaos.test_killed_training import (
     RUN,
     assert_same_end,
@@ -20,7 +22,7 @@ from tests.chaos.test_killed_training import (
 
 pytestmark = pytest.mark.slow
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX system")
-SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (getattr(signal, "SIGHUP", None), 129)]
 
 
 @pytest.fixture
@@ -44,6 +46,25 @@ def test_a_signal_saves_after_the_step(
     assert life.end() == code, life.said
     assert saved_step(out) == last_step(life) >= 17 and "Traceback" not in life.said
     assert not (out / "final").exists() and not checkpoints.leftovers(out)
+    again = begin(tmp_path / "again", out, command, "--resume", "auto")
+    assert again.end() == 0, again.said
+    assert_same_end(whole.out, out)
+
+
+@needs_posix
+def test_a_signal_saves_after_the_step_where_nobody_reads_what_it_says(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Ctrl-C at `run_train.py | tee log` ends tee first. The run ended with exit code 1, and nothing saved."""
+    whole, out = run_whole(tmp_path / "whole", *command), tmp_path / "out"
+    start = [sys.executable, "-u", *command, "--out_dir", str(out)]
+    with subprocess.Popen(start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        assert run.stdout is not None
+        assert any(line.startswith("step 5/") for line in run.stdout)
+        run.stdout.close()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+    assert saved_step(out) >= 5 and not (out / "final").exists() and not checkpoints.leftovers(out)
     again = begin(tmp_path / "again", out, command, "--resume", "auto")
     assert again.end() == 0, again.said
     assert_same_end(whole.out, out)

@@ -284,6 +284,17 @@ def test_the_fingerprint_is_of_what_a_tokenizer_does(tmp_path: Path, stories: li
     assert manifest.tokenizer_fingerprint(source) != fingerprint
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_list_where_a_mapping_is_expected_is_one_message(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    (folder / name).write_text("[]")
+    if name == "tokenizer.json":
+        with pytest.raises(UserError, match=r"tokenizer\.json is broken \(it holds a list"):
+            manifest.tokenizer_fingerprint(folder)
+    else:
+        assert manifest.tokenizer_fingerprint(folder) != manifest.tokenizer_fingerprint(tokenizer_dir)
+
+
 def test_a_changed_tokenizer_has_no_known_origin(tmp_path: Path, stories: list[str]) -> None:
     """Else ``--tokenizer gpt2`` would take a changed folder for GPT-2's."""
     install(tokenizers.train(stories, 300), {"name": "gpt2"}, tmp_path)

@@ -140,6 +140,12 @@ def test_other_lora_weights_are_not_resumed(tune):
             tune(*flags, "--resume", "auto", "--train.max_steps", "10")
 
 
+def test_a_pretraining_run_is_not_resumed(tune, base):
+    """KeyError: 'prompt_style'."""
+    with pytest.raises(UserError, match=r"is of a pretraining run.*finetune\.py .* --out_dir NEW"):
+        tune("--resume", str(base))
+
+
 def test_a_resumed_run_knows_its_checkpoint(tune, base, tmp_path, monkeypatch):
     out = tune("--train.max_steps", "4")
     flags = ["--config", str(tmp_path / "finetune.yaml"), "--out_dir", str(out)]

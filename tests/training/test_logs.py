@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from recipe.training.logs import MetricsCSV, RunDisplay
+from recipe.training.logs import Loggers, MetricsCSV, RunDisplay
 
 
 def read(path):
@@ -61,6 +61,23 @@ def test_rows_that_cannot_be_written_wait(tmp_path, capsys):
     logger.save()
     assert "is written again, with the 2 rows" in capsys.readouterr().out
     assert [(row["step"], row["train_loss"], row["new"]) for row in read(path)] == [("1", "0.5", ""), ("2", "0.4", "1")]
+
+
+def test_another_logger_that_cannot_write_ends_no_run(tmp_path, capsys):
+    """A full disk ended runs with TensorBoard, whose rows are in the CSV file all the same."""
+
+    class Full(MetricsCSV):
+        def fail(self, *_):
+            raise OSError(28, "No space left on device")
+
+        log_metrics = save = finalize = fail
+
+    loggers = Loggers([Full(tmp_path / "no.csv", None), MetricsCSV(tmp_path / "metrics.csv", resume_step=None)])
+    loggers.log_metrics({"train_loss": 0.5}, 1)
+    loggers.save()
+    loggers.finalize("success")
+    assert capsys.readouterr().out.count("Full can't write: No space left on device. The run goes on") == 1
+    assert [row["train_loss"] for row in read(tmp_path / "metrics.csv")] == ["0.5"]
 
 
 @pytest.mark.parametrize(("dead", "said"), [((0.0, 0.0), ""), ((2.0, 1.0), " | dead experts 3")])

@@ -14,8 +14,11 @@ from litgpt import GPT, Config
 
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.data.prepare import PrepareArgs, prepare
+from recipe.settings import parse_run
 from recipe.training import loop
-from recipe.training.pretrain import scale_gelu_projections
+from recipe.training.pretrain import pretrain, scale_gelu_projections
+from recipe.training.ready import ready
 from tests.training_fixtures import SIGMOID_ROUTER, column, rows
 
 
@@ -299,6 +302,30 @@ def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
         file.write("\n<|endoftext|>\nA new story.")
     with pytest.raises(UserError, match="was trained on other tokens"):
         train(*moved, "--resume", str(out / "step-00000004"), "--overwrite")
+
+
+def test_tokens_of_the_same_text_divided_otherwise_are_not_resumed(tmp_path, stories, tokenizer_dir, run_file):
+    """The text's fingerprint is the same: half of the documents that it was trained on were validated on."""
+    data_dir = tmp_path / "own"
+    (data_dir / "train").mkdir(parents=True)
+    text = "\n<|endoftext|>\n".join(stories)
+    (data_dir / "train" / "stories.txt").write_text(text, encoding="utf-8", newline="\n")
+    paths = [f"--data.init_args.{split}_data_path={data_dir / split}" for split in ("train", "val")]
+
+    def train(*flags):
+        run = parse_run(["--config", str(run_file), *paths, "--train.max_steps", "4", *flags])
+        run, resume_from = ready(run)
+        pretrain(run, resume_from=resume_from)
+        return run.settings.out_dir
+
+    def divide(fraction):
+        prepare(PrepareArgs(data_dir=data_dir, tokenizer_dir=tokenizer_dir, num_workers=0, val_fraction=fraction))
+
+    divide(0.2)
+    out = train("--train.save_interval", "2")
+    divide(0.4)
+    with pytest.raises(UserError, match="was trained on other tokens"):
+        train("--resume", str(out / "step-00000002"), "--overwrite")
 
 
 def test_a_run_that_cannot_start_deletes_nothing(train, tmp_path):

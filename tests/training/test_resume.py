@@ -14,7 +14,7 @@ from _pytest.mark import ParameterSet
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
+from tests.tiny_checkpoint import mark_anew, save_tiny, tiny_gpt
 from tests.training_fixtures import SIGMOID_ROUTER, column, rows
 
 Call = Callable[..., Path]
@@ -223,6 +223,34 @@ def test_other_batches_are_not_resumed(train: Call) -> None:
     ):
         with pytest.raises(UserError, match=rf"{message}\. Resume with the old values, or start a new run"):
             train("--resume", str(out / "final"), flag, value)
+
+
+def test_another_optimizer_is_not_resumed(train: Call) -> None:
+    out = train("--train.max_steps", "1")
+    with pytest.raises(
+        UserError, match=r"was trained with torch\.optim\.AdamW, whose state torch\.optim\.SGD can't go on"
+    ):
+        train("--resume", str(out / "final"), "--optimizer", "torch.optim.SGD", "--optimizer.init_args.lr", "0.1")
+
+
+def test_a_checkpoint_of_no_run_is_not_resumed(train: Call, tmp_path: Path) -> None:
+    """An imported one has other hyperparameters: a KeyError."""
+    out = train("--train.max_steps", "1")
+    settings = out / "final" / "hyperparameters.yaml"
+    settings.write_text("imported_from: a folder\n", encoding="utf-8")
+    mark_anew(out / "final")
+    with pytest.raises(UserError, match=r"holds no run that could be resumed.*--initial_checkpoint_dir"):
+        train("--resume", str(out / "final"))
+
+
+def test_a_fresh_start_by_resume_auto_goes_over_nothing(train: Call) -> None:
+    """A checkpoint that can't be resumed was replaced by the run's own."""
+    out = train("--train.max_steps", "1")
+    (out / "final" / "training_state.pth").unlink()
+    (out / "metrics.csv").unlink()
+    mark_anew(out / "final")
+    with pytest.raises(UserError, match="holds a run already"):
+        train("--resume", "auto")
 
 
 def test_a_short_last_step_is_made_up_for(train: Call) -> None:

@@ -1,6 +1,8 @@
 import csv
+import os
 import shutil
 import signal
+import sys
 import threading
 
 import lightning as L
@@ -16,6 +18,7 @@ from recipe.training import loop
 from recipe.training.model import Batch
 from recipe.training.nonfinite import first_not_finite, weights_not_finite
 from recipe.training.saving import StopSignals, copied
+from tests.training_fixtures import rows
 
 
 def steps_in(out):
@@ -197,34 +200,58 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(train, monkeypa
     assert checkpoints.newest_undamaged(tmp_path / "out")[0] == tmp_path / "out" / "step-00000004"
 
 
-def test_a_stop_is_saved_before_the_evaluation_of_its_step(train, monkeypatch, tmp_path):
-    """An evaluation may take longer than what asks to stop will wait; its row is there all the same."""
-    order, real = [], loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *run: order.append(steps_in(tmp_path / "out")) or real(*run))
-    written = threading.Event()
-    save = checkpoints.save
-    monkeypatch.setattr(checkpoints, "save", lambda *a, **b: save(*a, **b) or written.set())
-    on_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
-    evaluate = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *run: written.wait(60) and evaluate(*run))
-    with pytest.raises(SystemExit):
-        train("--train.save_interval", "null")
-    assert order == [["step-00000004"]]
-    assert (tmp_path / "out" / "metrics.csv").read_text(encoding="utf-8").splitlines()[-1].startswith("4,")
+@pytest.mark.parametrize("moment", ["before", "between batches", "out of time"])
+def test_what_asks_to_stop_does_not_wait_for_an_evaluation(train, monkeypatch, tmp_path, moment):
+    """Which may take minutes: it was lost with its row, or with the step, where it was killed. Now the resumed run
+    begins with it. The row of a stop at a step without an evaluation is there at once."""
+    whole = train("--out_dir", str(tmp_path / "whole"))
+    out, flags = tmp_path / "out", ("--train.save_interval", "null")
+    with monkeypatch.context() as patch:
+        if moment == "before":
+            on_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        elif moment == "between batches":
+            evaluate = loop.evaluate
+            patch.setattr(loop, "evaluate", lambda *run: signal.raise_signal(signal.SIGTERM) or evaluate(*run))
+        else:
+            on_step(patch, 4, lambda: threading.Event().wait(1.5))
+            flags = (*flags, "--train.max_time", "1.5")
+        if moment == "out of time":
+            train(*flags)
+        else:
+            with pytest.raises(SystemExit):
+                train(*flags)
+    if moment != "out of time" or (out / "step-00000004").exists():  # a slow machine may take that long before
+        assert steps_in(out) == ["step-00000004"]
+        assert rows(out)[-1]["step"] == "3"
+    train("--resume", "auto")
+    assert_same_run(whole, out)
 
 
 def test_an_evaluation_that_fails_leaves_its_step(train, monkeypatch, tmp_path):
-    """The step's numbers are logged, and its checkpoint is there."""
+    """Its checkpoint is there, and a resumed run evaluates it."""
 
     def fail(*_):
         raise RuntimeError("in the sample")
 
-    monkeypatch.setattr(loop, "write_sample", fail)
-    with pytest.raises(RuntimeError, match="in the sample"):
+    whole, out = train("--out_dir", str(tmp_path / "whole")), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the sample"):
+        patch.setattr(loop, "write_sample", fail)
         train("--train.save_interval", "null")
-    out = tmp_path / "out"
     assert steps_in(out) == ["step-00000004"]
-    assert (out / "metrics.csv").read_text(encoding="utf-8").splitlines()[-1].startswith("4,")
+    train("--resume", "auto")
+    assert_same_run(whole, out)
+
+
+def test_output_that_is_gone_ends_no_run(train, monkeypatch, tmp_path):
+    """`| head`, or a `tee` that died of the same Ctrl-C: rich ended the process at its next line, nothing saved."""
+    reading, writing = os.pipe()
+    with open(writing, "w", encoding="utf-8", buffering=1) as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", gone)
+        on_step(patch, 3, lambda: os.close(reading))
+        out = train()
+        print("and after it, too")
+    assert steps_in(out) == ["final", "step-00000004", "step-00000008"]
+    assert len(rows(out)) == 12
 
 
 def test_a_log_interval_goes_on_where_it_was(train, tmp_path):
