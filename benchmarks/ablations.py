@@ -7,7 +7,7 @@ Writes benchmarks/results/ablations.json; benchmarks/report.py makes the table o
 
 All are runs of run_train.py with configs/quickstart.yaml and a few flags, equally many tokens and the whole schedule.
 A seed decides the weights and the order of the data, and differences are formed between runs of the same seed. Where a
-choice has a rate of its own, it is taken from a small grid with the first seed, which the row's other seeds then have.
+choice has a rate of its own, the best of its grid with the first seed is taken with the others, too.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.common import choose_device, circumstances, kept_rows, write_result
+from benchmarks.common import choose_device, circumstances, invocation, kept_rows, write_result
 from benchmarks.moe_vs_dense import outcome, seeded
 from benchmarks.runs import SEEDS, Corpus, Failed, Row, corpus, curve, spread, train
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     choose_device("cpu")
-    result = circumstances(" ".join(["python", "benchmarks/ablations.py", *sys.argv[1:]]), PACKAGES)
+    result = circumstances(invocation("ablations"), PACKAGES)
     result["hardware"] |= {"threads": torch.get_num_threads()}
     result |= {"run_file": CONFIG, "tokens": args.tokens, "seeds": args.seeds}
     text, started = corpus(args.data_dir), time.perf_counter()

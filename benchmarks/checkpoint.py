@@ -15,7 +15,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import circumstances, write_result
+from benchmarks.common import circumstances, invocation, write_result
 from benchmarks.runs import Run, corpus, spread, train
 from recipe.cli import run_door
 
@@ -30,7 +30,7 @@ def main(tokens: int = 120_000, pairs: int = 3, every_seconds: float = 2.0) -> N
         pairs: Of runs, at least 2.
         every_seconds: Between two saves.
     """
-    result = circumstances(" ".join(["uv run python benchmarks/checkpoint.py", *sys.argv[1:]]), PACKAGES)
+    result = circumstances(invocation("checkpoint"), PACKAGES)
     text = corpus(None)
     flags = ["--config", "configs/quickstart.yaml", *text.flags, f"--train.max_tokens={tokens}", "--sample.prompt=null"]
     flags += ["--train.save_interval=null", "--train.log_interval=10", "--eval.interval=1000000"]

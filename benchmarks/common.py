@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -29,6 +30,11 @@ def circumstances(command: str, packages: Iterable[str]) -> dict[str, Any]:
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "load_before": load},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def invocation(script: str) -> str:
+    """The command of this process, ready to be run again."""
+    return shlex.join(["uv", "run", "python", f"benchmarks/{script}.py", *sys.argv[1:]])
 
 
 def kept_rows(path: Path, result: dict[str, Any], key: str, *same: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from litgpt.utils import CycleIterator
 
-from benchmarks.common import choose_device, circumstances, gpu, write_result
+from benchmarks.common import choose_device, circumstances, gpu, invocation, write_result
 from benchmarks.runs import Corpus, corpus
 from recipe.data import TokenizedText
 from recipe.training.loop import as_batch
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/data_loading_DEVICE.json")
     args = parser.parse_args()
     choose_device(args.device)
-    result = circumstances(" ".join(["python", "benchmarks/data_loading.py", *sys.argv[1:]]), PACKAGES)
+    result = circumstances(invocation("data_loading"), PACKAGES)
     result["hardware"] |= {"threads": torch.get_num_threads(), "gpu": gpu() if args.device == "cuda" else None}
     measured = ROOT / f"benchmarks/results/train_step_{args.device}.json"
     steps = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else None

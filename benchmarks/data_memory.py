@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import circumstances, peak_memory
+from benchmarks.common import circumstances, invocation, peak_memory
 
 KIND = "pss" if sys.platform == "linux" else "rss"
 FILE_BYTES, ROWS = 64e6, 1000
@@ -38,7 +38,7 @@ def main() -> None:
     if args.run:
         run(args.run)
         return
-    result = circumstances(" ".join(["python", "benchmarks/data_memory.py", *sys.argv[1:]]), PACKAGES)
+    result = circumstances(invocation("data_memory"), PACKAGES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = write_corpora(folder, [megabytes * 1e6 for megabytes in args.megabytes])

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import circumstances, peak_memory
+from benchmarks.common import circumstances, invocation, peak_memory
 
 MARK = "<|endoftext|>"
 FILES = 8  # TextFiles divides its work by files
@@ -55,7 +55,7 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, folder: Path) -> dict:
     """Runs both ways in turns and checks that the ids agree."""
-    before = circumstances(" ".join(["python", "benchmarks/data_prep.py", *sys.argv[1:]]), PACKAGES)
+    before = circumstances(invocation("data_prep"), PACKAGES)
     text_bytes = write_corpus(args, folder)
     make_tokenizer(args, folder)
     seconds: dict[str, list[float]] = {f"{way} {imports}": [] for way in WAYS for imports in ("with", "without")}

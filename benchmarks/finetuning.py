@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import circumstances
+from benchmarks.common import circumstances, invocation
 from recipe.cli import run_door
 
 PACKAGES = ("torch", "litgpt", "lightning", "tokenizers")
@@ -44,8 +44,7 @@ def main(
         temperature: Of the answers.
         output: The file to write.
     """
-    script = "benchmarks/finetuning.py"
-    result = circumstances(" ".join(["uv run python", script, *sys.argv[1:]]), PACKAGES)
+    result = circumstances(invocation("finetuning"), PACKAGES)
     result |= {"checkpoint": checkpoint.as_posix(), "requests": REQUESTS, "temperature": temperature}
     run("prepare_data.py", "--instruct", "stories", "--data_dir", str(data_dir))
     result["before"] = measure(checkpoint, data_dir, temperature)

@@ -34,7 +34,7 @@ from litgpt import GPT, Config
 from litgpt.generate.base import batched_generate_fn, generate_fn
 from torch import Tensor
 
-from benchmarks.common import circumstances, gpu, installed
+from benchmarks.common import circumstances, gpu, installed, invocation
 from custom_moe import use_custom_moe
 from recipe import checkpoints
 from recipe.cli import UserError, run_door
@@ -72,7 +72,7 @@ def main(
         raise UserError(f"found no checkpoint at {checkpoint}; `make quickstart` trains one, or name a --model file.")
     name = "_".join(["generation", *([model.stem] if model else []), *(["cuda"] if device == "cuda" else [])])
     output = output or ROOT / f"benchmarks/results/{name}.json"
-    result = circumstances(" ".join(["uv run python benchmarks/generation.py", *sys.argv[1:]]), installed(PACKAGES))
+    result = circumstances(invocation("generation"), installed(PACKAGES))
     result["hardware"] |= {"threads": torch.get_num_threads(), "gpu": gpu() if device == "cuda" else None}
     result |= run(torch.device(device), checkpoint, model, new_tokens, rounds)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")

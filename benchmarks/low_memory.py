@@ -22,16 +22,17 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import NO_BF16, choose_device, circumstances, gpu, write_result
+from benchmarks.common import NO_BF16, choose_device, circumstances, gpu, invocation, write_result
 from benchmarks.moe_vs_dense import seeded
 from benchmarks.runs import Corpus, Failed, corpus, last, read_metrics, spread, train
 from recipe.cli import run_door
 from recipe.settings import cpu_has_bf16
+from recipe.training.cards import CUDA_CONTEXT, DISPLAY
 
 PACKAGES = ("torch", "torchao", "litgpt", "lightning")
-CARD, WINDOWS, CONTEXT = 6.0, 0.6, 0.4
-"""GiB of the card, and of these what the allocator has no say in: assumed for Windows and the display, and for the CUDA
-context and its libraries. Of the latter `outside_allocator_gib` in the result is what was seen."""
+CARD = 6.0
+"""GiB. Of these the allocator has no say in what a plan reckons with, too: `DISPLAY` for Windows and the display, and
+`CUDA_CONTEXT`, of which `outside_allocator_gib` in the result is what was seen."""
 SEEDS = 3
 
 
@@ -61,7 +62,7 @@ def main(device: Literal["cpu", "cuda"] = "cpu", tokens: int = 100_000, steps: i
         steps: Of the run on a GPU.
     """
     choose_device(device)
-    result = circumstances(" ".join(["uv run python benchmarks/low_memory.py", *sys.argv[1:]]), PACKAGES)
+    result = circumstances(invocation("low_memory"), PACKAGES)
     text = corpus(None)
     if device == "cuda":
         with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +115,7 @@ def measure_peak(folder: Path, steps: int, text: Corpus) -> dict[str, Any]:
 
     use_expandable_segments(True)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    cap = CARD - WINDOWS - CONTEXT
+    cap = CARD - DISPLAY - CUDA_CONTEXT
     torch.cuda.set_per_process_memory_fraction(min(cap / total, 1.0), 0)
     run = parse_run(
         [

@@ -18,15 +18,16 @@ sys.path.insert(0, str(ROOT))
 import lightning as L
 import torch
 from litgpt import GPT
+from torch.func import functional_call
 
-from benchmarks.common import circumstances, gpu
+from benchmarks.common import choose_device, circumstances, gpu
 from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware, hardware_of
 from recipe.flops import count_parameters
 from recipe.layers import use_fast_layers
 from recipe.settings import ParsedRun, parse_run
 from recipe.training.memory import training_memory
-from recipe.training.model import PretrainingModel
+from recipe.training.model import PretrainingModel, cast_matrices, matrices_to_cast
 from recipe.training.optimizers import make_optimizer
 
 RESULT = ROOT / "benchmarks/results/memory.json"
@@ -55,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     if parser.parse_args().device == "cuda":
+        choose_device("cuda")
         rows = [against_a_card(name, *flags) for name, *flags in ON_A_CARD]
         how, text = "plan against torch.cuda.max_memory_allocated, not compiled", comparison(rows)
         command, file = "python benchmarks/memory.py --device cuda", RESULT.with_name("memory_cuda.json")
@@ -106,14 +108,17 @@ def against_a_card(name: str, *flags: str) -> dict[str, object]:
     gpt.max_seq_length = train.max_seq_length or settings.model.block_size
     if train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.weight
-    model = fabric.setup(PretrainingModel(gpt, settings.activation_checkpointing))
+    checkpointing = settings.activation_checkpointing
+    model = fabric.setup(PretrainingModel(gpt, checkpointing))
     optimizer = make_optimizer(run.optimizer, model, fused=True)
     tokens = torch.randint(50257, (train.micro_batch_size, gpt.max_seq_length), device=fabric.device)
-    for _ in range(3):
+    for _ in range(3):  # each as recipe.training.loop.fit does it
+        weights = cast_matrices(matrices_to_cast(model, precision, checkpointing), precision)
         for _ in range(min(2, train.gradient_accumulation_iters(1))):
-            losses = model(tokens, tokens)
+            losses = functional_call(model, weights, (tokens, tokens), tie_weights=False)
             fabric.backward(losses.cross_entropy + losses.load_balancing + losses.z_loss)
             del losses
+        del weights
         optimizer.step()
         optimizer.zero_grad()
     measured = torch.cuda.max_memory_allocated()

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.common import choose_device, circumstances, gpu, write_result
+from benchmarks.common import choose_device, circumstances, gpu, invocation, write_result
 from benchmarks.runs import SEEDS, Corpus, Failed, Point, corpus, curve, interpolate, spread, train
 from recipe.flops import count_parameters
 from recipe.settings import parse_run
@@ -87,7 +87,7 @@ def main() -> None:
         (*(() if args.config else preset.flags), *further),
     )
     output = args.output or ROOT / f"benchmarks/results/moe_vs_dense_{args.device}.json"
-    result = circumstances(" ".join(["python", "benchmarks/moe_vs_dense.py", *sys.argv[1:]]), PACKAGES)
+    result = circumstances(invocation("moe_vs_dense"), PACKAGES)
     result["hardware"] |= {
         "threads": torch.get_num_threads(),
         "gpu": gpu() if args.device == "cuda" else None,

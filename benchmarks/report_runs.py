@@ -6,8 +6,8 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.common import Target, plotting, table, where
-from benchmarks.low_memory import CONTEXT
 from benchmarks.runs import Spread
+from recipe.training.cards import CUDA_CONTEXT, DISPLAY
 
 Row = dict[str, Any]
 
@@ -79,6 +79,7 @@ def targets(results: dict[str, Row]) -> list[Target]:
         rows.append(Target(text, f"{max(waits):.2%}" if waits else None, bool(waits) and max(waits) < 0.01))
     rows += generation_targets(results.get("generation"), results.get("generation_cuda"))
     rows += memory_targets(results.get("low_memory"), results.get("low_memory_cuda"))
+    rows.append(plan_target(results.get("memory_cuda")))
     return [*rows, checkpoint_target(results.get("checkpoint"))]
 
 
@@ -100,15 +101,22 @@ def memory_targets(loss: Row | None, peak: Row | None) -> list[Target]:
     )
     over = loss and list(loss["ways"].values())[1].get("loss_over_fp32")
     seen = peak and f"{peak['peak_reserved_gib']} GiB and {peak['outside_allocator_gib']} outside the allocator"
-    outside = bool(peak and peak["outside_allocator_gib"] <= CONTEXT)
+    outside = bool(peak and peak["outside_allocator_gib"] <= CUDA_CONTEXT)
     return [
         Target(text, percent(over) if over else None, bool(over) and over["mean"] + over["interval"] <= 0.01),
         Target(
-            "GPU: MoE-200M trains in 6 GB, of which Windows and the display have 0.6",
+            f"GPU: MoE-200M trains in 6 GB, of which Windows and the display have {DISPLAY}",
             seen if peak and peak["fits"] else peak and "out of memory",
             outside and bool(peak and peak["fits"]),
         ),
     ]
+
+
+def plan_target(result: Row | None) -> Target:
+    """Of the memory that a plan foresees, on a card."""
+    misses = [abs(row["peak"] / row["measured"] - 1) for row in result["rows"]] if result else []
+    text = "GPU: a plan's memory within 5% of what the card's allocator gave at most (worst case)"
+    return Target(text, f"{max(misses):.1%}" if misses else None, bool(misses) and max(misses) <= 0.05)
 
 
 def checkpoint_target(result: Row | None) -> Target:
@@ -382,7 +390,7 @@ def ablations(result: Row) -> list[str]:
         difference = row.get("difference")
         rows.append(
             (
-                f"**{name}**" if name == "default" else name + tuned + at_commit(row),
+                (f"**{name}**" if name == "default" else name + tuned) + at_commit(row),
                 f"{score['mean']:.4f} ± {score['deviation']:.4f}",
                 signed(difference) if difference else "",
                 verdict(difference) if difference else "",
@@ -404,16 +412,19 @@ def ablations(result: Row) -> list[str]:
         "dead experts",
     )
     default = result["rows"].get("default", {}).get("question")
+    searched = any(len(row.get("grid", ())) > 1 for row in result["rows"].values())
+    rates = ["A rate in brackets is the best for seed 0, which counts, too, and favours its row a little."]
     return [
         f"`{result['run_file']}` with {result['tokens']:,} tokens a run, {result['seeds']} seeds each, on the same",
         f"validation text. The default: {default}.",
         "",
         *table(heads, rows),
         "Means and standard deviations over the seeds; the difference is to the default's run of the same seed, with",
-        "the 95% interval of its mean, equally many tokens each. A rate in brackets is the best for seed 0, which",
-        "counts, too, and favours its row a little. These are short runs, in which the loss is still falling fast, so",
-        "that whatever takes larger steps is ahead; what the quickstart's own length said stands in",
-        "[LOG](LOG.md#the-training-step). Every default and the row that chose it:",
+        "the 95% interval of its mean, equally many tokens each.",
+        *(rates if searched else ()),
+        "These are short runs, in which the loss is still falling fast, so that whatever takes larger steps is ahead;",
+        "what the quickstart's own length said stands in [LOG](LOG.md#the-training-step). Every default and the row",
+        "that chose it:",
         "",
         *reasons,
         "",

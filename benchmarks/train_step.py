@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.common import choose_device, circumstances, gpu, kept_rows, matmul_flops, write_result
+from benchmarks.common import choose_device, circumstances, gpu, invocation, kept_rows, matmul_flops, write_result
 from benchmarks.runs import Corpus, Failed, Run, corpus, train
 from recipe.flops import training_flops_per_token
 from recipe.settings import parse_run
@@ -120,7 +120,7 @@ def main() -> None:
     choose_device(args.device)
     chosen = {name: scaled(cases[name], args.scale) for name in args.models or cases}
     output = args.output or ROOT / f"benchmarks/results/train_step_{args.device}.json"
-    command = " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]])
+    command = invocation("train_step")
     run(args.device, chosen, corpus(args.data_dir), output, command)
 
 

@@ -70,8 +70,8 @@ _OTHERS = {
     "l4": (22.0, 121, (8, 9), "nvidia l4"),
     "l40s": (44.4, 362, (8, 9), "nvidia l40s"),
     "a6000": (47.4, 154.8, (8, 6), "nvidia rtx a6000"),
-    "a100-40gb": (39.4, 312, (8, 0), r"nvidia a100.*40gb.*"),
-    "a100": (79.1, 312, (8, 0), r"nvidia a100.*80gb.*"),
+    "a100-40gb": (39.4, 312, (8, 0), r"nvidia a100-(sxm4|pcie)-40gb"),
+    "a100": (79.1, 312, (8, 0), r"nvidia a100(-sxm4-80gb| 80gb pcie)"),
     "h100-pcie": (79.1, 756, (9, 0), "nvidia h100 pcie"),
     "h100": (79.1, 989, (9, 0), "nvidia h100 80gb hbm3"),
     "h200": (139.8, 989, (9, 0), "nvidia h200"),
@@ -98,10 +98,11 @@ def named_card(name: str) -> Card | None:
 
 
 def found_card() -> Card | None:
-    """This machine's, with the memory that is free now; None without one."""
+    """This machine's, with the memory that is free now or this process's; None without one."""
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()  # by then the context is there, and among what is taken
+    free += torch.cuda.memory_reserved()
     name = torch.cuda.get_device_name()
     capability = torch.cuda.get_device_capability()
     return Card(name, total / GIB, (total - free) / GIB, capability, peak_flops(name), named=False)

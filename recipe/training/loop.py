@@ -35,7 +35,7 @@ from recipe.evaluation import hellaswag
 from recipe.flops import training_flops_per_token
 from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings, is_sharded
-from recipe.training.cards import peak_flops
+from recipe.training.cards import found_card, peak_flops
 from recipe.training.compiling import should_compile
 from recipe.training.interval import Interval, sum_over_devices
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
@@ -51,7 +51,7 @@ from recipe.training.model import (
 )
 from recipe.training.nonfinite import first_not_finite, weights_not_finite
 from recipe.training.optimizers import check_optimizer, make_optimizer, set_learning_rate
-from recipe.training.plan import describe_memory, describe_size
+from recipe.training.plan import describe_needs, describe_size
 from recipe.training.saving import CheckpointWriter, StopSignals, lasting_output
 from recipe.training.schedule import Plan, learning_rate
 from recipe.training.state import (
@@ -190,6 +190,12 @@ def run_training(
             ending = fit(fabric, training, signals)
         except Exception as error:
             save_what_is_whole(fabric, training)
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise UserError(
+                    f"out of memory: {str(error).splitlines()[0]}\nThe same command with --plan says what to change,"
+                    " the cheapest first: smaller micro batches (--micro_batch_size), recomputed activations"
+                    " (--activation_checkpointing block), 8-bit Adam. --resume auto goes on from the last checkpoint."
+                ) from None
             if isinstance(error, TorchDynamoException):
                 raise UserError(
                     f"torch.compile can't take this model: {error}\nIt trains uncompiled: --compile false"
@@ -223,7 +229,7 @@ def describe_run(fabric: L.Fabric, gpt: GPT, run: ParsedRun, plan: Plan) -> Iter
     else:
         # It takes seconds, as compiling does; and it knows no FSDP.
         if fabric.device.type == "cuda" and fabric.global_rank == 0 and not is_sharded(settings):
-            yield describe_memory(run, str(fabric._precision.precision), hardware_of(fabric.device))
+            yield from describe_needs(run, str(fabric._precision.precision), hardware_of(fabric.device), found_card())
         size = (
             f"{plan.steps:,} steps of {plan.accumulation * plan.tokens_per_micro_batch:,} tokens,"
             f" {plan.tokens:,} tokens in all"

@@ -1,5 +1,6 @@
 """``run_train.py --plan``: what a run needs and how long it would take, and what to change where it won't fit."""
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -60,14 +61,26 @@ def describe_size(settings: RunSettings) -> str:
     return f"{size} A token takes {causal} of training ({full} with attention in full)."
 
 
-def describe_memory(run: ParsedRun, precision: str, hardware: Hardware) -> str:
-    """What a step needs, in one line."""
+def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, card: Card | None = None) -> Iterator[str]:
+    """What a step needs; and for a card, where that is more than it has left, and how long the run may take.
+
+    Args:
+        card: this machine's; of what is taken, this process's part does not count.
+    """
     try:
         memory = training_memory(run, precision, hardware)
     except Exception as error:  # an optimizer of somebody's own need not run on tensors without contents
-        return f"How much memory it needs can't be worked out beforehand ({type(error).__name__}: {error})."
+        yield f"How much memory it needs can't be worked out beforehand ({type(error).__name__}: {error})."
+        return
     parts = ", ".join(f"{name} {_bytes(part)}" for name, part in memory._asdict().items())
-    return f"Memory by plan, without torch.compile: {_bytes(memory.peak)} ({parts})."
+    yield f"Memory by plan, without torch.compile: {_bytes(memory.peak)} ({parts})."
+    if card is None:
+        return
+    if not _fits(memory, card):
+        room = _bytes((card.memory - card.taken) / GAPS * GIB)
+        yield f"That is more than the {room} which are left on this card: --plan says what to change."
+    if not isinstance(run.settings, FinetuneSettings):  # whose rows are of different lengths
+        yield _duration(run, card, precision)
 
 
 def _without_plan(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -109,7 +122,13 @@ def _precision(settings: RunSettings, card: Card | None) -> tuple[str, str | Non
 
 def _memory(run: ParsedRun, card: Card | None) -> TrainingMemory:
     hardware = None if card is None else Hardware(card.capability, triton=True)
-    return training_memory(run, _precision(run.settings, card)[0], hardware)
+    try:
+        return training_memory(run, _precision(run.settings, card)[0], hardware)
+    except Exception as error:  # an optimizer of somebody's own need not run on tensors without contents
+        raise UserError(
+            f"how much memory {run.optimizer['class_path']} needs can't be worked out beforehand"
+            f" ({type(error).__name__}: {error}). Without --plan the run says at its end what it took."
+        ) from None
 
 
 def _fits(memory: TrainingMemory, card: Card) -> bool:
@@ -250,7 +269,7 @@ def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
                 break
     final = [*flags, *_joined(taken)]
     yield f"\nThe least of it that fits, with {_bytes(memory.peak)}:\n"
-    yield f"  uv run python run_train.py {' '.join(final)}\n"
+    yield f"  uv run python run_train.py {shlex.join(final)}\n"
     changed = _parsed(final)
     yield _duration(changed, card, _precision(changed.settings, card)[0])
 

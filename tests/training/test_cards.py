@@ -39,6 +39,15 @@ def test_the_peak_is_the_data_sheets_dense_one(name: str, teraflops: float) -> N
     assert peak_flops(name) == pytest.approx(teraflops * 1e12, rel=0.005)
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 3060 Laptop GPU", "NVIDIA H200 NVL", "GeForce GTX 1660", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 3060 Laptop GPU",
+        "NVIDIA H200 NVL",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "GeForce GTX 1660",
+        "",
+    ],
+)
 def test_no_peak_is_guessed(name: str) -> None:
     assert peak_flops(name) is None

@@ -1,5 +1,6 @@
 """``run_train.py --plan`` as a user sees it."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import yaml
 import run_train
 from recipe.cli import exit_with_message
 from recipe.settings import parse_run
+from recipe.training.cards import named_card
 from recipe.training.memory import training_memory
-from recipe.training.plan import describe_memory
+from recipe.training.plan import describe_needs
 from tests.training.test_memory import ADA, KINDS, parsed
 
 
@@ -110,11 +112,38 @@ def test_settings_are_checked_first(shown) -> None:
         shown("--plan", "--global-batch-size", "7")
 
 
-def test_the_line_at_a_runs_start() -> None:
-    """It leaves the random numbers of the run as they are."""
+def test_the_lines_at_a_runs_start() -> None:
+    """They leave the random numbers of the run as they are."""
     run = parsed(*KINDS["moe"])
     before = torch.get_rng_state()
-    assert describe_memory(run, "bf16-mixed", ADA).startswith("Memory by plan, without torch.compile: ")
+    (line,) = describe_needs(run, "bf16-mixed", ADA)
+    assert line.startswith("Memory by plan, without torch.compile: ")
     assert torch.equal(torch.get_rng_state(), before)
     odd = parsed(*KINDS["moe"], "--optimizer=torch.optim.LBFGS")  # wants a closure
-    assert "can't be worked out beforehand" in describe_memory(odd, "bf16-mixed", ADA)
+    (line,) = describe_needs(odd, "bf16-mixed", ADA)
+    assert "can't be worked out beforehand" in line
+
+
+def test_a_start_on_a_card_says_how_long_and_whether_it_fits() -> None:
+    run, card = parsed(*KINDS["moe"]), named_card("rtx4060")
+    assert card is not None
+    _, duration = describe_needs(run, "bf16-mixed", ADA, card)
+    assert duration.startswith("Estimated: ")
+    _, too_much, _ = describe_needs(run, "bf16-mixed", ADA, card._replace(taken=card.memory))
+    assert "That is more than the 0.0 MiB which are left on this card: --plan says what to change" in too_much
+
+
+def test_an_optimizer_without_a_plan_is_one_message(shown, capsys) -> None:
+    """A traceback."""
+    with pytest.raises(SystemExit):
+        shown("--plan", "rtx4060", "--optimizer", "torch.optim.LBFGS")
+    assert "torch.optim.LBFGS needs can't be worked out beforehand" in capsys.readouterr().err
+
+
+def test_the_command_that_fits_can_be_pasted(shown) -> None:
+    """As JSON or a sentence in a flag could not."""
+    flags = ("--sample.prompt", "Once upon a time", "--micro-batch-size", "4096", "--global-batch-size", "4096")
+    flags = (*flags, "--train.max_tokens", "100000000")
+    text = shown("--plan", "rtx3050-laptop", *flags, "--model.n_embd", "1024")
+    (command,) = [line.strip() for line in text.splitlines() if line.startswith("  uv run python run_train.py")]
+    assert "Once upon a time" in shlex.split(command)

@@ -242,6 +242,14 @@ def test_an_evaluation_that_fails_leaves_its_step(train, monkeypatch, tmp_path):
     assert_same_run(whole, out)
 
 
+def test_out_of_memory_is_one_message(train, monkeypatch, tmp_path):
+    """It was a traceback, and the way out stood in the README alone."""
+    on_step(monkeypatch, 3, lambda: torch.empty(2**50))
+    with pytest.raises(UserError, match=r"(?s)out of memory: .*--plan says what to change.*--resume auto goes on"):
+        train()
+    assert steps_in(tmp_path / "out") == ["step-00000002"]
+
+
 def test_output_that_is_gone_ends_no_run(train, monkeypatch, tmp_path):
     """`| head`, or a `tee` that died of the same Ctrl-C: rich ended the process at its next line, nothing saved."""
     reading, writing = os.pipe()
