@@ -11,6 +11,7 @@ import litgpt.pretrain
 import pytest
 import torch
 from litgpt import GPT, Config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recipe import checkpoints
 from recipe.cli import UserError
@@ -237,6 +238,9 @@ def test_loggers_side_by_side(train):
     assert (out / "wandb_run_id").read_text(encoding="utf-8") == run_id
     assert {path.name.rsplit("-", 1)[1] for path in (out / "wandb").glob("offline-run-*")} == {run_id.strip()}
     assert column(out, "step") == list(range(1, 15))
+    board = EventAccumulator(str(out / "logs" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train_loss")] == list(range(1, 15))
 
 
 def test_litgpts_own_text_files(train, tmp_path, stories, monkeypatch):
