@@ -244,7 +244,12 @@ def find_checkpoint(settings: RunSettings) -> Path | None:
     if found is None and resume is True:
         raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
     if found is None:
-        check_unoccupied(settings)
+        if whole := [path.parent.name for path in out_dir.glob(f"*/{checkpoints.MARK}")]:
+            raise UserError(
+                f"{out_dir} holds {whole[0]}, which no training can go on from (an imported checkpoint, say) and which"
+                " a fresh start would replace. Put the run elsewhere with --out_dir, or start with --overwrite in place"
+                " of --resume."
+            )
         _warn(f"Nothing to resume in {out_dir}: this is a fresh start.")
     return found
 
