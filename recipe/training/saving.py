@@ -4,6 +4,7 @@ The training thread pays for the copy in memory alone. A checkpoint is written w
 older ones removed (``recipe.checkpoints``).
 """
 
+import errno
 import os
 import signal
 import sys
@@ -165,7 +166,9 @@ class _Lasting:
     def _going_on(self) -> Iterator[None]:
         try:
             yield
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # there may be room again
+                return
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())  # also for what is still in its buffer
 
