@@ -1,6 +1,6 @@
 """What the quickstart's defaults are worth: each choice against its alternatives, three seeds each, on a CPU.
 
-    uv run python benchmarks/ablations.py                       # 14 minutes
+    uv run python benchmarks/ablations.py                       # 8 to 14 minutes
     uv run python benchmarks/ablations.py --only default Muon   # some of the rows; an earlier run's others are kept
 
 Writes benchmarks/results/ablations.json; benchmarks/report.py makes the table of docs/PERFORMANCE.md.
@@ -32,7 +32,7 @@ from benchmarks.runs import SEEDS, Corpus, Failed, Row, corpus, curve, spread, t
 PACKAGES = ("torch", "litgpt", "lightning")
 CONFIG = "configs/quickstart.yaml"
 OUTPUT = ROOT / "benchmarks/results/ablations.json"
-TOKENS = 200_000
+TOKENS = 150_000
 SIGMOID = [
     *("--model.n_expert_groups=2", "--model.n_topk_groups=2", "--model.n_topk_scores_per_group=2"),
     *("--model.norm_topk_prob=true", "--moe.load_balancing_loss=0"),

@@ -1,6 +1,6 @@
 """What saving costs a run: seconds of training lost to a checkpoint, which is copied at once and written meanwhile.
 
-    uv run python benchmarks/checkpoint.py                        # the quickstart, 3 minutes on 2 cores
+    uv run python benchmarks/checkpoint.py                        # the quickstart, 2 to 4 minutes on 2 cores
 
 The quickstart's run, some of its tokens, with a save every few seconds and without any, in turn; the order changes from
 pair to pair. The difference over the number of saves is the cost of one, with the 95% interval of its mean over the

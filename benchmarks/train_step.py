@@ -1,6 +1,6 @@
 """Times whole training steps: run_train.py against stock LitGPT, the same model, tokens, batches and AdamW.
 
-    uv run python benchmarks/train_step.py                                    # the quickstart on a CPU, 8 minutes
+    uv run python benchmarks/train_step.py                                    # the quickstart on a CPU, 5 to 9 minutes
     uv run python benchmarks/train_step.py --device cuda --models moe-200m    # an earlier run's others are kept
     uv run python benchmarks/train_step.py --data-dir data/tinystories        # another corpus than the quickstart's
 
