@@ -284,12 +284,12 @@ def assert_same_run(one: Path, other: Path) -> None:
     [
         ("torchrun", ()),
         ("two nodes", ()),
-        ("num_nodes", ()),
+        ("num_nodes", ("--train.tie_embeddings", "true")),
         ("devices", (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01")),
         ("torchrun", FSDP),
         ("devices", (*FSDP, "--train.tie_embeddings", "true", "--activation_checkpointing", "block")),
     ],
-    ids=["torchrun", "two nodes", "num_nodes", "selection biases", "fsdp", "fsdp, tied, recomputed"],
+    ids=["torchrun", "two nodes", "num_nodes, tied", "selection biases", "fsdp", "fsdp, tied, recomputed"],
 )
 def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, flags):
     """The experts' load of each step, too, by which the next step's load-balancing loss and the biases go."""
