@@ -49,6 +49,7 @@ EXPECTED: dict[str, Callable[[], bool]] = {
     "needs Windows": lambda: os.name != "nt",
     "needs Triton": lambda: importlib.util.find_spec("triton") is None,
     "needs a Chromium browser": lambda: find_browser() is None,
+    "needs git": lambda: shutil.which("git") is None,
     "needs make": lambda: shutil.which("make") is None,
     "needs uv": lambda: (
         shutil.which("uv") is None and not Path(__file__).parent.parent.joinpath(".uv/bin/uv").is_file()
