@@ -8,7 +8,7 @@ WORKERS ?= 2
 KILLS ?= 200
 ARGS ?=
 
-# Containers often set it. Every command would then compile its imports anew: 28 s before its first line instead of 11.
+# Containers often set it. Every command would then compile its imports anew, which takes longer than all else at its start.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
