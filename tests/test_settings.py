@@ -166,6 +166,7 @@ def test_each_flag_of_our_own_is_explained():
         (["--config"], "--config expects the path"),
         (["--model", "nowhere.yaml"], "no config file at nowhere.yaml"),
         (["--model.n_head", "5"], "self.n_embd % self.n_head == 0"),
+        (["--train.max_norm", "-1"], "train.max_norm is -1.0; expected more than 0, or null for no clipping"),
         (["--model.n_expert", "0"], "n_expert is 0, which would build a model without feed-forward"),
         (["--model.n_expert_per_token", "9"], "expected a number from 1 to n_expert (4)"),
         (
