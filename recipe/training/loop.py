@@ -267,11 +267,9 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
         if evaluation.initial_validation and first_step == 0:
             fabric.log_dict(evaluate(fabric, run, display) | score_hellaswag(fabric, run, display), step=0)
 
-        if run.moment is not None:  # resumed from a save before an evaluation
-            try:
-                finish_row(fabric, run, display, signals)
-            except Interrupted:
-                return "stopped"
+        resumed_before_an_evaluation = run.moment is not None
+        if resumed_before_an_evaluation and not finish_row(fabric, run, display, signals):
+            return "stopped"
         begun = time.perf_counter()
         run.interval.begin()
         while progress.step < plan.steps:
@@ -342,11 +340,9 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
 
             run.moment["row"] = row
             # What asks to stop may not wait for an evaluation: the resumed run begins with it.
-            if last or not ((stopped or out_of_time) and any(evaluations_due(run))):
-                try:
-                    finish_row(fabric, run, display, signals)
-                except Interrupted:
-                    return "stopped"
+            row_can_wait = not last and (stopped or out_of_time) and any(evaluations_due(run))
+            if not row_can_wait and not finish_row(fabric, run, display, signals):
+                return "stopped"
             if last:
                 break
             if stopped or (fabric.world_size == 1 and signals.received is not None):
@@ -360,7 +356,7 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
     return "finished"
 
 
-class Interrupted(Exception):
+class _Interrupted(Exception):
     """A signal asked the run to stop during an evaluation."""
 
 
@@ -372,31 +368,35 @@ def evaluations_due(run: TrainingRun) -> tuple[bool, bool]:
     return step % every[0] == 0 or at_the_end, step % every[1] == 0 or at_the_end
 
 
-def finish_row(fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals) -> None:
+def finish_row(fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals) -> bool:
     """Evaluates where the last step is one to do so, and logs that step's row.
 
-    Raises:
-        Interrupted: a signal came before the end of an evaluation. The row stays in ``run.moment``, so that a resumed
-            run begins here. Not in several processes, which do not know of each other's signals in time, nor at the
-            last step, after which there is nothing to resume.
+    Returns:
+        False where a signal came before the end of an evaluation. The row stays in ``run.moment``, so that a resumed
+        run begins here. Not in several processes, which do not know of each other's signals in time, nor at the last
+        step, after which there is nothing to resume.
     """
     assert run.moment is not None
     row, last = dict(run.moment["row"]), run.progress.step == run.plan.steps
     until = None if last or fabric.world_size > 1 else signals
     validation_is_due, hellaswag_is_due = evaluations_due(run)
-    with run.interval.paused():
-        row |= evaluate(fabric, run, display, until) if validation_is_due else {}
-        row |= score_hellaswag(fabric, run, display, until) if hellaswag_is_due else {}
+    try:
+        with run.interval.paused():
+            row |= evaluate(fabric, run, display, until) if validation_is_due else {}
+            row |= score_hellaswag(fabric, run, display, until) if hellaswag_is_due else {}
+    except _Interrupted:
+        return False
     if row:
         fabric.log_dict({**row, "time": round(run.progress.seconds, 3)}, step=run.progress.step)
     run.moment["row"] = None
+    return True
 
 
 def _until(signals: StopSignals | None, batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, as long as no signal came."""
     for batch in batches:
         if signals is not None and signals.received is not None:
-            raise Interrupted
+            raise _Interrupted
         yield batch
 
 
