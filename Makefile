@@ -75,6 +75,7 @@ bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and wri
 	measure python benchmarks/generation.py; \
 	measure python benchmarks/moe_vs_dense.py; \
 	measure python benchmarks/ablations.py; \
+	measure python benchmarks/cross_entropy.py; \
 	measure python benchmarks/low_memory.py; \
 	measure python benchmarks/checkpoint.py; \
 	measure python benchmarks/data_prep.py --repeat 1; \
@@ -93,6 +94,8 @@ bench-gpu: venv ## Check the layer and generation on the GPU of this machine, th
 	measure python benchmarks/generation.py --device cuda --model configs/models/moe-200m.yaml; \
 	measure python benchmarks/moe_vs_dense.py --device cuda; \
 	measure python benchmarks/low_memory.py --device cuda; \
+	measure --with liger-kernel==0.8.5 --with cut-cross-entropy==25.1.1 python benchmarks/cross_entropy.py \
+	  --device cuda; \
 	measure python benchmarks/memory.py --device cuda; \
 	measure python benchmarks/data_loading.py --device cuda; \
 	$(REPORT)

@@ -87,8 +87,8 @@ def cases(device: str) -> list[Case]:
     if device == "cpu":
         precisions = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
         places = [(size, precision) for precision in precisions for size in sizes]
-        table = [Case(size, 2048, precision, every if size in sizes[3:] else eager, 7) for size, precision in places]
-        return [*table, *(Case(SIZES[0], 2048, precision, pair, 7, skewed=True) for precision in precisions)]
+        table = [Case(size, 2048, precision, every if size in sizes[3:] else eager, 5) for size, precision in places]
+        return [*table, *(Case(SIZES[0], 2048, precision, pair, 5, skewed=True) for precision in precisions)]
     backends = tuple(name for name in eager if name.startswith("ours"))
     checks = [Case(size, 2048, precision, backends, 0) for precision in ("fp32", "bf16") for size in sizes]
     skewed = Case(SIZES[0], 16384, "bf16", pair, 15, skewed=True)

@@ -1,7 +1,8 @@
 """A mixture of experts against its dense twin: bits per byte at equal tokens and at equal seconds.
 
     uv run python benchmarks/moe_vs_dense.py                  # the quickstart's model, on a CPU, 7 to 13 minutes
-    uv run python benchmarks/moe_vs_dense.py --tokens 2000000 --learning-rates 1e-3 2e-3 4e-3    # its own length, hours
+    uv run python benchmarks/moe_vs_dense.py --tokens 2000000 --learning-rates 1e-3 2e-3 4e-3 \\
+      --output benchmarks/results/moe_vs_dense_long_cpu.json  # its own length, an hour
     uv run python benchmarks/moe_vs_dense.py --device cuda    # MoE-200M; another one with --config, --dense, --tokens
     uv run python benchmarks/moe_vs_dense.py --train.global_batch_size 8    # further flags go to run_train.py
 
@@ -52,7 +53,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 250_000, (2e-3, 4e-3, 8e-3)),
+    "cpu": Preset("configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 250_000, (4e-3, 8e-3)),
     "cuda": Preset(
         "configs/runs/tinystories-moe-200m.yaml",
         "configs/models/moe-200m-dense-twin.yaml",

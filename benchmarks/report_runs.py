@@ -1,6 +1,7 @@
 """The parts of docs/PERFORMANCE.md about whole runs: training steps, data, comparisons of models, generation."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,18 +13,27 @@ from recipe.training.cards import CUDA_CONTEXT, DISPLAY
 Row = dict[str, Any]
 
 DEVICES = {"cpu": "on a CPU", "cuda": "on a GPU"}
-MOE_VS_DENSE = {device: f"moe_vs_dense_{device}" for device in DEVICES}
+MOE_VS_DENSE = {
+    "moe_vs_dense_cpu": "CPU, short runs",
+    "moe_vs_dense_long_cpu": "CPU, the quickstart's own length",
+    "moe_vs_dense_cuda": "GPU",
+}
 FILES = {
     "train_step_cpu": "python benchmarks/train_step.py",
     "train_step_cuda": "python benchmarks/train_step.py --device cuda",
     "data_loading_cpu": "python benchmarks/data_loading.py",
     "data_loading_cuda": "python benchmarks/data_loading.py --device cuda",
     "moe_vs_dense_cpu": "python benchmarks/moe_vs_dense.py",
+    "moe_vs_dense_long_cpu": "python benchmarks/moe_vs_dense.py --tokens 2000000 --learning-rates 1e-3 2e-3 4e-3 "
+    "--output benchmarks/results/moe_vs_dense_long_cpu.json",
     "moe_vs_dense_cuda": "python benchmarks/moe_vs_dense.py --device cuda",
     "ablations": "python benchmarks/ablations.py",
     "generation": "python benchmarks/generation.py",
     "generation_cuda": "python benchmarks/generation.py --device cuda",
     "generation_moe-200m_cuda": "python benchmarks/generation.py --device cuda --model configs/models/moe-200m.yaml",
+    "cross_entropy_cpu": "python benchmarks/cross_entropy.py",
+    "cross_entropy_cuda": "--with liger-kernel==0.8.5 --with cut-cross-entropy==25.1.1 "
+    "python benchmarks/cross_entropy.py --device cuda",
     "low_memory": "python benchmarks/low_memory.py",
     "low_memory_cuda": "python benchmarks/low_memory.py --device cuda",
     "checkpoint": "python benchmarks/checkpoint.py",
@@ -64,8 +74,8 @@ def targets(results: dict[str, Row]) -> list[Target]:
         reached = utilization(on_h200, model, "ours")
         shown = reached and reached["measured"]
         rows.append(at_least(f"H200, {model}: MFU of 45% of the measured 790 TFLOP/s", shown, 0.45))
-    for device, name in MOE_VS_DENSE.items():
-        text = f"{DEVICES[device].removeprefix('on a ')}: MoE below its dense twin at equal seconds, bits per byte"
+    for name, place in MOE_VS_DENSE.items():
+        text = f"{place}: MoE below its dense twin at equal seconds, bits per byte"
         if difference := results.get(name, {}).get("equal_seconds", {}).get("difference"):
             reached = Spread(**difference).clear and difference["mean"] < 0
             rows.append(Target(text, signed(difference), reached))
@@ -290,8 +300,8 @@ def data_loading(result: Row) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- MoE vs dense
 
 
-def moe_vs_dense(result: Row) -> list[str]:
-    """Both comparisons, on the way and at the end."""
+def moe_vs_dense(result: Row, plotted: str = "moe_vs_dense") -> list[str]:
+    """Both comparisons, on the way and at the end; ``plotted`` begins the name of the plot."""
     failed = [
         f"Failed: {row['model']}, learning rate {row['learning_rate']:g}, seed {row['seed']}: {row['status']}"
         for row in result.get("failed", [])
@@ -338,7 +348,7 @@ def moe_vs_dense(result: Row) -> list[str]:
         "would have to change stands in [LOG](LOG.md#benchmarks-of-whole-runs).",
         *failed,
         "",
-        f"![bits per byte over tokens and seconds](moe_vs_dense_{result['device']}.svg)",
+        f"![bits per byte over tokens and seconds]({plotted}_{result['device']}.svg)",
         "",
     ]
 
@@ -512,6 +522,30 @@ def generation(result: Row) -> list[str]:
     ]
 
 
+def cross_entropy(result: Row) -> list[str]:
+    """Speed, memory and exactness of each way."""
+    rows = []
+    for case in result["cases"]:
+        size = f"{case['n_embd']:,} x {case['padded_vocab_size']:,}, {case['tokens']:,} tokens, {case['precision']}"
+        for name, way in case["ways"].items():
+            shown = f"**{name}**" if name == "ours" else name
+            if way["status"] != "measured":
+                rows.append((size, shown, way["status"], "", "", ""))
+                continue
+            times = f"{way['speedup'][1]:.2f}" if "speedup" in way else ""
+            memory = f"{way['peak_bytes'] / 2**20:,.0f}"
+            far = f"{max(way['deviation'].values()):.0e}"
+            rows.append((size, shown, f"{1000 * way['seconds'][1]:.1f}", times, memory, far))
+    heads = ("output layer", "", "ms", "times LitGPT's", "memory, MiB", "deviation")
+    return [
+        *table(heads, rows),
+        "Hidden states to the mean loss and back, with gradients to both factors. *Memory*: the most that torch's",
+        "allocator held beside what was there before, gradients included. *Deviation*: the largest of the loss and the",
+        f"gradients from those in {'fp64' if result['device'] == 'cpu' else 'fp32'}, relative. Training takes *ours*.",
+        "",
+    ]
+
+
 def memory(result: Row) -> list[str]:
     """What was planned against what a card allocated."""
     from benchmarks.memory import comparison  # with all of training, which nothing else here needs
@@ -523,9 +557,14 @@ SECTIONS = {
     "train_step": ("Whole training steps", train_step),
     "data_loading": ("Reading the data", data_loading),
     "moe_vs_dense": ("A mixture of experts against its dense twin", moe_vs_dense),
+    "moe_vs_dense_long": (
+        "The same at the quickstart's own length",
+        partial(moe_vs_dense, plotted="moe_vs_dense_long"),
+    ),
     "ablations": ("What the defaults are worth", ablations),
     "generation": ("Generation", generation),
     "generation_moe-200m": ("Generation of MoE-200M", generation),
+    "cross_entropy": ("The output layer with its loss", cross_entropy),
     "low_memory": ("Training in little memory", low_memory),
     "checkpoint": ("Saving during a run", checkpoint),
     "memory": ("The memory that a plan foresees", memory),

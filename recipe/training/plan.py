@@ -1,5 +1,6 @@
 """``run_train.py --plan``: what a run needs and how long it would take, and what to change where it won't fit."""
 
+import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ def show_plan(argv: Sequence[str]) -> None:
         UserError: for a card that is not known, and as ``parse_run`` and ``check``.
     """
     flags, name = _without_plan(underscored(argv))
+    if name is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its `devices` are not held against this machine's
     run = _parsed(flags)
     card = found_card() if name is None else _known(name)
     precision, note = _precision(run.settings, card)

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations, common, data_loading, low_memory, moe_vs_dense, report, report_runs, train_step
+from benchmarks import (
+    ablations,
+    common,
+    cross_entropy,
+    data_loading,
+    low_memory,
+    moe_vs_dense,
+    report,
+    report_runs,
+    train_step,
+)
 from benchmarks.data_loading import Shape
 from benchmarks.report_runs import targets
 from benchmarks.runs import Corpus, Failed, Point, Run, Spread, curve, interpolate, spread, train
@@ -251,13 +261,13 @@ def test_targets_of_runs_are_computed() -> None:
     clear = {"equal_seconds": {"difference": {"mean": -0.2, "deviation": 0.1, "interval": 0.1}}}
     unclear = {"equal_seconds": {"difference": {"mean": -0.2, "deviation": 0.1, "interval": 0.3}}}
     found = verdicts({"moe_vs_dense_cpu": clear, "moe_vs_dense_cuda": unclear})
-    assert found[5:7] == [("-0.2000 ± 0.1000", True), ("-0.2000 ± 0.3000", False)]
+    assert found[5:8] == [("-0.2000 ± 0.1000", True), (None, False), ("-0.2000 ± 0.3000", False)]
     waits = [
         {"waiting": 0.001, "shipped": True},
         {"waiting": 0.02, "shipped": True},
         {"waiting": 0.9, "shipped": False},
     ]
-    assert verdicts({"data_loading_cpu": {"rows": [*waits, {"shipped": True}]}})[7] == ("2.00%", False)
+    assert verdicts({"data_loading_cpu": {"rows": [*waits, {"shipped": True}]}})[8] == ("2.00%", False)
 
 
 def test_low_memory_leaves_bf16_out_where_a_cpu_has_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,11 +325,38 @@ def test_what_generation_says_is_in_the_document() -> None:
     assert "| 1 | **ours** | 1,000 (900 to 1,100) | 2.90 (2.80 to 3.00) | 12.3 | 50.0% |" in report.document(results)
 
 
+def test_losses_are_compared_and_timed(tmp_path: Path) -> None:
+    cases = [cross_entropy.Case("quickstart", 64, precision, 2) for precision in ("fp32", "bf16", "bf16-mixed")]
+    cross_entropy.run("cpu", cases, tmp_path / "cross_entropy_cpu.json", "the command", seconds=1e-4)
+    found = report.load(tmp_path)
+    for case in found["cross_entropy_cpu"]["cases"]:
+        assert tuple(case["ways"]) == tuple(cross_entropy.WAYS)
+        for name, row in case["ways"].items():
+            if name in cross_entropy.GPU_ONLY:
+                assert row == {"status": "needs a GPU"}
+                continue
+            assert row["status"] == "measured", (case["precision"], name, row)
+            assert row["seconds"][0] > 0 and row["speedup"][1] > 0 and row["peak_bytes"] >= 4 * 64 * 128
+            assert set(row["deviation"]) == {"loss", "hidden states", "weight"}
+    text = report.document(found)
+    assert "| 128 x 2,048, 64 tokens, fp32 | **ours** | " in text and "| Liger-Kernel | needs a GPU |" in text
+
+
+def test_a_wrong_loss_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = cross_entropy.WAYS["ours"]
+    ways = {"LitGPT": lambda *tensors: 1.001 * ours(*tensors), "ours": ours, "torch": lambda *tensors: 1 / 0}
+    monkeypatch.setattr(cross_entropy, "WAYS", ways)
+    found = cross_entropy.measure(cross_entropy.Case("quickstart", 64, "fp32", 2), "cpu", 1e-4)["ways"]
+    assert found["LitGPT"]["status"].startswith("wrong: loss by 1.0e-03") and "seconds" not in found["LitGPT"]
+    assert found["ours"]["status"] == "measured" and "speedup" not in found["ours"]
+    assert found["torch"] == {"status": "ZeroDivisionError: division by zero"}
+
+
 def test_what_was_not_measured_names_its_command() -> None:
     text = report.document({})
     for command in report_runs.FILES.values():
         assert f"Not measured yet: `uv run {command}` does." in text
-        script = command.split()[1]
+        script = next(part for part in command.split() if part.endswith(".py"))
         assert (report.ROOT / script).exists()
 
 

@@ -1,8 +1,10 @@
 """``run_train.py --plan`` as a user sees it."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,7 +38,8 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, moe_fields: d
 
     def call(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", ["run_train.py", "--config", str(run_file), *flags])
-        exit_with_message(run_train.main)
+        with patch.dict(os.environ):  # a plan for another card hides this machine's from its process
+            exit_with_message(run_train.main)
         assert list(tmp_path.iterdir()) == [run_file]
         return capsys.readouterr().out
 
@@ -51,6 +54,11 @@ def test_a_run_that_fits(shown) -> None:
         assert f"\n  {part} " in text
     assert "It fits. Estimated: " in text
     assert "22% of 25.5 TFLOP/s" in text
+
+
+def test_devices_of_another_machine(shown) -> None:
+    """A machine with fewer GPUs refused them."""
+    assert "tokens/s on 8 cards" in shown("--plan", "h100", "--devices", "8")
 
 
 def test_this_machine(shown) -> None:
