@@ -64,6 +64,7 @@ types: venv
 # The measurements of a target are one shell command: one that fails ends none of the others, but the target, at its end.
 MEASURE := trap 'exit 130' INT; failed=; measure() { echo "$$*"; $(RUN) "$$@" || failed="$$failed\n  $$*"; }
 QUICKSTART := test -d checkpoints/quickstart/final || measure python run_train.py --config configs/quickstart.yaml
+COMPILED := test_a_compiled_run_is_one_graph_for_training_and_one_for_validation
 REPORT := measure python benchmarks/report.py; \
           test -z "$$failed" || { printf "error: these failed:$$failed\n" >&2; exit 1; }
 
@@ -84,9 +85,9 @@ bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and wri
 	measure python benchmarks/moe_layer.py --device cpu; \
 	$(REPORT)
 
-bench-gpu: venv ## Check the layer and generation on the GPU of this machine, then measure all, what matters most first
+bench-gpu: venv ## Check the layer, a compiled run and generation on this machine's GPU, then measure all, what matters most first
 	@$(MEASURE); \
-	measure pytest tests/custom_moe tests/inference; \
+	measure pytest tests/custom_moe tests/inference tests/training/test_pretrain.py::$(COMPILED); \
 	measure python benchmarks/train_step.py --device cuda; \
 	measure --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda; \
 	$(QUICKSTART); \

@@ -1,6 +1,6 @@
 """What the quickstart's defaults are worth: each choice against its alternatives, three seeds each, on a CPU.
 
-    uv run python benchmarks/ablations.py                       # 8 to 14 minutes
+    uv run python benchmarks/ablations.py                       # 8 to 15 minutes
     uv run python benchmarks/ablations.py --only default Muon   # some of the rows; an earlier run's others are kept
 
 Writes benchmarks/results/ablations.json; benchmarks/report.py makes the table of docs/PERFORMANCE.md.

@@ -1,6 +1,6 @@
 """A mixture of experts against its dense twin: bits per byte at equal tokens and at equal seconds.
 
-    uv run python benchmarks/moe_vs_dense.py                  # the quickstart's model, on a CPU, 7 to 13 minutes
+    uv run python benchmarks/moe_vs_dense.py                  # the quickstart's model, on a CPU, 6 to 11 minutes
     uv run python benchmarks/moe_vs_dense.py --tokens 2000000 --learning-rates 1e-3 2e-3 4e-3 \\
       --output benchmarks/results/moe_vs_dense_long_cpu.json  # its own length, an hour
     uv run python benchmarks/moe_vs_dense.py --device cuda    # MoE-200M; another one with --config, --dense, --tokens

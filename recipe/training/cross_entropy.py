@@ -90,10 +90,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx_NC, dweight_VC = ctx.saved_tensors
+        dx_NC, dweight_VC = ctx.saved_tensors  # scaled in place: autograd refuses a second backward through them
         return (
-            None if dx_NC is None else (dx_NC * grad).to(ctx.x_dtype),
-            None if dweight_VC is None else dweight_VC * grad.to(dweight_VC.dtype),
+            None if dx_NC is None else dx_NC.mul_(grad).to(ctx.x_dtype),
+            None if dweight_VC is None else dweight_VC.mul_(grad.to(dweight_VC.dtype)),
             None,
             None,
             None,

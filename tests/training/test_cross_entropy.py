@@ -90,6 +90,31 @@ def test_the_logits_of_all_tokens_never_exist():
     assert max(sizes) <= rows_at_once(N, V, "cpu") * V < N * V
 
 
+def test_the_output_layers_gradient_is_there_once() -> None:
+    """The backward made a second one to scale it: 154 MB at MoE-200M's size, while all activations are there."""
+    x, weight, targets = tensors()
+    places = set()
+
+    class Places(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            leaves = torch.utils._pytree.tree_leaves(result)
+            places.update(t.untyped_storage().data_ptr() for t in leaves if t is not None and t.numel() == V * C)
+            return result
+
+    with Places():
+        linear_cross_entropy(x, weight, targets).backward()
+    assert places - {weight.data_ptr()} == {weight.grad.data_ptr()}
+
+
+def test_a_second_backward_is_refused() -> None:
+    """It would scale what is scaled."""
+    loss = linear_cross_entropy(*tensors())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_flops_are_those_of_three_products_and_of_one_without_gradients():
     x, weight, targets = tensors()
     with FlopCounterMode(display=False) as counter:

@@ -58,7 +58,7 @@ def test_a_run_that_fits(shown) -> None:
 
 def test_devices_of_another_machine(shown) -> None:
     """A machine with fewer GPUs refused them."""
-    assert "tokens/s on 8 cards" in shown("--plan", "h100", "--devices", "8")
+    assert "tokens/s on 8 cards" in shown("--plan", "h100", "--devices", "8", "--global-batch-size", "32")
 
 
 def test_this_machine(shown) -> None:

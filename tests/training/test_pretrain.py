@@ -387,4 +387,5 @@ def test_a_compiled_run_is_one_graph_for_training_and_one_for_validation(train, 
         losses.append([float(row["train_loss"]) for row in rows(out_dir) if row["train_loss"]])
     said = re.search(r"The first step took ([0-9,]+) s, with compiling", capsys.readouterr().out)
     assert said and int(said[1]) >= 1
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    bf16 = torch.cuda.is_available()  # whose roundings the compiler may leave out
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2 if bf16 else 1e-4)
