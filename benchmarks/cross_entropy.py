@@ -28,15 +28,13 @@ from litgpt import Config
 from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
-from benchmarks.common import choose_device, circumstances, gpu, installed, write_result
-from benchmarks.moe_layer import Bench, peak_bytes, rounds, spread, why
+from benchmarks.common import choose_device, circumstances, gpu, installed, invocation, write_result
+from benchmarks.moe_layer import BOUNDS, Bench, peak_bytes, rounds, spread, why
 from recipe.data.instruction_module import IGNORED
 from recipe.settings import cpu_has_bf16
 from recipe.training.cross_entropy import linear_cross_entropy
 
 PACKAGES = ("torch", "litgpt", "liger-kernel", "cut-cross-entropy")
-BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "bf16-mixed": 2e-2}
-"""The largest relative deviation of a gradient, in the Frobenius norm; as benchmarks/moe_layer.py has it."""
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Hidden states (N, C), the output layer's weight (V, C), targets (N) -> the mean loss"""
 
@@ -133,7 +131,7 @@ def main() -> None:
     choose_device(args.device)
     output = args.output or ROOT / f"benchmarks/results/cross_entropy_{args.device}.json"
     seconds = 0.1 if args.device == "cpu" else 0.03
-    run(args.device, CASES[args.device], output, f"python benchmarks/cross_entropy.py --device {args.device}", seconds)
+    run(args.device, CASES[args.device], output, invocation("cross_entropy"), seconds)
 
 
 def run(device: str, cases: list[Case], output: Path, command: str, seconds: float) -> dict[str, Any]:
