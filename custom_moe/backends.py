@@ -48,8 +48,11 @@ def choose_backend(
     Raises:
         ValueError: what is asked for can't be had.
     """
-    if rows == 0:
-        return "loop"
+    return "loop" if rows == 0 else _choose(wanted, dtype, device, widths)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11 can't trace comparing capabilities
+def _choose(wanted: Backend | None, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Backend:
     hardware = hardware_of(device)
     if wanted is None:
         return backend_for(dtype, hardware, widths)

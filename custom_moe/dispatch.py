@@ -55,7 +55,8 @@ def sum_rows(y_SC: Tensor, row_NK: Tensor) -> Tensor:
     """Each token's rows added up, 16 bits in fp32: ``(N, C)`` in ``y``'s type. Not differentiable: see ``add_rows``."""
     if y_SC.device.type == "cpu":  # one pass, five times as fast there
         return F.embedding_bag(row_NK, y_SC, mode="sum")
-    return y_SC.index_select(0, row_NK.flatten()).view(*row_NK.shape, y_SC.size(1)).sum(dim=1)
+    rows_NKC = y_SC.index_select(0, row_NK.flatten()).view(*row_NK.shape, y_SC.size(1))
+    return rows_NKC.sum(dim=1, dtype=y_SC.dtype)  # said, for autocast would have sums of a GPU in fp32
 
 
 def gather_rows(x_NC: Tensor, order: ExpertOrder) -> Tensor:

@@ -57,7 +57,7 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
             heads = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=2)
         q, k, v = _Rotate.apply(heads, cos, sin, H + G).transpose(1, 2).split((H, G, G), dim=1)
         scale = self.mscale**2 / math.sqrt(config.attention_scores_scalar or D)
-        grouped = H != G and _flash_attention(q)
+        grouped = H != G and _flash_attention(q.device, q.dtype)
         if H != G and not grouped:
             k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)  # (B, H, T, D)
@@ -65,11 +65,12 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
         return result
 
 
-def _flash_attention(q: Tensor) -> bool:
+@torch.compiler.assume_constant_result  # torch 2.11 can't trace comparing capabilities
+def _flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a kernel takes fewer key heads than query heads: a CPU's, and flash attention. The memory-efficient one,
     for fp32 and cards without flash attention, does not, and torch would fall back to scores of T x T."""
-    capability = hardware_of(q.device).capability or (0, 0)
-    return not q.is_cuda or (q.dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0))
+    capability = hardware_of(device).capability or (0, 0)
+    return device.type != "cuda" or (dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0))
 
 
 class _Rotate(torch.autograd.Function):
@@ -116,7 +117,10 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         rstd = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight.float()).to(x.dtype)
+        # Neither in place nor by a `to` that changes nothing: compiled by torch 2.11, the gradient of a result that is
+        # one of its intermediate tensors under another name is lost.
+        y = wide * rstd * weight.float()
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:

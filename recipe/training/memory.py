@@ -27,6 +27,7 @@ from custom_moe.backends import Hardware, backend_for
 from custom_moe.experts import Experts
 from recipe.layers import use_fast_layers
 from recipe.settings import ParsedRun
+from recipe.training.cross_entropy import words_at_once
 from recipe.training.model import PretrainingModel, cast_matrices, matrices_to_cast
 from recipe.training.optimizers import make_optimizer
 
@@ -86,9 +87,11 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
             for group in optimizer.param_groups:
                 group.update({"foreach": True} if "foreach" in group else {})  # torch's choice for a card
 
-        ledger = _Ledger(config.padded_vocab_size or 0, 512 if hardware else 1)  # CUDA's allocator rounds up
         tokens = torch.zeros(train.micro_batch_size, context, dtype=torch.int64)
         model.loss_on = "cuda" if hardware else "cpu"
+        words = config.padded_vocab_size or 0
+        widths = {words, words_at_once(words, model.loss_on)}
+        ledger = _Ledger(widths, 512 if hardware else 1)  # CUDA's allocator rounds up
         with ledger:
             ledger.add("weights", *model.parameters(), *model.buffers())
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -121,7 +124,7 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
 class _Ledger(TorchDispatchMode):
     """What is alive of the tensors that are made while it is on, by part."""
 
-    def __init__(self, vocabulary: int, unit: int) -> None:
+    def __init__(self, vocabulary: set[int], unit: int) -> None:
         super().__init__()
         self.part = "workspace"
         """Where new tensors go"""
@@ -176,7 +179,7 @@ class _Ledger(TorchDispatchMode):
         return results
 
     def _part_of(self, func: Any, args: Any, result: Tensor) -> str:
-        if result.ndim > 1 and result.size(-1) == self._vocabulary:
+        if result.ndim > 1 and result.size(-1) in self._vocabulary:
             return "logits"
         if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
             return "workspace"

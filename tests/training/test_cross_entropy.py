@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipe.training.cross_entropy import IGNORED, linear_cross_entropy, rows_at_once
+from recipe.training.cross_entropy import IGNORED, linear_cross_entropy, rows_at_once, words_at_once
 
 N, C, V = 300, 24, 3000  # more than two blocks
 
@@ -30,6 +30,17 @@ def test_loss_and_gradients_are_those_of_two_steps(factor):
     torch.testing.assert_close(found, expected)
     wanted = torch.autograd.grad(factor * expected, (x, weight))
     torch.testing.assert_close(torch.autograd.grad(factor * found, (x, weight)), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_on_a_gpu_columns_are_added_that_are_no_words(dtype):
+    x, weight, targets = tensors(dtype)
+    assert (words_at_once(V, "cuda"), words_at_once(V, "cpu")) == (3072, V)
+    results = []
+    for device_type in ("cuda", "cpu"):
+        loss = linear_cross_entropy(x, weight, targets, device_type)
+        results.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_gradients_add_up_over_micro_batches():
