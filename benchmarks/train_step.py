@@ -2,6 +2,7 @@
 
     uv run python benchmarks/train_step.py                                    # the quickstart on a CPU, 5 to 9 minutes
     uv run python benchmarks/train_step.py --device cuda --models moe-200m    # an earlier run's others are kept
+    uv run python benchmarks/train_step.py --device cuda --quick              # for a card that is there for minutes
     uv run python benchmarks/train_step.py --data-dir data/tinystories        # another corpus than the quickstart's
 
 Writes benchmarks/results/train_step_DEVICE.json; benchmarks/report.py makes docs/PERFORMANCE.md of it.
@@ -14,6 +15,9 @@ them, torch.compile. Then ours and stock's best take turns; ratios are formed wi
 setting by its steps and at another by the time of the whole command, both take part, each for its ratio. Tokens per
 second are those of the second half of a run's steps, as its own log has them; "first step" is from the start of the
 command, with imports, compilation and the first validation.
+
+With --quick nothing is tried first: each side runs once with the largest micro batch, stock both compiled and not, for
+a quarter of the tokens.
 """
 
 import argparse
@@ -110,6 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="for trying it, with --output: this share of the tokens"
     )
+    parser.add_argument("--quick", action="store_true", help="each way once, with the largest micro batch")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/train_step_DEVICE.json")
     args = parser.parse_args()
     if args.scale != 1 and not args.output:
@@ -121,14 +126,16 @@ def main() -> None:
     chosen = {name: scaled(cases[name], args.scale) for name in args.models or cases}
     output = args.output or ROOT / f"benchmarks/results/train_step_{args.device}.json"
     command = invocation("train_step")
-    run(args.device, chosen, corpus(args.data_dir), output, command)
+    run(args.device, chosen, corpus(args.data_dir), output, command, args.quick)
 
 
 def scaled(case: Case, scale: float) -> Case:
     return replace(case, trial_tokens=round(scale * case.trial_tokens), tokens=round(scale * case.tokens))
 
 
-def run(device: str, cases: dict[str, Case], text: Corpus, output: Path, command: str) -> dict[str, Any]:
+def run(
+    device: str, cases: dict[str, Case], text: Corpus, output: Path, command: str, quick: bool = False
+) -> dict[str, Any]:
     """Measures each model; the file is written after each trial and round: what was cut short leaves what it had."""
     result = circumstances(command, PACKAGES)
     result["hardware"] |= {"threads": torch.get_num_threads(), "gpu": gpu() if device == "cuda" else None}
@@ -142,7 +149,7 @@ def run(device: str, cases: dict[str, Case], text: Corpus, output: Path, command
             result["seconds"] = round(time.perf_counter() - started, 1)
             write_result(result, output)
 
-        measure(case, text, save)
+        measure(case, text, save, quick)
     return result
 
 
@@ -153,8 +160,11 @@ def peaks(device: str) -> dict[str, float]:
     return PEAKS.get(torch.cuda.get_device_name(), {})
 
 
-def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None], quick: bool = False) -> dict[str, Any]:
     """Tries both sides' settings, then lets the best take turns; ``save`` gets what is there after each."""
+    if quick:
+        tokens = case.tokens // 4
+        case = replace(case, micro_batches=(max(case.micro_batches),), trial_tokens=tokens, tokens=tokens, rounds=0)
     settings = parse_run(["--config", str(ROOT / case.run_file), *case.flags]).settings
     context = settings.train.max_seq_length or settings.model.block_size
     trials: list[dict[str, Any]] = []
@@ -182,31 +192,42 @@ def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None]) ->
     def attempt(way: Way) -> None:
         trials.append(asdict(way) | one(way, case, text, case.trial_tokens, TRIAL_LIMIT))
         print(f"  trial {trials[-1]}", flush=True)
+        if quick:
+            choose()
+            rounds[:] = [{name: trial_of(way, trials) for name, way in ways.items() if way}]
         save(found())
 
+    def choose() -> None:
+        steps = case.tokens / case.trial_tokens
+        for trial in trials:
+            if trial["status"] == "measured":  # the whole command, were it as long as the runs that count
+                rest = (steps - 1) * case.trial_tokens / trial["tokens_per_second"]
+                trial["expected_seconds"] = trial["seconds"] + rest
+        shipped = Way("ours", settings.train.micro_batch_size) if case.shipped else None
+        ways["ours"] = shipped or best(trials, "ours", "tokens_per_second")
+        ways["stock"] = best(trials, "stock", "tokens_per_second")
+        ways["stock by the whole command"] = best(trials, "stock", "expected_seconds")
+
     print(f"{settings.model.name}: {case.tokens:,} tokens", flush=True)
+    for micro_batch in () if case.shipped and not quick else case.micro_batches:
+        attempt(Way("ours", micro_batch))
     for micro_batch in case.micro_batches:
         attempt(Way("stock", micro_batch, compile=False))
     if eager := best(trials, "stock", "tokens_per_second"):
         attempt(Way("stock", eager.micro_batch, compile=True))
-    for micro_batch in () if case.shipped else case.micro_batches:
-        attempt(Way("ours", micro_batch))
-    steps = case.tokens / case.trial_tokens
-    for trial in trials:
-        if trial["status"] == "measured":  # the whole command, were it as long as the runs that count
-            trial["expected_seconds"] = trial["seconds"] + (steps - 1) * case.trial_tokens / trial["tokens_per_second"]
-    ours = Way("ours", settings.train.micro_batch_size) if case.shipped else best(trials, "ours", "tokens_per_second")
-    ways |= {
-        "ours": ours,
-        "stock": best(trials, "stock", "tokens_per_second"),
-        "stock by the whole command": best(trials, "stock", "expected_seconds"),
-    }
+    choose()
     for _ in range(case.rounds):
         measured = {way: one(way, case, text, case.tokens) for way in dict.fromkeys(filter(None, ways.values()))}
         rounds.append({name: measured[way] for name, way in ways.items() if way})
         print("  " + "; ".join(f"{name} {row}" for name, row in rounds[-1].items()), flush=True)
         save(found())
     return found()
+
+
+def trial_of(way: Way, trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured in its trial."""
+    found = next(trial for trial in trials if asdict(way).items() <= trial.items())
+    return {key: value for key, value in found.items() if key not in {*asdict(way), "expected_seconds"}}
 
 
 def one(way: Way, case: Case, text: Corpus, tokens: int, limit: float | None = None) -> dict[str, Any]:

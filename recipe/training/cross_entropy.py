@@ -21,8 +21,8 @@ CPU_BLOCK = 2**18
 """Logits at once: they stay in a core's cache"""
 GPU_BLOCK = 2**25
 """Logits at once: rows enough to keep a card busy"""
-MAX_BLOCKS = 16
-"""On a GPU: the compiler writes out each of them"""
+MAX_BLOCKS = 8
+"""On a GPU: the compiler writes out each of them, and takes a second or more for it"""
 
 
 def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, device_type: str | None = None) -> Tensor:
