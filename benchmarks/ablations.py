@@ -32,7 +32,7 @@ from benchmarks.runs import SEEDS, Corpus, Failed, Row, corpus, curve, spread, t
 PACKAGES = ("torch", "litgpt", "lightning")
 CONFIG = "configs/quickstart.yaml"
 OUTPUT = ROOT / "benchmarks/results/ablations.json"
-TOKENS = 150_000
+TOKENS = 120_000
 SIGMOID = [
     *("--model.n_expert_groups=2", "--model.n_topk_groups=2", "--model.n_topk_scores_per_group=2"),
     *("--model.norm_topk_prob=true", "--moe.load_balancing_loss=0"),

@@ -53,7 +53,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 250_000, (4e-3, 8e-3)),
+    "cpu": Preset("configs/quickstart.yaml", "configs/models/quickstart-dense-twin.yaml", 200_000, (4e-3, 8e-3)),
     "cuda": Preset(
         "configs/runs/tinystories-moe-200m.yaml",
         "configs/models/moe-200m-dense-twin.yaml",
