@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import litgpt.lora
 import pytest
 import torch
@@ -5,9 +7,12 @@ import torch.nn.functional as F
 from litgpt import GPT, Config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from custom_moe import MoE, expert_counts, expert_load, load_balancing_loss, use_custom_moe
+from custom_moe.backends import Hardware
+from custom_moe.dispatch import sum_rows
 from recipe.forward import Recomputed, hidden_states
 from recipe.layers import use_fast_layers
 from recipe.settings import MoESettings
@@ -248,6 +253,43 @@ def test_activation_checkpointing_compiles_into_one_graph(recomputed):
     torch.testing.assert_close(losses[0].cross_entropy, losses[1].cross_entropy)
     for (parameter, wanted), found in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(wanted.grad, found.grad, msg=parameter)
+
+
+def test_for_a_card_it_is_one_graph_too(monkeypatch):
+    """On fake tensors: the choices that hang on the card are traced without one. (Autograd wants a driver, so forward
+    alone.)"""
+    monkeypatch.setattr("custom_moe.backends._find_hardware", lambda *_: Hardware((9, 0), triton=True))
+    graphs = CompileCounterWithBackend("eager")
+    torch.compiler.reset()  # sizes of other tests' batches make its own dynamic, and its own theirs
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), on_cuda_in_bf16():
+        with use_custom_moe(), use_fast_layers():
+            model = PretrainingModel(GPT(Config(**{**MODELS["moe"], "n_layer": 1})))
+        tokens = torch.zeros(2, 32, dtype=torch.int64)
+        losses = torch.compile(model, backend=graphs, fullgraph=True)(tokens, tokens)
+    torch.compiler.reset()
+    assert graphs.frame_count == 1
+    assert losses.cross_entropy.is_cuda and losses.cross_entropy.dtype == torch.float32
+
+
+def test_the_experts_stay_in_the_type_of_their_products_on_a_card():
+    """CUDA's autocast has sums in fp32, and the backward would be handed a gradient of another type."""
+    with FakeTensorMode(), torch.device("cuda"), on_cuda_in_bf16():
+        rows, places = torch.zeros(64, 8, dtype=torch.bfloat16), torch.zeros(32, 2, dtype=torch.int64)
+        assert rows.sum().dtype == torch.float32
+        assert sum_rows(rows, places).dtype == torch.bfloat16
+
+
+@contextmanager
+def on_cuda_in_bf16():
+    """``torch.autocast("cuda")``, which does nothing where there is no card."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def test_selection_biases_follow_the_counts_of_their_layer():
