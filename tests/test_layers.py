@@ -88,7 +88,7 @@ def test_without_flash_attention_key_heads_are_repeated(monkeypatch):
     """As on a GPU in fp32: no kernel takes fewer of them there, and torch would make all scores."""
     stock, ours, cos, sin = both_attentions("grouped queries")
     x = torch.randn(B, T, 48)
-    monkeypatch.setattr(recipe.layers, "_flash_attention", lambda q: False)
+    monkeypatch.setattr(recipe.layers, "_flash_attention", lambda *_: False)
     assert_same(stock, ours, x, cos, sin)
 
 
