@@ -22,7 +22,7 @@ CPU_BLOCK = 2**18
 GPU_BLOCK = 2**25
 """Logits at once: rows enough to keep a card busy"""
 MAX_BLOCKS = 8
-"""On a GPU: the compiler writes out each of them, and takes a second or more for it"""
+"""On a GPU: the compiler writes out each of them, which takes its time"""
 
 
 def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, device_type: str | None = None) -> Tensor:
@@ -51,8 +51,8 @@ def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dev
 
 
 def words_at_once(V: int, device_type: str) -> int:
-    """How many columns the logits have: on a GPU whole tiles. With rows of GPT-2's 50,257 words in 16 bits, which begin
-    at odd places in memory, an H200 multiplies a fifth as fast."""
+    """How many columns the logits have: on a GPU whole tiles. Rows of GPT-2's 50,257 words in 16 bits begin at odd places
+    in memory, and its matrix products are several times as slow then."""
     return V if device_type == "cpu" else -(-V // 128) * 128
 
 
