@@ -51,8 +51,8 @@ def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dev
 
 
 def words_at_once(V: int, device_type: str) -> int:
-    """How many columns the logits have: on a GPU whole tiles. Rows of GPT-2's 50,257 words in 16 bits begin at odd places
-    in memory, and its matrix products are several times as slow then."""
+    """How many columns the logits have: on a GPU whole tiles. Rows of GPT-2's 50,257 words in 16 bits begin at odd
+    places in memory, and its matrix products are several times as slow then."""
     return V if device_type == "cpu" else -(-V // 128) * 128
 
 
