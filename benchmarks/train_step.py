@@ -66,6 +66,7 @@ class Case:
     trial_tokens: int
     tokens: int
     rounds: int
+    """0: the trials are what counts"""
     shipped: bool = False
     """Ours runs as the run file has it"""
 
@@ -124,18 +125,25 @@ def main() -> None:
         sys.exit(f"error: no model {', '.join(unknown)} on {args.device}; there are {', '.join(cases)}.")
     choose_device(args.device)
     chosen = {name: scaled(cases[name], args.scale) for name in args.models or cases}
+    if args.quick:
+        chosen = {name: quick(case) for name, case in chosen.items()}
     output = args.output or ROOT / f"benchmarks/results/train_step_{args.device}.json"
     command = invocation("train_step")
-    run(args.device, chosen, corpus(args.data_dir), output, command, args.quick)
+    run(args.device, chosen, corpus(args.data_dir), output, command)
 
 
 def scaled(case: Case, scale: float) -> Case:
     return replace(case, trial_tokens=round(scale * case.trial_tokens), tokens=round(scale * case.tokens))
 
 
-def run(
-    device: str, cases: dict[str, Case], text: Corpus, output: Path, command: str, quick: bool = False
-) -> dict[str, Any]:
+def quick(case: Case) -> Case:
+    """Trials that are themselves what counts."""
+    tokens, micro_batch = case.tokens // 4, max(case.micro_batches)
+    changed = {"micro_batches": (micro_batch,), "trial_tokens": tokens, "tokens": tokens}
+    return replace(case, **changed, rounds=0, shipped=False)
+
+
+def run(device: str, cases: dict[str, Case], text: Corpus, output: Path, command: str) -> dict[str, Any]:
     """Measures each model; the file is written after each trial and round: what was cut short leaves what it had."""
     result = circumstances(command, PACKAGES)
     result["hardware"] |= {"threads": torch.get_num_threads(), "gpu": gpu() if device == "cuda" else None}
@@ -149,7 +157,7 @@ def run(
             result["seconds"] = round(time.perf_counter() - started, 1)
             write_result(result, output)
 
-        measure(case, text, save, quick)
+        measure(case, text, save)
     return result
 
 
@@ -160,11 +168,8 @@ def peaks(device: str) -> dict[str, float]:
     return PEAKS.get(torch.cuda.get_device_name(), {})
 
 
-def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None], quick: bool = False) -> dict[str, Any]:
+def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Tries both sides' settings, then lets the best take turns; ``save`` gets what is there after each."""
-    if quick:
-        tokens = case.tokens // 4
-        case = replace(case, micro_batches=(max(case.micro_batches),), trial_tokens=tokens, tokens=tokens, rounds=0)
     settings = parse_run(["--config", str(ROOT / case.run_file), *case.flags]).settings
     context = settings.train.max_seq_length or settings.model.block_size
     trials: list[dict[str, Any]] = []
@@ -192,7 +197,7 @@ def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None], qu
     def attempt(way: Way) -> None:
         trials.append(asdict(way) | one(way, case, text, case.trial_tokens, TRIAL_LIMIT))
         print(f"  trial {trials[-1]}", flush=True)
-        if quick:
+        if not case.rounds:
             choose()
             rounds[:] = [{name: trial_of(way, trials) for name, way in ways.items() if way}]
         save(found())
@@ -209,7 +214,7 @@ def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None], qu
         ways["stock by the whole command"] = best(trials, "stock", "expected_seconds")
 
     print(f"{settings.model.name}: {case.tokens:,} tokens", flush=True)
-    for micro_batch in () if case.shipped and not quick else case.micro_batches:
+    for micro_batch in () if case.shipped else case.micro_batches:
         attempt(Way("ours", micro_batch))
     for micro_batch in case.micro_batches:
         attempt(Way("stock", micro_batch, compile=False))
