@@ -64,7 +64,7 @@ types: venv
 # The measurements of a target are one shell command: one that fails ends none of the others, but the target, at its end.
 MEASURE := trap 'exit 130' INT; failed=; measure() { echo "$$*"; $(RUN) "$$@" || failed="$$failed\n  $$*"; }
 QUICKSTART := test -d checkpoints/quickstart/final || measure python run_train.py --config configs/quickstart.yaml
-COMPILED := test_a_compiled_run_is_one_graph_for_training_and_one_for_validation
+COMPILED := test_a_compiled_run_is_the_other
 REPORT := measure python benchmarks/report.py; \
           test -z "$$failed" || { printf "error: these failed:$$failed\n" >&2; exit 1; }
 

@@ -3,12 +3,13 @@
 Held against LitGPT's forward by the tests of those who call it (tests/training/test_model.py, tests/evaluation).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from litgpt import GPT
 from litgpt.model import do_softcapping
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from custom_moe import MoEBlock, RouterOutput
@@ -17,12 +18,25 @@ Recomputed = Literal["none", "block", "moe"]
 """What activation checkpointing keeps nothing of but the input, and computes again in the backward pass"""
 
 
+def run_block(
+    block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, recomputed: Recomputed
+) -> tuple[Tensor, RouterOutput | None]:
+    """One transformer block, as ``hidden_states`` has it: ``(B, T, C) -> (B, T, C)``, and what its router decided."""
+    if recomputed == "block":
+        assert isinstance(block, MoEBlock)
+        return checkpoint(block, x, cos, sin, mask, return_router_output=True, use_reentrant=False)
+    if isinstance(block, MoEBlock):
+        return block(x, cos, sin, mask, return_router_output=True, recompute_mlp=recomputed == "moe")
+    return block(x, cos, sin, mask), None
+
+
 def hidden_states(
     gpt: GPT,
     input_ids: Tensor,
     positions: Tensor | None = None,
     mask: Tensor | None = None,
     recomputed: Recomputed = "none",
+    run: Callable[..., tuple[Tensor, RouterOutput | None]] = run_block,
 ) -> tuple[Tensor, list[RouterOutput | None]]:
     """Everything up to the last norm.
 
@@ -32,6 +46,7 @@ def hidden_states(
         mask: ``(B, 1, T, T)``, True where a token sees another; causal when None.
         recomputed: nothing, each block, or each block's feed-forward, be it a mixture of experts or dense. The blocks
             must be ``MoEBlock``s then.
+        run: ``run_block``, maybe compiled.
 
     Returns:
         ``(B, T, C)``, and for each block what its router decided; None where it is dense or LitGPT's own block.
@@ -49,16 +64,7 @@ def hidden_states(
     for index, block in enumerate(gpt.transformer.h):
         # Models with local and global attention keep two rotations side by side in the last dimension.
         pick = (Ellipsis,) if config.rope_indices is None else (Ellipsis, config.rope_indices[index])
-        router = None
-        if recomputed == "block":
-            assert isinstance(block, MoEBlock)
-            x, router = checkpoint(block, x, cos[pick], sin[pick], mask, return_router_output=True, use_reentrant=False)
-        elif isinstance(block, MoEBlock):
-            x, router = block(
-                x, cos[pick], sin[pick], mask, return_router_output=True, recompute_mlp=recomputed == "moe"
-            )
-        else:
-            x = block(x, cos[pick], sin[pick], mask)
+        x, router = run(block, x, cos[pick], sin[pick], mask, recomputed)
         routers.append(router)
     return x, routers
 

@@ -200,6 +200,7 @@ ONE_RUN = (
 
 
 FSDP = ("--strategy", "fsdp")
+COMPILED = ("--compile", "true", "--activation_checkpointing", "block")
 
 
 def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
@@ -286,10 +287,19 @@ def assert_same_run(one: Path, other: Path) -> None:
         ("two nodes", ()),
         ("num_nodes", ("--train.tie_embeddings", "true")),
         ("devices", (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01")),
+        ("devices", COMPILED),
         ("torchrun", FSDP),
         ("devices", (*FSDP, "--train.tie_embeddings", "true", "--activation_checkpointing", "block")),
     ],
-    ids=["torchrun", "two nodes", "num_nodes, tied", "selection biases", "fsdp", "fsdp, tied, recomputed"],
+    ids=[
+        "torchrun",
+        "two nodes",
+        "num_nodes, tied",
+        "selection biases",
+        "compiled, recomputed",
+        "fsdp",
+        "fsdp, tied, recomputed",
+    ],
 )
 def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, flags):
     """The experts' load of each step, too, by which the next step's load-balancing loss and the biases go."""

@@ -1,10 +1,13 @@
-"""Whether ``torch.compile`` can work here, found out before it fails in the first step."""
+"""``torch.compile``: whether it can work here, found out before it fails in the first step, and how it is to work."""
 
 import importlib.util
 import shutil
 import sys
 import sysconfig
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+import torch
 
 
 def should_compile(asked: bool | None, device_type: str) -> tuple[bool, str | None]:
@@ -20,6 +23,14 @@ def should_compile(asked: bool | None, device_type: str) -> tuple[bool, str | No
     if missing := missing_for_compile(device_type):
         return False, f"torch.compile is off: {missing}."
     return True, None
+
+
+def whole_graphs() -> AbstractContextManager[None]:
+    """While open, what is compiled within DDP stays in one piece. Torch would part it at the size of a bucket, so that
+    gradients travel early; a model that is compiled block by block has them early anyway, and recomputed activations
+    can't be parted."""
+    graphs: AbstractContextManager[None] = torch._dynamo.config.patch(optimize_ddp=False)
+    return graphs
 
 
 def missing_for_compile(device_type: str) -> str | None:

@@ -8,6 +8,7 @@ forward has found. The idea is that of Liger-Kernel (arXiv 2410.10989, section 3
 Shape suffixes: N tokens, C n_embd, V padded_vocab_size, W words as they are computed, R rows of one block.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +22,41 @@ CPU_BLOCK = 2**18
 """Logits at once: they stay in a core's cache"""
 GPU_BLOCK = 2**25
 """Logits at once: rows enough to keep a card busy"""
-MAX_BLOCKS = 8
-"""On a GPU: the compiler writes out each of them, which takes its time"""
+MAX_BLOCKS = 16
+"""On a GPU: the weight's gradient, in fp32, goes through memory for each of them"""
 
 
-def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, device_type: str | None = None) -> Tensor:
+def loss_of_rows(
+    logits_RW: Tensor, target_R: Tensor, counted_R: Tensor, share: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What lies between the products: one block's loss, summed up, and its gradient to the logits in their type.
+
+    Args:
+        logits_RW: -inf where there is no word.
+        target_R: int64, a word also where it does not count.
+        counted_R: 1 for a row that counts, else 0; fp32.
+        share: each row's part of the mean.
+        gradient: whether it is asked for.
+    """
+    at_target = torch.arange(len(logits_RW), device=logits_RW.device), target_R
+    log_probs_RW = logits_RW.float().log_softmax(dim=1)
+    loss = -(log_probs_RW[at_target] * counted_R).sum()
+    if not gradient:
+        return loss, None
+    probs_RW, factor_R = log_probs_RW.exp_(), counted_R * share
+    dtarget_R = (probs_RW[at_target] - 1) * factor_R
+    dlogits_RW = probs_RW.mul_(factor_R.unsqueeze(1)).to(logits_RW.dtype)
+    dlogits_RW[at_target] = dtarget_R.to(logits_RW.dtype)
+    return loss, dlogits_RW
+
+
+def linear_cross_entropy(
+    x_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    device_type: str | None = None,
+    loss_of_rows: Callable[..., tuple[Tensor, Tensor | None]] = loss_of_rows,
+) -> Tensor:
     """``cross_entropy(x @ weight.T, targets)``: the mean over the tokens whose target is not ``IGNORED``, in nats.
 
     Products are computed in autocast's type where it is on, else in ``x``'s; all between them, and the sums over
@@ -37,6 +68,7 @@ def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dev
         weight_VC: the output layer's.
         targets_N: int64.
         device_type: as on which the blocks are to be; None: as they are where ``x`` is.
+        loss_of_rows: the function of that name, maybe compiled.
 
     Returns:
         A scalar, fp32; 0 where all targets are ignored.
@@ -45,7 +77,7 @@ def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, dev
     words = words_at_once(len(weight_VC), device_type)
     rows = rows_at_once(len(x_NC), words, device_type)
     loss: Tensor = _LinearCrossEntropy.apply(
-        x_NC, weight_VC, targets_N, compute_dtype(x_NC), rows, words, torch.is_grad_enabled()
+        x_NC, weight_VC, targets_N, compute_dtype(x_NC), rows, words, torch.is_grad_enabled(), loss_of_rows
     )
     return loss
 
@@ -60,8 +92,10 @@ def rows_at_once(N: int, W: int, device_type: str) -> int:
     """How many tokens one block has."""
     if device_type == "cpu":
         return max(128, CPU_BLOCK // W)
-    whole_tiles = 128 * max(1, GPU_BLOCK // W // 128)
-    return max(whole_tiles, -(-N // MAX_BLOCKS))
+    rows = 128  # whole tiles; and a power of two, so that blocks are alike and one kernel serves them all
+    while 2 * rows * W <= GPU_BLOCK or rows * MAX_BLOCKS < N:
+        rows *= 2
+    return rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -75,32 +109,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size: int,
         W: int,
         gradients: bool,
+        loss_of_rows: Callable[..., tuple[Tensor, Tensor | None]],
     ) -> Tensor:
         need_x, need_weight = (gradients and need for need in ctx.needs_input_grad[:2])
         V = len(weight_VC)
         x, weight = x_NC.to(dtype), weight_VC.to(dtype)
         if W > V:
             weight = F.pad(weight, (0, 0, 0, W - V))
-        counted_N = (targets_N != IGNORED).float()
+        target_N, counted_N = targets_N.clamp(min=0), (targets_N != IGNORED).float()
         share = 1 / counted_N.sum().clamp(min=1)
         loss = torch.zeros((), device=x.device)
         dx_NC = torch.empty_like(x) if need_x else None
         dweight_WC = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
-            target_R1, counted_R1 = targets_N[rows, None].clamp(min=0), counted_N[rows, None]
             logits_RW = x[rows] @ weight.t()
             if W > V:
                 logits_RW[:, V:] = -torch.inf  # no words: nothing of the sum, and no gradient
-            log_probs_RW = logits_RW.float().log_softmax(dim=1)
-            loss = loss - (log_probs_RW.gather(1, target_R1) * counted_R1).sum()
-            if not (need_x or need_weight):
-                continue
-            dlogits_RW = log_probs_RW.exp_().scatter_add_(1, target_R1, torch.full_like(counted_R1, -1))
-            dlogits_RW = dlogits_RW.mul_(counted_R1 * share).to(dtype)
-            if dx_NC is not None:
+            loss_of_block, dlogits_RW = loss_of_rows(
+                logits_RW, target_N[rows], counted_N[rows], share, need_x or need_weight
+            )
+            loss = loss + loss_of_block
+            if dx_NC is not None and dlogits_RW is not None:
                 dx_NC[rows] = dlogits_RW @ weight
-            if dweight_WC is not None:
+            if dweight_WC is not None and dlogits_RW is not None:
                 _add_product(dweight_WC, dlogits_RW.t(), x[rows])
         ctx.save_for_backward(dx_NC, None if dweight_WC is None else dweight_WC[:V].to(weight_VC.dtype))
         ctx.x_dtype = x_NC.dtype
@@ -112,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if dx_NC is None else dx_NC.mul_(grad).to(ctx.x_dtype),
             None if dweight_VC is None else dweight_VC.mul_(grad.to(dweight_VC.dtype)),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +20,7 @@ from litgpt.args import TrainArgs
 from litgpt.data import DataModule
 from litgpt.prompts import PromptStyle
 from litgpt.utils import CycleIterator
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
@@ -36,7 +37,7 @@ from recipe.flops import training_flops_per_token
 from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings, is_sharded
 from recipe.training.cards import found_card, peak_flops
-from recipe.training.compiling import should_compile
+from recipe.training.compiling import should_compile, whole_graphs
 from recipe.training.interval import Interval, sum_over_devices
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
 from recipe.training.model import (
@@ -98,16 +99,12 @@ def run_training(
     experts_note = choose_experts_backend(fabric, gpt, settings.moe)
     sharded = is_sharded(settings)
     compiled, compile_note = should_compile(False if sharded else settings.compile, fabric.device.type)
-    module: nn.Module = PretrainingModel(gpt, settings.activation_checkpointing)
     if fabric.device.type == "cuda" and fabric._precision.precision == "32-true":
         torch.set_float32_matmul_precision("high")  # TF32, as LitGPT's commands; routers stay exact in mixed precision
-    if compiled:
-        # What the compiler can't take ends the run, and never runs uncompiled unsaid. DDP's bookkeeping is such a
-        # thing: Fabric compiles it with the model, so that gradients travel while others are computed.
-        # Conversations come in ever new lengths, and only so many graphs are kept.
-        whole = fabric.world_size == 1 and not isinstance(settings, FinetuneSettings)
-        module = cast(nn.Module, torch.compile(module, fullgraph=whole))
-    model = fabric.setup(module)
+    # What the compiler can't take ends the run, and never runs uncompiled unsaid. But conversations come in ever new
+    # lengths, and only so many graphs are kept.
+    compiler = partial(torch.compile, fullgraph=not isinstance(settings, FinetuneSettings)) if compiled else None
+    model = fabric.setup(PretrainingModel(gpt, settings.activation_checkpointing, compiler))
     # bf16-true has just rounded the rotations along with the weights; generation has them in fp32.
     gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
     check_optimizer(run.optimizer["class_path"], fabric.device.type)
@@ -164,9 +161,9 @@ def run_training(
                 remove_run(out_dir)
             elif own.exists():  # an interrupted save that was resumed from has just got its name, and is the newest
                 checkpoints.remove_newer(own)
-        partial = out_dir / ".run_config.yaml.partial"
-        partial.write_text(yaml.safe_dump(run.resolved, sort_keys=False), encoding="utf-8")
-        os.replace(partial, out_dir / "run_config.yaml")  # a kill leaves the old one or the new one
+        written = out_dir / ".run_config.yaml.partial"
+        written.write_text(yaml.safe_dump(run.resolved, sort_keys=False), encoding="utf-8")
+        os.replace(written, out_dir / "run_config.yaml")  # a kill leaves the old one or the new one
     loggers.log_hyperparams(run.resolved)
 
     for line in describe_run(fabric, gpt, run, plan):
@@ -185,7 +182,7 @@ def run_training(
         say(f"Resuming from {resume_from}: step {training.progress.step:,} of {plan.steps:,}.")
 
     tokens_before, start = training.progress.tokens, time.perf_counter()
-    with StopSignals(say) as signals:
+    with StopSignals(say) as signals, whole_graphs():
         try:
             ending = fit(fabric, training, signals)
         except Exception as error:
@@ -254,10 +251,8 @@ def fit(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> Ending:
     peak = optimizer.param_groups[0]["initial_lr"]
     # FSDP casts on its own, and keeps no whole gradients between micro batches.
     sharded = is_sharded(settings)
-    # Under DDP the compiler parts its graph by the sizes of parameters, so that gradients travel early.
-    together = sharded or (run.compiled and fabric.world_size > 1)
     matrices = (
-        {} if together else matrices_to_cast(model, fabric._precision.precision, settings.activation_checkpointing)
+        {} if sharded else matrices_to_cast(model, fabric._precision.precision, settings.activation_checkpointing)
     )
     first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
 

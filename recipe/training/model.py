@@ -1,14 +1,16 @@
 """GPT with its losses: the module whose forward the training loop calls."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from litgpt import GPT
+from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
 from custom_moe import (
     MoE,
+    RouterOutput,
     expert_counts,
     expert_load,
     load_balancing_loss,
@@ -19,8 +21,8 @@ from custom_moe import (
 )
 from custom_moe.experts import compute_dtype
 from recipe.data.instruction_module import IGNORED
-from recipe.forward import Recomputed, hidden_states, logits_of
-from recipe.training.cross_entropy import linear_cross_entropy
+from recipe.forward import Recomputed, hidden_states, logits_of, run_block
+from recipe.training.cross_entropy import linear_cross_entropy, loss_of_rows
 from recipe.training.optimizers import parameter_groups
 
 
@@ -53,16 +55,32 @@ class Losses(NamedTuple):
 class PretrainingModel(nn.Module):
     """Wraps a GPT whose blocks are ``custom_moe.MoEBlock`` so that the forward returns the losses.
 
-    The balance losses travel with the result: one compiled graph, right under DDP and activation checkpointing, nothing
-    stored on the side. Drives LitGPT's modules as ``GPT.forward`` does without a KV cache (held against it by a test).
+    The balance losses travel with the result: right under DDP and activation checkpointing, nothing stored on the side.
+    Drives LitGPT's modules as ``GPT.forward`` does without a KV cache (held against it by a test).
+
+    Args:
+        compiler: ``torch.compile`` with its options; None: nothing is compiled. It gets what takes the time, in parts
+            that are compiled once for all layers and all blocks of the loss: the model whole would be written out
+            layer by layer, and a compiler takes minutes for that.
     """
 
-    def __init__(self, gpt: GPT, recomputed: Recomputed = "none") -> None:
+    def __init__(
+        self,
+        gpt: GPT,
+        recomputed: Recomputed = "none",
+        compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    ) -> None:
         super().__init__()
         self.gpt = gpt
         self.recomputed: Recomputed = recomputed
         self.loss_on: str | None = None
         """The type of device that the loss is computed as on; None: the one that it is on"""
+        compiled = compiler or (lambda part: part)
+        self._run_block = compiled(run_block)
+        self._balance_of = compiled(balance_of)
+        self._norm = compiled(_norm)
+        self._loss_of_rows = compiled(loss_of_rows)
+        self._cross_entropy_of_logits = compiled(_cross_entropy_of_logits)
 
     def forward(
         self,
@@ -80,36 +98,69 @@ class PretrainingModel(nn.Module):
         if lengths is not None:
             places = torch.arange(input_ids.size(1), device=lengths.device)
             real_N = (places < lengths.unsqueeze(1)).flatten()
-        x, routers = hidden_states(self.gpt, input_ids, recomputed=self.recomputed)  # (B, T, C)
-        score = score_function(config) if config.mlp_class_name == "LLaMAMoE" else "softmax"
-        balancing, z_losses, confidences = [], [], []
-        counts: list[Tensor] = []
+        x, routers = hidden_states(self.gpt, input_ids, recomputed=self.recomputed, run=self._run_block)  # (B, T, C)
+        balances: list[Balance] = []
         for router in routers:
             if router is not None:
-                load = None if last_counts is None else expert_load(last_counts[len(counts)])
-                balancing.append(load_balancing_loss(router.logits, router.indices, score, real_N, load))
-                z_losses.append(router_z_loss(router.logits, real_N))
-                confidences.append(router_confidence(router.logits, score, real_N))
-                counts.append(expert_counts(router.indices, config.n_expert, real_N))
+                last_counts_E = None if last_counts is None else last_counts[len(balances)]
+                balances.append(self._balance_of(router, config, real_N, last_counts_E))
 
-        nothing = torch.zeros((), device=x.device)
-        return Losses(
-            cross_entropy=self._cross_entropy(x, targets),
-            load_balancing=torch.stack(balancing).mean() if balancing else nothing,
-            z_loss=torch.stack(z_losses).mean() if z_losses else nothing,
-            router_confidence=torch.stack(confidences) if confidences else nothing.new_zeros(0),
-            expert_counts=torch.stack(counts) if counts else nothing.new_zeros(0, 0, dtype=torch.int64),
-        )
+        cross_entropy = self._cross_entropy(x, targets)
+        if not balances:
+            nothing = torch.zeros((), device=x.device)
+            no_counts = nothing.new_zeros(0, 0, dtype=torch.int64)
+            return Losses(cross_entropy, nothing, nothing, nothing.new_zeros(0), no_counts)
+        balancing, z_losses, confidences, counts = (torch.stack(column) for column in zip(*balances, strict=True))
+        return Losses(cross_entropy, balancing.mean(), z_losses.mean(), confidences, counts)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """Of hidden states ``(B, T, C)``; through all logits only where something other than a matrix makes them."""
         head = getattr(self.gpt.lm_head, "linear", self.gpt.lm_head)  # LoRA's layer has it within
         plain = isinstance(head, nn.Linear) and head.bias is None and not getattr(self.gpt.lm_head, "r", 0)
         if plain and self.gpt.config.final_logit_softcapping is None and compute_dtype(x) != torch.float16:
-            x_NC = self.gpt.transformer.ln_f(x).flatten(0, 1)
-            return linear_cross_entropy(x_NC, head.weight, targets.flatten(), self.loss_on)
-        logits = logits_of(self.gpt, x)  # (B, T, padded_vocab_size)
-        return chunked_cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+            x_NC = self._norm(self.gpt.transformer.ln_f, x).flatten(0, 1)
+            return linear_cross_entropy(x_NC, head.weight, targets.flatten(), self.loss_on, self._loss_of_rows)
+        loss: Tensor = self._cross_entropy_of_logits(self.gpt, x, targets)
+        return loss
+
+
+class Balance(NamedTuple):
+    """What ``Losses`` has of one MoE layer."""
+
+    load_balancing: Tensor
+    z_loss: Tensor
+    router_confidence: Tensor
+    expert_counts: Tensor
+    """``(n_expert,)``"""
+
+
+def balance_of(router: RouterOutput, config: Config, real_N: Tensor | None, last_counts_E: Tensor | None) -> Balance:
+    """The losses and the statistics of one router.
+
+    Args:
+        real_N: which tokens are no padding; None: all.
+        last_counts_E: whose load the load-balancing loss goes by; None: its own.
+    """
+    score = score_function(config)
+    load_E = None if last_counts_E is None else expert_load(last_counts_E)
+    return Balance(
+        load_balancing_loss(router.logits, router.indices, score, real_N, load_E),
+        router_z_loss(router.logits, real_N),
+        router_confidence(router.logits, score, real_N),
+        expert_counts(router.indices, config.n_expert, real_N),
+    )
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """In a function, for the compiler."""
+    y: Tensor = norm(x)
+    return y
+
+
+def _cross_entropy_of_logits(gpt: GPT, x: Tensor, targets: Tensor) -> Tensor:
+    """From hidden states, through all logits."""
+    logits = logits_of(gpt, x)  # (B, T, padded_vocab_size)
+    return chunked_cross_entropy(logits.float(), targets, ignore_index=IGNORED)
 
 
 def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -> dict[str, nn.Parameter]:

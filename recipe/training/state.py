@@ -389,9 +389,8 @@ def made_from(path: Path, *splits: str) -> tuple[Any, ...]:
 
 
 def gpt_of(model: _FabricModule) -> GPT:
-    """LitGPT's model inside Fabric's, the strategy's and the compiler's wrappers."""
-    module = model.module
-    return getattr(module, "_orig_mod", module).gpt
+    """LitGPT's model inside Fabric's and the strategy's wrappers."""
+    return model.module.gpt
 
 
 def scaler_of(fabric: L.Fabric) -> Any:

@@ -1,10 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipe.training.cross_entropy import IGNORED, linear_cross_entropy, rows_at_once, words_at_once
+from recipe.training.cross_entropy import IGNORED, linear_cross_entropy, loss_of_rows, rows_at_once, words_at_once
 
 N, C, V = 300, 24, 3000  # more than two blocks
 
@@ -136,16 +137,20 @@ def test_flops_are_those_of_three_products_and_of_one_without_gradients():
     assert counter.get_total_flops() == 2 * N * C * V
 
 
-def test_one_graph_under_torch_compile():
+def test_blocks_of_one_size_are_compiled_once():
+    torch.compiler.reset()
     x, weight, targets = tensors()
-    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
-    found = torch.autograd.grad(compiled(x, weight, targets), (x, weight))
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_of_rows, backend=graphs, fullgraph=True)
+    found = torch.autograd.grad(linear_cross_entropy(x, weight, targets, loss_of_rows=compiled), (x, weight))
     torch.testing.assert_close(found, torch.autograd.grad(linear_cross_entropy(x, weight, targets), (x, weight)))
+    assert (N // rows_at_once(N, V, "cpu"), graphs.frame_count) == (2, 2), "of two whole blocks and of the last one"
 
 
 @pytest.mark.parametrize("tokens", [1, 512, 4096, 65536])
 @pytest.mark.parametrize("words", [2048, 50257, 200_000])
-def test_blocks_on_a_gpu_fill_its_tiles_and_are_few(tokens, words):
+def test_blocks_on_a_gpu_fill_its_tiles_and_are_few_and_alike(tokens, words):
     rows = rows_at_once(tokens, words, "cuda")
-    assert -(-tokens // rows) <= 8
+    assert -(-tokens // rows) <= 16
     assert rows % 128 == 0
+    assert tokens <= rows or tokens % rows == 0, "one kernel for all of them"

@@ -1,4 +1,5 @@
 from contextlib import contextmanager
+from functools import partial
 
 import litgpt.lora
 import pytest
@@ -16,6 +17,7 @@ from custom_moe.dispatch import sum_rows
 from recipe.forward import Recomputed, hidden_states
 from recipe.layers import use_fast_layers
 from recipe.settings import MoESettings
+from recipe.training.compiling import whole_graphs
 from recipe.training.loop import total_loss
 from recipe.training.model import (
     PretrainingModel,
@@ -80,6 +82,24 @@ def build(name: str) -> GPT:
     torch.manual_seed(0)
     with use_custom_moe(), use_fast_layers():
         return GPT(Config(**MODELS[name]))
+
+
+@pytest.fixture
+def compiler():
+    """``torch.compile`` as a run has it, which counts its graphs and leaves out the generation of code."""
+    torch.compiler.reset()  # sizes of other tests' batches make its own dynamic, and its own theirs
+    graphs = CompileCounterWithBackend("aot_eager")
+    yield partial(torch.compile, backend=graphs, fullgraph=True)
+    torch.compiler.reset()
+
+
+PARTS = {"moe": 4, "pythia": 3, "gemma": 2, "deepseek": 5}
+"""How many graphs a model is, whatever the number of its layers: a block, a router's losses, the last norm, the loss of
+a block of rows; Gemma's logits are capped, so that they are one with the norm; DeepSeek has two kinds of blocks"""
+
+
+def graphs(compiler) -> int:
+    return compiler.keywords["backend"].frame_count
 
 
 def batch(seq_length: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,11 +263,10 @@ def test_activation_checkpointing_keeps_less():
 
 
 @pytest.mark.parametrize("recomputed", ["block", "moe"])
-def test_activation_checkpointing_compiles_into_one_graph(recomputed):
-    plain, compiled = PretrainingModel(build("moe")), PretrainingModel(build("moe"), recomputed)
-    graphs = CompileCounterWithBackend("aot_eager")
-    losses = [model(*batch()) for model in (plain, torch.compile(compiled, backend=graphs, fullgraph=True))]
-    assert graphs.frame_count == 1
+def test_activation_checkpointing_is_compiled_too(recomputed, compiler):
+    plain, compiled = PretrainingModel(build("moe")), PretrainingModel(build("moe"), recomputed, compiler)
+    losses = [model(*batch()) for model in (plain, compiled)]
+    assert graphs(compiler) == PARTS["moe"]
     for part in losses:
         total_loss(part, MoESettings()).backward()
     torch.testing.assert_close(losses[0].cross_entropy, losses[1].cross_entropy)
@@ -255,19 +274,17 @@ def test_activation_checkpointing_compiles_into_one_graph(recomputed):
         torch.testing.assert_close(wanted.grad, found.grad, msg=parameter)
 
 
-def test_for_a_card_it_is_one_graph_too(monkeypatch):
+def test_for_a_card_it_can_be_compiled_too(monkeypatch, compiler):
     """On fake tensors: the choices that hang on the card are traced without one. (Autograd wants a driver, so forward
     alone.)"""
     monkeypatch.setattr("custom_moe.backends._find_hardware", lambda *_: Hardware((9, 0), triton=True))
-    graphs = CompileCounterWithBackend("eager")
-    torch.compiler.reset()  # sizes of other tests' batches make its own dynamic, and its own theirs
+    compiler.keywords["backend"] = counter = CompileCounterWithBackend("eager")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), on_cuda_in_bf16():
         with use_custom_moe(), use_fast_layers():
-            model = PretrainingModel(GPT(Config(**{**MODELS["moe"], "n_layer": 1})))
+            model = PretrainingModel(GPT(Config(**MODELS["moe"])), compiler=compiler)
         tokens = torch.zeros(2, 32, dtype=torch.int64)
-        losses = torch.compile(model, backend=graphs, fullgraph=True)(tokens, tokens)
-    torch.compiler.reset()
-    assert graphs.frame_count == 1
+        losses = model(tokens, tokens)
+    assert counter.frame_count == PARTS["moe"]
     assert losses.cross_entropy.is_cuda and losses.cross_entropy.dtype == torch.float32
 
 
@@ -336,34 +353,32 @@ def test_training_on_the_balance_loss_alone_evens_the_load(load):
     assert model(input_ids, targets).load_balancing.item() < min(before, 1.15)
 
 
-@pytest.mark.parametrize("name", ["moe", "deepseek"])
-def test_one_graph_for_torch_compile(name):
-    """Of one compilation, whatever the counts and the selection biases are."""
-    model, counter = PretrainingModel(build(name)), CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    counts = even_counts(model.gpt, torch.device("cpu"))
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_is_compiled_once_for_all(name, compiler):
+    """Whatever the counts and the selection biases are, and without a break in any graph."""
+    gpt = build(name)
+    model, compiled = PretrainingModel(gpt), PretrainingModel(gpt, compiler=compiler)
+    counts = even_counts(gpt, torch.device("cpu"))
     for _ in range(3):
         found, expected = (module(*batch(), None, counts) for module in (compiled, model))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
         counts = found.expert_counts
         if name == "deepseek":
-            update_selection_biases(model.gpt, counts, 0.001)
-    assert counter.frame_count == 1
+            update_selection_biases(gpt, counts, 0.001)
+    assert graphs(compiler) == PARTS[name]
 
 
 @pytest.mark.parametrize("name", ["moe", "pythia"])
-def test_one_graph_for_torch_compile_under_autocast_and_in_both_directions(name):
-    model, counter = PretrainingModel(build(name)), CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    gradients = []
-    for module in (compiled, model):
-        model.zero_grad()
+def test_it_is_compiled_under_autocast_and_in_both_directions(name, compiler):
+    gpt, gradients = build(name), []
+    for module in (PretrainingModel(gpt, compiler=compiler), PretrainingModel(gpt)):
+        gpt.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = total_loss(module(*batch()), MoESettings())
         loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert counter.frame_count == 1
+        gradients.append({name: parameter.grad for name, parameter in gpt.named_parameters()})
+    assert graphs(compiler) == PARTS[name]
     for key, expected in gradients[1].items():
         error = (gradients[0][key] - expected).norm() / expected.norm()
         assert error < 0.01, f"{key}: the compiler may leave out roundings to bf16, and no more ({error:.2g})"
@@ -402,27 +417,43 @@ def test_matrices_that_are_cast_once_give_the_gradients_of_autocast(name, tied):
             assert torch.equal(gradients_once[key], gradient), key
 
 
-def test_matrices_that_are_cast_once_go_through_ddp():
-    """Its hooks wait for the gradients of the parameters themselves."""
+@pytest.fixture
+def alone():
+    """A process group of one."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"))
-        _, expected, _ = _step(plain, plain, "32-true")
-        _, found, weights = _step(model, nn.parallel.DistributedDataParallel(model), "bf16-mixed")
-        assert len(weights) == 1 + 3 * 4, "the output layer; two of attention and two of the experts in each block"
-        for key, gradient in expected.items():
-            torch.testing.assert_close(found[key], gradient, rtol=0.01, atol=1e-4)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
 
 
-def test_matrices_that_are_cast_once_are_not_cast_in_the_compiled_graph():
+def test_matrices_that_are_cast_once_go_through_ddp(alone):
+    """Its hooks wait for the gradients of the parameters themselves."""
+    plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"))
+    _, expected, _ = _step(plain, plain, "32-true")
+    _, found, weights = _step(model, nn.parallel.DistributedDataParallel(model), "bf16-mixed")
+    assert len(weights) == 1 + 3 * 4, "the output layer; two of attention and two of the experts in each block"
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=0.01, atol=1e-4)
+
+
+@pytest.mark.parametrize("recomputed", ["none", "block"])
+def test_what_is_compiled_stays_whole_under_ddp(alone, compiler, recomputed):
+    """Its buckets are smaller than a block, by which torch would part the block, or refuse to."""
+    plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"), recomputed, compiler)
+    _, expected, _ = _step(plain, plain, "32-true")
+    with whole_graphs():
+        _, found, _ = _step(model, nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001), "32-true")
+    assert graphs(compiler) == PARTS["moe"]
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=0.01, atol=1e-4)
+
+
+def test_matrices_that_are_cast_once_are_not_cast_in_the_compiled_graph(compiler):
     """Nor is the graph another one at the next step."""
-    model, counter = PretrainingModel(build("moe")), CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    model = PretrainingModel(build("moe"), compiler=compiler)
     for _ in range(3):
-        _step(model, compiled, "bf16-mixed")
-    assert counter.frame_count == 1
-    casts = [node for node in counter.graphs[0].graph.nodes if node.op == "call_method" and node.target == "to"]
+        _step(model, model, "bf16-mixed")
+    assert graphs(compiler) == PARTS["moe"]
+    nodes = [node for graph in compiler.keywords["backend"].graphs for node in graph.graph.nodes]
+    casts = [node for node in nodes if node.op == "call_method" and node.target == "to"]
     shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim == 3}
-    assert not [node for node in casts if tuple(node.meta["example_value"].shape) in shapes]
+    assert casts and not [node for node in casts if tuple(node.meta["example_value"].shape) in shapes]

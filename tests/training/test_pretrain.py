@@ -378,8 +378,8 @@ def test_a_gpt2_begins_with_output_projections_that_are_smaller_with_depth():
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_one_graph_for_training_and_one_for_validation(train, capsys):
-    """A graph break, or a graph for each step, would end it (fullgraph); its losses are those of the other."""
+def test_a_compiled_run_is_the_other(train, capsys):
+    """A break in a graph, or a graph for each step, would end it (fullgraph)."""
     flags = ("--train.max_steps", "4", "--eval.interval", "2", "--train.log_interval", "1")
     losses = []
     for compiled in ("true", "false"):
