@@ -140,6 +140,6 @@ def _mean_over_tokens(values: Tensor, mask_N: Tensor | None) -> Tensor:
     """``(N, ...) -> (...)``, over the tokens that count."""
     if mask_N is None:
         return values.mean(dim=0)
-    counted = mask_N.to(values.dtype)
-    total: Tensor = torch.tensordot(counted, values, dims=1)
-    return total / counted.sum()
+    counted_N = mask_N.to(values.dtype)
+    total = (values * counted_N.view(-1, *[1] * (values.ndim - 1))).sum(dim=0)  # autocast would round a product
+    return total / counted_N.sum()

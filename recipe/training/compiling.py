@@ -25,12 +25,15 @@ def should_compile(asked: bool | None, device_type: str) -> tuple[bool, str | No
     return True, None
 
 
-def whole_graphs() -> AbstractContextManager[None]:
-    """While open, what is compiled within DDP stays in one piece. Torch would part it at the size of a bucket, so that
-    gradients travel early; a model that is compiled block by block has them early anyway, and recomputed activations
-    can't be parted."""
-    graphs: AbstractContextManager[None] = torch._dynamo.config.patch(optimize_ddp=False)
-    return graphs
+def compiler_settings() -> AbstractContextManager[None]:
+    """While open, what is compiled within DDP stays in one piece, and each kind of block may have many graphs.
+
+    Torch would part a graph at the size of a bucket, so that gradients travel early; of a model that is compiled block
+    by block they do so anyway, and recomputed activations can't be parted. And it takes 8 graphs of a function for a
+    mistake; here one function has a graph for each kind of block, for training and validation, and for sizes.
+    """
+    settings: AbstractContextManager[None] = torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64)
+    return settings
 
 
 def missing_for_compile(device_type: str) -> str | None:

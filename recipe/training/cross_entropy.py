@@ -92,7 +92,7 @@ def rows_at_once(N: int, W: int, device_type: str) -> int:
     """How many tokens one block has."""
     if device_type == "cpu":
         return max(128, CPU_BLOCK // W)
-    rows = 128  # whole tiles; and a power of two, so that blocks are alike and one kernel serves them all
+    rows = 128  # whole tiles, and a power of two, as tokens mostly are: one kernel serves blocks that are alike
     while 2 * rows * W <= GPU_BLOCK or rows * MAX_BLOCKS < N:
         rows *= 2
     return rows

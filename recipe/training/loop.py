@@ -37,7 +37,7 @@ from recipe.flops import training_flops_per_token
 from recipe.inference.generate import sample_text
 from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings, is_sharded
 from recipe.training.cards import found_card, peak_flops
-from recipe.training.compiling import should_compile, whole_graphs
+from recipe.training.compiling import compiler_settings, should_compile
 from recipe.training.interval import Interval, sum_over_devices
 from recipe.training.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
 from recipe.training.model import (
@@ -101,9 +101,8 @@ def run_training(
     compiled, compile_note = should_compile(False if sharded else settings.compile, fabric.device.type)
     if fabric.device.type == "cuda" and fabric._precision.precision == "32-true":
         torch.set_float32_matmul_precision("high")  # TF32, as LitGPT's commands; routers stay exact in mixed precision
-    # What the compiler can't take ends the run, and never runs uncompiled unsaid. But conversations come in ever new
-    # lengths, and only so many graphs are kept.
-    compiler = partial(torch.compile, fullgraph=not isinstance(settings, FinetuneSettings)) if compiled else None
+    # What the compiler can't take ends the run, and never runs uncompiled unsaid.
+    compiler = partial(torch.compile, fullgraph=True) if compiled else None
     model = fabric.setup(PretrainingModel(gpt, settings.activation_checkpointing, compiler))
     # bf16-true has just rounded the rotations along with the weights; generation has them in fp32.
     gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
@@ -182,7 +181,7 @@ def run_training(
         say(f"Resuming from {resume_from}: step {training.progress.step:,} of {plan.steps:,}.")
 
     tokens_before, start = training.progress.tokens, time.perf_counter()
-    with StopSignals(say) as signals, whole_graphs():
+    with StopSignals(say) as signals, compiler_settings():
         try:
             ending = fit(fabric, training, signals)
         except Exception as error:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from litgpt import GPT, Config
-from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
 from custom_moe import (
@@ -159,8 +159,9 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 def _cross_entropy_of_logits(gpt: GPT, x: Tensor, targets: Tensor) -> Tensor:
     """From hidden states, through all logits."""
-    logits = logits_of(gpt, x)  # (B, T, padded_vocab_size)
-    return chunked_cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+    logits_NV = logits_of(gpt, x).flatten(0, 1)
+    total = F.cross_entropy(logits_NV.float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -> dict[str, nn.Parameter]:
@@ -183,7 +184,13 @@ def cast_matrices(matrices: dict[str, nn.Parameter], precision: str) -> dict[str
     """The same in the type of the products, for ``functional_call``: cast once for all micro batches of a step, where
     autocast would cast at each of them, and the experts in each direction. Gradients go back through the cast."""
     dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
-    return {name: parameter.to(dtype) for name, parameter in matrices.items()}
+    weights = {name: parameter.to(dtype) for name, parameter in matrices.items()}
+    for weight in weights.values():
+        # Autograd goes backward by the order in which things were made, so that these would come after all blocks, and
+        # DDP, which waits for the parameters' gradients, would send none before. The highest number comes first.
+        assert weight.grad_fn is not None
+        weight.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]  # missing in torch's stubs
+    return weights
 
 
 def moe_layers(gpt: GPT) -> list[MoE]:

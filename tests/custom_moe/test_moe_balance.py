@@ -128,6 +128,21 @@ def test_even_is_one_and_collapsed_is_the_number_of_experts(score: str) -> None:
     torch.testing.assert_close(load_balancing_loss(collapsed, chosen, score), torch.tensor(8.0))
 
 
+def test_autocast_rounds_nothing_where_some_tokens_do_not_count() -> None:
+    """A product over the tokens would be one of 16 bits."""
+    logits, indices = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(200, 1).long()
+    seen = torch.arange(200) < 150
+
+    def values(logits: Tensor, indices: Tensor, seen: Tensor | None = None) -> tuple[Tensor, ...]:
+        balance = load_balancing_loss(logits, indices, mask_N=seen)
+        return balance, router_z_loss(logits, seen), router_confidence(logits, mask_N=seen)
+
+    expected = values(logits[seen], indices[seen])
+    torch.testing.assert_close(values(logits, indices, seen), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(values(logits, indices, seen), expected)
+
+
 def test_router_z_loss_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
     torch.testing.assert_close(router_z_loss(logits), torch.tensor((math.log(2) ** 2 + math.log(4) ** 2) / 2))

@@ -40,6 +40,18 @@ def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "
     return total / tokens
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_dropout", "0")], ids=["full", "lora"])
+def test_compiled_it_is_the_same_run(tune, tmp_path, flags):
+    """Whatever lengths come: a graph for each of them would end it after some steps."""
+    flags = (*flags, "--train.max_steps", "24")
+    plain, compiled = (
+        tune("--out_dir", str(tmp_path / value), "--compile", value, *flags) for value in ("false", "true")
+    )
+    for name in ("train_loss", "val_loss"):
+        assert column(compiled, name) == pytest.approx(column(plain, name), rel=1e-3)
+
+
 @pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_mlp", "true")], ids=["full", "lora"])
 def test_the_held_out_answers_become_likelier(tune, base, instructions, flags):
     out = tune(*flags)

@@ -17,7 +17,7 @@ from custom_moe.dispatch import sum_rows
 from recipe.forward import Recomputed, hidden_states
 from recipe.layers import use_fast_layers
 from recipe.settings import MoESettings
-from recipe.training.compiling import whole_graphs
+from recipe.training.compiling import compiler_settings
 from recipe.training.loop import total_loss
 from recipe.training.model import (
     PretrainingModel,
@@ -435,12 +435,24 @@ def test_matrices_that_are_cast_once_go_through_ddp(alone):
         torch.testing.assert_close(found[key], gradient, rtol=0.01, atol=1e-4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_matrices_that_are_cast_once_get_their_gradients_with_their_layer(compiled, compiler):
+    """DDP sends them while others are computed; it waited until the whole backward was over."""
+    model, came = PretrainingModel(build("moe"), compiler=compiler if compiled else None), []
+    for name, parameter in model.gpt.transformer.h.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
+    _step(model, model, "bf16-mixed")
+    came = came[len(came) // 2 :]  # of the last micro batch
+    assert came.index("2.attn.qkv.weight") < came.index("1.norm_1.weight")
+    assert came.index("1.mlp.experts.fc_weight") < came.index("0.norm_1.weight"), came
+
+
 @pytest.mark.parametrize("recomputed", ["none", "block"])
 def test_what_is_compiled_stays_whole_under_ddp(alone, compiler, recomputed):
     """Its buckets are smaller than a block, by which torch would part the block, or refuse to."""
     plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"), recomputed, compiler)
     _, expected, _ = _step(plain, plain, "32-true")
-    with whole_graphs():
+    with compiler_settings():
         _, found, _ = _step(model, nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001), "32-true")
     assert graphs(compiler) == PARTS["moe"]
     for key, gradient in expected.items():

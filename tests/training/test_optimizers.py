@@ -128,7 +128,16 @@ def experts() -> nn.ModuleDict:
     return nn.ModuleDict({"mlp": Experts(4, 32, 64, 1, bias=False), "norm": nn.LayerNorm(32, bias=False)}).bfloat16()
 
 
-def test_eight_bit_adam_follows_the_schedule_without_compiling_anew(experts):
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def backend(request):
+    """What ``torch.compile`` ends in: as in a run, whose code takes up to a minute, or without making any."""
+    torch.compiler.reset()
+    with torch.compiler.set_stance("default", force_backend=request.param):
+        yield
+    torch.compiler.reset()
+
+
+def test_eight_bit_adam_follows_the_schedule_without_compiling_anew(experts, backend):
     """A learning rate that is a number would be compiled in, or make it compile at each step; torchao refuses one."""
     optimizer = make_optimizer(EIGHT_BITS, experts, fused=True)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

@@ -243,6 +243,7 @@ def test_loggers_side_by_side(train):
     assert [event.step for event in board.Scalars("train_loss")] == list(range(1, 15))
 
 
+@pytest.mark.slow
 def test_litgpts_own_text_files(train, tmp_path, stories, monkeypatch):
     folder = tmp_path / "text"
     folder.mkdir()
