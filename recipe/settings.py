@@ -215,7 +215,7 @@ class FinetuneSettings(RunSettings):
     """Everything that `finetune.py` can be told; the LoRA fields are `litgpt.finetune.lora.setup`'s."""
 
     compile: bool | None = False
-    """torch.compile, for any length of a conversation; it pays where a run takes hours"""
+    """torch.compile; conversations of all lengths share their graphs"""
     checkpoint_dir: Path = Path("checkpoints")
     """The checkpoint that is tuned; model and tokenizer are its own. `checkpoints`: the newest one there"""
     lora_r: int = 0

@@ -134,6 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx_NC[rows] = dlogits_RW @ weight
             if dweight_WC is not None and dlogits_RW is not None:
                 _add_product(dweight_WC, dlogits_RW.t(), x[rows])
+            del logits_RW, dlogits_RW  # the next block needs their room
         ctx.save_for_backward(dx_NC, None if dweight_WC is None else dweight_WC[:V].to(weight_VC.dtype))
         ctx.x_dtype = x_NC.dtype
         return loss * share
