@@ -200,7 +200,6 @@ ONE_RUN = (
 
 
 FSDP = ("--strategy", "fsdp")
-COMPILED = ("--compile", "true", "--activation_checkpointing", "block")
 
 
 def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
@@ -287,7 +286,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         ("two nodes", ()),
         ("num_nodes", ("--train.tie_embeddings", "true")),
         ("devices", (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01")),
-        ("devices", COMPILED),
+        ("devices", ("--compile", "true", "--activation_checkpointing", "block")),
         ("torchrun", FSDP),
         ("devices", (*FSDP, "--train.tie_embeddings", "true", "--activation_checkpointing", "block")),
     ],

@@ -61,7 +61,7 @@ class PretrainingModel(nn.Module):
     Args:
         compiler: ``torch.compile`` with its options; None: nothing is compiled. It gets what takes the time, in parts
             that are compiled once for all layers and all blocks of the loss: the model whole would be written out
-            layer by layer, which takes a compiler more than twice as long.
+            layer by layer, which takes a compiler far longer.
     """
 
     def __init__(
