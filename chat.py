@@ -28,6 +28,7 @@ def main(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     seed: int | None = None,
+    max_seq_length: int | None = None,
     host: str = HOST,
     port: int = PORT,
     device: str = "auto",
@@ -44,6 +45,7 @@ def main(
         top_p: Sample among the fewest tokens whose probability exceeds this; 1 for all.
         max_new_tokens: Tokens in an answer at most.
         seed: The same seed gives the same answers to the same questions; null for others each time.
+        max_seq_length: Tokens of conversation and answer together; null for the length that the model was trained at.
         host: With --web, the address to serve; 0.0.0.0 serves everybody on the network.
         port: With --web, its port; 0 for any that is free.
         device: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
@@ -68,12 +70,12 @@ def main(
         from recipe.inference.web import listen, serve  # takes seconds more
 
         with listen(host, port) as sock:  # before the models are loaded: it may fail
-            serve([load(folder, device, precision) for folder in folders], sampling, seed, sock)
+            serve([load(folder, device, precision, max_seq_length) for folder in folders], sampling, seed, sock)
         return
     from recipe.inference.chat import Chat
     from recipe.inference.terminal import Terminal
 
-    terminal = Terminal(Chat(load(folders[0], device, precision), seed=seed), sampling)
+    terminal = Terminal(Chat(load(folders[0], device, precision, max_seq_length), seed=seed), sampling)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     try:

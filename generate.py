@@ -27,6 +27,7 @@ def main(
     top_k: int | None = 50,
     top_p: float = 1.0,
     seed: int = 42,
+    max_seq_length: int | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-true", "16-true"] = "auto",
 ) -> None:
@@ -42,6 +43,7 @@ def main(
         top_k: Sample among this many most probable tokens; null for all.
         top_p: Sample among the fewest tokens whose probability exceeds this; 1 for all.
         seed: The same seed writes the same text on the same machine; of several, the next one has the next seed.
+        max_seq_length: Tokens of prompt and text together; null for the length that the model was trained at.
         device: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
         precision: Type of the weights; auto is bf16-true on a GPU that computes in it, else 32-true.
     """
@@ -58,7 +60,7 @@ def main(
     )
     from recipe.inference.generate import load, stream_pieces  # takes seconds
 
-    model = load(folder, device, precision)
+    model = load(folder, device, precision, max_seq_length)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
 
     shown = harmless if sys.stdout.isatty() else str
@@ -88,7 +90,7 @@ def main(
         return
     if cut:
         print(
-            f"Note: {cut} of {samples} filled the model's context of {model.config.block_size:,} tokens.",
+            f"Note: {cut} of {samples} filled the model's context of {model.gpt.max_seq_length:,} tokens.",
             file=sys.stderr,
         )
     print(f"Written in {time.perf_counter() - start:.1f} s", file=sys.stderr)

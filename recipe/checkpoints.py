@@ -25,7 +25,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
@@ -266,7 +266,8 @@ def _write_files(
                 shutil.copyfile(path, folder / path.name)
     if converted_by_litgpt(config) and not without_counterpart(config):
         ids = _special_ids(tokenizer_dir)
-        described = huggingface_config(config, tied=tied, dtype=_dtype_name(weights), **ids)
+        trained = replace(config, block_size=_trained_context(hyperparameters, config.block_size))
+        described = huggingface_config(trained, tied=tied, dtype=_dtype_name(weights), **ids)
         _write_json(folder / "config.json", described)
     return written
 
@@ -708,18 +709,51 @@ def load_hyperparameters(folder: Path) -> dict[str, Any]:
     return content
 
 
-def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "GPT":
-    """The model of a checkpoint, in evaluation mode, with the layers of ``custom_moe``.
+def context_of(folder: Path, max_seq_length: int | None = None) -> int:
+    """Return how many tokens a checkpoint's model is given at once.
+
+    Positions beyond the length that a model was trained at are noise to it, even where its block size allows them.
+
+    Args:
+        folder: the checkpoint.
+        max_seq_length: what the user asks for; None for the ``train.max_seq_length`` of the run that wrote the
+            checkpoint, or the model's block size where no run is known, as for an imported model.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: the model's block size is smaller than that, or the checkpoint is damaged.
+    """
+    block_size = load_config(folder).block_size
+    if max_seq_length is None:
+        return _trained_context(load_hyperparameters(folder), block_size)
+    if not 1 <= max_seq_length <= block_size:
+        raise UserError(
+            f"max_seq_length is {max_seq_length:,}; expected 1 to {block_size:,}, the model's block size. Choose a"
+            " smaller --max_seq_length."
+        )
+    return max_seq_length
+
+
+def _trained_context(hyperparameters: dict[str, Any], block_size: int) -> int:
+    train = _plain(hyperparameters.get("train"))
+    trained = train.get("max_seq_length") if isinstance(train, dict) else None
+    return trained if isinstance(trained, int) and 1 <= trained <= block_size else block_size
+
+
+def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype", max_seq_length: int | None = None) -> "GPT":
+    """The model of a checkpoint, in evaluation mode, with the layers of ``custom_moe``.
+
+    Args:
+        max_seq_length: its context, as in `context_of`.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the context is too long.
     """
     import torch
     from litgpt import GPT
 
     from custom_moe import use_custom_moe
 
-    config = load_config(folder)
+    config, context = load_config(folder), context_of(folder, max_seq_length)
     # Mapped, the weights are in memory once; but Windows could not replace the folder while the model lives.
     weights = load_weights(folder, mmap=os.name != "nt")
     try:
@@ -738,6 +772,7 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> "G
         gpt.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(f"the weights in {as_folder(folder)} are not those of its {MODEL_CONFIG}: {error}") from None
+    gpt.max_seq_length = context
     gpt.cos, gpt.sin = gpt.rope_cache(device=device)  # not in the state dict
     return gpt.eval()
 

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -77,7 +78,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
     """Parses ``argv`` with dashes and underscores as one spelling; an unknown key names the nearest known one.
 
     Raises:
-        UserError: for anything that the parser refuses.
+        UserError: for anything that the parser refuses, and as `underscored`.
     """
     arguments = with_bare_switches(parser, underscored(sys.argv[1:] if argv is None else argv))
     try:
@@ -87,9 +88,20 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
 
 
 def underscored(argv: Iterable[str]) -> list[str]:
-    """Writes ``--micro-batch-size=4`` as ``--micro_batch_size=4``; values and positional arguments stay as they are."""
+    """Writes ``--micro-batch-size=4`` as ``--micro_batch_size=4``; values and positional arguments stay as they are.
+
+    Raises:
+        UserError: an argument is not UTF-8, as in a Latin-1 terminal. The name of a file that exists may be so.
+    """
     result, only_values = [], False
     for argument in argv:
+        if any(0xD800 <= ord(character) < 0xE000 for character in argument):  # what Python makes of such bytes
+            name, equals, value = argument.partition("=")
+            if not Path(value if equals else name).exists():
+                raise UserError(
+                    f"the argument {argument!r} holds bytes that are not UTF-8; expected UTF-8. Use a terminal in UTF-8"
+                    " (locale: a name that ends in .UTF-8), or write the value into a file that the script reads."
+                )
         only_values = only_values or argument == "--"
         if argument.startswith("--") and not only_values:
             name, equals, value = argument[2:].partition("=")

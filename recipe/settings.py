@@ -306,6 +306,8 @@ def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
     resolved, values = _parse(finetuning_parser(), FinetuneSettings, run_file, _read_yaml(run_file), flags)
     folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
     resolved["checkpoint_dir"] = str(folder)
+    if resolved["train"]["max_seq_length"] is None:  # positions beyond it were never trained
+        values["train"].max_seq_length = resolved["train"]["max_seq_length"] = checkpoints.context_of(folder)
     settings = FinetuneSettings(
         **{field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
         | {"model": checkpoints.load_config(folder), "checkpoint_dir": folder}

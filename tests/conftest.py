@@ -48,6 +48,34 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def llama_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece-like BPE of 512 tokens, as of Llama: words begin with ``▁``, decoding strips the first space,
+    unknown characters are bytes, and ``<s>`` begins each text (by its template and by ``add_bos_token``)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+
+    folder = tmp_path_factory.mktemp("llama_tokenizer")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [word for story in STORIES for word in story.split()]
+    tokenizer.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=512, special_tokens=tokens, show_progress=False)
+    )
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def moe_fields() -> dict:
     """Fields of a tiny LitGPT mixture-of-experts config: ``litgpt.Config(**moe_fields)``."""

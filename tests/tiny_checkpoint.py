@@ -21,6 +21,15 @@ def tiny_gpt(fields: dict[str, Any], seed: int = 0) -> GPT:
     return gpt.eval()
 
 
+def wordy_gpt(fields: dict[str, Any]) -> GPT:
+    """A tiny model whose likeliest tokens are words of the tests' vocabularies, never special tokens or lone bytes."""
+    gpt = tiny_gpt(fields)
+    with torch.no_grad():
+        gpt.lm_head.weight[:260] = 0
+        gpt.lm_head.weight[360:] = 0
+    return gpt
+
+
 def save_tiny(folder: Path, gpt: GPT, tokenizer_dir: Path | None, *, step: int = 1, **kwargs: Any) -> Path:
     """Saves ``gpt`` as a training run would."""
     checkpoints.save(

@@ -16,6 +16,7 @@ from litgpt.prompts import PromptStyle
 
 from recipe import checkpoints
 from recipe.cli import UserError, nearest
+from recipe.data.tokenizers import text_ids
 
 DEFAULT_STYLE = "phi-2"
 """``Instruct: ...`` and ``Output:`` on two lines: few tokens, and plain words that any vocabulary can write"""
@@ -136,9 +137,17 @@ def _encode_later(message: Message, tokenizer: Tokenizer, style: PromptStyle) ->
     """A message that is not of the conversation's first prompt."""
     message = _as_text(message, tokenizer)
     if message["role"] == "assistant":
-        ids: list[int] = tokenizer.encode(message["content"], bos=False, eos=True).tolist()
-    else:
-        ids = tokenizer.encode(prompt_text([message], style), bos=False).tolist()
+        return [*text_ids(tokenizer, message["content"], begin=False), tokenizer.eos_id]
+    return _prompt_ids(tokenizer, prompt_text([message], style), begin=False)
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str, *, begin: bool) -> list[int]:
+    """The ids of a prompt in its style; begin: of the conversation's first one."""
+    ids = text_ids(tokenizer, prompt, begin=begin)
+    # Some styles (Llama3) write the begin-of-text token into each turn: it belongs at the start of a conversation, and
+    # only where the tokenizer uses one.
+    if ids[:1] == [tokenizer.bos_id] and not (begin and tokenizer.use_bos):
+        return ids[1:]
     return ids
 
 
@@ -149,7 +158,7 @@ def _encode(
         raise ValueError(f"no conversation: {problem}")
     first = 2 if messages[0]["role"] == "system" else 1  # messages of the first prompt
     prompt = prompt_text([_as_text(message, tokenizer) for message in messages[:first]], style)
-    ids: list[int] = tokenizer.encode(prompt).tolist()
+    ids = _prompt_ids(tokenizer, prompt, begin=True)
     is_answer = [False] * len(ids)
     for message in messages[first:]:
         new = _encode_later(message, tokenizer, style)

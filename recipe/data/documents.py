@@ -69,6 +69,7 @@ class Piece(NamedTuple):
     text: str
     split: str
     closes: bool  # the document ends here
+    opens: bool = True  # the document begins here
 
 
 class PartText(NamedTuple):
@@ -191,6 +192,8 @@ def read(part: Part, rules: Rules, held_out: Container[int] = ()) -> Iterator[Pa
             if found.pieces and not part.closes:
                 found.pieces[-1] = found.pieces[-1]._replace(closes=False)
                 found = found._replace(hashes=())
+            if found.pieces and not part.opens:
+                found.pieces[0] = found.pieces[0]._replace(opens=False)
             if found.held_out and not part.opens:
                 found = found._replace(held_out=0)  # counted where it opened
             yield found

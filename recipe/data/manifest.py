@@ -85,7 +85,7 @@ class Split:
 
     documents: int
     tokens: int
-    """With one end-of-text token after each document."""
+    """With the end-of-text token after each document, and the begin-of-text token before it where there is one."""
     bytes: int
     """UTF-8 bytes of the documents, what bits per byte divides by."""
     empty_documents: int
@@ -347,7 +347,7 @@ def text_fingerprint(records: Iterable[FileRecord]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
-    """Fingerprint of what a tokenizer does: ``tokenizer.json`` in any formatting, and its end-of-text token.
+    """Fingerprint of what a tokenizer does: ``tokenizer.json`` in any formatting, and what begins and ends a text.
 
     Truncation and padding, which change no id here, are left out. The same for ``data/tokenizer`` and for the copy in
     a checkpoint.
@@ -358,8 +358,8 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     path = Path(tokenizer_dir) / "tokenizer.json"
     try:
         status = path.stat()
-        eos_token = end_of_text_token(Path(tokenizer_dir))
-        return _tokenizer_fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino, eos_token)
+        eos_token, bos_token = end_of_text_token(Path(tokenizer_dir)), begin_of_text_token(Path(tokenizer_dir))
+        return _tokenizer_fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino, eos_token, bos_token)
     except OSError:
         raise UserError(
             f"no tokenizer at {tokenizer_dir}: {path.name} is missing. `python prepare_data.py --tokenizer NAME|FOLDER|"
@@ -370,24 +370,46 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
 
 
 @cache
-def _tokenizer_fingerprint(path: Path, size: int, mtime_ns: int, inode: int, eos_token: str | None) -> str:
+def _tokenizer_fingerprint(
+    path: Path, size: int, mtime_ns: int, inode: int, eos_token: str | None, bos_token: str | None
+) -> str:
     # Asked for many times in a run; size, time and inode only tell one state of the file from another.
     if not isinstance(content := read_json(path), dict):
         raise ValueError(f"it holds a {type(content).__name__} where a mapping was expected")
-    return fingerprint_of(content, eos_token)
+    return fingerprint_of(content, eos_token, bos_token)
 
 
-def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None) -> str:
-    """See ``tokenizer_fingerprint``."""
+def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None, bos_token: str | None = None) -> str:
+    """See ``tokenizer_fingerprint``; ``bos_token`` is None where texts do not begin with one."""
     essence = {key: value for key, value in tokenizer_json.items() if key not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps([essence, eos_token], sort_keys=True).encode()).hexdigest()
+    tokens = [eos_token] if bos_token is None else [eos_token, bos_token]
+    return hashlib.sha256(json.dumps([essence, *tokens], sort_keys=True).encode()).hexdigest()
 
 
 def end_of_text_token(tokenizer_dir: Path) -> str | None:
-    """The end-of-text token that ``tokenizer_config.json`` names, None where it names none."""
+    """Return the end-of-text token that ``tokenizer_config.json`` names, None where it names none."""
+    return token_text(_tokenizer_config(tokenizer_dir).get("eos_token"))
+
+
+def begin_of_text_token(tokenizer_dir: Path) -> str | None:
+    """Return the token that begins every text, None where texts begin without one.
+
+    The rule is that of ``litgpt.Tokenizer.check_if_bos_token_used``, without its folder names: ``add_bos_token`` in
+    ``tokenizer_config.json``, else whether the class is LlamaTokenizer.
+    """
+    config = _tokenizer_config(tokenizer_dir)
+    used = config.get("add_bos_token", config.get("tokenizer_class") == "LlamaTokenizer")
+    return token_text(config.get("bos_token")) if used else None
+
+
+def token_text(token: Any) -> Any:
+    """Return a token of ``tokenizer_config.json`` as text; transformers also writes ``{"content": ...}``."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _tokenizer_config(tokenizer_dir: Path) -> dict[str, Any]:
     try:
         config = read_json(tokenizer_dir / "tokenizer_config.json")
     except (OSError, ValueError):
-        return None
-    token = config.get("eos_token") if isinstance(config, dict) else None
-    return token.get("content") if isinstance(token, dict) else token
+        return {}
+    return config if isinstance(config, dict) else {}

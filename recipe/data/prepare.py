@@ -386,8 +386,8 @@ def _tokenizer_to_put(args: PrepareArgs, lying: _Lying) -> str | None:
     if args.tokenizer is None:
         if not there:
             return tokenizers.DEFAULT
-        # A tokenizer that was put there by hand may not name its end-of-text token.
-        return None if manifest.end_of_text_token(args.tokenizer_dir) else str(args.tokenizer_dir)
+        # A tokenizer that was put there by hand may not name the tokens that begin and end a text.
+        return None if tokenizers.is_complete(args.tokenizer_dir) else str(args.tokenizer_dir)
     if not there or args.overwrite:
         return args.tokenizer
     origin = tokenizers.origin(args.tokenizer_dir)
@@ -574,7 +574,9 @@ def _build(args: PrepareArgs) -> Manifest:
         info = tokenizers.load(folder)
         print(
             f"Tokenizer in {args.tokenizer_dir} ({info.name}): {info.vocab_size:,} tokens, so a model needs a "
-            f"padded_vocab_size of that or more. Each document ends with {info.eos_token!r}, id {info.eos_id}"
+            "padded_vocab_size of that or more. Each document "
+            + (f"begins with {info.bos_token!r}, id {info.bos_id}, and " if info.bos_token else "")
+            + f"ends with {info.eos_token!r}, id {info.eos_id}"
             + (" (not named by the tokenizer, but no other can be meant)." if files and files.inferred else ".")
         )
         stale = {split: ["from the Hub"] for split in SPLITS} if streamed else _stale(lying, settings, info.sha256)
@@ -733,7 +735,7 @@ def _tokenize(
             work.mkdir(parents=True)
             write_json(work / "inputs.json", inputs[cut])
         rules = replace(rules, cut=cut)
-        job = tokens.Job(tokenizer_json, False, info.eos_id, tokens.dtype_for(info.vocab_size), rules)
+        job = tokens.Job(tokenizer_json, False, info.eos_id, info.bos_id, tokens.dtype_for(info.vocab_size), rules)
         counts: dict[str, tokens.Counts] = {}
         for splits in _stages(text, list(stale)):
             counts |= _encode(args, text, splits, job, folders, may_cut)

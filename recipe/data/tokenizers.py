@@ -7,13 +7,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipe.cli import UserError
 from recipe.data.documents import END_OF_TEXT
 from recipe.data.files import in_short
-from recipe.data.manifest import end_of_text_token, fingerprint_of, tokenizer_fingerprint
+from recipe.data.manifest import (
+    begin_of_text_token,
+    end_of_text_token,
+    fingerprint_of,
+    token_text,
+    tokenizer_fingerprint,
+)
 from recipe.sealed import write_json
+
+if TYPE_CHECKING:
+    from litgpt import Tokenizer
 
 DEFAULT = "gpt2"
 DEFAULT_VOCAB_SIZE = 8192
@@ -46,7 +55,8 @@ class TokenizerFiles:
     @cached_property
     def sha256(self) -> str:
         """What ``manifest.tokenizer_fingerprint`` gives for the folder."""
-        return fingerprint_of(self.tokenizer, self.config["eos_token"])
+        bos_token = self.config["bos_token"] if self.config.get("add_bos_token") else None
+        return fingerprint_of(self.tokenizer, self.config["eos_token"], bos_token)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,9 @@ class TokenizerInfo:
     """Largest id plus one."""
     eos_token: str
     eos_id: int
+    bos_token: str | None = None
+    """The token that begins every text; None where texts begin without one."""
+    bos_id: int | None = None
 
 
 # --- where a tokenizer comes from ---
@@ -169,18 +182,40 @@ def _completed(
     # A limit that somebody else's run left there would cut every document.
     tokenizer = {key: None if key in ("truncation", "padding") else value for key, value in tokenizer.items()}
     parsed = _parse(tokenizer, origin)
-    named = config.get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
+    named = token_text(config.get("eos_token"))
     eos = named if named is not None else _infer_end_of_text(tokenizer, others, origin)
     if parsed.token_to_id(eos) is None:
         raise UserError(
             f"the tokenizer of {origin} has no token {eos!r}, which its tokenizer_config.json names as eos_token; name "
             "the token that ends a text there."
         )
-    config = {"bos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"} | {
+    before = _token_before_texts(tokenizer)
+    config = {"bos_token": before or eos, "tokenizer_class": "PreTrainedTokenizerFast"} | {
         key: value for key, value in config.items() if value is not None and key != ORIGIN
     }
+    config["bos_token"] = token_text(config["bos_token"])
+    # Written out, so that LitGPT, which does not read the template, follows the same rule.
+    if config.get("add_bos_token", before is not None or config["tokenizer_class"] == "LlamaTokenizer"):
+        config["add_bos_token"] = True
+        if parsed.token_to_id(config["bos_token"]) is None:
+            raise UserError(
+                f"the tokenizer of {origin} has no token {config['bos_token']!r}, which its tokenizer_config.json puts "
+                "before each text (bos_token, add_bos_token); name the token that begins a text there, or "
+                'set "add_bos_token": false.'
+            )
     return TokenizerFiles(tokenizer, {**config, "eos_token": eos}, others, inferred=named is None)
+
+
+def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
+    """The token that the post-processor of a ``tokenizer.json`` puts before each text: ``<s>`` of ``<s> $A``."""
+    processor = tokenizer.get("post_processor") or {}
+    for step in processor.get("processors", [processor]):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            return str(step["cls"][0])
+        first = (step.get("single") or [{}])[0]
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in first:
+            return str(step["special_tokens"][first["SpecialToken"]["id"]]["tokens"][0])
+    return None
 
 
 def _infer_end_of_text(tokenizer: dict[str, Any], others: dict[str, str], origin: str) -> str:
@@ -253,6 +288,17 @@ def origin(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether ``tokenizer_config.json`` names the token that ends a text, and says which one begins it, if any."""
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path) if path.is_file() else {}
+    if token_text(config.get("eos_token")) is None:
+        return False
+    if config.get("add_bos_token") is None and config.get("tokenizer_class") != "LlamaTokenizer":
+        return _token_before_texts(_read_json(folder / "tokenizer.json")) is None
+    return not config.get("add_bos_token", True) or token_text(config.get("bos_token")) is not None
+
+
 def load(folder: Path) -> TokenizerInfo:
     """Describes a tokenizer folder.
 
@@ -274,12 +320,52 @@ def load(folder: Path) -> TokenizerInfo:
             f"the tokenizer at {folder} names no end-of-text token that it has (eos_token in tokenizer_config.json: "
             f"{eos_token!r}); `--tokenizer {folder} --tokenizer_dir ANOTHER` completes it where that is clear."
         )
+    bos_token = begin_of_text_token(folder)
+    bos_id = tokenizer.token_to_id(bos_token) if bos_token is not None else None
+    if not is_complete(folder) or (bos_token is not None and bos_id is None):
+        raise UserError(
+            f"the tokenizer at {folder} does not say which token begins a text (add_bos_token and bos_token in "
+            f"tokenizer_config.json, against {_token_before_texts(values)!r} in the template of tokenizer.json); "
+            f"`--tokenizer {folder} --tokenizer_dir ANOTHER` completes it."
+        )
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     name = str(origin(folder).get("name", folder))
-    return TokenizerInfo(folder, name, tokenizer_fingerprint(folder), vocab_size, eos_token, eos_id)
+    sha256 = tokenizer_fingerprint(folder)
+    return TokenizerInfo(folder, name, sha256, vocab_size, eos_token, eos_id, bos_token, bos_id)
 
 
 # --- encoding ---
+
+
+def text_ids(tokenizer: "Tokenizer", text: str, *, begin: bool = True) -> list[int]:
+    """Return the ids of a text, with the begin-of-text token in front where the tokenizer uses one.
+
+    Replaces ``litgpt.Tokenizer.encode``, which removes an end-of-text token that the text itself ends or begins with,
+    and keeps what a template in ``tokenizer.json`` adds. Special tokens written out in the text are encoded as such.
+
+    Args:
+        tokenizer: one of LitGPT.
+        text: may begin with the begin-of-text token, which is not added twice.
+        begin: False for a text that continues another one, such as an answer after its prompt.
+
+    Raises:
+        UserError: the text holds half of a surrogate pair, as a command line in another encoding than UTF-8 does.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text {text[:80]!r} can't be encoded: character {error.start + 1} is half of a surrogate pair or a "
+            "byte that is not UTF-8; expected UTF-8. Use a terminal in UTF-8, or a file saved as UTF-8."
+        ) from None
+    if tokenizer.backend == "huggingface":
+        # One text at a time: encode_batch starts threads, after which tokenizers warns of every fork.
+        ids: list[int] = tokenizer.processor.encode(text, add_special_tokens=False).ids
+    else:
+        ids = tokenizer.processor.encode(text)
+    if begin and tokenizer.use_bos and ids[:1] != [tokenizer.bos_id]:
+        ids = [tokenizer.bos_id, *ids]
+    return ids
 
 
 class Encoder:

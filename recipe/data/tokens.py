@@ -49,6 +49,9 @@ class Job:
     fast: bool
     """Through tiktoken."""
     eos_id: int
+    """Ends each document."""
+    bos_id: int | None
+    """Begins each document; None for a tokenizer whose texts begin without such a token."""
     dtype: str
     rules: Rules
     held_out: Path | None = None
@@ -105,7 +108,7 @@ class PartEncoder:
         self._held_out = HeldOut(job.held_out) if job.held_out else ()
 
     def __call__(self, part: Part, limit: int | None = None) -> Encoded:
-        """Reads and encodes a part, or its first ``limit`` documents; each document ends with the end-of-text id."""
+        """Reads and encodes a part, or its first ``limit`` documents; with the ids that begin and end each."""
         tokens: dict[str, list[np.ndarray]] = {}
         documents: dict[str, int] = {}
         size: dict[str, int] = {}
@@ -117,6 +120,8 @@ class PartEncoder:
             encoded = self._encoder([piece.text for piece in text.pieces])
             for piece, piece_ids in zip(text.pieces, encoded, strict=True):
                 found = ids.setdefault(piece.split, [])
+                if piece.opens and self.job.bos_id is not None:
+                    found.append(self.job.bos_id)
                 found += piece_ids
                 if piece.closes:
                     found.append(self.job.eos_id)

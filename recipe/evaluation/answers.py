@@ -14,7 +14,7 @@ from recipe.cli import UserError
 from recipe.data import instructions
 from recipe.data.conversations import DEFAULT_STYLE, encode_conversation, is_tuned, load_prompt_style, prompt_style
 from recipe.data.instruction_module import IGNORED, EncodedConversations, collate
-from recipe.evaluation.common import Precision, as_table, choose_context, load_model, with_progress
+from recipe.evaluation.common import Precision, as_table, load_model, with_progress
 from recipe.forward import hidden_states, logits_of
 
 
@@ -82,8 +82,7 @@ def evaluate(
     Raises:
         UserError: no such checkpoint or conversations, a context out of range, or a loss that is not a number.
     """
-    config = checkpoints.load_config(folder)
-    context = choose_context(max_seq_length, checkpoints.load_hyperparameters(folder), config)
+    context = checkpoints.context_of(folder, max_seq_length)
     tokenizer, style = checkpoints.load_tokenizer(folder), load_prompt_style(folder)
     if not is_tuned(style):
         style = prompt_style(DEFAULT_STYLE)
@@ -96,7 +95,7 @@ def evaluate(
     starts = range(0, len(encoded), size)[:max_iters]
     batches = ([encoded[index] for index in range(len(encoded))[start : start + size]] for start in starts)
 
-    model = load_model(folder, device, precision)
+    model = load_model(folder, device, precision, context)
     where = model.gpt.transformer.wte.weight.device
     nats, tokens = 0.0, 0
     with torch.inference_mode(), model.autocast:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from litgpt import GPT, Config, Tokenizer
+from litgpt import GPT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from recipe import checkpoints
-from recipe.cli import UserError, harmless
+from recipe.cli import harmless
 
 Precision = Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
 
@@ -31,10 +31,11 @@ class Loaded(NamedTuple):
     precision: str
 
 
-def load_model(folder: Path, device: str, precision: Precision) -> Loaded:
+def load_model(folder: Path, device: str, precision: Precision, context: int) -> Loaded:
     """Loads a checkpoint onto a device.
 
     Args:
+        context: tokens that the model is given at most.
         device: as torch names it; "auto" is the GPU where there is one.
         precision: "auto" is bf16-mixed on a GPU that computes in it, else 32-true.
     """
@@ -45,40 +46,11 @@ def load_model(folder: Path, device: str, precision: Precision) -> Loaded:
     compute = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[precision.partition("-")[0]]
     mixed = precision.endswith("-mixed")
     return Loaded(
-        gpt=checkpoints.load_model(folder, where, torch.float32 if mixed else compute),
+        gpt=checkpoints.load_model(folder, where, torch.float32 if mixed else compute, context),
         autocast=torch.autocast(where.type, compute) if mixed else nullcontext(),
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         precision=precision,
     )
-
-
-def choose_context(asked: int | None, settings: dict[str, Any], config: Config) -> int:
-    """The context of an evaluation: the one asked for, that of the training, or the model's.
-
-    Raises:
-        UserError: the model has no room for it.
-    """
-    context: int = asked or (settings.get("train") or {}).get("max_seq_length") or config.block_size
-    if not 1 <= context <= config.block_size:
-        raise UserError(
-            f"max_seq_length is {context:,}; expected 1 to {config.block_size:,}, the model's block size. "
-            "Choose a smaller --max_seq_length."
-        )
-    return context
-
-
-def token_ids(tokenizer: Tokenizer, text: str, *, special: bool = True) -> list[int]:
-    """A text's tokens, with a begin-of-text token where transformers puts one and ``special`` allows it.
-
-    Not by the tokenizer's ``encode``, which cuts off an end-of-text token. One text at a time: ``encode_batch`` starts
-    threads, after which tokenizers warns of every fork.
-    """
-    if tokenizer.backend != "huggingface":
-        ids: list[int] = tokenizer.processor.encode(text)
-    else:
-        ids = tokenizer.processor.encode(text, add_special_tokens=special).ids
-    missing = special and tokenizer.use_bos and ids[:1] != [tokenizer.bos_id]
-    return [tokenizer.bos_id, *ids] if missing else ids
 
 
 def with_progress(batches: Iterable[T], total: int) -> Iterator[T]:

@@ -31,9 +31,11 @@ from custom_moe import score_function
 from custom_moe.balance import DEAD, expert_load, load_statistics, normalized_entropy, router_probabilities
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.data.tokenizers import text_ids
 from recipe.evaluation.common import Precision, as_table, load_model
 from recipe.evaluation.loss import open_validation
 from recipe.forward import hidden_states
+from recipe.inference.generate import TextStream
 
 SEEN = 20
 TOKENS = 5  # listed for an expert
@@ -110,7 +112,7 @@ def evaluate(
         )
     text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
     tokenizer = checkpoints.load_tokenizer(folder)
-    loaded = load_model(folder, device, precision)
+    loaded = load_model(folder, device, precision, text.context)
     start = time.perf_counter()
     counted = count(loaded.gpt, text.batches, loaded.autocast)
     return ExpertStatistics(
@@ -216,10 +218,12 @@ def describe(
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """What a token stands for; its name in the vocabulary where it is special or a part of a character."""
+    """What a token stands for inside a text; its name in the vocabulary if it is special or a part of a character."""
     if tokenizer.backend != "huggingface":
         return str(tokenizer.processor.id_to_piece(id))
-    text: str = tokenizer.processor.decode([id], skip_special_tokens=False)
+    # After another token: alone, SentencePiece-like decoders drop the space before a word.
+    stream = TextStream(tokenizer, text_ids(tokenizer, "a", begin=False))
+    text = stream.push(id) + stream.flush()
     name: str | None = tokenizer.processor.id_to_token(id)
     return name or f"<{id}>" if not text or "\ufffd" in text else text
 

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from recipe import checkpoints
 from recipe.cli import UserError
-from recipe.data.tokenizers import in_short
-from recipe.evaluation.common import Precision, as_table, choose_context, load_model, token_ids, with_progress
+from recipe.data.files import in_short
+from recipe.data.tokenizers import text_ids
+from recipe.evaluation.common import Precision, as_table, load_model, with_progress
 from recipe.forward import hidden_states, logits_of
 
 PROTOCOL = "lm-eval, 0-shot"
@@ -134,9 +135,9 @@ def evaluate(
     """
     mark = checkpoints.read_mark(folder)
     config = checkpoints.load_config(folder)
-    context = choose_context(max_seq_length, checkpoints.load_hyperparameters(folder), config)
+    context = checkpoints.context_of(folder, max_seq_length)
     encoded = encode(read_questions(source, limit), checkpoints.load_tokenizer(folder), config, context)
-    loaded = load_model(folder, device, precision)
+    loaded = load_model(folder, device, precision, context)
     start = time.perf_counter()
     with loaded.autocast:
         scores = log_probabilities(loaded.gpt, with_progress(encoded.batches, len(encoded.batches)), encoded)
@@ -284,8 +285,8 @@ def encode(questions: Sequence[Question], tokenizer: Tokenizer, config: Config, 
 
 def encode_question(question: Question, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
     """Token ids of the context and of each ending, as ``lm_eval.api.model.TemplateLM._encode_pair`` gives them."""
-    context = token_ids(tokenizer, question.context.rstrip())
-    endings = [token_ids(tokenizer, f"{question.context} {ending}")[len(context) :] for ending in question.endings]
+    context = text_ids(tokenizer, question.context.rstrip())
+    endings = [text_ids(tokenizer, f"{question.context} {ending}")[len(context) :] for ending in question.endings]
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return context or [first], endings
 

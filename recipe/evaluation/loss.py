@@ -1,11 +1,13 @@
 """How well a checkpoint predicts text: loss, perplexity and bits per byte over every token of the validation text.
 
-What is counted. The tokens of all documents, each followed by the end-of-text token, are one long text. It is cut into
+What is counted. The tokens of all documents, each followed by the end-of-text token (and after the begin-of-text token,
+where the tokenizer uses one), are one long text. It is cut into
 windows of the context length that do not overlap: each token is predicted exactly once, from the tokens before it in
 its window (the first one from the last token of the window before; the very first one from the end-of-text token,
 after which documents begin). The last window is as short as it comes out.
 
-- ``loss``: mean over these tokens, end-of-text tokens among them, of the negative log-probability, in nats.
+- ``loss``: mean over these tokens, those that begin and end documents among them, of the negative log-probability, in
+  nats.
 - ``perplexity``: exp(loss).
 - ``bits_per_byte``: the sum of the same, in bits, over the UTF-8 bytes of the documents. The end-of-text tokens add
   bits and no bytes: a model of text has to tell where it ends. Comparable between tokenizers; the loss is not.
@@ -35,7 +37,7 @@ from recipe.data import manifest
 from recipe.data.manifest import Manifest, Split
 from recipe.data.module import checked_manifest
 from recipe.data.reader import token_chunks
-from recipe.evaluation.common import Precision, as_table, choose_context, load_model, with_progress
+from recipe.evaluation.common import Precision, as_table, load_model, with_progress
 
 _LOGITS = 1 << 28  # at once, in fp32 1 GiB: decides the batch size
 
@@ -104,7 +106,7 @@ def evaluate(
             model's, or a loss that is not a number.
     """
     text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
-    loaded = load_model(folder, device, precision)
+    loaded = load_model(folder, device, precision, text.context)
     start = time.perf_counter()
     nats, tokens, n_windows = sum_loss(loaded.gpt, text.batches, loaded.autocast)
     loss = nats / tokens
@@ -139,7 +141,7 @@ def open_validation(
     data_dir = trained_on(settings, folder) if data_dir is None else data_dir
     found = checked_manifest(data_dir)
     _check_tokenizer(folder, mark, found, data_dir, config.padded_vocab_size)
-    context = choose_context(max_seq_length, settings, config)
+    context = checkpoints.context_of(folder, max_seq_length)
     batch_size = batch_size or min(64, max(1, _LOGITS // (context * config.padded_vocab_size)))
     split = found.splits["val"]
     total = -(-split.tokens // (context * batch_size))

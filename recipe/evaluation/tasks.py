@@ -32,7 +32,8 @@ from rich.table import Table
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.files import in_short
-from recipe.evaluation.common import Precision, as_table, choose_context, load_model, token_ids, with_progress
+from recipe.data.tokenizers import text_ids
+from recipe.evaluation.common import Precision, as_table, load_model, with_progress
 from recipe.forward import hidden_states, logits_of
 from recipe.inference.generate import TextStream, generate_tokens
 
@@ -107,11 +108,11 @@ def evaluate(
             wrote, or questions that do not fit the context.
     """
     mark = checkpoints.read_mark(folder)
-    context = choose_context(max_seq_length, checkpoints.load_hyperparameters(folder), checkpoints.load_config(folder))
+    context = checkpoints.context_of(folder, max_seq_length)
     tokenizer = checkpoints.load_tokenizer(folder)
     manager = find_tasks(names, tasks_dir)
     tasks = load_tasks(manager, names)
-    loaded = load_model(folder, device, precision)
+    loaded = load_model(folder, device, precision, context)
     start = time.perf_counter()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     result = evaluator.simple_evaluate(
@@ -257,10 +258,10 @@ class Harness(TemplateLM):
         return self.eot_token_id if self._tokens.bos_id is None else int(self._tokens.bos_id)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """As transformers' tokenizer: a begin-of-text token where it puts one, unless the text has one."""
+        """With a begin-of-text token where the tokenizer uses one, unless the text has one, as transformers does."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._name_of(self.prefix_token_id))
-        return token_ids(self._tokens, string, special=add_special_tokens)
+        return text_ids(self._tokens, string, begin=add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """lm-eval's, without its progress bar for tokenizing."""

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,8 @@ def export(checkpoint: Path, out: Path, *, dtype: Dtype | None = None, title: st
         RuntimeError: the two models do not compute the same; nothing is left in ``out``.
     """
     folder = checkpoints.resolve(checkpoint)
-    config = checkpoints.load_config(folder)
+    # The model was never trained on longer sequences, so its users must not be offered them.
+    config = replace(checkpoints.load_config(folder), block_size=checkpoints.context_of(folder))
     if problems := without_counterpart(config):
         raise UserError(
             f"transformers has no model that computes what {folder} does, so nothing was written. In its "
@@ -193,7 +195,7 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, config: Conf
 def _adding_bos_as_litgpt(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """``tokenizer.json``; where LitGPT adds or removes a begin token by other files, so that it does so by itself."""
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if tokenizer.processor.encode("a").ids != tokenizer.encode("a").tolist():
+    if tokenizer.processor.encode("a").ids != tokenizers.text_ids(tokenizer, "a"):
         values["post_processor"] = None
         if tokenizer.use_bos:
             bos = tokenizer.processor.id_to_token(tokenizer.bos_id)

@@ -8,7 +8,8 @@ from litgpt import GPT, Tokenizer
 from torch import Tensor
 
 from recipe.cli import UserError
-from recipe.inference.generate import generate_tokens, room_after
+from recipe.data.tokenizers import text_ids
+from recipe.inference.generate import TextStream, generate_tokens, room_after
 
 TOLERANCE = 1e-4
 """Of the largest difference between two logits in fp32."""
@@ -58,19 +59,23 @@ def same_text(gpt: GPT, tokenizer: Tokenizer, theirs: Any, their_tokenizer: Any)
     """
     count = 0
     for prompt in PROMPTS:
-        ids = tokenizer.encode(prompt).long()
+        ids = torch.tensor(text_ids(tokenizer, prompt))
         if not 1 <= len(ids) <= gpt.config.block_size:
             continue
         limit = min(_NEW_TOKENS, room_after(len(ids), gpt.config.block_size))
         steps = generate_tokens(gpt, ids, max_new_tokens=limit, temperature=0.0, eos_id=tokenizer.eos_id)
         ours = torch.cat([ids, *steps])
         others = _greedy(theirs, ids, limit, tokenizer.eos_id)
-        if ours.tolist() != others.tolist() or tokenizer.decode(ours) != their_tokenizer.decode(
-            others, skip_special_tokens=True
-        ):
+        # What generate.py prints: the pieces as they are streamed, after the prompt's own text.
+        stream = TextStream(tokenizer, ids.tolist())
+        streamed = "".join(map(stream.push, ours[len(ids) :].tolist())) + stream.flush()
+        text, other = (their_tokenizer.decode(part, skip_special_tokens=True) for part in (others, ids))
+        # Bytes that are no characters are decoded by what comes after them, which no stream can know.
+        same = ours.tolist() == others.tolist() and ("\ufffd" in text or other + streamed == text)
+        if not same:
             raise RuntimeError(
-                f"after {prompt!r} both models write different texts: {tokenizer.decode(ours)!r} here, "
-                f"{their_tokenizer.decode(others, skip_special_tokens=True)!r} in transformers"
+                f"after {prompt!r} both models write different texts: {other + streamed!r} here, {text!r} in "
+                "transformers"
             )
         count += 1
     return Check("greedy text", f"the same after {count} prompts, up to {_NEW_TOKENS} tokens each")
@@ -99,7 +104,7 @@ def same_tokens(tokenizer: Tokenizer, theirs: Any, texts: Sequence[str] = TEXTS)
         RuntimeError: they differ.
     """
     for text in texts:
-        ours, others = tokenizer.encode(text).tolist(), theirs(text)["input_ids"]
+        ours, others = text_ids(tokenizer, text), theirs(text)["input_ids"]
         if ours != others:
             raise RuntimeError(f"of {text!r} the tokenizers make different tokens: {ours} here, {others} there")
         decoded, other = tokenizer.decode(torch.tensor(ours)), theirs.decode(others, skip_special_tokens=True)

@@ -158,6 +158,7 @@ class Reply:
             self.prompt,
             stop=stop,
             seed=chat.generator,
+            join=not chat.is_tuned,  # an answer was encoded by itself in training
             **sampling,  # type: ignore[misc]
         )
         try:
@@ -166,11 +167,10 @@ class Reply:
                     start = time.perf_counter()
                     piece = next(pieces)
                     self.seconds += time.perf_counter() - start
-                    text = piece.text if self.text else piece.text.lstrip()
-                    self.text += text
+                    self.text += piece.text
                     self.tokens, self.end = piece.tokens, piece.end
-                    if text:
-                        yield text
+                    if piece.text:
+                        yield piece.text
         finally:
             if self.text or self.end is not None:
                 chat.messages.append(Message(role="user", content=self.question))

@@ -14,10 +14,12 @@ from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from litgpt import GPT, Config, Tokenizer
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.data.tokenizers import text_ids
 from recipe.inference.decode import Decoder
 
 End = Literal["end_of_text", "max_new_tokens", "block_size"]
@@ -203,34 +205,49 @@ def check_seed(seed: int) -> int:
 
 
 class TextStream:
-    """Turns one sample's tokens into text as they come; bytes of an unfinished character wait for the rest of it."""
+    """Turns one sample's tokens into text as they come; bytes of an unfinished character wait for the rest of it.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.tokens: list[int] = []
-        self.context = 0  # tokens before it no longer change how those after it are written
-        self.done = 0  # tokens before it have been handed out as text
+    The pieces together are exactly what decoding all tokens at once gives after the text of ``context``. Decoding each
+    token alone does not: SentencePiece-like tokenizers drop the space before the first token that they decode.
+
+    Args:
+        tokenizer: one of LitGPT.
+        context: the tokens that the sample continues, such as its prompt. Empty for a text of its own, such as an
+            answer: it was encoded alone in training, so it is decoded alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._processor = tokenizer.processor
+        # A character of at most four bytes that the context leaves unfinished belongs to the sample.
+        size = len(context)
+        whole = (
+            end for end in range(size, max(size - 4, -1), -1) if not self._decode(context[:end]).endswith("\ufffd")
+        )
+        self._tokens = list(context[: next(whole, size)])
+        self._given = len(self._decode(self._tokens))  # characters of the context, and those handed out
+        self._stream = DecodeStream(self._tokens, skip_special_tokens=True)
+        for token in context[len(self._tokens) :]:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """The text that has become certain with ``token``; often one word, sometimes none."""
-        self.tokens.append(token)
-        text = self._new_text()
-        return "" if text.endswith("\ufffd") else self._hand_out(text)
+        self._tokens.append(token)
+        try:
+            text = self._stream.step(self._processor, token) or ""
+        except Exception:  # a plain one: a byte that fits no character changed how the bytes before it are decoded
+            self._stream = DecodeStream(self._tokens, skip_special_tokens=True)
+            return self.flush()
+        self._given += len(text)
+        return text
 
     def flush(self) -> str:
         """What is left at the end: an unfinished character becomes U+FFFD."""
-        return self._hand_out(self._new_text())
-
-    def _new_text(self) -> str:
-        before = self._decode(self.tokens[self.context : self.done])
-        return self._decode(self.tokens[self.context :])[len(before) :]
-
-    def _hand_out(self, text: str) -> str:
-        self.context, self.done = self.done, len(self.tokens)
+        text = self._decode(self._tokens)[self._given :]
+        self._given += len(text)
         return text
 
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(torch.tensor(tokens)) if tokens else ""
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._processor.decode(tokens, skip_special_tokens=True)
         return text
 
 
@@ -255,19 +272,21 @@ class StopSequences:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """The prompt's token ids, ``(T,)``. An empty one is the end-of-text token, after which a new document begins.
+    """The prompt's token ids, ``(T,)``, as a document of the training text begins.
+
+    Without a begin-of-text token an empty prompt is the end-of-text token, after which the next document begins.
 
     Raises:
-        UserError: the prompt is empty and the tokenizer has no end-of-text token.
+        UserError: the prompt is empty and the tokenizer has neither token.
     """
-    tokens: Tensor = tokenizer.encode(prompt).long()
-    if tokens.numel() == 0:
+    ids = text_ids(tokenizer, prompt)
+    if not ids:
         if tokenizer.eos_id is None:
             raise UserError(
                 "the prompt is empty and the tokenizer has no end-of-text token to start from; give a --prompt."
             )
-        tokens = torch.tensor([tokenizer.eos_id])
-    return tokens
+        ids = [tokenizer.eos_id]
+    return torch.tensor(ids)
 
 
 def stream_pieces(
@@ -282,6 +301,7 @@ def stream_pieces(
     top_k: int | None = 50,
     top_p: float = 1.0,
     stop: Sequence[Sequence[int]] = (),
+    join: bool = True,
 ) -> Generator[Piece, None, None]:
     """What the model writes after ``prompt``: sample 0 as it comes, then the others, which grew in the same batch.
 
@@ -293,6 +313,7 @@ def stream_pieces(
         seed: sample i is the one that the seed ``seed + i`` gives alone. Or a generator on the model's device, which
             goes on from where it is.
         stop: sequences of tokens that end a sample as the end-of-text token does; none of them is text.
+        join: decode each sample as the continuation of its prompt's text; False: as a text of its own, like an answer.
     """
     device = gpt.transformer.wte.weight.device
     tokens = [
@@ -304,7 +325,8 @@ def stream_pieces(
     if tokenizer.eos_id is not None:
         stop = [[tokenizer.eos_id], *stop]
     stops = [StopSequences(stop) for _ in range(rows)]
-    streams = [TextStream(tokenizer) for _ in range(rows)]
+    contexts = [ids.tolist() if join else [] for ids in tokens for _ in range(num_samples)]
+    streams = [TextStream(tokenizer, context) for context in contexts]
     waiting = [""] * rows
     lengths = [0] * rows
     ends: list[End | None] = [None] * rows
@@ -411,21 +433,29 @@ class Model:
         yield from (piece.text for piece in stream_pieces(self.gpt, self.tokenizer, prompt, **sampling))
 
 
-def load(folder: str | Path | None = None, device: str = "auto", precision: Precision = "auto") -> Model:
+def load(
+    folder: str | Path | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    max_seq_length: int | None = None,
+) -> Model:
     """Loads a checkpoint for generating, after checking the files that it reads.
 
     Args:
         folder: the newest whole checkpoint under ``checkpoints/`` when None.
         device: as torch names it; "auto" is the GPU where there is one.
         precision: "auto" is bf16-true on a GPU that computes in it, else 32-true.
+        max_seq_length: tokens of prompt and text together; as many as in training when None.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or it was saved without a tokenizer.
+        UserError: there is no such checkpoint, it is damaged, or it was saved without a tokenizer; or the model has no
+            room for that many tokens.
     """
     path = checkpoints.resolve(None if folder is None else Path(folder))
     tokenizer = checkpoints.load_tokenizer(path)
     where = checkpoints.choose_device(device)
-    return Model(checkpoints.load_model(path, where, choose_dtype(precision, where)), tokenizer, path)
+    gpt = checkpoints.load_model(path, where, choose_dtype(precision, where), max_seq_length)
+    return Model(gpt, tokenizer, path)
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -60,6 +60,21 @@ def test_a_begin_token_stands_once(tokenizer: Tokenizer) -> None:
     assert encoded.input_ids.count(tokenizer.bos_id) == 1 + 2  # the same token ends both answers here
 
 
+@pytest.mark.parametrize("name", ["phi-2", "llama2", "tinyllama"])
+def test_a_template_puts_no_begin_token_into_turns(llama_tokenizer_dir: Path, name: str) -> None:
+    """``<s> $A`` in tokenizer.json would put ``<s>`` before every message and every answer."""
+    tokenizer = Tokenizer(llama_tokenizer_dir)
+    tokenizer.bos_id = 1
+    encoded = encode_conversation(_messages("Who?", "Mia.", "Where?", "The sea."), tokenizer, prompt_style(name))
+    assert encoded.input_ids[0] == 1 and encoded.input_ids.count(1) == 1
+    answers = [token for token, is_answer in zip(*encoded, strict=True) if is_answer]
+    alone = [tokenizer.processor.encode(text, add_special_tokens=False).ids for text in ("Mia.", "The sea.")]
+    assert answers == [*alone[0], tokenizer.eos_id, *alone[1], tokenizer.eos_id]
+    # A folder that names another begin-of-text token than its template: LitGPT's encode adds both.
+    tokenizer.bos_id, tokenizer.use_bos = tokenizer.eos_id, False
+    assert 1 not in encode_conversation(_messages("Who?", "Mia."), tokenizer, prompt_style(name)).input_ids
+
+
 @pytest.mark.parametrize(("name", "expected"), [("phi-2", "Be kind.\n\nWho?"), ("chatml", None), ("alpaca", None)])
 def test_a_system_message_is_never_lost(tokenizer: Tokenizer, name: str, expected: str | None) -> None:
     style = litgpt.prompts.ChatML() if name == "chatml" else prompt_style(name)

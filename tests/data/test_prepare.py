@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from litgpt import Tokenizer as LitTokenizer
 from tokenizers import Tokenizer
 
 from recipe.cli import UserError
@@ -446,6 +447,52 @@ def test_a_tokenizer_for_a_single_document(tmp_path: Path, run: Callable, storie
     (tmp_path / "data/train").mkdir(parents=True)
     (tmp_path / "data/train/a.txt").write_text(next(text for text in numbered if split_of(text, 0.5) == "val"))
     assert run(tokenizer="train", vocab_size=300, val_fraction=0.5).tokenizer.vocab_size == 300
+
+
+def test_each_document_begins_with_the_begin_token(
+    tmp_path: Path, run: Callable, llama_tokenizer_dir: Path, stories: list[str], capsys
+) -> None:
+    put(tmp_path / "data" / "train" / "a.txt", stories[:100])
+    put(tmp_path / "data" / "val" / "a.txt", stories[100:])
+    shutil.rmtree(tmp_path / "tokenizer")
+    shutil.copytree(llama_tokenizer_dir, tmp_path / "tokenizer")
+    split = run().splits["train"]
+    assert "begins with '<s>', id 1, and ends with '</s>', id 2" in capsys.readouterr().out
+    found = ids(tmp_path / "data", "train").tolist()
+    tokenizer = LitTokenizer(llama_tokenizer_dir)
+    expected = [token for story in stories[:100] for token in tokenizer.encode(story, eos=True).tolist()]
+    assert found == expected and found.count(1) == split.documents == 100 and split.tokens == len(expected)
+    # Another rule of the same tokenizer.json makes the tokens stale.
+    config = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert run().splits["train"].tokens == len(expected) - 100
+    assert 1 not in ids(tmp_path / "data", "train")
+
+
+def test_a_template_by_hand_is_completed(tmp_path: Path, run: Callable, llama_tokenizer_dir: Path, stories) -> None:
+    """Llama 3's tokenizer_config.json does not say add_bos_token: the template in tokenizer.json does."""
+    put(tmp_path / "data" / "train" / "a.txt", stories)
+    shutil.copy(llama_tokenizer_dir / "tokenizer.json", tmp_path / "tokenizer" / "tokenizer.json")
+    config = {"eos_token": "</s>", "bos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="which token begins a text"):
+        tokenizers.load(tmp_path / "tokenizer")
+    run()
+    assert LitTokenizer(tmp_path / "tokenizer").use_bos
+    assert ids(tmp_path / "data", "val")[0] == 1
+
+
+def test_a_divided_document_begins_once(
+    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PART_BYTES", 1000)
+    monkeypatch.setattr(documents, "LONG_DOCUMENT_BYTES", 2000)
+    put(tmp_path / "data" / "train" / "a.txt", [" ".join(stories), stories[0]])
+    put(tmp_path / "data" / "val" / "a.txt", stories[:3])
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
+    assert run().splits["train"].documents == 2
+    assert (ids(tmp_path / "data", "train") == 0).sum() == 4  # <|endoftext|> begins and ends both
 
 
 def test_a_tokenizer_put_there_by_hand_is_completed(tmp_path: Path, run: Callable, stories: list[str]) -> None:

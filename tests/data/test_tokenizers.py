@@ -7,11 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from recipe.cli import UserError
 from recipe.data import manifest, tokenizers
-from recipe.data.tokenizers import Encoder, agrees_with_tiktoken, byte_level_bpe, from_folder, install
+from recipe.data.manifest import fingerprint_of
+from recipe.data.tokenizers import Encoder, agrees_with_tiktoken, byte_level_bpe, from_folder, install, text_ids
 from recipe.sealed import write_json
 
 END = "<|endoftext|>"
@@ -237,6 +248,46 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path, files: dict[str,
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "begins"),
+    [
+        ({}, None, None),
+        ({"add_bos_token": True, "bos_token": "<s>"}, None, "<s>"),
+        ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, "<s>", "<s>"),
+        ({"add_bos_token": False, "bos_token": "<s>"}, "<s>", None),
+        ({}, "<s>", "<s>"),
+        ({"bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"}, None, "<s>"),
+        ({"bos_token": "<s>", "tokenizer_class": "GPT2Tokenizer"}, None, None),
+    ],
+)
+def test_what_begins_a_text_is_one_rule(
+    tmp_path: Path, stories: list[str], config: dict, template: str | None, begins: str | None
+) -> None:
+    """The same for the corpus, for LitGPT's tokenizer, and for the fingerprint that makes tokens stale."""
+    from litgpt.tokenizer import Tokenizer as LitTokenizer
+
+    tokenizer = trained(stories, special=("<s>", "</s>"))
+    if template:
+        adding = processors.TemplateProcessing(single=f"{template} $A", special_tokens=[(template, 0)])
+        tokenizer.post_processor = adding
+    files = from_folder(saved(tmp_path / "source", tokenizer, {"eos_token": "</s>", **config}))
+    install(files, {"name": "source"}, tmp_path / "new")
+    info, lit = tokenizers.load(tmp_path / "new"), LitTokenizer(tmp_path / "new")
+    assert (info.bos_token, info.bos_id) == (begins, None if begins is None else 0)
+    assert text_ids(lit, "Once upon") == lit.encode("Once upon").tolist()
+    plain = tokenizer.encode("Once upon", add_special_tokens=False).ids
+    assert text_ids(lit, "Once upon") == ([0, *plain] if begins else plain)
+    assert 0 not in text_ids(lit, "Once upon", begin=False)
+    assert info.sha256 == files.sha256
+    assert (info.sha256 == fingerprint_of(files.tokenizer, "</s>")) is (begins is None)
+
+
+def test_a_begin_token_that_is_no_token_is_refused(tmp_path: Path, stories: list[str]) -> None:
+    config = {"eos_token": END, "bos_token": "<s>", "add_bos_token": True}
+    with pytest.raises(UserError, match=r"no token '<s>'.*add_bos_token"):
+        from_folder(saved(tmp_path, trained(stories), config))
 
 
 def test_an_end_of_text_token_that_is_no_token_is_refused(tmp_path: Path, stories: list[str]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from custom_moe import use_custom_moe
 from recipe import checkpoints
 from recipe.cli import UserError, run_door
-from recipe.data import TokenizedText
+from recipe.data import TokenizedText, tokenizers
 from recipe.evaluation import hellaswag
 from recipe.evaluation.hellaswag import (
     Question,
@@ -231,7 +231,7 @@ def test_context_and_ending_are_tokenized_together(questions: list[Question], to
 def test_a_beginning_of_text_where_transformers_puts_one(
     tmp_path: Path, tokenizer_dir: Path, questions: list[Question], adds_bos: bool
 ) -> None:
-    """lm-eval takes what transformers' tokenizer gives."""
+    """lm-eval takes what transformers' tokenizer gives; a prepared folder says the same to LitGPT's."""
     from transformers import AutoTokenizer
 
     content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
@@ -245,8 +245,9 @@ def test_a_beginning_of_text_where_transformers_puts_one(
         }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_bytes((tokenizer_dir / "tokenizer_config.json").read_bytes())
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    context, endings = encode_question(questions[1], Tokenizer(tmp_path))
+    tokenizers.install(tokenizers.from_folder(tmp_path), {}, tmp_path / "prepared")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "prepared")
+    context, endings = encode_question(questions[1], Tokenizer(tmp_path / "prepared"))
     assert (context[0] == 0) is adds_bos
     assert context == theirs.encode(questions[1].context)
     for text, ids in zip(questions[1].endings, endings, strict=True):

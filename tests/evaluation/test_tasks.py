@@ -19,7 +19,7 @@ from recipe.cli import UserError, run_door
 from recipe.evaluation import tasks
 from recipe.evaluation.tasks import Harness, batches_by_length, evaluate, find_tasks, load_tasks
 from tests.test_stock_litgpt import convert
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
 
 CPU = {"device": "cpu", "precision": "32-true"}
 QUESTIONS = [
@@ -94,6 +94,10 @@ def harness(checkpoint: Path) -> Harness:
 
 @pytest.fixture
 def hflm(tmp_path: Path, checkpoint: Path) -> Any:
+    return as_hflm(tmp_path, checkpoint)
+
+
+def as_hflm(tmp_path: Path, checkpoint: Path) -> Any:
     """lm-eval's own on the same weights in transformers."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,6 +153,22 @@ def test_each_text_is_hflms(harness: Harness, hflm: Any) -> None:
     sampled = ("Once upon a time", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0})
     one, other = harness.generate_until(asked(sampled, sampled))
     assert one != other, "samples are drawn anew"
+
+
+def test_llama_texts_are_hflms(tmp_path: Path, moe_fields: dict, llama_tokenizer_dir: Path) -> None:
+    """With a SentencePiece-like tokenizer: one begin-of-text token, and no space or letter of the text is lost."""
+    folder = save_tiny(tmp_path / "final", wordy_gpt(moe_fields), llama_tokenizer_dir)
+    gpt = checkpoints.load_model(folder, torch.device("cpu"), torch.float32)
+    ours, theirs = Harness(gpt, Tokenizer(folder), 64, nullcontext()), as_hflm(tmp_path, folder)
+    writing = [(text, {"until": [], "max_gen_toks": 20}) for text in ("Once upon a time", "Mia the cat", "Tom")]
+    written = ours.generate_until(asked(*writing))
+    assert written == theirs.generate_until(asked(*writing), disable_tqdm=True)
+    assert all(text.count(" ") >= 3 for text in written)
+    pairs = [("Mia the cat went to the", " sea."), ("", "Once upon a time"), ("Tom", " the dog")]
+    nats = [nats for nats, _ in ours.loglikelihood(asked(*pairs))]
+    assert nats == pytest.approx(
+        [nats for nats, _ in theirs.loglikelihood(asked(*pairs), disable_tqdm=True)], abs=1e-4, rel=1e-5
+    )
 
 
 def test_results_are_the_harnesses_own(checkpoint: Path, folder: Path, hflm: Any) -> None:

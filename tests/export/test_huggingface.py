@@ -18,7 +18,7 @@ from recipe.export.huggingface import check_can_push, export, import_folder
 from recipe.export.weights import from_huggingface, to_huggingface
 from recipe.hf_config import litgpt_config, without_counterpart
 from recipe.settings import PROJECT
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
+from tests.tiny_checkpoint import save_tiny, tiny_gpt, wordy_gpt
 
 DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
 NEOX = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerNorm", "bias": True, "n_query_groups": 4}
@@ -276,6 +276,28 @@ def test_a_begin_token_is_kept(tmp_path: Path, moe_fields: dict, tokenizer_dir: 
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Mia")["input_ids"][0] == 0
     import_folder(tmp_path / "out", tmp_path / "back")
     assert load(tmp_path / "back", device="cpu").tokenizer.encode("Mia")[0] == 0
+
+
+def test_a_llama_tokenizer_goes_out_and_in(tmp_path: Path, moe_fields: dict, llama_tokenizer_dir: Path) -> None:
+    """The check compares what is really streamed, which differs from decoding token by token."""
+    folder = save_tiny(tmp_path / "final", wordy_gpt(moe_fields), llama_tokenizer_dir)
+    export(folder, tmp_path / "out")
+    import_folder(tmp_path / "out", tmp_path / "back")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("Once upon")["input_ids"][0] == 1 and theirs("Once upon")["input_ids"].count(1) == 1
+    wanted = load(folder, device="cpu").generate("Once upon", max_new_tokens=30, temperature=0.0)
+    assert load(tmp_path / "back", device="cpu").generate("Once upon", max_new_tokens=30, temperature=0.0) == wanted
+    assert wanted.count(" ") > 5
+
+
+def test_the_trained_context_goes_out(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    settings = {"train": {"max_seq_length": 24}}
+    export(
+        save_tiny(tmp_path / "final", tiny_gpt(moe_fields), tokenizer_dir, hyperparameters=settings), tmp_path / "out"
+    )
+    assert AutoConfig.from_pretrained(tmp_path / "out").max_position_embeddings == 24
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 24
+    assert "| context | 24 tokens |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- model card

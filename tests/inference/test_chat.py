@@ -21,7 +21,7 @@ from recipe.data.conversations import Message, encode_newest, encode_prompt, pro
 from recipe.inference.chat import Chat, describe
 from recipe.inference.generate import Model, Sampling, StopSequences, generate_tokens, load, stream_pieces
 from recipe.inference.terminal import Terminal
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
 
 ROOT = Path(__file__).parent.parent.parent
 GREEDY = {"temperature": 0.0}
@@ -53,6 +53,25 @@ def tuned(tmp_path: Path, gpt: GPT, tokenizer: Tokenizer, tokenizer_dir: Path) -
 
 def _ask(chat: Chat, question: str, **sampling) -> str:
     return "".join(chat.ask(question, **{**GREEDY, "max_new_tokens": 12, **sampling}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte-level"])
+def test_an_answer_is_its_decoded_tokens(
+    kind: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, llama_tokenizer_dir: Path
+) -> None:
+    """An answer is encoded alone in training and decoded alone here: white space at its ends stays, none is added."""
+    folder = llama_tokenizer_dir if kind == "llama" else tokenizer_dir
+    gpt, tokenizer = wordy_gpt({**moe_fields, "block_size": 256}), Tokenizer(folder)
+    model = Model(gpt, tokenizer, save_tiny(tmp_path / "final", gpt, folder, prompt_style=Phi2()))
+    answers = []
+    for question in ("Who is Mia?", "Where did Tom go?", "Why?", "And then?", "A cat?", "A dog?", "Sad?", "Shy?"):
+        chat = Chat(model)
+        answers.append("".join(chat.ask(question, temperature=0.0, max_new_tokens=20)))
+        prompt = torch.tensor(encode_prompt([Message(role="user", content=question)], tokenizer, Phi2()))
+        tokens = list(generate_tokens(gpt, prompt, max_new_tokens=20, temperature=0.0, eos_id=tokenizer.eos_id))
+        assert answers[-1] == tokenizer.processor.decode(torch.cat(tokens).tolist())
+        assert chat.messages[-1]["content"] == answers[-1]
+    assert len(set(answers)) > 1
 
 
 # ------------------------------------------------------------------------------------------------------ stop sequences

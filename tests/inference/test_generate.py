@@ -1,6 +1,8 @@
 """Text from a model: LitGPT's sampling in one batch, streamed, with nothing left behind."""
 
 import io
+import json
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,8 @@ from litgpt import GPT, Config, Tokenizer
 from litgpt.generate.base import generate as litgpt_generate
 from litgpt.generate.base import sample as litgpt_sample
 from litgpt.generate.base import sample_top_p
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from custom_moe import use_custom_moe
 from recipe import checkpoints
@@ -20,6 +24,7 @@ from recipe.inference.generate import (
     Model,
     TextStream,
     draw_samples,
+    encode_prompt,
     generate_tokens,
     load,
     restrict,
@@ -27,7 +32,7 @@ from recipe.inference.generate import (
     sample_tokens,
     stream_pieces,
 )
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -244,6 +249,90 @@ def test_an_unfinished_character_at_the_end(tokenizer: Tokenizer) -> None:
     assert stream.flush() == ""
 
 
+def _sentencepiece_like(kind: str, stories: list[str]) -> HFTokenizer:
+    """Tokenizers whose decoders drop the space before the first word, or write one themselves."""
+    if kind == "metaspace":
+        tokenizer = HFTokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+        )
+    else:
+        tokenizer = HFTokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(stories, trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["llama", "metaspace", "wordpiece", "byte-level"])
+def test_streamed_text_is_the_decoded_text(
+    kind: str, tokenizer_dir: Path, llama_tokenizer_dir: Path, stories: list[str]
+) -> None:
+    """After any prompt and without one, for any tokens: what is streamed is what decoding all at once gives."""
+    tokenizer = Tokenizer(llama_tokenizer_dir if kind == "llama" else tokenizer_dir)
+    if kind in ("metaspace", "wordpiece"):
+        tokenizer.processor = _sentencepiece_like(kind, stories)
+    processor, dice = tokenizer.processor, random.Random(0)
+    texts = ["Once upon a time, Mia went to the sea.", "  two  blanks ", "a 🦊🏳️‍🌈 naïve 日本語!", "x\n\n\ty  \n"]
+    texts += [" ".join(dice.sample(stories[0].split(), 5)) for _ in range(20)]
+    cases = [processor.encode(text, add_special_tokens=False).ids for text in texts]
+    words = [id for token, id in processor.get_vocab().items() if "<0x" not in token and token.isascii()]
+    cases += [[dice.choice(words) for _ in range(12)] for _ in range(50)]
+    for tokens in cases:
+        for cut in range(len(tokens)):
+            before = processor.decode(tokens[:cut])
+            if before.endswith("\ufffd"):
+                continue
+            stream = TextStream(tokenizer, tokens[:cut])
+            streamed = "".join(map(stream.push, tokens[cut:])) + stream.flush()
+            assert before + streamed == processor.decode(tokens)
+
+
+def test_bytes_that_are_no_text_do_not_end_a_stream(llama_tokenizer_dir: Path) -> None:
+    """A byte that fits no character changes how those before it are decoded: DecodeStream raises there."""
+    tokenizer, dice = Tokenizer(llama_tokenizer_dir), random.Random(0)
+    for _ in range(200):
+        tokens = [dice.choice((dice.randrange(3, 259), dice.randrange(363))) for _ in range(20)]
+        stream = TextStream(tokenizer, tokens[:3])
+        text = "".join(map(stream.push, tokens[3:])) + stream.flush()
+        assert len(text) >= len(tokenizer.processor.decode(tokens)) - len(tokenizer.processor.decode(tokens[:3]))
+
+
+def test_llama_text_keeps_spaces_and_letters(moe_fields: dict, llama_tokenizer_dir: Path) -> None:
+    tokenizer = Tokenizer(llama_tokenizer_dir)
+    model = Model(wordy_gpt(moe_fields), tokenizer, Path())
+    prompt = encode_prompt(tokenizer, "Once upon a time")
+    tokens = torch.cat([prompt, *generate_tokens(model.gpt, prompt, max_new_tokens=40, temperature=0.0)])
+    text = model.generate("Once upon a time", max_new_tokens=40, temperature=0.0)
+    assert text == tokenizer.processor.decode(tokens.tolist())
+    assert text.count(" ") > 10
+    assert "".join(model.stream("Once upon a time", max_new_tokens=40, temperature=0.0)) == text
+
+
+def test_prompts_begin_as_documents_do(llama_tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+    llama = Tokenizer(llama_tokenizer_dir)
+    once = encode_prompt(llama, "Once upon").tolist()
+    assert once == llama.encode("Once upon").tolist() and once[0] == llama.bos_id
+    assert encode_prompt(llama, "<s>Once upon").tolist()[0] == llama.bos_id != encode_prompt(llama, "<s>Once")[1]
+    assert encode_prompt(llama, "").tolist() == [llama.bos_id]
+    assert encode_prompt(tokenizer, "").tolist() == [tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("prompt", ["<|endoftext|>Once", "Once<|endoftext|>", "<|endoftext|><|endoftext|>"])
+def test_special_tokens_in_a_prompt_are_kept(tokenizer: Tokenizer, prompt: str) -> None:
+    """LitGPT's ``encode`` removes the begin- and end-of-text tokens at either end."""
+    tokens = encode_prompt(tokenizer, prompt).tolist()
+    assert tokens == tokenizer.processor.encode(prompt).ids
+    assert tokens.count(tokenizer.eos_id) == prompt.count("<|endoftext|>")
+
+
+@pytest.mark.parametrize("prompt", ["caf\udce9", "\ud83d", "a\udfffb"])
+def test_a_prompt_that_is_no_utf8(gpt: GPT, tokenizer: Tokenizer, prompt: str) -> None:
+    with pytest.raises(UserError, match="expected UTF-8"):
+        sample_text(gpt, tokenizer, prompt)
+
+
 def test_the_stream_is_the_text(gpt: GPT, tokenizer: Tokenizer) -> None:
     model = Model(gpt, tokenizer, Path())
     options = {"max_new_tokens": 50, "temperature": 3.0, "top_k": None, "seed": 5}
@@ -349,6 +438,20 @@ def test_load(tmp_path: Path, gpt: GPT, tokenizer: Tokenizer, tokenizer_dir: Pat
     assert half.generate("Once", max_new_tokens=5).startswith("Once")
 
 
+def test_loading_takes_the_trained_context(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
+    settings = {"train": {"max_seq_length": 24}}
+    folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir, hyperparameters=settings)
+    model = load(folder, device="cpu")
+    assert (model.gpt.max_seq_length, model.config.block_size) == (24, 64)
+    sample = draw_samples(model.gpt, model.tokenizer, "Once", max_new_tokens=100, temperature=3.0)[0]
+    assert sample.end == "block_size"
+    longer = load(folder, device="cpu", max_seq_length=64)
+    assert longer.gpt.max_seq_length == 64 == len(longer.gpt.cos)
+    with pytest.raises(UserError, match="expected 1 to 64"):
+        load(folder, device="cpu", max_seq_length=65)
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 24
+
+
 def test_load_refuses(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
     with pytest.raises(UserError, match="--device cpu"):
@@ -419,6 +522,8 @@ def test_the_script_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     for argv, told in (
         ([], "found no whole checkpoint under checkpoints"),
         (["nowhere"], "found no checkpoint at nowhere"),
+        (["--prompt", "caf\udce9"], r"the argument 'caf\udce9' holds bytes that are not UTF-8"),
+        (["--prompt=caf\udce9"], r"the argument '--prompt=caf\udce9' holds bytes that are not UTF-8"),
     ):
         with pytest.raises(SystemExit) as exit_:
             run_door(door("generate").main, argv, optional_positional="checkpoint")

@@ -205,6 +205,15 @@ def test_the_settings_that_are_saved_run_again(tune, tmp_path):
     assert one == other
 
 
+def test_finetuning_keeps_the_trained_context(tmp_path, moe_fields, tokenizer_dir):
+    base = save_tiny(
+        tmp_path / "final", tiny_gpt(moe_fields), tokenizer_dir, hyperparameters={"train": {"max_seq_length": 48}}
+    )
+    run = parse_finetuning([str(base)])
+    assert run.settings.train.max_seq_length == run.resolved["train"]["max_seq_length"] == 48
+    assert parse_finetuning([str(base), "--max_seq_length", "64"]).settings.train.max_seq_length == 64
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
