@@ -1,4 +1,5 @@
-"""Instructions: conversations in any common form, made the lines of ``train.jsonl`` and ``val.jsonl``.
+"""Instructions: conversations in any common shape (``instruction_rows``), made the lines of ``train.jsonl`` and
+``val.jsonl``.
 
 A line is ``{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}``, as chat APIs and
 other tuning libraries read it too. ``instructions.json`` is written last: without it the folder is not complete.
@@ -6,47 +7,41 @@ other tuning libraries read it too. ``instructions.json`` is written last: witho
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from litgpt.prompts import prompt_styles
+from typing import NamedTuple
 
 from recipe.cli import UserError, nearest
 from recipe.data import manifest
-from recipe.data.conversations import Message, problem_with
-from recipe.data.corpora import HUB_NAME, VALIDATION_FOLDERS, HubDataset
-from recipe.data.documents import clean, split_of, writable
-from recipe.data.files import Location, open_file, reading, suffix
+from recipe.data.conversations import Message
+from recipe.data.corpora import HUB_NAME, HubDataset
+from recipe.data.documents import split_of
+from recipe.data.files import Location
+from recipe.data.instruction_rows import SUFFIXES, Row, conversation_of, kind_of, rows_of
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.prepare import DEFAULT_VAL_FRACTION, locked
 from recipe.data.story_instructions import story_instructions
 from recipe.sealed import read_sealed, write_sealed
 
-FORMAT = 1  # of the folder; another one must be made anew
+FORMAT = 2
+"""Of the folder. 1 had no white space at the ends of texts; finetuning and evaluation read it as it is."""
 MANIFEST = "instructions.json"
 BUILDING = ".building"  # the folder on its way, below data_dir
-SUFFIXES = (".json", ".jsonl", ".parquet")
 STORIES = "stories"
 STORY_INSTRUCTIONS = 6000  # 1.1 million tokens to train on: an epoch takes two CPU cores a minute or two
 
-# What a row calls an instruction, more to it, and the answer; the first of these lines that it has is taken.
-PAIRS = (
-    ("instruction", "input", "output"),  # Alpaca
-    ("instruction", "context", "response"),  # Dolly
-    ("prompt", None, "response"),
-    ("prompt", None, "completion"),
-    ("question", None, "answer"),
-)
-SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-FORMS = (
-    'expected {"messages": [{"role": ..., "content": ...}]}, {"conversations": [{"from": ..., "value": ...}]}, or the '
-    "fields " + ", ".join("/".join(name for name in names if name) for names in PAIRS)
-)
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+NO_ROWS = (MANIFEST, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that describe a data set"""
+NAMED = 5  # files or fields that a message names at most
 
 
 @dataclass
@@ -54,10 +49,12 @@ class InstructArgs:
     """Turns instructions and their answers into the conversations that finetune.py trains on."""
 
     instruct: str = STORIES
-    """Where they come from: a .json, .jsonl or .parquet file, a folder of them (train.* and val.* in it, else all are
-    split), `hf:ORG/NAME[:CONFIG]`, a dataset of the Hugging Face Hub, or `stories`, 6,000 requests for stories of the
-    built-in corpus. A row is Alpaca's (instruction, input, output), Dolly's (instruction, context, response), a pair
-    (prompt and response or completion, question and answer), or a chat (messages, or ShareGPT's conversations)."""
+    """Where they come from: a .json, .jsonl, .parquet, .csv or .tsv file (each also as .gz), a folder of them,
+    `hf:ORG/NAME[:CONFIG]`, a dataset of the Hugging Face Hub, or `stories`, 6,000 requests for stories of the built-in
+    corpus. In a folder, files and sub-folders called train and val (or valid, validation, dev) keep their split, test
+    is left out, and where there is no val all are split. A row is Alpaca's (instruction, input, output, history),
+    Dolly's (instruction, context, response), a pair (prompt and response or completion, question and answer, ...), or a
+    chat (messages, conversations or conversation, with a system message in it or beside it)."""
     data_dir: Path = Path("data/instruct")
     """Folder that train.jsonl, val.jsonl and instructions.json go into."""
     val_fraction: float | None = None
@@ -99,16 +96,8 @@ class Instructions:
     """Prompts that came in a template, which was taken off."""
     skipped: int
     """Rows left out since they hold no conversation."""
-
-
-class Row(NamedTuple):
-    """A conversation as it is written: a line of train.jsonl or val.jsonl."""
-
-    messages: list[Message]
-    names: list[str] | None = None
-    """Those that a request for a story asks for"""
-    unwrapped: int = 0
-    """Prompts that stood in a template"""
+    unused_fields: tuple[str, ...] = ()
+    """Fields of the rows that are no part of the conversations."""
 
 
 def prepare_instructions(args: InstructArgs) -> Instructions:
@@ -131,10 +120,11 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
                     f"{args.data_dir} holds conversations made otherwise ({'; '.join(reasons)}); choose another "
                     "--data_dir, or replace them with --overwrite."
                 )
-            print(f"{args.data_dir} is prepared and nothing changed; nothing to do.\n{_summary(lying)}")
+            print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
+            print("\n".join([_summary(lying), *source.notes]))
             return lying
         found = _build(args, source)
-    print(f"{args.data_dir}: {_summary(found)}")
+    print("\n".join([f"{args.data_dir}: {_summary(found)}", *source.notes]))
     return found
 
 
@@ -150,7 +140,15 @@ def _summary(found: Instructions) -> str:
         + [f"{number:,} {why} are left out." for why, number in left_out.items() if number]
         + [f"{found.unwrapped:,} prompts were taken out of a template; the tuning's own goes around them."]
         * bool(found.unwrapped)
+        + [f"Fields not used: {_some(found.unused_fields)}."] * bool(found.unused_fields)
     )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of many names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 # --- what is asked for, and what lies there ---
@@ -165,6 +163,8 @@ class Source(NamedTuple):
     skip_broken: bool
     records: tuple[FileRecord, ...] = ()
     files: dict[str | None, list[Location]] = {}  # noqa: RUF012 - by split; None: the hash decides
+    notes: tuple[str, ...] = ()
+    """What else is in the folder and is not used"""
 
 
 def _find(args: InstructArgs, lying: Instructions | None) -> Source:
@@ -187,36 +187,74 @@ def _find(args: InstructArgs, lying: Instructions | None) -> Source:
     if not path.exists():
         hint = "; did you mean stories?" if nearest(args.instruct, [STORIES]) else "."
         raise UserError(
-            f"--instruct {args.instruct}: no such file or folder{hint} Expected a .json, .jsonl or .parquet file, a "
-            f"folder of them, `{STORIES}` or hf:ORG/NAME."
+            f"--instruct {args.instruct}: no such file or folder{hint} Expected a {', '.join(SUFFIXES)} file, a folder "
+            f"of them, `{STORIES}` or hf:ORG/NAME."
         )
-    files = _source_files(path)
+    files, notes = _source_files(path, args.data_dir)
     own = [(args.data_dir / f"{split}.jsonl").resolve() for split in SPLITS]
     if any(Path(file).resolve() in own for found in files.values() for file in found):
         raise UserError(f"--instruct {path}: {args.data_dir} is what would be written; choose another --data_dir.")
     base = path.parent if path.is_file() else path
     paths = [Path(file) for found in files.values() for file in found]
     records = manifest.refresh(paths, base, lying.source_files if lying else ())
-    return Source("files", str(path.resolve()), None if "val" in files else fraction, args.skip_broken, records, files)
+    location, val_fraction = str(path.resolve()), None if "val" in files else fraction
+    return Source("files", location, val_fraction, args.skip_broken, records, files, notes)
 
 
-def _source_files(path: Path) -> dict[str | None, list[Location]]:
-    files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
-    files = [file for file in files if file.suffix.lower() in SUFFIXES and file.name != MANIFEST]
-    if not files:
-        raise UserError(f"--instruct {path}: expected a {', '.join(SUFFIXES)} file, or a folder with such files in it.")
-    val = [file for file in files if file.stem in VALIDATION_FOLDERS]
-    train = [file for file in files if file.stem == "train" or file.stem.startswith("train-")]
-    others = [file.name for file in files if file not in (*val, *train)]
-    if path.is_file() or not (val or train):
-        return {None: list(files)}
+def _source_files(path: Path, data_dir: Path) -> tuple[dict[str | None, list[Location]], tuple[str, ...]]:
+    """The files of each split (None: they are to be split), and a line on each kind of file that is not used."""
+    if path.is_file():
+        if kind_of(path) not in SUFFIXES:
+            raise UserError(f"--instruct {path}: expected a {', '.join(SUFFIXES)} file, or a folder with such files.")
+        return {None: [path]}, ()
+    found: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
+    others = []
+    for file in _files_below(path, data_dir):
+        if kind_of(file) in SUFFIXES and file.name not in NO_ROWS:
+            found[_split_named(file.relative_to(path))].append(file)
+        else:
+            others.append(file)
+
+    def named(files: list[Path]) -> str:
+        return _some(file.relative_to(path).as_posix() for file in files)
+
+    train, val, test, rest = found["train"], found["val"], found["test"], found[None]
+    notes = []
+    if test:
+        notes.append(f"Left out, since they are test data: {named(test)} ({len(test):,} of the files).")
     if others:
+        notes.append(f"Not read, since they are files of other kinds: {named(others)} ({len(others):,} of the files).")
+    if rest and (train or val):
         raise UserError(
-            f"--instruct {path}: {others[0]} is neither train.* nor val.*, which lie there too; move it elsewhere."
+            f"--instruct {path}: {rest[0].relative_to(path).as_posix()} is neither train.* nor val.*, which lie there "
+            "too; move it elsewhere."
         )
-    if not train:
-        raise UserError(f"--instruct {path}: {val[0].name} is there, but no train.jsonl beside it.")
-    return {"train": list(train), "val": list(val)} if val else {None: list(train)}
+    if val and not train:
+        raise UserError(f"--instruct {path}: {named(val)} is there, but no train.jsonl beside it.")
+    if not (train or rest):
+        raise UserError(
+            "\n".join([f"--instruct {path}: expected a {', '.join(SUFFIXES)} file to train on in that folder.", *notes])
+        )
+    if val:
+        return {"train": list(train), "val": list(val)}, tuple(notes)
+    return {None: list(train or rest)}, tuple(notes)
+
+
+def _files_below(folder: Path, data_dir: Path) -> list[Path]:
+    """All files but hidden ones and, where it is a folder in there, what is prepared in ``data_dir``."""
+    files = []
+    for file in folder.rglob("*"):
+        is_hidden = any(name.startswith(".") for name in file.relative_to(folder).parts)
+        is_own = folder.resolve() != data_dir.resolve() and file.resolve().is_relative_to(data_dir.resolve())
+        if file.is_file() and not is_hidden and not is_own:
+            files.append(file)
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _split_named(file: Path) -> str | None:
+    """The split that a file's name or its folder's has as a word, in any letter case, as the Hub's client finds it."""
+    words = (word for part in file.parts for word in re.split(r"[^a-z]+", part.lower()))
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 
 def _lying(args: InstructArgs) -> Instructions | None:
@@ -241,6 +279,8 @@ def _differences(lying: Instructions, source: Source) -> list[str]:
         "val_fraction": (lying.val_fraction, source.val_fraction),
         "skip_broken": (lying.skip_broken, source.skip_broken),
     }
+    if lying.format != FORMAT and source.name != STORIES:  # no story has white space at its ends
+        return ["by an older version, which cut off white space at the ends of texts"]
     if reasons := [f"{name} {old!r} became {new!r}" for name, (old, new) in settings.items() if old != new]:
         return reasons
     return manifest.changed_files(lying.source_files, source.records)
@@ -274,6 +314,7 @@ def _publish(data_dir: Path) -> None:
 
 def _write(folder: Path, source: Source) -> Instructions:
     rows, skipped = _story_rows(source) if source.name == STORIES else _file_rows(source)
+    unused = {name for found in rows.values() for row in found for name in row.unused}
     kept, duplicates, held_out = _without_repetitions(rows)
     splits = {}
     for split, found in kept.items():
@@ -300,11 +341,15 @@ def _write(folder: Path, source: Source) -> Instructions:
         held_out=held_out,
         unwrapped=sum(row.unwrapped for found in kept.values() for row in found),
         skipped=skipped,
+        unused_fields=tuple(sorted(unused)),
     )
 
 
 def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], int, int]:
-    """Each conversation once, and none in training whose first message begins a held-out one; how many left out."""
+    """Each conversation once, and none in training whose first message begins a held-out one; how many left out.
+
+    White space at the ends tells no first messages apart, but it does conversations: an answer may be code.
+    """
     asked = {_first_message(row) for row in rows["val"]}
     train = [row for row in rows["train"] if _first_message(row) not in asked]
     kept: dict[str, list[Row]] = {}
@@ -315,15 +360,16 @@ def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row
 
 
 def _first_message(row: Row) -> str:
-    """The user's first."""
-    return next(message["content"] for message in row.messages if message["role"] == "user")
+    """The user's first, without white space around it."""
+    return next(message["content"] for message in row.messages if message["role"] == "user").strip()
 
 
 def _story_rows(source: Source) -> tuple[dict[str, list[Row]], int]:
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     assert source.val_fraction is not None
     for made in story_instructions(STORY_INSTRUCTIONS, source.val_fraction):
-        rows[made.split].append(Row(_turn(made.request, made.story), made.names))
+        asked, told = Message(role="user", content=made.request), Message(role="assistant", content=made.story)
+        rows[made.split].append(Row([asked, told], made.names))
     return rows, 0
 
 
@@ -337,7 +383,7 @@ def _file_rows(source: Source) -> tuple[dict[str, list[Row]], int]:
     problems = []
     for split, files in source.files.items():
         for path in files:
-            for place, values in _values(path):
+            for place, values in rows_of(path):
                 try:
                     row = conversation_of(values)
                 except ValueError as error:
@@ -347,157 +393,10 @@ def _file_rows(source: Source) -> tuple[dict[str, list[Row]], int]:
     if problems and not source.skip_broken:
         more = f"\n... and {len(problems) - 3:,} rows more" if len(problems) > 3 else ""
         raise UserError(
-            "\n".join(problems[:3]) + f"{more}\nMend them, or leave such rows out and have them counted: --skip_broken"
+            "\n".join(problems[:3])
+            + f"{more}\nCorrect them, or leave such rows out and have them counted: --skip_broken"
         )
     return rows, len(problems)
-
-
-def _values(path: Location) -> Iterator[tuple[str, Any]]:
-    """What a file holds, row by row, each with its place; a line of JSON as it stands there."""
-    with reading(path):
-        if suffix(path) == ".parquet":
-            yield from _parquet_rows(path)
-            return
-        with open_file(path) as file:
-            data = file.read().removeprefix(b"\xef\xbb\xbf")
-    if not data.lstrip().startswith(b"["):
-        if b"\n" in data.strip() and _is_one_object(data):
-            raise UserError(f"{path}: one JSON object over lines; expected a list of rows, or a row on each line.")
-        yield from ((f"line {i}", line) for i, line in enumerate(data.split(b"\n"), 1) if line.strip())
-        return
-    try:
-        yield from ((f"row {i}", values) for i, values in enumerate(json.loads(data.decode("utf-8")), 1))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); expected a list of objects.") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise UserError(f"{path}: can't be read as JSON ({error}); expected a list of objects.") from None
-
-
-def _is_one_object(data: bytes) -> bool:
-    try:
-        return isinstance(json.loads(data), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _parquet_rows(path: Location) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_file(path) as file:
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches()
-            values = (values for batch in batches for values in batch.to_pylist())
-            yield from ((f"row {i}", row) for i, row in enumerate(values, 1))
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); get the file anew."
-        ) from None
-
-
-# --- one row ---
-
-
-def conversation_of(values: Any) -> Row:
-    """A conversation from a row in any of the forms; ``bytes`` are a line of JSON.
-
-    Raises:
-        ValueError: it holds none, and what was found instead.
-    """
-    if isinstance(values, bytes):
-        try:
-            values = json.loads(values.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"byte 0x{values[error.start]:02x} at column {error.start + 1} is not UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON ({error.msg} at column {error.colno}); expected an object on a line") from None
-        except RecursionError:
-            raise ValueError("JSON nested too deeply; expected an object with texts in it") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{type(values).__name__} where an object was expected")
-    messages = [message for message in _messages(values) if message["content"] or message["role"] != "system"]
-    if not messages:
-        raise ValueError("no messages")
-    if problem := problem_with(messages, last="assistant"):
-        raise ValueError(problem)
-    for number, message in enumerate(messages, 1):
-        if not message["content"]:
-            raise ValueError(f"message {number}, the {message['role']}'s, is empty")
-    unwrapped = 0
-    for message in messages:
-        if message["role"] == "user" and (inside := unwrap(message["content"])):
-            message["content"], unwrapped = inside, unwrapped + 1
-    return Row(messages, unwrapped=unwrapped)
-
-
-def _messages(values: dict[str, Any]) -> list[Message]:
-    """The messages of a row, as they stand there."""
-    if isinstance(values.get("messages"), list):
-        return [_message(entry, "role", "content") for entry in values["messages"]]
-    if isinstance(values.get("conversations"), list):
-        return [_message(entry, "from", "value") for entry in values["conversations"]]
-    for instruction, more, answer in PAIRS:
-        if instruction in values and answer in values:
-            asked = _text(values[instruction], instruction)
-            if more and (given := _text(values.get(more), more)):
-                asked = f"{asked}\n\n{given}"
-            return _turn(asked, _text(values[answer], answer))
-    raise ValueError(f"the fields {', '.join(map(repr, values)) or '(none)'}; {FORMS}")
-
-
-def _turn(asked: str, answer: str) -> list[Message]:
-    return [Message(role="user", content=asked), Message(role="assistant", content=answer)]
-
-
-def _message(entry: Any, role: str, content: str) -> Message:
-    if not isinstance(entry, dict) or not {role, content} <= entry.keys():
-        raise ValueError(
-            f"a message {json.dumps(entry, default=str)[:80]}; expected an object with {role!r} and {content!r}"
-        )
-    if str(entry[role]) not in SHAREGPT_ROLES:
-        raise ValueError(f"a message of {entry[role]!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
-    return Message(role=SHAREGPT_ROLES[entry[role]], content=_text(entry[content], content))  # type: ignore[typeddict-item]
-
-
-def _text(value: Any, field: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(str(part.get("text", "")) for part in value)  # a chat API's parts
-    if not isinstance(value, str):
-        raise ValueError(f"expected text in {field!r}, found {type(value).__name__}")
-    return clean(writable(value))
-
-
-def unwrap(prompt: str) -> str | None:
-    """The instruction in a prompt that stands in a template of LitGPT's, Alpaca's above all; None where it doesn't.
-
-    Left in, the model would be asked in two templates, one inside the other, and chat would ask in one.
-    """
-    for before, after in _templates():
-        if len(prompt) > len(before) + len(after) and prompt.startswith(before) and prompt.endswith(after):
-            asked, _, given = prompt[len(before) : -len(after)].partition(ALPACA_INPUT)
-            return f"{asked.strip()}\n\n{given.strip()}".strip() or None
-    return None
-
-
-ALPACA_INPUT = "\n\n### Input:\n"
-
-
-@cache
-def _templates() -> list[tuple[str, str]]:
-    """What stands before and after a prompt, of the styles that have both; the longest first."""
-    found = set()
-    for style in prompt_styles.values():
-        before, _, after = style().apply("PROMPT").partition("PROMPT")
-        if before.strip() and after.strip():
-            found.add((before.strip(), after.strip()))
-    return sorted(found, key=lambda ends: (-len(ends[0]), ends))
 
 
 # --- reading it ---
@@ -514,7 +413,8 @@ def read(data_dir: Path) -> Instructions:
         values = read_sealed(data_dir / MANIFEST)
         splits = {name: Split(n["conversations"], FileRecord(**n["file"])) for name, n in values["splits"].items()}
         records = tuple(FileRecord(**entry) for entry in values["source_files"])
-        found = Instructions(**{**values, "splits": splits, "source_files": records})
+        unused = tuple(values.get("unused_fields", ()))
+        found = Instructions(**{**values, "splits": splits, "source_files": records, "unused_fields": unused})
     except FileNotFoundError:
         state = f"holds no {MANIFEST}" if data_dir.is_dir() else "does not exist"
         raise UserError(f"{data_dir} {state}; expected prepared instructions: {command}` makes them.") from None
@@ -522,7 +422,7 @@ def read(data_dir: Path) -> Instructions:
         raise UserError(
             f"{data_dir / MANIFEST} cannot be read ({error}); {command} --overwrite` makes it anew."
         ) from None
-    if found.format != FORMAT:
+    if found.format not in (1, FORMAT):
         raise UserError(
             f"{data_dir} was made in format {found.format}, expected {FORMAT}; {command} --overwrite` makes it anew."
         )

@@ -1,7 +1,9 @@
 """From rows of any form to two files of conversations: nothing lost unsaid, no prompt in both, nothing done twice."""
 
+import gzip
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,19 +14,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from litgpt import PromptStyle, Tokenizer
 from litgpt.prompts import Alpaca, prompt_styles
 
 from recipe.cli import UserError
 from recipe.data import instructions
+from recipe.data.conversations import encode_conversation
+from recipe.data.instruction_rows import conversation_of, rows_of, unwrap
 from recipe.data.instructions import (
     InstructArgs,
     Instructions,
-    conversation_of,
     conversations,
     instructions_fingerprint,
     prepare_instructions,
-    unwrap,
 )
+from recipe.sealed import read_sealed, write_sealed
 from tests.data.hub_server import serve
 from tests.data.test_prepare import ROOT, state
 
@@ -62,7 +66,7 @@ def both(data_dir: Path) -> list[list[dict[str, str]]]:
         ({"instruction": "Say hello.", "output": "Hello.", "text": "..."}, turn("Say hello.", "Hello.")),
         ({"instruction": "Who?", "context": "Mia left.", "response": "Mia."}, turn("Who?\n\nMia left.", "Mia.")),
         ({"prompt": "Who?", "response": "Mia."}, turn("Who?", "Mia.")),
-        ({"prompt": " Who?\r\n", "completion": " Mia.\n"}, turn("Who?", "Mia.")),
+        ({"prompt": " Who?\r\n", "completion": " Mia.\n"}, turn(" Who?\n", " Mia.\n")),
         ({"question": "Who?", "answer": "Mia \ud83d."}, turn("Who?", "Mia \ufffd.")),
         ({"messages": turn("Who?", "Mia."), "prompt": "Who?", "response": "?"}, turn("Who?", "Mia.")),
         (
@@ -89,7 +93,8 @@ def test_each_form_is_found_by_itself(row: dict[str, Any], expected: list[dict[s
 BROKEN = {
     "not JSON": (b'{"prompt": "Who?"', "not JSON (Expecting ',' delimiter at column 18); expected an object on a line"),
     "not UTF-8": (b'{"prompt": "\xff"}', "byte 0xff at column 13 is not UTF-8"),
-    "no object": (b"[1]", "list where an object was expected"),
+    "no object": (b"1", "a number where an object was expected"),
+    "no messages in a list": (b"[1]", "a message 1; expected an object with 'role' and 'content'"),
     "no known fields": ({"text": "Who?", "id": 1}, "the fields 'text', 'id'; expected {\"messages\""),
     "nothing": ({}, "the fields (none)"),
     "no text": ({"prompt": ["Who?"], "response": "Mia."}, "expected text in 'prompt', found list"),
@@ -102,7 +107,11 @@ BROKEN = {
     ),
     "no end": ({"messages": turn("Who?", "Mia.")[:1]}, "it does not end with a message of the assistant"),
     "no message": ({"messages": []}, "no messages"),
-    "a tool": ({"messages": [{"role": "tool", "content": "1"}]}, "a message of 'tool'; expected one of system"),
+    "a tool": ({"messages": [{"role": "tool", "content": "1"}]}, "a message of 'tool': tool calls are not supported"),
+    "no role": (
+        {"messages": [{"role": "narrator", "content": "1"}]},
+        "a message of 'narrator'; expected one of system",
+    ),
     "half a message": ({"conversations": [{"from": "human"}]}, 'a message {"from": "human"}; expected an object with'),
     "message of parts": ({"messages": [{"role": "user", "content": [1]}]}, "expected text in 'content', found list"),
 }
@@ -147,9 +156,9 @@ def test_a_list_lines_and_parquet_are_the_same(tmp_path: Path) -> None:
     ("name", "data", "message"),
     [
         ("a.json", b'[{"prompt": 1},\n\n{]', "a.json, line 3: not JSON"),
-        ("a.json", b'[\n"\xff"]', "a.json, line 2: byte 0xff is not UTF-8"),
+        ("a.json", b'[\n"\xff"]', "a.json, row 1: byte 0xff is not UTF-8"),
         ("a.parquet", b"PAR1 not", "a.parquet cannot be read as parquet"),
-        ("a.txt", b"Who?", "expected a .json, .jsonl, .parquet file"),
+        ("a.txt", b"Who?", "expected a .json, .jsonl, .parquet, .csv, .tsv file"),
         ("a.jsonl", b"", "no conversation for train among 0"),
     ],
 )
@@ -168,6 +177,219 @@ def test_a_name_of_nothing(tmp_path: Path) -> None:
         prepare("stories", tmp_path / "data", val_fraction=1.5)
 
 
+MIA, SYSTEM = turn("Who?", "Mia."), {"role": "system", "content": "Be kind."}
+HERMES = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Mia."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "unused"),
+    [
+        ({"instruction": "Who?", "output": "Mia.", "history": [["Hi", "Yes?"]]}, turn("Hi", "Yes?") + MIA, ""),
+        ({"instruction": "Who?", "output": "Mia.", "history": [], "system": "Be kind."}, [SYSTEM, *MIA], ""),
+        ({"instruction": "Who?", "input": "<noinput>", "output": "Mia."}, MIA, ""),
+        ({"instruction": "", "input": "Who?", "output": "Mia."}, MIA, ""),
+        ({"system_prompt": "Be kind.", "question": "Who?", "response": "Mia.", "id": 1}, [SYSTEM, *MIA], "id"),
+        ({"context": "Mia left.", "question": "Who?", "answer": "Mia."}, turn("Who?\n\nMia left.", "Mia."), ""),
+        ({"question": "Who?", "answers": {"text": ["Mia.", "Mia"]}}, MIA, "answers after the first"),
+        ({"query": "Who?", "response": "Mia.", "original_question": "Who"}, MIA, "original_question"),
+        ({"prompt": "Who?", "text": "Mia.", "audience": "all"}, MIA, "audience"),
+        ({"Question": "Who?", "Answer": "Mia."}, MIA, ""),
+        ({"prompt": MIA[:1], "completion": MIA[1:]}, MIA, ""),
+        ({"messages": None, "prompt": "Who?", "response": "Mia."}, MIA, ""),
+        ({"conversations": MIA}, MIA, ""),
+        ({"messages": HERMES}, MIA, ""),
+        ({"conversation": MIA, "language": "English"}, MIA, "language"),
+        ({"conversation": [{"input": "Who?", "output": "Mia."}]}, MIA, ""),
+        ({"conversations": ["Who?", "Mia."]}, MIA, ""),
+        ({"conversations": HERMES, "system": "Be kind.", "tools": "[]"}, [SYSTEM, *MIA], ""),
+        ({"messages": [SYSTEM, *MIA], "system": " Be kind.\n"}, [SYSTEM, *MIA], ""),
+        (
+            {"messages": [{**SYSTEM, "role": "developer"}, {**MIA[0], "name": "Tom"}, MIA[1]]},
+            [SYSTEM, *MIA],
+            "messages[].name",
+        ),
+        ({"messages": [{**MIA[0], "role": "Human"}, {**MIA[1], "role": "bot", "weight": 1.0}]}, MIA, ""),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "value": "Who?"}]}, MIA[1]]}, MIA, ""),
+        ([SYSTEM, *MIA], [SYSTEM, *MIA], ""),
+        (MIA, MIA, ""),
+    ],
+)
+def test_fields_beside_the_turns_are_read(row: Any, expected: list[dict[str, str]], unused: str) -> None:
+    found = conversation_of(json.dumps(row).encode())
+    assert found.messages == expected
+    assert ", ".join(found.unused) == unused
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": MIA, "tools": [{"name": "f"}]}, "the field 'tools': tool calls are not supported"),
+        ({"messages": [MIA[0], {"role": "assistant", "tool_calls": [{}]}]}, "message 2 has 'tool_calls'"),
+        ({"conversations": [HERMES[0], {"from": "observation", "value": "1"}]}, "'observation': tool calls"),
+        ({"chosen": "Human: Who?", "rejected": "Human: Who?"}, "'chosen': preference data is not supported"),
+        ({"image": "mia.jpg", "conversations": HERMES}, "'image': only text is supported"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, MIA[1]]},
+            "message 1 has a part of the type 'image_url'; only text is supported",
+        ),
+        ({"messages": [MIA[0], {**MIA[1], "weight": 0}]}, "message 2 has 'weight' 0; every answer is trained on"),
+        ({"system": "Be kind.", "messages": [{**SYSTEM, "content": "Be rude."}, *MIA]}, "different system messages"),
+        ({"system": "Be kind.", "conversations": HERMES[1:]}, "message 1 is the assistant's, expected user's"),
+        ({"instruction": "Who?", "output": "Mia.", "history": [["Hi"]]}, "in 'history': "),
+        ({"text": "Who?", "role": "prompter", "message_id": "1"}, "a single message; expected all messages"),
+        ({"messages": 5}, "expected a list of messages in 'messages', found a number"),
+        ({"question": "Who?", "answer": 42}, "expected text in 'answer', found a number"),
+        (None, "null where an object was expected"),
+    ],
+)
+def test_what_has_no_meaning_here_is_refused_by_name(row: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        conversation_of(json.dumps(row).encode())
+
+
+def test_unused_fields_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "id": i, "topic": "sums", "note": None} for i, row in enumerate(pairs(40))]
+    found = prepare(jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "data")
+    assert found.unused_fields == ("id", "topic") and instructions.read(tmp_path / "data") == found
+    assert "Fields not used: id, topic." in capsys.readouterr().out
+
+
+def test_white_space_of_texts_is_kept(tmp_path: Path, tokenizer_dir: Path) -> None:
+    code = [turn(f"def f(x):  # {i}\n", f"    y = x + {i}\n    return y\n") for i in range(40)]
+    rows = [{"prompt": asked["content"], "completion": answer["content"]} for asked, answer in code]
+    prepare(jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "data")
+    assert sorted(both(tmp_path / "data"), key=str) == sorted(code, key=str)
+    tokenizer = Tokenizer(tokenizer_dir)
+    encoded = encode_conversation(code[0], tokenizer, PromptStyle.from_name("phi-2"))
+    text = tokenizer.processor.decode(encoded.input_ids)
+    assert text == f"Instruct: {code[0][0]['content']}\nOutput:{code[0][1]['content']}"
+
+
+def test_white_space_does_not_split_a_prompt(tmp_path: Path) -> None:
+    """The same question with and without it would be in both splits."""
+    rows = [
+        {"prompt": f"{row['prompt']}{end}", "response": f"{row['response']}{end}"}
+        for row in pairs(60)
+        for end in ("", "\n")
+    ]
+    found = prepare(jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "data")
+    train, val = ({one[0]["content"].strip() for one in conversations(tmp_path / "data", s)} for s in ("train", "val"))
+    assert not train & val and len(both(tmp_path / "data")) == 120 and found.duplicates == 0
+
+
+def test_a_folder_of_the_older_format_is_read(tmp_path: Path) -> None:
+    source, data = jsonl(tmp_path / "rows.jsonl", pairs(50)), tmp_path / "data"
+    prepare(source, data)
+    values = read_sealed(data / "instructions.json")
+    del values["unused_fields"]
+    write_sealed(data / "instructions.json", {**values, "format": 1})
+    assert instructions_fingerprint(data)
+    with pytest.raises(UserError, match=r"older version, which cut off white space.*--overwrite"):
+        prepare(source, data)
+    assert prepare(source, data, overwrite=True).format == 2
+
+
+# --- files ---
+
+
+def places(path: Path) -> list[str]:
+    """What each row of a file is: its place, and why it is none."""
+    found = []
+    for place, values in rows_of(path):
+        try:
+            assert conversation_of(values).messages[-1]["content"] == "Mia é."
+            found.append(place)
+        except ValueError as error:
+            found.append(f"{place}: {error}")
+    return found
+
+
+ROW = '{"prompt": "Who?", "response": "Mia é."}'
+CHAT = '[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Mia é."}]'
+LONG = f'{{"prompt": "Who?", "response": "Mia é.", "id": {"9" * 5000}}}'
+DEEP = f'{{"prompt": "Who?", "response": "Mia é.", "id": {"[" * 200_000 + "]" * 200_000}}}'
+GOOD_FILES = {
+    "lines of lists.jsonl": f"{CHAT}\n{CHAT}\n",
+    "list of lists.json": f"[{CHAT},\n{CHAT}]",
+    "two pairs.json": '[["Who?", "Mia é."], ["Who?", "Mia é."]]',
+    "data.json": f'{{"version": 2, "data": [{ROW}, {ROW}]}}',
+    "train.json": f'{{"train": [\n{CHAT},\n{CHAT}\n]}}',
+    "windows.jsonl": f"\ufeff{ROW}\r\n{ROW}\r\n",
+    "utf-16.jsonl": f"{ROW}\n{ROW}".encode("utf-16"),
+    "utf-16.csv": "prompt,response\r\nWho?,Mia é.\r\nWho?,Mia é.\r\n".encode("utf-16"),
+    "rows.tsv": "id\tprompt\tresponse\n1\tWho?\tMia é.\n2\tWho?\tMia é.",
+    "rows.CSV.gz": gzip.compress('prompt,response\n"Who?","Mia é."\n\nWho?,Mia é.\n'.encode()),
+    "rows.jsonl.gz": gzip.compress(f"{ROW}\n{ROW}\n".encode()),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_FILES)
+def test_files_of_many_kinds(tmp_path: Path, name: str) -> None:
+    data = GOOD_FILES[name]
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    found = places(tmp_path / name)
+    assert len(found) == 2 and not any(":" in place for place in found)
+
+
+def test_one_conversation_as_a_list_is_one_row(tmp_path: Path) -> None:
+    for name, text in (("a.jsonl", CHAT), ("b.json", json.dumps(json.loads(CHAT), indent=1)), ("c.json", "[]")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert [places(tmp_path / name) for name in ("a.jsonl", "b.json", "c.json")] == [["line 1"], ["line 1"], []]
+
+
+BROKEN_ROWS = {
+    "long number on a line": ("a.jsonl", f"{ROW}\n{LONG}\n{ROW}", "line 2: a number that can't be read"),
+    "deep line": ("a.jsonl", f"{ROW}\n{DEEP}\n{ROW}", "line 2: JSON nested too deeply"),
+    "long number in a list": ("a.json", f"[{ROW},\n{LONG}, {ROW}]", "row 2: a number that can't be read"),
+    "deep in a list": ("a.json", f"[{ROW},\n{DEEP}, {ROW}]", "row 2: JSON nested too deeply"),
+    "Latin-1 in a list": ("a.json", f'[{ROW},["\udce9"],{ROW}]', "row 2: byte 0xe9 is not UTF-8"),
+    "half a conversation": ("a.jsonl", f"{CHAT}\n{CHAT[:40]}\n{CHAT}", "line 2: not JSON"),
+    "NaN": (
+        "a.jsonl",
+        f'{ROW}\n{{"prompt": "?", "response": NaN}}\n{ROW}',
+        "line 2: message 2, the assistant's, is empty",
+    ),
+    "missing cell": ("a.csv", "prompt,response\n?,Mia é.\n?\n?,Mia é.", "row 2: 1 cells, but the header has 2"),
+    "Latin-1 in a cell": ("a.csv", "prompt,response\n?,Mia é.\n?,\udce9\n?,Mia é.", "row 2: byte 0xe9 is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ROWS)
+def test_an_unreadable_row_ends_no_others(tmp_path: Path, case: str) -> None:
+    name, text, reason = BROKEN_ROWS[case]
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    first, broken, last = places(tmp_path / name)
+    assert broken.startswith(reason) and ":" not in first + last
+
+
+def test_a_parquet_row_that_is_not_utf8(tmp_path: Path) -> None:
+    data = pa.array([b"Who?", b"caf\xe9", b"Who?"])
+    prompts = pa.Array.from_buffers(pa.string(), 3, data.buffers())
+    pq.write_table(pa.table({"prompt": prompts, "response": ["Mia é."] * 3}), tmp_path / "rows.parquet")
+    broken = "row 2: byte 0xe9 in the column 'prompt' is not UTF-8"
+    assert places(tmp_path / "rows.parquet") == ["row 1", broken, "row 3"]
+
+
+BROKEN_FILES = {
+    "cut list": ("a.json", f"[\n{ROW},\n{ROW}".encode(), "line 3: not JSON"),
+    "two lists": ("a.json", f'{{"train": [{ROW}], "test": [{ROW}]}}'.encode(), "several lists ('train', 'test')"),
+    "objects over lines": ("a.json", (ROW.replace(",", ",\n") + "\n").encode() * 2, "JSON objects over several lines"),
+    "cut UTF-16": ("a.jsonl", ROW.encode("utf-16")[:-1], "is broken UTF-16 text"),
+    "open quote": ("a.csv", b'prompt,response\nWho?,"Mia\nWho?,Mia\n', "a quote opens after row 0 and never closes"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(ROW.encode())[:-9], "can't be decompressed"),
+    "empty parquet": ("a.parquet", b"", "cannot be read as parquet"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FILES)
+def test_an_unreadable_file_is_named(tmp_path: Path, case: str) -> None:
+    name, data, reason = BROKEN_FILES[case]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(reason)) as raised:
+        places(tmp_path / name)
+    assert str(raised.value).startswith(str(tmp_path / name))
+
+
 # --- templates ---
 
 
@@ -181,9 +403,9 @@ def test_a_prompt_comes_out_of_any_template_with_two_ends(name: str) -> None:
 def test_a_prompt_comes_out_of_alpacas_template() -> None:
     """As the rows of dolly_hhrlhf carry it: tuned on so, the model would be asked in two templates at once."""
     row = {"prompt": Alpaca().apply("what is fish oil?"), "response": "Oil."}
-    assert conversation_of(row) == (turn("what is fish oil?", "Oil."), None, 1)
+    assert conversation_of(row) == (turn("what is fish oil?", "Oil."), None, 1, ())
     row = {"prompt": Alpaca().apply("Add.", input="1 and 2"), "response": "3"}
-    assert conversation_of(row) == (turn("Add.\n\n1 and 2", "3"), None, 1)
+    assert conversation_of(row) == (turn("Add.\n\n1 and 2", "3"), None, 1, ())
 
 
 def test_words_of_a_template_inside_a_prompt_stay() -> None:
@@ -243,6 +465,53 @@ def test_a_folder_of_other_files_is_split(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"val\.jsonl is there, but no train\.jsonl"):
         prepare(tmp_path / "other", tmp_path / "data", overwrite=True)
     assert len(both(tmp_path / "data")) == 60
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "dev.jsonl", "test.jsonl"),
+        ("TRAIN/a.jsonl", "Valid/b.jsonl", "Test/c.jsonl"),
+        ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("my_train.jsonl", "my_val.jsonl", "my_test.jsonl"),
+    ],
+)
+def test_test_files_are_left_out(tmp_path: Path, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    for start, name in zip((0, 100, 200), names, strict=True):
+        jsonl(tmp_path / "in" / name, pairs(50, start))
+    found = prepare(tmp_path / "in", tmp_path / "data")
+    train, val = (conversations(tmp_path / "data", split) for split in ("train", "val"))
+    assert [one[0]["content"] for one in train] == [row["prompt"] for row in pairs(50)]
+    assert [one[0]["content"] for one in val] == [row["prompt"] for row in pairs(50, 100)]
+    assert found.val_fraction is None
+    assert f"Left out, since they are test data: {names[2]} (1 of the files)." in capsys.readouterr().out
+
+
+def test_test_files_beside_others_are_left_out(tmp_path: Path) -> None:
+    jsonl(tmp_path / "in/alpaca.jsonl", pairs(50))
+    jsonl(tmp_path / "in/test.jsonl", pairs(50, 100))
+    found = prepare(tmp_path / "in", tmp_path / "data")
+    assert len(both(tmp_path / "data")) == 50 and found.val_fraction == 0.1
+    prepare(tmp_path / "in/test.jsonl", tmp_path / "named")  # asked for by name
+    assert len(both(tmp_path / "named")) == 50
+    os.remove(tmp_path / "in/alpaca.jsonl")
+    with pytest.raises(UserError, match=r"file to train on in that folder\.\nLeft out.*test\.jsonl"):
+        prepare(tmp_path / "in", tmp_path / "data", overwrite=True)
+
+
+def test_files_of_other_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, data in (("README.md", b"Rows."), ("dataset_info.json", b"{}"), (".DS_Store", b"\0"), ("x/a.arrow", b"")):
+        (tmp_path / "in/x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    with pytest.raises(UserError, match=r"expected a \.json.* file to train on.*\nNot read.*README\.md"):
+        prepare(tmp_path / "in", tmp_path / "in/data")
+    jsonl(tmp_path / "in/x/rows.jsonl", pairs(30))
+    (tmp_path / "in/more.csv").write_text("prompt,response\nWho?,Mia.\n")
+    for _ in range(2):  # what was prepared there is no source
+        prepare(tmp_path / "in", tmp_path / "in/data")
+        others = "README.md, dataset_info.json, x/a.arrow (3 of the files)."
+        assert f"Not read, since they are files of other kinds: {others}" in capsys.readouterr().out
+    assert len(both(tmp_path / "in/data")) == 31
 
 
 def test_too_few_to_hold_any_out(tmp_path: Path) -> None:
