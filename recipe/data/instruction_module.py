@@ -52,6 +52,8 @@ class Counts:
     """Longer than the context: their end is left out"""
     left_out: int = 0
     """Whose answer would begin beyond the context"""
+    prompts: tuple[int, int] = (0, 0)
+    """The fewest and the most tokens before the first answer of those"""
 
 
 class EncodedConversations(Dataset[EncodedConversation]):
@@ -61,16 +63,18 @@ class EncodedConversations(Dataset[EncodedConversation]):
         self.counts = Counts()
         ids, marks = [torch.empty(0, dtype=torch.int32)], [torch.empty(0, dtype=torch.bool)]
         size = max_seq_length + 1 if max_seq_length > 0 else None  # the last token is a target only
+        prompts = []
         for conversation in encoded:
             is_answer = conversation.is_answer[:size]
             if not any(is_answer):
-                self.counts.left_out += 1
+                prompts.append(conversation.is_answer.index(True))
                 continue
             self.counts.cut += len(is_answer) < len(conversation.is_answer)
             ids.append(torch.tensor(conversation.input_ids[:size], dtype=torch.int32))
             marks.append(torch.tensor(is_answer))
         self._ids, self._is_answer = torch.cat(ids), torch.cat(marks)
         self._ends = torch.tensor([len(found) for found in ids]).cumsum(0).tolist()
+        self.counts.left_out, self.counts.prompts = len(prompts), (min(prompts, default=0), max(prompts, default=0))
         self.counts.conversations = len(self)
         self.counts.tokens, self.counts.answer_tokens = len(self._ids), int(self._is_answer.sum())
 
@@ -94,6 +98,19 @@ def collate(conversations: list[tuple[Tensor, Tensor]], pad_id: int, max_seq_len
         input_ids[row, : lengths[row]] = ids[:-1]
         targets[row, : lengths[row]] = ids[1:].masked_fill(~is_answer[1:], IGNORED)
     return Conversations(input_ids, targets, lengths)
+
+
+def longer_context(context: int, block_size: int | None = None) -> str:
+    """What to do where conversations do not fit a context.
+
+    Args:
+        context: in tokens.
+        block_size: the longest context that the model can read.
+    """
+    if block_size is not None and context >= block_size:
+        return "The model can read no more: give shorter conversations, or a checkpoint with a longer context."
+    most = "" if block_size is None else f" (the model can read {block_size:,} tokens)"
+    return f"Give a longer --max_seq_length{most}, or shorter conversations."
 
 
 @dataclass
@@ -212,10 +229,20 @@ class InstructionData(DataModule):
         needed = world_size if seed is None else world_size * self.batch_size
         if len(encoded) < needed:
             devices = f"micro batch {self.batch_size} on {world_size} device{'s' if world_size > 1 else ''}"
-            remedy = "or a larger --val_fraction" if split == "val" else "or a smaller micro batch"
+            left_out, (shortest, longest) = encoded.counts.left_out, encoded.counts.prompts
+            why = (
+                f": {shortest:,} to {longest:,} tokens come before their first answer, and the context has "
+                f"{self.max_seq_length:,}"
+            )
+            if len(encoded) + left_out >= needed:
+                remedy = longer_context(self.max_seq_length)
+            elif split == "val":
+                remedy = "Give more conversations, or a larger --val_fraction."
+            else:
+                remedy = "Give more conversations, or a smaller micro batch."
             raise UserError(
-                f"{self.data_dir}: {split} has {len(encoded)} conversations that fit ({encoded.counts.left_out} do "
-                f"not); expected {needed} or more ({devices}). Give more conversations, {remedy}."
+                f"{self.data_dir}: {split} has {len(encoded)} conversations that fit ({left_out} do "
+                f"not{why if left_out else ''}); expected {needed} or more ({devices}). {remedy}"
             )
         batches = MicroBatches(
             len(encoded), self.batch_size, seed=seed, rank=rank, world_size=world_size, keep_all=seed is None

@@ -9,13 +9,14 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-from recipe.cli import UserError, nearest
+from recipe.cli import UserError, harmless, nearest
 from recipe.data import manifest
 from recipe.data.conversations import Message
 from recipe.data.corpora import HUB_NAME, HubDataset
@@ -140,7 +141,7 @@ def _summary(found: Instructions) -> str:
         + [f"{number:,} {why} are left out." for why, number in left_out.items() if number]
         + [f"{found.unwrapped:,} prompts were taken out of a template; the tuning's own goes around them."]
         * bool(found.unwrapped)
-        + [f"Fields not used: {_some(found.unused_fields)}."] * bool(found.unused_fields)
+        + [f"Fields not used: {harmless(_some(found.unused_fields))}."] * bool(found.unused_fields)
     )
 
 
@@ -320,8 +321,9 @@ def _write(folder: Path, source: Source) -> Instructions:
     for split, found in kept.items():
         if not found:
             raise UserError(
-                f"--instruct {source.location}: no conversation for {split} among {sum(map(len, kept.values()))}; "
-                "give more, or another --val_fraction."
+                f"--instruct {source.location}: no conversation for {split} among {sum(map(len, kept.values()))}"
+                + (f" ({skipped:,} rows were left out)" if skipped else "")
+                + "; give more, or another --val_fraction."
             )
         path = folder / f"{split}.jsonl"
         with open(path, "w", encoding="utf-8", newline="\n") as file:
@@ -380,22 +382,24 @@ def _file_rows(source: Source) -> tuple[dict[str, list[Row]], int]:
         UserError: rows held none, and they are not to be skipped.
     """
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    problems = []
+    problems: list[tuple[str, str]] = []  # where, and the reason
     for split, files in source.files.items():
         for path in files:
             for place, values in rows_of(path):
                 try:
                     row = conversation_of(values)
                 except ValueError as error:
-                    problems.append(f"{path}, {place}: {error}")
+                    problems.append((f"{path}, {place}", str(error)))
                     continue
                 rows[split or split_of(_first_message(row), source.val_fraction or 0)].append(row)
     if problems and not source.skip_broken:
         more = f"\n... and {len(problems) - 3:,} rows more" if len(problems) > 3 else ""
         raise UserError(
-            "\n".join(problems[:3])
+            "\n".join(f"{place}: {reason}" for place, reason in problems[:3])
             + f"{more}\nCorrect them, or leave such rows out and have them counted: --skip_broken"
         )
+    for reason, number in Counter(reason for _, reason in problems).most_common(NAMED):
+        print(f"Left out, {number:,} row{'s' * (number > 1)}: {harmless(reason)}")
     return rows, len(problems)
 
 

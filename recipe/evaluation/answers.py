@@ -13,7 +13,7 @@ from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data import instructions
 from recipe.data.conversations import DEFAULT_STYLE, encode_conversation, is_tuned, load_prompt_style, prompt_style
-from recipe.data.instruction_module import IGNORED, EncodedConversations, collate
+from recipe.data.instruction_module import IGNORED, EncodedConversations, collate, longer_context
 from recipe.evaluation.common import Precision, as_table, load_model, with_progress
 from recipe.forward import hidden_states, logits_of
 
@@ -32,6 +32,8 @@ class AnswersEvaluation:
     """Those that the loss is the mean over"""
     cut: int
     """Conversations of the whole set that are longer than the context"""
+    left_out: int
+    """Conversations of the whole set whose first answer would begin beyond the context"""
     loss: float
     """Nats per answer token"""
     perplexity: float
@@ -90,7 +92,11 @@ def evaluate(
     messages = instructions.conversations(data_dir, "val")
     encoded = EncodedConversations((encode_conversation(each, tokenizer, style) for each in messages), context)
     if len(encoded) == 0:
-        raise UserError(f"no answer of {data_dir} begins within {context} tokens; choose a larger --max_seq_length.")
+        shortest, longest = encoded.counts.prompts
+        raise UserError(
+            f"no answer of {data_dir} begins within {context} tokens: {shortest:,} to {longest:,} come before the first"
+            f" ones. {longer_context(context)}"
+        )
     size = batch_size or 8
     starts = range(0, len(encoded), size)[:max_iters]
     batches = ([encoded[index] for index in range(len(encoded))[start : start + size]] for start in starts)
@@ -115,6 +121,7 @@ def evaluate(
         conversations=min(len(starts) * size, len(encoded)),
         answer_tokens=tokens,
         cut=encoded.counts.cut,
+        left_out=encoded.counts.left_out,
         loss=nats / tokens,
         perplexity=math.exp(min(nats / tokens, 700.0)),
         max_seq_length=context,
@@ -126,6 +133,8 @@ def evaluate(
 def table(result: AnswersEvaluation) -> Table:
     """The result for people."""
     cut = f"; {result.cut:,} of all are longer than {result.max_seq_length:,} tokens and cut" if result.cut else ""
+    if result.left_out:
+        cut += f"; {result.left_out:,} are left out, since their first answer would begin beyond that"
     return as_table(
         {
             "checkpoint": f"{result.checkpoint}, step {result.step:,}",

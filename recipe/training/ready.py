@@ -17,6 +17,7 @@ from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data import InstructionData, TokenizedText, conversations
 from recipe.data.conversations import Message
+from recipe.data.instruction_module import longer_context
 from recipe.data.instructions import conversations as read_conversations
 from recipe.data.manifest import SPLITS, manifest_path, tokenizer_fingerprint
 from recipe.data.manifest import read as read_manifest
@@ -120,24 +121,37 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
 
 
 def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
-    """What the sample at each evaluation answers: ``sample.prompt``, or the first held-out question, in its style.
+    """What the sample at each evaluation answers: ``sample.prompt``, or the first held-out question that leaves room.
+
+    Returns:
+        The prompt in the run's style.
 
     Raises:
-        UserError: it leaves no room for an answer.
+        UserError: the prompt is too long, or all held-out ones are.
     """
     data = settings.data
     style = conversations.prompt_style(data.prompt_style)
-    messages = [Message(role="user", content=settings.sample.prompt or "")]
-    if settings.sample.prompt is None:
-        held_out = read_conversations(data.data_dir, "val")[0]
-        messages = list(takewhile(lambda message: message["role"] != "assistant", held_out))
     context = settings.train.max_seq_length or settings.model.block_size
-    if (length := len(conversations.encode_prompt(messages, tokenizer, style))) >= context:
+    if settings.sample.prompt is None:
+        held_out = read_conversations(data.data_dir, "val")
+        prompts = [list(takewhile(lambda message: message["role"] != "assistant", one)) for one in held_out]
+    else:
+        prompts = [[Message(role="user", content=settings.sample.prompt)]]
+    lengths = []
+    for messages in prompts:
+        lengths.append(len(conversations.encode_prompt(messages, tokenizer, style)))
+        if lengths[-1] < context:
+            return conversations.prompt_text(messages, style)
+    if settings.sample.prompt is not None:
         raise UserError(
-            f"the sample's prompt has {length} tokens, but the context has {context};"
+            f"the sample's prompt has {lengths[0]} tokens, but the context has {context};"
             " give a shorter one with --sample.prompt."
         )
-    return conversations.prompt_text(messages, style)
+    raise UserError(
+        f"none of the {len(lengths):,} held-out conversations of {data.data_dir} fits: {min(lengths):,} to"
+        f" {max(lengths):,} tokens come before their first answer, and the context has {context:,}."
+        f" {longer_context(context, settings.model.block_size)}"
+    )
 
 
 def prepare_data(settings: RunSettings) -> None:

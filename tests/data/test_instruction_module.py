@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from recipe.cli import UserError
 from recipe.data import InstructionData
-from recipe.data.conversations import DEFAULT_STYLE, encode_conversation, prompt_style
+from recipe.data.conversations import DEFAULT_STYLE, EncodedConversation, encode_conversation, prompt_style
 from recipe.data.instruction_module import Conversations
 from recipe.data.instructions import InstructArgs, conversations, prepare_instructions
 
@@ -68,9 +68,12 @@ def rows(batches: Iterable[Conversations]) -> list[tuple[int, ...]]:
 
 
 def encoded(folder: Path, split: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    return [tuple(one.input_ids[:-1]) for one in encoded_conversations(folder, split, tokenizer)]
+
+
+def encoded_conversations(folder: Path, split: str, tokenizer: Tokenizer) -> list[EncodedConversation]:
     style = prompt_style(DEFAULT_STYLE)
-    found = (encode_conversation(messages, tokenizer, style) for messages in conversations(folder, split))
-    return [tuple(one.input_ids[:-1]) for one in found]
+    return [encode_conversation(messages, tokenizer, style) for messages in conversations(folder, split)]
 
 
 # --- a micro batch ---
@@ -223,8 +226,14 @@ def test_too_few_conversations_are_told(prepared: Path, tokenizer: Tokenizer) ->
         UserError, match=r"train has 91 conversations .* expected 92 or more \(micro batch 92 on 1 device"
     ):
         module(prepared, tokenizer, batch_size=92).train_dataloader()
-    with pytest.raises(UserError, match=r"val has 0 conversations that fit \(30 do not\); expected 1 or more"):
-        module(prepared, tokenizer, max_seq_length=4).val_dataloader()
+    prompts = [one.is_answer.index(True) for one in encoded_conversations(prepared, "val", tokenizer)]
+    for split in ("val", "train"):
+        with pytest.raises(UserError) as raised:
+            getattr(module(prepared, tokenizer, max_seq_length=4), f"{split}_dataloader")()
+        assert f"{split} has 0 conversations that fit" in str(raised.value)
+        assert "context has 4); expected" in str(raised.value) and "--max_seq_length" in str(raised.value)
+        if split == "val":
+            assert f"(30 do not: {min(prompts)} to {max(prompts)} tokens come before" in str(raised.value)
 
 
 def test_a_folder_that_is_not_as_it_was_prepared(prepared: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Finetuning by the door's own path: what is learned, what is saved, that a resumed run is the uninterrupted one."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from litgpt.scripts.merge_lora import merge_lora
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.conversations import encode_conversation, load_prompt_style
-from recipe.data.instructions import conversations
+from recipe.data.instructions import InstructArgs, conversations, prepare_instructions
 from recipe.settings import parse_finetuning
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 from tests.training_fixtures import column
@@ -196,6 +197,29 @@ def test_another_style_is_not_resumed(tune):
 def test_a_mistake_gets_one_message(tune, flags, message):
     with pytest.raises(UserError, match=message):
         tune(*flags)
+
+
+def test_a_long_first_question_is_no_obstacle(tune, tmp_path):
+    """The sample answers the first held-out question that leaves room; where none does, the message is about them."""
+    short = [{"prompt": f"Where is {name}?", "response": "At the sea."} for name in ("Mia", "Tom", "Lily", "Ben")]
+    long = [{"prompt": f"Where is {row['prompt']}? " * 30, "response": "At the sea."} for row in short]
+
+    def tune_on(train, val, *flags):
+        for name, rows in (("train", train), ("val", val)):
+            (tmp_path / "in").mkdir(exist_ok=True)
+            (tmp_path / "in" / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+        prepare_instructions(InstructArgs(str(tmp_path / "in"), tmp_path / "data", overwrite=True))
+        flags = ("--data_dir", str(tmp_path / "data"), "--train.max_steps", "2", "--overwrite", "true", *flags)
+        return tune(*flags)
+
+    assert math.isfinite(column(tune_on(short[:3], [*long, short[3]]), "val_loss")[-1])
+    none_fits = r"none of the 4 held-out conversations of .* fits: \d+ to \d+ tokens come before their first answer"
+    with pytest.raises(UserError, match=f"{none_fits}, and the context has 48.*can read no more"):
+        tune_on(short, long)
+    with pytest.raises(UserError, match=f"{none_fits}, and the context has 40.*--max_seq_length.*read 48 tokens"):
+        tune_on(short, long, "--max_seq_length", "40")
+    with pytest.raises(UserError, match=r"train has 0 conversations that fit \(4 do not: .*--max_seq_length"):
+        tune_on(long, short)
 
 
 def test_the_settings_that_are_saved_run_again(tune, tmp_path):
