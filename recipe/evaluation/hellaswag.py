@@ -34,6 +34,7 @@ from torch import Tensor
 
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.data.documents import writable
 from recipe.data.files import in_short
 from recipe.data.tokenizers import text_ids
 from recipe.evaluation.common import Precision, as_table, load_model, with_progress
@@ -199,13 +200,17 @@ def preprocess(text: str) -> str:
 
 
 def _file_rows(path: Path) -> Iterable[tuple[str, Any]]:
+    data = path.read_bytes()
+    number = 0
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}, line {number:,}", json.loads(line)
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise UserError(f"{path} is no file of JSON lines ({in_short(error)}); {_EXPECTED}") from None
+        text = data.decode(json.detect_encoding(data))  # UTF-16 where a Windows shell wrote it
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{path}, line {number:,}", json.loads(line)
+    except (ValueError, RecursionError) as error:  # not text, not JSON, a number too long, lists in lists in lists
+        if isinstance(error, UnicodeDecodeError):
+            number = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is no file of JSON lines (line {number:,}: {in_short(error)}); {_EXPECTED}") from None
 
 
 def _hub_rows(source: str) -> Iterable[tuple[str, Any]]:
@@ -231,7 +236,18 @@ def _hub_rows(source: str) -> Iterable[tuple[str, Any]]:
             f"{source} is no file here and cannot be had from the Hugging Face Hub ({problem or in_short(error)});"
             f" {_EXPECTED}"
         ) from None
-    return ((f"{source}, row {number:,}", row) for number, row in enumerate(rows))
+    return _numbered_rows(source, rows)
+
+
+def _numbered_rows(source: str, rows: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    number = 0
+    try:
+        for number, row in enumerate(rows):
+            yield f"{source}, row {number:,}", row
+    except UserError:
+        raise
+    except Exception as error:  # of pyarrow, for a text that is not UTF-8
+        raise UserError(f"{source} can't be read after row {number:,} ({in_short(error)}); {_EXPECTED}") from None
 
 
 def _question(row: Any, place: str) -> Question:
@@ -246,7 +262,8 @@ def _question(row: Any, place: str) -> Question:
     if not all(isinstance(row[name], str) for name in _FIELDS[:3]):
         raise UserError(f"{place} has {', '.join(_FIELDS[:3])} that are no texts; {_EXPECTED}")
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return Question(preprocess(context), tuple(map(preprocess, endings)), int(label))
+    texts = [preprocess(writable(text)) for text in (context, *endings)]  # tokenizers take no half surrogate pair
+    return Question(texts[0], tuple(texts[1:]), int(label))
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
@@ -266,9 +283,11 @@ def encode(questions: Sequence[Question], tokenizer: Tokenizer, config: Config, 
         context, endings = encode_question(question, tokenizer)
         for text, ids in zip(question.endings, endings, strict=True):
             if not 1 <= len(ids) <= max_length:
+                longest = config.block_size
+                remedy = f" Give a longer --max-seq-length, up to {longest:,}." if len(ids) <= longest and ids else ""
                 raise UserError(
                     f"the ending {text!r} of HellaSwag's question {index + 1:,} has {len(ids):,} tokens; expected 1 to"
-                    f" {max_length:,}, the context. Give a longer --max-seq-length."
+                    f" {max_length:,}, the context.{remedy}"
                 )
         if (largest := max(map(max, [context, *endings]))) >= (config.padded_vocab_size or 0):
             raise UserError(

@@ -390,6 +390,16 @@ def test_an_unreadable_file_is_named(tmp_path: Path, case: str) -> None:
     assert str(raised.value).startswith(str(tmp_path / name))
 
 
+def test_rows_left_out_are_counted_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"messages": MIA, "tools": [{"name": "f"}]}] * 2 + [{"chosen": "a", "rejected": "b"}]
+    prepare(jsonl(tmp_path / "rows.jsonl", [*rows, *pairs(30)]), tmp_path / "data", skip_broken=True)
+    printed = capsys.readouterr().out
+    assert "Left out, 2 rows: the field 'tools': tool calls are not supported" in printed
+    assert "Left out, 1 row: the field 'chosen': preference data is not supported" in printed
+    with pytest.raises(UserError, match=r"no conversation for train among 0 \(3 rows were left out\)"):
+        prepare(jsonl(tmp_path / "none.jsonl", rows), tmp_path / "none", skip_broken=True)
+
+
 # --- templates ---
 
 

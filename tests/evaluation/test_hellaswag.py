@@ -141,6 +141,15 @@ def test_the_texts_are_lm_evals(file: Path, questions: list[Question]) -> None:
     assert read_questions(str(file), limit=3) == questions[:3]
 
 
+def test_utf16_and_half_surrogate_pairs_are_read(tmp_path: Path, questions: list[Question]) -> None:
+    rows = make_rows()
+    rows[3]["ctx_a"] = "a \ud83d"
+    lines = "\r\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "windows.jsonl").write_bytes(lines.encode("utf-16"))
+    found = read_questions(str(tmp_path / "windows.jsonl"))
+    assert found[:3] == questions[:3] and "a \ufffd" in found[3].context
+
+
 def test_texts_by_example() -> None:
     assert preprocess(" [header] How to bow [title] Stand. [step] Bend  down ") == " How to bow. Stand. Bend down"
     assert preprocess("[header]") == ""
@@ -166,7 +175,14 @@ def test_a_dataset_in_the_hubs_form(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("", "holds no questions"),
         ("\n\n", "holds no questions"),
         ("no JSON\n", "is no file of JSON lines"),
-        (b"\xff\xfe", "is no file of JSON lines"),
+        (b"\xff\xfe", "holds no questions"),  # the byte order mark of UTF-16
+        (b"\n\xff{", r"is no file of JSON lines \(line 2: UnicodeDecodeError"),
+        (f"{{}}\n{'9' * 5000}\n", "line 1 has no activity_label"),
+        (f'{{"label": {"9" * 5000}}}', r"is no file of JSON lines \(line 1: ValueError: Exceeds the limit"),
+        ("[" * 200_000, r"is no file of JSON lines \(line 1: RecursionError"),
+        ("null\n", "line 1 has no activity_label"),
+        ({"label": float("nan")}, "line 2 has label 'nan', expected 0 to 3"),
+        ({"label": [1]}, r"line 2 has label '\[1\]', expected 0 to 3"),
         ("[1, 2]\n", "line 1 has no activity_label, ctx_a, ctx_b, endings, label"),
         ({"endings": None}, "line 2 has other endings than 4 texts"),
         ({"endings": ["a", "b", "c"]}, "line 2 has other endings than 4 texts"),
@@ -268,8 +284,12 @@ def test_batches_hold_each_ending_once(
 
 
 def test_an_ending_that_does_not_fit(questions: list[Question], tokenizer: Tokenizer, fields: dict) -> None:
-    with pytest.raises(UserError, match=r"of HellaSwag's question \d+ has \d+ tokens; expected 1 to 8, the context"):
+    with pytest.raises(
+        UserError, match=r"of HellaSwag's question \d+ has \d+ tokens; expected 1 to 8, the context.* up to 128\."
+    ):
         encode(questions, tokenizer, Config(**fields), 8)
+    with pytest.raises(UserError, match=r"expected 1 to 8, the context\.$"):  # no flag makes room
+        encode(questions, tokenizer, Config(**fields | {"block_size": 8}), 8)
 
 
 def test_a_vocabulary_too_small(questions: list[Question], tokenizer: Tokenizer, fields: dict) -> None:
