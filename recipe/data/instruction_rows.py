@@ -575,7 +575,7 @@ def _as_list(value: Any, field: str) -> list[Any]:
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = _parse(value.encode("utf-8", "replace"))
+            value = _parse(writable(value).encode())
         except ValueError as error:
             raise ValueError(f"in {field!r}: {error}") from None
     if not isinstance(value, list):

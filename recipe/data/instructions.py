@@ -38,8 +38,9 @@ STORY_INSTRUCTIONS = 6000  # 1.1 million tokens to train on: an epoch takes two 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+"""Words in the names of files and folders, as the datasets library has them"""
 NO_ROWS = (MANIFEST, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that describe a data set"""
 NAMED = 5  # files or fields that a message names at most
@@ -221,6 +222,8 @@ def _source_files(path: Path, data_dir: Path) -> tuple[dict[str | None, list[Loc
 
     train, val, test, rest = found["train"], found["val"], found["test"], found[None]
     notes = []
+    if val:
+        notes.append(f"Held out, as validation data: {named(val)} ({len(val):,} of the files).")
     if test:
         notes.append(f"Left out, since they are test data: {named(test)} ({len(test):,} of the files).")
     if others:
@@ -253,7 +256,7 @@ def _files_below(folder: Path, data_dir: Path) -> list[Path]:
 
 
 def _split_named(file: Path) -> str | None:
-    """The split that a file's name or its folder's has as a word, in any letter case, as the Hub's client finds it."""
+    """The split that the name of a file, or of a folder above it, has as a word, in any letter case."""
     words = (word for part in file.parts for word in re.split(r"[^a-z]+", part.lower()))
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
@@ -280,10 +283,10 @@ def _differences(lying: Instructions, source: Source) -> list[str]:
         "val_fraction": (lying.val_fraction, source.val_fraction),
         "skip_broken": (lying.skip_broken, source.skip_broken),
     }
-    if lying.format != FORMAT and source.name != STORIES:  # no story has white space at its ends
-        return ["by an older version, which cut off white space at the ends of texts"]
     if reasons := [f"{name} {old!r} became {new!r}" for name, (old, new) in settings.items() if old != new]:
         return reasons
+    if lying.format != FORMAT and source.name != STORIES:  # no story has white space at its ends
+        return ["by an older version, which cut off white space at the ends of texts"]
     return manifest.changed_files(lying.source_files, source.records)
 
 

@@ -95,7 +95,7 @@ def evaluate(
         shortest, longest = encoded.counts.prompts
         raise UserError(
             f"no answer of {data_dir} begins within {context} tokens: {shortest:,} to {longest:,} come before the first"
-            f" ones. {longer_context(context)}"
+            f" ones. {longer_context(context, checkpoints.load_config(folder).block_size)}"
         )
     size = batch_size or 8
     starts = range(0, len(encoded), size)[:max_iters]
@@ -134,7 +134,7 @@ def table(result: AnswersEvaluation) -> Table:
     """The result for people."""
     cut = f"; {result.cut:,} of all are longer than {result.max_seq_length:,} tokens and cut" if result.cut else ""
     if result.left_out:
-        cut += f"; {result.left_out:,} are left out, since their first answer would begin beyond that"
+        cut += f"; {result.left_out:,} of all left out: their first {result.max_seq_length:,} tokens hold no answer"
     return as_table(
         {
             "checkpoint": f"{result.checkpoint}, step {result.step:,}",

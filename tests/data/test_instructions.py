@@ -484,6 +484,7 @@ def test_a_folder_of_other_files_is_split(tmp_path: Path) -> None:
         ("TRAIN/a.jsonl", "Valid/b.jsonl", "Test/c.jsonl"),
         ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
         ("my_train.jsonl", "my_val.jsonl", "my_test.jsonl"),
+        ("train-v2.0.jsonl", "dev-v2.0.jsonl", "eval.jsonl"),
     ],
 )
 def test_test_files_are_left_out(tmp_path: Path, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
