@@ -2,11 +2,12 @@
 
 import csv
 import io
+import itertools
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -97,41 +98,51 @@ class MetricsCSV(Logger):
                 os.truncate(self.path, self._size)  # half a row
                 raise
         else:
-            rows = self._read_rows(names)
-            columns = list(dict.fromkeys((*(self._columns or COLUMNS), *(rows[0] if rows else ()), *names)))
+            columns, rows = self._read_rows(names)
+            columns = list(dict.fromkeys((*columns, *COLUMNS, *names)))
             self._write_all(columns, [*rows, *self._waiting])
             self._columns = columns
         self._size = self.path.stat().st_size
 
-    def _read_rows(self, names: list[str]) -> list[dict[str, str]]:
-        """The rows so far that can be read; of a file that another process wrote those up to the step that the run
-        resumes from. It is kept beside where more is lost than a last row that a kill cut off, or where its
-        columns are others than the ``names`` of this run."""
+    def _read_rows(self, names: list[str]) -> tuple[list[str], list[dict[str, str]]]:
+        """The columns of the file so far, and its rows that can be read; of a file that another process wrote those up
+        to the step that the run resumes from.
+
+        Another version of this project may have written other columns: they stay, as they are. The file is kept beside
+        where more is lost than a last row that a kill cut off.
+
+        Args:
+            names: this run's columns, whose cells must be numbers.
+        """
         before = not self._columns
         if not self.path.is_file() or (before and self._resume_step is None):
-            return []
-        text = self.path.read_bytes().decode("utf-8", errors="replace")
+            return [], []
+        content = self.path.read_bytes()
+        text = content.decode("utf-8-sig", errors="replace")
         header, *lines = text.splitlines() or [""]
-        columns = header.split(",")
-        readable = tuple(columns[: len(COLUMNS)]) == COLUMNS and header.isprintable() and "\ufffd" not in header
+        columns = _cells(header)
+        readable = "step" in columns and "" not in columns and len(set(columns)) == len(columns) and "\n" in text
+        numbers = {*COLUMNS, *names}
         rows: list[dict[str, str]] = []
         broken = []
-        for line in lines:
-            row = dict(zip(columns, line.split(","), strict=False))
-            whole = readable and line.count(",") == len(columns) - 1
-            if whole and _are_numbers(row) and int(row["step"]) > (int(rows[-1]["step"]) if rows else -1):
+        for line in filter(None, lines):
+            cells = _cells(line)
+            row = dict(zip(columns, cells, strict=False))
+            whole = readable and len(cells) == len(columns)
+            if whole and _are_numbers(row, numbers) and int(row["step"]) > (int(rows[-1]["step"]) if rows else -1):
                 rows.append(row)
             else:
                 broken.append(line)
         if broken and broken == lines[-1:] and not text.endswith("\n") and CUT_OFF.fullmatch(lines[-1]):
             broken = []
-        others = bool(set(columns) - {*COLUMNS, *names}) and bool(set(names) - set(columns))
-        if before and (broken or others or not readable):
-            kept = self.path.with_name(f"{self.path.name}.damaged")
-            shutil.copyfile(self.path, kept)
-            what = f"{len(broken)} of its rows can't be read" if broken else "its header names other columns"
-            print(f"{self.path} is damaged: {what}. As it was: {kept}")
-        return [row for row in rows if int(row["step"]) <= (self._resume_step or 0)] if before else rows
+        if broken or not readable:
+            what = f"{len(broken)} of its rows can't be read" if readable else "its first line names no columns"
+            print(f"{self.path} is damaged: {what}. As it was: {_keep_beside(self.path, content)}")
+        elif before and (others := [name for name in columns if name not in numbers]) and numbers - set(columns):
+            print(f"{self.path} has columns that this version does not write; they stay: {', '.join(others)}.")
+        if not readable:
+            return [], []
+        return columns, [row for row in rows if int(row["step"]) <= (self._resume_step or 0)] if before else rows
 
     def _write_all(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
         text = io.StringIO(newline="")
@@ -141,18 +152,45 @@ class MetricsCSV(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
-            partial.write_text(text.getvalue(), encoding="utf-8", newline="")
+            with open(partial, "w", encoding="utf-8", newline="") as file:
+                file.write(text.getvalue())
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut could leave an empty file in the place of all rows
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def _are_numbers(row: Mapping[str, str]) -> bool:
-    """Whether a row has a step, and numbers or nothing beside it."""
+def _cells(line: str) -> list[str]:
+    """The cells of a line; none of a damaged one."""
+    if not line.isprintable() or "\ufffd" in line:
+        return []
     try:
-        return int(row["step"]) >= 0 and all(float(cell) is not None for cell in row.values() if cell)
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def _are_numbers(row: Mapping[str, str], names: Collection[str]) -> bool:
+    """Whether a row has a step, and numbers or nothing in the columns of these names."""
+    try:
+        return int(row["step"]) >= 0 and all(float(row[name]) is not None for name in names if row.get(name))
     except ValueError:
         return False
+
+
+def _keep_beside(path: Path, content: bytes) -> Path:
+    """Writes what a damaged file held to a name beside it; the copies of earlier runs stay."""
+    for number in itertools.count(1):
+        kept = path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")
+        if not kept.exists() or kept.read_bytes() == content:
+            break
+    try:
+        kept.write_bytes(content)
+    except OSError:  # no half of it on a full disk
+        kept.unlink(missing_ok=True)
+        raise
+    return kept
 
 
 class Loggers(Logger):

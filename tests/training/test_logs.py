@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from recipe.training.logs import Loggers, MetricsCSV, RunDisplay
+from recipe.training.logs import COLUMNS, Loggers, MetricsCSV, RunDisplay
 
 
 def read(path):
@@ -44,6 +44,90 @@ def test_a_new_column_keeps_the_rows_before_it(tmp_path):
     logger.log_metrics({"train_loss": 0.4, "expert_load_max/layer_0": 2.0}, 2)
     assert [row["expert_load_max/layer_0"] for row in read(path)] == ["", "2.0"]
     assert [row["train_loss"] for row in read(path)] == ["0.5", "0.4"]
+
+
+def write_old(path, *lines, end="\r\n"):
+    """A metrics file as another version wrote it."""
+    path.write_bytes(("\r\n".join(lines) + end).encode())
+
+
+OLD = [",".join(COLUMNS[:3]), "1,0.5,", "2,0.4,0.6", "3,0.3,"]
+
+
+def test_older_file_with_fewer_columns_stays(tmp_path, capsys):
+    path = tmp_path / "metrics.csv"
+    write_old(path, *OLD)
+    MetricsCSV(path, resume_step=2).log_metrics({"train_loss": 0.25, "new/layer_0": 2.0}, 3)
+    assert [(row["step"], row["train_loss"], row["val_loss"], row["new/layer_0"]) for row in read(path)] == [
+        ("1", "0.5", "", ""),
+        ("2", "0.4", "0.6", ""),
+        ("3", "0.25", "", "2.0"),
+    ]
+    assert set(COLUMNS) <= read(path)[0].keys()
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == [path]
+
+
+def test_columns_of_another_version_stay(tmp_path, capsys):
+    """Also texts, in their order, and where ``step`` is not the first."""
+    path = tmp_path / "metrics.csv"
+    write_old(path, "perplexity,step,note,train_loss", '2.5,1,"a, b",0.5', "2.25,2,,0.4", ",3,late,0.3")
+    logger = MetricsCSV(path, resume_step=2)
+    logger.log_metrics({"train_loss": 0.25}, 3)
+    logger.log_metrics({"train_loss": 0.2, "new": 1.0}, 4)
+    found = read(path)
+    assert list(found[0])[:4] == ["perplexity", "step", "note", "train_loss"]
+    assert [(row["step"], row["perplexity"], row["note"], row["train_loss"], row["new"]) for row in found] == [
+        ("1", "2.5", "a, b", "0.5", ""),
+        ("2", "2.25", "", "0.4", ""),
+        ("3", "", "", "0.25", ""),
+        ("4", "", "", "0.2", "1.0"),
+    ]
+    assert "they stay: perplexity, note" in capsys.readouterr().out and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("last", ["4", "4,0.2", "4,0.", "", "\n"])
+def test_older_file_with_a_torn_end(tmp_path, capsys, last):
+    path = tmp_path / "metrics.csv"
+    write_old(path, *OLD, last, end="")
+    MetricsCSV(path, resume_step=3).log_metrics({"train_loss": 0.25}, 4)
+    assert [(row["step"], row["train_loss"]) for row in read(path)][2:] == [("3", "0.3"), ("4", "0.25")]
+    assert capsys.readouterr().out == ""
+
+
+def test_file_saved_by_a_spreadsheet_stays(tmp_path, capsys):
+    path = tmp_path / "metrics.csv"
+    write_old(path, "\ufeff" + OLD[0], *OLD[1:])
+    MetricsCSV(path, resume_step=3).log_metrics({"train_loss": 0.25}, 4)
+    assert [row["step"] for row in read(path)] == ["1", "2", "3", "4"]
+    assert capsys.readouterr().out == ""
+
+
+def test_each_damaged_file_is_kept(tmp_path, capsys):
+    """The second took the place of the first."""
+    path = tmp_path / "metrics.csv"
+    for number in (1, 2):
+        write_old(path, OLD[0], f"1,0.{number},", "2,?,", "3,0.3,")
+        for _ in range(2):  # as a run that is killed before its first row is written
+            MetricsCSV(path, resume_step=3)._read_rows(["train_loss"])
+        MetricsCSV(path, resume_step=3).log_metrics({"train_loss": 0.25}, 4)
+        assert [row["step"] for row in read(path)] == ["1", "3", "4"]
+        assert "1 of its rows can't be read" in capsys.readouterr().out
+    assert b"1,0.1," in (tmp_path / "metrics.csv.damaged").read_bytes()
+    assert b"1,0.2," in (tmp_path / "metrics.csv.damaged-2").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_rows_damaged_while_the_run_goes_are_kept(tmp_path, capsys):
+    """They were dropped without a word when a new column came."""
+    path = tmp_path / "metrics.csv"
+    logger = MetricsCSV(path, resume_step=None)
+    logger.log_metrics({"train_loss": 0.5}, 1)
+    logger.log_metrics({"train_loss": 0.4}, 2)
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.\x00"))
+    logger.log_metrics({"train_loss": 0.3, "new": 1.0}, 3)
+    assert [row["step"] for row in read(path)] == ["2", "3"]
+    assert "1 of its rows can't be read" in capsys.readouterr().out
+    assert b"1,0.\x00" in (tmp_path / "metrics.csv.damaged").read_bytes()
 
 
 def test_rows_that_cannot_be_written_wait(tmp_path, capsys):
