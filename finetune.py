@@ -19,11 +19,13 @@ def main() -> None:
     """Reads the settings, finds conversations and checkpoint, trains."""
     from recipe.settings import check, parse_finetuning
     from recipe.training.finetune import finetune
+    from recipe.training.lock import locked
     from recipe.training.ready import ready_to_finetune
 
     run = parse_finetuning(sys.argv[1:])
     check(run.settings, run.optimizer)
-    finetune(run, resume_from=ready_to_finetune(run.settings))
+    with locked(run.settings.out_dir):
+        finetune(run, resume_from=ready_to_finetune(run.settings))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from recipe.cli import exit_with_message
 def main() -> None:
     """Reads the settings, brings data and checkpoint into place, trains."""
     from recipe.settings import check, parse_run
+    from recipe.training.lock import locked
     from recipe.training.pretrain import pretrain
     from recipe.training.ready import ready
 
@@ -28,8 +29,9 @@ def main() -> None:
         return show_plan(sys.argv[1:])
     run = parse_run(sys.argv[1:])
     check(run.settings, run.optimizer)
-    run, resume_from = ready(run)
-    pretrain(run, resume_from=resume_from)
+    with locked(run.settings.out_dir):
+        run, resume_from = ready(run)
+        pretrain(run, resume_from=resume_from)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -155,7 +156,7 @@ def run_door(run_file: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
 
 
-def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_path):
+def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_path, refusal):
     steps = ("--train.max_steps", "200", "--train.save_interval", "5", "--eval.interval", "50")
     killed = run_door(run_file, *steps, "--out_dir", str(tmp_path / "killed"))
     try:
@@ -164,6 +165,10 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_pat
             assert killed.poll() is None, killed.communicate()[0]
             assert time.monotonic() < until
             time.sleep(0.01)
+        psutil.Process(killed.pid).suspend()
+        for how in (["--overwrite"], ["--resume", "auto"]):  # both trained, and deleted each other's checkpoints
+            message = refusal(*steps, "--out_dir", str(tmp_path / "killed"), *how)
+            assert f"used by another run (process {killed.pid} on {socket.gethostname()}, since 2" in message
         killed.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
     finally:
         killed.kill()
@@ -173,6 +178,7 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_pat
     resumed = run_door(run_file, *steps, "--out_dir", str(tmp_path / "killed"), "--resume", "auto")
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
+    assert f"Taking over {tmp_path / 'killed'} from a run that ended without releasing it" in output
     assert f"step {stopped_at} of 200" in output
     whole = train(*steps, "--out_dir", str(tmp_path / "whole"))
     one, other = (checkpoints.load_weights(out / "final") for out in (whole, tmp_path / "killed"))

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from litgpt import Config, Tokenizer
 
 from recipe import checkpoints
@@ -53,7 +54,7 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     for folder in (resume_from, settings.initial_checkpoint_dir):
         if folder is not None:
             check_same_model(folder, settings.model)
-    if settings.eval.hellaswag is not None and _main_process():
+    if settings.eval.hellaswag is not None and main_process():
         read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before text is tokenized for hours
     if resume_from is not None:
         run = _with_moved_data(run, resume_from)
@@ -63,7 +64,7 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     if (start := settings.initial_checkpoint_dir or settings.upcycle) is not None:
         check_same_tokenizer(start, settings.tokenizer_dir)
     check_sample(settings, tokenizer)
-    if _main_process():
+    if main_process():
         check_writable(settings.out_dir)
     return run, resume_from
 
@@ -95,7 +96,7 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
     settings.data.prepare_data()
     check_sampling(1, settings.sample.max_new_tokens, settings.sample.temperature, settings.sample.top_k, 1.0)
     question(settings, tokenizer)
-    if _main_process():
+    if main_process():
         check_writable(settings.out_dir)
     return resume_from
 
@@ -269,7 +270,7 @@ def find_checkpoint(settings: RunSettings) -> Path | None:
 
 
 def _warn(line: str) -> None:
-    if _main_process():
+    if main_process():
         print(line)
 
 
@@ -280,7 +281,7 @@ def check_unoccupied(settings: RunSettings) -> None:
     if inside:
         raise UserError(f"{inside[0]} is a checkpoint; put the run elsewhere: --out_dir {inside[0].parent}-2")
     occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
-    if not occupied or not _main_process():
+    if not occupied or not main_process():
         return
     if not settings.overwrite:
         raise UserError(
@@ -383,7 +384,7 @@ def _moved_to(old: Path, same: Callable[[Path], bool]) -> Path | None:
     for folder in (folder for place, pattern in places for folder in sorted(place.glob(pattern))):
         with suppress(OSError):
             if same(folder):
-                if _main_process():
+                if main_process():
                     print(f"The data that lay in {old} lies in {folder} now, and is taken from there.")
                 return folder
     return None
@@ -414,7 +415,13 @@ def check_writable(out_dir: Path) -> None:
         ) from None
 
 
-def _main_process() -> bool:
-    """Of those that torchrun or Fabric started; one process alone has none of these variables."""
-    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
+def main_process() -> bool:
+    """Whether this is the first process of those that torchrun, srun or Fabric started; one process alone has none of
+    these variables."""
+    if "RANK" in os.environ:
+        names = ("RANK",)
+    elif SLURMEnvironment.detect():
+        names = ("SLURM_PROCID",)
+    else:
+        names = ("NODE_RANK", "LOCAL_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import torch
 from litgpt import GPT, Tokenizer
 from litgpt.scripts.merge_lora import merge_lora
 
+import finetune
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, exit_with_message
 from recipe.data.conversations import encode_conversation, load_prompt_style
 from recipe.data.instructions import InstructArgs, conversations, prepare_instructions
 from recipe.settings import parse_finetuning
+from recipe.training.lock import locked
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 from tests.training_fixtures import column
 
@@ -174,6 +177,15 @@ def test_a_checkpoint_is_no_place_for_a_run(tune, base):
     for place in (base, base / "deeper"):
         with pytest.raises(UserError, match="is a checkpoint; put the run elsewhere"):
             tune("--out_dir", str(place))
+
+
+def test_finetuning_holds_its_out_dir(base, tmp_path, monkeypatch, capsys):
+    """Nothing is read or prepared before: the conversations that are named are not there."""
+    flags = ["--data_dir", str(tmp_path / "nowhere"), "--out_dir", str(tmp_path / "out"), "--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(base), *flags])
+    with locked(tmp_path / "out"), pytest.raises(SystemExit, match="1"):
+        exit_with_message(finetune.main)
+    assert f"{tmp_path / 'out'} is used by another run (process {os.getpid()} on" in capsys.readouterr().err
 
 
 def test_another_style_is_not_resumed(tune):
