@@ -35,7 +35,7 @@ import yaml
 
 from recipe.cli import UserError
 from recipe.hf_config import converted_by_litgpt, huggingface_config, without_counterpart
-from recipe.sealed import file_sha256, read_sealed, write_sealed
+from recipe.sealed import file_sha256, known_fields, read_sealed, write_sealed
 
 if TYPE_CHECKING:  # torch and litgpt are imported where they are used, so that a wrong path is told at once
     import torch
@@ -518,10 +518,10 @@ def _read_mark(folder: Path) -> CheckpointMark:
         raise _Damaged(f"{folder} is no checkpoint: it holds neither {WEIGHTS} nor {MARK}")
     try:
         content = read_sealed(path)
-        files = {name: FileMark(**file) for name, file in content.pop("files").items()}
+        files = {name: FileMark(**known_fields(FileMark, file)) for name, file in content["files"].items()}
         if outside := [name for name in files if name in ("", "..") or PureWindowsPath(name).name != name]:
             raise ValueError(f"{outside[0]!r} is no file of this folder")
-        mark = CheckpointMark(**content, files=files)
+        mark = CheckpointMark(**{**known_fields(CheckpointMark, content), "files": files})
         if (type(mark.step), type(mark.tokens), type(mark.time)) != (int, int, str):
             raise TypeError("step and tokens are whole numbers, the time is a text")
         return mark

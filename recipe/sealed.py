@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if sealed is not None and sealed != _seal(values):
         raise ValueError("its checksum is not that of what it says: it was damaged or changed")
     return values
+
+
+def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values for the fields of a dataclass. Those that another version of this project added are left out: where
+    they change what the rest means, that version writes another format number."""
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
 def _seal(values: dict[str, Any]) -> str:

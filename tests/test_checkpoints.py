@@ -15,6 +15,7 @@ from litgpt.utils import check_valid_checkpoint_dir
 from custom_moe import use_custom_moe
 from recipe import checkpoints
 from recipe.cli import UserError
+from recipe.sealed import read_sealed, write_sealed
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
 
@@ -272,6 +273,18 @@ def test_no_folder_no_checkpoint(tmp_path: Path) -> None:
         checkpoints.verify(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is no checkpoint"):
         checkpoints.verify(tmp_path)
+
+
+def test_mark_of_a_newer_version_is_read(run: Path) -> None:
+    """With fields that are not known here the checkpoint counted as damaged, and training went on from an older one."""
+    newest = run / "step-00000002"
+    values = read_sealed(newest / checkpoints.MARK)
+    values["run"] = "one"
+    for file in values["files"].values():
+        file["blake3"] = "0"
+    write_sealed(newest / checkpoints.MARK, values)
+    assert checkpoints.verify(newest).step == 2
+    assert checkpoints.newest_undamaged(run) == (newest, [])
 
 
 def test_the_weights_file_stands_for_its_folder(run: Path) -> None:

@@ -34,7 +34,7 @@ from recipe.data.documents import (
 from recipe.data.files import HUB, Location, Unfinished, in_short, is_remote, reading, suffix
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.tokenizers import OFFLINE_WAYS
-from recipe.sealed import read_sealed, write_sealed
+from recipe.sealed import known_fields, read_sealed, write_sealed
 
 SHARD_BYTES = 16 << 20  # of text a file: stock LitGPT's TextFiles holds a whole file in memory, at 180 times its size
 SAMPLE_BYTES = 20 << 20
@@ -431,14 +431,18 @@ def read_origin(data_dir: Path) -> TextOrigin | None:
         return TextOrigin(
             values["name"],
             values["location"],
-            Settings(**values["settings"]),
-            tuple(FileRecord(**entry) for entry in values["source_files"]),
-            {split: tuple(FileRecord(**entry) for entry in entries) for split, entries in values["text"].items()},
+            Settings(**known_fields(Settings, values["settings"])),
+            _records(values["source_files"]),
+            {split: _records(entries) for split, entries in values["text"].items()},
             values["empty_documents"],
             values.get("held_out", 0),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _records(entries: list[dict[str, Any]]) -> tuple[FileRecord, ...]:
+    return tuple(FileRecord(**known_fields(FileRecord, entry)) for entry in entries)
 
 
 # --- writing ---

@@ -26,7 +26,7 @@ from recipe.data.instruction_rows import SUFFIXES, Row, conversation_of, kind_of
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.prepare import DEFAULT_VAL_FRACTION, locked
 from recipe.data.story_instructions import story_instructions
-from recipe.sealed import read_sealed, write_sealed
+from recipe.sealed import known_fields, read_sealed, write_sealed
 
 FORMAT = 2
 """Of the folder. 1 had no white space at the ends of texts; finetuning and evaluation read it as it is."""
@@ -90,13 +90,13 @@ class Instructions:
     skip_broken: bool
     source_files: tuple[FileRecord, ...]
     splits: dict[str, Split]
-    duplicates: int
+    duplicates: int = 0
     """Conversations left out since they stood there twice."""
-    held_out: int
+    held_out: int = 0
     """Training conversations left out since their first message begins one of the validation."""
-    unwrapped: int
+    unwrapped: int = 0
     """Prompts that came in a template, which was taken off."""
-    skipped: int
+    skipped: int = 0
     """Rows left out since they hold no conversation."""
     unused_fields: tuple[str, ...] = ()
     """Fields of the rows that are no part of the conversations."""
@@ -418,10 +418,14 @@ def read(data_dir: Path) -> Instructions:
     command = f"`uv run python prepare_data.py --instruct SOURCE --data_dir {data_dir}"
     try:
         values = read_sealed(data_dir / MANIFEST)
-        splits = {name: Split(n["conversations"], FileRecord(**n["file"])) for name, n in values["splits"].items()}
-        records = tuple(FileRecord(**entry) for entry in values["source_files"])
+        splits = {
+            name: Split(split["conversations"], FileRecord(**known_fields(FileRecord, split["file"])))
+            for name, split in values["splits"].items()
+        }
+        records = tuple(FileRecord(**known_fields(FileRecord, entry)) for entry in values["source_files"])
         unused = tuple(values.get("unused_fields", ()))
-        found = Instructions(**{**values, "splits": splits, "source_files": records, "unused_fields": unused})
+        known = known_fields(Instructions, values)
+        found = Instructions(**{**known, "splits": splits, "source_files": records, "unused_fields": unused})
     except FileNotFoundError:
         state = f"holds no {MANIFEST}" if data_dir.is_dir() else "does not exist"
         raise UserError(f"{data_dir} {state}; expected prepared instructions: {command}` makes them.") from None

@@ -12,13 +12,13 @@ import shlex
 import shutil
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from recipe.cli import UserError
-from recipe.sealed import file_sha256, read_json, read_sealed, write_sealed
+from recipe.sealed import file_sha256, known_fields, read_json, read_sealed, write_sealed
 
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 """What comes of reading JSON that is missing, damaged, of another version, or a stranger's."""
@@ -143,7 +143,12 @@ def manifest_path(data_dir: Path) -> Path:
 
 
 def read(data_dir: Path) -> Manifest | None:
-    """The manifest of complete tokens; None where there is none, or where the token files are not those it counts."""
+    """The manifest of complete tokens; None where there is none, or where the token files are not those it counts.
+
+    Raises:
+        UserError: a newer version of this project made the tokens.
+    """
+    _refuse_newer(manifest_path(data_dir))
     manifest = read_file(manifest_path(data_dir))
     whole = (
         manifest is not None
@@ -167,14 +172,32 @@ def write(data_dir: Path, manifest: Manifest) -> None:
 
 
 def read_split(data_dir: Path, split: str) -> BuiltSplit | None:
-    """What a split's token folder says of itself; None where it is not there, not whole or of another format."""
+    """What a split's token folder says of itself; None where it is not there, not whole or of an older format.
+
+    Raises:
+        UserError: a newer version of this project made the tokens.
+    """
     folder = tokens_dir(data_dir, split)
+    _refuse_newer(folder / "split.json")
     try:
         values = read_sealed(folder / "split.json")
-        found = BuiltSplit(**{**values, "counts": _split(values["counts"])})
+        found = BuiltSplit(**{**known_fields(BuiltSplit, values), "counts": _split(values["counts"])})
     except _UNREADABLE:
         return None
     return found if found.format == FORMAT and _chunk_tokens(folder) == found.counts.tokens else None
+
+
+def _refuse_newer(path: Path) -> None:
+    """Tokens of a format that is not known here would count as stale, and be replaced."""
+    try:
+        newer = read_json(path)["format"] > FORMAT
+    except _UNREADABLE:
+        return
+    if newer:
+        raise UserError(
+            f"{path} is of a format that this version of the project does not know (it knows {FORMAT}): a newer one"
+            " made these tokens. Use that version, or another --data_dir."
+        )
 
 
 def write_split(folder: Path, built: BuiltSplit) -> None:
@@ -192,19 +215,19 @@ def _split(values: dict[str, Any]) -> Split:
     names = (*(entry["path"] for entry in values["text"]), *values.get("files", {}))
     if outside := [name for name in names if not lies_inside(name)]:
         raise ValueError(f"{outside[0]!r} lies outside of the folder")
-    return Split(**{**values, "text": tuple(FileRecord(**entry) for entry in values["text"])})
+    text = tuple(FileRecord(**known_fields(FileRecord, entry)) for entry in values["text"])
+    return Split(**{**known_fields(Split, values), "text": text})
 
 
 def from_dict(values: dict[str, Any]) -> Manifest:
     """A manifest from what ``json.load`` gives."""
     splits = {name: _split(values["splits"][name]) for name in SPLITS}
-    known = {field.name: values[field.name] for field in fields(Manifest)}
     return Manifest(
         **{
-            **known,
-            "source": Source(**values["source"]),
-            "tokenizer": TokenizerRecord(**values["tokenizer"]),
-            "settings": Settings(**values["settings"]),
+            **known_fields(Manifest, values),
+            "source": Source(**known_fields(Source, values["source"])),
+            "tokenizer": TokenizerRecord(**known_fields(TokenizerRecord, values["tokenizer"])),
+            "settings": Settings(**known_fields(Settings, values["settings"])),
             "splits": splits,
         }
     )

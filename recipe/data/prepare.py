@@ -22,7 +22,7 @@ from recipe.data.documents import END_OF_TEXT, Part, Rules, first_documents, par
 from recipe.data.files import Unfinished, is_remote
 from recipe.data.manifest import SPLITS, BuiltSplit, FileRecord, Manifest, Settings, Source, TokenizerRecord
 from recipe.data.tokenizers import TokenizerInfo
-from recipe.sealed import write_json
+from recipe.sealed import known_fields, write_json
 
 DEFAULT_VAL_FRACTION = 0.1
 BUILDING = ".building"  # tokens on their way, below data_dir/tokens; stays when the work is interrupted
@@ -511,7 +511,7 @@ class _Begun:
 def _read_begun(data_dir: Path) -> _Begun | None:
     try:
         values = json.loads((manifest.tokens_dir(data_dir) / BUILDING / "source.json").read_text(encoding="utf-8"))
-        return _Begun(values["source"], values["revision"], Settings(**values["settings"]))
+        return _Begun(values["source"], values["revision"], Settings(**known_fields(Settings, values["settings"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -109,12 +109,11 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
             f"{folder} is of a pretraining run, which finetuning can't resume; start from its weights:"
             f" {anew_from(folder, settings)}"
         )
-    then = {name: saved.get(name) for name in LORA_FIELDS} | {
-        "prompt_style": saved["data"]["init_args"]["prompt_style"]
-    }
     now = {name: getattr(settings, name) for name in LORA_FIELDS} | {"prompt_style": settings.data.prompt_style}
+    then = saved | saved["data"].get("init_args", {})
     meant = now if then["lora_r"] or now["lora_r"] else {"prompt_style"}
-    if changed := [f"{name} was {then[name]} and is now {now[name]}" for name in meant if then[name] != now[name]]:
+    compared = [name for name in meant if name in then]  # an older version may not have had all of these settings
+    if changed := [f"{name} was {then[name]} and is now {now[name]}" for name in compared if then[name] != now[name]]:
         raise UserError(
             f"{folder} can't be resumed with other settings: {'; '.join(changed)}. Resume with the old ones, or start a"
             f" new run from its weights: {anew_from(folder, settings)}"
@@ -382,7 +381,7 @@ def _moved_to(old: Path, same: Callable[[Path], bool]) -> Path | None:
     parent, outer = old.absolute().parent, old.absolute().parent.parent
     places = ((parent, "*"), (outer, "*"), (outer, f"*/{glob.escape(old.name)}"), (Path("data"), "*"))
     for folder in (folder for place, pattern in places for folder in sorted(place.glob(pattern))):
-        with suppress(OSError):
+        with suppress(OSError, UserError):  # of a newer version's tokens
             if same(folder):
                 if main_process():
                     print(f"The data that lay in {old} lies in {folder} now, and is taken from there.")

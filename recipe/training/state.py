@@ -22,6 +22,7 @@ from recipe.cli import UserError
 from recipe.data.manifest import SPLITS, manifest_path, read_file
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
+from recipe.sealed import known_fields
 from recipe.settings import FinetuneSettings, RunSettings, is_sharded
 from recipe.training.interval import Interval, mean_over_devices
 from recipe.training.logs import Loggers
@@ -197,20 +198,24 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     then, now = state["layout"], _layout(fabric, run)
     loader = with_position(run.train_dataloader)
     ours = isinstance(loader, TokenLoader)  # its position does not depend on who reads how much at once
-    changed = {name: f"{name} was {then[name]} and is now {now[name]}" for name in now if then[name] != now[name]}
+    compared = [name for name in now if name in then]  # an older version may not have noted all of it
+    changed = {name: f"{name} was {then[name]} and is now {now[name]}" for name in compared if then[name] != now[name]}
     divided = [changed.pop(name) for name in ("devices", "micro_batch_size") if name in changed and ours]
     if changed:
         raise UserError(
             f"{folder} can't be resumed with other batches: {'; '.join(changed.values())}. Resume with the old values,"
             f" or start a new run from its weights: {anew_from(folder, run.settings)}"
         )
+    noted = state.get("made_from", {})
     for name, fingerprint in run.made_from.items():
-        if state.get("made_from", {}).get(name) != fingerprint:
+        if name not in noted:
+            fabric.print(f"{folder} has no record of {name}; whether something changed there can't be checked.")
+        elif noted[name] != fingerprint:
             raise UserError(
                 f"{name} changed since {folder} was saved. Bring back what was there, or start a new run from its"
                 f" weights: {anew_from(folder, run.settings)}"
             )
-    run.progress = Progress(**state["progress"])
+    run.progress = Progress(**known_fields(Progress, state["progress"]))
     check_same_tokens(folder, run.settings)
     optimizer = run.optimizer.optimizer
     if is_sharded(run.settings):

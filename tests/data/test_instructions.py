@@ -557,6 +557,15 @@ def test_nothing_is_done_twice_and_nothing_lost(tmp_path: Path, capsys: pytest.C
     assert len(both(data)) == 60 and instructions.read(data) != found
 
 
+def test_manifest_of_another_version_is_read(tmp_path: Path) -> None:
+    found = prepare(jsonl(tmp_path / "rows.jsonl", pairs(50)), tmp_path / "data")
+    path = tmp_path / "data" / instructions.MANIFEST
+    values = read_sealed(path)
+    values["new"] = values["source_files"][0]["new"] = values["splits"]["val"]["file"]["new"] = 1
+    write_sealed(path, {name: value for name, value in values.items() if name not in ("unwrapped", "skipped")})
+    assert instructions.read(tmp_path / "data") == found
+
+
 def test_files_that_changed_or_are_foreign_are_not_replaced(tmp_path: Path) -> None:
     source, data = jsonl(tmp_path / "rows.jsonl", pairs(50)), tmp_path / "data"
     prepare(source, data)

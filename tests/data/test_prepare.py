@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from recipe.cli import UserError
 from recipe.data import corpora, documents, manifest, tokenizers, tokens
 from recipe.data.documents import END_OF_TEXT, split_of
+from recipe.sealed import read_sealed, write_sealed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +84,40 @@ def test_text_is_tokenized_as_it_lies(tmp_path: Path, run: Callable, stories: li
     assert found.tokenizer.sha256 == manifest.tokenizer_fingerprint(tmp_path / "tokenizer")
     assert set(found.versions) >= {"python", "litdata", "tokenizers", "tiktoken"}
     assert "100" in capsys.readouterr().out
+
+
+def test_manifest_of_another_version_is_read(tmp_path: Path, run: Callable, stories: list[str], capsys) -> None:
+    """Fields that are not known here made all tokens stale; an older manifest has fewer."""
+    put(tmp_path / "data/train/a.txt", stories[:100])
+    put(tmp_path / "data/val/v.txt", stories[100:])
+    found, data = run(), tmp_path / "data"
+    for split in manifest.SPLITS:
+        path = manifest.tokens_dir(data, split) / "split.json"
+        values = read_sealed(path)
+        write_sealed(path, {**values, "new": 1, "counts": {**values["counts"], "new": 1}})
+    values = read_sealed(manifest.manifest_path(data))
+    for place in (values, values["source"], values["tokenizer"], values["settings"], values["splits"]["train"]):
+        place["new"] = 1
+    values["splits"]["train"]["text"][0]["new"] = 1
+    del values["source"]["held_out"], values["splits"]["val"]["held_out"]
+    write_sealed(manifest.manifest_path(data), values)
+    assert manifest.read(data) == found
+    capsys.readouterr()
+    run()
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train/split.json"])
+def test_tokens_of_a_newer_format_stay(tmp_path: Path, run: Callable, stories: list[str], name: str) -> None:
+    """They counted as stale, and were replaced."""
+    put(tmp_path / "data/train/a.txt", stories)
+    run()
+    path = manifest.tokens_dir(tmp_path / "data") / name
+    write_sealed(path, read_sealed(path) | {"format": manifest.FORMAT + 1})
+    before = state(tmp_path / "data")
+    with pytest.raises(UserError, match=rf"{path.name} is of a format that this version .* does not know"):
+        run()
+    assert state(tmp_path / "data") == before
 
 
 def test_every_kind_of_file_may_lie_there(tmp_path: Path, run: Callable, stories: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from _pytest.mark import ParameterSet
 
 from recipe import checkpoints
@@ -272,6 +273,35 @@ def test_a_position_as_older_checkpoints_have_it(train: Call, tmp_path: Path) ->
     (folder / checkpoints.MARK).unlink()
     checkpoints._write_mark(folder, 10, 10 * 256, {})
     assert_same_run(train(*SMALL, "--out_dir", str(older), "--resume", "auto"), whole)
+
+
+def test_state_of_another_version_is_resumed(train: Call, tmp_path: Path) -> None:
+    """With a counter that is not known here, and without a value that a later version compares."""
+    whole = train(*SMALL, "--out_dir", str(tmp_path / "whole"))
+    other = interrupted(whole, 10, tmp_path / "other")
+    folder = other / "step-00000010"
+    state = checkpoints.load_training_state(folder)
+    state["progress"]["samples"] = 20
+    del state["layout"]["data_seed"]
+    torch.save(state, folder / "training_state.pth")
+    mark_anew(folder)
+    assert_same_run(train(*SMALL, "--out_dir", str(other), "--resume", "auto"), whole)
+
+
+def test_tuning_of_an_older_version_is_resumed(tune: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a setting that came later, and without fingerprints."""
+    out = tune("--lora_r", "2", "--train.max_steps", "1")
+    state = checkpoints.load_training_state(out / "final")
+    del state["made_from"]
+    torch.save(state, out / "final" / "training_state.pth")
+    settings = checkpoints.load_hyperparameters(out / "final")
+    del settings["lora_head"], settings["data"]["init_args"]["prompt_style"]
+    (out / "final" / checkpoints.HYPERPARAMETERS).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    mark_anew(out / "final")
+    tune("--lora_r", "2", "--train.max_steps", "2", "--resume", "auto")
+    said = capsys.readouterr().out
+    assert "has no record of the conversations" in said and "Resuming from" in said
+    assert column(out, "step")[-1] == 2
 
 
 # --- moved data ---
