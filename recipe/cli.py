@@ -3,7 +3,10 @@
 import difflib
 import errno
 import io
+import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -66,6 +69,29 @@ def exit_with_message(call: Callable[[], Any]) -> Any:
 def harmless(text: str) -> str:
     """A text that others wrote (a model may write any byte), as it may go to a terminal."""
     return text.translate(_CONTROL)
+
+
+def command(script: str, *arguments: object) -> str:
+    """A command line of one of the project's scripts that can be pasted into a shell.
+
+    Args:
+        script: as ``generate.py``.
+        arguments: flags and values, each of them one; quoted where the shell needs it.
+    """
+    return " ".join(["uv run python", script, *map(quoted, arguments)])
+
+
+def quoted(argument: object, *, windows: bool = os.name == "nt") -> str:
+    """A path or another value as one word of a command line: for POSIX shells, or for Windows in the double quotes that
+    both cmd and PowerShell read."""
+    text = str(argument)
+    if not windows:
+        return shlex.quote(text)
+    escaped = subprocess.list2cmdline([text])  # quotes blanks alone, and no other character that shells act on
+    if escaped.startswith('"') or re.fullmatch(r"[\w.:/\\=+-]+", text):
+        return escaped
+    backslashes = len(escaped) - len(escaped.rstrip("\\"))  # they would escape the closing quote
+    return f'"{escaped}{backslashes * chr(92)}"'
 
 
 def make_parser(**kwargs: Any) -> ArgumentParser:

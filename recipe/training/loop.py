@@ -1,6 +1,5 @@
 """The training loop, the same for pretraining and finetuning: ``run_training → fit → validate``."""
 
-import json
 import math
 import os
 import sys
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader
 from custom_moe import load_statistics, set_backend
 from custom_moe.backends import hardware_of
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, command, harmless
 from recipe.data.instruction_module import IGNORED, InstructionData
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
@@ -667,9 +666,9 @@ def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> 
     say(f"Checkpoint  {final}")
     say(f"Metrics     {out_dir / METRICS_FILE}")
     if isinstance(run.settings, FinetuneSettings):
-        say(f"Chat        uv run python chat.py {final}")
+        say(f"Chat        {command('chat.py', final)}")
         return
-    prompt = json.dumps(run.settings.sample.prompt or "Once upon a time", ensure_ascii=False)
-    say(f"Write       uv run python generate.py {final} --prompt {prompt}")
-    say(f"Evaluate    uv run python evaluate.py {final}")
-    say(f"Chat        uv run python chat.py {final}")
+    prompt = run.settings.sample.prompt or "Once upon a time"
+    say(f"Write       {harmless(command('generate.py', final, '--prompt', prompt))}")
+    say(f"Evaluate    {command('evaluate.py', final)}")
+    say(f"Chat        {command('chat.py', final)}")

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from litgpt import Config, Tokenizer
 
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, command, quoted
 from recipe.data import InstructionData, TokenizedText, conversations
 from recipe.data.conversations import Message
 from recipe.data.instruction_module import longer_context
@@ -167,7 +167,7 @@ def prepare_data(settings: RunSettings) -> None:
     if not has_text and source is None:
         raise UserError(
             f"no data: there is no text in {data.train_data_path}."
-            f" `uv run python prepare_data.py --data_dir {data_dir}` fetches TinyStories;"
+            f" `{command('prepare_data.py', '--data_dir', data_dir)}` fetches TinyStories;"
             " with --source PATH it takes your own text, with --source sample the built-in stories."
         )
     # What lies there already is taken as it lies: the run file's `prepare` only fills what is empty.
@@ -195,9 +195,10 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
     try:
         tokenizer = Tokenizer(tokenizer_dir)
     except Exception as error:  # whatever the tokenizers library says of a broken file
+        brings_one = command("prepare_data.py", "--tokenizer", "gpt2", "--tokenizer_dir", tokenizer_dir)
         raise UserError(
             f"no usable tokenizer in {tokenizer_dir} ({error or type(error).__name__}); expected a tokenizer.json:"
-            f" `uv run python prepare_data.py --tokenizer gpt2 --tokenizer_dir {tokenizer_dir}` brings one."
+            f" `{brings_one}` brings one."
         ) from None
     fast = tokenizer.backend == "huggingface"
     size = max(tokenizer.processor.get_vocab().values()) + 1 if fast else tokenizer.vocab_size
@@ -278,7 +279,8 @@ def check_unoccupied(settings: RunSettings) -> None:
     out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
     inside = [path for path in (out_dir, *out_dir.parents) if (path / checkpoints.MARK).is_file()]
     if inside:
-        raise UserError(f"{inside[0]} is a checkpoint; put the run elsewhere: --out_dir {inside[0].parent}-2")
+        elsewhere = quoted(f"{inside[0].parent}-2")
+        raise UserError(f"{inside[0]} is a checkpoint; put the run elsewhere: --out_dir {elsewhere}")
     occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
     if not occupied or not main_process():
         return
@@ -298,7 +300,7 @@ def check_same_model(folder: Path, config: Config, apart_from: Collection[str] =
     different = [f"{name}: {saved[name]} there, {wanted[name]} here" for name in wanted if saved[name] != wanted[name]]
     different = [line for line in different if line.split(":")[0] not in (*ignored, *apart_from)]
     if different:
-        own = f"Take its own config: --model {folder / 'model_config.yaml'}"
+        own = f"Take its own config: --model {quoted(folder / 'model_config.yaml')}"
         raise UserError(
             f"{folder} holds another model than this run's: {'; '.join(different)}."
             f" {'Leave --model away and its own config is taken.' if apart_from else own}"
@@ -311,8 +313,8 @@ def check_same_start(folder: Path, upcycle: Path) -> None:
     if began is None or Path(began).resolve() != upcycle.resolve():
         raise UserError(
             f"{folder} is of a run that began {f'from {began}' if began else 'without --upcycle'}, not from {upcycle}."
-            f" Leave --upcycle away to go on with it (--config {folder.parent / 'run_config.yaml'}), or start another"
-            " run with another --out_dir."
+            f" Leave --upcycle away to go on with it (--config {quoted(folder.parent / 'run_config.yaml')}), or start"
+            " another run with another --out_dir."
         )
 
 
@@ -417,10 +419,9 @@ def check_writable(out_dir: Path) -> None:
 def main_process() -> bool:
     """Whether this is the first process of those that torchrun, srun or Fabric started; one process alone has none of
     these variables."""
+    names = ["NODE_RANK", "LOCAL_RANK"]
     if "RANK" in os.environ:
-        names = ("RANK",)
+        names = ["RANK"]
     elif SLURMEnvironment.detect():
-        names = ("SLURM_PROCID",)
-    else:
-        names = ("NODE_RANK", "LOCAL_RANK")
+        names = ["SLURM_PROCID"]
     return all(os.environ.get(name, "0") == "0" for name in names)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, quoted
 from recipe.data.manifest import SPLITS, manifest_path, read_file
 from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
@@ -299,8 +299,8 @@ def _what_differs(run: TrainingRun, then: dict[str, int]) -> str:
 def anew_from(folder: Path, settings: RunSettings) -> str:
     """The flags that start a new run from a checkpoint's weights."""
     if isinstance(settings, FinetuneSettings):
-        return f"finetune.py {folder} --out_dir NEW"
-    return f"--initial_checkpoint_dir {folder} --out_dir NEW"
+        return f"finetune.py {quoted(folder)} --out_dir NEW"
+    return f"--initial_checkpoint_dir {quoted(folder)} --out_dir NEW"
 
 
 def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
@@ -314,8 +314,8 @@ def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
     then, now = (settings["optimizer"]["class_path"] for settings in (saved, run.hyperparameters))
     if then != now:
         raise UserError(
-            f"{folder} was trained with {then}, whose state {now} can't go on from. Resume with --optimizer {then}, or"
-            f" start a new run from its weights: {anew_from(folder, run.settings)}"
+            f"{folder} was trained with {then}, whose state {now} can't go on from. Resume with --optimizer"
+            f" {quoted(then)}, or start a new run from its weights: {anew_from(folder, run.settings)}"
         )
 
 
