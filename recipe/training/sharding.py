@@ -51,7 +51,7 @@ def gathered_weights(gpt: GPT) -> dict[str, Tensor]:
     if torch.distributed.get_rank() != 0:
         return {}
     buffers = dict(gpt.named_buffers())
-    return {key: buffers[key].cpu() if key in buffers else value for key, value in whole.state_dict().items()}
+    return {key: _gathered(buffers[key]) if key in buffers else value for key, value in whole.state_dict().items()}
 
 
 def gathered_state(state: Any) -> Any:
@@ -60,7 +60,7 @@ def gathered_state(state: Any) -> Any:
         return {key: gathered_state(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return type(state)(gathered_state(value) for value in state)
-    return _gathered(state) if isinstance(state, DTensor) else state
+    return _gathered(state) if isinstance(state, Tensor) else state
 
 
 def sharded_state(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
@@ -81,7 +81,11 @@ def sharded_state(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optim
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor on the CPU, in the first process; an empty one in the others."""
+    """The whole of a tensor, sharded or not, on the CPU in the first process; an empty one in the others.
+
+    It is always new memory: the checkpoint is written in the background, while training changes in place what every
+    process has whole (an optimizer's step counters, the routers' selection biases).
+    """
     whole = tensor.detach()
     whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-    return whole.cpu() if torch.distributed.get_rank() == 0 else whole.new_empty(0)
+    return whole.to("cpu", copy=True) if torch.distributed.get_rank() == 0 else whole.new_empty(0)

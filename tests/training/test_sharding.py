@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from custom_moe import use_custom_moe
 from recipe.layers import use_fast_layers
-from recipe.training.model import PretrainingModel
+from recipe.training.model import PretrainingModel, moe_layers, update_selection_biases
 from recipe.training.optimizers import load_optimizer_state, make_optimizer
 from recipe.training.sharding import gathered_state, gathered_weights, shard, sharded_state
 from tests.training.test_model import MODELS
@@ -76,6 +76,20 @@ def test_what_is_gathered_is_what_one_device_saves(mesh, name, tied):
     assert state["state"].keys() == expected["state"].keys()
     for index, moments in expected["state"].items():
         assert_same(state["state"][index], moments)
+
+
+def test_what_is_gathered_is_a_copy(mesh):
+    """It is written in the background, while the next steps change the run's own tensors in place."""
+    sharded = shard(build("deepseek"), mesh, precision="32-true")
+    optimizer = make_optimizer(ADAMW, sharded, fused=False)  # on a CPU its `step` is a plain tensor either way
+    step(sharded, optimizer, 0)
+    gathered = {"weights": gathered_weights(sharded.gpt), "optimizer": gathered_state(optimizer.state_dict())}
+    expected = deepcopy(gathered)
+    step(sharded, optimizer, 1)
+    update_selection_biases(sharded.gpt, torch.tensor([[5, 1, 1, 1]] * len(moe_layers(sharded.gpt))), rate=0.1)
+    assert_same(gathered["weights"], expected["weights"])
+    for index, moments in expected["optimizer"]["state"].items():
+        assert_same(gathered["optimizer"]["state"][index], moments)
 
 
 def test_it_goes_on_from_what_one_device_saved(mesh):
