@@ -80,10 +80,9 @@ class Muon(torch.optim.Optimizer):
             average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
             direction = gradient.lerp(average, momentum)
             parameter.mul_(1 - lr * group["weight_decay"])
-            rows, columns = parameter.shape[-2:]
-            heights = [rows * part // sum(parts) for part in parts]
+            heights = matrix_heights(parameter, parts)
             for matrix, update in zip(parameter.split(heights, -2), direction.split(heights, -2), strict=True):
-                scale = max(1.0, matrix.size(-2) / columns) ** 0.5
+                scale = max(1.0, matrix.size(-2) / matrix.size(-1)) ** 0.5
                 matrix.add_(orthogonalized(update), alpha=-lr * scale)
 
     def _update_by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -111,6 +110,32 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def matrix_heights(parameter: Tensor, parts: tuple[int, ...]) -> list[int]:
+    """How many rows each of the matrices has that lie above each other in a parameter."""
+    rows = parameter.size(-2)
+    return [rows * part // sum(parts) for part in parts]
+
+
+def update_flops(groups: Iterable[dict[str, Any]]) -> int:
+    """Floating-point operations of Newton-Schulz in one step, two for each multiply-add.
+
+    They depend on the parameters alone and not on the batch, and each device of a run does all of them.
+
+    Args:
+        groups: as ``Muon`` takes them; parameters on the meta device will do.
+    """
+    flops = 0
+    for group in groups:
+        parts = group.get("parts")
+        for parameter in group["params"] if parts else ():
+            for height in matrix_heights(parameter, parts):
+                # (short, long) @ (long, short), (short, short) squared, (short, short) @ (short, long)
+                short, long = sorted((height, parameter.size(-1)))
+                products = 2 * short * short * (long + short + long)
+                flops += ITERATIONS * products * parameter.shape[:-2].numel()
+    return flops
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

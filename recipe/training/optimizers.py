@@ -63,6 +63,11 @@ def parameter_groups(model: nn.Module, *, muon: bool = False) -> list[dict[str, 
     return groups
 
 
+def is_muon(optimizer: dict[str, Any]) -> bool:
+    """Whether a run file's optimizer (``class_path`` and ``init_args``) is our Muon."""
+    return bool(optimizer["class_path"] == f"{Muon.__module__}.{Muon.__name__}")
+
+
 def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
     """The optimizer of a run file over the model's parameter groups.
 
@@ -76,7 +81,7 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
     specification = deepcopy(optimizer)  # LitGPT writes `fused` into it, and it is saved with the run
     specification["init_args"] = {k: v for k, v in (specification.get("init_args") or {}).items() if v is not None}
     class_path = optimizer["class_path"]
-    groups = parameter_groups(model, muon=class_path == f"{Muon.__module__}.{Muon.__name__}")
+    groups = parameter_groups(model, muon=is_muon(optimizer))
     try:
         result: torch.optim.Optimizer = instantiate_torch_optimizer(specification, groups, fused=fused)
     except (TypeError, ValueError) as error:

@@ -8,13 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from litgpt import GPT
 
+from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware
 from recipe.cli import UserError, nearest, underscored
 from recipe.flops import count_parameters, training_flops_per_token
 from recipe.settings import FinetuneSettings, ParsedRun, RunSettings, check, choose_precision, parse_run, processes
 from recipe.training.cards import GIB, NAMES, Card, found_card, named_card
 from recipe.training.memory import TrainingMemory, training_memory
+from recipe.training.muon import update_flops
+from recipe.training.optimizers import is_muon, parameter_groups
 from recipe.training.schedule import plan_run
 
 SHARE_OF_PEAK = {"dense": 0.30, "mixture": 0.22}
@@ -43,6 +47,8 @@ def show_plan(argv: Sequence[str]) -> None:
     precision, note = _precision(run.settings, card)
     memory = _memory(run, card)
     print(f"{describe_size(run.settings)}\n{_length(run, card)}")
+    if is_muon(run.optimizer):
+        print(_muons_share(run, card))
     print(f"On {_describe(card)} in {precision}{f' ({note})' if note else ''}, as it is without torch.compile:\n")
     print("\n".join(_table(run, memory, card)))
     if card is None or _fits(memory, card):
@@ -82,8 +88,11 @@ def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, card: Car
     if not _fits(memory, card):
         room = _bytes((card.memory - card.taken) / GAPS * GIB)
         yield f"That is more than the {room} which are left on this card: --plan says what to change."
-    if not isinstance(run.settings, FinetuneSettings):  # whose rows are of different lengths
-        yield _duration(run, card, precision)
+    if isinstance(run.settings, FinetuneSettings):  # whose rows are of different lengths
+        return
+    if is_muon(run.optimizer):
+        yield _muons_share(run, card)
+    yield _duration(run, card, precision)
 
 
 def _without_plan(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -174,6 +183,29 @@ def _length(run: ParsedRun, card: Card | None) -> str:
     )
 
 
+def _flops_of_a_step(run: ParsedRun, card: Card | None) -> tuple[float, int]:
+    """Operations of an optimizer step over all devices: forward and backward, and Muon's update, which each device does
+    in full."""
+    settings = run.settings
+    tokens = settings.train.global_batch_size * _context(settings)
+    per_token = training_flops_per_token(settings.model, _context(settings))
+    flops = tokens * per_token * COMPUTED[settings.activation_checkpointing]
+    if not is_muon(run.optimizer):
+        return flops, 0
+    with torch.device("meta"), use_custom_moe():
+        groups = parameter_groups(GPT(settings.model), muon=True)
+    return flops, update_flops(groups) * _devices(settings, card)
+
+
+def _muons_share(run: ParsedRun, card: Card | None) -> str:
+    forward_and_backward, update = _flops_of_a_step(run, card)
+    on = f" on {devices} devices" if (devices := _devices(run.settings, card)) > 1 else ""
+    return (
+        f"Muon's update adds {_flop(update)} to each step{on}, {update / (forward_and_backward + update):.0%} of the"
+        " step's operations; a larger global batch makes that less."
+    )
+
+
 def _describe(card: Card | None) -> str:
     if card is None:
         return f"the CPU ({torch.get_num_threads()} threads)"
@@ -207,21 +239,29 @@ def _duration(run: ParsedRun, card: Card | None, precision: str) -> str:
         return "This card's speed is not on record, so there is no estimate of the time."
     if precision != "32-true" if card is None else precision == "32-true":
         return f"There is no estimate of the time for {precision} here."
+    if is_muon(run.optimizer) and card is not None and card.capability < (8, 0):
+        return "There is no estimate of the time for Muon on a card without bf16: its update computes in fp32 there."
     settings = run.settings
     share = SHARE_OF_PEAK["mixture" if settings.model.mlp_class_name == "LLaMAMoE" else "dense"]
     devices = _devices(settings, card)
-    flops = training_flops_per_token(settings.model, _context(settings)) * COMPUTED[settings.activation_checkpointing]
-    rate = peak * share * (devices if card else 1) / flops
+    seconds = sum(_flops_of_a_step(run, card)) / (peak * share * (devices if card else 1))
+    rate = settings.train.global_batch_size * _context(settings) / seconds
     found = _tokens(run, card)
     time_needed = f", {_readable(found[1] / rate)}" if found else ""
     source = "measured on this CPU just now" if card is None else "by NVIDIA's product pages"
     if card and "laptop" in card.name:
         source += ", at the lowest clock of its power limits"
     on = f" on {devices} cards" if card and devices > 1 else ""
+    counted = ["forward", "backward"]
+    if settings.activation_checkpointing != "none":
+        counted.append("recomputed activations")
+    if is_muon(run.optimizer):
+        counted.append("Muon's update")
     return (
         f"Estimated: {rate:,.0f} tokens/s{on}{time_needed}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
         f" ({source}), the share that others\nreport of models of this size; not measured here, and small batches"
-        " reach less."
+        f" reach less. Counted: {', '.join(counted)};\nnot counted: validation, HellaSwag, samples, saving,"
+        " compiling."
     )
 
 

@@ -1,6 +1,7 @@
 """``run_train.py --plan`` as a user sees it."""
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -65,6 +66,34 @@ def test_this_machine(shown) -> None:
     """The flag may stand last, or before another."""
     assert "tokens/s" in shown("--plan")
     assert "9 steps" in shown("--plan", "--train.max_steps", "9")
+
+
+def test_muons_update_is_part_of_the_time(shown) -> None:
+    def plan(*flags: str) -> tuple[float, float]:
+        """Muon's share of a step, and tokens/s."""
+        text = shown("--plan", "h100", *muon, *flags)
+        share = re.search(r"Muon's update adds [\d.]+ MFLOP to each step.*, (\d+)% of the step's operations", text)
+        rate = re.search(r"Estimated: ([\d,]+) tokens/s", text)
+        assert share and rate and "backward, Muon's update;" in text
+        return int(share[1]) / 100, float(rate[1].replace(",", ""))
+
+    muon = ("--optimizer=recipe.training.muon.Muon", "--optimizer.init_args.lr=0.02")
+    text = shown("--plan", "h100")
+    assert "Muon" not in text
+    without = float(re.search(r"Estimated: ([\d,]+)", text)[1].replace(",", ""))
+    share, rate = plan()
+    assert rate == pytest.approx(without * (1 - share), rel=0.01)
+    large_batch, faster = plan("--global-batch-size", "64")
+    assert large_batch < share and faster > rate
+    # Each device does the whole update, so that devices help its part of the time less.
+    assert plan("--devices", "2")[0] > share
+    assert "no estimate of the time for Muon" in shown("--plan", "t4", *muon)
+
+
+def test_the_estimate_says_what_it_counts(shown) -> None:
+    text = shown("--plan", "h100", "--activation_checkpointing", "block")
+    assert "Counted: forward, backward, recomputed activations;" in text
+    assert "not counted: validation, HellaSwag, samples, saving, compiling" in text
 
 
 def test_a_run_whose_length_the_data_decide(shown) -> None:
