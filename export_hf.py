@@ -45,9 +45,13 @@ def import_folder(hf_folder: Path, out: Path) -> None:
         hf_folder: The folder with config.json, weights and tokenizer.
         out: The checkpoint folder to write, which must not be there yet.
     """
+    from recipe.checkpoints import load_config
     from recipe.export import huggingface  # takes seconds
+    from recipe.settings import constant_weights_note
 
     show(huggingface.import_folder(hf_folder, out), out)
+    if note := constant_weights_note(load_config(out)):
+        print(note)
 
 
 def show(checks: "list[Check]", out: Path) -> None:

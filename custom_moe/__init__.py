@@ -22,7 +22,7 @@ from custom_moe.balance import (
 from custom_moe.block import MoEBlock
 from custom_moe.layer import MoE, set_backend
 from custom_moe.patch import use_custom_moe
-from custom_moe.router import RouterOutput, ScoreFunction, score_function
+from custom_moe.router import RouterOutput, ScoreFunction, score_function, weights_are_constant
 
 __all__ = [
     "Backend",
@@ -41,4 +41,5 @@ __all__ = [
     "set_backend",
     "updated_bias",
     "use_custom_moe",
+    "weights_are_constant",
 ]

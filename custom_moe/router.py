@@ -34,6 +34,13 @@ def score_function(config: Config) -> ScoreFunction:
     return "sigmoid" if config.n_expert_groups else "softmax"
 
 
+def weights_are_constant(config: Config) -> bool:
+    """Whether the weight of a token's one expert is 1 whatever the router computes, so that the loss gives the router
+    no gradient: the softmax over one logit is 1, and so is a score divided by itself."""
+    normalized = score_function(config) == "softmax" or config.norm_topk_prob
+    return bool(config.n_expert > 1 and config.n_expert_per_token == 1 and normalized)
+
+
 def route(logits_NE: Tensor, config: Config, correction_bias_E: Tensor | None = None) -> RouterOutput:
     """Chooses ``n_expert_per_token`` experts for each token, as LitGPT's ``LLaMAMoE`` and ``GroupedTopkRouter`` do.
 

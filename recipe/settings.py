@@ -22,6 +22,7 @@ from litgpt import Config
 from litgpt.args import LogArgs, TrainArgs
 from litgpt.data import DataModule
 
+from custom_moe import weights_are_constant
 from recipe import checkpoints
 from recipe.cli import UserError, explain, known_flags, make_parser, underscored, with_bare_switches
 from recipe.forward import Recomputed
@@ -540,6 +541,16 @@ def choose_precision(asked: str | None) -> tuple[str, str | None]:
     return asked, None
 
 
+def constant_weights_note(config: Config) -> str | None:
+    """A line about a model that was trained elsewhere and whose routers the loss can't train; None for other models."""
+    if config.mlp_class_name != "LLaMAMoE" or not weights_are_constant(config):
+        return None
+    return (
+        "warning: this model sends each token to 1 expert, with a weight that is always 1. The loss gives its routers"
+        " no gradient: training improves the experts, but not which of them a token goes to."
+    )
+
+
 def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
     """All that can be known to be wrong before anything is read or written, in one message.
 
@@ -550,6 +561,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_seed(settings),
         *_check_paths(settings),
         *_check_model(settings.model),
+        *_check_router_learns(settings),
         *_check_balance(settings),
         *_check_batches(settings),
         *_check_sharding(settings, optimizer),
@@ -600,6 +612,8 @@ def _check_model(config: Config) -> list[str]:
                 f"n_expert_per_token is {config.n_expert_per_token}; expected a number from 1 to n_expert"
                 f" ({config.n_expert})."
             )
+        else:
+            problems += _check_routing(config)
         if config.moe_intermediate_size is None:
             problems.append("moe_intermediate_size is not set; expected the width of one expert, such as 2048.")
     elif config.n_expert:
@@ -608,6 +622,78 @@ def _check_model(config: Config) -> list[str]:
             " set mlp_class_name: LLaMAMoE, or n_expert: 0."
         )
     return problems
+
+
+def _check_routing(config: Config) -> list[str]:
+    """What LitGPT's config accepts, and what then crashes in the first step or routes otherwise than it says."""
+    problems = []
+    dense, width, shared = config.first_k_dense_replace, config.moe_intermediate_size, config.n_shared_expert
+    if dense is not None and not 0 <= dense < config.n_layer:
+        problems.append(
+            f"first_k_dense_replace is {dense}; expected a number from 0 to {config.n_layer - 1}, so that at least one"
+            f" of the {config.n_layer} layers has experts."
+        )
+    if width is not None and width < 1:
+        problems.append(f"moe_intermediate_size is {width}; expected the width of one expert, such as 2048.")
+    if shared is not None and shared < 0:
+        problems.append(f"n_shared_expert is {shared}; expected a number from 0.")
+    if not 0 < config.routed_scaling_factor < math.inf:
+        problems.append(
+            f"routed_scaling_factor is {config.routed_scaling_factor}, which the weight of every expert is multiplied"
+            " by; expected more than 0, such as 1.0."
+        )
+    groups, chosen = config.n_expert_groups, config.n_topk_groups
+    if groups is None:
+        unused = [name for name in ("n_topk_groups", "n_topk_scores_per_group") if getattr(config, name) is not None]
+        if unused:
+            problems.append(
+                f"{' and '.join(unused)} would have no effect: n_expert_groups is not set. Set it, or leave"
+                f" {'it' if len(unused) == 1 else 'them'} null."
+            )
+        return problems
+    group_size = config.n_expert // groups
+    if not 1 <= chosen <= groups:
+        problems.append(f"n_topk_groups is {chosen}; expected a number from 1 to n_expert_groups ({groups}).")
+    elif chosen * group_size < config.n_expert_per_token:
+        problems.append(
+            f"n_topk_groups is {chosen}, and {chosen} of the {groups} groups hold {chosen * group_size} experts, fewer"
+            f" than n_expert_per_token ({config.n_expert_per_token}): experts outside of the chosen groups would be"
+            f" taken. Expected at least --model.n_topk_groups {-(-config.n_expert_per_token // group_size)}."
+        )
+    if config.n_topk_scores_per_group < 1:
+        problems.append(
+            f"n_topk_scores_per_group is {config.n_topk_scores_per_group}, so that all groups would have the same"
+            f" score; expected a number from 1 to {group_size}, the size of a group."
+        )
+    return problems
+
+
+def _check_router_learns(settings: RunSettings) -> list[str]:
+    """For a new model. One that was trained before is taken as it is, and the run says the same in a line
+    (``constant_weights_note``)."""
+    config = settings.model
+    if settings.initial_checkpoint_dir or settings.resume or constant_weights_note(config) is None:
+        return []
+    if config.n_expert_groups:
+        kind, alternative = "a sigmoid router with norm_topk_prob", "--model.norm_topk_prob false"
+    else:
+        kind, alternative = "a softmax router", _sigmoid_router(config)
+    otherwise = "" if settings.upcycle else f", or {alternative}"  # an upcycled model has softmax routers
+    return [
+        f"n_expert_per_token is 1 with {kind}, which divides the weights of a token's experts by their sum: the one"
+        " weight is always 1, so the loss would give the router no gradient, and it would not learn where to send a"
+        f" token. --model.n_expert_per_token 2{otherwise}."
+    ]
+
+
+def _sigmoid_router(config: Config) -> str:
+    """The flags that give a model with a softmax router one with sigmoid scores, which chooses among all experts."""
+    groups = next(number for number in range(2, config.n_expert + 1) if config.n_expert % number == 0)
+    scores, normalized = min(2, config.n_expert // groups), config.n_expert_per_token > 1
+    return (
+        f"--model.n_expert_groups {groups} --model.n_topk_groups {groups} --model.n_topk_scores_per_group {scores}"
+        f" --model.norm_topk_prob {str(normalized).lower()}"
+    )
 
 
 def _check_balance(settings: RunSettings) -> list[str]:
@@ -620,12 +706,9 @@ def _check_balance(settings: RunSettings) -> list[str]:
         problem = (
             f"moe.bias_update_rate is {rate}, but only a sigmoid router has a selection bias and this model has none;"
         )
-        if config.mlp_class_name != "LLaMAMoE" or isinstance(settings, FinetuneSettings):
+        if config.mlp_class_name != "LLaMAMoE" or config.n_expert < 2 or isinstance(settings, FinetuneSettings):
             return [f"{problem} --moe.bias_update_rate 0"]
-        return [
-            f"{problem} --moe.bias_update_rate 0, or train a model with sigmoid routers: --model.n_expert_groups 2"
-            " --model.n_topk_groups 2 --model.n_topk_scores_per_group 2 --model.norm_topk_prob true"
-        ]
+        return [f"{problem} --moe.bias_update_rate 0, or train a model with sigmoid routers: {_sigmoid_router(config)}"]
     if rate and isinstance(settings, FinetuneSettings) and settings.lora_r:
         return [
             f"moe.bias_update_rate is {rate}, but LoRA leaves the routers' selection bias as the checkpoint has it;"

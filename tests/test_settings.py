@@ -25,17 +25,30 @@ from recipe.settings import (
 RUN_FILES = [PROJECT / "train_config.yaml", *sorted(PROJECT.glob("configs/*.yaml"))]
 
 
+NORMALIZED = "--model.norm_topk_prob=true"
+
+
 @pytest.fixture
-def refusal(tmp_path: Path, moe_fields: dict):
-    """``refusal("--flag", "value")``: the message that parsing or checking ends with."""
+def accepted(tmp_path: Path, moe_fields: dict):
+    """``accepted("--flag", "value")`` parses and checks a run of the tiny model."""
     run_file = tmp_path / "run.yaml"
     settings = {"model": moe_fields, "train": {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 2}}
     run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
+    def call(*flags: str) -> None:
+        run = parse_run(["--config", str(run_file), *flags])
+        check(run.settings, run.optimizer)
+
+    return call
+
+
+@pytest.fixture
+def refusal(accepted):
+    """``refusal("--flag", "value")``: the message that parsing or checking ends with."""
+
     def call(*flags: str) -> str:
         with pytest.raises(UserError) as caught:
-            run = parse_run(["--config", str(run_file), *flags])
-            check(run.settings, run.optimizer)
+            accepted(*flags)
         return str(caught.value)
 
     return call
@@ -203,6 +216,47 @@ def test_each_flag_of_our_own_is_explained():
 )
 def test_a_mistake_gets_one_message(refusal, flags, message):
     assert message in refusal(*flags)
+
+
+GROUPS = ("--model.n_expert_groups=2", "--model.n_topk_groups=2", "--model.n_topk_scores_per_group=1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.n_expert_per_token=1"], "the one weight is always 1"),
+        ([*GROUPS, "--model.n_expert_per_token=1", "--model.norm_topk_prob=true"], "--model.norm_topk_prob false"),
+        ([*GROUPS, "--model.n_topk_groups=1", "--model.n_expert_per_token=3"], "at least --model.n_topk_groups 2"),
+        ([*GROUPS, "--model.n_topk_groups=0"], "n_topk_groups is 0; expected a number from 1 to n_expert_groups (2)"),
+        ([*GROUPS, "--model.n_topk_groups=3"], "n_topk_groups is 3"),
+        ([*GROUPS, "--model.n_topk_scores_per_group=0"], "n_topk_scores_per_group is 0"),
+        ([*GROUPS, "--model.n_topk_scores_per_group=3"], "n_topk_scores_per_group <= experts_per_group"),
+        ([*GROUPS, "--model.n_expert=5"], "n_expert % self.n_expert_groups == 0"),
+        (["--model.n_topk_groups=1"], "n_topk_groups would have no effect: n_expert_groups is not set"),
+        (["--model.n_topk_scores_per_group=1"], "n_topk_scores_per_group would have no effect"),
+        (["--model.routed_scaling_factor=0.0"], "routed_scaling_factor is 0.0"),
+        (["--model.routed_scaling_factor=.nan"], "routed_scaling_factor is nan"),
+        (["--model.n_shared_expert=-1"], "n_shared_expert is -1"),
+        (["--model.moe_intermediate_size=0"], "moe_intermediate_size is 0"),
+        (["--model.first_k_dense_replace=2"], "first_k_dense_replace is 2; expected a number from 0 to 1"),
+        (["--model.first_k_dense_replace=-1"], "first_k_dense_replace is -1"),
+    ],
+    ids=str,
+)
+def test_routing_that_can_not_work_is_refused(refusal, flags, message):
+    assert message in refusal(*flags)
+
+
+@pytest.mark.parametrize("flags", [(), ("--model.n_expert=9",), ("--model.n_expert=7",), (*GROUPS, NORMALIZED)])
+def test_the_alternatives_for_one_expert_pass(refusal, accepted, flags):
+    one = (*flags, "--model.n_expert_per_token", "1")
+    alternatives = refusal(*one).partition("send a token. ")[2]
+    for alternative in alternatives.removesuffix(".").split(", or "):
+        accepted(*one, *alternative.split())
+
+
+def test_one_expert_in_all_has_nothing_to_route(accepted):
+    accepted("--model.n_expert", "1", "--model.n_expert_per_token", "1")
 
 
 def test_all_problems_are_told_at_once(refusal):

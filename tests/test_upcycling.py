@@ -172,6 +172,7 @@ def test_other_models_are_refused(train, tmp_path: Path, dense_fields: dict, cha
         (["--train.tie_embeddings", "true"], "its embedding and output matrix differ"),
         (["--initial_checkpoint_dir", "x"], "both `initial_checkpoint_dir` and `upcycle` are set"),
         (["--model.n_expert", "0"], "n_expert is 0"),
+        (["--model.n_expert_per_token", "1"], r"would not learn .* --model\.n_expert_per_token 2\.$"),
     ],
 )
 def test_another_model_than_the_dense_one_is_refused(train, dense: Path, flags: list[str], message: str) -> None:

@@ -34,7 +34,7 @@ from recipe.data.reader import TokenLoader
 from recipe.evaluation import hellaswag
 from recipe.flops import training_flops_per_token
 from recipe.inference.generate import sample_text
-from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings, is_sharded
+from recipe.settings import FinetuneSettings, MoESettings, ParsedRun, RunSettings, constant_weights_note, is_sharded
 from recipe.training.cards import found_card, peak_flops
 from recipe.training.compiling import compiler_settings, should_compile
 from recipe.training.interval import Interval, sum_over_devices
@@ -173,7 +173,9 @@ def run_training(
         warmup_note = f"The run is shorter than its warm-up, which ends at step {plan.warmup_steps:,} instead."
     conversations = data.summary() if isinstance(data, InstructionData) else None
     sharded_note = "Sharded by FSDP: no samples are written while it trains." if sharded else None
-    for note in (precision_note, compile_note, warmup_note, sharded_note, conversations):
+    frozen_routers = isinstance(settings, FinetuneSettings) and settings.lora_r and not settings.lora_mlp
+    router_note = None if frozen_routers else constant_weights_note(gpt.config)
+    for note in (precision_note, compile_note, warmup_note, sharded_note, router_note, conversations):
         if note:
             say(note)
     if resume_from:

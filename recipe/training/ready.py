@@ -25,7 +25,7 @@ from recipe.data.manifest import read as read_manifest
 from recipe.data.prepare import PrepareArgs, prepare
 from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
-from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings
+from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings, check
 from recipe.training.logs import METRICS_FILE, run_files
 from recipe.training.state import anew_from, made_from
 from recipe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
@@ -44,6 +44,8 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     run = _with_wandb_dataset(run)
     settings = run.settings
     resume_from = find_checkpoint(settings)
+    if settings.resume and resume_from is None:  # `auto` starts a new run where there is none to resume
+        check(replace(settings, resume=False), run.optimizer)
     if settings.initial_checkpoint_dir is not None:
         refuse_openai_gpt2(settings.initial_checkpoint_dir)
     if settings.upcycle is not None and resume_from is not None:

@@ -34,7 +34,7 @@ from recipe.training.state import check_same_tokens
 STEP = "step-00000002"
 MODEL = dict(
     **{"name": "tiny-moe", "block_size": 64, "vocab_size": 384, "padded_vocab_size": 384, "n_layer": 1, "n_embd": 16},
-    **{"n_head": 2, "mlp_class_name": "LLaMAMoE", "moe_intermediate_size": 16, "n_expert": 2, "n_expert_per_token": 1},
+    **{"n_head": 2, "mlp_class_name": "LLaMAMoE", "moe_intermediate_size": 16, "n_expert": 2, "n_expert_per_token": 2},
     **{"norm_class_name": "RMSNorm", "bias": False, "parallel_residual": False, "rotary_percentage": 1.0},
 )
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from litgpt import Config
 from litgpt.model import GroupedTopkRouter
 
-from custom_moe import MoE, score_function
+from custom_moe import MoE, score_function, weights_are_constant
 from custom_moe.router import linear_fp32, route
 
 SIGMOID = dict(n_expert_groups=3, n_topk_groups=2, n_topk_scores_per_group=2)
@@ -77,3 +77,25 @@ def test_gradients_reach_the_gate_through_the_weights() -> None:
         moe = MoE(config_of(**fields))
         moe(torch.randn(1, 8, 32)).square().sum().backward()
         assert moe.gate.weight.grad is not None and moe.gate.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "constant"),
+    [
+        ({}, False),
+        ({"n_expert_per_token": 1}, True),
+        ({"n_expert_per_token": 1, "routed_scaling_factor": 2.5}, True),
+        ({"n_expert_per_token": 12}, False),
+        ({**SIGMOID, "n_expert_per_token": 1}, False),
+        ({**SIGMOID, "n_expert_per_token": 1, "norm_topk_prob": True}, True),
+        ({**SIGMOID, "norm_topk_prob": True}, False),
+    ],
+    ids=str,
+)
+def test_constant_weights_are_those_without_gradient(fields: dict, constant: bool) -> None:
+    torch.manual_seed(0)
+    config = config_of(**fields)
+    moe = MoE(config)
+    moe(torch.randn(1, 64, 32)).square().sum().backward()
+    assert moe.gate.weight.grad is not None
+    assert weights_are_constant(config) == constant == (moe.gate.weight.grad.abs().max().item() < 1e-6)

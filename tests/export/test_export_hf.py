@@ -120,6 +120,16 @@ def test_an_imported_model_can_be_tuned(tmp_path: Path, tokenizer_dir: Path) -> 
     assert checkpoints.load_weights(tmp_path / "finetuned" / "final").keys()
 
 
+def test_an_import_names_routers_without_gradient(tmp_path: Path, tokenizer_dir: Path, capsys) -> None:
+    from tests.export.test_huggingface import hf_folder
+
+    experts = {"num_local_experts": 4, "head_dim": 8}
+    for k, said in ((1, True), (2, False)):
+        source = hf_folder(tmp_path / f"hf{k}", tokenizer_dir, "mixtral", num_experts_per_tok=k, **experts)
+        door("export_hf").import_folder(source, tmp_path / f"in{k}")
+        assert ("warning: this model sends each token to 1 expert" in capsys.readouterr().out) == said
+
+
 def _uv() -> str | None:
     local = PROJECT / ".uv" / "bin" / "uv"
     return str(local) if local.is_file() else shutil.which("uv")

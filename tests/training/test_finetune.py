@@ -76,6 +76,16 @@ def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(tune, tmp_path):
     assert column(accumulated, "total_tokens") == column(at_once, "total_tokens")
 
 
+def test_routers_that_can_not_learn_are_named(tune, tmp_path, moe_fields, tokenizer_dir, capsys):
+    fields = moe_fields | {"block_size": 48, "n_expert_per_token": 1}
+    base = save_tiny(tmp_path / "other", tiny_gpt(fields), tokenizer_dir)
+    flags = ("--checkpoint_dir", str(base), "--train.max_steps", "1")
+    tune(*flags)
+    assert "warning: this model sends each token to 1 expert" in capsys.readouterr().out
+    tune(*flags, "--lora_r", "4", "--out_dir", str(tmp_path / "lora"))  # which leaves routers as they are
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_lora_leaves_selection_biases_as_they_are(tune, tmp_path, moe_fields, tokenizer_dir):
     """They are no part of the updates that are saved by themselves; a base with them would be another one."""
     base = save_tiny(tmp_path / "other", tiny_gpt(moe_fields | {"block_size": 48} | SIGMOID), tokenizer_dir)

@@ -20,6 +20,7 @@ from recipe.settings import parse_run
 from recipe.training import loop
 from recipe.training.pretrain import pretrain, scale_gelu_projections
 from recipe.training.ready import ready
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
 from tests.training_fixtures import SIGMOID_ROUTER, column, rows
 
 
@@ -390,3 +391,16 @@ def test_a_compiled_run_is_the_other(train, capsys):
     assert said and int(said[1]) >= 1
     bf16 = torch.cuda.is_available()  # whose roundings the compiler may leave out
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if bf16 else 1e-4)
+
+
+def test_a_constant_router_is_trained_on_only(train, tmp_path, moe_fields, prepared, capsys):
+    """`--resume auto` starts a new run where there is none; a model that was trained before is taken as it is."""
+    one = ("--model.n_expert_per_token", "1", "--train.max_steps", "1")
+    with pytest.raises(UserError, match="would not learn where to send a token"):
+        train(*one, "--resume", "auto")
+    assert not (tmp_path / "out").exists()
+    start = save_tiny(tmp_path / "start", tiny_gpt(moe_fields | {"n_expert_per_token": 1}), prepared / "tokenizer")
+    train(*one, "--initial_checkpoint_dir", str(start))
+    assert "warning: this model sends each token to 1 expert" in capsys.readouterr().out
+    train(*one, "--resume", "auto", "--train.max_steps", "2")
+    assert "Resuming from" in capsys.readouterr().out
