@@ -227,3 +227,33 @@ def grouped_linear(x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor, backend: Ba
     """``multiply`` with gradients for the rows and the weights: ``F.linear``, another weight for each group of rows."""
     y: Tensor = _GroupedLinear.apply(x_SC, weight_EOC, ends_E, backend)
     return y
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_SO: Tensor, bias_EO: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        ctx.backend = backend
+        row_S = torch.arange(y_SO.size(0), device=y_SO.device)
+        expert_S = torch.searchsorted(ends_E, row_S, right=True)
+        return y_SO + bias_EO.index_select(0, expert_S)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (ends_E,) = ctx.saved_tensors
+        dbias_EO = None
+        if ctx.needs_input_grad[1]:
+            # The gradient of a weight whose input is always 1; 16 columns of it, for kernels that want aligned rows.
+            ones_S16 = grad_SO.new_ones(grad_SO.size(0), 16)
+            dbias_EO = weight_gradient(grad_SO.contiguous(), ones_S16, ends_E, ctx.backend)[:, :, 0]
+        return grad_SO, dbias_EO, None, None
+
+
+def add_bias(y_SO: Tensor, bias_EO: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
+    """Each row plus its expert's bias, which is of the rows' type.
+
+    The bias' gradient is a product too: it is summed in fp32 and gives the same bits on each run. That of
+    ``index_select`` would be ``index_add_``, whose atomic additions in bf16 on a GPU round after each row.
+    """
+    y: Tensor = _AddBias.apply(y_SO, bias_EO, ends_E, backend)
+    return y

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_moe import loop
-from custom_moe.backends import Backend, choose_backend, grouped_linear
+from custom_moe.backends import Backend, add_bias, choose_backend, grouped_linear
 from custom_moe.dispatch import ExpertOrder, add_rows, gather_rows, sort_by_expert, weights_of_rows
 from custom_moe.swiglu import grouped_swiglu
 
@@ -97,8 +97,7 @@ class Experts(nn.Module):
         weight_EOC, bias_EO = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
         y_SO = grouped_linear(x_S, weight_EOC.to(x_S.dtype), order.ends_E, backend)
         if bias_EO is not None:
-            expert_S = torch.searchsorted(order.ends_E, torch.arange(len(x_S), device=x_S.device), right=True)
-            y_SO = y_SO + bias_EO.to(x_S.dtype).index_select(0, expert_S)
+            y_SO = add_bias(y_SO, bias_EO.to(x_S.dtype), order.ends_E, backend)
         return y_SO
 
     def _litgpt_views(self, prefix: str) -> dict[str, tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from custom_moe import Backend, MoE, RouterOutput, loop
+from custom_moe.backends import add_bias
 from custom_moe.router import route
 
 SIGMOID = dict(n_expert_groups=2, n_topk_groups=1, n_topk_scores_per_group=2)
@@ -311,6 +312,57 @@ def test_the_gradient_of_a_sum_works(backend: Backend) -> None:
         stock(x).sum().backward()
         for name, grad in gradients(ours).items():
             torch.testing.assert_close(grad, gradients(stock)[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+class _AtomicAdds(TorchDispatchMode):
+    """``index_add_`` of 16 bits as CUDA's atomic additions compute it: the sum is rounded after each row."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "index_add" not in func.__name__ or args[0].dtype.itemsize > 2:
+            return func(*args, **(kwargs or {}))
+        total, _, index, rows = args
+        total = total if func.__name__.startswith("index_add_.") else total.clone()
+        for row in range(len(rows)):
+            total[index[row]] += rows[row]
+        return total
+
+
+@both_backends
+def test_bias_gradients_are_summed_in_fp32(backend: Backend) -> None:
+    generator, ends = torch.Generator().manual_seed(0), [2000, 2000, 2990, 3000]
+    grad = (torch.randn(3000, 16, generator=generator) + 0.5).bfloat16()
+    exact = torch.stack([part.double().sum(0) for part in grad.tensor_split(ends[:-1])])
+    errors = []
+    for adding in (
+        lambda y, bias: y + bias.index_select(0, torch.arange(4).repeat_interleave(torch.tensor([2000, 0, 990, 10]))),
+        lambda y, bias: add_bias(y, bias, torch.tensor(ends, dtype=torch.int32), backend),
+    ):
+        bias = torch.zeros(4, 16, dtype=torch.bfloat16, requires_grad=True)
+        with _AtomicAdds():
+            adding(torch.zeros_like(grad), bias).backward(grad)
+        assert bias.grad is not None
+        errors.append(float((bias.grad.double() - exact).norm() / exact.norm()))
+    assert errors[0] > 0.1, "what index_select's gradient would be on a GPU"
+    assert errors[1] < 2**-8, "one rounding to bf16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_gradient_is_summed_by_index(dtype: torch.dtype) -> None:
+    """On a GPU such sums are atomic additions, in the gradient's type and another order on each run."""
+    seen: set[str] = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for fields in CASES.values():
+        layer = MoE(config_of(fields)).to(dtype)
+        x = torch.randn(2, 9, layer.config.n_embd, dtype=dtype, requires_grad=True)
+        with Names():
+            layer(x).sum().backward()
+    by_index = {name for name in seen if any(kind in name for kind in ("index_add", "index_put", "embedding_dense"))}
+    assert not by_index and seen
 
 
 @both_backends
