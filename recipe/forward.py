@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from litgpt import GPT
 from litgpt.model import do_softcapping
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def hidden_states(
         cos, sin = gpt.cos[:seq_length].unsqueeze(0), gpt.sin[:seq_length].unsqueeze(0)
     else:
         cos, sin = gpt.cos[positions], gpt.sin[positions]
-    x = gpt.transformer.wte(input_ids)  # (B, T, C)
+    x = _embedded(gpt.transformer.wte, input_ids)  # (B, T, C)
     if config.scale_embeddings:
         x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
     routers: list[RouterOutput | None] = []
@@ -67,6 +68,16 @@ def hidden_states(
         x, router = run(block, x, cos[pick], sin[pick], mask, recomputed)
         routers.append(router)
     return x, routers
+
+
+def _embedded(wte: nn.Module, input_ids: Tensor) -> Tensor:
+    """The tokens' embeddings. The gradient of a token's row is the sum over all its places, and torch adds them up in
+    the weight's type: in 16 bits (bf16-true) the row of a frequent token would lose most of it, so it is fp32 here."""
+    weight = wte.weight
+    if weight.dtype.itemsize == 2 and weight.requires_grad and torch.is_grad_enabled():
+        return F.embedding(input_ids, weight.float()).to(weight.dtype)
+    x: Tensor = wte(input_ids)
+    return x
 
 
 def logits_of(gpt: GPT, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from custom_moe import MoE, expert_counts, expert_load, load_balancing_loss, use_custom_moe
 from custom_moe.backends import Hardware
 from custom_moe.dispatch import sum_rows
-from recipe.forward import Recomputed, hidden_states
+from recipe.forward import Recomputed, _embedded, hidden_states
 from recipe.layers import use_fast_layers
 from recipe.settings import MoESettings
 from recipe.training.compiling import compiler_settings
@@ -469,3 +469,17 @@ def test_matrices_that_are_cast_once_are_not_cast_in_the_compiled_graph(compiler
     casts = [node for node in nodes if node.op == "call_method" and node.target == "to"]
     shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim == 3}
     assert casts and not [node for node in casts if tuple(node.meta["example_value"].shape) in shapes]
+
+
+def test_a_frequent_tokens_gradient_is_summed_in_fp32():
+    """torch adds the rows up in bf16 on a CPU: 22% was lost of a token that is half of the text."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 50, (1, 8192), generator=generator)
+    ids[:, ::2] = 0
+    grad = (torch.randn(1, 8192, 16, generator=generator) + 0.2).bfloat16()
+    exact = torch.zeros(50, 16, dtype=torch.float64).index_add_(0, ids[0], grad[0].double())
+    wte = torch.nn.Embedding(50, 16, dtype=torch.bfloat16)
+    x = _embedded(wte, ids)
+    assert x.dtype == torch.bfloat16 and torch.equal(x, wte(ids))
+    x.backward(grad)
+    assert (wte.weight.grad.double() - exact).norm() < 2**-8 * exact.norm()
