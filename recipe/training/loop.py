@@ -50,7 +50,7 @@ from recipe.training.model import (
     update_selection_biases,
 )
 from recipe.training.nonfinite import first_not_finite, weights_not_finite
-from recipe.training.optimizers import check_optimizer, make_optimizer, set_learning_rate
+from recipe.training.optimizers import check_optimizer, make_optimizer, rounding_note, set_learning_rate
 from recipe.training.plan import describe_needs, describe_size
 from recipe.training.saving import CheckpointWriter, StopSignals, lasting_output
 from recipe.training.schedule import Plan, learning_rate
@@ -175,7 +175,8 @@ def run_training(
     sharded_note = "Sharded by FSDP: no samples are written while it trains." if sharded else None
     frozen_routers = isinstance(settings, FinetuneSettings) and settings.lora_r and not settings.lora_mlp
     router_note = None if frozen_routers else constant_weights_note(gpt.config)
-    for note in (precision_note, compile_note, warmup_note, sharded_note, router_note, conversations):
+    lost_updates = rounding_note(run.optimizer, fabric._precision.precision, sharded=sharded)
+    for note in (precision_note, lost_updates, compile_note, warmup_note, sharded_note, router_note, conversations):
         if note:
             say(note)
     if resume_from:

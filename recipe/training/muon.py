@@ -16,12 +16,18 @@ from torch.optim.adamw import adamw
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz step, steepest at 0: singular values end between about 0.7 and 1.2"""
 ITERATIONS = 5
+MOMENTS = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
 class Muon(torch.optim.Optimizer):
     """Muon on the groups that say how their parameters divide into matrices (``parts``), AdamW on the others.
 
     All processes of a run compute the same updates from the same gradients.
+
+    Parameters in bf16 (precision bf16-true) are updated in fp32, with moments in fp32, and rounded stochastically: bf16
+    has 8 bits, so that rounding to the nearest would drop every change of less than 0.2% of a weight, such as weight
+    decay. The random numbers follow from the parameter and the number of its updates alone, which is part of the state,
+    so that all processes round alike and a resumed run gives the same bits.
 
     Args:
         params: groups as ``parameter_groups(model, muon=True)`` makes them. ``parts`` are the heights of the matrices
@@ -66,37 +72,67 @@ class Muon(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["parts"]:
                 self._update_by_muon(parameters, group)
+            elif any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+                for parameter in parameters:  # one after the other: each needs copies in fp32
+                    self._update_by_adamw([parameter], group)
             else:
                 self._update_by_adamw(parameters, group)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which casts moments to their parameter's type; those of bf16 parameters stay fp32."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        indices = (index for group in state_dict["param_groups"] for index in group["params"])
+        for index, parameter in zip(indices, self._parameters(), strict=True):
+            if parameter.dtype == torch.bfloat16:
+                for name in saved.get(index, {}).keys() & MOMENTS:
+                    moment = saved[index][name].to(parameter.device, torch.float32, copy=True)
+                    self.state[parameter][name] = moment
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _store(self, weight: Tensor, parameter: Tensor) -> None:
+        """Takes an updated weight over into its parameter, which may be the same tensor."""
+        if weight is parameter:
+            return
+        state, parameters = self.state[parameter], self._parameters()
+        state["updates"] = state.get("updates", 0) + 1
+        number = next(index for index, other in enumerate(parameters) if other is parameter)
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed((state["updates"] * len(parameters) + number) % 2**32)
+        parameter.copy_(stochastically_rounded(weight, generator))
+
     def _update_by_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         lr, momentum, parts = group["lr"], group["momentum"], group["parts"]
         for parameter in parameters:
-            gradient, state = parameter.grad, self.state[parameter]
-            assert gradient is not None
+            assert parameter.grad is not None
+            weight, gradient, state = _wide(parameter), _wide(parameter.grad), self.state[parameter]
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
+                state["momentum_buffer"] = torch.zeros_like(weight)
             average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
             direction = gradient.lerp(average, momentum)
-            parameter.mul_(1 - lr * group["weight_decay"])
+            weight.mul_(1 - lr * group["weight_decay"])
             heights = matrix_heights(parameter, parts)
-            for matrix, update in zip(parameter.split(heights, -2), direction.split(heights, -2), strict=True):
+            for matrix, update in zip(weight.split(heights, -2), direction.split(heights, -2), strict=True):
                 scale = max(1.0, matrix.size(-2) / matrix.size(-1)) ** 0.5
                 matrix.add_(orthogonalized(update), alpha=-lr * scale)
+            self._store(weight, parameter)
 
     def _update_by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for parameter in parameters:
+        weights = [_wide(parameter) for parameter in parameters]
+        for parameter, weight in zip(parameters, weights, strict=True):
             if not (state := self.state[parameter]):
                 state["step"] = torch.tensor(0.0, device=parameter.device if group["fused"] else "cpu")
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["exp_avg"] = torch.zeros_like(weight)
+                state["exp_avg_sq"] = torch.zeros_like(weight)
         steps, averages, squares = (
             [self.state[parameter][name] for parameter in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
         )
         adamw(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            weights,
+            [_wide(parameter.grad) for parameter in parameters if parameter.grad is not None],
             averages,
             squares,
             [],
@@ -110,6 +146,24 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        for weight, parameter in zip(weights, parameters, strict=True):
+            self._store(weight, parameter)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor itself; in fp32 where it is bf16."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 in bf16, rounded up or down with a probability by which its mean stays ``x`` (arXiv 2010.06192).
+
+    A bf16 number is the upper half of an fp32 number's bits. A random lower half is added before the lower half is cut
+    off, so that it carries over with the probability of what is cut off.
+    """
+    noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    bits = noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16))
+    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def matrix_heights(parameter: Tensor, parts: tuple[int, ...]) -> list[int]:

@@ -103,6 +103,28 @@ def check_optimizer(class_path: str, device_type: str) -> None:
         )
 
 
+def rounding_note(optimizer: dict[str, Any], precision: str, *, sharded: bool = False) -> str | None:
+    """A line for a run whose optimizer rounds each update of 16-bit weights to the nearest; None for others.
+
+    Args:
+        optimizer: ``class_path`` and ``init_args``.
+        precision: that the run computes in, in Fabric's names.
+        sharded: whether by FSDP, which takes none of the optimizers that round stochastically.
+    """
+    rounds_stochastically = (optimizer.get("init_args") or {}).get("bf16_stochastic_round")
+    if precision not in ("bf16-true", "16-true") or is_muon(optimizer) or rounds_stochastically:
+        return None
+    stochastic = (
+        " --optimizer torchao.optim.AdamW8bit --optimizer.init_args.bf16_stochastic_round true, or --optimizer"
+        " recipe.training.muon.Muon --optimizer.init_args.lr 0.02, rounds stochastically, which keeps them on average."
+    )
+    return (
+        f"warning: in {precision}, {optimizer['class_path']} loses weight decay and small steps: each update is rounded"
+        " to 16 bits, and a change of less than about 0.3% of a weight is dropped. --precision bf16-mixed keeps the"
+        f" weights in fp32.{'' if sharded else stochastic}"
+    )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Gives each group ``factor`` times its own rate, so that groups with different rates keep their ratio."""
     for group in optimizer.param_groups:

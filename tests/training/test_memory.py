@@ -95,6 +95,13 @@ def test_so_does_one_that(flags: list[str]) -> None:
     assert training_memory(run, "32-true").peak == pytest.approx(allocated(run, "32-true"), rel=0.02)
 
 
+def test_muon_in_bf16_has_moments_in_fp32() -> None:
+    run = parsed(*KINDS["moe"], "--optimizer.class_path=recipe.training.muon.Muon", "--optimizer.init_args.lr=0.02")
+    found = training_memory(run, "bf16-true")
+    assert found.peak == pytest.approx(allocated(run, "bf16-true"), rel=0.02)
+    assert found.optimizer == training_memory(run, "32-true").optimizer
+
+
 def test_the_parts() -> None:
     run = parsed(*KINDS["moe"])
     found = training_memory(run, "32-true")

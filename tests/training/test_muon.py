@@ -12,7 +12,7 @@ from custom_moe import use_custom_moe
 from recipe.flops import training_flops_per_token
 from recipe.settings import PROJECT
 from recipe.training import muon
-from recipe.training.muon import Muon, orthogonalized, update_flops
+from recipe.training.muon import MOMENTS, Muon, orthogonalized, stochastically_rounded, update_flops
 from recipe.training.optimizers import load_optimizer_state, make_optimizer, parameter_groups, set_learning_rate
 
 SPECIFICATION = {
@@ -43,7 +43,7 @@ def steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], coun
     for step in range(count):
         random = torch.Generator().manual_seed(step)
         for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=random)
+            parameter.grad = torch.randn(parameter.shape, generator=random).to(parameter.dtype)
         optimizer.step()
 
 
@@ -122,6 +122,78 @@ def test_it_goes_on_from_its_state(gpt: GPT, moe_fields: dict) -> None:
         steps(optimizer, list(model.parameters()))
     for mine, theirs in zip(gpt.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bf16
+
+
+def matrix_and_rest(dtype: torch.dtype, **settings: float) -> tuple[Muon, list[nn.Parameter]]:
+    """Two equal parameters of the usual size of weights, one for each of Muon's ways."""
+    parameters = [nn.Parameter((matrix(64, 64) * 0.02).detach().to(dtype)) for _ in range(2)]
+    groups = [{"params": [parameters[0]], "parts": (1,)}, {"params": [parameters[1]]}]
+    return Muon(groups, **settings), parameters
+
+
+def test_decay_reaches_bf16_weights() -> None:
+    """Rounding to the nearest would keep the norm as it is."""
+    optimizer, parameters = matrix_and_rest(torch.bfloat16, lr=3e-4, adamw_lr=3e-4, weight_decay=0.1)
+    before = [parameter.detach().float().norm() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(2000):
+        optimizer.step()
+    for parameter, norm in zip(parameters, before, strict=True):
+        assert float(parameter.detach().float().norm() / norm) == pytest.approx((1 - 3e-5) ** 2000, rel=2e-3)  # 0.9418
+
+
+def test_small_steps_reach_bf16_weights() -> None:
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        optimizer, parameters = matrix_and_rest(dtype, lr=3e-5, adamw_lr=3e-5, weight_decay=0.0)
+        with torch.no_grad():  # both begin at numbers that bf16 has
+            for parameter in parameters:
+                parameter.copy_(parameter.bfloat16())
+        before = [parameter.detach().clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = matrix(64, 64, seed=1).detach().to(dtype)
+        for _ in range(200):
+            optimizer.step()
+        moved.append([(now - then).double().flatten() for now, then in zip(parameters, before, strict=True)])
+    for exact, rounded in zip(*moved, strict=True):
+        assert float(rounded @ exact / (exact @ exact)) == pytest.approx(1, abs=0.03)
+
+
+def test_rounding_is_the_same_in_all_processes_and_after_a_resume() -> None:
+    runs = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        optimizer, parameters = matrix_and_rest(torch.bfloat16)
+        steps(optimizer, parameters)
+        if seed == 2:
+            saved, weights = deepcopy(optimizer.state_dict()), [p.detach().clone() for p in parameters]
+            optimizer, parameters = matrix_and_rest(torch.bfloat16)
+            load_optimizer_state(optimizer, saved)
+            with torch.no_grad():
+                for parameter, weight in zip(parameters, weights, strict=True):
+                    parameter.copy_(weight)
+        steps(optimizer, parameters)
+        runs.append(parameters)
+        assert torch.equal(torch.get_rng_state(), before), "the run's own random numbers"
+        moments = [value for state in optimizer.state.values() for name, value in state.items() if name in MOMENTS]
+        assert len(moments) == 3 and all(moment.dtype == torch.float32 for moment in moments)
+    for one, *others in zip(*runs, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_rounding_is_unbiased() -> None:
+    x = torch.tensor([0.0, 1.0, -2.5, 1e-40, 1 + 2**-9, -(1 + 2**-9), float("inf"), -float("inf"), float("nan")])
+    rounded = stochastically_rounded(x.expand(20000, -1), torch.Generator().manual_seed(0)).float()
+    exact = [0, 1, 2, 6, 7]
+    assert torch.equal(rounded[:, exact], x[exact].expand(20000, -1))
+    assert rounded[:, 8].isnan().all()
+    assert set(rounded[:, 4].tolist()) == {1.0, 1 + 2**-7}
+    torch.testing.assert_close(rounded[:, 4:6].mean(0), x[4:6], rtol=0, atol=1e-4)
 
 
 def test_mistakes_are_named(gpt: GPT) -> None:

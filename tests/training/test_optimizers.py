@@ -14,6 +14,7 @@ from recipe.training.optimizers import (
     load_optimizer_state,
     make_optimizer,
     parameter_groups,
+    rounding_note,
     set_learning_rate,
 )
 
@@ -175,3 +176,17 @@ def test_eight_bit_adam_without_a_compiler_is_refused(experts, monkeypatch, tmp_
     with pytest.raises(UserError, match=r"torchao\.optim\.AdamW8bit compiles its step, but there is no C\+\+ compiler"):
         check_optimizer(EIGHT_BITS["class_path"], "cpu")
     make_optimizer(EIGHT_BITS, experts, fused=False)  # a plan only looks at it
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_who_loses_small_updates_is_warned(precision):
+    """With alternatives that this run could take: FSDP has neither of the two optimizers."""
+    eight_bit = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"bf16_stochastic_round": True}}
+    muon = {"class_path": "recipe.training.muon.Muon", "init_args": {}}
+    nearest = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"bf16_stochastic_round": False}}
+    assert rounding_note(eight_bit, precision) is None and rounding_note(muon, precision) is None
+    for optimizer in (ADAMW, nearest, {"class_path": "torch.optim.SGD"}):
+        note = rounding_note(optimizer, precision)
+        assert (note is not None) == (precision == "bf16-true")
+        assert note is None or (optimizer["class_path"] in note and "bf16_stochastic_round true" in note)
+        assert "stochastic" not in (rounding_note(optimizer, precision, sharded=True) or "")

@@ -258,10 +258,25 @@ def test_litgpts_own_text_files(train, tmp_path, stories, monkeypatch):
     assert len(column(out, "train_loss")) == 3
 
 
-def test_bf16_true_trains(train):
+def test_muon_in_bf16_resumes_to_the_bit(train, tmp_path, capsys):
+    """Its moments are fp32, and its rounding goes by the number of updates."""
+    flags = ("--precision", "bf16-true", "--optimizer", "recipe.training.muon.Muon", "--optimizer.init_args.lr", "0.01")
+    whole = train(*flags, "--out_dir", str(tmp_path / "whole"), "--train.max_steps", "6")
+    assert "loses weight decay" not in capsys.readouterr().out
+    cut = shutil.copytree(whole, tmp_path / "cut")
+    train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite", "--train.max_steps=6")
+    assert_same_weights(whole / "final", cut / "final")
+    states = checkpoints.load_training_state(cut / "final")["optimizer"]["state"].values()
+    moments = [state.get("momentum_buffer", state.get("exp_avg_sq")) for state in states]
+    assert all(moment.dtype == torch.float32 for moment in moments)
+    assert {state["updates"] for state in states} == {6}
+
+
+def test_bf16_true_trains(train, capsys):
     """Selection biases move in steps that bf16 does not have, and load as they were saved."""
     flags = ("--precision", "bf16-true", *SIGMOID_ROUTER, "--moe.bias_update_rate", "0.001", "--train.max_steps", "4")
     out = train(*flags)
+    assert "warning: in bf16-true, torch.optim.AdamW loses weight decay and small steps" in capsys.readouterr().out
     weights = checkpoints.load_weights(out / "final")
     assert weights["lm_head.weight"].dtype == torch.bfloat16
     bias = weights["transformer.h.1.mlp.gate.e_score_correction_bias"]
