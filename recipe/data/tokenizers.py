@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "gpt2"
 DEFAULT_VOCAB_SIZE = 8192
+BLANK_STEP = 1 << 18  # characters
 TRAINING_BYTES = 16 << 20  # of text are enough for the merges of a small vocabulary, and take seconds
 ORIGIN = "prepared_from"  # key in tokenizer_config.json: what prepare_data.py made the folder from
 # Read where they stand, beside tokenizer.json and tokenizer_config.json, which every prepared folder has.
@@ -35,7 +36,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 OFFLINE_WAYS = """Without a network:
   --source sample --tokenizer train    the built-in stories and a tokenizer trained on them
-  --source PATH --tokenizer FOLDER     your own .txt, .jsonl or .parquet, a folder with a tokenizer.json (or: train)
+  --source PATH --tokenizer FOLDER     your own texts, a folder with a tokenizer.json (or: train)
   or put text into train/ and val/ below --data_dir, and a tokenizer.json into --tokenizer_dir."""
 
 
@@ -377,6 +378,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer_json: Path, fast: bool) -> None:
+        self._path = tokenizer_json
+        self._encode: Callable[[str], list[int]] | None = None
         if fast:
             import tiktoken
 
@@ -384,21 +387,45 @@ class Encoder:
             assert found is not None
             pattern, ranks = found
             encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-            self._encode: Callable[[str], list[int]] | None = encoding.encode_ordinary
-        else:
-            from tokenizers import Tokenizer
+            self._encode = encoding.encode_ordinary
 
-            self._encode = None
-            self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-            self._tokenizer.encode_special_tokens = True
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self._path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def __call__(self, texts: list[str]) -> Iterator[list[int]]:
         """The ids of each text, without beginning or end tokens."""
         if self._encode is not None:
-            return map(self._encode, texts)
+            return map(self._encode_fast, texts)
+        return self._encode_slowly(texts)
+
+    def _encode_fast(self, text: str) -> list[int]:
+        assert self._encode is not None
+        if not _has_long_blank(text):
+            try:
+                return self._encode(text)
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # of pyo3, which no module exports
+                    raise
+        return next(self._encode_slowly([text]))
+
+    def _encode_slowly(self, texts: list[str]) -> Iterator[list[int]]:
         return (found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def _has_long_blank(text: str) -> bool:
+    """Whether a text may hold a million white-space characters in a row, at which tiktoken's regex engine panics.
+
+    True from twice ``BLANK_STEP`` on; such a run fills one of these slices, and most end at their first character.
+    """
+    starts = range(0, len(text) - BLANK_STEP + 1, BLANK_STEP)
+    return any(text[start].isspace() and text[start : start + BLANK_STEP].isspace() for start in starts)
 
 
 def agrees_with_tiktoken(tokenizer_json: Path, sample: list[str]) -> bool:

@@ -114,6 +114,22 @@ def test_pieces_of_a_text_give_the_ids_of_the_whole(tmp_path: Path, stories: lis
         assert left + right == whole, text[cut - 5 : cut + 5]
 
 
+@pytest.mark.parametrize("step", [tokenizers.BLANK_STEP, 10_000_000])
+def test_a_million_blanks_are_encoded(tokenizer_dir: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiktoken's regex engine panics there, with an exception that cannot be pickled; found before or caught."""
+    monkeypatch.setattr(tokenizers, "BLANK_STEP", step)
+    texts = ["before", "x" + "\t\n " * 350_000 + "y", "after"]
+    fast, slow = (list(Encoder(tokenizer_dir / "tokenizer.json", way)(texts)) for way in (True, False))
+    assert fast == slow and len(fast[1]) > 100
+
+
+@pytest.mark.parametrize("repeated", ["a", "1", "!", "=-", "\U0001f469\u200d\U0001f680", "\u4e2d", "e\u0301"])
+def test_long_runs_give_the_same_ids(tokenizer_dir: Path, repeated: str) -> None:
+    texts = ["x" + repeated * (100_000 // len(repeated)) + " y"]
+    fast, slow = (list(Encoder(tokenizer_dir / "tokenizer.json", way)(texts)) for way in (True, False))
+    assert fast == slow
+
+
 def _change(tokenizer: Tokenizer, what: str) -> Tokenizer:
     if what == "normalizer":
         tokenizer.normalizer = normalizers.Lowercase()
