@@ -4,7 +4,7 @@
     uv run python prepare_data.py --source sample --tokenizer train        # built-in stories: no network needed
     uv run python prepare_data.py --source fineweb-edu --data_dir data/fineweb-edu
     uv run python prepare_data.py --source hf:ORG/NAME:CONFIG --text_column body --data_dir data/theirs
-    uv run python prepare_data.py --source my_texts/ --data_dir data/mine  # .txt, .jsonl or .parquet
+    uv run python prepare_data.py --source my_texts/ --data_dir data/mine  # .txt, .jsonl, ...
 
 Corpora by name, all but the first from the Hugging Face Hub:
 

@@ -15,30 +15,41 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from recipe.cli import UserError, nearest
 from recipe.data import manifest
 from recipe.data.documents import (
     END_OF_TEXT,
+    READABLE,
     Part,
     PartText,
     Rules,
     documents_of,
     first_documents,
+    is_readable,
+    kinds,
     part_text,
     parts,
     read,
     text_files,
+    unread_files,
 )
-from recipe.data.files import HUB, Location, Unfinished, in_short, is_remote, reading, suffix
+from recipe.data.files import HUB, Location, Unfinished, in_short, is_compressed, is_remote, reading, suffix
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.tokenizers import OFFLINE_WAYS
 from recipe.sealed import known_fields, read_sealed, write_sealed
 
 SHARD_BYTES = 16 << 20  # of text a file: stock LitGPT's TextFiles holds a whole file in memory, at 180 times its size
 SAMPLE_BYTES = 20 << 20
-VALIDATION_FOLDERS = ("val", "validation", "valid")
+VALIDATION_FOLDERS = ("val", "validation", "valid", "dev")
+SPLIT_NAMES = {  # as the datasets library has them
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(VALIDATION_FOLDERS, "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SPLIT_NAME = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})(?:[-_.]?(?:set|data|split))?(?:[-_.]?\d.*)?", re.I)
+TEXT_FORMAT = 2  # of the text that is written: from 2 on white space at the ends of documents is kept
 PARQUET_BRANCH = "refs/convert/parquet"  # where the Hub puts its own conversion of a dataset
 JOURNAL = "journal.json"
 JOURNAL_SECONDS = 1.0
@@ -219,7 +230,12 @@ class HubDataset:
         except Exception as error:
             raise UserError(f"{self.path} cannot be had ({in_short(error)}).\n{OFFLINE_WAYS}") from None
         files = {str(split): [str(file) for file in found] for split, found in (config.data_files or {}).items()}
-        if not files or any(suffix(file) not in (".parquet", ".jsonl") for found in files.values() for file in found):
+        plain = all(
+            suffix(file) in (".parquet", ".jsonl") and not is_compressed(file)
+            for found in files.values()
+            for file in found
+        )
+        if not files or not plain:
             if sha is None:
                 raise UserError(self._unreadable("and a folder here has no converted ones"))
             return None
@@ -314,6 +330,9 @@ class TextOrigin:
     """Left out."""
     held_out: int = 0
     """Training documents left out, since they also stand in the validation text."""
+    broken_rows: int = 0
+    """Rows left out, since they could not be read (``Settings.skip_broken``)."""
+    format: int = TEXT_FORMAT
 
 
 def known_corpora() -> str:
@@ -341,29 +360,103 @@ def find(source: str) -> Corpus | Path:
     raise UserError(
         f"--source {source}: no such file, folder or corpus."
         + (f" Did you mean {likely}?" if likely else "")
-        + f" Known corpora:\n{known_corpora()}\nor a .txt, .jsonl or .parquet file, or a folder of them."
+        + f" Known corpora:\n{known_corpora()}\nor a file of your own ({READABLE}), or a folder of them."
     )
 
 
+class SourceFiles(NamedTuple):
+    """The files of a user's folder, by what their names say."""
+
+    train: list[Path]
+    val: list[Path]
+    test: list[Path]
+    """Left out."""
+    unnamed: list[Path]
+    """Left out, since the folder has training text by name."""
+    unread: list[Path]
+    """Of kinds that are not read."""
+
+    def report(self, folder: Path) -> str:
+        """What becomes of the files, a line for each kind of them; empty where all of them are training text."""
+
+        def named(paths: list[Path]) -> str:
+            more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
+            return ", ".join(path.relative_to(folder).as_posix() for path in paths[:5]) + more
+
+        taken = [path for path in self.train if _split_of_path(path.relative_to(folder)) == "test"]
+        lines = [
+            f"Validation text, by name: {named(self.val)}" * bool(self.val),
+            f"Left out as test text, by name: {named(self.test)}" * bool(self.test),
+            f"Left out, named neither train nor validation: {named(self.unnamed)}" * bool(self.unnamed),
+            not_read(self.unread),
+            f"Training text like the rest, as nothing is named train or validation: {named(taken)}" * bool(taken),
+        ]
+        return "\n".join(line for line in lines if line)
+
+
+def not_read(paths: list[Path]) -> str:
+    """Names the files that are left out for their kind; empty where there are none."""
+    return f"Not read: {len(paths):,} file{'s' if len(paths) > 1 else ''} ({kinds(paths)})" if paths else ""
+
+
+def split_name(name: str) -> str | None:
+    """The split that the name of a folder, or of a file without its endings, says: train, val, test or None.
+
+    ``train``, ``valid-0``, ``test_data``, ``TinyStories-train`` and ``c4-validation.00000-of-00008`` are such names, in
+    upper or lower case.
+    """
+    found = SPLIT_NAME.fullmatch(name)
+    return SPLIT_NAMES[found.group(1).lower()] if found else None
+
+
+def _split_of_path(path: Path) -> str | None:
+    """The split that the outermost folder says that has such a name, else the file's own name."""
+    stem = Path(path.stem).stem if is_compressed(path) else path.stem
+    return next(filter(None, map(split_name, (*path.parts[:-1], stem))), None)
+
+
+def sort_files(folder: Path) -> SourceFiles:
+    """Sorts the files of a folder into splits by the names of folders and files (``split_name``).
+
+    The names count where some file is named validation, or some are named train and others test. Then training text is
+    what is named train, or where nothing is, what is named nothing; test text is left out. Elsewhere all is training
+    text: a file that happens to be called test.txt among others is text like them.
+
+    Raises:
+        UserError: there is no training text.
+    """
+    files, unread = text_files(folder), unread_files(folder)
+    if not files:
+        found = f"it has {kinds(unread)}" if unread else "it is empty"
+        raise UserError(f"--source {folder}: nothing there can be read ({found}); expected files of {READABLE}.")
+    by_name: dict[str | None, list[Path]] = {}
+    for path in files:
+        by_name.setdefault(_split_of_path(path.relative_to(folder)), []).append(path)
+    if not {"train", None} & set(by_name):
+        raise UserError(
+            f"--source {folder}: by their names all files are validation or test text, such as {files[0].name};"
+            f" expected some named train. To train on one of them all the same, name it: --source {files[0]}"
+        )
+    if "val" not in by_name and not {"train", "test"} <= set(by_name):
+        return SourceFiles(files, [], [], [], unread)
+    unnamed = by_name.get(None, [])
+    train = by_name.get("train", unnamed)
+    left_out = unnamed if "train" in by_name else []
+    return SourceFiles(train, by_name.get("val", []), by_name.get("test", []), left_out, unread)
+
+
 def source_files(path: Path) -> dict[str, list[Path]]:
-    """The user's files by split: ``train`` alone, or ``train`` and ``val`` where the folder has such subfolders.
+    """The user's files by split: ``train`` alone, or ``train`` and ``val`` where names say so (``sort_files``).
 
     Raises:
         UserError: where there is no file to read.
     """
     if path.is_file():
-        if path.suffix.lower() not in (".txt", ".jsonl", ".parquet"):
-            raise UserError(f"--source {path}: a {path.suffix or 'nameless'} file; expected .txt, .jsonl or .parquet.")
+        if not is_readable(path):
+            raise UserError(f"--source {path}: a {path.suffix or 'nameless'} file; expected {READABLE}.")
         return {"train": [path]}
-    validation = next((path / name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
-    if (path / "train").is_dir() and validation is not None:
-        found = {"train": text_files(path / "train"), "val": text_files(validation)}
-    else:
-        found = {"train": text_files(path)}
-    for split, files in found.items():
-        if not files:
-            raise UserError(f"--source {path}: no .txt, .jsonl or .parquet file for {split} in that folder.")
-    return found
+    found = sort_files(path)
+    return {"train": found.train, "val": found.val} if found.val else {"train": found.train}
 
 
 def write_text(
@@ -436,6 +529,8 @@ def read_origin(data_dir: Path) -> TextOrigin | None:
             {split: _records(entries) for split, entries in values["text"].items()},
             values["empty_documents"],
             values.get("held_out", 0),
+            values.get("broken_rows", 0),
+            values.get("format", 1),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -512,6 +607,8 @@ def _write_files(
         own: dict[str, list[Location]] = {split: list(paths) for split, paths in source_files(found).items()}
         files = Files(str(found.resolve()), own, {}, settings.text_column)
         name, base = "files", found.parent if found.is_file() else found
+        if found.is_dir() and (report := sort_files(found).report(found)):
+            print(report)
         status = {str(path): Path(path).stat() for some in own.values() for path in some}
         state: Any = {path: (now.st_size, now.st_mtime_ns) for path, now in status.items()}
     else:
@@ -521,7 +618,7 @@ def _write_files(
     limit = settings.max_documents
 
     def contents(cut: bool, done: int) -> Iterator[tuple[int, PartText]]:
-        rules = Rules(settings.document_separator, files.column, settings.val_fraction, cut)
+        rules = replace(rules_of(settings, files.column), cut=cut)
         held_out: set[int] = set()
         number = 0
 
@@ -543,18 +640,24 @@ def _write_files(
     inputs = {
         "source": source,
         "revision": files.revision,
-        "all": sha256(json.dumps([state, asdict(settings)]).encode()).hexdigest(),
+        "all": sha256(json.dumps([TEXT_FORMAT, state, asdict(settings)]).encode()).hexdigest(),
     }
     total = None
     if limit is None:
-        rules = Rules(settings.document_separator, files.column, settings.val_fraction)
+        rules = rules_of(settings, files.column)
         total = sum(part.size for split in files.files for part in files.parts(split, rules, may_cut=True))
-    text, empty, left_out = _write_splits(contents, incoming, settings, on_progress, total, None if limit else inputs)
+    text, counts = _write_splits(contents, incoming, settings, on_progress, total, None if limit else inputs)
     if isinstance(found, Path):
         records = tuple(manifest.record(Path(file), base) for some in files.files.values() for file in some)
     else:
         records = tuple(entry for some in files.records.values() for entry in some)
-    return TextOrigin(name, files.location, settings, records, text, empty, left_out)
+    counted = counts["empty"], counts["held_out"], counts["broken"]
+    return TextOrigin(name, files.location, settings, records, text, *counted)
+
+
+def rules_of(settings: Settings, column: str | None) -> Rules:
+    """How the files of a source become documents."""
+    return Rules(settings.document_separator, column, settings.val_fraction, skip_broken=settings.skip_broken)
 
 
 def _write_stories(
@@ -565,8 +668,8 @@ def _write_stories(
         for story in islice(corpus.documents(), settings.max_documents):
             yield 0, part_text(documents_of(story), rules, None)
 
-    text, empty, _ = _write_splits(contents, incoming, settings, on_progress, SAMPLE_BYTES)
-    return TextOrigin(source, corpus.location, settings, (), text, empty)
+    text, counts = _write_splits(contents, incoming, settings, on_progress, SAMPLE_BYTES)
+    return TextOrigin(source, corpus.location, settings, (), text, counts["empty"])
 
 
 def _write_splits(
@@ -576,8 +679,8 @@ def _write_splits(
     on_progress: OnProgress,
     total: int | None,
     inputs: dict[str, Any] | None = None,
-) -> tuple[dict[str, tuple[FileRecord, ...]], int, int]:
-    """Writes both splits; returns their files, how many empty documents were left out, and how many held out.
+) -> tuple[dict[str, tuple[FileRecord, ...]], dict[str, int]]:
+    """Writes both splits; returns their files, and how many documents and rows were taken and left out.
 
     ``contents`` gives what the parts after a number of them hold, each with its part's number. With ``inputs``, which
     say all that the text follows from, a journal is kept, and what an earlier call had written is gone on with.
@@ -586,7 +689,7 @@ def _write_splits(
     for cut in (False, True):
         if inputs and not cut and begun == {**begun, **inputs, "cut": True}:
             continue
-        counts = dict.fromkeys(("documents", "size", "empty", "held_out"), 0)
+        counts = dict.fromkeys(("documents", "size", "empty", "held_out", "broken"), 0)
         done = 0
         try:
             if not inputs or begun != {**begun, **inputs, "cut": cut}:
@@ -617,6 +720,7 @@ def _write_splits(
                 done = number
                 counts["empty"] += text.empty
                 counts["held_out"] += text.held_out
+                counts["broken"] += text.broken
                 for piece in text.pieces:
                     counts["size"] += writers[piece.split].write(piece.text, piece.closes)
                     counts["documents"] += piece.closes
@@ -630,7 +734,7 @@ def _write_splits(
         if not cut:
             shutil.rmtree(incoming)
             print(few_documents(counts["documents"], settings.val_fraction))
-    return found, counts["empty"], counts["held_out"]
+    return found, counts
 
 
 def _read_journal(incoming: Path) -> dict[str, Any]:
@@ -655,4 +759,4 @@ def _no_text(source: str, split: str, settings: Settings) -> str:
             f"--source {source}: too little text to take validation text from; give more, a larger --val_fraction, or "
             "a folder with train/ and val/ in it."
         )
-    return f"--source {source}: no text for {split} (every document is empty); expected text in UTF-8."
+    return f"--source {source}: no text for {split} (all documents are empty or left out); expected text in UTF-8."

@@ -1,29 +1,62 @@
 """Text files as documents: what ends a document, what belongs to it, and which split it goes to.
 
-A file is read in parts (about 1 MB each, ending where a document ends), so that memory stays flat, several processes
-can read one file, and what a part holds never depends on how many processes there are.
+The text of a document is kept exactly, white space at its ends included, with these rules:
+
+- .txt and .md: a line ``<|endoftext|>`` separates two documents; the line end before it and its own belong to the
+  separator, and so does the line end at the end of the file; everything else belongs to the documents. Without such a
+  line the whole file is one document. Line ends become ``\\n``.
+- A row of .jsonl, .json, .csv, .tsv or .parquet is a document, its line ends as they are. A line ``<|endoftext|>``
+  inside a row separates documents too.
+- WikiText's articles, whose rows are lines, lose the blanks and blank lines around them.
+- A document that is empty or all white space is left out and counted.
+
+A plain file is read in parts (about 1 MB each, ending where a document ends), so that memory stays flat, several
+processes can read one file, and what a part holds never depends on how many processes there are. A file that cannot be
+divided (compressed, in UTF-16, .json, .csv, .tsv) is one part, read as a stream; of these only a .json that holds one
+list is read into memory at once.
 """
 
+import csv
 import json
 import mmap
 import re
-from collections.abc import Container, Generator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.cli import UserError
-from recipe.data.files import Location, Unfinished, is_remote, open_file, reading, suffix
+from recipe.data.files import (
+    Location,
+    Unfinished,
+    conversion_advice,
+    encoding_of,
+    is_compressed,
+    is_remote,
+    open_file,
+    open_text,
+    reading,
+    suffix,
+)
 
 END_OF_TEXT = "<|endoftext|>"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+TEXTS = (".txt", ".md")  # their content is text; the others hold rows
+STREAMS = (".json", ".csv", ".tsv")  # read from their beginning to their end
+SUFFIXES = (*TEXTS, ".jsonl", *STREAMS, ".parquet")
+READABLE = ".txt, .md, .jsonl, .json, .csv, .tsv (each also as .gz, .bz2, .xz or .zst) or .parquet"
+# What systems and programs leave in folders, beside names that begin with a dot.
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
+# What the datasets library writes beside the rows, about them.
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 PART_BYTES = 1 << 20
 REMOTE_PART_BYTES = 8 << 20  # of a .jsonl on the Hub: each part is a request
 LONG_DOCUMENT_BYTES = 4 << 20  # a longer one is read in several parts
+COMPRESSED_TO_TEXT = 3  # about how many bytes of text a byte of a compressed file gives
 HASHED_BYTES = 1 << 16  # of a document's beginning decide its split: enough to tell documents apart, and known at once
 
 
@@ -39,6 +72,10 @@ class Rules:
     """The share of documents that become validation text, by hash; None: no split is made."""
     cut: bool = False
     """Split each document, its end becoming validation text, instead of the corpus: for a corpus of few documents."""
+    skip_broken: bool = False
+    """Leave out rows that cannot be read, and count them."""
+    written: bool = False
+    """The .txt files are this project's own (``corpora.TextWriter``): their line ends are kept too."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +98,8 @@ class Part:
     articles: tuple[Location, ...] | None = None
     """None: a row of a .parquet is a document. Else rows are lines and a document is an article of WikiText, from its
     heading to the next one: the files after this one, where the last article may go on."""
+    streamed: bool = False
+    """All of a file that is read from its beginning to its end; ``start`` and ``stop`` mean nothing then."""
 
 
 class Piece(NamedTuple):
@@ -80,30 +119,63 @@ class PartText(NamedTuple):
     marks: int = 0  # ``<|endoftext|>`` inside a line: text like any other
     held_out: int = 0  # training documents that also stand in the validation text, left out
     hashes: Sequence[int] = ()  # of each validation document that ends here, where the file is validation text
+    broken: int = 0  # rows that cannot be read, left out
+
+
+class BrokenRow(UserError):
+    """A row that cannot be read, while those after it can: ``--skip_broken`` leaves it out."""
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The .txt, .jsonl and .parquet files under ``folder``, in a fixed order; hidden ones are left out."""
+    """The files under ``folder`` that can be read, in a fixed order; hidden ones are left out."""
+    return [path for path in visible_files(folder) if is_readable(path)]
+
+
+def unread_files(folder: Path) -> list[Path]:
+    """The files under ``folder`` that are neither read nor hidden, and links that lead to no file."""
+    return [path for path in visible_files(folder) if not is_readable(path)]
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files and links under ``folder``, in a fixed order, without hidden ones and those of ``SYSTEM_FILES``."""
+
+    def is_hidden(name: str) -> bool:
+        return name.startswith(".") or name.lower() in SYSTEM_FILES
+
     found = [
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+        if not any(is_hidden(name) for name in path.relative_to(folder).parts) and (path.is_file() or path.is_symlink())
     ]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def is_readable(path: Path) -> bool:
+    """Whether a file is one of ``READABLE``, by its name."""
+    is_known = suffix(path) in SUFFIXES and not (suffix(path) == ".parquet" and is_compressed(path))
+    return is_known and path.name not in METADATA and path.is_file()
+
+
+def kinds(paths: Iterable[Path]) -> str:
+    """Counts files by the ending of their names, the most frequent first: ``.pdf 2, .docx 1``."""
+    endings = Counter("".join(path.suffixes[-2 if is_compressed(path) else -1 :]).lower() for path in paths)
+    return ", ".join(f"{ending or 'without ending'} {number}" for ending, number in endings.most_common())
+
+
 def clean(text: str) -> str:
-    """A document's text: line ends as ``\\n``, no white space around it, no half of a surrogate pair."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text.strip()
+    """A text with line ends as ``\\n`` and no white space around it: what two copies of it have in common."""
+    return _with_newlines(text).strip()
+
+
+def _with_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def document_hash(text: str) -> int:
-    """What two documents have in common when they are the same: 64 bits of hash."""
-    return int.from_bytes(blake2b(text[:HASHED_BYTES].encode()[:HASHED_BYTES], digest_size=8).digest(), "big")
+    """What two documents have in common when they are the same, apart from white space around them and the kind of
+    their line ends: 64 bits of hash."""
+    beginning = clean(text)[:HASHED_BYTES].encode()[:HASHED_BYTES]
+    return int.from_bytes(blake2b(beginning, digest_size=8).digest(), "big")
 
 
 def split_of(text: str, val_fraction: float) -> str:
@@ -117,25 +189,52 @@ def split_of_hash(document: int, val_fraction: float) -> str:
 
 
 def cut_document(text: str, val_fraction: float) -> tuple[str, str]:
-    """The beginning and the end of a document, cut where a line (or else a word) ends; the end may be empty."""
+    """The beginning and the end of a document, cut where a line (or else a word) ends; the end may be empty.
+
+    The line end or blank at which it is cut is in neither of the two.
+    """
     middle = round(len(text) * (1 - val_fraction))
     reach = round(len(text) * val_fraction / 2)
     for blank in ("\n", ". ", " "):
         # The nearest one after or before the middle, not so far that the share becomes another.
         after, before = text.find(blank, middle, middle + reach), text.rfind(blank, middle - reach, middle)
         at = before if after < 0 or 0 <= middle - before < after - middle else after
-        if at >= 0 and (head := text[: at + 1].rstrip()) and (tail := text[at + 1 :].lstrip()):
+        if at < 0:
+            continue
+        head, tail = text[:at] + blank.rstrip(), text[at + len(blank) :]
+        head = head.removesuffix("\r") if blank == "\n" else head
+        if not (is_blank(head) or is_blank(tail)):
             return head, tail
     return text, ""
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text is empty or all white space."""
+    return not text or text.isspace()
+
+
 def documents_of(text: str, separator: str | None = None) -> Iterator[str]:
-    """Divides at lines that hold only ``<|endoftext|>`` (or ``separator``); documents come out cleaned, maybe empty."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    """Divides a text at lines that hold only ``<|endoftext|>`` (or ``separator``); documents may be empty.
+
+    The line end before a separator and the separator's own belong to it, as does the one at the end of a text with
+    separators; the rest is kept exactly, but for line ends, which become ``\\n``.
+    """
+    documents = list(_divided(_with_newlines(text), separator))
+    yield from documents[:-1]
+    yield documents[-1].removesuffix("\n") if len(documents) > 1 else documents[-1]
+
+
+def _divided(text: str, separator: str | None) -> Iterator[str]:
     # A "\n" in front, so that a separator in the first line looks like any other and the search has a fixed beginning.
     for document in re.split(rf"\n{_separator_pattern(separator)}(?=\n|\Z)", "\n" + text):
-        yield document.strip()
+        yield document.removeprefix("\n")
+
+
+def documents_of_row(text: str) -> list[str]:
+    """Divides the text of a row at lines that hold only ``<|endoftext|>``; the documents are kept exactly."""
+    if END_OF_TEXT not in text:
+        return [text]
+    return re.split(rf"(?:\A|\r?\n|(?<=\n)){_separator_pattern(None)}(?:\r?\n|\Z)", text)
 
 
 def _separator_pattern(separator: str | None) -> str:
@@ -167,12 +266,26 @@ def parts(
     with reading(path):
         if suffix(path) == ".parquet":
             yield from _parquet_parts(path, rules, split, articles)
+        elif not (size := _size(path)):
+            if is_compressed(path):
+                raise UserError(f"{path} is damaged or truncated (it is empty); get the file again.")
+        elif suffix(path) in STREAMS or is_compressed(path) or encoding_of(path) in ("utf-16", "utf-32"):
+            size *= COMPRESSED_TO_TEXT if is_compressed(path) else 1
+            yield Part(path, 0, size, column=rules.text_column, size=size, split=split, streamed=True)
         elif suffix(path) == ".jsonl":
             yield from _jsonl_parts(path, rules, split)
-        elif (path := Path(path)).stat().st_size:
+        else:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 begin = 3 if data[:3] == b"\xef\xbb\xbf" else 0
-                yield from _txt_parts(path, data, begin, rules, split, may_cut)
+                yield from _txt_parts(Path(path), data, begin, rules, split, may_cut)
+
+
+def _size(path: Location) -> int:
+    """Bytes of a file as it is stored."""
+    if not is_remote(path):
+        return Path(path).stat().st_size
+    with open_file(path) as file:
+        return file.seek(0, 2)
 
 
 def read(part: Part, rules: Rules, held_out: Container[int] = ()) -> Iterator[PartText]:
@@ -187,7 +300,7 @@ def read(part: Part, rules: Rules, held_out: Container[int] = ()) -> Iterator[Pa
         UserError: for text that is not UTF-8, for a broken line or row.
     """
     with reading(part.path):
-        if suffix(part.path) == ".txt":
+        if suffix(part.path) in TEXTS and not part.streamed:
             found = part_text(_read_txt(part, rules), rules, part.split, held_out, part.document)
             if found.pieces and not part.closes:
                 found.pieces[-1] = found.pieces[-1]._replace(closes=False)
@@ -198,22 +311,45 @@ def read(part: Part, rules: Rules, held_out: Container[int] = ()) -> Iterator[Pa
                 found = found._replace(held_out=0)  # counted where it opened
             yield found
             return
-        rows = _read_jsonl(part) if suffix(part.path) == ".jsonl" else _read_parquet(part)
-        for some in _batched(rows):
-            texts = (document for row in some for document in (documents_of(row) if row else [""]))
-            yield part_text(texts, rules, part.split, held_out)
+        is_text = suffix(part.path) in TEXTS
+        rows = _read_text_stream(part, rules) if is_text else _read_rows(part, rules)
+        for texts, broken in _batched(rows, rules.skip_broken):
+            documents = texts if is_text else chain.from_iterable(map(documents_of_row, texts))
+            yield part_text(documents, rules, part.split, held_out)._replace(broken=broken)
 
 
-def _batched(rows: Iterator[str]) -> Iterator[list[str]]:
-    some, size = [], 0
+def _read_rows(part: Part, rules: Rules) -> Iterator[str | BrokenRow]:
+    """The text of each row; a row that cannot be read comes as what is wrong with it."""
+    if suffix(part.path) == ".parquet":
+        return _read_parquet(part)
+    if suffix(part.path) == ".json":
+        return _read_json(part)
+    if suffix(part.path) in (".csv", ".tsv"):
+        return _read_csv(part)
+    return _read_jsonl(part, rules.skip_broken)
+
+
+def _batched(rows: Iterator[str | BrokenRow], skip_broken: bool) -> Iterator[tuple[list[str], int]]:
+    """Rows by about ``PART_BYTES`` of text, with the number of broken ones among them."""
+    texts: list[str] = []
+    size = broken = 0
     for row in rows:
-        some.append(row)
+        if isinstance(row, BrokenRow):
+            if not skip_broken:
+                raise _with_remedy(row)
+            broken += 1
+            continue
+        texts.append(row)
         size += len(row)
         if size >= PART_BYTES:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+            yield texts, broken
+            texts, size, broken = [], 0, 0
+    if texts or broken:
+        yield texts, broken
+
+
+def _with_remedy(row: BrokenRow) -> UserError:
+    return UserError(f"{row} Correct it, or leave such rows out and count them: prepare_data.py --skip_broken")
 
 
 def part_text(
@@ -223,7 +359,7 @@ def part_text(
     held_out: Container[int] = (),
     document: int | None = None,
 ) -> PartText:
-    """Documents, cleaned, with the split that each belongs to; empty ones and those held out are counted.
+    """Documents with the split that each belongs to; empty ones and those held out are left out and counted.
 
     ``document`` is the hash of the one document that all of it is a part of.
     """
@@ -231,7 +367,7 @@ def part_text(
     hashes: list[int] = []
     empty = marks = left_out = 0
     for text in texts:
-        if not text:
+        if is_blank(text):
             empty += 1
             continue
         if split == "val":
@@ -275,6 +411,8 @@ def _txt_parts(
         rf"(?:\n|{first})".encode("latin-1") + rf"{_separator_pattern(rules.separator)}\r?(?=\n|\Z)".encode()
     )
     size = len(data)
+    if pattern.search(data, begin):  # the last line of the last document ends like those of the others
+        size = _without_carriage_return(data, size - 1, rules) if data[size - 1 : size] == b"\n" else size
     while begin < size:
         # One byte early: a separator's own "\n" may be the last byte of the target.
         target = begin + PART_BYTES - 1
@@ -282,32 +420,40 @@ def _txt_parts(
         end = match.end() if match else size
         if end - begin > LONG_DOCUMENT_BYTES and may_cut:
             long_begin = begin
-            for before in pattern.finditer(data, begin):
+            for before in pattern.finditer(data, max(begin - 1, 0)):  # a separator may follow another one
                 if before.start() >= target:
                     break
-                long_begin = before.end()
+                long_begin = before.end() + (data[before.end() : before.end() + 1] == b"\n")
             if long_begin > begin:
                 yield Part(path, begin, long_begin, size=long_begin - begin, split=split)
-            yield from _long_document(path, data, long_begin, match.start() if match else size, rules, split)
+            long_end = _without_carriage_return(data, match.start(), rules) if match else size
+            yield from _long_document(path, data, long_begin, long_end, rules, split)
         else:
             yield Part(path, begin, end, size=end - begin, split=split)
-        begin = end
+        begin = end + (data[end : end + 1] == b"\n")  # the separator's own line end
 
 
 def _long_document(
     path: Path, data: mmap.mmap, begin: int, end: int, rules: Rules, split: str | None
 ) -> Iterator[Part]:
     """Parts of a single document; its split is settled here, since none of them holds all of it."""
+    first = re.compile(rb"\S").search(data, begin, end)
+    if first is None:  # white space alone
+        yield Part(path, begin, end, size=end - begin, split=split)
+        return
     sections = [(begin, end, split)]
-    head = data[begin : min(begin + 8 * HASHED_BYTES, end)]
-    document = document_hash(clean(head.decode("utf-8", errors="ignore")))
+    head = data[first.start() : min(first.start() + 8 * HASHED_BYTES, end)]
+    document = document_hash(head.decode("utf-8", errors="ignore"))
     if split is None and rules.val_fraction is not None:
         if rules.cut:
             wanted = begin + round((end - begin) * (1 - rules.val_fraction))
             near = wanted + round((end - begin) * rules.val_fraction / 2)
-            middle = _cut_place(data, wanted, near, b"\n")
-            middle = middle if middle < near else _cut_place(data, wanted, end)
-            sections = [(begin, middle, "train"), (middle, end, "val")]
+            middle = _cut_place(data, wanted, near, rules, b"\n")
+            middle = middle if middle < near else _cut_place(data, wanted, end, rules)
+            # The line end or blank at which it is cut is in neither of the two.
+            after_line = data[middle - 1 : middle] == b"\n"
+            train_end = _without_carriage_return(data, middle - 1, rules) if after_line and middle < end else middle
+            sections = [(begin, train_end, "train"), (middle + (not after_line), end, "val")]
         else:
             sections = [(begin, end, split_of_hash(document, rules.val_fraction))]
     for section_begin, section_end, section_split in sections:
@@ -315,7 +461,7 @@ def _long_document(
         while start < section_end:
             stop = section_end
             if start + PART_BYTES < section_end:
-                stop = _cut_place(data, start + PART_BYTES, section_end)
+                stop = _cut_place(data, start + PART_BYTES, section_end, rules)
             yield Part(
                 path,
                 start,
@@ -329,7 +475,12 @@ def _long_document(
             start = stop
 
 
-def _cut_place(data: mmap.mmap, start: int, end: int, blanks: bytes = b" \n") -> int:
+def _without_carriage_return(data: mmap.mmap, end: int, rules: Rules) -> int:
+    """The end of a line without its line end, where that may be of two characters."""
+    return end - (not rules.written and data[max(end - 1, 0) : end] == b"\r")
+
+
+def _cut_place(data: mmap.mmap, start: int, end: int, rules: Rules, blanks: bytes = b" \n") -> int:
     """The next place where a byte-level pre-tokenizer divides in any case, or ``end``.
 
     That is after a lone line end between two visible characters, or before a lone space between two letters; in longer
@@ -337,7 +488,8 @@ def _cut_place(data: mmap.mmap, start: int, end: int, blanks: bytes = b" \n") ->
     """
     for match in re.compile(b"[" + blanks + b"]").finditer(data, start, end - 1):
         at = match.start()
-        before = data[max(0, at - 5) : at].removesuffix(b"\r").decode("utf-8", errors="ignore")[-1:]
+        before_bytes = data[max(0, at - 5) : _without_carriage_return(data, at, rules)]
+        before = before_bytes.decode("utf-8", errors="ignore")[-1:]
         after = data[at + 1 : at + 5].decode("utf-8", errors="ignore")[:1]
         if match.group() == b" ":
             if before.isalpha() and after.isalpha():
@@ -351,33 +503,72 @@ def _read_txt(part: Part, rules: Rules) -> Iterator[str]:
     with open(part.path, "rb") as file:
         file.seek(part.start)
         text = _decode(part.path, file.read(part.stop - part.start), part.start)
+    text = text if rules.written else _with_newlines(text)
     if not (part.opens and part.closes):  # of a single document, so no separator is in here
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        text = text.lstrip() if part.opens else text
-        yield text.rstrip() if part.closes else text
+        yield text
         return
-    documents = list(documents_of(text, rules.separator))
-    # Nothing stands before a leading separator or after a trailing one: no document, not an empty one.
-    while len(documents) > 1 and not documents[-1]:
+    documents = list(_divided(text, rules.separator))
+    # Nothing comes before a leading separator or after a trailing one: no document, not an empty one.
+    while len(documents) > 1 and is_blank(documents[-1]):
         documents.pop()
-    while len(documents) > 1 and not documents[0]:
+    while len(documents) > 1 and is_blank(documents[0]):
         documents.pop(0)
     yield from documents
+
+
+def _read_text_stream(part: Part, rules: Rules) -> Iterator[str | BrokenRow]:
+    """The documents of a text file that is read as a stream: the same that ``_read_txt`` gives."""
+    is_separator = re.compile(_separator_pattern(rules.separator)).fullmatch
+    lines: list[str] = []
+    is_first = True
+    with open_text(part.path, newline=None) as file:
+        for number, line in enumerate(file, 1):
+            _check_utf8(line, part.path, f"line {number}")
+            if not is_separator(line.removesuffix("\n")):
+                lines.append(line)
+                continue
+            document = "".join(lines).removesuffix("\n")
+            if not (is_first and is_blank(document)):
+                yield document
+            lines, is_first = [], False
+    document = "".join(lines)
+    if is_first:
+        yield document
+    elif not is_blank(document):
+        yield document.removesuffix("\n")
 
 
 def _decode(path: Location, data: bytes, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        at = offset + error.start
         raise UserError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start} "
-            f"({_place(path, offset + error.start)}) cannot be read; expected text in UTF-8. Convert it, for "
-            f"instance from Latin-1: iconv -f ISO-8859-1 -t UTF-8 {Path(path).name} > utf8.txt"
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {at} ({_place(path, at)}) cannot be read. "
+            + conversion_advice(path, data if is_remote(path) else _beginning(path, at))
         ) from None
 
 
+def _check_utf8(text: str, path: Location, place: str) -> None:
+    """Raises ``UserError`` for text that ``open_text`` could not decode."""
+    if not text.isascii() and (undecoded := UNDECODED.search(text)):
+        raise UserError(
+            f"{path} is not UTF-8: byte 0x{ord(undecoded.group()) - 0xDC00:02x} in {place} cannot be read. "
+            + conversion_advice(path, _beginning(path, 0))
+        )
+
+
+UNDECODED = re.compile("[\udc80-\udcff]")  # what ``surrogateescape`` makes of bytes that are not UTF-8
+
+
+def _beginning(path: Location, offset: int) -> bytes:
+    """A file up to some way behind a place, as far as that is quickly read: what its encoding is guessed from."""
+    with open_file(path) as file:
+        return file.read(min(offset + (1 << 20), 1 << 26))
+
+
 def _place(path: Location, offset: int) -> str:
-    """The line; of a file on the Hub the byte, as counting lines would fetch all that stands before."""
+    """The line; of a file on the Hub the byte, as counting lines would fetch all that comes before."""
     if is_remote(path):
         return f"byte {offset:,}"
     number = 1
@@ -388,16 +579,21 @@ def _place(path: Location, offset: int) -> str:
     return f"line {number}"
 
 
-# --- .jsonl ---
+# --- rows: .jsonl, .json, .csv, .tsv ---
 
 
 def _jsonl_parts(path: Location, rules: Rules, split: str | None) -> Iterator[Part]:
-    with open_file(path) as file:
-        size = file.seek(0, 2)
+    size = _size(path)
     column = rules.text_column
     if column is None:
-        lines = ((offset, line) for offset, line in _lines(Part(path, 0, size), first=1 << 16) if line.strip())
-        column = next((_text_column(path, _json_row(path, line, offset)) for offset, line in lines), None)
+        for offset, line in _lines(Part(path, 0, size), first=1 << 16):
+            try:
+                if line.strip():
+                    column = _text_column(path, _json_row(_decoded_row(line, path)))
+                    break
+            except BrokenRow as error:
+                if not rules.skip_broken:
+                    raise _with_remedy(_broken_row(path, _place(path, offset), error)) from None
     step = REMOTE_PART_BYTES if is_remote(path) else PART_BYTES
     for begin in range(0, size, step):
         end = min(size, begin + step)
@@ -415,7 +611,7 @@ def _lines(part: Part, first: int | None = None) -> Iterator[tuple[int, bytes]]:
             *lines, data = (data + more).split(b"\n") if more else (data, b"")
             for line in lines:
                 if not skip and offset < part.stop:
-                    yield offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+                    yield offset, line
                 skip = False
                 offset += len(line) + 1
             if not more:
@@ -423,56 +619,212 @@ def _lines(part: Part, first: int | None = None) -> Iterator[tuple[int, bytes]]:
             step = 2 * step if not lines else first or 1 << 16
 
 
-def _read_jsonl(part: Part) -> Iterator[str]:
+def _read_jsonl(part: Part, skip_broken: bool) -> Iterator[str | BrokenRow]:
+    if part.streamed:
+        yield from _read_json_lines(part)
+        return
     for offset, line in _lines(part):
         if line.strip():
-            row = _json_row(part.path, line, offset)
-            if part.column not in row:
-                raise UserError(
-                    f"{part.path}, {_place(part.path, offset)}: no field {part.column!r} (it has "
-                    f"{', '.join(map(repr, row))}); --text_column names the field that holds the text."
-                )
-            yield _text_of(row[part.column], part.path, offset)
+            try:
+                yield _text_of(_json_row(_decoded_row(line, part.path)), part.column)
+            except BrokenRow as error:
+                # To count lines takes time, so not for each row that is left out.
+                yield error if skip_broken else _broken_row(part.path, _place(part.path, offset), error)
 
 
-def _json_row(path: Location, line: bytes, offset: int) -> dict[str, Any]:
+def _read_json_lines(part: Part) -> Iterator[str | BrokenRow]:
+    column = part.column
+    with open_text(part.path, newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    row = _json_row(_decoded_row(line, part.path))
+                    column = column or _text_column(part.path, row)
+                    yield _text_of(row, column)
+            except BrokenRow as error:
+                yield _broken_row(part.path, f"line {number}", error)
+
+
+def _read_json(part: Part) -> Iterator[str | BrokenRow]:
+    """The rows of a .json: a list of objects, an object on each line, or one object."""
+    with open_text(part.path) as file:
+        text = next((line for line in file if line.strip()), "")
+        if _is_json_object(text):
+            yield from _read_json_lines(part)
+            return
+        text += file.read()
+    _check_utf8(text, part.path, "its text")
+    column = part.column
     try:
-        row = json.loads(_decode(path, line, offset))
+        # As float: a number of any length is read, where int() takes no more than 4,300 digits.
+        values = json.loads(text, parse_int=float)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, {_place(path, offset)}: not JSON ({error.msg} at column {error.colno}); a .jsonl "
-            'holds one object a line, such as {"text": "Once upon a time"}.'
+            f"{part.path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}); a .json holds a list of"
+            ' objects such as {"text": "Once upon a time"}, or one on each line.'
         ) from None
-    if not isinstance(row, dict):
+    except RecursionError:
+        raise UserError(f"{part.path}: JSON nested too deeply; expected a list of objects with a text.") from None
+    for number, row in enumerate(values if isinstance(values, list) else [values], 1):
+        try:
+            row = _checked_row(row)
+            column = column or _text_column(part.path, row)
+            yield _text_of(row, column)
+        except BrokenRow as error:
+            yield _broken_row(part.path, f"row {number}", error)
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_csv(part: Part) -> Iterator[str | BrokenRow]:
+    """The rows of a .csv or .tsv, whose first line names the columns."""
+    csv.field_size_limit(MAX_FIELD)
+    with open_text(part.path) as file:
+        lines = csv.reader(file, delimiter="\t" if suffix(part.path) == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        while True:
+            number = lines.line_num + 1
+            try:
+                if (row := next(lines, None)) is None:
+                    return
+                if header is None:
+                    header = row
+                    _check_utf8(",".join(header), part.path, "line 1")
+                    at = _csv_column(part, header)
+                elif row:  # not an empty line
+                    yield _csv_text(part, row, header, at)
+            except csv.Error as error:
+                if header is None or "end of data" in str(error):
+                    raise UserError(
+                        f"{part.path}, line {number}: a quote that opens here is never closed ({error}), so all the"
+                        " rest would be one field; close it, or double the quotes that belong to the text."
+                    ) from None
+                reason = BrokenRow(f"not a row of a {suffix(part.path)} ({error}).")
+                yield _broken_row(part.path, f"line {number}", reason)
+            except BrokenRow as error:
+                yield _broken_row(part.path, f"line {number}", error)
+
+
+MAX_FIELD = 2**31 - 1  # characters: Python's own limit for a field of a .csv is 131,072
+
+
+def _csv_column(part: Part, header: list[str]) -> int:
+    """Which column of a .csv holds the text. The only one is not taken unasked: the first line may be text already."""
+    column = part.column or "text"
+    if header.count(column) != 1:
         raise UserError(
-            f"{path}, {_place(path, offset)}: {type(row).__name__} where an object was expected, such as "
-            '{"text": "Once upon a time"}.'
+            f"{part.path}: its first line must name the columns, and it has {header.count(column) or 'none'} called"
+            f" {column!r} but {_names(header)}; say which one holds the text with --text_column NAME, or put a first"
+            " line with names there."
         )
+    return header.index(column)
+
+
+def _csv_text(part: Part, row: list[str], header: list[str], at: int) -> str:
+    if len(row) != len(header):
+        raise BrokenRow(f"{len(row)} fields where the first line names {len(header)}.")
+    _decoded_row(row[at], part.path)
+    return row[at]
+
+
+# --- one row ---
+
+
+def _broken_row(path: Location, place: str, error: BrokenRow) -> BrokenRow:
+    return BrokenRow(f"{path}, {place}: {error}")
+
+
+def _decoded_row(row: bytes | str, path: Location) -> str:
+    """A row as text; a ``str`` comes from ``open_text``.
+
+    Raises:
+        BrokenRow: it is not UTF-8.
+    """
+    try:
+        data = row if isinstance(row, bytes) else row.encode("utf-8", "surrogateescape")
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BrokenRow(
+            f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} of it. {conversion_advice(path, data)}"
+        ) from None
+
+
+def _json_row(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.removeprefix("\ufeff"))  # files that were joined have their marks in the middle
+    except json.JSONDecodeError as error:
+        raise BrokenRow(
+            f"not JSON ({error.msg} at column {error.colno}); expected one object a line, such as"
+            ' {"text": "Once upon a time"}.'
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise BrokenRow(f"cannot be read as JSON ({str(error).partition(';')[0]}).") from None
+    return _checked_row(row)
+
+
+def _checked_row(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise BrokenRow(f'{type(row).__name__} where an object was expected, such as {{"text": "Once upon a time"}}.')
     return row
+
+
+def _text_of(row: dict[str, Any], column: str | None) -> str:
+    if column not in row:
+        raise BrokenRow(
+            f"no field {column!r} (it has {_names(row)}); --text_column names the field that holds the text."
+        )
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BrokenRow(
+            f"{type(value).__name__} where text was expected, in {column!r}; --text_column names the right field."
+        )
+    return writable(value)
 
 
 def _text_column(path: Location, row: dict[str, Any]) -> str:
     """The field that holds the text: ``text`` where there is one, else the only one that holds a string."""
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in strings or row.get("text", 0) is None:  # null is an empty text
+    types = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in row.items()}
+    if row.get("text", 0) is None:  # null is an empty text
         return "text"
-    if len(strings) == 1:
-        return strings[0]
+    return _column_of(path, types)
+
+
+def _column_of(path: Location, types: dict[str, str]) -> str:
+    """The same, from the type of each field; text is ``string``.
+
+    Raises:
+        BrokenRow: the field ``text`` is not a string.
+        UserError: it is not clear which field holds the text.
+    """
+    strings = [name for name, kind in types.items() if kind == "string"]
+    if "text" in strings or (len(strings) == 1 and "text" not in types):
+        return "text" if "text" in strings else strings[0]
+    remedy = "--text_column NAME says which one holds the text."
+    if "text" in types:
+        others = f" {_names(strings)} would be text: {remedy}" if strings else ""
+        raise BrokenRow(f"its field 'text' holds {types['text']}, expected a string.{others}")
+    if strings:
+        raise UserError(
+            f"{path}: none of its fields is called 'text', and {len(strings)} hold text: {_names(strings)}. {remedy}"
+        )
+    shown = [f"{name!r} holds {kind}" for name, kind in list(types.items())[:10]]
     raise UserError(
-        f"{path}: none of its fields ({', '.join(map(repr, row)) or 'none'}) is called 'text', and "
-        f"{len(strings)} hold text; say which one with --text_column NAME."
+        f"{path}: none of its fields holds text ({', '.join(shown) or 'it has none'}); expected a field of strings,"
+        " called 'text' or named by --text_column."
     )
 
 
-def _text_of(value: Any, path: Location, offset: int | None) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        place = f"{path}, {_place(path, offset)}" if offset is not None else path
-        raise UserError(
-            f"{place}: {type(value).__name__} where text was expected; --text_column names the right field."
-        )
-    return writable(value)
+def _names(fields: Collection[str]) -> str:
+    """The names of fields, no more than ten."""
+    more = f" and {len(fields) - 10} more" if len(fields) > 10 else ""
+    return ", ".join(map(repr, islice(fields, 10))) + more if fields else "none"
 
 
 def writable(text: str) -> str:
@@ -500,50 +852,80 @@ def _parquet_parts(
         schema, metadata = file.schema_arrow, file.metadata
     kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
 
-    def holds_text(kind: Any) -> bool:
+    def type_name(kind: Any) -> str:
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        return any(is_kind(kind) for is_kind in kinds)
+        return "string" if any(is_kind(kind) for is_kind in kinds) else str(kind)
 
-    example = {field.name: "" if holds_text(field.type) else 0 for field in schema}
-    column = rules.text_column or _text_column(path, example)
-    if example.get(column) != "":
-        texts = ", ".join(repr(name) for name, value in example.items() if value == "") or "none"
-        what = (
-            f"the column {column!r} holds {schema.field(column).type}" if column in example else f"no column {column!r}"
-        )
-        raise UserError(f"{path}: {what}; its columns with text: {texts} (--text_column).")
+    types = {field.name: type_name(field.type) for field in schema}
+    try:
+        column = rules.text_column or _column_of(path, types)
+    except BrokenRow as error:
+        raise UserError(f"{path}: {error}") from None
+    if types.get(column) != "string":
+        texts = [name for name, kind in types.items() if kind == "string"]
+        what = f"the column {column!r} holds {types[column]}" if column in types else f"no column {column!r}"
+        raise UserError(f"{path}: {what}; its columns with text: {_names(texts)} (--text_column).")
     index = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).column(index).total_uncompressed_size
         yield Part(path, group, group + 1, column=column, size=size, split=split, articles=articles)
 
 
-def _read_parquet(part: Part) -> Iterator[str]:
+def _read_parquet(part: Part) -> Iterator[str | BrokenRow]:
     rows = _parquet_rows(part.path, part.column, part.start, part.stop)
     return rows if part.articles is None else _articles(part, rows)
 
 
-def _parquet_rows(path: Location, column: str | None, start: int = 0, stop: int | None = None) -> Generator[str]:
+def _parquet_rows(
+    path: Location, column: str | None, start: int = 0, stop: int | None = None
+) -> Generator[str | BrokenRow]:
     """The rows of row groups ``start`` to ``stop``."""
     import pyarrow
 
     try:
         with _open_parquet(path) as file:
-            groups = list(range(start, file.metadata.num_row_groups if stop is None else stop))
+            metadata = file.metadata
+            groups = list(range(start, metadata.num_row_groups if stop is None else stop))
+            number = sum(metadata.row_group(group).num_rows for group in range(start))
             for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield _text_of(value, path, None)
-    except pyarrow.ArrowException as error:
+                for value in _strings(batch.column(0)):
+                    number += 1
+                    if isinstance(value, BrokenRow):
+                        yield _broken_row(path, f"row {number:,}", value)
+                    else:
+                        yield value or ""
+    except (pyarrow.ArrowException, OSError) as error:
+        if not isinstance(error, pyarrow.ArrowException) and (is_remote(path) or error.errno is not None):
+            raise
         raise _broken(path, error) from None
 
 
-def _articles(part: Part, rows: Iterator[str]) -> Iterator[str]:
+def _strings(column: Any) -> list[str | BrokenRow | None]:
+    """The values of a column of text; what is not UTF-8, which parquet does not check, comes as what is wrong."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return [_string(value) for value in column]
+
+
+def _string(value: Any) -> str | BrokenRow | None:
+    try:
+        return value.as_py()  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        return BrokenRow(f"a text that is not UTF-8: byte 0x{byte:02x} at offset {error.start} of it.")
+
+
+def _articles(part: Part, rows: Iterator[str | BrokenRow]) -> Iterator[str | BrokenRow]:
     """The articles whose heading is in the part; its last one is read on to where the next one begins."""
     article: list[str] | None = [] if part.opens else None  # None: the part before reads these rows
     for row in rows:
+        if isinstance(row, BrokenRow):
+            yield row
+            continue
         if HEADING.fullmatch(row):
             if article:
-                yield "".join(article)
+                yield "".join(article).strip()
             article = []
         if article is not None:
             article.append(row or "\n")
@@ -552,10 +934,12 @@ def _articles(part: Part, rows: Iterator[str]) -> Iterator[str]:
     following = chain.from_iterable(_parquet_rows(path, part.column) for path in part.articles or ())
     with closing(_parquet_rows(part.path, part.column, part.stop)) as rest:
         for row in chain(rest, following):
+            if isinstance(row, BrokenRow):  # the part that it is in has it
+                continue
             if HEADING.fullmatch(row):
                 break
             article.append(row or "\n")
-    yield "".join(article)
+    yield "".join(article).strip()
 
 
 def _open_parquet(path: Location) -> Any:

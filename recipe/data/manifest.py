@@ -52,6 +52,8 @@ class Source:
     """Left out when the text was written from the source."""
     held_out: int = 0
     """Training documents left out then, since they also stand in the validation text."""
+    broken_rows: int = 0
+    """Rows left out then, since they could not be read (``skip_broken``)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Settings:
     document_separator: str | None
     text_column: str | None
     max_documents: int | None
+    skip_broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Split:
     """Training documents left out, since they also stand in the validation text."""
     files: dict[str, str] = field(default_factory=dict)
     """The SHA-256 of each chunk and of their index, by name; older tokens have none."""
+    broken_rows: int = 0
+    """Rows left out, since they could not be read (``skip_broken``)."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +309,8 @@ def _made_anew_by(data_dir: Path, found: Manifest) -> str:
             first = f"their text came from {source}, which is not there (seen from {Path.cwd()}); bring it back, then "
     if settings.get("document_separator") == "":
         settings["document_separator"] = r"\n"
+    if settings.pop("skip_broken"):
+        flags.append("--skip_broken")
     flags += [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()]
     return f"{first}`uv run python prepare_data.py {' '.join(flags)}`"
 

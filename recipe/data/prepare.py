@@ -18,7 +18,20 @@ from typing import Any
 from recipe.cli import UserError
 from recipe.data import corpora, manifest, tokenizers, tokens
 from recipe.data.corpora import HubDataset
-from recipe.data.documents import END_OF_TEXT, Part, Rules, first_documents, parts, read, text_files
+from recipe.data.documents import (
+    END_OF_TEXT,
+    READABLE,
+    Part,
+    Rules,
+    first_documents,
+    is_readable,
+    kinds,
+    parts,
+    read,
+    text_files,
+    unread_files,
+    visible_files,
+)
 from recipe.data.files import Unfinished, is_remote
 from recipe.data.manifest import SPLITS, BuiltSplit, FileRecord, Manifest, Settings, Source, TokenizerRecord
 from recipe.data.tokenizers import TokenizerInfo
@@ -41,8 +54,9 @@ class PrepareArgs:
     """
 
     source: str | None = None
-    """Where the text comes from: a .txt, .jsonl or .parquet file, a folder of them (with train/ and val/ in it where
-    there is validation text), `sample` (built-in stories, no network), a corpus of the Hugging Face Hub that is known
+    """Where the text comes from: a file (.txt, .md, .jsonl, .json, .csv, .tsv, each also as .gz, .bz2, .xz or .zst, or
+    .parquet), a folder of them (whose validation text is what is named val, valid, validation or dev beside train; what
+    is named test is left out), `sample` (built-in stories, no network), a corpus of the Hugging Face Hub that is known
     by name (`tinystories`, 2.1 million stories, 1.9 GB; `shakespeare`, 1 MB; `wikitext-103`, 0.5 GB; `openwebtext`, 8.0
     million documents, 9.0 B GPT-2 tokens; `fineweb-edu`, its sample-10BT, 9.7 million documents, 10 B GPT-2 tokens,
     28 GB of parquet), or `hf:ORG/NAME[:CONFIG]`, any dataset of the Hub with a column of text. Not given: the text that
@@ -63,9 +77,12 @@ class PrepareArgs:
     """A line of a .txt that ends a document, as the line <|endoftext|> always does; '\\n' is an empty line. Where no
     line does, a file is one document."""
     text_column: str | None = None
-    """Field of a .jsonl or column of a .parquet that holds the text; not given: `text`, or the only one with text."""
+    """Field of a .jsonl or .json or column of a .parquet, .csv or .tsv that holds the text; not given: `text`, or the
+    only one with text (a .csv or .tsv must have a column `text` then)."""
     max_documents: int | None = None
     """Take no more than so many documents of the source, from its beginning (for a quick try)."""
+    skip_broken: bool = False
+    """Leave out rows that cannot be read, such as a line of a .jsonl that is not JSON, and count them."""
     keep_text: bool = False
     """Write the text of a corpus of the Hub too, into DATA_DIR/train and DATA_DIR/val, not its tokens alone."""
     overwrite: bool = False
@@ -256,12 +273,14 @@ def _settings(args: PrepareArgs, lying: _Lying) -> Settings:
             before = lying.begun.settings
         elif lying.built:
             rules = next(iter(lying.built.values())).rules
-            before = Settings(rules["val_fraction"], rules["separator"], rules["text_column"], None)
+            broken = rules.get("skip_broken", False)
+            before = Settings(rules["val_fraction"], rules["separator"], rules["text_column"], None, broken)
     return Settings(
         val_fraction=_first(args.val_fraction, before.val_fraction, _default_val_fraction(args, lying)),
         document_separator=_first(_separator(args), before.document_separator),
         text_column=_first(args.text_column, before.text_column),
         max_documents=_first(args.max_documents, before.max_documents),
+        skip_broken=args.skip_broken or before.skip_broken,
     )
 
 
@@ -319,6 +338,8 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
             raise UserError(_other_settings(args, lying.streamed.source.name, lying.streamed.source.name, reasons))
         if lying.streamed and args.keep_text:
             raise UserError(f"--keep_text streams anew; name the source: --source {lying.streamed.source.name}")
+        if "val" not in lying.text and not written:
+            check_placed_text(args.data_dir)
         if not lying.text:
             begun = lying.begun.source if lying.begun else corpora.DEFAULT
             return None if lying.manifest else _TextToWrite(begun)
@@ -356,7 +377,29 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
         files = [file for files in corpora.source_files(path).values() for file in files]
         base = path.parent if path.is_file() else path
         reasons += manifest.changed_files(written.source_files, manifest.refresh(files, base, written.source_files))
+        if written.format != corpora.TEXT_FORMAT:
+            reasons.append("written by an older version, which cut white space at the ends of documents")
     return _TextToWrite(args.source, "; ".join(reasons)) if reasons else None
+
+
+def check_placed_text(data_dir: Path) -> None:
+    """Raises ``UserError`` for text that was put beside the places where it is read, or that is of no kind that is
+    read: another corpus would take its place."""
+    for split in SPLITS:
+        folder = data_dir / split
+        if (unread := unread_files(folder)) and not text_files(folder):
+            raise UserError(
+                f"nothing in {folder} can be read (it has {kinds(unread)}); expected files of {READABLE}. Put text"
+                " there, or move these files away and name a --source."
+            )
+    for path in sorted(data_dir.glob("*")):
+        split = corpora.split_name(path.name.split(".")[0])
+        is_text = bool(text_files(path)) if path.is_dir() else is_readable(path)
+        if split in SPLITS and path.name not in SPLITS and is_text:
+            raise UserError(
+                f"{path} is not where text is read from: move it to {data_dir / split}"
+                f"{'' if path.is_dir() else os.sep + path.name}, or name a --source."
+            )
 
 
 def _other_settings(args: PrepareArgs, location: str, source: str, reasons: list[str]) -> str:
@@ -420,9 +463,9 @@ def _beside(folder: Path, other: Path) -> str:
 def _rules(lying: _Lying, settings: Settings) -> Rules:
     """How the text in train/ and val/ is read: what a source gave was divided and split when it was written."""
     if lying.written:
-        return Rules()
+        return Rules(written=True)
     fraction = None if "val" in lying.text else settings.val_fraction
-    return Rules(settings.document_separator, settings.text_column, fraction)
+    return corpora.rules_of(replace(settings, val_fraction=fraction), settings.text_column)
 
 
 def _stale(lying: _Lying, settings: Settings, tokenizer: str) -> dict[str, list[str]]:
@@ -446,11 +489,14 @@ def _stale(lying: _Lying, settings: Settings, tokenizer: str) -> dict[str, list[
         reasons = manifest.changed_files(found.counts.text, _inputs(lying, split))
         if found.tokenizer != tokenizer:
             reasons.append("another tokenizer")
-        reasons += [
-            f"{name} {found.rules[name]!r} became {value!r}"
-            for name, value in rules.items()
-            if name != "cut" and found.rules[name] != value
-        ]
+        if "written" not in found.rules:
+            reasons.append("made by an older version, which cut white space at the ends of documents")
+        else:
+            reasons += [
+                f"{name} {found.rules[name]!r} became {value!r}"
+                for name, value in rules.items()
+                if name not in ("cut", "written") and found.rules[name] != value
+            ]
         if reasons:
             stale[split] = reasons
     return stale
@@ -529,7 +575,7 @@ def _text_of_hub(args: PrepareArgs, text: _TextToWrite, settings: Settings, buil
     records = [entry for entries in files.records.values() for entry in entries]
     lazily = settings.max_documents is not None
     return _Text(
-        Rules(settings.document_separator, files.column, settings.val_fraction),
+        corpora.rules_of(settings, files.column),
         files.records,
         lambda split, rules, may_cut: files.parts(split, rules, may_cut=may_cut, lazily=lazily),
         Source(text.source, files.location, manifest.text_fingerprint(records), 0),
@@ -582,6 +628,9 @@ def _build(args: PrepareArgs) -> Manifest:
         stale = {split: ["from the Hub"] for split in SPLITS} if streamed else _stale(lying, settings, info.sha256)
         if args.overwrite:
             stale = {split: stale.get(split, ["--overwrite"]) for split in SPLITS}
+        for split in lying.text if stale and not streamed else ():
+            if unread := corpora.not_read(unread_files(args.data_dir / split)):
+                print(f"{args.data_dir / split}: {unread}")
         built = _tokenize(args, todo, info, stale, building) if stale and todo else {}
         # From here to the new manifest nothing counts as complete; each split is whole in itself at any moment.
         if files is not None or built:
@@ -608,12 +657,7 @@ def _build(args: PrepareArgs) -> Manifest:
 def _refuse_foreign_files(args: PrepareArgs, lying: _Lying) -> None:
     """Raises ``UserError`` where new text would take the place of files that are no text of this project."""
     own = {args.data_dir / entry.path for entries in lying.text.values() for entry in entries}
-    foreign = [
-        path
-        for split in SPLITS
-        for path in sorted((args.data_dir / split).rglob("*"))
-        if path.is_file() and path not in own and not path.name.startswith(".")
-    ]
+    foreign = [path for split in SPLITS for path in visible_files(args.data_dir / split) if path not in own]
     if lying.origin is None and (args.data_dir / "source.json").exists():
         foreign.append(args.data_dir / "source.json")
     if foreign:
@@ -764,6 +808,7 @@ def _tokenize(
             text.inputs(split),
             count.held_out,
             manifest.checksums(folders[split]),
+            count.broken_rows,
         )
         manifest.write_split(folders[split], BuiltSplit(manifest.FORMAT, info.sha256, asdict(rules), entry))
     return folders
@@ -882,6 +927,7 @@ def _write_manifest(
             manifest.text_fingerprint(entries),
             written.empty_documents if written else 0,
             written.held_out if written else 0,
+            written.broken_rows if written else 0,
         )
         own_validation = "val" in lying.text
         settings = replace(settings, val_fraction=None if own_validation else settings.val_fraction)
@@ -923,6 +969,9 @@ def _summary(found: Manifest) -> str:
     held_out = found.source.held_out + sum(split.held_out for split in found.splits.values())
     if held_out:
         lines.append(f"{held_out:,} training documents left out that also stand in the validation text.")
+    broken = found.source.broken_rows + sum(split.broken_rows for split in found.splits.values())
+    if broken:
+        lines.append(f"{broken:,} rows left out that could not be read (--skip_broken).")
     return "\n".join(lines)
 
 

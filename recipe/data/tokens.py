@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from recipe.cli import UserError
 from recipe.data.documents import Part, PartText, Piece, Rules, first_documents, read
 from recipe.data.files import Unfinished
 from recipe.data.tokenizers import Encoder
@@ -69,6 +70,7 @@ class Counts:
     marks: int = 0
     held_out: int = 0
     chunks: int = 0
+    broken_rows: int = 0
 
 
 class Encoded(NamedTuple):
@@ -81,6 +83,7 @@ class Encoded(NamedTuple):
     empty: int
     marks: int
     held_out: int
+    broken: int = 0
 
 
 class HeldOut:
@@ -113,7 +116,7 @@ class PartEncoder:
         documents: dict[str, int] = {}
         size: dict[str, int] = {}
         hashes: list[int] = []
-        empty = marks = held_out = 0
+        empty = marks = held_out = broken = 0
         texts: Iterable[PartText] = read(part, self.job.rules, self._held_out)
         for text in texts if limit is None else first_documents(texts, limit):
             ids: dict[str, list[int]] = {}
@@ -131,7 +134,8 @@ class PartEncoder:
                 tokens.setdefault(split, []).append(np.array(found, dtype=self.job.dtype))
             hashes += text.hashes
             empty, marks, held_out = empty + text.empty, marks + text.marks, held_out + text.held_out
-        return Encoded(tokens, documents, size, np.array(hashes, "<u8"), empty, marks, held_out)
+            broken += text.broken
+        return Encoded(tokens, documents, size, np.array(hashes, "<u8"), empty, marks, held_out, broken)
 
 
 def _utf8_size(piece: Piece) -> int:
@@ -149,7 +153,7 @@ def encode(parts: Iterable[Part], job: Job, num_workers: int) -> Generator[tuple
     todo = chain(first, parts)
     if num_workers == 0 or len(first) <= SERIAL_PARTS:
         encode_part = PartEncoder(job)
-        yield from ((part, encode_part(part)) for part in todo)
+        yield from ((part, _encode_named(encode_part, part)) for part in todo)
         return
     pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (job,))
     waiting: deque[tuple[Part, Future[Encoded]]] = deque()
@@ -201,7 +205,18 @@ def _start_worker(job: Job) -> None:
 
 
 def _encode_in_worker(part: Part) -> Encoded:
-    return _encode_part(part)
+    return _encode_named(_encode_part, part)
+
+
+def _encode_named(encode_part: PartEncoder, part: Part) -> Encoded:
+    """Encodes a part; an error that is not the user's says which one it was."""
+    try:
+        return encode_part(part)
+    except UserError:
+        raise
+    except Exception as error:
+        error.add_note(f"While encoding {part.path}, {part.start:,} to {part.stop:,}.")
+        raise
 
 
 def _end_with_parent() -> None:
@@ -421,6 +436,7 @@ def build(
                 counts[part.split or first].empty_documents += encoded.empty
                 counts[part.split or first].marks += encoded.marks
                 counts[part.split or first].held_out += encoded.held_out
+                counts[part.split or first].broken_rows += encoded.broken
                 for split, arrays in encoded.tokens.items():
                     for tokens in arrays:
                         writers[split].append(tokens)

@@ -18,11 +18,12 @@ from recipe import checkpoints
 from recipe.cli import UserError, command, quoted
 from recipe.data import InstructionData, TokenizedText, conversations
 from recipe.data.conversations import Message
+from recipe.data.documents import text_files
 from recipe.data.instruction_module import longer_context
 from recipe.data.instructions import conversations as read_conversations
 from recipe.data.manifest import SPLITS, manifest_path, tokenizer_fingerprint
 from recipe.data.manifest import read as read_manifest
-from recipe.data.prepare import PrepareArgs, prepare
+from recipe.data.prepare import PrepareArgs, check_placed_text, prepare
 from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
 from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings, check
@@ -166,6 +167,8 @@ def prepare_data(settings: RunSettings) -> None:
     has_text = _has_text(data)
     if not has_text and manifest_path(data_dir).is_file():
         return  # tokens whose text was removed to save space
+    if not has_text:
+        check_placed_text(data_dir)  # the run file's source would take its place
     if not has_text and source is None:
         raise UserError(
             f"no data: there is no text in {data.train_data_path}."
@@ -186,7 +189,7 @@ def prepare_data(settings: RunSettings) -> None:
 
 
 def _has_text(data: TokenizedText) -> bool:
-    return data.train_data_path.is_dir() and any(data.train_data_path.iterdir())
+    return bool(text_files(data.train_data_path))
 
 
 def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:

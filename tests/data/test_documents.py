@@ -1,7 +1,13 @@
 """What is a document, what belongs to it, which split it goes to, and that parts never change any of that."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,7 +57,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_without_a_mark_is_one_document(tmp_path: Path) -> None:
-    assert texts(write(tmp_path / "a.txt", "\n one\n\n two \n")) == ["one\n\n two"]
+    assert texts(write(tmp_path / "a.txt", "\n one\n\n two \n")) == ["\n one\n\n two \n"]
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
@@ -153,9 +159,39 @@ def test_text_that_is_not_utf8_names_file_offset_and_line(tmp_path: Path, small_
         texts(path)
 
 
-def test_utf16_is_not_utf8(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="0xff at offset 0"):
-        texts(write(tmp_path / "a.txt", "text".encode("utf-16")))
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_byte_order_mark_names_the_encoding(tmp_path: Path, encoding: str, line_end: str) -> None:
+    wanted = ["  caf\u00e9 \U0001f600\n\n x", "\u4e2d\u6587 "]
+    text = f"\n{END_OF_TEXT}\n".join(wanted)
+    rows = line_end.join(json.dumps({"text": text}, ensure_ascii=False) for text in wanted) + line_end
+    assert texts(write(tmp_path / "a.txt", text.replace("\n", line_end).encode(encoding))) == wanted
+    assert texts(write(tmp_path / "a.md", text.replace("\n", line_end).encode(encoding))) == wanted
+    assert texts(write(tmp_path / "a.jsonl", rows.encode(encoding))) == wanted
+    assert texts(write(tmp_path / "a.jsonl.gz", gzip.compress(rows.encode(encoding)))) == wanted
+    csv = "id,text" + line_end + "".join(f'1,"{text}"{line_end}' for text in wanted)
+    assert texts(write(tmp_path / "a.csv", csv.encode(encoding))) == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "advice"),
+    [
+        ("\u201ccaf\u00e9\u201d".encode("cp1252"), "Windows-1252: .*CP1252"),
+        ("caf\u00e9".encode("latin-1"), "Latin-1: .*ISO-8859-1"),
+        ("Once upon a time".encode("utf-16-le"), "UTF-16 without a byte order mark: .*UTF-16LE"),
+        ("Once upon a time".encode("utf-16-be"), "UTF-16 without a byte order mark: .*UTF-16BE"),
+        ("\u4e2d\u6587 \u4e2d\u6587.".encode("utf-16-le"), "UTF-16 without a byte order mark: .*UTF-16LE"),
+        ("caf\u00e9 ".encode() * 20 + b"\xff", "damaged"),
+        (b"\x83\x81\x83\x8a", "neither Windows-1252 nor Latin-1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.csv", "a.jsonl"])
+def test_advice_fits_the_bytes(tmp_path: Path, data: bytes, advice: str, name: str) -> None:
+    written = data if name.startswith("a.txt") or name == "a.md" else b"text\n" + data
+    written = b'{"text": "' + data + b'"}' if name == "a.jsonl" and b"\0" not in data else written
+    written = data if b"\0" in data else written
+    with pytest.raises(UserError, match=rf"not (text in )?UTF-8.*{advice}"):
+        texts(write(tmp_path / name, gzip.compress(written) if name.endswith("gz") else written))
 
 
 # --- .jsonl and .parquet ---
@@ -164,7 +200,7 @@ def test_utf16_is_not_utf8(tmp_path: Path) -> None:
 def test_jsonl_rows_are_documents(tmp_path: Path, small_parts: None) -> None:
     rows = [{"id": i, "text": f"Row {i}\r\nand more \u00e9"} for i in range(50)]
     path = write(tmp_path / "a.jsonl", "\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n")
-    assert texts(path) == [f"Row {i}\nand more \u00e9" for i in range(50)]
+    assert texts(path) == [f"Row {i}\r\nand more \u00e9" for i in range(50)]
 
 
 def test_parquet_rows_are_documents(tmp_path: Path) -> None:
@@ -252,10 +288,10 @@ def test_the_same_document_has_the_same_split_in_every_format(tmp_path: Path) ->
     write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": " " + text.replace("\n", "\r\n")}) for text in many))
     pq.write_table(pa.table({"text": many}), tmp_path / "a.parquet")
     rules = Rules(val_fraction=0.3)
-    found = []
+    found: list[dict[str, str]] = []
     for name in ("a.txt", "a.jsonl", "a.parquet"):
         pieces = [p for part in parts(tmp_path / name, rules, None, may_cut=True) for p in read(part, rules).pieces]
-        found.append({piece.text: piece.split for piece in pieces})
+        found.append({documents.clean(piece.text): piece.split for piece in pieces})
     assert found[0] == found[1] == found[2] == {text: split_of(text, 0.3) for text in many}
     assert set(found[0].values()) == {"train", "val"}
 
@@ -282,7 +318,7 @@ def test_text_files_come_in_a_fixed_order_without_hidden_ones(tmp_path: Path) ->
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     found = [path.relative_to(tmp_path).as_posix() for path in text_files(tmp_path)]
-    assert found == ["a-a.txt", "a/b.PARQUET", "a/c.jsonl", "b.txt"]
+    assert found == ["a-a.txt", "a/b.PARQUET", "a/c.jsonl", "b.txt", "notes.md"]
 
 
 SEPARATOR = "\n<|endoftext|>\n"
@@ -335,3 +371,240 @@ def test_a_column_that_holds_no_text_is_refused_and_a_dictionary_is_text(tmp_pat
         list(documents.parts(path, documents.Rules(text_column="messages"), "train", may_cut=True))
     (part,) = documents.parts(path, documents.Rules(), "train", may_cut=True)
     assert [piece.text for some in documents.read(part, documents.Rules()) for piece in some.pieces] == ["Story."] * 2
+
+
+# --- other kinds of files, and compressed ones ---
+
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+WANTED = ["    y = x + 3\n    return y\n", 'a "quoted", text\r\nof two lines ', "caf\u00e9 \U0001f600"]
+
+
+def rows_as(kind: str) -> str:
+    """``WANTED`` in a file of that kind."""
+    rows = [{"id": i, "text": text} for i, text in enumerate(WANTED)]
+    if kind in ("csv", "tsv"):
+        file = io.StringIO(newline="")
+        writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
+        writer.writerows([["id", "text"], *([row["id"], row["text"]] for row in rows)])
+        return file.getvalue()
+    if kind == "json":
+        return json.dumps(rows, indent=1)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "json of lines"])
+def test_rows_of_every_kind_are_kept_exactly(tmp_path: Path, kind: str) -> None:
+    ending = kind.split()[0]
+    data = rows_as(kind).encode()
+    assert texts(write(tmp_path / f"a.{ending}", data)) == WANTED
+    for name, compress in COMPRESS.items():
+        assert texts(write(tmp_path / f"a.{ending}.{name}", compress(data))) == WANTED
+
+
+def test_a_json_may_hold_one_object(tmp_path: Path) -> None:
+    for indent in (None, 2):
+        assert texts(write(tmp_path / "a.json", json.dumps({"text": WANTED[0]}, indent=indent))) == WANTED[:1]
+    digits = '[{"n": ' + "9" * 5000 + ', "text": "long number"}]'
+    assert texts(write(tmp_path / "b.json", digits)) == ["long number"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "md"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_compressed_text_gives_the_documents(tmp_path: Path, kind: str, line_end: str) -> None:
+    """The same that the plain file gives, wherever separators are and whatever the file ends with."""
+    for text in (
+        "  one\n\n two \n",
+        f"a\n{END_OF_TEXT}\n\tb \n\n{END_OF_TEXT}\nc",
+        f"{END_OF_TEXT}\na\n{END_OF_TEXT}\n\nb\n",
+        f"a\n{END_OF_TEXT}\n \n{END_OF_TEXT}  \nb\n\n{END_OF_TEXT}\n",
+        f"a\n{END_OF_TEXT}\n{END_OF_TEXT}\nb\n",
+    ):
+        data = text.replace("\n", line_end).encode()
+        plain = texts(write(tmp_path / f"a.{kind}", data))
+        assert plain == [document for document in documents_of(text) if document.strip()]
+        for name, compress in COMPRESS.items():
+            assert texts(write(tmp_path / f"a.{kind}.{name}", compress(data))) == plain
+
+
+@pytest.mark.parametrize("name", COMPRESS)
+def test_a_damaged_compressed_file_is_named(tmp_path: Path, name: str) -> None:
+    data = COMPRESS[name](b"".join(b'{"text": "%d"}\n' % (i**9) for i in range(2000)))
+    for broken in (data[: len(data) // 2], b"not compressed at all", b""):
+        with pytest.raises(UserError, match=rf"a\.jsonl\.{name} is damaged or truncated"):
+            texts(write(tmp_path / f"a.jsonl.{name}", broken), Rules(skip_broken=True))
+
+
+# --- white space at the ends ---
+
+ENDS = [
+    "    y = x + 3\n    return y\n",
+    "\n\nlines\n\n",
+    "\tone\t",
+    "\u3000wide\u3000",
+    "\r\nwin\r\nlines\r\n",
+    "\rold\r",
+]
+
+
+def test_white_space_at_the_ends_of_rows_stays(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": text}) for text in ENDS))
+    pq.write_table(pa.table({"text": ENDS}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.jsonl") == texts(tmp_path / "a.parquet") == ENDS
+
+
+def test_a_separator_takes_its_line_ends_alone(tmp_path: Path, small_parts: None) -> None:
+    wanted = [text for text in ENDS if "\r" not in text] * 9 + ["last"]
+    for end in ("", "\n", f"\n{END_OF_TEXT}\n"):
+        path = write(tmp_path / "a.txt", f"\n{END_OF_TEXT}\n".join(wanted) + end)
+        assert texts(path) == wanted
+    row = f"a \r\n{END_OF_TEXT}\r\n b\n\n{END_OF_TEXT}\n{END_OF_TEXT}\n\tc"
+    path = write(tmp_path / "a.jsonl", json.dumps({"text": row}))
+    assert texts(path) == ["a ", " b\n", "\tc"]
+
+
+def test_a_long_document_keeps_its_ends(tmp_path: Path, small_parts: None) -> None:
+    long = "\n\n  " + "\n".join(f"    line {i} of it" for i in range(60)) + "\n \n"
+    path = write(tmp_path / "a.txt", f"short \n{END_OF_TEXT}\n{long}\n{END_OF_TEXT}\n last")
+    assert len(list(parts(path, Rules(), "train", may_cut=True))) > 5
+    assert texts(path) == ["short ", long, " last"]
+    assert texts(write(tmp_path / "b.txt", path.read_text().replace("\n", "\r\n"))) == ["short ", long, " last"]
+    assert texts(write(tmp_path / "c.txt", " \n" * 400 + f"\n{END_OF_TEXT}\nx")) == ["x"]
+
+
+def test_a_cut_takes_one_line_end_alone(tmp_path: Path, small_parts: None) -> None:
+    text = "\n".join("    indented\n" for _ in range(60))
+    head, tail = cut_document(text, 0.2)
+    assert head + "\n" + tail == text and tail.startswith(("    ", "\n    "))
+    assert not cut_document(text.replace("\n", "\r\n"), 0.2)[0].endswith("\r")
+    rules = Rules(val_fraction=0.2, cut=True)
+    path = write(tmp_path / "a.txt", "\n" + "def f():\n    return 1\n" * 40)
+    pieces = [piece for part in parts(path, rules, None, may_cut=True) for piece in read(part, rules).pieces]
+    train, val = ("".join(piece.text for piece in pieces if piece.split == split) for split in ("train", "val"))
+    assert train + "\n" + val == path.read_text() and val.startswith("def")
+
+
+def test_white_space_around_it_decides_no_split() -> None:
+    for text in ("Document 1.", "Document 2.\nIt has two lines."):
+        copies = [text, f"  {text}\n", text.replace("\n", "\r\n") + "\r\n", f"\n{text}"]
+        assert len({documents.document_hash(copy) for copy in copies}) == 1
+
+
+# --- rows that cannot be read ---
+
+
+def read_all(path: Path, rules: Rules) -> tuple[list[str], int]:
+    """The documents of a file, and how many broken rows were left out."""
+    found = [some for part in parts(path, rules, "train", may_cut=True) for some in documents.read(part, rules)]
+    return [piece.text for some in found for piece in some.pieces], sum(some.broken for some in found)
+
+
+BROKEN_LINES = {
+    "digits": ('{"text": "x", "n": ' + "9" * 5000 + "}", "5000 digits"),
+    "nested": ('{"text": "x", "n": ' + "[" * 200_000 + "]" * 200_000 + "}", "recursion"),
+    "truncated": ('{"text": "x', "not JSON"),
+    "NUL bytes": ("\0" * 9, "not JSON"),
+    "list": ('["x"]', "list where an object"),
+    "null": ("null", "NoneType where an object"),
+    "another field": ('{"texte": "x"}', "no field 'text'"),
+    "list of texts": ('{"text": ["x"]}', "'text'"),
+    "number": ('{"text": 5}', "'text'"),
+    "not UTF-8": ('{"text": "caf\udce9"}', "not UTF-8: byte 0xe9"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_LINES)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_broken_line_is_named_or_left_out(tmp_path: Path, case: str, compressed: bool) -> None:
+    line, reason = BROKEN_LINES[case]
+    data = f'{{"text": "a"}}\n{line}\n\ufeff{{"text": "b", "n": NaN}}\r\n'.encode("utf-8", "surrogateescape")
+    path = write(tmp_path / f"a.jsonl{'.gz' * compressed}", gzip.compress(data) if compressed else data)
+    with pytest.raises(UserError, match=rf"a\.jsonl.*, line 2: .*{reason}.*--skip_broken"):
+        texts(path)
+    assert read_all(path, Rules(skip_broken=True)) == (["a", "b"], 1)
+
+
+def test_a_broken_first_line_is_left_out_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": ["x"], "id": "1"}\n{"text": "a", "id": "2"}\n')
+    with pytest.raises(UserError, match="line 1: its field 'text' holds list"):
+        texts(path)
+    assert read_all(path, Rules(skip_broken=True)) == (["a"], 1)
+
+
+@pytest.mark.parametrize("articles", [False, True])
+def test_parquet_text_that_is_not_utf8(tmp_path: Path, articles: bool) -> None:
+    """Parquet does not check it; reading such a row ended in a traceback."""
+    values = pa.array([b" = A = \n", b"good", b"caf\xe9", b"\xff", b"more"], pa.binary())
+    column = pa.StringArray.from_buffers(len(values), *values.buffers()[1:])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column}), path, row_group_size=2)
+    rules = Rules(skip_broken=True)
+    found = [
+        some
+        for part in parts(path, rules, "train", may_cut=True, articles=() if articles else None)
+        for some in documents.read(replace(part, opens=part.start == 0), rules)
+    ]
+    pieces = [piece.text for some in found for piece in some.pieces]
+    assert pieces == (["= A = \ngoodmore"] if articles else [" = A = \n", "good", "more"])
+    assert sum(some.broken for some in found) == 2
+    with pytest.raises(UserError, match=r"a\.parquet, row 3: .*0xe9 at offset 3.*--skip_broken"):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("3,a,b\n", "line 3: 3 fields where the first line names 2"),
+        ("3\n", "line 3: 1 fields where"),
+        ('3,"a"b\n', "line 3: not a row"),
+        ("3,caf\udce9\n", "line 3: not UTF-8: byte 0xe9"),
+    ],
+)
+def test_a_broken_csv_row_is_named_or_left_out(tmp_path: Path, rows: str, message: str) -> None:
+    data = f'id,text\n1,"{"long " * 40_000}"\n{rows}4,good\n'
+    path = write(tmp_path / "a.csv", data.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=rf"{message}.*--skip_broken"):
+        texts(path)
+    assert read_all(path, Rules(skip_broken=True)) == (["long " * 40_000, "good"], 1)
+
+
+def test_a_quote_that_is_never_closed_is_refused(tmp_path: Path) -> None:
+    """All rows after it would be one field, so it is no row to leave out."""
+    path = write(tmp_path / "a.csv", 'id,text\n1,a\n2,"b\n3,c\n4,d\n')
+    with pytest.raises(UserError, match="line 3: a quote that opens here is never closed"):
+        texts(path, Rules(skip_broken=True))
+
+
+@pytest.mark.parametrize("header", ["1,Once upon a time", "story", "id;text", "text,text"])
+def test_a_csv_must_name_its_columns(tmp_path: Path, header: str) -> None:
+    with pytest.raises(UserError, match=r"first line must name the columns.*--text_column"):
+        texts(write(tmp_path / "a.csv", f"{header}\n{header}\n"))
+    assert texts(write(tmp_path / "b.csv", "story\n a \n"), Rules(text_column="story")) == [" a "]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (["a"], "list<element: string>"),
+        ({"a": "b"}, "struct<a: string>"),
+        (b"a", "binary"),
+        (1, "int64"),
+        (None, "null"),
+    ],
+)
+def test_a_text_column_of_another_type_is_named(tmp_path: Path, value: object, kind: str) -> None:
+    """'none of its fields ('text') is called 'text'' was said of them; another column was taken without a word."""
+    pq.write_table(pa.table({"text": [value], "title": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=f"its field 'text' holds {kind}, expected a string.*'title'.*--text_column"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_fields_without_text_are_named_with_their_type(tmp_path: Path) -> None:
+    for row, message in (({"a": 1, "b": ["x"]}, "'a' holds int, 'b' holds list"), ({}, "it has none")):
+        for name in ("a.jsonl", "a.json"):
+            with pytest.raises(UserError, match=f"none of its fields holds text .{message}.*--text_column"):
+                texts(write(tmp_path / name, json.dumps(row)))

@@ -1,6 +1,7 @@
 """From text to tokens: right tokens, nothing done twice, nothing half, nothing lost, and clear messages."""
 
 import errno
+import gzip
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +305,178 @@ def test_a_folder_with_validation_text_is_not_split(
     assert found.settings.val_fraction is None
 
 
+def lines(name: str, number: int = 30) -> str:
+    """A .jsonl whose documents begin with that name."""
+    return "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(number))
+
+
+def lay(folder: Path, files: list[str]) -> Path:
+    """Files whose documents begin with the file's own path."""
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(lines(name) if name.endswith("jsonl") else name, encoding="utf-8")
+    return folder
+
+
+def names_in(data_dir: Path) -> tuple[set[str], set[str]]:
+    """The files that the training and the validation text come from."""
+    train, val = ({text.split()[0] for text in decoded(data_dir, split)} for split in ("train", "val"))
+    return train, val
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test", "others"),
+    [
+        (["train.jsonl"], ["val.jsonl"], ["test.jsonl"], []),
+        (["train/a.jsonl"], ["dev/a.jsonl"], ["test/a.jsonl"], ["README.md"]),
+        (["data/train-0.jsonl", "data/train-1.jsonl"], ["data/valid-0.jsonl"], ["data/eval.jsonl"], []),
+        (["train-00000-of-00001-ab.jsonl"], ["Validation-00000-of-00001.jsonl"], ["test-00000-of-00001.jsonl"], []),
+        (["Tiny-train.jsonl"], ["Tiny-valid.jsonl"], [], []),
+        (["c4-train.00000-of-00009.jsonl"], ["c4-validation.00000-of-00001.jsonl"], [], []),
+        (["TRAIN/test.jsonl"], ["VALID/train.jsonl"], ["testing/x.jsonl"], []),
+        (["corpus.jsonl"], ["val.jsonl"], [], []),
+    ],
+)
+def test_names_tell_validation_and_test_text(
+    tmp_path: Path, run: Callable, train: list[str], val: list[str], test: list[str], others: list[str], capsys
+) -> None:
+    found = run(source=str(lay(tmp_path / "own", [*train, *val, *test, *others])))
+    assert names_in(tmp_path / "data") == (set(train), set(val))
+    assert found.settings.val_fraction is None
+    out = capsys.readouterr().out
+    assert all(f"Left out as test text, by name: {name}" in out for name in test)
+    assert all(f"Left out, named neither train nor validation: {name}" in out for name in others)
+    run(source=str(tmp_path / "own"))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_test_text_beside_training_text_is_left_out(tmp_path: Path, run: Callable, capsys) -> None:
+    found = run(source=str(lay(tmp_path / "own", ["train/a.jsonl", "test/a.jsonl"])), val_fraction=0.3)
+    assert names_in(tmp_path / "data") == ({"train/a.jsonl"}, {"train/a.jsonl"})
+    assert found.settings.val_fraction == 0.3
+    assert "Left out as test text, by name: test/a.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["test.txt", "train.txt", "train-0.jsonl"])
+def test_a_name_among_other_texts_is_no_split(tmp_path: Path, run: Callable, name: str, capsys) -> None:
+    files = [*(f"{letter}.txt" for letter in "abcdefghijkl"), name]
+    run(source=str(lay(tmp_path / "own", files)), val_fraction=0.3)
+    assert set.union(*names_in(tmp_path / "data")) == set(files)
+    assert ("Training text like the rest" in capsys.readouterr().out) == (name == "test.txt")
+
+
+@pytest.mark.parametrize("files", [["test.jsonl"], ["val/a.jsonl", "test/b.jsonl"], ["dev.jsonl"]])
+def test_a_folder_without_training_text_is_refused(tmp_path: Path, run: Callable, files: list[str]) -> None:
+    folder = lay(tmp_path / "own", files)
+    with pytest.raises(UserError, match=r"all files are validation or test text.*--source .*jsonl"):
+        run(source=str(folder))
+    run(source=str(folder / files[0]))  # named itself, it is taken
+    assert set.union(*names_in(tmp_path / "data")) == {files[0]}
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path, run: Callable, capsys) -> None:
+    folder = lay(tmp_path / "own", ["a.jsonl", "b.md", "c.pdf", "d.PDF", "e.docx", "state.json", "noending"])
+    lay(folder, [".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/f-checkpoint.txt", ".gitkeep"])
+    (folder / "g.jsonl.gz").write_bytes(gzip.compress(lines("g.jsonl.gz").encode()))
+    run(source=str(folder), val_fraction=0.3)
+    assert set.union(*names_in(tmp_path / "data")) == {"a.jsonl", "b.md", "g.jsonl.gz"}
+    said = "Not read: 5 files (.pdf 2, .docx 1, without ending 1, .json 1)"
+    assert said in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "here/train")
+    run(data_dir=tmp_path / "here")
+    assert said in capsys.readouterr().out
+
+
+def test_white_space_is_kept_from_file_to_tokens(tmp_path: Path, run: Callable, monkeypatch) -> None:
+    """Through train/ and val/ and without them; long documents come in parts, in both of them."""
+    monkeypatch.setattr(documents, "PART_BYTES", 100)
+    monkeypatch.setattr(documents, "LONG_DOCUMENT_BYTES", 300)
+    texts = ["    y = x + 3\n    return y\n", "\r\nwin\r\n", "\tone", "\n\ntwo\n\n", "old\rmac\r", "\u3000wide "]
+    texts += [f" {i}" + "\r\n    some more of it" * 40 + "\n \n" for i in range(3)] + [f"{i} end\n" for i in range(20)]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    run(source=str(tmp_path / "x.jsonl"), val_fraction=0.3)
+    val = [text for text in texts if split_of(text, 0.3) == "val"]
+    assert decoded(tmp_path / "data", "val") == val
+    assert decoded(tmp_path / "data", "train") == [text for text in texts if text not in val]
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "placed/tokenizer")
+    (tmp_path / "placed/data/train").mkdir(parents=True)
+    shutil.copy(tmp_path / "x.jsonl", tmp_path / "placed/data/train/x.jsonl")
+    run(data_dir=tmp_path / "placed/data", val_fraction=0.3)
+    assert decoded(tmp_path / "placed/data", "val") == val
+
+
+def test_older_tokens_and_text_are_made_again(tmp_path: Path, run: Callable, stories: list[str], capsys) -> None:
+    """Those whose documents lost the white space at their ends."""
+    source = put(tmp_path / "x.txt", [f" {text}" for text in stories])
+    before = run(source=str(source))
+
+    def make_older() -> None:
+        for split in ("train", "val"):
+            folder = tmp_path / "data/tokens" / split
+            built = manifest.read_split(tmp_path / "data", split)
+            rules = {name: built.rules[name] for name in ("separator", "text_column", "val_fraction", "cut")}
+            manifest.write_split(folder, replace(built, rules=rules))
+
+    make_older()
+    run()
+    assert "Tokenizing train: made by an older version, which cut white space" in capsys.readouterr().out
+    make_older()
+    values = read_sealed(tmp_path / "data/source.json")
+    del values["format"]
+    write_sealed(tmp_path / "data/source.json", values)
+    found = run(source=str(source))
+    assert "again (written by an older version, which cut white space" in capsys.readouterr().out
+    assert found.made_from("train", "val") == before.made_from("train", "val")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_rows_are_left_out_and_counted(
+    tmp_path: Path, run: Callable, stories: list[str], workers: int, many_parts: None, capsys
+) -> None:
+    rows = [json.dumps({"text": text}) for text in stories]
+    rows[3:3], rows[90:90] = ["{", "[1]"], ['{"text": 5}']
+    for folder, settings in (("own/train", {"source": str(tmp_path / "own/train")}), ("data/train", {})):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.jsonl").write_text("\n".join(rows))
+        with pytest.raises(UserError, match=r"x\.jsonl, line 4: not JSON.*--skip_broken"):
+            run(**settings, num_workers=workers)
+        found = run(**settings, num_workers=workers, skip_broken=True)
+        assert sorted(decoded(tmp_path / "data", "train") + decoded(tmp_path / "data", "val")) == sorted(stories)
+        assert "3 rows left out that could not be read" in capsys.readouterr().out
+        assert found.settings.skip_broken
+        run(**settings)  # a setting that is not given stays
+        assert "nothing to do" in capsys.readouterr().out
+        shutil.rmtree(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train/book.pdf", r"nothing in .*train can be read \(it has \.pdf 1\); expected files of \.txt"),
+        ("train.jsonl", r"train\.jsonl is not where text is read from: move it to .*train"),
+        ("validation/a.jsonl", r"validation is not where text is read from: move it to .*val"),
+    ],
+)
+def test_text_in_the_wrong_place_is_refused(tmp_path: Path, run: Callable, name: str, message: str) -> None:
+    """TinyStories was fetched in its place."""
+    lay(tmp_path / "data", [name])
+    with pytest.raises(UserError, match=message):
+        run()
+
+
+def test_a_lone_md_is_text(tmp_path: Path, run: Callable) -> None:
+    lay(tmp_path / "data", ["train/.DS_Store", "val/Thumbs.db"])
+    (tmp_path / "data/train/book.md").write_text("# A book\n\n" + "Once upon a time.\n" * 50)
+    run()
+    assert decoded(tmp_path / "data", "train")[0].startswith("# A book\n\nOnce")
+
+
+def test_system_files_are_no_files_of_others(tmp_path: Path, run: Callable) -> None:
+    lay(tmp_path / "data", ["train/.DS_Store", "train/Thumbs.db", "val/.ipynb_checkpoints/a.txt", "val/desktop.ini"])
+    run(source=str(lay(tmp_path / "own", ["a.jsonl"])), val_fraction=0.3)
+    assert names_in(tmp_path / "data") == ({"a.jsonl"}, {"a.jsonl"})
+
+
 def test_a_source_with_a_separator_and_a_column_of_its_own(
     tmp_path: Path, run: Callable, stories: list[str], capsys
 ) -> None:
@@ -554,7 +728,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict], str]]:
         "no such path": (lambda folder: {"source": str(folder / "none.txt")}, "no such file, folder or corpus"),
         "unknown corpus": (lambda folder: {"source": "tinystory"}, r"(?s)Did you mean tinystories.*sample"),
         "unknown kind": (write("x.docx", b"x"), r"a \.docx file; expected \.txt"),
-        "empty folder": (write("own/x.md", b"x"), "no .txt, .jsonl or .parquet file"),
+        "empty folder": (write("own/x.pdf", b"x"), r"nothing there can be read \(it has \.pdf 1\)"),
         "empty file": (write("x.txt", b""), "no text for train|too little text"),
         "blank file": (write("x.txt", b" \n\n "), "no text for train|too little text"),
         "not utf-8": (write("x.txt", b"caf\xe9 " * 9), "not UTF-8: byte 0xe9 at offset 3"),
@@ -643,7 +817,7 @@ def test_a_source_where_the_text_goes_is_refused(prepared: Path, run: Callable) 
     assert (prepared / "train/a.txt").is_file()
 
 
-@pytest.mark.parametrize("foreign", ["train/notes.csv", "val/model.py", "source.json"])
+@pytest.mark.parametrize("foreign", ["train/notes.pdf", "val/model.py", "source.json"])
 def test_files_of_others_are_never_removed(tmp_path: Path, run: Callable, stories: list[str], foreign: str) -> None:
     """A folder of this name in somebody's project counted as empty and was replaced."""
     put(tmp_path / "a.txt", stories)
