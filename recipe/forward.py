@@ -4,7 +4,7 @@ Held against LitGPT's forward by the tests of those who call it (tests/training/
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ def hidden_states(
 def _embedded(wte: nn.Module, input_ids: Tensor) -> Tensor:
     """The tokens' embeddings. The gradient of a token's row is the sum over all its places, and torch adds them up in
     the weight's type: in 16 bits (bf16-true) the row of a frequent token would lose most of it, so it is fp32 here."""
-    weight = wte.weight
+    weight = cast(Tensor, wte.weight)
     if weight.dtype.itemsize == 2 and weight.requires_grad and torch.is_grad_enabled():
         return F.embedding(input_ids, weight.float()).to(weight.dtype)
     x: Tensor = wte(input_ids)

@@ -182,7 +182,7 @@ def update_flops(groups: Iterable[dict[str, Any]]) -> int:
     """
     flops = 0
     for group in groups:
-        parts = group.get("parts")
+        parts: tuple[int, ...] = group.get("parts") or ()
         for parameter in group["params"] if parts else ():
             for height in matrix_heights(parameter, parts):
                 # (short, long) @ (long, short), (short, short) squared, (short, short) @ (short, long)
