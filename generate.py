@@ -97,10 +97,10 @@ def main(
 
 
 def read_prompts(path: Path) -> list[str]:
+    from recipe.data.files import read_text
+
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8.") from None
+        lines = read_text(path).split("\n")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"found no file at {path}; expected a text file with a prompt in each line.") from None
     prompts = [line for line in lines if line.strip()]

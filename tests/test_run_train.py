@@ -19,7 +19,9 @@ import yaml
 import run_train
 from recipe import checkpoints
 from recipe.cli import exit_with_message
-from recipe.settings import PROJECT
+from recipe.data.manifest import read as read_manifest
+from recipe.settings import PROJECT, parse_run
+from recipe.training.ready import prepare_data
 from tests.training_fixtures import SIGMOID_ROUTER
 
 
@@ -140,6 +142,27 @@ def test_experts_without_experts(refusal):
 def test_an_unknown_corpus(refusal, tmp_path):
     message = refusal(*data_flags(tmp_path / "new"), "--prepare.source", "tinystoriez")
     assert "'tinystories'" in message or "tinystories" in message
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/a-checkpoint.txt"])
+def test_system_files_are_no_text(run_file, tmp_path, name):
+    """With one of them in train/ the run file's source was forgotten, and TinyStories fetched."""
+    (tmp_path / "new/data/train" / name).parent.mkdir(parents=True)
+    (tmp_path / "new/data/train" / name).write_text("x", encoding="utf-8")
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "Text {i}."}}\n' for i in range(40)), encoding="utf-8")
+    tokenizer = ["--prepare.tokenizer", "train", "--prepare.vocab_size", "300"]
+    source = ["--prepare.source", str(tmp_path / "own.jsonl")]
+    run = parse_run(["--config", str(run_file), *data_flags(tmp_path / "new"), *source, *tokenizer])
+    prepare_data(run.settings)
+    found = read_manifest(tmp_path / "new/data")
+    assert found.source.name == "files" and found.splits["train"].documents > 20
+
+
+def test_text_that_is_not_read_is_not_replaced(refusal, tmp_path):
+    (tmp_path / "new/data/train").mkdir(parents=True)
+    (tmp_path / "new/data/train/book.pdf").write_bytes(b"x")
+    message = refusal(*data_flags(tmp_path / "new"), "--prepare.source", "sample")
+    assert "can be read (it has .pdf 1); expected files of .txt" in message
 
 
 def test_a_folder_that_cannot_be_written(refusal, tmp_path):

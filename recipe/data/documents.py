@@ -34,6 +34,7 @@ from recipe.cli import UserError
 from recipe.data.files import (
     Location,
     Unfinished,
+    check_utf8,
     conversion_advice,
     encoding_of,
     is_compressed,
@@ -523,7 +524,7 @@ def _read_text_stream(part: Part, rules: Rules) -> Iterator[str | BrokenRow]:
     is_first = True
     with open_text(part.path, newline=None) as file:
         for number, line in enumerate(file, 1):
-            _check_utf8(line, part.path, f"line {number}")
+            check_utf8(line, part.path, f"line {number}")
             if not is_separator(line.removesuffix("\n")):
                 lines.append(line)
                 continue
@@ -547,18 +548,6 @@ def _decode(path: Location, data: bytes, offset: int) -> str:
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {at} ({_place(path, at)}) cannot be read. "
             + conversion_advice(path, data if is_remote(path) else _beginning(path, at))
         ) from None
-
-
-def _check_utf8(text: str, path: Location, place: str) -> None:
-    """Raises ``UserError`` for text that ``open_text`` could not decode."""
-    if not text.isascii() and (undecoded := UNDECODED.search(text)):
-        raise UserError(
-            f"{path} is not UTF-8: byte 0x{ord(undecoded.group()) - 0xDC00:02x} in {place} cannot be read. "
-            + conversion_advice(path, _beginning(path, 0))
-        )
-
-
-UNDECODED = re.compile("[\udc80-\udcff]")  # what ``surrogateescape`` makes of bytes that are not UTF-8
 
 
 def _beginning(path: Location, offset: int) -> bytes:
@@ -653,7 +642,7 @@ def _read_json(part: Part) -> Iterator[str | BrokenRow]:
             yield from _read_json_lines(part)
             return
         text += file.read()
-    _check_utf8(text, part.path, "its text")
+    check_utf8(text, part.path, "it")
     column = part.column
     try:
         # As float: a number of any length is read, where int() takes no more than 4,300 digits.
@@ -694,7 +683,7 @@ def _read_csv(part: Part) -> Iterator[str | BrokenRow]:
                     return
                 if header is None:
                     header = row
-                    _check_utf8(",".join(header), part.path, "line 1")
+                    check_utf8(",".join(header), part.path, "line 1")
                     at = _csv_column(part, header)
                 elif row:  # not an empty line
                     yield _csv_text(part, row, header, at)
@@ -903,14 +892,14 @@ def _parquet_rows(
 def _strings(column: Any) -> list[str | BrokenRow | None]:
     """The values of a column of text; what is not UTF-8, which parquet does not check, comes as what is wrong."""
     try:
-        return column.to_pylist()  # type: ignore[no-any-return]
+        return column.to_pylist()
     except UnicodeDecodeError:
         return [_string(value) for value in column]
 
 
 def _string(value: Any) -> str | BrokenRow | None:
     try:
-        return value.as_py()  # type: ignore[no-any-return]
+        return value.as_py()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         return BrokenRow(f"a text that is not UTF-8: byte 0x{byte:02x} at offset {error.start} of it.")

@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import shlex
 import time
 import zlib
@@ -28,6 +29,7 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with the one
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
+UNDECODED = re.compile("[\udc80-\udcff]")  # what ``surrogateescape`` makes of bytes that are not UTF-8
 BROKEN_COMPRESSION = (EOFError, OSError, zlib.error, lzma.LZMAError)
 """What the decompressors raise for a damaged or truncated file."""
 
@@ -57,14 +59,14 @@ def open_file(location: Location) -> BinaryIO:
     fetched than is read."""
     if not is_compressed(location):
         return _open_raw(location)
-    raw: Any = io.BufferedReader(_open_raw(location), BUFFER_BYTES)  # type: ignore[type-var]
+    raw: Any = io.BufferedReader(_open_raw(location), BUFFER_BYTES)
     compression = Path(str(location)).suffix.lower()
     if compression == ".zst":  # Python has none of its own before 3.14
         import pyarrow  # here alone: processes that read plain text need none of it
 
-        return pyarrow.CompressedInputStream(raw, "zstd")  # type: ignore[no-any-return]
+        return pyarrow.CompressedInputStream(raw, "zstd")
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers[compression](raw, "rb")  # type: ignore[no-any-return]
+    return openers[compression](raw, "rb")
 
 
 def encoding_of(location: Location) -> str:
@@ -103,7 +105,7 @@ def open_text(location: Location, newline: str | None = "") -> Iterator[TextIO]:
     encoding = encoding_of(location)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     with open_file(location) as file, decompressing(location):
-        source: Any = file if is_compressed(location) else io.BufferedReader(file, BUFFER_BYTES)  # type: ignore[type-var]
+        source: Any = file if is_compressed(location) else io.BufferedReader(file, BUFFER_BYTES)
         try:
             yield io.TextIOWrapper(source, encoding, errors, newline)
         except UnicodeDecodeError as error:
@@ -111,6 +113,29 @@ def open_text(location: Location, newline: str | None = "") -> Iterator[TextIO]:
                 f"{location} begins with the byte order mark of {encoding.upper()}, but is not {encoding.upper()} "
                 f"({error.reason}); get the file again, or save it as UTF-8."
             ) from None
+
+
+def read_text(location: Location) -> str:
+    """All of a text file, its line ends as ``\\n``.
+
+    Raises:
+        UserError: it is not UTF-8, or not in the encoding of its byte order mark.
+    """
+    with open_text(location, newline=None) as file:
+        text = file.read()
+    check_utf8(text, location, "it")
+    return text
+
+
+def check_utf8(text: str, location: Location, place: str) -> None:
+    """Raises ``UserError`` for text from ``open_text`` that is not UTF-8."""
+    if not text.isascii() and (undecoded := UNDECODED.search(text)):
+        with open_file(location) as file:
+            beginning = file.read(1 << 20)
+        raise UserError(
+            f"{location} is not UTF-8: byte 0x{ord(undecoded.group()) - 0xDC00:02x} in {place} cannot be read. "
+            + conversion_advice(location, beginning)
+        )
 
 
 @contextmanager

@@ -393,13 +393,11 @@ def check_placed_text(data_dir: Path) -> None:
                 " there, or move these files away and name a --source."
             )
     for path in sorted(data_dir.glob("*")):
-        split = corpora.split_name(path.name.split(".")[0])
+        meant = corpora.split_name(path.name.split(".")[0])
         is_text = bool(text_files(path)) if path.is_dir() else is_readable(path)
-        if split in SPLITS and path.name not in SPLITS and is_text:
-            raise UserError(
-                f"{path} is not where text is read from: move it to {data_dir / split}"
-                f"{'' if path.is_dir() else os.sep + path.name}, or name a --source."
-            )
+        if meant in SPLITS and path.name not in SPLITS and is_text:
+            place = data_dir / meant if path.is_dir() else data_dir / meant / path.name
+            raise UserError(f"{path} is not where text is read from: move it to {place}, or name a --source.")
 
 
 def _other_settings(args: PrepareArgs, location: str, source: str, reasons: list[str]) -> str:

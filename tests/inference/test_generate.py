@@ -504,11 +504,14 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     file, read = tmp_path / "prompts.txt", door("generate").read_prompts
     file.write_bytes(b"\xef\xbb\xbf" + "Once\r\n\r\n \nMia\u2028was\fhappy \n\n".encode())
     assert read(file) == ["Once", "Mia\u2028was\fhappy "]
+    file.write_bytes("Once\r\n\r\nMia \r\n".encode("utf-16"))
+    assert read(file) == ["Once", "Mia "]
     for content, told in (
         (b"", r"prompts\.txt is empty; expected a prompt in each line"),
         (b"\n \n", "is empty"),
-        ("Once".encode("utf-16"), r"prompts\.txt is not UTF-8 \(invalid start byte at byte 0\); save it as UTF-8"),
-        ("\nnaïve".encode("latin-1"), "at byte 3"),
+        ("Once".encode("utf-16-le"), r"prompts\.txt is not text in UTF-8: .*UTF-16 without a byte order mark"),
+        ("\nnaïve".encode("latin-1"), r"prompts\.txt is not UTF-8: byte 0xef .*ISO-8859-1"),
+        ("\n“naïve”".encode("cp1252"), r"prompts\.txt is not UTF-8: byte 0x93 .*CP1252"),
     ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=told):
