@@ -149,13 +149,13 @@ def test_system_files_are_no_text(run_file, tmp_path, name):
     """With one of them in train/ the run file's source was forgotten, and TinyStories fetched."""
     (tmp_path / "new/data/train" / name).parent.mkdir(parents=True)
     (tmp_path / "new/data/train" / name).write_text("x", encoding="utf-8")
-    (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "Text {i}."}}\n' for i in range(40)), encoding="utf-8")
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "Text {i}."}}\n' for i in range(200)), encoding="utf-8")
     tokenizer = ["--prepare.tokenizer", "train", "--prepare.vocab_size", "300"]
     source = ["--prepare.source", str(tmp_path / "own.jsonl")]
     run = parse_run(["--config", str(run_file), *data_flags(tmp_path / "new"), *source, *tokenizer])
     prepare_data(run.settings)
     found = read_manifest(tmp_path / "new/data")
-    assert found.source.name == "files" and found.splits["train"].documents > 20
+    assert found.source.name == "files" and found.splits["train"].documents > 100
 
 
 def test_text_that_is_not_read_is_not_replaced(refusal, tmp_path):
