@@ -48,7 +48,7 @@ SPLIT_NAMES = {  # as the datasets library has them
     **dict.fromkeys(VALIDATION_FOLDERS, "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-SPLIT_NAME = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})(?:[-_.]?(?:set|data|split))?(?:[-_.]?\d.*)?", re.I)
+SPLIT_NAME = re.compile(rf"(?:.*[^a-z])?({'|'.join(SPLIT_NAMES)})(?:set|data|split)?(?:[^a-z].*)?", re.I)
 TEXT_FORMAT = 2  # of the text that is written: from 2 on white space at the ends of documents is kept
 PARQUET_BRANCH = "refs/convert/parquet"  # where the Hub puts its own conversion of a dataset
 JOURNAL = "journal.json"
@@ -383,7 +383,7 @@ class SourceFiles(NamedTuple):
             more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
             return ", ".join(path.relative_to(folder).as_posix() for path in paths[:5]) + more
 
-        taken = [path for path in self.train if _split_of_path(path.relative_to(folder)) == "test"]
+        taken = [path for path in self.train if split_of_path(path.relative_to(folder)) == "test"]
         lines = [
             f"Validation text, by name: {named(self.val)}" * bool(self.val),
             f"Left out as test text, by name: {named(self.test)}" * bool(self.test),
@@ -402,14 +402,14 @@ def not_read(paths: list[Path]) -> str:
 def split_name(name: str) -> str | None:
     """The split that the name of a folder, or of a file without its endings, says: train, val, test or None.
 
-    ``train``, ``valid-0``, ``test_data``, ``TinyStories-train`` and ``c4-validation.00000-of-00008`` are such names, in
-    upper or lower case.
+    It is a word of the name, in any letter case, as in ``train``, ``valid-0``, ``testset``, ``train_sft``,
+    ``dev-v2.0``, ``TinyStories-train`` and ``c4-validation.00000-of-00008``.
     """
     found = SPLIT_NAME.fullmatch(name)
     return SPLIT_NAMES[found.group(1).lower()] if found else None
 
 
-def _split_of_path(path: Path) -> str | None:
+def split_of_path(path: Path) -> str | None:
     """The split that the outermost folder says that has such a name, else the file's own name."""
     stem = Path(path.stem).stem if is_compressed(path) else path.stem
     return next(filter(None, map(split_name, (*path.parts[:-1], stem))), None)
@@ -418,9 +418,9 @@ def _split_of_path(path: Path) -> str | None:
 def sort_files(folder: Path) -> SourceFiles:
     """Sorts the files of a folder into splits by the names of folders and files (``split_name``).
 
-    The names count where some file is named validation, or some are named train and others test. Then training text is
-    what is named train, or where nothing is, what is named nothing; test text is left out. Elsewhere all is training
-    text: a file that happens to be called test.txt among others is text like them.
+    The names count where some file is named validation, where some are named train and others test, and where a folder
+    is named test. Then training text is what is named train, or where nothing is, what is named nothing; test text is
+    left out. Elsewhere all is training text: a file that happens to be called test.txt among others is text like them.
 
     Raises:
         UserError: there is no training text.
@@ -431,13 +431,14 @@ def sort_files(folder: Path) -> SourceFiles:
         raise UserError(f"--source {folder}: nothing there can be read ({found}); expected files of {READABLE}.")
     by_name: dict[str | None, list[Path]] = {}
     for path in files:
-        by_name.setdefault(_split_of_path(path.relative_to(folder)), []).append(path)
+        by_name.setdefault(split_of_path(path.relative_to(folder)), []).append(path)
     if not {"train", None} & set(by_name):
         raise UserError(
             f"--source {folder}: by their names all files are validation or test text, such as {files[0].name};"
             f" expected some named train. To train on one of them all the same, name it: --source {files[0]}"
         )
-    if "val" not in by_name and not {"train", "test"} <= set(by_name):
+    test_folder = any("test" in map(split_name, path.relative_to(folder).parts[:-1]) for path in files)
+    if "val" not in by_name and not {"train", "test"} <= set(by_name) and not test_folder:
         return SourceFiles(files, [], [], [], unread)
     unnamed = by_name.get(None, [])
     train = by_name.get("train", unnamed)

@@ -5,15 +5,12 @@
 """
 
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from litgpt.prompts import prompt_styles
@@ -21,10 +18,9 @@ from litgpt.prompts import prompt_styles
 from recipe.cli import UserError
 from recipe.data.conversations import Message, problem_with
 from recipe.data.documents import writable
-from recipe.data.files import Location, in_short, is_remote, open_file, reading
+from recipe.data.files import Location, decompressing, in_short, is_remote, open_file, reading, suffix
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")  # each also with .gz after it
-GZIP = b"\x1f\x8b"
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")  # each also compressed: .gz, .bz2, .xz, .zst
 
 CHATS = ("messages", "conversations", "conversation", "data")  # fields that hold a list of turns
 # A prompt and its answer; the first of these pairs that a row has is taken.
@@ -103,11 +99,6 @@ class Row(NamedTuple):
 # --- files ---
 
 
-def kind_of(location: Location) -> str:
-    """The ending of a file's name in lower case, without the ``.gz`` of a compressed one."""
-    return Path(Path(str(location)).name.lower().removesuffix(".gz")).suffix
-
-
 def rows_of(path: Location) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a file, each with its place; bytes are a line of JSON, a ``ValueError`` an unreadable row.
 
@@ -115,13 +106,13 @@ def rows_of(path: Location) -> Iterator[tuple[str, Any]]:
         UserError: the file as a whole can't be read.
     """
     with reading(path):
-        if kind_of(path) == ".parquet":
+        if suffix(path) == ".parquet":
             yield from _parquet_rows(path)
             return
-        with open_file(path) as file:
+        with open_file(path) as file, decompressing(path):
             data = file.read()
     text = _decode(path, data)
-    if kind_of(path) in (".csv", ".tsv"):
+    if suffix(path) in (".csv", ".tsv"):
         yield from _csv_rows(path, text)
     else:
         yield from _json_rows(path, text)
@@ -129,11 +120,6 @@ def rows_of(path: Location) -> Iterator[tuple[str, Any]]:
 
 def _decode(path: Location, data: bytes) -> str:
     """The text of a file. A byte that is not UTF-8 becomes half a surrogate pair, an error of its row alone."""
-    if data.startswith(GZIP):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path} can't be decompressed ({in_short(error)}); get the file again.") from None
     encoding = json.detect_encoding(data)  # UTF-16 and UTF-32 by their byte order mark or their zero bytes
     try:
         return data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
@@ -295,7 +281,7 @@ def _json_problem(error: Exception) -> str:
 
 def _csv_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
-    delimiter = "\t" if kind_of(path) == ".tsv" else ","
+    delimiter = "\t" if suffix(path) == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     number = 0

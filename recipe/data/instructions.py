@@ -7,7 +7,6 @@ other tuning libraries read it too. ``instructions.json`` is written last: witho
 
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -19,10 +18,10 @@ from typing import NamedTuple
 from recipe.cli import UserError, harmless, nearest
 from recipe.data import manifest
 from recipe.data.conversations import Message
-from recipe.data.corpora import HUB_NAME, HubDataset
+from recipe.data.corpora import HUB_NAME, HubDataset, split_of_path
 from recipe.data.documents import split_of
-from recipe.data.files import Location
-from recipe.data.instruction_rows import SUFFIXES, Row, conversation_of, kind_of, rows_of
+from recipe.data.files import Location, suffix
+from recipe.data.instruction_rows import SUFFIXES, Row, conversation_of, rows_of
 from recipe.data.manifest import SPLITS, FileRecord, Settings
 from recipe.data.prepare import DEFAULT_VAL_FRACTION, locked
 from recipe.data.story_instructions import story_instructions
@@ -35,12 +34,6 @@ BUILDING = ".building"  # the folder on its way, below data_dir
 STORIES = "stories"
 STORY_INSTRUCTIONS = 6000  # 1.1 million tokens to train on: an epoch takes two CPU cores a minute or two
 
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-"""Words in the names of files and folders, as the datasets library has them"""
 NO_ROWS = (MANIFEST, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that describe a data set"""
 NAMED = 5  # files or fields that a message names at most
@@ -51,12 +44,12 @@ class InstructArgs:
     """Turns instructions and their answers into the conversations that finetune.py trains on."""
 
     instruct: str = STORIES
-    """Where they come from: a .json, .jsonl, .parquet, .csv or .tsv file (each also as .gz), a folder of them,
-    `hf:ORG/NAME[:CONFIG]`, a dataset of the Hugging Face Hub, or `stories`, 6,000 requests for stories of the built-in
-    corpus. In a folder, files and sub-folders called train and val (or valid, validation, dev) keep their split, test
-    is left out, and where there is no val all are split. A row is Alpaca's (instruction, input, output, history),
-    Dolly's (instruction, context, response), a pair (prompt and response or completion, question and answer, ...), or a
-    chat (messages, conversations or conversation, with a system message in it or beside it)."""
+    """Where they come from: a .json, .jsonl, .parquet, .csv or .tsv file (also as .gz, .bz2, .xz or .zst), a folder of
+    them, `hf:ORG/NAME[:CONFIG]`, a dataset of the Hugging Face Hub, or `stories`, 6,000 requests for stories of the
+    built-in corpus. In a folder, files and sub-folders called train and val (or valid, validation, dev) keep their
+    split, test is left out, and where there is no val all are split. A row is Alpaca's (instruction, input, output,
+    history), Dolly's (instruction, context, response), a pair (prompt and response or completion, question and answer,
+    ...), or a chat (messages, conversations or conversation, with a system message in it or beside it)."""
     data_dir: Path = Path("data/instruct")
     """Folder that train.jsonl, val.jsonl and instructions.json go into."""
     val_fraction: float | None = None
@@ -206,14 +199,14 @@ def _find(args: InstructArgs, lying: Instructions | None) -> Source:
 def _source_files(path: Path, data_dir: Path) -> tuple[dict[str | None, list[Location]], tuple[str, ...]]:
     """The files of each split (None: they are to be split), and a line on each kind of file that is not used."""
     if path.is_file():
-        if kind_of(path) not in SUFFIXES:
+        if suffix(path) not in SUFFIXES:
             raise UserError(f"--instruct {path}: expected a {', '.join(SUFFIXES)} file, or a folder with such files.")
         return {None: [path]}, ()
     found: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
     others = []
     for file in _files_below(path, data_dir):
-        if kind_of(file) in SUFFIXES and file.name not in NO_ROWS:
-            found[_split_named(file.relative_to(path))].append(file)
+        if suffix(file) in SUFFIXES and file.name not in NO_ROWS:
+            found[split_of_path(file.relative_to(path))].append(file)
         else:
             others.append(file)
 
@@ -253,12 +246,6 @@ def _files_below(folder: Path, data_dir: Path) -> list[Path]:
         if file.is_file() and not is_hidden and not is_own:
             files.append(file)
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _split_named(file: Path) -> str | None:
-    """The split that the name of a file, or of a folder above it, has as a word, in any letter case."""
-    words = (word for part in file.parts for word in re.split(r"[^a-z]+", part.lower()))
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 
 def _lying(args: InstructArgs) -> Instructions | None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import os
 import re
 import runpy
@@ -319,6 +320,7 @@ GOOD_FILES = {
     "utf-16.csv": "prompt,response\r\nWho?,Mia é.\r\nWho?,Mia é.\r\n".encode("utf-16"),
     "rows.tsv": "id\tprompt\tresponse\n1\tWho?\tMia é.\n2\tWho?\tMia é.",
     "rows.CSV.gz": gzip.compress('prompt,response\n"Who?","Mia é."\n\nWho?,Mia é.\n'.encode()),
+    "rows.jsonl.xz": lzma.compress(f"{ROW}\n{ROW}\n".encode()),
     "rows.jsonl.gz": gzip.compress(f"{ROW}\n{ROW}\n".encode()),
 }
 
@@ -376,7 +378,7 @@ BROKEN_FILES = {
     "objects over lines": ("a.json", (ROW.replace(",", ",\n") + "\n").encode() * 2, "JSON objects over several lines"),
     "cut UTF-16": ("a.jsonl", ROW.encode("utf-16")[:-1], "is broken UTF-16 text"),
     "open quote": ("a.csv", b'prompt,response\nWho?,"Mia\nWho?,Mia\n', "a quote opens after row 0 and never closes"),
-    "cut gzip": ("a.jsonl.gz", gzip.compress(ROW.encode())[:-9], "can't be decompressed"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(ROW.encode())[:-9], "damaged or truncated"),
     "empty parquet": ("a.parquet", b"", "cannot be read as parquet"),
 }
 
