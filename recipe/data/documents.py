@@ -414,35 +414,50 @@ def _txt_parts(
     size = len(data)
     if pattern.search(data, begin):  # the last line of the last document ends like those of the others
         size = _without_carriage_return(data, size - 1, rules) if data[size - 1 : size] == b"\n" else size
+    # Sizes count the line ends between parts too: the length of the chunks, and so the order of training, follows from
+    # them, and must not change for text whose tokens do not.
+    counted = begin
     while begin < size:
         # One byte early: a separator's own "\n" may be the last byte of the target.
         target = begin + PART_BYTES - 1
         match = pattern.search(data, target) if target + 1 < size else None
         end = match.end() if match else size
+        end_counted = end if end < size else len(data)
         if end - begin > LONG_DOCUMENT_BYTES and may_cut:
-            long_begin = begin
+            long_begin, long_counted = begin, counted
             for before in pattern.finditer(data, max(begin - 1, 0)):  # a separator may follow another one
                 if before.start() >= target:
                     break
-                long_begin = before.end() + (data[before.end() : before.end() + 1] == b"\n")
+                long_begin, long_counted = _after_line_end(data, before.end()), before.end()
             if long_begin > begin:
-                yield Part(path, begin, long_begin, size=long_begin - begin, split=split)
-            long_end = _without_carriage_return(data, match.start(), rules) if match else size
-            yield from _long_document(path, data, long_begin, long_end, rules, split)
+                yield Part(path, begin, long_begin, size=long_counted - counted, split=split)
+                counted = long_counted
+            long_end = match.start() if match else size
+            place = long_begin, _without_carriage_return(data, long_end, rules) if match else size
+            yield from _long_document(path, data, place, (counted, long_end + end_counted - end), rules, split)
         else:
-            yield Part(path, begin, end, size=end - begin, split=split)
-        begin = end + (data[end : end + 1] == b"\n")  # the separator's own line end
+            yield Part(path, begin, end, size=end_counted - counted, split=split)
+        begin, counted = _after_line_end(data, end), end_counted
+
+
+def _after_line_end(data: mmap.mmap, at: int) -> int:
+    """Where the next line begins, behind a separator."""
+    return at + (data[at : at + 1] == b"\n")
 
 
 def _long_document(
-    path: Path, data: mmap.mmap, begin: int, end: int, rules: Rules, split: str | None
+    path: Path, data: mmap.mmap, place: tuple[int, int], counted: tuple[int, int], rules: Rules, split: str | None
 ) -> Iterator[Part]:
-    """Parts of a single document; its split is settled here, since none of them holds all of it."""
+    """Parts of a single document; its split is settled here, since none of them holds all of it.
+
+    ``counted`` is what its size counts: with the line ends around it.
+    """
+    begin, end = place
     first = re.compile(rb"\S").search(data, begin, end)
     if first is None:  # white space alone
-        yield Part(path, begin, end, size=end - begin, split=split)
+        yield Part(path, begin, end, size=counted[1] - counted[0], split=split)
         return
-    sections = [(begin, end, split)]
+    sections: list[tuple[int, int, int, str | None]] = [(begin, end, counted[1], split)]
     head = data[first.start() : min(first.start() + 8 * HASHED_BYTES, end)]
     document = document_hash(head.decode("utf-8", errors="ignore"))
     if split is None and rules.val_fraction is not None:
@@ -454,10 +469,12 @@ def _long_document(
             # The line end or blank at which it is cut is in neither of the two.
             after_line = data[middle - 1 : middle] == b"\n"
             train_end = _without_carriage_return(data, middle - 1, rules) if after_line and middle < end else middle
-            sections = [(begin, train_end, "train"), (middle + (not after_line), end, "val")]
+            val_begin = middle + (not after_line)
+            sections = [(begin, train_end, middle, "train"), (val_begin, end, counted[1], "val")]
         else:
-            sections = [(begin, end, split_of_hash(document, rules.val_fraction))]
-    for section_begin, section_end, section_split in sections:
+            sections = [(begin, end, counted[1], split_of_hash(document, rules.val_fraction))]
+    count = counted[0]
+    for section_begin, section_end, section_counted, section_split in sections:
         start = section_begin
         while start < section_end:
             stop = section_end
@@ -467,13 +484,13 @@ def _long_document(
                 path,
                 start,
                 stop,
-                size=stop - start,
+                size=(section_counted if stop == section_end else stop) - count,
                 split=section_split,
                 opens=start == section_begin,
                 closes=stop == section_end,
                 document=document,
             )
-            start = stop
+            start, count = stop, section_counted if stop == section_end else stop
 
 
 def _without_carriage_return(data: mmap.mmap, end: int, rules: Rules) -> int:

@@ -96,7 +96,8 @@ def test_documents_without_text_are_left_out_and_counted(tmp_path: Path) -> None
 def test_parts_hold_the_documents_of_the_whole(tmp_path: Path, small_parts: None, line_end: str) -> None:
     wanted = [f"Document {i}:\n" + "word \u00e9\u4e2d " * (i % 9) + "end" for i in range(60)]
     path = write(tmp_path / "a.txt", f"\n{END_OF_TEXT}\n".join(wanted).replace("\n", line_end))
-    assert len(list(parts(path, Rules(), "train", may_cut=True))) > 10
+    found = list(parts(path, Rules(), "train", may_cut=True))
+    assert len(found) > 10 and sum(part.size for part in found) == path.stat().st_size
     assert texts(path) == wanted
 
 
