@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import commit, cpu_name
-from recipe.cli import UserError, run_door
+from recipe.cli import UserError, command, run_door
 
 PACKAGES = ("torch", "litgpt", "lightning", "tokenizers")
 
@@ -77,7 +77,7 @@ def main(
     mark = checkpoints.read_mark(folder)
     ended = sum(end == "end_of_text" for _, end in samples)
     facts = {
-        "Command": f"`{' '.join(['uv run python benchmarks/samples.py', *sys.argv[1:]])}`",
+        "Command": f"`{command('benchmarks/samples.py', *sys.argv[1:])}`",
         "Commit, date": f"{commit()}, {datetime.now(UTC):%Y-%m-%d}",
         "Hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "Versions": ", ".join(

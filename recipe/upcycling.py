@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, quoted
 from recipe.data.manifest import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def check_same_tokenizer(folder: Path, tokenizer_dir: Path) -> None:
         raise UserError(
             f"the tokenizer in {tokenizer_dir} is another one than that of {folder}, whose weights the run starts from:"
             " its ids would mean other text. Prepare the text with the checkpoint's: `uv run python prepare_data.py"
-            f" --source TEXT --tokenizer {folder} --data_dir NEW --tokenizer_dir NEW/tokenizer`."
+            f" --source TEXT --tokenizer {quoted(folder)} --data_dir NEW --tokenizer_dir NEW/tokenizer`."
         )
 
 

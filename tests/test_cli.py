@@ -1,12 +1,17 @@
 """What all command lines have in common."""
 
 import os
+import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from recipe.cli import command, quoted
+from recipe.cli import UserError, command, quoted
+from recipe.data import instructions, tokenizers
+from recipe.data.manifest import tokenizer_fingerprint
+from recipe.data.module import checked_manifest
 
 
 def test_a_printed_command_can_be_pasted() -> None:
@@ -33,3 +38,13 @@ def test_a_printed_command_can_be_pasted() -> None:
 )
 def test_windows_quotes_what_shells_act_on(argument: str, word: str) -> None:
     assert quoted(argument, windows=True) == word
+
+
+@pytest.mark.parametrize("read", [checked_manifest, instructions.read, tokenizers.load, tokenizer_fingerprint])
+def test_advice_quotes_a_path_with_a_blank(read: Callable[[Path], object], tmp_path: Path) -> None:
+    """Read by the shell, the advised command has the folder as one word."""
+    with pytest.raises(UserError) as error:
+        read(tmp_path / "my data")
+    advised = re.findall("`(.*?)`", str(error.value))
+    folder = str(tmp_path / "my data")
+    assert any(folder in (shlex.split(line) if os.name != "nt" else line.replace('"', "")) for line in advised)

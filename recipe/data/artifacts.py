@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from recipe.cli import UserError
+from recipe.cli import UserError, command, quoted
 from recipe.data import manifest
 from recipe.data.manifest import Manifest
 from recipe.sealed import write_json
@@ -111,12 +111,13 @@ def log_dataset(
         if mode == "offline":
             print(
                 f"Logged {name} ({len(files)} files) offline, in {folder}. It refers to the files as they lie; while "
-                f"they stay as they are, this sends it: uv run wandb sync {folder}"
+                f"they stay as they are, this sends it: uv run wandb sync {quoted(folder)}"
             )
             return str(folder)
         reference = str(logged.qualified_name)
     print(
-        f"Logged {reference} ({len(files)} files). Train on it: uv run python run_train.py --wandb-dataset {reference}"
+        f"Logged {reference} ({len(files)} files). Train on it: "
+        + command("run_train.py", "--wandb-dataset", reference)
     )
     return reference
 

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from recipe.cli import UserError, nearest
+from recipe.cli import UserError, nearest, quoted
 from recipe.data import manifest
 from recipe.data.documents import (
     END_OF_TEXT,
@@ -435,7 +435,7 @@ def sort_files(folder: Path) -> SourceFiles:
     if not {"train", None} & set(by_name):
         raise UserError(
             f"--source {folder}: by their names all files are validation or test text, such as {files[0].name};"
-            f" expected some named train. To train on one of them all the same, name it: --source {files[0]}"
+            f" expected some named train. To train on one of them all the same, name it: --source {quoted(files[0])}"
         )
     test_folder = any("test" in map(split_name, path.relative_to(folder).parts[:-1]) for path in files)
     if "val" not in by_name and not {"train", "test"} <= set(by_name) and not test_folder:

@@ -7,7 +7,6 @@ import io
 import lzma
 import os
 import re
-import shlex
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from recipe.cli import UserError
+from recipe.cli import UserError, quoted
 
 Location = Path | str
 HUB = "hf://"
@@ -181,7 +180,7 @@ def conversion_advice(location: Location, data: bytes) -> str:
     if os.name == "nt":
         return f"{guess}: {_python_conversion(location, encoding)}"
     name, first = _decompressed(location)
-    return f"{guess}: {first}`iconv -f {encoding} -t UTF-8 {shlex.quote(name)} > utf8{suffix(location)}`."
+    return f"{guess}: {first}`iconv -f {encoding} -t UTF-8 {quoted(name)} > utf8{suffix(location)}`."
 
 
 def _python_conversion(location: Location, encoding: str, errors: str = "") -> str:

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-from recipe.cli import UserError, harmless, nearest
+from recipe.cli import UserError, command, harmless, nearest, quoted
 from recipe.data import manifest
 from recipe.data.conversations import Message
 from recipe.data.corpora import HUB_NAME, HubDataset, split_of_path
@@ -257,7 +257,8 @@ def _lying(args: InstructArgs) -> Instructions | None:
         if foreign := [name for name in SPLITS if (args.data_dir / f"{name}.jsonl").exists()]:
             raise UserError(
                 f"{args.data_dir / foreign[0]}.jsonl was not made by this command, which would replace it. Choose "
-                f"another --data_dir (and give this folder as SOURCE: --instruct {args.data_dir}), or --overwrite."
+                f"another --data_dir (and give this folder as SOURCE: --instruct {quoted(args.data_dir)}), or "
+                "--overwrite."
             )
         return None
     return read(args.data_dir)
@@ -402,7 +403,7 @@ def read(data_dir: Path) -> Instructions:
     Raises:
         UserError: there is none, or a file changed.
     """
-    command = f"`uv run python prepare_data.py --instruct SOURCE --data_dir {data_dir}"
+    again = f"`{command('prepare_data.py', '--instruct', 'SOURCE', '--data_dir', data_dir)}"
     try:
         values = read_sealed(data_dir / MANIFEST)
         splits = {
@@ -415,22 +416,22 @@ def read(data_dir: Path) -> Instructions:
         found = Instructions(**{**known, "splits": splits, "source_files": records, "unused_fields": unused})
     except FileNotFoundError:
         state = f"holds no {MANIFEST}" if data_dir.is_dir() else "does not exist"
-        raise UserError(f"{data_dir} {state}; expected prepared instructions: {command}` makes them.") from None
+        raise UserError(f"{data_dir} {state}; expected prepared instructions: {again}` makes them.") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{data_dir / MANIFEST} cannot be read ({error}); {command} --overwrite` makes it anew."
+            f"{data_dir / MANIFEST} cannot be read ({error}); {again} --overwrite` makes it again."
         ) from None
     if found.format not in (1, FORMAT):
         raise UserError(
-            f"{data_dir} was made in format {found.format}, expected {FORMAT}; {command} --overwrite` makes it anew."
+            f"{data_dir} was made in format {found.format}, expected {FORMAT}; {again} --overwrite` makes it again."
         )
     known = [split.file for split in found.splits.values()]
     lying = [path for name in SPLITS if (path := data_dir / f"{name}.jsonl").is_file()]
     # Read through, though size and time are as they were: a disk's errors change neither.
     if changes := manifest.changed_files(known, [manifest.record(path, data_dir) for path in lying]):
         raise UserError(
-            f"{data_dir} is not as it was prepared: {'; '.join(changes)}. Put it back, or make it anew: "
-            f"{command} --overwrite`. Conversations of your own are a SOURCE."
+            f"{data_dir} is not as it was prepared: {'; '.join(changes)}. Put it back, or make it again: "
+            f"{again} --overwrite`. Conversations of your own are a SOURCE."
         )
     return found
 

@@ -8,7 +8,6 @@ themselves, and checksums of the chunks and their index.
 import hashlib
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from recipe.cli import UserError
+from recipe.cli import UserError, command, quoted
 from recipe.sealed import file_sha256, known_fields, read_json, read_sealed, write_sealed
 
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -292,10 +291,10 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
 
 def _made_anew_by(data_dir: Path, found: Manifest) -> str:
     """The command that makes the same tokens once more when their folder is removed."""
-    flags = [f"--data_dir {data_dir}"]
+    flags: list[object] = ["--data_dir", data_dir]
     places = (Path("data/tokenizer"), data_dir / "tokenizer", data_dir.parent / "tokenizer")
     same = [folder for folder in places if _is_tokenizer(folder, found.tokenizer.sha256)]
-    flags.append(f"--tokenizer_dir {same[0] if same else 'FOLDER_OF_THEIR_TOKENIZER'}")
+    flags += ["--tokenizer_dir", same[0] if same else "FOLDER_OF_THEIR_TOKENIZER"]
     settings = {key: value for key, value in asdict(found.settings).items() if value is not None}
     first = ""
     if any((data_dir / entry.path).is_file() for split in found.splits.values() for entry in split.text):
@@ -304,15 +303,16 @@ def _made_anew_by(data_dir: Path, found: Manifest) -> str:
         first = f"put its text back into {data_dir}, then "
     else:
         source = found.source.location if found.source.name == "files" else found.source.name
-        flags.append(f"--source {source}")
+        flags += ["--source", source]
         if found.source.name == "files" and not Path(str(source)).exists():
             first = f"their text came from {source}, which is not there (seen from {Path.cwd()}); bring it back, then "
     if settings.get("document_separator") == "":
         settings["document_separator"] = r"\n"
     if settings.pop("skip_broken"):
         flags.append("--skip_broken")
-    flags += [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()]
-    return f"{first}`uv run python prepare_data.py {' '.join(flags)}`"
+    for name, value in settings.items():
+        flags += [f"--{name}", value]
+    return f"{first}`{command('prepare_data.py', *flags)}`"
 
 
 def _is_tokenizer(folder: Path, sha256: str) -> bool:
@@ -392,8 +392,8 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
         return _tokenizer_fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino, eos_token, bos_token)
     except OSError:
         raise UserError(
-            f"no tokenizer at {tokenizer_dir}: {path.name} is missing. `python prepare_data.py --tokenizer NAME|FOLDER|"
-            f"train --tokenizer_dir {tokenizer_dir}` puts one there."
+            f"no tokenizer at {tokenizer_dir}: {path.name} is missing. `uv run python prepare_data.py --tokenizer "
+            f"NAME|FOLDER|train --tokenizer_dir {quoted(tokenizer_dir)}` puts one there."
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is broken ({error}); prepare the tokenizer anew with --overwrite.") from None

@@ -8,7 +8,7 @@ from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from torch import distributed
 
-from recipe.cli import UserError
+from recipe.cli import UserError, command
 from recipe.data import manifest
 from recipe.data.documents import text_files
 from recipe.data.manifest import Manifest
@@ -66,7 +66,7 @@ class TokenizedText(DataModule):
             raise UserError(
                 f"the tokens of {self.data_dir} were made with the tokenizer {found.tokenizer.name}, whose end-of-text "
                 f"id is {found.tokenizer.eos_id}; the run's tokenizer has {self.tokenizer.eos_id}. Name its folder "
-                f"(--tokenizer_dir), or tokenize anew: `uv run python prepare_data.py --data_dir {self.data_dir}`."
+                f"(--tokenizer_dir), or tokenize again: `{command('prepare_data.py', '--data_dir', self.data_dir)}`."
             )
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":  # once on each machine
             manifest.verify(self.data_dir)
@@ -119,7 +119,7 @@ def checked_manifest(data_dir: Path) -> Manifest:
         if changes := manifest.changed_files(entry.text, manifest.refresh(files, data_dir, entry.text)):
             raise UserError(
                 f"the text of {data_dir} changed since it was tokenized ({'; '.join(changes[:3])}); "
-                f"`uv run python prepare_data.py --data_dir {data_dir}` tokenizes it anew."
+                f"`{command('prepare_data.py', '--data_dir', data_dir)}` tokenizes it again."
             )
     return found
 
@@ -129,7 +129,7 @@ def _manifest(data_dir: Path) -> Manifest:
     if found is None:
         state = "are not complete" if manifest.tokens_dir(data_dir).is_dir() else "do not exist"
         raise UserError(
-            f"the tokens of {data_dir} {state}; `uv run python prepare_data.py --data_dir {data_dir}` makes them."
+            f"the tokens of {data_dir} {state}; `{command('prepare_data.py', '--data_dir', data_dir)}` makes them."
         )
     return found
 

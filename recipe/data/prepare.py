@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from recipe.cli import UserError
+from recipe.cli import UserError, quoted
 from recipe.data import corpora, manifest, tokenizers, tokens
 from recipe.data.corpora import HubDataset
 from recipe.data.documents import (
@@ -337,7 +337,7 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
         if lying.streamed and (reasons := _differences(lying.streamed.settings, settings)):
             raise UserError(_other_settings(args, lying.streamed.source.name, lying.streamed.source.name, reasons))
         if lying.streamed and args.keep_text:
-            raise UserError(f"--keep_text streams anew; name the source: --source {lying.streamed.source.name}")
+            raise UserError(f"--keep_text streams anew; name the source: --source {quoted(lying.streamed.source.name)}")
         if "val" not in lying.text and not written:
             check_placed_text(args.data_dir)
         if not lying.text:
@@ -352,7 +352,8 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
     if lying.begun and lying.begun.source != args.source and not args.overwrite:
         raise UserError(
             f"{args.data_dir} holds the beginning of {lying.begun.source}, which --source {args.source} would drop. Go"
-            f" on with it (--source {lying.begun.source}), choose another --data_dir, or drop it with --overwrite."
+            f" on with it (--source {quoted(lying.begun.source)}), choose another --data_dir, or drop it with"
+            " --overwrite."
         )
     if (not lying.text and not lying.streamed) or args.overwrite:
         return _TextToWrite(args.source)
@@ -403,7 +404,7 @@ def check_placed_text(data_dir: Path) -> None:
 def _other_settings(args: PrepareArgs, location: str, source: str, reasons: list[str]) -> str:
     return (
         f"the text in {args.data_dir} was taken from {location} with other settings ({'; '.join(reasons)}). To take it "
-        f"anew, name its source too: --source {source}."
+        f"anew, name its source too: --source {quoted(source)}."
     )
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipe.cli import UserError
+from recipe.cli import UserError, quoted
 from recipe.data.documents import END_OF_TEXT
 from recipe.data.files import in_short
 from recipe.data.manifest import (
@@ -310,7 +310,7 @@ def load(folder: Path) -> TokenizerInfo:
     if not path.is_file():
         raise UserError(
             f"no tokenizer at {folder}: tokenizer.json is missing. `uv run python prepare_data.py --tokenizer "
-            f"NAME|FOLDER|train --tokenizer_dir {folder}` puts one there."
+            f"NAME|FOLDER|train --tokenizer_dir {quoted(folder)}` puts one there."
         )
     values = _read_json(path)
     tokenizer = _parse(values, str(folder))
@@ -319,7 +319,7 @@ def load(folder: Path) -> TokenizerInfo:
     if eos_token is None or eos_id is None:
         raise UserError(
             f"the tokenizer at {folder} names no end-of-text token that it has (eos_token in tokenizer_config.json: "
-            f"{eos_token!r}); `--tokenizer {folder} --tokenizer_dir ANOTHER` completes it where that is clear."
+            f"{eos_token!r}); `--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it where that is clear."
         )
     bos_token = begin_of_text_token(folder)
     bos_id = tokenizer.token_to_id(bos_token) if bos_token is not None else None
@@ -327,7 +327,7 @@ def load(folder: Path) -> TokenizerInfo:
         raise UserError(
             f"the tokenizer at {folder} does not say which token begins a text (add_bos_token and bos_token in "
             f"tokenizer_config.json, against {_token_before_texts(values)!r} in the template of tokenizer.json); "
-            f"`--tokenizer {folder} --tokenizer_dir ANOTHER` completes it."
+            f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it."
         )
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     name = str(origin(folder).get("name", folder))

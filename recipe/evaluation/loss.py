@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, quoted
 from recipe.data import manifest
 from recipe.data.manifest import Manifest, Split
 from recipe.data.module import checked_manifest
@@ -276,8 +276,8 @@ def _check_tokenizer(
         raise UserError(
             f"the tokens of {data_dir} were made by another tokenizer ({found.tokenizer.name}, "
             f"{found.tokenizer.vocab_size:,} tokens) than the one of {folder}. Prepare the text with it: "
-            f"`uv run python prepare_data.py --source {data_dir} --tokenizer {folder} --data_dir ANOTHER_FOLDER "
-            "--tokenizer_dir ANOTHER_FOLDER`, then --data_dir ANOTHER_FOLDER here."
+            f"`uv run python prepare_data.py --source {quoted(data_dir)} --tokenizer {quoted(folder)} --data_dir "
+            "ANOTHER_FOLDER --tokenizer_dir ANOTHER_FOLDER`, then --data_dir ANOTHER_FOLDER here."
         )
     if found.tokenizer.vocab_size > vocabulary:
         raise UserError(

@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from custom_moe import use_custom_moe
 from recipe import checkpoints
-from recipe.cli import UserError
+from recipe.cli import UserError, quoted
 from recipe.data import tokenizers
 from recipe.data.conversations import is_tuned, load_prompt_style, stop_sequences
 from recipe.data.files import in_short
@@ -339,7 +339,7 @@ def push(folder: Path, repository: str) -> str:
     except Exception as error:  # the transport has many ways to say that there is no network
         raise UserError(
             f"{folder} is whole, but was not uploaded to {repository}: {in_short(error)}. "
-            f"Later: `uv run hf upload {repository} {folder}`"
+            f"Later: `uv run hf upload {repository} {quoted(folder)}`"
         ) from None
     return str(address)
 

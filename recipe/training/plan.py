@@ -1,7 +1,6 @@
 """``run_train.py --plan``: what a run needs and how long it would take, and what to change where it won't fit."""
 
 import os
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from litgpt import GPT
 
 from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware
-from recipe.cli import UserError, nearest, underscored
+from recipe.cli import UserError, command, nearest, underscored
 from recipe.flops import count_parameters, training_flops_per_token
 from recipe.settings import FinetuneSettings, ParsedRun, RunSettings, check, choose_precision, parse_run, processes
 from recipe.training.cards import GIB, NAMES, Card, found_card, named_card
@@ -312,7 +311,7 @@ def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
                 break
     final = [*flags, *_joined(taken)]
     yield f"\nThe least of it that fits, with {_bytes(memory.peak)}:\n"
-    yield f"  uv run python run_train.py {shlex.join(final)}\n"
+    yield f"  {command('run_train.py', *final)}\n"
     changed = _parsed(final)
     yield _duration(changed, card, _precision(changed.settings, card)[0])
 
