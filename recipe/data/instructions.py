@@ -412,8 +412,8 @@ def read(data_dir: Path) -> Instructions:
         }
         records = tuple(FileRecord(**known_fields(FileRecord, entry)) for entry in values["source_files"])
         unused = tuple(values.get("unused_fields", ()))
-        known = known_fields(Instructions, values)
-        found = Instructions(**{**known, "splits": splits, "source_files": records, "unused_fields": unused})
+        values = known_fields(Instructions, values)
+        found = Instructions(**{**values, "splits": splits, "source_files": records, "unused_fields": unused})
     except FileNotFoundError:
         state = f"holds no {MANIFEST}" if data_dir.is_dir() else "does not exist"
         raise UserError(f"{data_dir} {state}; expected prepared instructions: {again}` makes them.") from None
