@@ -25,6 +25,10 @@ from recipe.inference.decode import Decoder
 End = Literal["end_of_text", "max_new_tokens", "block_size"]
 Precision = Literal["auto", "32-true", "bf16-true", "16-true"]
 
+_LONGEST_WAIT = 32
+"""Tokens in a row that end within a character, after which they are handed out as U+FFFD: they are no text. Each step
+decodes all tokens that wait, so that a model that writes only such ones would become slower and slower."""
+
 _DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -218,32 +222,54 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._processor = tokenizer.processor
+        added = self._processor.get_added_tokens_decoder()
+        self._special = {id for id, token in added.items() if token.special}  # without text
+        context = [token for token in context if token not in self._special]
         # A character of at most four bytes that the context leaves unfinished belongs to the sample.
         size = len(context)
         whole = (
             end for end in range(size, max(size - 4, -1), -1) if not self._decode(context[:end]).endswith("\ufffd")
         )
-        self._tokens = list(context[: next(whole, size)])
-        self._given = len(self._decode(self._tokens))  # characters of the context, and those handed out
-        self._stream = DecodeStream(self._tokens, skip_special_tokens=True)
-        for token in context[len(self._tokens) :]:
+        self._before = context[: next(whole, size)]
+        """The last tokens whose text was handed out; how the waiting ones are decoded depends on them"""
+        self._waiting: list[int] = []
+        self._repeated = 0
+        """Characters that the decoder gives once more, since its first tokens end within a character"""
+        self._stream = DecodeStream(self._before, skip_special_tokens=True)
+        for token in context[len(self._before) :]:
             self.push(token)
 
     def push(self, token: int) -> str:
         """The text that has become certain with ``token``; often one word, sometimes none."""
-        self._tokens.append(token)
+        if token in self._special:
+            return ""
+        self._waiting.append(token)
         try:
-            text = self._stream.step(self._processor, token) or ""
+            text = self._stream.step(self._processor, token)
         except Exception:  # a plain one: a byte that fits no character changed how the bytes before it are decoded
-            self._stream = DecodeStream(self._tokens, skip_special_tokens=True)
-            return self.flush()
-        self._given += len(text)
+            return self._restart()
+        if text is None:
+            return self._restart() if len(self._waiting) == _LONGEST_WAIT else ""
+        text, self._repeated = text[self._repeated :], 0
+        self._hand_out()
         return text
 
     def flush(self) -> str:
         """What is left at the end: an unfinished character becomes U+FFFD."""
-        text = self._decode(self._tokens)[self._given :]
-        self._given += len(text)
+        text = self._decode([*self._before, *self._waiting])[len(self._decode(self._before)) :]
+        self._hand_out()
+        return text
+
+    def _hand_out(self) -> None:
+        self._before = [*self._before, *self._waiting][-2 * _LONGEST_WAIT :]
+        self._waiting = []
+
+    def _restart(self) -> str:
+        """Hands out what is left and begins a new decoder after it."""
+        text = self.flush()
+        self._stream = DecodeStream(self._before, skip_special_tokens=True)
+        given = self._decode(self._before)
+        self._repeated = len(given) if given.endswith("\ufffd") else 0
         return text
 
     def _decode(self, tokens: Sequence[int]) -> str:

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from custom_moe import use_custom_moe
 from recipe import checkpoints
 from recipe.cli import UserError, run_door
+from recipe.data.tokenizers import text_ids
 from recipe.inference.generate import (
     Model,
     TextStream,
@@ -297,6 +298,20 @@ def test_bytes_that_are_no_text_do_not_end_a_stream(llama_tokenizer_dir: Path) -
         stream = TextStream(tokenizer, tokens[:3])
         text = "".join(map(stream.push, tokens[3:])) + stream.flush()
         assert len(text) >= len(tokenizer.processor.decode(tokens)) - len(tokenizer.processor.decode(tokens[:3]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte-level"])
+def test_a_stream_waits_for_few_tokens(kind: str, tokenizer_dir: Path, llama_tokenizer_dir: Path) -> None:
+    """Bytes that are no text and special tokens, however many, hold back little, and lose no space after them."""
+    tokenizer = Tokenizer(llama_tokenizer_dir if kind == "llama" else tokenizer_dir)
+    words, fox = (text_ids(tokenizer, text, begin=False) for text in ("Once upon a time", "🦊"))
+    stream, special = TextStream(tokenizer), 0
+    tokens = [words[0], *[special] * 200, *fox, *words[1:]]
+    assert "".join(map(stream.push, tokens)) == tokenizer.processor.decode(tokens)
+    pieces = [stream.push(fox[-1]) for _ in range(200)]
+    assert 150 < len("".join(pieces)) < 200
+    text = "".join(pieces) + "".join(map(stream.push, words[1:])) + stream.flush()
+    assert text.lstrip("\ufffd") == " upon a time" and text.count("\ufffd") == 200
 
 
 def test_llama_text_keeps_spaces_and_letters(moe_fields: dict, llama_tokenizer_dir: Path) -> None:
