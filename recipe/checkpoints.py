@@ -783,13 +783,13 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     Raises:
         UserError: the checkpoint was saved without one, or its files are damaged.
     """
-    from litgpt import Tokenizer
+    from recipe.data.tokenizers import litgpt_tokenizer
 
     files = read_mark(folder).files.keys() & set(TOKENIZER_FILES)
     if not files:
         raise UserError(f"{folder} holds no tokenizer: it was trained without a tokenizer_dir. Use `litgpt generate`.")
     verify(folder, files)
-    return Tokenizer(folder)
+    return litgpt_tokenizer(folder)
 
 
 def choose_device(device: str) -> "torch.device":

@@ -290,10 +290,14 @@ def origin(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether ``tokenizer_config.json`` names the token that ends a text, and says which one begins it, if any."""
+    """Whether ``tokenizer_config.json`` holds what LitGPT needs: a class, the token that ends a text, and which one
+    begins it, if any."""
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}
-    if token_text(config.get("eos_token")) is None:
+    # LitGPT reads the class of every tokenizer, and null as False where a missing line means the class's own rule.
+    if token_text(config.get("eos_token")) is None or config.get("tokenizer_class") is None:
+        return False
+    if config.get("add_bos_token", False) is None:
         return False
     if config.get("add_bos_token") is None and config.get("tokenizer_class") != "LlamaTokenizer":
         return _token_before_texts(_read_json(folder / "tokenizer.json")) is None
@@ -325,8 +329,8 @@ def load(folder: Path) -> TokenizerInfo:
     bos_id = tokenizer.token_to_id(bos_token) if bos_token is not None else None
     if not is_complete(folder) or (bos_token is not None and bos_id is None):
         raise UserError(
-            f"the tokenizer at {folder} does not say which token begins a text (add_bos_token and bos_token in "
-            f"tokenizer_config.json, against {_token_before_texts(values)!r} in the template of tokenizer.json); "
+            f"the tokenizer at {folder} does not say which token begins a text (tokenizer_class, add_bos_token and "
+            f"bos_token in tokenizer_config.json, against {_token_before_texts(values)!r} in the template); "
             f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it."
         )
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -336,6 +340,22 @@ def load(folder: Path) -> TokenizerInfo:
 
 
 # --- encoding ---
+
+
+def litgpt_tokenizer(folder: Path) -> "Tokenizer":
+    """Return LitGPT's tokenizer of a folder, which encodes as the training text was encoded.
+
+    LitGPT's own also puts a begin-of-text token before texts where the folder's name begins with ``Llama-3`` or is
+    SmolLM2's, and keeps the truncation and padding that ``tokenizer.json`` may hold: prompts would be cut.
+    """
+    from litgpt import Tokenizer
+
+    tokenizer = Tokenizer(folder)
+    if tokenizer.backend == "huggingface":
+        tokenizer.use_bos = begin_of_text_token(folder) is not None
+        tokenizer.processor.no_truncation()
+        tokenizer.processor.no_padding()
+    return tokenizer
 
 
 def text_ids(tokenizer: "Tokenizer", text: str, *, begin: bool = True) -> list[int]:

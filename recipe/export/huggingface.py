@@ -229,8 +229,8 @@ def import_folder(source: Path, out: Path) -> list[Check]:
                 "tokenizer that fits the model."
             )
         config = _config_of(theirs, source, vocab_size)
-        tokenizer = Tokenizer(tokenizer_dir)
-        checks = [same_tokens(tokenizer, their_tokenizer)]
+        tokenizer = tokenizers.litgpt_tokenizer(tokenizer_dir)
+        checks = [same_tokens(tokenizer, their_tokenizer, may_end=True)]
         model = _load_untrusted(source)
         weights = from_huggingface(model.state_dict(), config)
         gpt = _gpt(weights, config)
@@ -297,11 +297,13 @@ def _load_untrusted(source: Path) -> Any:
 
 
 def _add_bos_token_as(theirs: Any, path: Path) -> None:
-    """Notes for LitGPT's tokenizer whether transformers puts a begin token before a text."""
-    ids = theirs("a")["input_ids"]
+    """Notes for LitGPT's tokenizer whether transformers puts a begin token before a text, and which one."""
+    first, plain = theirs("a")["input_ids"][0], theirs("a", add_special_tokens=False)["input_ids"][0]
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["add_bos_token"] = theirs.bos_token_id is not None and ids[:1] == [theirs.bos_token_id]
-    if theirs.bos_token is not None:
+    settings["add_bos_token"] = first != plain
+    if first != plain:
+        settings["bos_token"] = theirs.convert_ids_to_tokens(first)
+    elif theirs.bos_token is not None:
         settings["bos_token"] = theirs.bos_token
     _write_json(path, settings)
 

@@ -9,11 +9,12 @@ import litgpt.finetune.full
 import litgpt.finetune.lora
 import litgpt.lora
 import torch
-from litgpt import GPT, Tokenizer
+from litgpt import GPT
 
 from recipe import checkpoints
 from recipe.data.conversations import prompt_style
 from recipe.data.instructions import instructions_fingerprint
+from recipe.data.tokenizers import litgpt_tokenizer
 from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, choose_precision, is_sharded, processes
 from recipe.training.allocator import use_expandable_segments
 from recipe.training.logs import logger_factory
@@ -91,7 +92,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
         load_lora_weights(gpt, checkpoints.load_lora_weights(resume_from))
     gpt.max_seq_length = settings.train.max_seq_length or settings.model.block_size
 
-    tokenizer = Tokenizer(folder)
+    tokenizer = litgpt_tokenizer(folder)
     made_from = {"the conversations": instructions_fingerprint(data.data_dir)}
     if settings.lora_r:
         made_from["the checkpoint that it starts from"] = (

@@ -19,6 +19,7 @@ from litgpt.model import GptNeoxMLP
 from torch import nn
 
 from recipe import checkpoints
+from recipe.data.tokenizers import litgpt_tokenizer
 from recipe.settings import ParsedRun, choose_precision, is_sharded, processes
 from recipe.training.allocator import use_expandable_segments
 from recipe.training.logs import logger_factory
@@ -115,7 +116,7 @@ def main(
         gpt,
         run=run,
         data=data,
-        tokenizer=tokenizer,
+        tokenizer=None if tokenizer is None else litgpt_tokenizer(run.settings.tokenizer_dir),
         resume_from=resume_from,
         precision_note=precision_note,
         sample_prompt=run.settings.sample.prompt,

@@ -24,6 +24,7 @@ from recipe.data.instructions import conversations as read_conversations
 from recipe.data.manifest import SPLITS, manifest_path, tokenizer_fingerprint
 from recipe.data.manifest import read as read_manifest
 from recipe.data.prepare import PrepareArgs, check_placed_text, prepare
+from recipe.data.tokenizers import litgpt_tokenizer
 from recipe.evaluation.hellaswag import read_questions
 from recipe.inference.generate import check_sampling, encode_prompt
 from recipe.settings import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings, check
@@ -198,7 +199,7 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
     An id beyond the embedding dies in an IndexError at some step, or is read from foreign memory on a GPU.
     """
     try:
-        tokenizer = Tokenizer(tokenizer_dir)
+        tokenizer = litgpt_tokenizer(tokenizer_dir)
     except Exception as error:  # whatever the tokenizers library says of a broken file
         brings_one = command("prepare_data.py", "--tokenizer", "gpt2", "--tokenizer_dir", tokenizer_dir)
         raise UserError(

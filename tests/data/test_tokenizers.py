@@ -22,7 +22,15 @@ from tokenizers import (
 from recipe.cli import UserError
 from recipe.data import manifest, tokenizers
 from recipe.data.manifest import fingerprint_of
-from recipe.data.tokenizers import Encoder, agrees_with_tiktoken, byte_level_bpe, from_folder, install, text_ids
+from recipe.data.tokenizers import (
+    Encoder,
+    agrees_with_tiktoken,
+    byte_level_bpe,
+    from_folder,
+    install,
+    litgpt_tokenizer,
+    text_ids,
+)
 from recipe.sealed import write_json
 
 END = "<|endoftext|>"
@@ -298,6 +306,35 @@ def test_what_begins_a_text_is_one_rule(
     assert 0 not in text_ids(lit, "Once upon", begin=False)
     assert info.sha256 == files.sha256
     assert (info.sha256 == fingerprint_of(files.tokenizer, "</s>")) is (begins is None)
+
+
+@pytest.mark.parametrize("name", ["Meta-Llama-3-8B", "SmolLM2-135M-Instruct"])
+def test_a_folders_name_adds_no_token(tmp_path: Path, stories: list[str], name: str) -> None:
+    """Nor does a limit that tokenizer.json holds cut or pad a prompt."""
+    tokenizer = trained(stories)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=20)
+    config = {"bos_token": END, "eos_token": END, "tokenizer_class": "GPT2Tokenizer"}
+    ids = text_ids(litgpt_tokenizer(saved(tmp_path / name, tokenizer, config)), stories[0])
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    assert ids == tokenizer.encode(stories[0]).ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "complete"),
+    [({}, True), ({"tokenizer_class": None}, False), ({"add_bos_token": None}, False), ({"eos_token": None}, False)],
+)
+def test_a_complete_folder_has_what_litgpt_reads(
+    tmp_path: Path, stories: list[str], changes: dict, complete: bool
+) -> None:
+    """LitGPT needs a class, and takes null for False where a missing line means True."""
+    config = {"bos_token": END, "eos_token": END, "tokenizer_class": "LlamaTokenizer"} | changes
+    folder = saved(tmp_path / "new", trained(stories), config)
+    assert tokenizers.is_complete(folder) is complete
+    install(from_folder(folder), {"name": "new"}, folder)
+    assert tokenizers.is_complete(folder)
+    assert litgpt_tokenizer(folder).use_bos is ("tokenizer_class" not in changes)
 
 
 def test_a_begin_token_that_is_no_token_is_refused(tmp_path: Path, stories: list[str]) -> None:

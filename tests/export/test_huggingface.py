@@ -10,10 +10,12 @@ import torch
 import yaml
 from litgpt import GPT, Config
 from litgpt.scripts import convert_lit_checkpoint
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recipe import checkpoints, load
 from recipe.cli import UserError
+from recipe.data.tokenizers import text_ids
 from recipe.export.huggingface import check_can_push, export, import_folder
 from recipe.export.weights import from_huggingface, to_huggingface
 from recipe.hf_config import litgpt_config, model_type_of, without_counterpart
@@ -294,6 +296,18 @@ def test_a_llama_tokenizer_goes_out_and_in(tmp_path: Path, moe_fields: dict, lla
     assert wanted.count(" ") > 5
 
 
+def test_a_single_token_is_decoded_alike(tmp_path: Path, moe_fields: dict, llama_tokenizer_dir: Path) -> None:
+    """Without a begin token "The" is one token, before which LitGPT's own decode writes a space."""
+    source = tmp_path / "tokenizer"
+    shutil.copytree(llama_tokenizer_dir, source)
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "bos_token": "<s>", "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = save_tiny(tmp_path / "final", wordy_gpt(moe_fields), source)
+    assert len(load(folder, device="cpu").tokenizer.processor.encode("The", add_special_tokens=False).ids) == 1
+    export(folder, tmp_path / "out")
+    assert 1 not in AutoTokenizer.from_pretrained(tmp_path / "out")("The")["input_ids"]
+
+
 def test_the_trained_context_goes_out(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     settings = {"train": {"max_seq_length": 24}}
     export(
@@ -388,6 +402,26 @@ def test_a_folder_of_transformers_comes_in(model_type: str, changes: dict, tmp_p
     assert checkpoints.is_tied(weights) == bool(changes.get("tie_word_embeddings"))
     assert weights["lm_head.weight"].dtype == changes.get("dtype", torch.float32)
     assert load(tmp_path / "in", device="cpu").generate("Once", max_new_tokens=4).startswith("Once")
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_template_decides_what_begins_a_text(tmp_path: Path, llama_tokenizer_dir: Path, has_config: bool) -> None:
+    """Also where no tokenizer_config.json names the token. The end that a template adds is left out, and told."""
+    source = hf_folder(tmp_path / "hf", llama_tokenizer_dir, "llama", eos_token_id=2)
+    path = source / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ending = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    content["post_processor"] = json.loads(ending.__getstate__())
+    path.write_text(json.dumps(content), encoding="utf-8")
+    if has_config:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+        (source / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    else:
+        (source / "tokenizer_config.json").unlink()
+    checks = import_folder(source, tmp_path / "in")
+    assert ("without the </s>" in checks[0].result) is has_config  # else transformers takes its LlamaTokenizer
+    ids = text_ids(load(tmp_path / "in", device="cpu").tokenizer, "Once upon")
+    assert ids[0] == 1 and 2 not in ids
 
 
 @pytest.mark.parametrize(
