@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from recipe.cli import UserError
 from recipe.data.files import (
+    UNDECODED,
     Location,
     Unfinished,
     check_utf8,
@@ -654,37 +655,152 @@ def _read_json_lines(part: Part) -> Iterator[str | BrokenRow]:
 def _read_json(part: Part) -> Iterator[str | BrokenRow]:
     """The rows of a .json: a list of objects, an object on each line, or one object."""
     with open_text(part.path) as file:
-        text = next((line for line in file if line.strip()), "")
-        if _is_json_object(text):
+        beginning = list(islice(file, 20))
+        if _are_json_lines(beginning):
             yield from _read_json_lines(part)
             return
-        text += file.read()
-    check_utf8(text, part.path, "it")
+        text = "".join(beginning) + file.read()
     column = part.column
-    try:
-        # As float: a number of any length is read, where int() takes no more than 4,300 digits.
-        values = json.loads(text, parse_int=float)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{part.path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}); a .json holds a list of"
-            ' objects such as {"text": "Once upon a time"}, or one on each line.'
-        ) from None
-    except RecursionError:
-        raise UserError(f"{part.path}: JSON nested too deeply; expected a list of objects with a text.") from None
-    for number, row in enumerate(values if isinstance(values, list) else [values], 1):
+    rows = json_list(part.path, text, _ANY_LENGTH) if text.lstrip().startswith("[") else _json_object(part.path, text)
+    for place, row in rows:
         try:
+            if isinstance(row, ValueError):
+                raise BrokenRow(f"{row}.")
             row = _checked_row(row)
             column = column or _text_column(part.path, row)
             yield _text_of(row, column)
         except BrokenRow as error:
-            yield _broken_row(part.path, f"row {number}", error)
+            yield _broken_row(part.path, place, error)
+
+
+_ANY_LENGTH = json.JSONDecoder(parse_int=float)  # int() takes no more than 4,300 digits
+
+
+def _are_json_lines(lines: list[str]) -> bool:
+    """Whether each line holds an object, by the first lines of a file; some of them may be broken."""
+    lines = [line for line in lines if line.strip()]
+    if not lines or lines[0].lstrip().startswith("["):
+        return False
+    return 2 * sum(map(_is_json_object, lines)) >= len(lines)
 
 
 def _is_json_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+    if not line.lstrip().startswith("{"):
         return False
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):  # an object all the same, with a number or a nesting that can't be read
+        return True
+    return True
+
+
+def _json_object(path: Location, text: str) -> Iterator[tuple[str, Any]]:
+    """The only row of a file that holds one object, over several lines."""
+    check_utf8(text, path, "it")
+    try:
+        yield "row 1", _ANY_LENGTH.decode(text)
+    except json.JSONDecodeError as error:
+        raise UserError(_not_a_json_list(path, error)) from None
+    except RecursionError as error:
+        raise UserError(f"{path}: {json_problem(error)}.") from None
+
+
+def _not_a_json_list(path: Location, error: json.JSONDecodeError) -> str:
+    return (
+        f"{path}, line {error.lineno}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); expected a"
+        " list of objects, or one object on each line."
+    )
+
+
+_AS_USUAL = json.JSONDecoder()
+
+
+def json_list(path: Location, text: str, decoder: json.JSONDecoder = _AS_USUAL) -> Iterator[tuple[str, Any]]:
+    """Yields the elements of a JSON list, each with its place, so that one which can't be read is an error of its row.
+
+    Args:
+        path: of the file, for messages.
+        text: all of it, from ``open_text`` or decoded in the same way.
+        decoder: reads the elements.
+
+    Raises:
+        UserError: it is not JSON, so nobody can say where the next element begins.
+    """
+
+    def after_blanks(index: int) -> int:
+        while text[index : index + 1] in (" ", "\t", "\r", "\n"):
+            index += 1
+        return index
+
+    at = after_blanks(text.index("[") + 1)
+    number = 0
+    try:
+        while text[at : at + 1] != "]":
+            number += 1
+            row, end = _element(text, at, decoder)
+            yield f"row {number}", row
+            at = after_blanks(end)
+            if text[at : at + 1] == ",":
+                at = after_blanks(at + 1)
+            elif text[at : at + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        if text[at + 1 :].strip():
+            raise json.JSONDecodeError("Extra data", text, at + 1)
+    except json.JSONDecodeError as error:
+        raise UserError(_not_a_json_list(path, error)) from None
+
+
+def _element(text: str, start: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
+    """A value, or the ``ValueError`` why it can't be read, and where it ends.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON, so it has no end.
+    """
+    try:
+        value, end = decoder.raw_decode(text, start)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        return ValueError(json_problem(error)), _end_of_value(text, start)
+    try:
+        check_decoded(text[start:end])
+    except ValueError as error:
+        return error, end
+    return value, end
+
+
+def _end_of_value(text: str, start: int) -> int:
+    """Where an object or a list ends, by its brackets alone."""
+    depth = 0
+    for match in re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]').finditer(text, start):
+        depth += (match[0] in ("[", "{")) - (match[0] in ("]", "}"))
+        if depth <= 0:
+            return match.end() if depth == 0 else match.start()  # below 0: a number, and the list around it ends
+    return len(text)
+
+
+def json_problem(error: Exception) -> str:
+    """Why JSON without a mistake in it can't be read."""
+    if isinstance(error, RecursionError):
+        return "JSON nested too deeply; expected an object with texts in it"
+    reason = str(error).partition(";")[0]  # what follows is advice to programmers
+    return f"a number that can't be read ({reason})"
+
+
+def check_decoded(text: str) -> None:
+    """Raises ``ValueError`` for text decoded with ``surrogateescape`` that holds a byte which is not UTF-8."""
+    if found := UNDECODED.search(text):
+        raise ValueError(not_utf8(ord(found[0]) - 0xDC00))
+
+
+def not_utf8(byte: int, place: str = "") -> str:
+    """What is wrong with a row that is not UTF-8, and how its file is converted."""
+    return (
+        f"byte 0x{byte:02x}{place} is not UTF-8; save the file as UTF-8 (`iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW` "
+        "where it comes from an older Windows program)"
+    )
 
 
 def _read_csv(part: Part) -> Iterator[str | BrokenRow]:
@@ -765,7 +881,7 @@ def _json_row(line: str) -> dict[str, Any]:
         row = json.loads(line.removeprefix("\ufeff"))  # files that were joined have their marks in the middle
     except json.JSONDecodeError as error:
         raise BrokenRow(
-            f"not JSON ({error.msg} at column {error.colno}); expected one object a line, such as"
+            f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); expected one object a line, such as"
             ' {"text": "Once upon a time"}.'
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists

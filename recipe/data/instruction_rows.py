@@ -17,7 +17,7 @@ from litgpt.prompts import prompt_styles
 
 from recipe.cli import UserError
 from recipe.data.conversations import Message, problem_with
-from recipe.data.documents import writable
+from recipe.data.documents import check_decoded, json_list, json_problem, not_utf8, writable
 from recipe.data.files import Location, decompressing, in_short, is_remote, open_file, reading, suffix
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")  # each also compressed: .gz, .bz2, .xz, .zst
@@ -130,18 +130,6 @@ def _decode(path: Location, data: bytes) -> str:
         ) from None
 
 
-def _check_decoded(text: str) -> None:
-    if found := re.search("[\udc80-\udcff]", text):
-        raise ValueError(_not_utf8(ord(found[0]) - 0xDC00))
-
-
-def _not_utf8(byte: int, place: str = "") -> str:
-    return (
-        f"byte 0x{byte:02x}{place} is not UTF-8; save the file as UTF-8 (`iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW` "
-        "where it comes from an older Windows program)"
-    )
-
-
 def _json_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
     """The rows of one JSON value over the whole file, or of a file with a JSON value on each line."""
     lines = text.split("\n")
@@ -151,7 +139,7 @@ def _json_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
         whole = json.loads(text)  # ends at the second line of JSON lines
     except (ValueError, RecursionError) as error:
         if begin.startswith("[") and (opens_more_lines or not _are_rows(lines)):
-            yield from _list_rows(path, text)
+            yield from json_list(path, text)
             return
         if begin.startswith("{") and opens_more_lines and not _are_rows(lines):
             raise UserError(_broken_object(path, error)) from None
@@ -159,10 +147,10 @@ def _json_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
         yield from ((place, line.encode("utf-8", "surrogateescape")) for place, line in numbered)
         return
     if isinstance(whole, list) and not (whole and _is_message(whole[0])):
-        yield from _list_rows(path, text)
+        yield from json_list(path, text)
     elif isinstance(whole, dict) and (name := _list_of_rows(path, whole)):
         try:
-            _check_decoded(text)
+            check_decoded(text)
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from None
         yield from ((f"row {i} of {name!r}", row) for i, row in enumerate(whole[name], 1))
@@ -172,7 +160,7 @@ def _json_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
 
 def _broken_object(path: Location, error: Exception) -> str:
     if not isinstance(error, json.JSONDecodeError):
-        return f"{path}: {_json_problem(error)}."
+        return f"{path}: {json_problem(error)}."
     if error.msg == "Extra data":
         return (
             f"{path}, line 1: JSON objects over several lines; expected one on each line "
@@ -213,72 +201,6 @@ def _list_of_rows(path: Location, whole: dict[str, Any]) -> str | None:
     return lists[0] if lists else None
 
 
-def _list_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
-    """The elements of a JSON list, one after the other, so that one which can't be read is an error of its own row."""
-
-    def after_blanks(index: int) -> int:
-        while text[index : index + 1] in (" ", "\t", "\r", "\n"):
-            index += 1
-        return index
-
-    at = after_blanks(text.index("[") + 1)
-    number = 0
-    try:
-        while text[at : at + 1] != "]":
-            number += 1
-            row, end = _element(text, at)
-            yield f"row {number}", row
-            at = after_blanks(end)
-            if text[at : at + 1] == ",":
-                at = after_blanks(at + 1)
-            elif text[at : at + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        if text[at + 1 :].strip():
-            raise json.JSONDecodeError("Extra data", text, at + 1)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); expected a list of objects.") from None
-
-
-def _element(text: str, start: int) -> tuple[Any, int]:
-    """A value, or the ``ValueError`` why it can't be read, and where it ends.
-
-    Raises:
-        json.JSONDecodeError: it is not JSON, so it has no end.
-    """
-    try:
-        value, end = _DECODER.raw_decode(text, start)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        return ValueError(_json_problem(error)), _end_of_value(text, start)
-    try:
-        _check_decoded(text[start:end])
-    except ValueError as error:
-        return error, end
-    return value, end
-
-
-_DECODER = json.JSONDecoder()
-
-
-def _end_of_value(text: str, start: int) -> int:
-    """Where an object or a list ends, by its brackets alone."""
-    depth = 0
-    for match in re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]').finditer(text, start):
-        depth += (match[0] in ("[", "{")) - (match[0] in ("]", "}"))
-        if depth <= 0:
-            return match.end() if depth == 0 else match.start()  # below 0: a number, and the list around it ends
-    return len(text)
-
-
-def _json_problem(error: Exception) -> str:
-    """Why JSON without a mistake in it can't be read."""
-    if isinstance(error, RecursionError):
-        return "JSON nested too deeply; expected an object with texts in it"
-    reason = str(error).partition(";")[0]  # what follows is advice to programmers
-    return f"a number that can't be read ({reason})"
-
-
 def _csv_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
     delimiter = "\t" if suffix(path) == ".tsv" else ","
@@ -289,7 +211,7 @@ def _csv_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
         problem = None
         try:
             cells = next(reader, None)
-            _check_decoded("\n".join(cells or ()))
+            check_decoded("\n".join(cells or ()))
         except csv.Error as error:
             if "end of data" in str(error):  # the quote would put all later rows into one cell
                 raise UserError(
@@ -369,18 +291,20 @@ def conversation_of(values: Any) -> Row:
             raise ValueError(f"{_type(values)} where an object was expected")
         return _conversation(values)
     except RecursionError as error:
-        raise ValueError(_json_problem(error)) from None
+        raise ValueError(json_problem(error)) from None
 
 
 def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(line[error.start], f" at column {error.start + 1}")) from None
+        raise ValueError(not_utf8(line[error.start], f" at column {error.start + 1}")) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno}); expected an object on a line") from None
+        raise ValueError(
+            f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); expected an object on a line"
+        ) from None
     except ValueError as error:
-        raise ValueError(_json_problem(error)) from None
+        raise ValueError(json_problem(error)) from None
 
 
 def _conversation(row: dict[str, Any]) -> Row:

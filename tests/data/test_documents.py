@@ -529,6 +529,25 @@ def test_a_broken_line_is_named_or_left_out(tmp_path: Path, case: str, compresse
     assert read_all(path, Rules(skip_broken=True)) == (["a", "b"], 1)
 
 
+@pytest.mark.parametrize("case", ["nested", "not UTF-8", "list", "number"])
+def test_a_broken_element_is_named_or_left_out(tmp_path: Path, case: str) -> None:
+    """One bad row of a .json ended the reading of all of it, also with --skip_broken."""
+    row = BROKEN_LINES[case][0]
+    data = f'[{{"text": "a"}},\n {row}, {{"text": "b"}}]'.encode("utf-8", "surrogateescape")
+    path = write(tmp_path / "a.json", data)
+    with pytest.raises(UserError, match=r"a\.json, row 2: .*--skip_broken"):
+        texts(path)
+    assert read_all(path, Rules(skip_broken=True)) == (["a", "b"], 1)
+
+
+@pytest.mark.parametrize("case", ["nested", "digits", "truncated"])
+def test_json_lines_in_a_json_may_begin_broken(tmp_path: Path, case: str) -> None:
+    path = write(tmp_path / "a.json", f'{BROKEN_LINES[case][0]}\n{{"text": "a"}}\n')
+    with pytest.raises(UserError, match=r"a\.json, line 1: .*--skip_broken"):
+        texts(path)
+    assert read_all(path, Rules(skip_broken=True)) == (["a"], 1)
+
+
 def test_a_broken_first_line_is_left_out_too(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": ["x"], "id": "1"}\n{"text": "a", "id": "2"}\n')
     with pytest.raises(UserError, match="line 1: its field 'text' holds list"):
