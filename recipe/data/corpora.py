@@ -380,23 +380,30 @@ class SourceFiles(NamedTuple):
         """What becomes of the files, a line for each kind of them; empty where all of them are training text."""
 
         def named(paths: list[Path]) -> str:
-            more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
-            return ", ".join(path.relative_to(folder).as_posix() for path in paths[:5]) + more
+            return _some(folder, paths)
 
-        taken = [path for path in self.train if split_of_path(path.relative_to(folder)) == "test"]
+        names = split_names(folder, [*self.train, *self.val, *self.test])
+        taken = [path for path in self.train if names[path] == "test"]
         lines = [
             f"Validation text, by name: {named(self.val)}" * bool(self.val),
             f"Left out as test text, by name: {named(self.test)}" * bool(self.test),
             f"Left out, named neither train nor validation: {named(self.unnamed)}" * bool(self.unnamed),
-            not_read(self.unread),
+            not_read(folder, self.unread),
             f"Training text like the rest, as nothing is named train or validation: {named(taken)}" * bool(taken),
         ]
         return "\n".join(line for line in lines if line)
 
 
-def not_read(paths: list[Path]) -> str:
-    """Names the files that are left out for their kind; empty where there are none."""
-    return f"Not read: {len(paths):,} file{'s' if len(paths) > 1 else ''} ({kinds(paths)})" if paths else ""
+def not_read(folder: Path, paths: list[Path]) -> str:
+    """Counts and names the files below ``folder`` that are left out for their kind; empty where there are none."""
+    if not paths:
+        return ""
+    return f"Not read: {len(paths):,} file{'s' if len(paths) > 1 else ''} ({kinds(paths)}): {_some(folder, paths)}"
+
+
+def _some(folder: Path, paths: list[Path]) -> str:
+    more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
+    return ", ".join(path.relative_to(folder).as_posix() for path in paths[:5]) + more
 
 
 def split_name(name: str) -> str | None:
@@ -415,6 +422,21 @@ def split_of_path(path: Path) -> str | None:
     return next(filter(None, map(split_name, (*path.parts[:-1], stem))), None)
 
 
+def split_names(folder: Path, files: list[Path]) -> dict[Path, str | None]:
+    """The split that the name of each file below ``folder`` says (``split_of_path``).
+
+    A folder that holds all files with such names, as ``train_data`` around train/ and test/, tells none of them apart:
+    it counts only where the names below it say nothing.
+    """
+    names = {file: split_of_path(file.relative_to(folder)) for file in files}
+    named = [file for file in files if names[file]]
+    if len({names[file] for file in named}) != 1:
+        return names
+    shared = Path(os.path.commonpath([file.parent for file in named]))
+    below = {file: split_of_path(file.relative_to(shared)) for file in named}
+    return names | below if any(below.values()) else names
+
+
 def sort_files(folder: Path) -> SourceFiles:
     """Sorts the files of a folder into splits by the names of folders and files (``split_name``).
 
@@ -429,9 +451,10 @@ def sort_files(folder: Path) -> SourceFiles:
     if not files:
         found = f"it has {kinds(unread)}" if unread else "it is empty"
         raise UserError(f"--source {folder}: nothing there can be read ({found}); expected files of {READABLE}.")
+    names = split_names(folder, files)
     by_name: dict[str | None, list[Path]] = {}
-    for path in files:
-        by_name.setdefault(split_of_path(path.relative_to(folder)), []).append(path)
+    for path, name in names.items():
+        by_name.setdefault(name, []).append(path)
     if not {"train", None} & set(by_name):
         raise UserError(
             f"--source {folder}: by their names all files are validation or test text, such as {files[0].name};"

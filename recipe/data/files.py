@@ -160,15 +160,17 @@ def conversion_advice(location: Location, data: bytes) -> str:
     c1_controls = bytes(set(data) & set(range(0x80, 0xA0)))
     if b"\0" in data:
         little = data[1::2].count(0) > data[::2].count(0)
-        encoding = "UTF-16LE" if little else "UTF-16BE"
-        guess = "It may be UTF-16 without a byte order mark"
+        bits = 32 if 2 * data.count(0) > len(data) else 16  # four bytes a character, of which two or three are 0
+        little = data[3::4].count(0) > data[::4].count(0) if bits == 32 else little
+        encoding = f"UTF-{bits}{'LE' if little else 'BE'}"
+        guess = f"It may be UTF-{bits} without a byte order mark"
     elif intact > 10 * damaged:
         errors = ", errors='replace'"
         return (
             "Most of its characters are UTF-8, so some bytes are damaged: get the file again, or mark the damaged"
             f" places: {_python_conversion(location, 'utf-8', errors)}"
         )
-    elif set(c1_controls) & set(UNDEFINED_IN_CP1252):
+    elif set(c1_controls) & set(UNDEFINED_IN_CP1252) or _is_of_another_script(data):
         return (
             "It is neither Windows-1252 nor Latin-1 (perhaps GB18030, Big5, Shift_JIS or Windows-1251): save it as"
             " UTF-8 in the program that it comes from, or, with the right ENCODING: `iconv -f ENCODING -t UTF-8`."
@@ -181,6 +183,11 @@ def conversion_advice(location: Location, data: bytes) -> str:
         return f"{guess}: {_python_conversion(location, encoding)}"
     name, first = _decompressed(location)
     return f"{guess}: {first}`iconv -f {encoding} -t UTF-8 {quoted(name)} > utf8{suffix(location)}`."
+
+
+def _is_of_another_script(data: bytes) -> bool:
+    """Whether most letters are no ASCII, as in Cyrillic or Chinese; in texts of Western Europe few of them are."""
+    return sum(byte >= 0x80 for byte in data) > sum(chr(byte).isalpha() for byte in data if byte < 0x80)
 
 
 def _python_conversion(location: Location, encoding: str, errors: str = "") -> str:

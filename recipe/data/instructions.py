@@ -18,7 +18,7 @@ from typing import NamedTuple
 from recipe.cli import UserError, command, harmless, nearest, quoted
 from recipe.data import manifest
 from recipe.data.conversations import Message
-from recipe.data.corpora import HUB_NAME, HubDataset, split_of_path
+from recipe.data.corpora import HUB_NAME, HubDataset, split_names
 from recipe.data.documents import split_of
 from recipe.data.files import Location, suffix
 from recipe.data.instruction_rows import SUFFIXES, Row, conversation_of, rows_of
@@ -203,12 +203,11 @@ def _source_files(path: Path, data_dir: Path) -> tuple[dict[str | None, list[Loc
             raise UserError(f"--instruct {path}: expected a {', '.join(SUFFIXES)} file, or a folder with such files.")
         return {None: [path]}, ()
     found: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
-    others = []
-    for file in _files_below(path, data_dir):
-        if suffix(file) in SUFFIXES and file.name not in NO_ROWS:
-            found[split_of_path(file.relative_to(path))].append(file)
-        else:
-            others.append(file)
+    every = _files_below(path, data_dir)
+    with_rows = [file for file in every if suffix(file) in SUFFIXES and file.name not in NO_ROWS]
+    others = [file for file in every if file not in with_rows]
+    for file, split in split_names(path, with_rows).items():
+        found[split].append(file)
 
     def named(files: list[Path]) -> str:
         return _some(file.relative_to(path).as_posix() for file in files)

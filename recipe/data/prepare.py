@@ -628,7 +628,7 @@ def _build(args: PrepareArgs) -> Manifest:
         if args.overwrite:
             stale = {split: stale.get(split, ["--overwrite"]) for split in SPLITS}
         for split in lying.text if stale and not streamed else ():
-            if unread := corpora.not_read(unread_files(args.data_dir / split)):
+            if unread := corpora.not_read(args.data_dir / split, unread_files(args.data_dir / split)):
                 print(f"{args.data_dir / split}: {unread}")
         built = _tokenize(args, todo, info, stale, building) if stale and todo else {}
         # From here to the new manifest nothing counts as complete; each split is whole in itself at any moment.

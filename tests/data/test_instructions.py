@@ -512,6 +512,14 @@ def test_test_files_beside_others_are_left_out(tmp_path: Path) -> None:
         prepare(tmp_path / "in", tmp_path / "data", overwrite=True)
 
 
+def test_a_folder_around_all_splits_names_none(tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "val", "test")):
+        (tmp_path / "in/training_data" / split).mkdir(parents=True)
+        jsonl(tmp_path / "in/training_data" / split / "a.jsonl", pairs(30, 100 * number))
+    found = prepare(tmp_path / "in", tmp_path / "data")
+    assert (found.splits["train"].conversations, found.splits["val"].conversations) == (30, 30)
+
+
 def test_files_of_other_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, data in (("README.md", b"Rows."), ("dataset_info.json", b"{}"), (".DS_Store", b"\0"), ("x/a.arrow", b"")):
         (tmp_path / "in/x").mkdir(parents=True, exist_ok=True)

@@ -335,6 +335,8 @@ def names_in(data_dir: Path) -> tuple[set[str], set[str]]:
         (["c4-train.00000-of-00009.jsonl"], ["c4-validation.00000-of-00001.jsonl"], [], []),
         (["TRAIN/test.jsonl"], ["VALID/train.jsonl"], ["testing/x.jsonl"], []),
         (["corpus.jsonl"], ["val.jsonl"], [], []),
+        (["train_data/train/a.jsonl"], ["train_data/val/a.jsonl"], ["train_data/test/a.jsonl"], ["README.md"]),
+        (["eval_data/train.jsonl"], ["eval_data/dev.jsonl"], ["eval_data/test.jsonl"], []),
     ],
 )
 def test_names_tell_validation_and_test_text(
@@ -380,7 +382,8 @@ def test_files_that_are_not_read_are_named(tmp_path: Path, run: Callable, capsys
     (folder / "g.jsonl.gz").write_bytes(gzip.compress(lines("g.jsonl.gz").encode()))
     run(source=str(folder), val_fraction=0.3)
     assert set.union(*names_in(tmp_path / "data")) == {"a.jsonl", "b.md", "g.jsonl.gz"}
-    said = "Not read: 5 files (.pdf 2, .docx 1, without ending 1, .json 1)"
+    names = "c.pdf, d.PDF, e.docx, noending, state.json"
+    said = f"Not read: 5 files (.pdf 2, .docx 1, without ending 1, .json 1): {names}"
     assert said in capsys.readouterr().out
     shutil.copytree(folder, tmp_path / "here/train")
     run(data_dir=tmp_path / "here")
