@@ -177,6 +177,8 @@ class HubDataset:
                 found = self._find_converted(str(sha))
             files = {split: found[name] for split, name in self._splits(found).items()}
             records = {split: self._records(paths, sha) for split, paths in files.items()}
+        if unused := [name for name in found if name not in self._splits(found).values()]:
+            print(f"Splits of {self.path} that are not used: {', '.join(unused)}")
         pin = f"{branch}@{sha}" if branch else sha
         return Files(location, files, records, settings.text_column or self.column, self.articles, pin)
 
@@ -237,7 +239,10 @@ class HubDataset:
         )
         if not files or not plain:
             if sha is None:
-                raise UserError(self._unreadable("and a folder here has no converted ones"))
+                raise UserError(
+                    f"{self.path} is a folder here and holds neither .parquet nor plain .jsonl files, all that hf:"
+                    f" reads; name the folder itself, without hf: {self.flag} {quoted(self.path)}"
+                )
             return None
         return {split: [file if is_remote(file) else Path(file) for file in found] for split, found in files.items()}
 

@@ -399,6 +399,20 @@ def check_placed_text(data_dir: Path) -> None:
         if meant in SPLITS and path.name not in SPLITS and is_text:
             place = data_dir / meant if path.is_dir() else data_dir / meant / path.name
             raise UserError(f"{path} is not where text is read from: move it to {place}, or name a --source.")
+    if not (text_files(data_dir / "train") or manifest.manifest_path(data_dir).exists()):
+        _refuse_loose_text(data_dir)
+
+
+def _refuse_loose_text(data_dir: Path) -> None:
+    """Raises ``UserError`` for files of text in ``data_dir`` itself; a .md or .json there may be about the data."""
+    if (data_dir / "tokenizer.json").exists():  # which has .txt files of its own beside it
+        return
+    loose = [path for path in sorted(data_dir.glob("*")) if is_readable(path) and path.suffix not in (".md", ".json")]
+    if loose:
+        raise UserError(
+            f"{loose[0]} is not where text is read from: move it to {data_dir / 'train' / loose[0].name}, or name it:"
+            f" --source {quoted(loose[0])} --data_dir ANOTHER."
+        )
 
 
 def _other_settings(args: PrepareArgs, location: str, source: str, reasons: list[str]) -> str:

@@ -199,6 +199,21 @@ def test_any_dataset_with_a_column_of_text(
     assert (found.source.name, found.source.location) == ("hf:org/name", "name")
 
 
+def test_splits_of_a_dataset_left_out_are_named(
+    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    files = {f"org/name/data/{split}-0.jsonl": jsonl(stories) for split in ("train", "test")}
+    monkeypatch.chdir(lay(tmp_path / "hub", files))
+    run(source="hf:org/name", val_fraction=0.3)
+    assert "Splits of org/name that are not used: test" in capsys.readouterr().out
+
+
+def test_a_folder_of_csv_files_is_no_dataset(tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lay(tmp_path, {"org/name/train.csv": b"text\nOnce\n"}))
+    with pytest.raises(UserError, match=r"without hf: --source org.name"):
+        run(source="hf:org/name")
+
+
 def test_half_a_surrogate_pair_in_jsonl(tmp_path: Path, run: Callable, corpus: Callable, stories: list[str]) -> None:
     run(source=corpus({"train.jsonl": b'{"text": "a \\ud83d b"}\n' + jsonl(stories), "validation.jsonl": jsonl(["c"])}))
     assert decoded(tmp_path / "data", "train")[0] == "a \ufffd b"

@@ -458,6 +458,7 @@ def test_broken_rows_are_left_out_and_counted(
         ("train/book.pdf", r"nothing in .*train can be read \(it has \.pdf 1\); expected files of \.txt"),
         ("train.jsonl", r"train\.jsonl is not where text is read from: move it to .*train"),
         ("validation/a.jsonl", r"validation is not where text is read from: move it to .*val"),
+        ("book.jsonl", r"book\.jsonl is not where text is read from: move it to .*train.*--source"),
     ],
 )
 def test_text_in_the_wrong_place_is_refused(tmp_path: Path, run: Callable, name: str, message: str) -> None:
