@@ -726,7 +726,7 @@ def json_list(path: Location, text: str, decoder: json.JSONDecoder = _AS_USUAL) 
         decoder: reads the elements.
 
     Raises:
-        UserError: it is not JSON, so nobody can say where the next element begins.
+        UserError: it is not JSON, so it is unknown where the next element begins.
     """
 
     def after_blanks(index: int) -> int:

@@ -527,7 +527,7 @@ def _unused(fields: dict[str, Any], used: set[str]) -> Iterator[str]:
 
 
 def unwrap(prompt: str) -> str | None:
-    """The instruction in a prompt that stands in a template of LitGPT's, Alpaca's above all; None where it doesn't.
+    """Return the instruction inside a prompt in one of LitGPT's templates, such as Alpaca's; None without a template.
 
     Left in, the model would be asked in two templates, one inside the other, and chat would ask in one.
     """
@@ -544,7 +544,7 @@ ALPACA_INPUT = "\n\n### Input:\n"
 
 @cache
 def _templates() -> list[tuple[str, str]]:
-    """What stands before and after a prompt, of the styles that have both; the longest first."""
+    """The texts before and after a prompt, of the styles that have both; the longest first."""
     found = set()
     for style in prompt_styles.values():
         before, _, after = style().apply("PROMPT").partition("PROMPT")

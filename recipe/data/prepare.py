@@ -337,7 +337,9 @@ def _text_to_write(args: PrepareArgs, lying: _Lying) -> _TextToWrite | None:
         if lying.streamed and (reasons := _differences(lying.streamed.settings, settings)):
             raise UserError(_other_settings(args, lying.streamed.source.name, lying.streamed.source.name, reasons))
         if lying.streamed and args.keep_text:
-            raise UserError(f"--keep_text streams anew; name the source: --source {quoted(lying.streamed.source.name)}")
+            raise UserError(
+                f"--keep_text streams the text again; name the source: --source {quoted(lying.streamed.source.name)}"
+            )
         if "val" not in lying.text and not written:
             check_placed_text(args.data_dir)
         if not lying.text:
@@ -418,7 +420,7 @@ def _refuse_loose_text(data_dir: Path) -> None:
 def _other_settings(args: PrepareArgs, location: str, source: str, reasons: list[str]) -> str:
     return (
         f"the text in {args.data_dir} was taken from {location} with other settings ({'; '.join(reasons)}). To take it "
-        f"anew, name its source too: --source {quoted(source)}."
+        f"again, name its source too: --source {quoted(source)}."
     )
 
 
