@@ -218,7 +218,7 @@ def describe(
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """Return the text of a token inside a text; its name in the vocabulary if it is special or a part of a character."""
+    """Return the text of a token inside a text; its name in the vocabulary if it is special or part of a character."""
     if tokenizer.backend != "huggingface":
         return str(tokenizer.processor.id_to_piece(id))
     # After another token: alone, SentencePiece-like decoders drop the space before a word.
