@@ -76,7 +76,7 @@ def main(
     from recipe.inference.terminal import Terminal
 
     terminal = Terminal(Chat(load(folders[0], device, precision, max_seq_length), seed=seed), sampling)
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # Windows consoles
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     try:
         terminal.run()

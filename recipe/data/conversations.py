@@ -95,6 +95,8 @@ def problem_with(messages: Sequence[Message], last: Literal["user", "assistant"]
 def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, style: PromptStyle) -> EncodedConversation:
     """A whole conversation, which ends with the assistant's message.
 
+    Special tokens that are written out in its messages are left out.
+
     Raises:
         ValueError: roles do not alternate, as ``problem_with`` says.
     """
@@ -122,7 +124,10 @@ def encode_newest(
     later: list[int] = []  # what follows the first prompt
     kept = 0
     for index in range(len(messages) - 3, -1, -2):
-        answer, question = (_encode_later(message, tokenizer, style) for message in messages[index + 1 : index + 3])
+        answer, question = (
+            _encode_later(without_special_tokens(message, tokenizer), tokenizer, style)
+            for message in messages[index + 1 : index + 3]
+        )
         later = answer + question + later
         if len(later) >= longest:
             break
@@ -135,7 +140,6 @@ def encode_newest(
 
 def _encode_later(message: Message, tokenizer: Tokenizer, style: PromptStyle) -> list[int]:
     """A message that is not of the conversation's first prompt."""
-    message = _as_text(message, tokenizer)
     if message["role"] == "assistant":
         return [*text_ids(tokenizer, message["content"], begin=False), tokenizer.eos_id]
     return _prompt_ids(tokenizer, prompt_text([message], style), begin=False)
@@ -156,19 +160,19 @@ def _encode(
 ) -> EncodedConversation:
     if problem := problem_with(messages, last):
         raise ValueError(f"no conversation: {problem}")
+    texts = [without_special_tokens(message, tokenizer) for message in messages]
     first = 2 if messages[0]["role"] == "system" else 1  # messages of the first prompt
-    prompt = prompt_text([_as_text(message, tokenizer) for message in messages[:first]], style)
-    ids = _prompt_ids(tokenizer, prompt, begin=True)
+    ids = _prompt_ids(tokenizer, prompt_text(texts[:first], style), begin=True)
     is_answer = [False] * len(ids)
-    for message in messages[first:]:
+    for message in texts[first:]:
         new = _encode_later(message, tokenizer, style)
         ids += new
         is_answer += [message["role"] == "assistant"] * len(new)
     return EncodedConversation(ids, is_answer)
 
 
-def _as_text(message: Message, tokenizer: Tokenizer) -> Message:
-    """A message without special tokens: written out in a text, `<|endoftext|>` would become the token."""
+def without_special_tokens(message: Message, tokenizer: Tokenizer) -> Message:
+    """A message as text alone: a special token that is written out in it, such as `<|endoftext|>`, would become one."""
     if tokenizer.backend != "huggingface":
         return message  # sentencepiece reads them as text
     content = message["content"]

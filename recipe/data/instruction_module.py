@@ -20,6 +20,7 @@ from recipe.data.conversations import (
     EncodedConversation,
     encode_conversation,
     prompt_style,
+    without_special_tokens,
 )
 from recipe.data.manifest import SPLITS
 from recipe.data.reader import MicroBatches, TokenLoader
@@ -137,6 +138,7 @@ class InstructionData(DataModule):
         super().__init__()
         self.data_dir = Path(self.data_dir)
         self._encoded: dict[str, EncodedConversations] = {}
+        self.altered: dict[str, int] = {}
 
     @property
     def manifest_path(self) -> Path:
@@ -183,8 +185,11 @@ class InstructionData(DataModule):
     def _encode(self, split: str) -> Iterable[EncodedConversation]:
         assert self.tokenizer is not None
         style = self.style
-        found = instructions.conversations(self.data_dir, split)
-        return (encode_conversation(messages, self.tokenizer, style) for messages in found)
+        self.altered[split] = 0
+        for messages in instructions.conversations(self.data_dir, split):
+            texts = [without_special_tokens(message, self.tokenizer) for message in messages]
+            self.altered[split] += texts != messages
+            yield encode_conversation(texts, self.tokenizer, style)
 
     @property
     def counts(self) -> dict[str, Counts]:
@@ -203,6 +208,11 @@ class InstructionData(DataModule):
         if train.left_out + val.left_out:
             lines.append(
                 f"{train.left_out + val.left_out:,} left out: their first {self.max_seq_length} tokens hold no answer."
+            )
+        if altered := sum(self.altered.values()):
+            lines.append(
+                f"{altered:,} have special tokens of the tokenizer written out in their messages (its end of"
+                " text, say), which are left out of them."
             )
         return "\n".join(lines)
 

@@ -39,6 +39,10 @@ class Terminal:
             if not line.strip():
                 continue
             try:
+                if any(0xDC80 <= ord(character) < 0xDD00 for character in line):  # what Python makes of such bytes
+                    raise UserError(
+                        f"the line {line.strip()!r} holds bytes that are not UTF-8; save the text as UTF-8."
+                    )
                 if line.startswith("/"):
                     self.command(line)
                 else:

@@ -143,6 +143,7 @@ def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
         prompts = [[Message(role="user", content=settings.sample.prompt)]]
     lengths = []
     for messages in prompts:
+        messages = [conversations.without_special_tokens(message, tokenizer) for message in messages]
         lengths.append(len(conversations.encode_prompt(messages, tokenizer, style)))
         if lengths[-1] < context:
             return conversations.prompt_text(messages, style)

@@ -144,6 +144,16 @@ def test_long_ones_are_cut_and_those_without_an_answer_left_out(prepared: Path, 
     assert f"left out: their first {shortest} tokens hold no answer" in few.summary()
 
 
+def test_special_tokens_left_out_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = ["Mia.", "a <|endoftext|> b", "Tom.", "c <|endoftext|>", "The sea."] * 4
+    rows = [{"prompt": f"What is {number}?", "response": text} for number, text in enumerate(texts)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    prepare_instructions(InstructArgs(str(tmp_path / "rows.json"), tmp_path / "data", val_fraction=0.3))
+    data = module(tmp_path / "data", tokenizer)
+    assert sum(data.altered.values()) == 8
+    assert "8 have special tokens" in data.summary()
+
+
 def test_the_summary_counts_answer_tokens(prepared: Path, tokenizer: Tokenizer) -> None:
     data = module(prepared, tokenizer, batch_size=1)
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):

@@ -332,6 +332,7 @@ def test_a_home_that_is_not_known(type_in: Callable[[str], Terminal]) -> None:
         ("/save", "say where to"),
         ("/retry", "nothing to answer again"),
         ("cat " * 300, "expected at most"),
+        ("caf\udce9", "not UTF-8"),
     ],
 )
 def test_mistakes_end_a_pipe(type_in: Callable[[str], Terminal], line: str, told: str) -> None:
