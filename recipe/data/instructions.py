@@ -424,10 +424,10 @@ def read(data_dir: Path) -> Instructions:
         raise UserError(
             f"{data_dir} was made in format {found.format}, expected {FORMAT}; {again} --overwrite` makes it again."
         )
-    known = [split.file for split in found.splits.values()]
+    split_files = [split.file for split in found.splits.values()]
     lying = [path for name in SPLITS if (path := data_dir / f"{name}.jsonl").is_file()]
     # Read through, though size and time are as they were: a disk's errors change neither.
-    if changes := manifest.changed_files(known, [manifest.record(path, data_dir) for path in lying]):
+    if changes := manifest.changed_files(split_files, [manifest.record(path, data_dir) for path in lying]):
         raise UserError(
             f"{data_dir} is not as it was prepared: {'; '.join(changes)}. Put it back, or make it again: "
             f"{again} --overwrite`. Conversations of your own are a SOURCE."
