@@ -19,6 +19,7 @@ import torch
 from recipe import checkpoints
 from recipe.cli import UserError
 from recipe.data.conversations import Message, encode_newest, is_tuned, load_prompt_style, stop_sequences
+from recipe.data.tokenizers import text_ids
 from recipe.flops import count_parameters
 from recipe.inference.generate import End, Model, Sampling, check_sampling, check_seed, stream_pieces
 
@@ -118,10 +119,12 @@ class Chat:
         context = self.model.gpt.max_seq_length
         room = min(max_new_tokens, max(1, context // 4))
         longest = context - room + 1  # the last token of an answer is not read
-        asked = Message(role="user", content=question)
-        system = self._with_system([])
         said = self.messages if self.is_tuned else []
-        kept, prompt = encode_newest(system, [*said, asked], self.model.tokenizer, self.style, longest)
+        if self.is_tuned:
+            messages = [*said, Message(role="user", content=question)]
+            kept, prompt = encode_newest(self._with_system([]), messages, self.model.tokenizer, self.style, longest)
+        else:  # as generate.py, special tokens among it
+            kept, prompt = 0, text_ids(self.model.tokenizer, question)
         if len(prompt) > longest:
             beside = " and the system message" if self.system else ""
             raise UserError(
