@@ -145,7 +145,7 @@ def test_a_pretrained_model_goes_on_with_the_text(pretrained: Model) -> None:
     assert not chat.is_tuned
     for question in ("Once upon", "Mia the cat"):  # the second knows nothing of the first
         written = pretrained.generate(question, max_new_tokens=12, temperature=0.0).removeprefix(question)
-        assert _ask(chat, question) == written.lstrip()
+        assert _ask(chat, question) == written
     assert len(chat.messages) == 4
     assert chat.ask("<|endoftext|>Once").prompt[0] == pretrained.tokenizer.eos_id  # read as it was typed
     with pytest.raises(UserError, match="not tuned"):
