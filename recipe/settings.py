@@ -733,9 +733,10 @@ def _check_batches(settings: RunSettings) -> list[str]:
         )
     context = train.max_seq_length
     if context is not None and not 1 <= context <= settings.model.block_size:
+        larger = "" if isinstance(settings, FinetuneSettings) else ", or a larger --model.block_size"
         problems.append(
             f"max_seq_length is {context} but the model's block_size is {settings.model.block_size}; expected at most"
-            f" that: --max-seq-length {settings.model.block_size}, or a larger --model.block_size."
+            f" that: --max-seq-length {settings.model.block_size}{larger}."
         )
     for name in ("log_interval", "save_interval"):
         if (interval := getattr(train, name)) is not None and interval < 1:
