@@ -55,6 +55,8 @@ READABLE = ".txt, .md, .jsonl, .json, .csv, .tsv (each also as .gz, .bz2, .xz or
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 # What the datasets library writes beside the rows, about them.
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# About the texts beside them, as in a dataset cloned from the Hub.
+ABOUT = ("readme.md", "license.md", "license.txt")
 PART_BYTES = 1 << 20
 REMOTE_PART_BYTES = 8 << 20  # of a .jsonl on the Hub: each part is a request
 LONG_DOCUMENT_BYTES = 4 << 20  # a longer one is read in several parts
@@ -129,13 +131,16 @@ class BrokenRow(UserError):
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The files under ``folder`` that can be read, in a fixed order; hidden ones are left out."""
-    return [path for path in visible_files(folder) if is_readable(path)]
+    """The files under ``folder`` that can be read, in a fixed order; hidden ones are left out, and a README.md or a
+    licence beside others."""
+    readable = [path for path in visible_files(folder) if is_readable(path)]
+    return [path for path in readable if path.name.lower() not in ABOUT] or readable
 
 
 def unread_files(folder: Path) -> list[Path]:
     """The files under ``folder`` that are neither read nor hidden, and links that lead to no file."""
-    return [path for path in visible_files(folder) if not is_readable(path)]
+    taken = set(text_files(folder))
+    return [path for path in visible_files(folder) if path not in taken]
 
 
 def visible_files(folder: Path) -> list[Path]:

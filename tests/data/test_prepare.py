@@ -390,6 +390,16 @@ def test_files_that_are_not_read_are_named(tmp_path: Path, run: Callable, capsys
     assert said in capsys.readouterr().out
 
 
+def test_a_readme_beside_data_is_no_text(tmp_path: Path, run: Callable, capsys) -> None:
+    """As in a dataset cloned from the Hub; alone it is text like any other."""
+    folder = lay(tmp_path / "own", ["a.jsonl", "README.md", "data/LICENSE.txt"])
+    run(source=str(folder), val_fraction=0.3)
+    assert set.union(*names_in(tmp_path / "data")) == {"a.jsonl"}
+    assert "Not read: 2 files (.md 1, .txt 1): README.md, data/LICENSE.txt" in capsys.readouterr().out
+    alone = lay(tmp_path / "alone", ["README.md"])
+    assert documents.text_files(alone) == [alone / "README.md"]
+
+
 def test_white_space_is_kept_from_file_to_tokens(tmp_path: Path, run: Callable, monkeypatch) -> None:
     """Through train/ and val/ and without them; long documents come in parts, in both of them."""
     monkeypatch.setattr(documents, "PART_BYTES", 100)
