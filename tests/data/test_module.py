@@ -521,9 +521,9 @@ def stream_of(folder: Path) -> list[np.ndarray]:
     return [np.fromfile(path, np.uint16, offset=12) for path in files]
 
 
-def test_chunks_grow_with_the_text_up_to_32_mb() -> None:
+def test_chunks_grow_with_the_text_up_to_32_mb(tmp_path: Path) -> None:
     def size(text_bytes: float) -> int:
-        return tokens.ChunkWriter(Path("unused"), int(text_bytes), "uint16").chunk_tokens
+        return tokens.ChunkWriter(tmp_path, int(text_bytes), "uint16").chunk_tokens
 
     assert size(1e6) == 1 << 20
     assert size(1e9) == int(1e9) // 64
