@@ -328,14 +328,14 @@ def names_in(data_dir: Path) -> tuple[set[str], set[str]]:
     ("train", "val", "test", "others"),
     [
         (["train.jsonl"], ["val.jsonl"], ["test.jsonl"], []),
-        (["train/a.jsonl"], ["dev/a.jsonl"], ["test/a.jsonl"], ["README.md"]),
+        (["train/a.jsonl"], ["dev/a.jsonl"], ["test/a.jsonl"], ["notes.md"]),
         (["data/train-0.jsonl", "data/train-1.jsonl"], ["data/valid-0.jsonl"], ["data/eval.jsonl"], []),
         (["train-00000-of-00001-ab.jsonl"], ["Validation-00000-of-00001.jsonl"], ["test-00000-of-00001.jsonl"], []),
         (["Tiny-train.jsonl"], ["Tiny-valid.jsonl"], [], []),
         (["c4-train.00000-of-00009.jsonl"], ["c4-validation.00000-of-00001.jsonl"], [], []),
         (["TRAIN/test.jsonl"], ["VALID/train.jsonl"], ["testing/x.jsonl"], []),
         (["corpus.jsonl"], ["val.jsonl"], [], []),
-        (["train_data/train/a.jsonl"], ["train_data/val/a.jsonl"], ["train_data/test/a.jsonl"], ["README.md"]),
+        (["train_data/train/a.jsonl"], ["train_data/val/a.jsonl"], ["train_data/test/a.jsonl"], ["notes.md"]),
         (["eval_data/train.jsonl"], ["eval_data/dev.jsonl"], ["eval_data/test.jsonl"], []),
     ],
 )
