@@ -719,10 +719,10 @@ def _not_a_json_list(path: Location, error: json.JSONDecodeError) -> str:
     )
 
 
-_AS_USUAL = json.JSONDecoder()
+_DEFAULT_DECODER = json.JSONDecoder()
 
 
-def json_list(path: Location, text: str, decoder: json.JSONDecoder = _AS_USUAL) -> Iterator[tuple[str, Any]]:
+def json_list(path: Location, text: str, decoder: json.JSONDecoder = _DEFAULT_DECODER) -> Iterator[tuple[str, Any]]:
     """Yields the elements of a JSON list, each with its place, so that one which can't be read is an error of its row.
 
     Args:

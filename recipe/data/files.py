@@ -139,7 +139,7 @@ def check_utf8(text: str, location: Location, place: str) -> None:
 
 @contextmanager
 def decompressing(location: Location) -> Iterator[None]:
-    """Turns what a decompressor says of a damaged file into a ``UserError``."""
+    """Turns the errors of the decompressors for a damaged file into a ``UserError``."""
     try:
         yield
     except BROKEN_COMPRESSION as error:
@@ -186,7 +186,7 @@ def conversion_advice(location: Location, data: bytes) -> str:
 
 
 def _is_of_another_script(data: bytes) -> bool:
-    """Whether most letters are no ASCII, as in Cyrillic or Chinese; in texts of Western Europe few of them are."""
+    """Whether most letters are outside of ASCII, as in Cyrillic or Chinese; in Western European text few are."""
     return sum(byte >= 0x80 for byte in data) > sum(chr(byte).isalpha() for byte in data if byte < 0x80)
 
 
@@ -199,7 +199,7 @@ def _python_conversion(location: Location, encoding: str, errors: str = "") -> s
 
 
 def _decompressed(location: Location) -> tuple[str, str]:
-    """The name of a file once it is decompressed, and the words for that."""
+    """The name of a file without its compression ending, and the advice to decompress it first."""
     name = str(location)
     return (name[: name.rindex(".")], "decompress it, then ") if is_compressed(location) else (name, "")
 

@@ -294,14 +294,13 @@ def is_complete(folder: Path) -> bool:
     begins it, if any."""
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}
-    # LitGPT reads the class of every tokenizer, and null as False where a missing line means the class's own rule.
     if token_text(config.get("eos_token")) is None or config.get("tokenizer_class") is None:
         return False
-    if config.get("add_bos_token", False) is None:
-        return False
-    if config.get("add_bos_token") is None and config.get("tokenizer_class") != "LlamaTokenizer":
+    if "add_bos_token" not in config and config["tokenizer_class"] != "LlamaTokenizer":
         return _token_before_texts(_read_json(folder / "tokenizer.json")) is None
-    return not config.get("add_bos_token", True) or token_text(config.get("bos_token")) is not None
+    # null is unclear: LitGPT takes it for False, although a missing line means True for LlamaTokenizer.
+    adds = config.get("add_bos_token", True)
+    return adds is False or (bool(adds) and token_text(config.get("bos_token")) is not None)
 
 
 def load(folder: Path) -> TokenizerInfo:

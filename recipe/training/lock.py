@@ -103,7 +103,7 @@ def _read_holder(out_dir: Path) -> Holder | None:
 
 
 def _check_left_behind(out_dir: Path, me: Holder) -> None:
-    """Says what becomes of a holder whose lock this process has got.
+    """Report the run that held the lock before this process took it over.
 
     Raises:
         UserError: it was on another machine, whose locks may not be seen here.
