@@ -87,7 +87,7 @@ bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and wri
 
 bench-gpu: venv ## Check the layer, a compiled run and generation on this machine's GPU, then measure all, what matters most first
 	@$(MEASURE); \
-	measure pytest tests/custom_moe tests/inference tests/training/test_pretrain.py::$(COMPILED); \
+	measure pytest tests/custom_moe tests/inference tests/train/test_pretrain.py::$(COMPILED); \
 	measure python benchmarks/train_step.py --device cuda; \
 	measure --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda; \
 	$(QUICKSTART); \

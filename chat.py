@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from recipe.cli import UserError, run_door
+from litmoe.cli import UserError, run_door
 
 HOST, PORT = "127.0.0.1", 7860
 
@@ -51,7 +51,7 @@ def main(
         device: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
         precision: Type of the weights; auto is bf16-true on a GPU that computes in it, else 32-true.
     """
-    from recipe import checkpoints
+    from litmoe import checkpoints
 
     if compare is not None and not web:
         raise UserError("--compare shows two models on the page in the browser: add --web.")
@@ -60,20 +60,20 @@ def main(
     folders = [checkpoints.resolve(folder) for folder in ([checkpoint] if compare is None else [checkpoint, compare])]
     for folder in folders:
         print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
-    from recipe.inference.generate import Sampling, check_sampling, check_seed, load  # takes seconds
+    from litmoe.inference.generate import Sampling, check_sampling, check_seed, load  # takes seconds
 
     check_sampling(1, max_new_tokens, temperature, top_k, top_p)
     if seed is not None:
         check_seed(seed)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if web:
-        from recipe.inference.web import listen, serve  # takes seconds more
+        from litmoe.inference.web import listen, serve  # takes seconds more
 
         with listen(host, port) as sock:  # before the models are loaded: it may fail
             serve([load(folder, device, precision, max_seq_length) for folder in folders], sampling, seed, sock)
         return
-    from recipe.inference.chat import Chat
-    from recipe.inference.terminal import Terminal
+    from litmoe.inference.chat import Chat
+    from litmoe.inference.terminal import Terminal
 
     terminal = Terminal(Chat(load(folders[0], device, precision, max_seq_length), seed=seed), sampling)
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # Windows consoles

@@ -10,7 +10,7 @@
     uv run python evaluate.py checkpoints/final --tasks mine --tasks_dir my_tasks
     uv run python evaluate.py checkpoints/final --experts --plot experts.png
 
-A table goes to stderr and the same as JSON to stdout. What is counted: the files of recipe/evaluation say it.
+A table goes to stderr and the same as JSON to stdout. What is counted: the files of litmoe/evaluation say it.
 """
 
 import json
@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from recipe.cli import UserError, run_door
+from litmoe.cli import UserError, run_door
 
 MEANINGFUL = {
     "the loss": {"data_dir", "max_iters", "batch_size"},
@@ -67,7 +67,7 @@ def main(
         device: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
         precision: auto is bf16-mixed on a GPU that computes in it, else 32-true.
     """
-    from recipe import checkpoints
+    from litmoe import checkpoints
 
     common: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "precision": precision}
     over_text: dict[str, Any] = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
@@ -83,19 +83,19 @@ def main(
     room: Any  # each takes seconds to import
     result: Any
     if measure == "--hellaswag":
-        from recipe.evaluation import hellaswag as room
+        from litmoe.evaluation import hellaswag as room
 
         result = room.evaluate(folder, hellaswag, limit=limit, **common)
     elif measure == "--tasks":
-        from recipe.evaluation import tasks as room
+        from litmoe.evaluation import tasks as room
 
         result = room.evaluate(folder, [name.strip() for name in str(tasks).split(",")], **of_tasks, **common)
     elif measure == "--experts":
-        from recipe.evaluation import experts as room
+        from litmoe.evaluation import experts as room
 
         result = room.evaluate(folder, **over_text, **common)
     else:
-        from recipe.evaluation import answers, loss
+        from litmoe.evaluation import answers, loss
 
         conversations = answers.find_conversations(folder, data_dir)
         room = loss if conversations is None else answers

@@ -5,17 +5,17 @@
     uv run python export_hf.py checkpoints/final exported/ --push ORG/NAME
     uv run python export_hf.py --import HF_FOLDER checkpoints/imported
 
-Both models are run and compared before anything is moved into place. What goes where: recipe/export/huggingface.py.
+Both models are run and compared before anything is moved into place. What goes where: litmoe/export/huggingface.py.
 """
 
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from recipe.cli import run_door
+from litmoe.cli import run_door
 
 if TYPE_CHECKING:
-    from recipe.export.verify import Check
+    from litmoe.export.verify import Check
 
 
 def main(
@@ -29,7 +29,7 @@ def main(
         dtype: Type of the weights written; without it, as they are.
         push: Upload to this repository of the Hub, ORG/NAME; a new one is private.
     """
-    from recipe.export import huggingface  # takes seconds
+    from litmoe.export import huggingface  # takes seconds
 
     if push is not None:
         huggingface.check_can_push(push)
@@ -45,9 +45,9 @@ def import_folder(hf_folder: Path, out: Path) -> None:
         hf_folder: The folder with config.json, weights and tokenizer.
         out: The checkpoint folder to write, which must not be there yet.
     """
-    from recipe.checkpoints import load_config
-    from recipe.export import huggingface  # takes seconds
-    from recipe.settings import constant_weights_note
+    from litmoe.checkpoints import load_config
+    from litmoe.config import constant_weights_note
+    from litmoe.export import huggingface  # takes seconds
 
     show(huggingface.import_folder(hf_folder, out), out)
     if note := constant_weights_note(load_config(out)):

@@ -12,15 +12,15 @@ uv run torchrun --standalone --nproc_per_node=2 finetune.py checkpoints/final
 
 import sys
 
-from recipe.cli import exit_with_message
+from litmoe.cli import exit_with_message
 
 
 def main() -> None:
     """Reads the settings, finds conversations and checkpoint, trains."""
-    from recipe.settings import check, parse_finetuning
-    from recipe.training.finetune import finetune
-    from recipe.training.lock import locked
-    from recipe.training.ready import ready_to_finetune
+    from litmoe.config import check, parse_finetuning
+    from litmoe.train.finetune import finetune
+    from litmoe.train.lock import locked
+    from litmoe.train.preflight import ready_to_finetune
 
     run = parse_finetuning(sys.argv[1:])
     check(run.settings, run.optimizer)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from recipe.cli import UserError, harmless, run_door
+from litmoe.cli import UserError, harmless, run_door
 
 
 def main(
@@ -47,7 +47,7 @@ def main(
         device: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
         precision: Type of the weights; auto is bf16-true on a GPU that computes in it, else 32-true.
     """
-    from recipe import checkpoints
+    from litmoe import checkpoints
 
     if prompt is not None and prompts is not None:
         raise UserError("got both --prompt and --prompts; give one of them.")
@@ -58,7 +58,7 @@ def main(
         f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}, step {mark.step:,}",
         file=sys.stderr,
     )
-    from recipe.inference.generate import load, stream_pieces  # takes seconds
+    from litmoe.inference.generate import load, stream_pieces  # takes seconds
 
     model = load(folder, device, precision, max_seq_length)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # Windows consoles
@@ -97,7 +97,7 @@ def main(
 
 
 def read_prompts(path: Path) -> list[str]:
-    from recipe.data.files import read_text
+    from litmoe.data.files import read_text
 
     try:
         lines = read_text(path).split("\n")

@@ -31,11 +31,11 @@ if __name__ == "__main__":
     # Imported here alone: processes that tokenize do not need it.
     import sys
 
-    from recipe.cli import exit_with_message, run_door
-    from recipe.data.prepare import PrepareArgs, prepare
+    from litmoe.cli import exit_with_message, run_door
+    from litmoe.data.prepare import PrepareArgs, prepare
 
     if any(argument.partition("=")[0] == "--instruct" for argument in sys.argv[1:]):
-        from recipe.data.instructions import InstructArgs, prepare_instructions
+        from litmoe.data.instructions import InstructArgs, prepare_instructions
 
         instruct_args = run_door(InstructArgs)
         exit_with_message(lambda: prepare_instructions(instruct_args))

@@ -13,18 +13,18 @@ uv run torchrun --standalone --nproc_per_node=2 run_train.py              # two 
 
 import sys
 
-from recipe.cli import exit_with_message
+from litmoe.cli import exit_with_message
 
 
 def main() -> None:
     """Reads the settings, brings data and checkpoint into place, trains."""
-    from recipe.settings import check, parse_run
-    from recipe.training.lock import locked
-    from recipe.training.pretrain import pretrain
-    from recipe.training.ready import ready
+    from litmoe.config import check, parse_run
+    from litmoe.train.lock import locked
+    from litmoe.train.preflight import ready
+    from litmoe.train.pretrain import pretrain
 
     if any(argument.partition("=")[0] == "--plan" for argument in sys.argv):
-        from recipe.training.plan import show_plan
+        from litmoe.train.plan import show_plan
 
         return show_plan(sys.argv[1:])
     run = parse_run(sys.argv[1:])

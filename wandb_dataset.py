@@ -7,7 +7,7 @@ uv run python run_train.py --wandb-dataset ENTITY/PROJECT/dataset-custom_text:la
 
 from pathlib import Path
 
-from recipe.cli import run_door
+from litmoe.cli import run_door
 
 
 def main(
@@ -26,7 +26,7 @@ def main(
         wandb_project: Its project (default: WANDB_PROJECT, else litmoe).
         wandb_entity: Its user or team (default: WANDB_ENTITY, else the account's own).
     """
-    from recipe.data.artifacts import log_dataset
+    from litmoe.data.artifacts import log_dataset
 
     log_dataset(data_dir, tokenizer_dir=tokenizer_dir, name=wandb_artifact, project=wandb_project, entity=wandb_entity)
 

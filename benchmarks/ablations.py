@@ -37,7 +37,7 @@ SIGMOID = [
     *("--model.n_expert_groups=2", "--model.n_topk_groups=2", "--model.n_topk_scores_per_group=2"),
     *("--model.norm_topk_prob=true", "--moe.load_balancing_loss=0"),
 ]
-MUON = {"class_path": "recipe.training.muon.Muon", "init_args": {"adamw_lr": 2.0e-3, "weight_decay": 0.1}}
+MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"adamw_lr": 2.0e-3, "weight_decay": 0.1}}
 
 
 @dataclass(frozen=True)

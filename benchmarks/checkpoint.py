@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import circumstances, invocation, write_result
 from benchmarks.runs import Run, corpus, spread, train
-from recipe.cli import run_door
+from litmoe.cli import run_door
 
 PACKAGES = ("torch", "litgpt", "lightning")
 

@@ -54,7 +54,7 @@ def write_corpora(folder: Path, sizes: list[float]) -> dict[str, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from recipe.data.stories import generate_stories
+    from litmoe.data.stories import generate_stories
 
     written = {f"{round(size / 1e6)}MB": 0 for size in sizes}
     writers: dict[str, pq.ParquetWriter] = {}
@@ -82,8 +82,8 @@ def write_corpora(folder: Path, sizes: list[float]) -> dict[str, int]:
 
 def make_tokenizer(folder: Path) -> None:
     """8,192 tokens, trained on some of the stories."""
-    from recipe.data import tokenizers
-    from recipe.data.stories import generate_stories
+    from litmoe.data import tokenizers
+    from litmoe.data.stories import generate_stories
 
     files = tokenizers.train(islice(generate_stories(), 5000), 8192)
     tokenizers.install(files, {"name": "benchmark"}, folder / "tokenizer")
@@ -114,8 +114,8 @@ def measure(folder: Path, text_bytes: int) -> dict[str, float]:
 
 def run(folder: Path) -> None:
     """What is watched: as `prepare_data.py --source NAME` does it."""
-    from recipe.data import corpora
-    from recipe.data.prepare import PrepareArgs, prepare
+    from litmoe.data import corpora
+    from litmoe.data.prepare import PrepareArgs, prepare
 
     corpora.CORPORA["stories"] = corpora.HubDataset("the built-in stories", str(folder / "hub"))
     tokenizer = folder.parent / "tokenizer"

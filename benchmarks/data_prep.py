@@ -89,8 +89,8 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
 
 def write_corpus(args: argparse.Namespace, folder: Path) -> int:
     """The same text for both: 8 files to train on, a small one to validate on; returns their bytes."""
-    from recipe.data.documents import documents_of
-    from recipe.data.stories import generate_stories
+    from litmoe.data.documents import documents_of
+    from litmoe.data.stories import generate_stories
 
     if args.text:
         documents = [text for text in documents_of(args.text.read_text(encoding="utf-8")) if text]
@@ -112,7 +112,7 @@ def write_corpus(args: argparse.Namespace, folder: Path) -> int:
 
 def make_tokenizer(args: argparse.Namespace, folder: Path) -> None:
     """Puts the tokenizer into ``folder``, in the form that both read."""
-    from recipe.data import tokenizers
+    from litmoe.data import tokenizers
 
     if args.tokenizer == "train":
         texts = (path.read_text(encoding="utf-8") for path in sorted((folder / "train").glob("*.txt")))
@@ -155,7 +155,7 @@ def run(way: str, folder: Path) -> None:
         import tiktoken  # noqa: F401
         import tokenizers  # noqa: F401
 
-        from recipe.data.prepare import PrepareArgs, prepare
+        from litmoe.data.prepare import PrepareArgs, prepare
 
         started = time.perf_counter()
         prepare(PrepareArgs(data_dir=folder, tokenizer_dir=folder / "tokenizer"))

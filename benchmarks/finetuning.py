@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import circumstances, invocation
-from recipe.cli import run_door
+from litmoe.cli import run_door
 
 PACKAGES = ("torch", "litgpt", "lightning", "tokenizers")
 RUN_FILE = "configs/finetune-quickstart.yaml"
@@ -68,10 +68,10 @@ def run(script: str, *flags: str) -> None:
 
 def measure(checkpoint: Path, data_dir: Path, temperature: float) -> dict[str, Any]:
     """The loss on all held-out answers, and what becomes of the first held-out requests."""
-    from recipe import load
-    from recipe.data.conversations import DEFAULT_STYLE, is_tuned, load_prompt_style, prompt_style, prompt_text
-    from recipe.evaluation.answers import evaluate
-    from recipe.inference.generate import draw_samples
+    from litmoe import load
+    from litmoe.data.conversations import DEFAULT_STYLE, is_tuned, load_prompt_style, prompt_style, prompt_text
+    from litmoe.evaluation.answers import evaluate
+    from litmoe.inference.generate import draw_samples
 
     loss = evaluate(checkpoint, data_dir)
     model, style = load(checkpoint), load_prompt_style(checkpoint)

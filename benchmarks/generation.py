@@ -36,11 +36,11 @@ from torch import Tensor
 
 from benchmarks.common import circumstances, gpu, installed, invocation
 from custom_moe import use_custom_moe
-from recipe import checkpoints
-from recipe.cli import UserError, run_door
-from recipe.export.weights import to_huggingface
-from recipe.hf_config import huggingface_config, without_counterpart
-from recipe.inference.generate import choose_dtype, generate_tokens
+from litmoe import checkpoints
+from litmoe.cli import UserError, run_door
+from litmoe.export.weights import to_huggingface
+from litmoe.hf_config import huggingface_config, without_counterpart
+from litmoe.inference.generate import choose_dtype, generate_tokens
 
 PACKAGES = ("torch", "litgpt", "transformers", "triton")
 BATCHES = (1, 16)

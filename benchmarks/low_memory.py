@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import NO_BF16, choose_device, circumstances, gpu, invocation, write_result
 from benchmarks.moe_vs_dense import seeded
 from benchmarks.runs import Corpus, Failed, corpus, last, read_metrics, spread, train
-from recipe.cli import run_door
-from recipe.settings import cpu_has_bf16
-from recipe.training.cards import CUDA_CONTEXT, DISPLAY
+from litmoe.cli import run_door
+from litmoe.config import cpu_has_bf16
+from litmoe.train.gpus import CUDA_CONTEXT, DISPLAY
 
 PACKAGES = ("torch", "torchao", "litgpt", "lightning")
 CARD = 6.0
@@ -108,10 +108,10 @@ def measure_peak(folder: Path, steps: int, text: Corpus) -> dict[str, Any]:
     """Trains in this process, for whose allocator the cap counts."""
     import torch
 
-    from recipe.settings import check, parse_run
-    from recipe.training.allocator import use_expandable_segments
-    from recipe.training.pretrain import pretrain
-    from recipe.training.ready import ready
+    from litmoe.config import check, parse_run
+    from litmoe.train.allocator import use_expandable_segments
+    from litmoe.train.preflight import ready
+    from litmoe.train.pretrain import pretrain
 
     use_expandable_segments(True)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30

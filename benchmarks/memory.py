@@ -3,7 +3,7 @@
     uv run python benchmarks/memory.py
     uv run python benchmarks/memory.py --device cuda     # the plan of whole runs against what a card allocates
 
-Without a card nothing is measured: the steps run on tensors without contents (recipe/training/memory.py), with the
+Without a card nothing is measured: the steps run on tensors without contents (litmoe/train/memory.py), with the
 kernels of an A100. Writes benchmarks/results/memory.json and prints the README's table; with a card, memory_cuda.json.
 """
 
@@ -23,12 +23,12 @@ from torch.func import functional_call
 from benchmarks.common import choose_device, circumstances, gpu
 from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware, hardware_of
-from recipe.flops import count_parameters
-from recipe.layers import use_fast_layers
-from recipe.settings import ParsedRun, parse_run
-from recipe.training.memory import training_memory
-from recipe.training.model import PretrainingModel, cast_matrices, matrices_to_cast
-from recipe.training.optimizers import make_optimizer
+from litmoe.config import ParsedRun, parse_run
+from litmoe.flops import count_parameters
+from litmoe.layers import use_fast_layers
+from litmoe.train.memory import training_memory
+from litmoe.train.model import PretrainingModel, cast_matrices, matrices_to_cast
+from litmoe.train.optimizers import make_optimizer
 
 RESULT = ROOT / "benchmarks/results/memory.json"
 RUNS = ("fineweb-edu-gpt2-124m", "fineweb-edu-gpt2-moe")
@@ -112,7 +112,7 @@ def against_a_card(name: str, *flags: str) -> dict[str, object]:
     model = fabric.setup(PretrainingModel(gpt, checkpointing))
     optimizer = make_optimizer(run.optimizer, model, fused=True)
     tokens = torch.randint(50257, (train.micro_batch_size, gpt.max_seq_length), device=fabric.device)
-    for _ in range(3):  # each as recipe.training.loop.fit does it
+    for _ in range(3):  # each as litmoe.train.loop.fit does it
         weights = cast_matrices(matrices_to_cast(model, precision, checkpointing), precision)
         for _ in range(min(2, train.gradient_accumulation_iters(1))):
             losses = functional_call(model, weights, (tokens, tokens), tie_weights=False)

@@ -33,8 +33,8 @@ import torch
 
 from benchmarks.common import choose_device, circumstances, gpu, invocation, write_result
 from benchmarks.runs import SEEDS, Corpus, Failed, Point, corpus, curve, interpolate, spread, train
-from recipe.flops import count_parameters
-from recipe.settings import parse_run
+from litmoe.config import parse_run
+from litmoe.flops import count_parameters
 
 PACKAGES = ("torch", "litgpt", "lightning")
 VALIDATIONS = 6

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common import Target, plotting, table, where
 from benchmarks.runs import Spread
-from recipe.training.cards import CUDA_CONTEXT, DISPLAY
+from litmoe.train.gpus import CUDA_CONTEXT, DISPLAY
 
 Row = dict[str, Any]
 
@@ -194,7 +194,7 @@ def train_step(result: Row) -> list[str]:
         peaks = " and ".join(f"{value / 1e12:,.3g} TFLOP/s ({kind})" for kind, value in result["peaks"].items())
         of_what = "matrices in bf16" if on_gpu else "large matrices in fp32, just before"
         lines += [
-            "MFU counts the operations of recipe/flops.py, causal attention by half, as a share of",
+            "MFU counts the operations of litmoe/flops.py, causal attention by half, as a share of",
             f"{peaks} for products of {of_what}. *The limit* is nothing but those operations at the first rate.",
         ]
     else:

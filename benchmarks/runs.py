@@ -17,7 +17,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from benchmarks.common import ROOT, peak_memory
-from recipe.data import manifest
+from litmoe.data import manifest
 
 Row = dict[str, float]
 
@@ -40,7 +40,7 @@ class Corpus:
         return [*paths, f"--tokenizer_dir={self.tokenizer_dir}"]
 
     def bits_per_byte(self, loss: float) -> float:
-        """Of a loss on the validation text in nats per token; recipe/evaluation/loss.py counts the same."""
+        """Of a loss on the validation text in nats per token; litmoe/evaluation/loss.py counts the same."""
         found = manifest.read(self.data_dir)
         assert found is not None
         return loss / math.log(2) * found.splits["val"].tokens / found.splits["val"].bytes

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import commit, cpu_name
-from recipe.cli import UserError, command, run_door
+from litmoe.cli import UserError, command, run_door
 
 PACKAGES = ("torch", "litgpt", "lightning", "tokenizers")
 
@@ -49,10 +49,10 @@ def main(
         seeds: Number of samples, seeds 0 to seeds - 1.
         output: The file to write.
     """
-    from recipe import checkpoints
-    from recipe.data.stories import FRIENDS, HEROES, generate_stories
-    from recipe.flops import count_parameters
-    from recipe.inference.generate import draw_samples, load
+    from litmoe import checkpoints
+    from litmoe.data.stories import FRIENDS, HEROES, generate_stories
+    from litmoe.flops import count_parameters
+    from litmoe.inference.generate import draw_samples, load
 
     folder = checkpoints.resolve(checkpoint, root=Path("checkpoints/quickstart"))
     corpus = searchable(read_corpus(text))
@@ -115,7 +115,7 @@ def main(
 
 def read_corpus(folder: Path) -> Iterator[str]:
     """Every document of the corpus, training and validation text."""
-    from recipe.data.documents import documents_of, text_files
+    from litmoe.data.documents import documents_of, text_files
 
     files = [file for split in ("train", "val") for file in text_files(folder / split) if file.suffix == ".txt"]
     if not files:

@@ -16,7 +16,7 @@ import litgpt.pretrain
 import torch
 from litgpt.model import Config
 
-from recipe.settings import choose_precision, parse_run, processes
+from litmoe.config import choose_precision, parse_run, processes
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ import torch
 
 from benchmarks.common import choose_device, circumstances, gpu, invocation, kept_rows, matmul_flops, write_result
 from benchmarks.runs import Corpus, Failed, Run, corpus, train
-from recipe.flops import training_flops_per_token
-from recipe.settings import parse_run
+from litmoe.config import parse_run
+from litmoe.flops import training_flops_per_token
 
 PACKAGES = ("torch", "litgpt", "lightning")
 PEAKS = {"NVIDIA H200": {"measured": 790e12, "datasheet": 989e12}}

@@ -13,9 +13,9 @@ from litgpt.prompts import Default, load_prompt_style
 from litgpt.utils import check_valid_checkpoint_dir
 
 from custom_moe import use_custom_moe
-from recipe import checkpoints
-from recipe.cli import UserError
-from recipe.sealed import read_sealed, write_sealed
+from litmoe import checkpoints
+from litmoe.checksummed_json import read_sealed, write_sealed
+from litmoe.cli import UserError
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from recipe.cli import UserError, command, quoted
-from recipe.data import instructions, tokenizers
-from recipe.data.manifest import tokenizer_fingerprint
-from recipe.data.module import checked_manifest
+from litmoe.cli import UserError, command, quoted
+from litmoe.data import instructions, tokenizers
+from litmoe.data.manifest import tokenizer_fingerprint
+from litmoe.data.module import checked_manifest
 
 
 def test_a_printed_command_can_be_pasted() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe import load
-from recipe.data import InstructionData
+from litmoe import load
+from litmoe.data import InstructionData
 from tests.training_fixtures import column
 
 OLD = Path(__file__).parent / "golden" / "0.1.0"

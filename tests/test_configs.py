@@ -8,10 +8,10 @@ import torch
 from litgpt import GPT, Config
 
 from custom_moe import MoE, use_custom_moe
-from recipe.cli import UserError
-from recipe.data.corpora import CORPORA
-from recipe.flops import count_parameters, training_flops_per_token
-from recipe.settings import PROJECT, check, parse_run
+from litmoe.cli import UserError
+from litmoe.config import PROJECT, check, parse_run
+from litmoe.data.corpora import CORPORA
+from litmoe.flops import count_parameters, training_flops_per_token
 
 MODELS = sorted((PROJECT / "configs/models").glob("*.yaml"))
 RUNS = [PROJECT / "configs/quickstart.yaml", *sorted((PROJECT / "configs/runs").glob("*.yaml"))]
@@ -140,7 +140,7 @@ def test_the_gpt2_runs_value_for_value() -> None:
 @pytest.mark.parametrize("path", RUNS, ids=by_name)
 def test_a_run_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
     config = parse_run(["--config", str(path)]).settings.model
-    # torchao compiles the update of each shape, which takes a minute (tests/training/test_optimizers.py does it).
+    # torchao compiles the update of each shape, which takes a minute (tests/train/test_optimizers.py does it).
     with torch.compiler.set_stance("force_eager"):
         out_dir = train(*tiny_run(prepared, tmp_path / "run"), *shrunken(config), "--config", str(path))
     rows = (out_dir / "metrics.csv").read_text(encoding="utf-8").splitlines()

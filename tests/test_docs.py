@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from litgpt import Config
 
-from recipe.flops import count_parameters, training_flops_per_token
-from recipe.settings import PROJECT, parse_run, run_parser
+from litmoe.config import PROJECT, parse_run, run_parser
+from litmoe.flops import count_parameters, training_flops_per_token
 from tests.test_configs import MODELS, RUNS
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from litgpt.config import configs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipe.flops import count_parameters, training_flops_per_token
+from litmoe.flops import count_parameters, training_flops_per_token
 
 MOE_200M = dict(
     name="MoE-200M",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe import load
+from litmoe import load
 from tests.training_fixtures import column, rows
 
 GOLDEN = Path(__file__).parent / "golden" / "run.json"

@@ -1,12 +1,12 @@
-"""The layers of recipe/layers.py against LitGPT's, with every gradient."""
+"""The layers of litmoe/layers.py against LitGPT's, with every gradient."""
 
 import litgpt.model
 import pytest
 import torch
 from litgpt import GPT, Config
 
-import recipe.layers
-from recipe.layers import CausalSelfAttention, RMSNorm, use_fast_layers
+import litmoe.layers
+from litmoe.layers import CausalSelfAttention, RMSNorm, use_fast_layers
 
 B, T = 2, 13
 USUAL = dict(block_size=32, n_layer=1, n_embd=48, n_head=6, padded_vocab_size=32, rotary_percentage=1.0, bias=False)
@@ -88,7 +88,7 @@ def test_without_flash_attention_key_heads_are_repeated(monkeypatch):
     """As on a GPU in fp32: no kernel takes fewer of them there, and torch would make all scores."""
     stock, ours, cos, sin = both_attentions("grouped queries")
     x = torch.randn(B, T, 48)
-    monkeypatch.setattr(recipe.layers, "_flash_attention", lambda *_: False)
+    monkeypatch.setattr(litmoe.layers, "_flash_attention", lambda *_: False)
     assert_same(stock, ours, x, cos, sin)
 
 

@@ -75,7 +75,7 @@ def test_what_make_starts_keeps_its_bytecode(project: Path) -> None:
 @needs_posix
 def test_make_clean_keeps_what_the_user_made(project: Path) -> None:
     kept = ["data/custom_text/train/a.txt", "checkpoints/final/lit_model.pth", "wandb/run", ".venv/__pycache__/a.pyc"]
-    gone = ["recipe/__pycache__/a.pyc", ".mypy_cache/a", "litmoe.egg-info/a"]
+    gone = ["litmoe/__pycache__/a.pyc", ".mypy_cache/a", "litmoe.egg-info/a"]
     for name in kept + gone:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).touch()

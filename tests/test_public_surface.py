@@ -8,10 +8,12 @@ import json
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
+
+import litmoe
+from litmoe.cli import current_class_path
 
 PROJECT = Path(__file__).parent.parent
 SURFACE = json.loads((PROJECT / "tests" / "golden" / "surface.json").read_text(encoding="utf-8"))
@@ -33,10 +35,15 @@ def test_no_flag_is_lost(command: str) -> None:
 
 @pytest.mark.parametrize("path", SURFACE["class_paths"])
 def test_class_paths_of_old_run_files_import(path: str) -> None:
-    module, _, name = path.rpartition(".")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        assert getattr(importlib.import_module(module), name)
+    module, _, name = current_class_path(path).rpartition(".")
+    assert getattr(importlib.import_module(module), name)
+
+
+def test_old_package_name_warns() -> None:
+    sys.modules.pop("recipe", None)
+    with pytest.warns(DeprecationWarning, match="litmoe"):
+        recipe = importlib.import_module("recipe")
+    assert recipe.load is litmoe.load
 
 
 def test_custom_moe_exports_the_same_names() -> None:

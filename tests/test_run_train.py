@@ -17,11 +17,11 @@ import torch
 import yaml
 
 import run_train
-from recipe import checkpoints
-from recipe.cli import exit_with_message
-from recipe.data.manifest import read as read_manifest
-from recipe.settings import PROJECT, parse_run
-from recipe.training.ready import prepare_data
+from litmoe import checkpoints
+from litmoe.cli import exit_with_message
+from litmoe.config import PROJECT, parse_run
+from litmoe.data.manifest import read as read_manifest
+from litmoe.train.preflight import prepare_data
 from tests.training_fixtures import SIGMOID_ROUTER
 
 

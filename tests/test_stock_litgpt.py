@@ -22,8 +22,8 @@ from litgpt import GPT, Config
 from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.utils import copy_config_files
 
-from recipe import checkpoints, load
-from recipe.data.conversations import prompt_style
+from litmoe import checkpoints, load
+from litmoe.data.conversations import prompt_style
 from tests.tiny_checkpoint import litgpts_finetuning, save_tiny, tiny_gpt
 
 DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}

@@ -10,11 +10,11 @@ import torch
 from litgpt import GPT, Config
 
 from custom_moe import use_custom_moe
-from recipe import checkpoints
-from recipe.cli import UserError
-from recipe.evaluation.loss import evaluate
-from recipe.settings import parse_run
-from recipe.upcycling import upcycle, upcycled_model
+from litmoe import checkpoints
+from litmoe.cli import UserError
+from litmoe.config import parse_run
+from litmoe.evaluation.loss import evaluate
+from litmoe.upcycling import upcycle, upcycled_model
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
 DENSE = ("--model.mlp_class_name=LLaMAMLP", "--model.intermediate_size=48", "--model.moe_intermediate_size=null")

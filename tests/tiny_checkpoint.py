@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from litgpt import GPT, Config
 
-from recipe import checkpoints
+from litmoe import checkpoints
 
 
 def tiny_gpt(fields: dict[str, Any], seed: int = 0) -> GPT:

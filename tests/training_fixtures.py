@@ -11,12 +11,12 @@ import jsonargparse._optionals
 import pytest
 import yaml
 
-from recipe.data.instructions import InstructArgs, prepare_instructions
-from recipe.data.prepare import PrepareArgs, prepare
-from recipe.settings import check, parse_finetuning, parse_run
-from recipe.training.finetune import finetune
-from recipe.training.pretrain import pretrain
-from recipe.training.ready import ready, ready_to_finetune
+from litmoe.config import check, parse_finetuning, parse_run
+from litmoe.data.instructions import InstructArgs, prepare_instructions
+from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.train.finetune import finetune
+from litmoe.train.preflight import ready, ready_to_finetune
+from litmoe.train.pretrain import pretrain
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
 # Half of what parsing takes is reading the same classes' sources anew for their help texts.
@@ -61,7 +61,7 @@ def run_file(tmp_path: Path, prepared: Path, moe_fields: dict) -> Path:
         "out_dir": str(tmp_path / "out"),
         "tokenizer_dir": str(prepared / "tokenizer"),
         "data": {
-            "class_path": "recipe.data.TokenizedText",
+            "class_path": "litmoe.data.TokenizedText",
             "init_args": {
                 "train_data_path": str(prepared / "data" / "train"),
                 "val_data_path": str(prepared / "data" / "val"),
@@ -126,7 +126,7 @@ def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
 def tune(tmp_path: Path, base: Path, instructions: Path) -> Callable[..., Path]:
     """``tune("--flag", "value")`` does what ``finetune.py`` does and returns the ``out_dir``."""
     settings = {
-        "data": {"class_path": "recipe.data.InstructionData", "init_args": {"data_dir": str(instructions)}},
+        "data": {"class_path": "litmoe.data.InstructionData", "init_args": {"data_dir": str(instructions)}},
         "train": {
             "global_batch_size": 4,
             "micro_batch_size": 2,

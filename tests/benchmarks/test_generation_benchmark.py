@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks import generation
 from benchmarks.generation import copy_bandwidth, step_bytes, timed
-from recipe.cli import UserError
+from litmoe.cli import UserError
 from tests.tiny_checkpoint import tiny_gpt
 
 

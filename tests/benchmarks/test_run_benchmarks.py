@@ -25,7 +25,7 @@ from benchmarks.data_loading import Shape
 from benchmarks.report_runs import targets
 from benchmarks.runs import Corpus, Failed, Point, Run, Spread, curve, interpolate, spread, train
 from benchmarks.train_step import Case, Way
-from recipe.data import manifest
+from litmoe.data import manifest
 
 CIRCUMSTANCES = {
     "command": "the command",

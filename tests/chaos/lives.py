@@ -27,8 +27,8 @@ SAVES = r"\.(step-\d+|final)\.(?:partial|old)(?:/|$)"
 KILL = signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM  # os.kill of Windows ends a process by any
 
 _WARM = (
-    *("recipe.settings", "recipe.training.ready", "recipe.training.pretrain", "recipe.training.finetune"),
-    *("recipe.data.instruction_module", "recipe.training.muon", "tests.chaos.lives"),
+    *("litmoe.config", "litmoe.train.preflight", "litmoe.train.pretrain", "litmoe.train.finetune"),
+    *("litmoe.data.instruction_module", "litmoe.train.muon", "tests.chaos.lives"),
 )
 
 

@@ -19,17 +19,17 @@ import torch
 import yaml
 from litgpt import Tokenizer
 
-from recipe import checkpoints, load
-from recipe.cli import UserError, run_door
-from recipe.data import InstructionData, manifest
-from recipe.data.instructions import InstructArgs, prepare_instructions
-from recipe.data.prepare import PrepareArgs, prepare
-from recipe.sealed import file_sha256, read_sealed, write_json, write_sealed
-from recipe.settings import check, parse_run
-from recipe.training.logs import COLUMNS, MetricsCSV
-from recipe.training.pretrain import pretrain
-from recipe.training.ready import ready
-from recipe.training.state import check_same_tokens
+from litmoe import checkpoints, load
+from litmoe.checksummed_json import file_sha256, read_sealed, write_json, write_sealed
+from litmoe.cli import UserError, run_door
+from litmoe.config import check, parse_run
+from litmoe.data import InstructionData, manifest
+from litmoe.data.instructions import InstructArgs, prepare_instructions
+from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.train.logs import COLUMNS, MetricsCSV
+from litmoe.train.preflight import ready
+from litmoe.train.pretrain import pretrain
+from litmoe.train.state import check_same_tokens
 
 STEP = "step-00000002"
 MODEL = dict(
@@ -59,7 +59,7 @@ class World:
             "model": MODEL,
             "out_dir": str(self.folder / "out"),
             "tokenizer_dir": str(self.folder / "tokenizer"),
-            "data": {"class_path": "recipe.data.TokenizedText", "init_args": {**paths, "num_workers": 0}},
+            "data": {"class_path": "litmoe.data.TokenizedText", "init_args": {**paths, "num_workers": 0}},
             "train": {
                 **{"global_batch_size": 2, "micro_batch_size": 2, "max_seq_length": 16, "max_steps": 4},
                 **{"save_interval": 2, "lr_warmup_steps": 1},

@@ -14,14 +14,14 @@ import torch
 import yaml
 from litgpt import Tokenizer
 
-from recipe import checkpoints, load
-from recipe.cli import UserError, exit_with_message
-from recipe.data import manifest
-from recipe.data.prepare import PrepareArgs, prepare
-from recipe.inference.chat import Chat
-from recipe.sealed import read_sealed, write_sealed
-from recipe.settings import check, parse_finetuning, parse_run
-from recipe.training.ready import ready_to_finetune
+from litmoe import checkpoints, load
+from litmoe.checksummed_json import read_sealed, write_sealed
+from litmoe.cli import UserError, exit_with_message
+from litmoe.config import check, parse_finetuning, parse_run
+from litmoe.data import manifest
+from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.inference.chat import Chat
+from litmoe.train.preflight import ready_to_finetune
 from tests.tiny_checkpoint import door, mark_anew, save_tiny, tiny_gpt
 
 HARM = "harm-done"
@@ -135,8 +135,8 @@ def test_no_door_runs_a_pickle(
 
 
 def finetune_on(tmp_path: Path, checkpoint: Path, *flags: str) -> None:
-    from recipe.data.instructions import InstructArgs, prepare_instructions
-    from recipe.training.finetune import finetune
+    from litmoe.data.instructions import InstructArgs, prepare_instructions
+    from litmoe.train.finetune import finetune
 
     pairs = [{"prompt": f"Who is {i}?", "response": f"It is {i}."} for i in range(40)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
@@ -215,7 +215,7 @@ def test_a_checkpoint_chooses_no_class(
     setting: str, stranger: Path, prepared: Path, tmp_path: Path, train: Any
 ) -> None:
     """Its hyperparameters name classes; what is instantiated is what the user's own run file and flags name."""
-    settings = {"data": {"class_path": "recipe.data.TokenizedText", "init_args": {}}, "optimizer": {}}
+    settings = {"data": {"class_path": "litmoe.data.TokenizedText", "init_args": {}}, "optimizer": {}}
     settings[setting] = {"class_path": "evil.Evil", "init_args": {}}
     (stranger / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     mark_anew(stranger)

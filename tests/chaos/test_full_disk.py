@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe import checkpoints
-from recipe.training.logs import MetricsCSV
+from litmoe import checkpoints
+from litmoe.train.logs import MetricsCSV
 from tests.chaos.lives import Life
 from tests.chaos.test_killed_training import (
     INTERVAL,

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from recipe import settings as settings_module
-from recipe.cli import UserError, exit_with_message, run_door
-from recipe.data.instructions import InstructArgs
-from recipe.data.prepare import PrepareArgs, prepare
-from recipe.settings import ParsedRun, check, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
+from litmoe import config as settings_module
+from litmoe.cli import UserError, exit_with_message, run_door
+from litmoe.config import ParsedRun, check, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
+from litmoe.data.instructions import InstructArgs
+from litmoe.data.prepare import PrepareArgs, prepare
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
 
 ROOT = Path(__file__).parent.parent.parent
@@ -352,7 +352,7 @@ def test_command_lines_of_the_doors(name: str, examples: int, capsys: pytest.Cap
 
 
 def _help(function: Any) -> str:
-    from recipe.cli import make_parser
+    from litmoe.cli import make_parser
 
     parser = make_parser()
     parser.add_function_arguments(function, as_positional=True, sub_configs=True)

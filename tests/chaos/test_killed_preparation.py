@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recipe.sealed import read_sealed
+from litmoe.checksummed_json import read_sealed
 from tests.chaos.conftest import Moment, share
 from tests.chaos.lives import Death, Life, Operation, Watched
 from tests.data.hub_server import serve

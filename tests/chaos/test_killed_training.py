@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 
-from recipe import checkpoints
-from recipe.data.instructions import InstructArgs, prepare_instructions
+from litmoe import checkpoints
+from litmoe.data.instructions import InstructArgs, prepare_instructions
 from tests.chaos.conftest import Moment, share
 from tests.chaos.lives import SAVES, Death, Life, Operation, Watched
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
@@ -30,7 +30,7 @@ RUN = (
     *("--train.max_steps", str(STEPS), "--train.save_interval", str(INTERVAL)),
     *("--eval.interval", "20", "--progress", "false", "--checkpoint.every_minutes", "null"),
 )
-MUON = ("--optimizer", "recipe.training.muon.Muon", "--optimizer.init_args.lr", "0.02")
+MUON = ("--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.lr", "0.02")
 A_ROUND = 20
 """As often a run is killed before it may come to its end and is compared; then another one begins"""
 TOLD_BY_A_CLOCK = {"time", "tokens_per_second"}
@@ -291,7 +291,7 @@ def test_finetuning_in_chaos(
     (tmp_path / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
     prepare_instructions(InstructArgs(str(tmp_path / "questions.json"), tmp_path / "data", val_fraction=0.2))
     settings = {
-        "data": {"class_path": "recipe.data.InstructionData", "init_args": {"data_dir": str(tmp_path / "data")}},
+        "data": {"class_path": "litmoe.data.InstructionData", "init_args": {"data_dir": str(tmp_path / "data")}},
         "train": {"global_batch_size": 4, "micro_batch_size": 2, "lr_warmup_steps": 2, "min_lr": 1.0e-4},
         "eval": {"max_iters": 3},
         "sample": {"max_new_tokens": 8},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe import checkpoints
+from litmoe import checkpoints
 from tests.chaos.lives import PROJECT
 from tests.chaos.test_killed_training import (
     RUN,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.data.manifest import Manifest
-from recipe.data.prepare import PrepareArgs, prepare
+from litmoe.data.manifest import Manifest
+from litmoe.data.prepare import PrepareArgs, prepare
 
 
 @pytest.fixture

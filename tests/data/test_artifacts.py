@@ -18,13 +18,13 @@ import wandb
 import yaml
 from wandb_server import Version, WandbServer, serve
 
-from recipe.cli import UserError
-from recipe.data import manifest
-from recipe.data.artifacts import RECORD, fetch_dataset, log_dataset, parse_reference
-from recipe.data.prepare import PrepareArgs, prepare
-from recipe.settings import parse_run
-from recipe.training.pretrain import pretrain
-from recipe.training.ready import ready
+from litmoe.cli import UserError
+from litmoe.config import parse_run
+from litmoe.data import manifest
+from litmoe.data.artifacts import RECORD, fetch_dataset, log_dataset, parse_reference
+from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.train.preflight import ready
+from litmoe.train.pretrain import pretrain
 
 PROJECT = Path(__file__).resolve().parents[2]
 KEY = "0123456789" * 4

@@ -7,8 +7,8 @@ import pytest
 from litgpt import Tokenizer
 from litgpt.data import SFTDataset
 
-from recipe.cli import UserError
-from recipe.data.conversations import (
+from litmoe.cli import UserError
+from litmoe.data.conversations import (
     Message,
     encode_conversation,
     encode_newest,

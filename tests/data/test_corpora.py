@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recipe.cli import UserError
-from recipe.data import corpora, documents, manifest, tokenizers, tokens
-from recipe.data.corpora import CORPORA, HubDataset
-from recipe.data.documents import clean
+from litmoe.cli import UserError
+from litmoe.data import corpora, documents, manifest, tokenizers, tokens
+from litmoe.data.corpora import CORPORA, HubDataset
+from litmoe.data.documents import clean
 from tests.data.hub_server import serve
 from tests.data.test_prepare import ROOT, decoded, put, state
 
@@ -497,7 +497,7 @@ def test_stopped_while_the_tokens_are_put_in_place_nothing_is_done_again(
             patch.setattr(manifest, "replace_folder", stopping)
         else:
             patch.setattr(
-                "recipe.data.manifest.write" if moment == "manifest" else "recipe.data.prepare._summary", stop
+                "litmoe.data.manifest.write" if moment == "manifest" else "litmoe.data.prepare._summary", stop
             )
         run(**settings)
     with monkeypatch.context() as patch:
@@ -511,7 +511,7 @@ def test_stopped_while_the_tokens_are_put_in_place_nothing_is_done_again(
 
 def test_training_takes_streamed_tokens(tmp_path: Path, run: Callable, plain: str, corpus: Callable) -> None:
     """The reader looks for changed text: there is none; and tells two corpora apart by their files."""
-    from recipe.data.module import checked_manifest
+    from litmoe.data.module import checked_manifest
 
     first = run(source=plain)
     assert checked_manifest(tmp_path / "data") == first
@@ -719,9 +719,9 @@ def test_the_hub_end_to_end(tmp_path: Path, run: Callable, stories: list[str]) -
     body = """
         import sys
         from pathlib import Path
-        from recipe.cli import UserError
-        from recipe.data import documents, tokens
-        from recipe.data.prepare import PrepareArgs, prepare
+        from litmoe.cli import UserError
+        from litmoe.data import documents, tokens
+        from litmoe.data.prepare import PrepareArgs, prepare
         tokens.JOURNAL_SECONDS = 0.0
         documents.REMOTE_PART_BYTES = 30_000
         for line in sys.stdin:

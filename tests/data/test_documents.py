@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recipe.cli import UserError
-from recipe.data import documents
-from recipe.data.documents import END_OF_TEXT, Rules, cut_document, documents_of, parts, split_of, text_files
+from litmoe.cli import UserError
+from litmoe.data import documents
+from litmoe.data.documents import END_OF_TEXT, Rules, cut_document, documents_of, parts, split_of, text_files
 
 
 def read(part: documents.Part, rules: Rules) -> documents.PartText:

@@ -13,11 +13,11 @@ from litgpt.data import SFTDataset
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from recipe.cli import UserError
-from recipe.data import InstructionData
-from recipe.data.conversations import DEFAULT_STYLE, EncodedConversation, encode_conversation, prompt_style
-from recipe.data.instruction_module import Conversations
-from recipe.data.instructions import InstructArgs, conversations, prepare_instructions
+from litmoe.cli import UserError
+from litmoe.data import InstructionData
+from litmoe.data.conversations import DEFAULT_STYLE, EncodedConversation, encode_conversation, prompt_style
+from litmoe.data.instruction_module import Conversations
+from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
 
 T = 64
 

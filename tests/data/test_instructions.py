@@ -18,18 +18,18 @@ import pytest
 from litgpt import PromptStyle, Tokenizer
 from litgpt.prompts import Alpaca, prompt_styles
 
-from recipe.cli import UserError
-from recipe.data import instructions
-from recipe.data.conversations import encode_conversation
-from recipe.data.instruction_rows import conversation_of, rows_of, unwrap
-from recipe.data.instructions import (
+from litmoe.checksummed_json import read_sealed, write_sealed
+from litmoe.cli import UserError
+from litmoe.data import instructions
+from litmoe.data.conversations import encode_conversation
+from litmoe.data.instruction_rows import conversation_of, rows_of, unwrap
+from litmoe.data.instructions import (
     InstructArgs,
     Instructions,
     conversations,
     instructions_fingerprint,
     prepare_instructions,
 )
-from recipe.sealed import read_sealed, write_sealed
 from tests.data.hub_server import serve
 from tests.data.test_prepare import ROOT, state
 
@@ -668,8 +668,8 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
     body = """
         import sys
         from pathlib import Path
-        from recipe.cli import UserError
-        from recipe.data.instructions import InstructArgs, prepare_instructions
+        from litmoe.cli import UserError
+        from litmoe.data.instructions import InstructArgs, prepare_instructions
         for line in sys.stdin:
             try:
                 prepare_instructions(InstructArgs(f"hf:org/{line.strip()}", Path(line.strip())))

@@ -23,13 +23,13 @@ from litgpt.tokenizer import Tokenizer as LitTokenizer
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import recipe.data.reader
-from recipe.cli import UserError
-from recipe.data import tokenizers, tokens
-from recipe.data.documents import END_OF_TEXT
-from recipe.data.module import TokenizedText, validation_windows
-from recipe.data.prepare import PrepareArgs, prepare
-from recipe.data.reader import MicroBatches, TokenLoader, TokenWindows, count_windows, token_chunks
+import litmoe.data.reader
+from litmoe.cli import UserError
+from litmoe.data import tokenizers, tokens
+from litmoe.data.documents import END_OF_TEXT
+from litmoe.data.module import TokenizedText, validation_windows
+from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.data.reader import MicroBatches, TokenLoader, TokenWindows, count_windows, token_chunks
 
 T = 16  # context length of these tests
 
@@ -77,7 +77,7 @@ def rows(batches: object) -> list[tuple[int, ...]]:
 
 
 def test_batches_are_what_litgpt_takes(prepared: Path) -> None:
-    assert recipe.data.TokenizedText is TokenizedText
+    assert litmoe.data.TokenizedText is TokenizedText
     batch = next(iter(module(prepared).train_dataloader()))
     assert batch.shape == (4, T + 1) and batch.dtype == torch.int64
 
@@ -130,7 +130,7 @@ def test_chunks_of_many_items_are_read_too(prepared: Path, tmp_path: Path) -> No
 
 
 def test_few_files_are_open_at_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe.data.reader, "OPEN_CHUNKS", 2)
+    monkeypatch.setattr(litmoe.data.reader, "OPEN_CHUNKS", 2)
     found = TokenWindows(prepared, "train", T)
     order = torch.randperm(len(found)).tolist()
     wanted = windows(prepared, "train")
@@ -445,7 +445,7 @@ def test_a_program_ends_in_the_middle_of_a_pass(prepared: Path) -> None:
     """At its end multiprocessing sends SIGTERM to workers, which ignore it, and waited for them for ever."""
     code = (
         "import sys, pathlib\n"
-        "from recipe.data.reader import MicroBatches, TokenLoader, TokenWindows\n"
+        "from litmoe.data.reader import MicroBatches, TokenLoader, TokenWindows\n"
         "windows = TokenWindows(pathlib.Path(sys.argv[1]), 'train', 16)\n"
         "batches = iter(TokenLoader(windows, MicroBatches(len(windows), 2, seed=0), num_workers=2))\n"
         "next(batches), next(batches)\n"
@@ -462,7 +462,7 @@ def test_spawned_workers_read_the_same(prepared: Path) -> None:
     loader = module(prepared, num_workers=1).train_dataloader()
     loader.multiprocessing_context = "spawn"
     assert rows(loader) == rows(module(prepared).train_dataloader())
-    code = "import sys, recipe.data.reader; sys.exit(bool({'litgpt', 'lightning', 'litdata'} & sys.modules.keys()))"
+    code = "import sys, litmoe.data.reader; sys.exit(bool({'litgpt', 'lightning', 'litdata'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], timeout=280, check=False).returncode == 0
 
 

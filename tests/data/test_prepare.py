@@ -22,10 +22,10 @@ import pytest
 from litgpt import Tokenizer as LitTokenizer
 from tokenizers import Tokenizer
 
-from recipe.cli import UserError
-from recipe.data import corpora, documents, manifest, tokenizers, tokens
-from recipe.data.documents import END_OF_TEXT, split_of
-from recipe.sealed import read_sealed, write_sealed
+from litmoe.checksummed_json import read_sealed, write_sealed
+from litmoe.cli import UserError
+from litmoe.data import corpora, documents, manifest, tokenizers, tokens
+from litmoe.data.documents import END_OF_TEXT, split_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -897,8 +897,8 @@ def script(tmp_path: Path, body: str) -> list[str]:
         import os, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
-        from recipe.data import documents, manifest, tokens
-        from recipe.data.prepare import PrepareArgs, prepare
+        from litmoe.data import documents, manifest, tokens
+        from litmoe.data.prepare import PrepareArgs, prepare
         folder = Path({str(tmp_path)!r})
         documents.PART_BYTES = 1000
         """
@@ -949,7 +949,7 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(tmp_path: Pa
     put(tmp_path / "own/b.txt", stories[:10])
     body = """
         import shutil
-        from recipe.data import tokenizers
+        from litmoe.data import tokenizers
         CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
         def call():
@@ -1055,5 +1055,5 @@ def test_the_script_prepares_and_complains(tmp_path: Path, run: Callable, storie
 
 
 def test_the_modules_that_workers_import_do_not_import_torch() -> None:
-    code = "import sys, recipe.data.tokens, recipe.data.prepare; sys.exit('torch' in sys.modules)"
+    code = "import sys, litmoe.data.tokens, litmoe.data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

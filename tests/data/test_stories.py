@@ -8,8 +8,8 @@ from itertools import islice
 
 import pytest
 
-from recipe.data import stories
-from recipe.data.stories import PLOTS, generate_stories, stories_until
+from litmoe.data import stories
+from litmoe.data.stories import PLOTS, generate_stories, stories_until
 
 HEROES = {line.split("|")[0].strip(): line.split("|")[2].strip() for line in stories.HEROES.strip().splitlines()}
 FRIENDS = {line.split("|")[0].strip(): line.split("|")[2].strip() for line in stories.FRIENDS.strip().splitlines()}

@@ -6,9 +6,9 @@ from itertools import islice
 
 import pytest
 
-from recipe.data import stories
-from recipe.data.corpora import Stories
-from recipe.data.story_instructions import (
+from litmoe.data import stories
+from litmoe.data.corpora import Stories
+from litmoe.data.story_instructions import (
     ANY_STORY,
     REQUESTS,
     WHAT,

@@ -19,10 +19,11 @@ from tokenizers import (
     trainers,
 )
 
-from recipe.cli import UserError
-from recipe.data import manifest, tokenizers
-from recipe.data.manifest import fingerprint_of
-from recipe.data.tokenizers import (
+from litmoe.checksummed_json import write_json
+from litmoe.cli import UserError
+from litmoe.data import manifest, tokenizers
+from litmoe.data.manifest import fingerprint_of
+from litmoe.data.tokenizers import (
     Encoder,
     agrees_with_tiktoken,
     byte_level_bpe,
@@ -31,7 +32,6 @@ from recipe.data.tokenizers import (
     litgpt_tokenizer,
     text_ids,
 )
-from recipe.sealed import write_json
 
 END = "<|endoftext|>"
 # What GPT-4's and Llama 3's tokenizers divide by, in the form of a tokenizer.json.

@@ -11,11 +11,11 @@ import torch
 from litgpt import GPT, Config, Tokenizer
 
 from custom_moe import use_custom_moe
-from recipe import checkpoints
-from recipe.cli import UserError, run_door
-from recipe.data import manifest
-from recipe.evaluation.experts import count, describe, draw, evaluate, visible
-from recipe.evaluation.loss import batched, read_tokens, windows
+from litmoe import checkpoints
+from litmoe.cli import UserError, run_door
+from litmoe.data import manifest
+from litmoe.evaluation.experts import count, describe, draw, evaluate, visible
+from litmoe.evaluation.loss import batched, read_tokens, windows
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
 
 CPU = {"device": "cpu", "precision": "32-true"}
@@ -34,7 +34,7 @@ SIGMOID = {
 def save_trained(folder: Path, gpt: GPT, prepared: Path) -> Path:
     data = prepared / "data"
     paths = {"train_data_path": str(data / "train"), "val_data_path": str(data / "val")}
-    settings = {"data": {"class_path": "recipe.data.TokenizedText", "init_args": paths}}
+    settings = {"data": {"class_path": "litmoe.data.TokenizedText", "init_args": paths}}
     return save_tiny(
         folder, gpt, prepared / "tokenizer", hyperparameters=settings, manifest_path=manifest.manifest_path(data)
     )

@@ -19,11 +19,12 @@ from litgpt import GPT, Config, Tokenizer
 from torch import Tensor
 
 from custom_moe import use_custom_moe
-from recipe import checkpoints
-from recipe.cli import UserError, run_door
-from recipe.data import TokenizedText, tokenizers
-from recipe.evaluation import hellaswag
-from recipe.evaluation.hellaswag import (
+from litmoe import checkpoints
+from litmoe.cli import UserError, run_door
+from litmoe.config import PROJECT
+from litmoe.data import TokenizedText, tokenizers
+from litmoe.evaluation import hellaswag
+from litmoe.evaluation.hellaswag import (
     Question,
     accuracy,
     encode,
@@ -34,7 +35,6 @@ from recipe.evaluation.hellaswag import (
     read_questions,
     shares_context,
 )
-from recipe.settings import PROJECT
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
 
 CPU = {"device": "cpu", "precision": "32-true"}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from litgpt import GPT, Tokenizer
 
-from recipe import checkpoints
-from recipe.cli import UserError, run_door
-from recipe.data import manifest
-from recipe.data.module import validation_windows
-from recipe.data.prepare import PrepareArgs, prepare
-from recipe.evaluation.loss import batched, evaluate, read_tokens, sum_loss, windows
+from litmoe import checkpoints
+from litmoe.cli import UserError, run_door
+from litmoe.data import manifest
+from litmoe.data.module import validation_windows
+from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.evaluation.loss import batched, evaluate, read_tokens, sum_loss, windows
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
 
 CPU = {"device": "cpu", "precision": "32-true"}
@@ -55,7 +55,7 @@ def checkpoint(tmp_path: Path, gpt: GPT, corpus: Path) -> Path:
 
 def save_trained(folder: Path, gpt: GPT, corpus: Path, **train: int) -> Path:
     paths = {"train_data_path": str(corpus / "train"), "val_data_path": str(corpus / "val")}
-    settings = {"data": {"class_path": "recipe.data.TokenizedText", "init_args": paths}, "train": train}
+    settings = {"data": {"class_path": "litmoe.data.TokenizedText", "init_args": paths}, "train": train}
     return save_tiny(
         folder,
         gpt,

@@ -14,10 +14,10 @@ from litgpt import Tokenizer
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
-from recipe import checkpoints, load
-from recipe.cli import UserError, run_door
-from recipe.evaluation import tasks
-from recipe.evaluation.tasks import Harness, batches_by_length, evaluate, find_tasks, load_tasks
+from litmoe import checkpoints, load
+from litmoe.cli import UserError, run_door
+from litmoe.evaluation import tasks
+from litmoe.evaluation.tasks import Harness, batches_by_length, evaluate, find_tasks, load_tasks
 from tests.test_stock_litgpt import convert
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
 

@@ -9,9 +9,9 @@ from litgpt import Tokenizer
 from litgpt.prompts import Default, prompt_styles, save_prompt_style
 from transformers import AutoTokenizer
 
-from recipe.data.conversations import encode_prompt
-from recipe.export.chat_template import chat_template, differing
-from recipe.export.huggingface import export
+from litmoe.data.conversations import encode_prompt
+from litmoe.export.chat_template import chat_template, differing
+from litmoe.export.huggingface import export
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
 WITHOUT_TEMPLATE = {"llama2"}  # its prompt ends with a blank, which a tokenizer joins to the answer after it

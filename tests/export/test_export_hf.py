@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from recipe import checkpoints, load
-from recipe.cli import UserError
-from recipe.settings import PROJECT
+from litmoe import checkpoints, load
+from litmoe.cli import UserError
+from litmoe.config import PROJECT
 from tests.export.push_server import serve
 from tests.tiny_checkpoint import door, litgpts_finetuning, save_tiny, tiny_gpt
 
@@ -68,8 +68,8 @@ def test_push(folder: Path, tmp_path: Path) -> None:
         import os, sys
         from pathlib import Path
         from export_hf import main
-        from recipe.cli import UserError
-        from recipe.export.huggingface import push
+        from litmoe.cli import UserError
+        from litmoe.export.huggingface import push
         folder, out = Path(sys.argv[1]), Path(sys.argv[2])
         main(folder, out, push="org/name")
         for token in ("hf_wrong", "hf_right"):

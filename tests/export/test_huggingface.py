@@ -13,13 +13,13 @@ from litgpt.scripts import convert_lit_checkpoint
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from recipe import checkpoints, load
-from recipe.cli import UserError
-from recipe.data.tokenizers import text_ids
-from recipe.export.huggingface import check_can_push, export, import_folder
-from recipe.export.weights import from_huggingface, to_huggingface
-from recipe.hf_config import litgpt_config, model_type_of, without_counterpart
-from recipe.settings import PROJECT
+from litmoe import checkpoints, load
+from litmoe.cli import UserError
+from litmoe.config import PROJECT
+from litmoe.data.tokenizers import text_ids
+from litmoe.export.huggingface import check_can_push, export, import_folder
+from litmoe.export.weights import from_huggingface, to_huggingface
+from litmoe.hf_config import litgpt_config, model_type_of, without_counterpart
 from tests.tiny_checkpoint import save_tiny, tiny_gpt, wordy_gpt
 
 DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
@@ -210,7 +210,7 @@ def test_a_folder_with_files_is_left_alone(tmp_path: Path, moe_fields: dict, tok
 
 def test_models_that_differ_leave_nothing(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, monkeypatch) -> None:
     """A mapping that loses a weight is found by running both models."""
-    import recipe.export.huggingface as module
+    import litmoe.export.huggingface as module
 
     def wrong(weights: dict, config: Config, *, tied: bool) -> dict:
         result = to_huggingface(weights, config, tied=tied)
@@ -504,7 +504,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path, tokenizer_dir: Path, monkeyp
 @pytest.mark.parametrize("family", IMPORTED)
 def test_the_config_comes_back(family: str, moe_fields: dict) -> None:
     """Field for field, but for those that say the same in two ways."""
-    from recipe.hf_config import huggingface_config
+    from litmoe.hf_config import huggingface_config
 
     config = Config(**moe_fields | FAMILIES[family][0])
     described = huggingface_config(config, tied=False, dtype="float32", bos_id=0, eos_id=0)

@@ -16,11 +16,11 @@ import torch
 from litgpt import GPT, Tokenizer
 from litgpt.prompts import Phi2
 
-from recipe.cli import UserError, run_door
-from recipe.data.conversations import Message, encode_newest, encode_prompt, prompt_style
-from recipe.inference.chat import Chat, describe
-from recipe.inference.generate import Model, Sampling, StopSequences, generate_tokens, load, stream_pieces
-from recipe.inference.terminal import Terminal
+from litmoe.cli import UserError, run_door
+from litmoe.data.conversations import Message, encode_newest, encode_prompt, prompt_style
+from litmoe.inference.chat import Chat, describe
+from litmoe.inference.generate import Model, Sampling, StopSequences, generate_tokens, load, stream_pieces
+from litmoe.inference.terminal import Terminal
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,9 +9,9 @@ from litgpt import GPT, Config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from custom_moe import use_custom_moe
-from recipe.inference import decode
-from recipe.inference.decode import Decoder, is_plain
-from recipe.inference.generate import generate_tokens
+from litmoe.inference import decode
+from litmoe.inference.decode import Decoder, is_plain
+from litmoe.inference.generate import generate_tokens
 from tests.tiny_checkpoint import tiny_gpt
 
 KINDS = {

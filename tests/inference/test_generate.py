@@ -18,10 +18,10 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from custom_moe import use_custom_moe
-from recipe import checkpoints
-from recipe.cli import UserError, run_door
-from recipe.data.tokenizers import text_ids
-from recipe.inference.generate import (
+from litmoe import checkpoints
+from litmoe.cli import UserError, run_door
+from litmoe.data.tokenizers import text_ids
+from litmoe.inference.generate import (
     Model,
     TextStream,
     draw_samples,
@@ -439,11 +439,11 @@ def test_a_diverged_model_is_told(gpt: GPT, tokenizer: Tokenizer) -> None:
 
 
 def test_load(tmp_path: Path, gpt: GPT, tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
-    import recipe
+    import litmoe
 
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
     (folder / "training_state.pth").unlink()  # not needed
-    model = recipe.load(folder, precision="32-true")
+    model = litmoe.load(folder, precision="32-true")
     assert model.config == gpt.config
     expected = sample_text(gpt, tokenizer, "Once", max_new_tokens=20, temperature=0.0)[0]
     assert model.generate("Once", max_new_tokens=20, temperature=0.0) == expected

@@ -18,10 +18,10 @@ import torch
 from litgpt import Tokenizer
 from litgpt.prompts import Phi2
 
-from recipe.cli import UserError
-from recipe.data.conversations import Message
-from recipe.inference.chat import Chat
-from recipe.inference.generate import Model, Sampling, load
+from litmoe.cli import UserError
+from litmoe.data.conversations import Message
+from litmoe.inference.chat import Chat
+from litmoe.inference.generate import Model, Sampling, load
 from tests.no_skips import find_browser
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
 
@@ -74,7 +74,7 @@ def _greedy(folder: Path, question: str, tokens: int = 30) -> str:
 def test_the_page_loads_nothing_from_elsewhere(folders: list[Path]) -> None:
     from fastapi.testclient import TestClient
 
-    from recipe.inference.web import CONTENT_POLICY, make_app
+    from litmoe.inference.web import CONTENT_POLICY, make_app
 
     client = TestClient(make_app([load(folder, device="cpu") for folder in folders], SAMPLING, None))
     page = client.get("/")
@@ -88,7 +88,7 @@ def test_the_page_loads_nothing_from_elsewhere(folders: list[Path]) -> None:
 
 
 def test_answers_are_written_together(folders: list[Path]) -> None:
-    from recipe.inference.web import _together
+    from litmoe.inference.web import _together
 
     replies = [
         Chat(load(folder, device="cpu")).ask("Mia", temperature=0.0, max_new_tokens=size)
@@ -101,7 +101,7 @@ def test_answers_are_written_together(folders: list[Path]) -> None:
 
 def _event(models: list[Model], name: str, sampling: Sampling = SAMPLING) -> Any:
     """What the page does at an event of its."""
-    from recipe.inference.web import build
+    from litmoe.inference.web import build
 
     return next(event.fn for event in build(models, sampling, None).fns.values() if event.name == name)
 
@@ -135,14 +135,14 @@ def test_an_answer_without_a_word_leaves_no_turn(folders: list[Path]) -> None:
 
 
 def test_settings_beyond_the_sliders() -> None:
-    from recipe.inference.web import _settings
+    from litmoe.inference.web import _settings
 
     given = Sampling(max_new_tokens=4000, temperature=3.0, top_k=500, top_p=1.0)
     assert [slider.preprocess(slider.value) for slider in _settings(given, None, True)[:4]] == [3.0, 500, 1.0, 4000]
 
 
 def test_this_machine_alone_is_served_unless_told_otherwise() -> None:
-    from recipe.inference.web import listen
+    from litmoe.inference.web import listen
 
     defaults = {name: found.default for name, found in inspect.signature(door("chat").main).parameters.items()}
     with listen(defaults["host"], 0) as sock:
@@ -150,7 +150,7 @@ def test_this_machine_alone_is_served_unless_told_otherwise() -> None:
 
 
 def test_a_port_that_is_taken() -> None:
-    from recipe.inference.web import _is_loopback, listen
+    from litmoe.inference.web import _is_loopback, listen
 
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"name another by --port"):
         listen("127.0.0.1", taken.getsockname()[1])
@@ -205,7 +205,7 @@ def test_hostile_questions_are_answered_or_refused(question: str, folders: list[
 
 
 def test_markup_that_a_model_writes_is_shown_as_text() -> None:
-    from recipe.inference.web import _shown
+    from litmoe.inference.web import _shown
 
     said = [[Message(role="user", content="?"), Message(role="assistant", content=HOSTILE)]]
     (shown,) = _shown(said)
@@ -218,7 +218,7 @@ def test_no_request_reads_a_file_or_ends_the_server(folders: list[Path], tmp_pat
 
     from fastapi.testclient import TestClient
 
-    from recipe.inference.web import make_app
+    from litmoe.inference.web import make_app
 
     secret = tmp_path / "secret.txt"
     secret.write_text(SECRET, encoding="utf-8")

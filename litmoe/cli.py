@@ -1,0 +1,227 @@
+"""What every script's command line has in common: one parser, one kind of error, one spelling of flags."""
+
+import difflib
+import errno
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+# What the system says of paths that nobody but the user can have named.
+_NO_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+
+# What a terminal would obey instead of showing it, but for line breaks and tabs.
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: what was found, what was expected, and the command that mends it.
+
+    A script prints it as one message and ends with exit code 1; every other exception is a bug and keeps its traceback.
+    """
+
+
+def run_door(
+    function: Callable[..., Any], argv: Sequence[str] | None = None, *, optional_positional: str | None = None
+) -> Any:
+    """Parses the command line for ``function``'s signature, calls it, and turns a user's mistake into one message.
+
+    Args:
+        function: its parameters (annotated; dataclasses allowed) become flags, their docstrings the help texts; those
+            without a default become positional.
+        argv: the arguments, ``sys.argv[1:]`` when None.
+        optional_positional: name of a parameter with a default that may also be given first and without its flag.
+
+    Raises:
+        SystemExit: with code 1 after a message on stderr (130 after Ctrl-C), with code 0 after ``--help``.
+    """
+    return exit_with_message(lambda: _call(function, argv, optional_positional))
+
+
+def exit_with_message(call: Callable[[], Any]) -> Any:
+    """Runs ``call`` and turns a user's mistake, a full disk or a refused file into one message and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Lines arrive as they are written, also in a file or a pipe; and no console's code page ends a run.
+            stream.reconfigure(line_buffering=True, errors="replace")
+    try:
+        return call()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        message = _describe_os_error(error)
+        if not message:
+            raise
+    print(f"error: {harmless(message)}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def harmless(text: str) -> str:
+    """A text that others wrote (a model may write any byte), as it may go to a terminal."""
+    return text.translate(_CONTROL)
+
+
+def command(script: str, *arguments: object) -> str:
+    """A command line of one of the project's scripts that can be pasted into a shell.
+
+    Args:
+        script: as ``generate.py``.
+        arguments: flags and values, each of them one; quoted where the shell needs it.
+    """
+    return " ".join(["uv run python", script, *map(quoted, arguments)])
+
+
+def quoted(argument: object, *, windows: bool = os.name == "nt") -> str:
+    """A path or another value as one word of a command line: for POSIX shells, or for Windows in the double quotes that
+    both cmd and PowerShell read."""
+    text = str(argument)
+    if not windows:
+        return shlex.quote(text)
+    escaped = subprocess.list2cmdline([text])  # quotes blanks alone, and no other character that shells act on
+    if escaped.startswith('"') or re.fullmatch(r"[\w.:/\\=+-]+", text):
+        return escaped
+    backslashes = len(escaped) - len(escaped.rstrip("\\"))  # they would escape the closing quote
+    return f'"{escaped}{backslashes * chr(92)}"'
+
+
+def make_parser(**kwargs: Any) -> ArgumentParser:
+    """A jsonargparse parser that raises ``ArgumentError`` and reads field docstrings as help texts."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(exit_on_error=False, **kwargs)
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
+    """Parses ``argv`` with dashes and underscores as one spelling; an unknown key names the nearest known one.
+
+    Raises:
+        UserError: for anything that the parser refuses, and as `underscored`.
+    """
+    arguments = with_bare_switches(parser, underscored(sys.argv[1:] if argv is None else argv))
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(explain(str(error), known_flags(parser))) from None
+
+
+def current_class_path(text: str) -> str:
+    """Replace the module names of 0.1.0 in a class path, alone or within a flag: ``recipe.training.muon.Muon``."""
+    return re.sub(r"\brecipe\.(data|training)\.", lambda found: f"litmoe.{_MOVED[found[1]]}.", text)
+
+
+_MOVED = {"data": "data", "training": "train"}
+
+
+def with_current_class_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run file or a checkpoint with the class paths of today's modules."""
+    settings = dict(settings)
+    for group in ("data", "optimizer"):
+        chosen = settings.get(group)
+        if isinstance(chosen, str):
+            settings[group] = current_class_path(chosen)
+        elif isinstance(chosen, dict) and isinstance(chosen.get("class_path"), str):
+            settings[group] = {**chosen, "class_path": current_class_path(chosen["class_path"])}
+    return settings
+
+
+def underscored(argv: Iterable[str]) -> list[str]:
+    """Writes ``--micro-batch-size=4`` as ``--micro_batch_size=4``; values and positional arguments stay as they are.
+
+    Raises:
+        UserError: an argument is not UTF-8, as in a Latin-1 terminal. The name of a file that exists may be so.
+    """
+    result, only_values = [], False
+    for argument in argv:
+        if any(0xD800 <= ord(character) < 0xE000 for character in argument):  # what Python makes of such bytes
+            name, equals, value = argument.partition("=")
+            if not Path(value if equals else name).exists():
+                raise UserError(
+                    f"the argument {argument!r} holds bytes that are not UTF-8; expected UTF-8. Use a terminal in UTF-8"
+                    " (locale: a name that ends in .UTF-8), or write the value into a file that the script reads."
+                )
+        only_values = only_values or argument == "--"
+        if argument.startswith("--") and not only_values:
+            name, equals, value = argument[2:].partition("=")
+            argument = "--" + name.replace("-", "_") + equals + value
+        result.append(argument)
+    return result
+
+
+def with_bare_switches(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Reads a yes-or-no flag without a value as yes: ``--overwrite`` as ``--overwrite=true``."""
+    switches = {
+        option
+        for action in parser._actions
+        for option in action.option_strings
+        if getattr(action, "_typehint", None) in (bool, bool | None, Optional[bool])  # noqa: UP045 - another object
+    }
+    values = ("true", "false", "yes", "no", "null")
+    return [
+        f"{argument}=true" if argument in switches and following.lower() not in values else argument
+        for argument, following in zip(argv, [*argv, ""][1:], strict=True)
+    ]
+
+
+def known_flags(parser: ArgumentParser) -> list[str]:
+    """The names of all flags of a parser, without their dashes."""
+    flags = (option for action in parser._actions for option in action.option_strings)
+    return [flag.lstrip("-") for flag in flags if flag.startswith("--")]
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like ``name`` (also by its last part alone), or None where nothing is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
+        found = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
+        close = [by_last_part[found[0]]] if found else []
+    return close[0] if close else None
+
+
+def explain(message: str, known: Iterable[str]) -> str:
+    """Shortens jsonargparse's message and adds the nearest known name where it complains about an unknown one."""
+    message = re.sub(r"\n\s*\n+", "\n", message.strip())
+    name = ""
+    if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
+        name = found.group(1)
+    elif found := re.search(r"Group '([\w.]+)' does not accept nested key '([\w.]+)'", message):
+        name = ".".join(found.groups())
+    elif found := re.search(r"[Kk]ey '([\w.]+)' (?:is not expected|does not exist)", message):
+        parent = re.search(r'Parser key "([\w.]+)"', message)
+        name = f"{parent.group(1)}.{found.group(1)}" if parent else found.group(1)
+    if name:
+        suggestion = nearest(name, known)
+        hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is like it"
+        return f"unknown setting {name!r}; {hint}. `--help` lists all of them."
+    return message + "\n`--help` lists all flags and their types."
+
+
+def _call(function: Callable[..., Any], argv: Sequence[str] | None, optional_positional: str | None) -> Any:
+    parser = make_parser()
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if optional_positional and arguments and not arguments[0].startswith("-"):
+        arguments[0] = f"--{optional_positional}={arguments[0]}"
+    settings = parse(parser, arguments)
+    return function(**parser.instantiate_classes(settings).as_dict())
+
+
+def _describe_os_error(error: OSError) -> str:
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT if hasattr(errno, "EDQUOT") else errno.ENOSPC):
+        return f"the disk is full{place}; free some space and run the same command again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write or read{place}; choose another folder or change its permissions."
+    if error.errno in _NO_NAMES and place:
+        return f"{error.strerror}{place}; name another file or folder."
+    return ""

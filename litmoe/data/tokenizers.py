@@ -1,0 +1,513 @@
+"""Tokenizers from the Hub, from a folder or trained here, and the fastest encoder that gives a tokenizer's own ids."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litmoe.checksummed_json import write_json
+from litmoe.cli import UserError, quoted
+from litmoe.data.documents import END_OF_TEXT
+from litmoe.data.files import in_short
+from litmoe.data.manifest import (
+    begin_of_text_token,
+    end_of_text_token,
+    fingerprint_of,
+    token_text,
+    tokenizer_fingerprint,
+)
+
+if TYPE_CHECKING:
+    from litgpt import Tokenizer
+
+DEFAULT = "gpt2"
+DEFAULT_VOCAB_SIZE = 8192
+BLANK_STEP = 1 << 18  # characters
+TRAINING_BYTES = 16 << 20  # of text are enough for the merges of a small vocabulary, and take seconds
+ORIGIN = "prepared_from"  # key in tokenizer_config.json: what prepare_data.py made the folder from
+# Read where they stand, beside tokenizer.json and tokenizer_config.json, which every prepared folder has.
+OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+OFFLINE_WAYS = """Without a network:
+  --source sample --tokenizer train    the built-in stories and a tokenizer trained on them
+  --source PATH --tokenizer FOLDER     your own texts, a folder with a tokenizer.json (or: train)
+  or put text into train/ and val/ below --data_dir, and a tokenizer.json into --tokenizer_dir."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer folder in memory, completed."""
+
+    tokenizer: dict[str, Any]
+    """``tokenizer.json``."""
+    config: dict[str, Any]
+    """``tokenizer_config.json``, with the end-of-text token."""
+    others: dict[str, str]
+    """File name to text."""
+    inferred: bool
+    """The end-of-text token was not named and had to be inferred."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """What ``manifest.tokenizer_fingerprint`` gives for the folder."""
+        bos_token = self.config["bos_token"] if self.config.get("add_bos_token") else None
+        return fingerprint_of(self.tokenizer, self.config["eos_token"], bos_token)
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a prepared tokenizer folder holds."""
+
+    folder: Path
+    name: str
+    sha256: str
+    vocab_size: int
+    """Largest id plus one."""
+    eos_token: str
+    eos_id: int
+    bos_token: str | None = None
+    """The token that begins every text; None where texts begin without one."""
+    bos_id: int | None = None
+
+
+# --- where a tokenizer comes from ---
+
+
+def from_folder(folder: Path, name: str | None = None) -> TokenizerFiles:
+    """Reads and completes a tokenizer folder: ``tokenizer.json`` alone will do, or ``vocab.json`` and ``merges.txt``.
+
+    Args:
+        folder: where the files lie; nothing is written there.
+        name: what messages call it, when not by its path.
+
+    Raises:
+        UserError: for a missing or broken tokenizer, for an end-of-text token that cannot be told.
+    """
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _read_json(folder / "tokenizer.json")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        tokenizer = _from_vocab_and_merges(folder)
+    else:
+        raise UserError(
+            f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json and merges.txt. Name another folder or a "
+            "tokenizer of the Hub (--tokenizer gpt2), or train one on your text (--tokenizer train)."
+        )
+    config = folder / "tokenizer_config.json"
+    others = {file: (folder / file).read_text("utf-8") for file in OPTIONAL_FILES if (folder / file).is_file()}
+    return _completed(tokenizer, _read_json(config) if config.is_file() else {}, others, name or str(folder))
+
+
+def from_hub(name: str) -> TokenizerFiles:
+    """Downloads a tokenizer from the Hugging Face Hub, or takes it from the Hub's cache where there is no network.
+
+    Raises:
+        UserError: for an unknown name, or without a network.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        # One short question first: where the Hub cannot be reached, a download alone would retry for a long time.
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+        reachable, problem = True, ""
+    except GatedRepoError:
+        raise UserError(f"the tokenizer {name!r} is gated: accept its terms on the Hub and `hf auth login`.") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"no tokenizer {name!r}: neither a folder here nor a model on the Hub. --tokenizer takes a Hub name such "
+            "as gpt2, a folder with a tokenizer.json, or the word train."
+        ) from None
+    except Exception as error:  # the transport has many ways to say that there is no network
+        reachable, problem = False, in_short(error)
+    found: dict[str, str] = {}
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", *OPTIONAL_FILES):
+        if file in ("vocab.json", "merges.txt") and "tokenizer.json" in found:
+            continue
+        try:
+            found[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=not reachable)
+        except EntryNotFoundError:  # also LocalEntryNotFoundError
+            continue
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
+            ) from None
+    if not found and not reachable:
+        raise UserError(f"the tokenizer {name!r} cannot be had from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}")
+    if not found.get("tokenizer.json") and not (found.get("vocab.json") and found.get("merges.txt")):
+        raise UserError(f"{name!r} on the Hub has no tokenizer.json, nor vocab.json and merges.txt; name another one.")
+    return from_folder(Path(next(iter(found.values()))).parent, name)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
+    """Trains a byte-level BPE with ``<|endoftext|>`` as its one special token; the same text gives the same one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _completed(json.loads(tokenizer.to_str()), {"eos_token": END_OF_TEXT}, {}, "train")
+
+
+def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise UserError(f"vocab.json and merges.txt in {folder} are broken ({error}).") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    known = [name for name in END_OF_TEXT_NAMES if tokenizer.token_to_id(name) is not None]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in known])
+    return json.loads(tokenizer.to_str())
+
+
+def _completed(
+    tokenizer: dict[str, Any], config: dict[str, Any], others: dict[str, str], origin: str
+) -> TokenizerFiles:
+    """Adds what LitGPT and transformers need to know: the end-of-text token, a class, no truncation."""
+    # A limit that somebody else's run left there would cut every document.
+    tokenizer = {key: None if key in ("truncation", "padding") else value for key, value in tokenizer.items()}
+    parsed = _parse(tokenizer, origin)
+    named = token_text(config.get("eos_token"))
+    eos = named if named is not None else _infer_end_of_text(tokenizer, others, origin)
+    if parsed.token_to_id(eos) is None:
+        raise UserError(
+            f"the tokenizer of {origin} has no token {eos!r}, which its tokenizer_config.json names as eos_token; name "
+            "the token that ends a text there."
+        )
+    before = _token_before_texts(tokenizer)
+    config = {"bos_token": before or eos, "tokenizer_class": "PreTrainedTokenizerFast"} | {
+        key: value for key, value in config.items() if value is not None and key != ORIGIN
+    }
+    config["bos_token"] = token_text(config["bos_token"])
+    # Written out, so that LitGPT, which does not read the template, follows the same rule.
+    if config.get("add_bos_token", before is not None or config["tokenizer_class"] == "LlamaTokenizer"):
+        config["add_bos_token"] = True
+        if parsed.token_to_id(config["bos_token"]) is None:
+            raise UserError(
+                f"the tokenizer of {origin} has no token {config['bos_token']!r}, which its tokenizer_config.json puts "
+                "before each text (bos_token, add_bos_token); name the token that begins a text there, or "
+                'set "add_bos_token": false.'
+            )
+    return TokenizerFiles(tokenizer, {**config, "eos_token": eos}, others, inferred=named is None)
+
+
+def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
+    """The token that the post-processor of a ``tokenizer.json`` puts before each text: ``<s>`` of ``<s> $A``."""
+    processor = tokenizer.get("post_processor") or {}
+    for step in processor.get("processors", [processor]):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            return str(step["cls"][0])
+        first = (step.get("single") or [{}])[0]
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in first:
+            return str(step["special_tokens"][first["SpecialToken"]["id"]]["tokens"][0])
+    return None
+
+
+def _infer_end_of_text(tokenizer: dict[str, Any], others: dict[str, str], origin: str) -> str:
+    """The one token that can end a text: the one that generation ends at, the one with a usual name, the only one."""
+    special = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or [] if token.get("special")}
+    with suppress(KeyError, ValueError):
+        return special[json.loads(others["generation_config.json"])["eos_token_id"]]
+    usual = [content for content in special.values() if content in END_OF_TEXT_NAMES]
+    for candidates in (usual, list(special.values())):
+        if len(candidates) == 1:
+            return candidates[0]
+    raise UserError(
+        f"the tokenizer of {origin} does not say which token ends a text, and its special tokens "
+        f"({', '.join(map(repr, special.values())) or 'none'}) do not make it clear. Put a tokenizer_config.json "
+        'beside its tokenizer.json: {"eos_token": "<|endoftext|>"}, with the right token.'
+    )
+
+
+def _parse(tokenizer_json: dict[str, Any], origin: str) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(tokenizer_json))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise UserError(f"the tokenizer.json of {origin} is broken ({error}); get it anew.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is broken ({error}); get it anew.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is broken (no JSON object in it); get it anew.")
+    return values
+
+
+# --- a prepared folder ---
+
+
+def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None:
+    """Writes a tokenizer folder, with a note of where it came from.
+
+    A new ``tokenizer.json`` is written last, after the old one is gone: killed in between, the folder is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.json"
+    try:
+        is_new = json.loads(path.read_text(encoding="utf-8")) != files.tokenizer
+    except (OSError, ValueError):
+        is_new = True
+    if is_new:
+        path.unlink(missing_ok=True)
+    for file in OPTIONAL_FILES:
+        if file in files.others:
+            (folder / file).write_text(files.others[file], encoding="utf-8", newline="\n")
+        else:
+            (folder / file).unlink(missing_ok=True)
+    write_json(folder / "tokenizer_config.json", {**files.config, ORIGIN: {**origin, "sha256": files.sha256}})
+    if is_new:
+        write_json(path, files.tokenizer)
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """What ``prepare_data.py`` made the folder from; empty for one that it did not make, or that was changed since."""
+    try:
+        noted = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[ORIGIN])
+        return noted if noted.pop("sha256") == tokenizer_fingerprint(folder) else {}
+    except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
+        return {}
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether ``tokenizer_config.json`` holds what LitGPT needs: a class, the token that ends a text, and which one
+    begins it, if any."""
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path) if path.is_file() else {}
+    if token_text(config.get("eos_token")) is None or config.get("tokenizer_class") is None:
+        return False
+    if "add_bos_token" not in config and config["tokenizer_class"] != "LlamaTokenizer":
+        return _token_before_texts(_read_json(folder / "tokenizer.json")) is None
+    # null is unclear: LitGPT takes it for False, although a missing line means True for LlamaTokenizer.
+    adds = config.get("add_bos_token", True)
+    return adds is False or (bool(adds) and token_text(config.get("bos_token")) is not None)
+
+
+def load(folder: Path) -> TokenizerInfo:
+    """Describes a tokenizer folder.
+
+    Raises:
+        UserError: for a missing or broken tokenizer.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"no tokenizer at {folder}: tokenizer.json is missing. `uv run python prepare_data.py --tokenizer "
+            f"NAME|FOLDER|train --tokenizer_dir {quoted(folder)}` puts one there."
+        )
+    values = _read_json(path)
+    tokenizer = _parse(values, str(folder))
+    eos_token = end_of_text_token(folder)
+    eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
+    if eos_token is None or eos_id is None:
+        raise UserError(
+            f"the tokenizer at {folder} names no end-of-text token that it has (eos_token in tokenizer_config.json: "
+            f"{eos_token!r}); `--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it where that is clear."
+        )
+    bos_token = begin_of_text_token(folder)
+    bos_id = tokenizer.token_to_id(bos_token) if bos_token is not None else None
+    if not is_complete(folder) or (bos_token is not None and bos_id is None):
+        raise UserError(
+            f"the tokenizer at {folder} does not say which token begins a text (tokenizer_class, add_bos_token and "
+            f"bos_token in tokenizer_config.json, against {_token_before_texts(values)!r} in the template); "
+            f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it."
+        )
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    name = str(origin(folder).get("name", folder))
+    sha256 = tokenizer_fingerprint(folder)
+    return TokenizerInfo(folder, name, sha256, vocab_size, eos_token, eos_id, bos_token, bos_id)
+
+
+# --- encoding ---
+
+
+def litgpt_tokenizer(folder: Path) -> "Tokenizer":
+    """Return LitGPT's tokenizer of a folder, which encodes as the training text was encoded.
+
+    LitGPT's own also puts a begin-of-text token before texts where the folder's name begins with ``Llama-3`` or is
+    SmolLM2's, and keeps the truncation and padding that ``tokenizer.json`` may hold: prompts would be cut.
+    """
+    from litgpt import Tokenizer
+
+    tokenizer = Tokenizer(folder)
+    if tokenizer.backend == "huggingface":
+        tokenizer.use_bos = begin_of_text_token(folder) is not None
+        tokenizer.processor.no_truncation()
+        tokenizer.processor.no_padding()
+    return tokenizer
+
+
+def text_ids(tokenizer: "Tokenizer", text: str, *, begin: bool = True) -> list[int]:
+    """Return the ids of a text, with the begin-of-text token in front where the tokenizer uses one.
+
+    Replaces ``litgpt.Tokenizer.encode``, which removes an end-of-text token that the text itself ends or begins with,
+    and keeps what a template in ``tokenizer.json`` adds. Special tokens written out in the text are encoded as such.
+
+    Args:
+        tokenizer: one of LitGPT.
+        text: may begin with the begin-of-text token, which is not added twice.
+        begin: False for a text that continues another one, such as an answer after its prompt.
+
+    Raises:
+        UserError: the text holds half of a surrogate pair, as a command line in another encoding than UTF-8 does.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text {text[:80]!r} can't be encoded: character {error.start + 1} is half of a surrogate pair or a "
+            "byte that is not UTF-8; expected UTF-8. Use a terminal in UTF-8, or a file saved as UTF-8."
+        ) from None
+    if tokenizer.backend == "huggingface":
+        # One text at a time: encode_batch starts threads, after which tokenizers warns of every fork.
+        ids: list[int] = tokenizer.processor.encode(text, add_special_tokens=False).ids
+    else:
+        ids = tokenizer.processor.encode(text)
+    if begin and tokenizer.use_bos and ids[:1] != [tokenizer.bos_id]:
+        ids = [tokenizer.bos_id, *ids]
+    return ids
+
+
+class Encoder:
+    """Text to ids. ``<|endoftext|>`` inside a text is text, never the special id, in both ways of encoding.
+
+    Args:
+        tokenizer_json: path of the file.
+        fast: through tiktoken, for a tokenizer that ``agrees_with_tiktoken``; else through ``tokenizers``.
+    """
+
+    def __init__(self, tokenizer_json: Path, fast: bool) -> None:
+        self._path = tokenizer_json
+        self._encode: Callable[[str], list[int]] | None = None
+        if fast:
+            import tiktoken
+
+            found = byte_level_bpe(json.loads(tokenizer_json.read_text(encoding="utf-8")))
+            assert found is not None
+            pattern, ranks = found
+            encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self._encode = encoding.encode_ordinary
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self._path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def __call__(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each text, without beginning or end tokens."""
+        if self._encode is not None:
+            return map(self._encode_fast, texts)
+        return self._encode_slowly(texts)
+
+    def _encode_fast(self, text: str) -> list[int]:
+        assert self._encode is not None
+        if not _has_long_blank(text):
+            try:
+                return self._encode(text)
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # of pyo3, which no module exports
+                    raise
+        return next(self._encode_slowly([text]))
+
+    def _encode_slowly(self, texts: list[str]) -> Iterator[list[int]]:
+        return (found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def _has_long_blank(text: str) -> bool:
+    """Whether a text may hold a million white-space characters in a row, at which tiktoken's regex engine panics.
+
+    True from twice ``BLANK_STEP`` on; such a run fills one of these slices, and most end at their first character.
+    """
+    starts = range(0, len(text) - BLANK_STEP + 1, BLANK_STEP)
+    return any(text[start].isspace() and text[start : start + BLANK_STEP].isspace() for start in starts)
+
+
+def agrees_with_tiktoken(tokenizer_json: Path, sample: list[str]) -> bool:
+    """Whether tiktoken gives exactly this tokenizer's ids: possible by its kind, and true on ``sample``."""
+    if byte_level_bpe(json.loads(tokenizer_json.read_text(encoding="utf-8"))) is None:
+        return False
+    try:
+        fast = Encoder(tokenizer_json, fast=True)
+    except ValueError:  # a pattern that tiktoken's regex engine does not know
+        return False
+    return list(fast(sample)) == list(Encoder(tokenizer_json, fast=False)(sample))
+
+
+def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:
+    """The pattern and ranks for tiktoken of a byte-level BPE whose ids rise with merge rank; None for other kinds."""
+    model = tokenizer_json.get("model") or {}
+    plain = not any(
+        model.get(key)
+        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
+    special_only = all(token.get("special") for token in tokenizer_json.get("added_tokens") or [])
+    pattern = _pattern(tokenizer_json.get("pre_tokenizer") or {})
+    if model.get("type") != "BPE" or not plain or not special_only or pattern is None:
+        return None
+    if tokenizer_json.get("normalizer") is not None:
+        return None
+    vocab: dict[str, int] = model["vocab"]
+    to_byte = {character: byte for byte, character in byte_characters().items()}
+    if any(character not in vocab for character in to_byte):
+        return None
+    ranks = {bytes([byte]): vocab[character] for character, byte in to_byte.items()}
+    last = -1
+    for merge in model["merges"]:
+        token = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
+        rank = vocab.get(token, -1)
+        if rank <= last or not to_byte.keys() >= set(token):
+            return None
+        last = rank
+        ranks[bytes(map(to_byte.__getitem__, token))] = rank
+    return pattern, ranks
+
+
+def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
+    """The regular expression that a byte-level pre-tokenizer divides by; None where it does anything else."""
+    if pre_tokenizer.get("type") == "ByteLevel":
+        plain = not pre_tokenizer.get("add_prefix_space") and pre_tokenizer.get("use_regex", True)
+        return GPT2_PATTERN if plain else None
+    if pre_tokenizer.get("type") != "Sequence" or len(pre_tokenizer["pretokenizers"]) != 2:
+        return None
+    split, level = pre_tokenizer["pretokenizers"]
+    byte_level = level["type"] == "ByteLevel" and not level.get("add_prefix_space") and not level.get("use_regex", True)
+    isolated = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
+    return split["pattern"].get("Regex") if byte_level and isolated else None
+
+
+def divides_between_words(tokenizer_json: Path) -> bool:
+    """Whether a text cut at a lone blank gives the ids of the whole: true of byte-level pre-tokenizers."""
+    values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    return values.get("normalizer") is None and _pattern(values.get("pre_tokenizer") or {}) is not None
+
+
+def byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py: bytes_to_unicode)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}

@@ -1,0 +1,434 @@
+"""What must be there before the first step: data, a tokenizer that fits the model, a place to write, a checkpoint."""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from litgpt import Config, Tokenizer
+
+from litmoe import checkpoints
+from litmoe.cli import UserError, command, quoted
+from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings, check
+from litmoe.data import InstructionData, TokenizedText, conversations
+from litmoe.data.conversations import Message
+from litmoe.data.documents import text_files
+from litmoe.data.instruction_module import longer_context
+from litmoe.data.instructions import conversations as read_conversations
+from litmoe.data.manifest import SPLITS, manifest_path, tokenizer_fingerprint
+from litmoe.data.manifest import read as read_manifest
+from litmoe.data.prepare import PrepareArgs, check_placed_text, prepare
+from litmoe.data.tokenizers import litgpt_tokenizer
+from litmoe.evaluation.hellaswag import read_questions
+from litmoe.inference.generate import check_sampling, encode_prompt
+from litmoe.train.logs import METRICS_FILE, run_files
+from litmoe.train.state import anew_from, made_from
+from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
+
+
+def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
+    """Brings everything into place that training needs; every process of a run may call it.
+
+    Returns:
+        The run, its data paths those of the W&B dataset where it asks for one, and the checkpoint folder to resume from
+        (None for a fresh start).
+
+    Raises:
+        UserError: for what is missing or does not fit. Nothing is lost then.
+    """
+    run = _with_wandb_dataset(run)
+    settings = run.settings
+    resume_from = find_checkpoint(settings)
+    if settings.resume and resume_from is None:  # `auto` starts a new run where there is none to resume
+        check(replace(settings, resume=False), run.optimizer)
+    if settings.initial_checkpoint_dir is not None:
+        refuse_openai_gpt2(settings.initial_checkpoint_dir)
+    if settings.upcycle is not None and resume_from is not None:
+        check_same_start(resume_from, settings.upcycle)
+    elif settings.upcycle is not None:
+        check_experts(settings.upcycle, settings.model, tie_embeddings=bool(settings.train.tie_embeddings))
+        check_same_model(settings.upcycle, settings.model, apart_from=MOE_FIELDS)
+    for folder in (resume_from, settings.initial_checkpoint_dir):
+        if folder is not None:
+            check_same_model(folder, settings.model)
+    if settings.eval.hellaswag is not None and main_process():
+        read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before text is tokenized for hours
+    if resume_from is not None:
+        run = _with_moved_data(run, resume_from)
+        settings = run.settings
+    prepare_data(settings)
+    tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
+    if (start := settings.initial_checkpoint_dir or settings.upcycle) is not None:
+        check_same_tokenizer(start, settings.tokenizer_dir)
+    check_sample(settings, tokenizer)
+    if main_process():
+        check_writable(settings.out_dir)
+    return run, resume_from
+
+
+def ready_to_finetune(settings: RunSettings) -> Path | None:
+    """The same for finetuning: the checkpoint folder to resume from, or None.
+
+    Raises:
+        UserError: for what is missing or does not fit. Nothing is lost then.
+    """
+    assert isinstance(settings, FinetuneSettings)
+    if not isinstance(settings.data, InstructionData):
+        raise UserError(
+            f"finetuning wants conversations, and the run's data is {type(settings.data).__name__}; expected"
+            " litmoe.data.InstructionData."
+        )
+    resume_from = find_checkpoint(settings)
+    if resume_from is not None:
+        check_same_model(resume_from, settings.model)
+        check_same_tuning(resume_from, settings)
+        kept = resume_from / checkpoints.INSTRUCTIONS
+        if not settings.data.manifest_path.is_file() and kept.is_file():
+            then = kept.read_bytes()
+            name = settings.data.manifest_path.name
+            found = _moved_to(settings.data.data_dir, lambda folder: (folder / name).read_bytes() == then)
+            settings.data.data_dir = found or settings.data.data_dir  # where there is none, that is said below
+    tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
+    settings.data.connect(tokenizer, settings.train.micro_batch_size, settings.model.block_size)
+    settings.data.prepare_data()
+    check_sampling(1, settings.sample.max_new_tokens, settings.sample.temperature, settings.sample.top_k, 1.0)
+    question(settings, tokenizer)
+    if main_process():
+        check_writable(settings.out_dir)
+    return resume_from
+
+
+def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
+    """Raises ``UserError`` where a run would go on with other LoRA weights or another prompt style."""
+    saved = checkpoints.load_hyperparameters(folder)
+    if "lora_r" not in saved:
+        raise UserError(
+            f"{folder} is of a pretraining run, which finetuning can't resume; start from its weights:"
+            f" {anew_from(folder, settings)}"
+        )
+    now = {name: getattr(settings, name) for name in LORA_FIELDS} | {"prompt_style": settings.data.prompt_style}
+    then = saved | saved["data"].get("init_args", {})
+    meant = now if then["lora_r"] or now["lora_r"] else {"prompt_style"}
+    compared = [name for name in meant if name in then]  # an older version may not have had all of these settings
+    if changed := [f"{name} was {then[name]} and is now {now[name]}" for name in compared if then[name] != now[name]]:
+        raise UserError(
+            f"{folder} can't be resumed with other settings: {'; '.join(changed)}. Resume with the old ones, or start a"
+            f" new run from its weights: {anew_from(folder, settings)}"
+        )
+
+
+def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
+    """What the sample at each evaluation answers: ``sample.prompt``, or the first held-out question that leaves room.
+
+    Returns:
+        The prompt in the run's style.
+
+    Raises:
+        UserError: the prompt is too long, or all held-out ones are.
+    """
+    data = settings.data
+    style = conversations.prompt_style(data.prompt_style)
+    context = settings.train.max_seq_length or settings.model.block_size
+    if settings.sample.prompt is None:
+        held_out = read_conversations(data.data_dir, "val")
+        prompts = [list(takewhile(lambda message: message["role"] != "assistant", one)) for one in held_out]
+    else:
+        prompts = [[Message(role="user", content=settings.sample.prompt)]]
+    lengths = []
+    for messages in prompts:
+        messages = [conversations.without_special_tokens(message, tokenizer) for message in messages]
+        lengths.append(len(conversations.encode_prompt(messages, tokenizer, style)))
+        if lengths[-1] < context:
+            return conversations.prompt_text(messages, style)
+    if settings.sample.prompt is not None:
+        raise UserError(
+            f"the sample's prompt has {lengths[0]} tokens, but the context has {context};"
+            " give a shorter one with --sample.prompt."
+        )
+    raise UserError(
+        f"none of the {len(lengths):,} held-out conversations of {data.data_dir} fits: {min(lengths):,} to"
+        f" {max(lengths):,} tokens come before their first answer, and the context has {context:,}."
+        f" {longer_context(context, settings.model.block_size)}"
+    )
+
+
+def prepare_data(settings: RunSettings) -> None:
+    """Tokenizes what was never tokenized, and fetches the text where the run file names a source."""
+    data = settings.data
+    if not isinstance(data, TokenizedText):
+        return
+    data_dir = Path(data.train_data_path).parent
+    source = settings.prepare.source
+    has_text = _has_text(data)
+    if not has_text and manifest_path(data_dir).is_file():
+        return  # tokens whose text was removed to save space
+    if not has_text:
+        check_placed_text(data_dir)  # the run file's source would take its place
+    if not has_text and source is None:
+        raise UserError(
+            f"no data: there is no text in {data.train_data_path}."
+            f" `{command('prepare_data.py', '--data_dir', data_dir)}` fetches TinyStories;"
+            " with --source PATH it takes your own text, with --source sample the built-in stories."
+        )
+    # What lies there already is taken as it lies: the run file's `prepare` only fills what is empty.
+    has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
+    prepare(
+        PrepareArgs(
+            source=None if has_text else source,
+            data_dir=data_dir,
+            tokenizer=None if has_tokenizer else settings.prepare.tokenizer,
+            tokenizer_dir=settings.tokenizer_dir,
+            vocab_size=None if has_tokenizer else settings.prepare.vocab_size,
+        )
+    )
+
+
+def _has_text(data: TokenizedText) -> bool:
+    return bool(text_files(data.train_data_path))
+
+
+def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
+    """The run's tokenizer, whose ids the model can hold.
+
+    An id beyond the embedding dies in an IndexError at some step, or is read from foreign memory on a GPU.
+    """
+    try:
+        tokenizer = litgpt_tokenizer(tokenizer_dir)
+    except Exception as error:  # whatever the tokenizers library says of a broken file
+        brings_one = command("prepare_data.py", "--tokenizer", "gpt2", "--tokenizer_dir", tokenizer_dir)
+        raise UserError(
+            f"no usable tokenizer in {tokenizer_dir} ({error or type(error).__name__}); expected a tokenizer.json:"
+            f" `{brings_one}` brings one."
+        ) from None
+    fast = tokenizer.backend == "huggingface"
+    size = max(tokenizer.processor.get_vocab().values()) + 1 if fast else tokenizer.vocab_size
+    if size > (config.padded_vocab_size or 0):
+        raise UserError(
+            f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary holds"
+            f" {config.padded_vocab_size:,}; give it room: --model.vocab_size {size} --model.padded_vocab_size {size}"
+        )
+    return tokenizer
+
+
+def check_sample(settings: RunSettings, tokenizer: Tokenizer) -> None:
+    """A setting of the samples that can't be would end the run at its first evaluation."""
+    sample = settings.sample
+    if sample.prompt is None:
+        return
+    new_tokens = settings.eval.max_new_tokens or sample.max_new_tokens
+    check_sampling(1, new_tokens, sample.temperature, sample.top_k, 1.0)
+    context = settings.train.max_seq_length or settings.model.block_size
+    length = len(encode_prompt(tokenizer, sample.prompt))
+    if length >= context:
+        raise UserError(
+            f"sample.prompt has {length} tokens, but the context has {context};"
+            " give a shorter one, or --sample.prompt null."
+        )
+
+
+def find_checkpoint(settings: RunSettings) -> Path | None:
+    """The folder that ``resume`` means, its contents verified, or None for a fresh start.
+
+    Raises:
+        UserError: where there is none at the path named, or it is damaged, or the run would go over other checkpoints.
+    """
+    out_dir, resume = settings.out_dir, settings.resume
+    if isinstance(resume, Path):
+        folder = checkpoints.resolve(resume)
+        checkpoints.verify(folder)
+        if folder.resolve().parent != out_dir.resolve():
+            check_unoccupied(settings)
+        elif (newer := checkpoints.newer(folder)) and not settings.overwrite:
+            raise UserError(
+                f"{out_dir} holds checkpoints of later steps than {folder.name}:"
+                f" {', '.join(path.name for path in newer[:4])}. Delete them with --overwrite, or keep them and go on"
+                " from this one elsewhere with --out_dir."
+            )
+        return folder
+    if not resume:
+        check_unoccupied(settings)
+        return None
+    found, damages = checkpoints.newest_undamaged(out_dir)
+    for damage in damages:
+        _warn(f"warning: {damage}; it is passed over.")
+    if found is None and damages:
+        raise UserError(
+            f"no checkpoint in {out_dir} is whole. Start anew with --overwrite in place of --resume, or elsewhere with"
+            " --out_dir."
+        )
+    if found is None and resume is True:
+        raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
+    if found is None:
+        if whole := [path.parent.name for path in out_dir.glob(f"*/{checkpoints.MARK}")]:
+            raise UserError(
+                f"{out_dir} holds {whole[0]}, which no training can go on from (an imported checkpoint, say) and which"
+                " a fresh start would replace. Put the run elsewhere with --out_dir, or start with --overwrite in place"
+                " of --resume."
+            )
+        _warn(f"Nothing to resume in {out_dir}: this is a fresh start.")
+    return found
+
+
+def _warn(line: str) -> None:
+    if main_process():
+        print(line)
+
+
+def check_unoccupied(settings: RunSettings) -> None:
+    """Raises ``UserError`` where ``out_dir`` holds another run that may not be deleted."""
+    out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
+    inside = [path for path in (out_dir, *out_dir.parents) if (path / checkpoints.MARK).is_file()]
+    if inside:
+        elsewhere = quoted(f"{inside[0].parent}-2")
+        raise UserError(f"{inside[0]} is a checkpoint; put the run elsewhere: --out_dir {elsewhere}")
+    occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
+    if not occupied or not main_process():
+        return
+    if not settings.overwrite:
+        raise UserError(
+            f"{out_dir} holds a run already ({', '.join(path.name for path in occupied[:4])}). Continue it with"
+            " --resume auto, put this one elsewhere with --out_dir, or delete the old one with --overwrite."
+        )
+    if initial is not None and initial.resolve().is_relative_to(out_dir.resolve()):
+        raise UserError(f"--overwrite would delete {initial}, which this run starts from; choose another --out_dir.")
+
+
+def check_same_model(folder: Path, config: Config, apart_from: Collection[str] = ()) -> None:
+    """Raises ``UserError`` with the fields in which the checkpoint's model differs from the run's."""
+    saved, wanted = asdict(checkpoints.load_config(folder)), asdict(config)
+    ignored = ("name", "hf_config", "vocab_size", "padding_multiple")  # they change neither weights nor computation
+    different = [f"{name}: {saved[name]} there, {wanted[name]} here" for name in wanted if saved[name] != wanted[name]]
+    different = [line for line in different if line.split(":")[0] not in (*ignored, *apart_from)]
+    if different:
+        own = f"Take its own config: --model {quoted(folder / 'model_config.yaml')}"
+        raise UserError(
+            f"{folder} holds another model than this run's: {'; '.join(different)}."
+            f" {'Leave --model away and its own config is taken.' if apart_from else own}"
+        )
+
+
+def check_same_start(folder: Path, upcycle: Path) -> None:
+    """Raises ``UserError`` where the run of a checkpoint to resume did not begin as the dense one asked for."""
+    began = checkpoints.load_hyperparameters(folder).get("upcycle")
+    if began is None or Path(began).resolve() != upcycle.resolve():
+        raise UserError(
+            f"{folder} is of a run that began {f'from {began}' if began else 'without --upcycle'}, not from {upcycle}."
+            f" Leave --upcycle away to go on with it (--config {quoted(folder.parent / 'run_config.yaml')}), or start"
+            " another run with another --out_dir."
+        )
+
+
+def refuse_openai_gpt2(folder: Path) -> None:
+    """Raises ``UserError`` for OpenAI's GPT-2 from the Hub, by name or as a folder: no LitGPT model can hold it."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    named = not folder.exists() and re.fullmatch(
+        r"((openai-community|openai)/)?gpt2(-(medium|large|xl))?", folder.as_posix()
+    )
+    if kind == "gpt2" or named:
+        raise UserError(
+            f"--initial_checkpoint_dir {folder}: OpenAI's gpt2 weights can't be used. They come with learned positions,"
+            " which LitGPT does not have; the gpt2 models here have rotary ones. Train one from scratch"
+            " (configs/runs/fineweb-edu-gpt2-124m.yaml), or start from a checkpoint of this project."
+        )
+
+
+def _with_wandb_dataset(run: ParsedRun) -> ParsedRun:
+    settings = run.settings
+    if settings.wandb_dataset is None:
+        return run
+    from litmoe.data.artifacts import fetch_dataset
+
+    if not isinstance(settings.data, TokenizedText):
+        raise UserError("--wandb_dataset brings tokens, so the run's data must be litmoe.data.TokenizedText.")
+    data_dir = fetch_dataset(settings.wandb_dataset, settings.wandb_artifacts_dir)
+    return _with_data(run, data_dir, data_dir / "tokenizer")
+
+
+def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
+    """A run that goes on, its data where the tokens of its checkpoint lie now, if not where they did.
+
+    Raises:
+        UserError: they lie nowhere near, and there is nothing to make them anew from.
+    """
+    settings, data = run.settings, run.settings.data
+    saved = resume_from / checkpoints.MANIFEST
+    if not isinstance(data, TokenizedText) or not saved.is_file() or manifest_path(data.data_dir).is_file():
+        return run
+    if _has_text(data):
+        return run
+    then = made_from(saved, *SPLITS)
+    data_dir = _moved_to(
+        data.data_dir, lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == then
+    )
+    if data_dir is not None:
+        tokenizer_dir = settings.tokenizer_dir
+        for folder in (tokenizer_dir, data_dir / tokenizer_dir.name, data_dir.parent / tokenizer_dir.name):
+            if (folder / "tokenizer.json").is_file() and tokenizer_fingerprint(folder) == then[0]:
+                return _with_data(run, data_dir, folder)
+        return _with_data(run, data_dir, tokenizer_dir)
+    if settings.prepare.source is not None:
+        return run
+    raise UserError(
+        f"{resume_from} was trained on tokens in {data.data_dir} that are no longer there, nor do the same ones lie"
+        " beside it, beside the folder that it was in, or under data. Say where they are:"
+        " --data.init_args.train_data_path FOLDER/train --data.init_args.val_data_path FOLDER/val"
+    )
+
+
+def _moved_to(old: Path, same: Callable[[Path], bool]) -> Path | None:
+    """The folder near ``old``, which is gone, that holds the same data; said in a line. None where there is none."""
+    parent, outer = old.absolute().parent, old.absolute().parent.parent
+    places = ((parent, "*"), (outer, "*"), (outer, f"*/{glob.escape(old.name)}"), (Path("data"), "*"))
+    for folder in (folder for place, pattern in places for folder in sorted(place.glob(pattern))):
+        with suppress(OSError, UserError):  # of a newer version's tokens
+            if same(folder):
+                if main_process():
+                    print(f"The data that lay in {old} lies in {folder} now, and is taken from there.")
+                return folder
+    return None
+
+
+def _with_data(run: ParsedRun, data_dir: Path, tokenizer_dir: Path) -> ParsedRun:
+    """The run with the tokens and the tokenizer of these folders."""
+    settings = run.settings
+    assert isinstance(settings.data, TokenizedText)
+    paths = {"train_data_path": data_dir / "train", "val_data_path": data_dir / "val"}
+    data = replace(settings.data, **paths)
+    resolved: dict[str, Any] = {**run.resolved, "tokenizer_dir": str(tokenizer_dir)}
+    texts = {name: str(path) for name, path in paths.items()}
+    resolved["data"] = {**resolved["data"], "init_args": {**resolved["data"]["init_args"], **texts}}
+    return replace(run, settings=replace(settings, data=data, tokenizer_dir=tokenizer_dir), resolved=resolved)
+
+
+def check_writable(out_dir: Path) -> None:
+    """Makes ``out_dir``; raises ``UserError`` where nothing can be written to it."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe = out_dir / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with --out_dir."
+        ) from None
+
+
+def main_process() -> bool:
+    """Whether this is the first process of those that torchrun, srun or Fabric started; one process alone has none of
+    these variables."""
+    names = ["NODE_RANK", "LOCAL_RANK"]
+    if "RANK" in os.environ:
+        names = ["RANK"]
+    elif SLURMEnvironment.detect():
+        names = ["SLURM_PROCID"]
+    return all(os.environ.get(name, "0") == "0" for name in names)

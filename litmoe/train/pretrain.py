@@ -1,0 +1,133 @@
+"""Pretraining: a model with fresh weights, and the call of LitGPT that brings the training loop to it.
+
+``pretrain`` readies a run and calls ``litgpt.pretrain.setup``, which resolves devices, builds tokenizer, loggers and
+Fabric, launches the processes and calls ``main`` here.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import litgpt.pretrain
+import torch
+from litgpt import GPT, Config, Tokenizer
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.data import DataModule
+from litgpt.model import GptNeoxMLP
+from torch import nn
+
+from litmoe import checkpoints
+from litmoe.config import ParsedRun, choose_precision, is_sharded, processes
+from litmoe.data.tokenizers import litgpt_tokenizer
+from litmoe.train.allocator import use_expandable_segments
+from litmoe.train.logs import logger_factory
+from litmoe.train.loop import run_training
+from litmoe.train.patches import patched_pretraining
+from litmoe.train.processes import make_strategy, watch_others
+from litmoe.upcycling import upcycle
+
+
+def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
+    """Trains as the settings say and leaves checkpoints and metrics in ``settings.out_dir``.
+
+    Args:
+        run: parsed and checked settings; text and tokens are there.
+        resume_from: a whole checkpoint folder to continue from.
+
+    Raises:
+        UserError: for what only shows now: a resumed run that does not fit, a data set that is too small, W&B without
+            a login, another process that is gone.
+    """
+    settings = run.settings
+    use_expandable_segments(torch.cuda.is_available())
+    precision, note = choose_precision(settings.precision)
+    devices, num_nodes = processes(settings)
+    out_dir = settings.out_dir
+    resume_step = checkpoints.read_mark(resume_from).step if resume_from else None
+    patched = patched_pretraining(
+        main=partial(main, run=run, resume_from=resume_from, precision_note=note),
+        choose_logger=logger_factory(
+            settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
+        ),
+        strategy=partial(make_strategy, settings, precision),
+        summary={"settings": str(out_dir / "run_config.yaml")},
+    )
+    with patched, watch_others():
+        litgpt.pretrain.setup(
+            model_name=settings.model.name,
+            model_config=settings.model,
+            out_dir=out_dir,
+            precision=precision,
+            initial_checkpoint_dir=settings.initial_checkpoint_dir,
+            resume=resume_from or False,
+            data=settings.data,
+            train=settings.train,
+            eval=settings.eval,
+            log=settings.log,
+            optimizer=run.optimizer,
+            devices=devices,
+            num_nodes=num_nodes,
+            tokenizer_dir=settings.tokenizer_dir,
+            logger_name="csv",
+            seed=settings.seed,
+        )
+
+
+def main(
+    fabric: L.Fabric,
+    devices: int,
+    seed: int,
+    initial_checkpoint_dir: Path | None,
+    resume: bool | Literal["auto"] | Path,
+    config: Config,
+    data: DataModule,
+    out_dir: Path,
+    tokenizer_dir: Path | None,
+    tokenizer: Tokenizer | None,
+    train: TrainArgs,
+    eval: EvalArgs,
+    optimizer: str | dict,
+    num_nodes: int = 1,
+    *,
+    run: ParsedRun,
+    resume_from: Path | None,
+    precision_note: str | None,
+) -> None:
+    """Replaces ``litgpt.pretrain.main``: builds the model and trains it."""
+    with fabric.init_module(empty_init=not is_sharded(run.settings)):  # where FSDP's "empty" has no contents at all
+        gpt = GPT(config)
+    fabric.seed_everything(seed, verbose=False)  # the same in every process, so that all start from the same weights
+    litgpt.pretrain.initialize_weights(fabric, gpt, n_layer=config.n_layer, n_embd=config.n_embd)
+    scale_gelu_projections(gpt)
+    if train.tie_embeddings:
+        gpt.transformer.wte.weight = gpt.lm_head.weight
+    gpt.max_seq_length = train.max_seq_length or config.block_size
+    if initial_checkpoint_dir:
+        gpt.load_state_dict(checkpoints.load_weights(initial_checkpoint_dir))
+    elif resume_from:
+        gpt.load_state_dict(checkpoints.load_weights(resume_from))
+    elif dense := run.settings.upcycle:
+        gpt.load_state_dict(upcycle(checkpoints.load_weights(dense), gpt.state_dict()))
+        fabric.print(f"Each of {config.n_expert} experts starts as a copy of the feed-forward of {dense}.")
+    run_training(
+        fabric,
+        gpt,
+        run=run,
+        data=data,
+        tokenizer=None if tokenizer is None else litgpt_tokenizer(run.settings.tokenizer_dir),
+        resume_from=resume_from,
+        precision_note=precision_note,
+        sample_prompt=run.settings.sample.prompt,
+    )
+
+
+def scale_gelu_projections(gpt: GPT) -> None:
+    """Initializes the output projection of ``GptNeoxMLP`` as LitGPT does those of other layers, smaller with depth.
+
+    Without it a dense GPT-2 would begin with feed-forward outputs several times those of its mixture of experts.
+    """
+    for module in gpt.modules():
+        if isinstance(module, GptNeoxMLP):
+            nn.init.normal_(module.proj.weight, std=1 / math.sqrt(gpt.config.n_embd) / gpt.config.n_layer)

@@ -1,0 +1,280 @@
+"""Finetuning by the door's own path: what is learned, what is saved, that a resumed run is the uninterrupted one."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import litgpt.lora
+import litgpt.prompts
+import pytest
+import torch
+from litgpt import GPT, Tokenizer
+from litgpt.scripts.merge_lora import merge_lora
+
+import finetune
+from litmoe import checkpoints
+from litmoe.cli import UserError, exit_with_message
+from litmoe.config import parse_finetuning
+from litmoe.data.conversations import encode_conversation, load_prompt_style
+from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
+from litmoe.train.lock import locked
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
+from tests.training_fixtures import column
+
+SIGMOID = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": True}
+
+
+def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "phi-2") -> float:
+    """By stock LitGPT, one conversation at a time: nats per answer token."""
+    gpt = GPT(checkpoints.load_config(folder))
+    gpt.load_state_dict(checkpoints.load_weights(folder))
+    tokenizer, total, tokens = Tokenizer(folder), 0.0, 0
+    for messages in conversations(data_dir, split):
+        encoded = encode_conversation(messages, tokenizer, litgpt.prompts.PromptStyle.from_name(style))
+        ids = torch.tensor(encoded.input_ids)[: gpt.max_seq_length + 1]
+        is_answer = torch.tensor(encoded.is_answer)[: len(ids)]
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(gpt(ids[None, :-1])[0], ids[1:], reduction="none")
+        total += float(losses[is_answer[1:]].sum())
+        tokens += int(is_answer[1:].sum())
+    return total / tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_dropout", "0")], ids=["full", "lora"])
+def test_compiled_it_is_the_same_run(tune, tmp_path, flags):
+    """Whatever lengths come: a graph for each of them would end it after some steps."""
+    flags = (*flags, "--train.max_steps", "24")
+    plain, compiled = (
+        tune("--out_dir", str(tmp_path / value), "--compile", value, *flags) for value in ("false", "true")
+    )
+    for name in ("train_loss", "val_loss"):
+        assert column(compiled, name) == pytest.approx(column(plain, name), rel=1e-3)
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_mlp", "true")], ids=["full", "lora"])
+def test_the_held_out_answers_become_likelier(tune, base, instructions, flags):
+    out = tune(*flags)
+    losses = column(out, "val_loss")
+    assert losses[0] == pytest.approx(answer_loss(base, instructions), rel=1e-5)
+    assert losses[-1] == pytest.approx(answer_loss(out / "final", instructions), rel=1e-5)
+    assert losses[-1] < losses[0] - 0.3
+    assert type(load_prompt_style(out / "final")) is litgpt.prompts.Phi2
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(tune, tmp_path):
+    """Two micro batches of two, of other lengths, give what one of four gives; not so with a mean of their means."""
+    flags = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0", "--train.max_steps", "2")
+    accumulated = tune(*flags, "--out_dir", str(tmp_path / "a"))
+    at_once = tune(*flags, "--out_dir", str(tmp_path / "b"), "--micro-batch-size", "4")
+    for name in ("train_loss", "grad_norm"):
+        assert column(accumulated, name) == pytest.approx(column(at_once, name), rel=1e-5)
+    assert column(accumulated, "total_tokens") == column(at_once, "total_tokens")
+
+
+def test_routers_that_can_not_learn_are_named(tune, tmp_path, moe_fields, tokenizer_dir, capsys):
+    fields = moe_fields | {"block_size": 48, "n_expert_per_token": 1}
+    base = save_tiny(tmp_path / "other", tiny_gpt(fields), tokenizer_dir)
+    flags = ("--checkpoint_dir", str(base), "--train.max_steps", "1")
+    tune(*flags)
+    assert "warning: this model sends each token to 1 expert" in capsys.readouterr().out
+    tune(*flags, "--lora_r", "4", "--out_dir", str(tmp_path / "lora"))  # which leaves routers as they are
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_lora_leaves_selection_biases_as_they_are(tune, tmp_path, moe_fields, tokenizer_dir):
+    """They are no part of the updates that are saved by themselves; a base with them would be another one."""
+    base = save_tiny(tmp_path / "other", tiny_gpt(moe_fields | {"block_size": 48} | SIGMOID), tokenizer_dir)
+    with pytest.raises(UserError, match=r"LoRA leaves the routers' selection bias.*--lora_r 0"):
+        tune("--checkpoint_dir", str(base), "--lora_r", "4", "--moe.bias_update_rate", "0.01")
+
+
+def test_lora_trains_few_weights_and_litgpt_reads_its_updates(tune, base, tmp_path):
+    out = tune("--lora_r", "4", "--lora_mlp", "true", "--lora_alpha", "8")
+    before, after = checkpoints.load_weights(base), checkpoints.load_weights(out / "final")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "qkv" in name or ".mlp." in name}
+    (out / "final" / "lit_model.pth").rename(tmp_path / "ours.pth")
+    # LitGPT's script wants its own layer's keys, so the base goes through its model once.
+    merge_lora(out / "final")
+    litgpts = torch.load(out / "final" / "lit_model.pth", weights_only=True)
+    litgpts = litgpts.get("model", litgpts)
+    for name, weight in torch.load(tmp_path / "ours.pth", weights_only=True).items():
+        torch.testing.assert_close(litgpts[name], weight, msg=name)
+
+
+def test_stock_litgpt_answers_as_the_tuned_model(tune):
+    out = tune()
+    model = checkpoints.load_model(out / "final", torch.device("cpu"), torch.float32)
+    stock = GPT(checkpoints.load_config(out / "final"))
+    stock.load_state_dict(checkpoints.load_weights(out / "final"))
+    ids = torch.randint(0, 384, (1, 16))
+    torch.testing.assert_close(model(ids), stock(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_tied_embeddings_stay_tied(tune, tmp_path, moe_fields, tokenizer_dir):
+    gpt = tiny_gpt({**moe_fields, "block_size": 48})
+    gpt.transformer.wte.weight = gpt.lm_head.weight
+    tied = save_tiny(tmp_path / "tied", gpt, tokenizer_dir)
+    out = tune("--checkpoint_dir", str(tied))
+    assert checkpoints.is_tied(checkpoints.load_weights(out / "final"))
+    out = tune("--checkpoint_dir", str(tied), "--resume", "auto", "--train.max_steps", "10")
+    assert checkpoints.is_tied(checkpoints.load_weights(out / "final"))
+
+
+@pytest.mark.parametrize("head", ["false", "true"])
+def test_lora_on_tied_embeddings(tune, tmp_path, moe_fields, tokenizer_dir, head):
+    """Tied stays tied, but where the head gets updates of its own."""
+    gpt = tiny_gpt({**moe_fields, "block_size": 48})
+    gpt.transformer.wte.weight = gpt.lm_head.weight
+    tied = save_tiny(tmp_path / "tied", gpt, tokenizer_dir)
+    out = tune("--checkpoint_dir", str(tied), "--lora_r", "4", "--lora_head", head)
+    weights = checkpoints.load_weights(out / "final")
+    assert checkpoints.is_tied(weights) == (head == "false")
+    assert torch.equal(weights["transformer.wte.weight"], gpt.transformer.wte.weight)
+    assert torch.equal(weights["lm_head.weight"], gpt.lm_head.weight) == (head == "false")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0},
+        {"mlp_class_name": "GptNeoxMLP", "intermediate_size": 48, "n_expert": 0, "bias": True},
+    ],
+    ids=["swiglu", "gelu"],
+)
+def test_dense_models_too(tune, tmp_path, moe_fields, tokenizer_dir, fields):
+    dense = {**moe_fields, "block_size": 48, **fields}
+    folder = save_tiny(tmp_path / "dense", tiny_gpt(dense), tokenizer_dir)
+    for flags in ((), ("--lora_r", "2", "--lora_mlp", "true", "--lora_head", "true", "--overwrite", "true")):
+        losses = column(tune("--checkpoint_dir", str(folder), *flags), "val_loss")
+        assert math.isfinite(losses[-1]) and losses[-1] < losses[0]
+
+
+def test_other_lora_weights_are_not_resumed(tune):
+    tune("--lora_r", "4", "--train.max_steps", "4")
+    for flags, message in (
+        (("--lora_r", "8"), "lora_r was 4 and is now 8"),
+        (("--lora_r", "4", "--lora_mlp", "true"), "lora_mlp was False and is now True"),
+        ((), "lora_r was 4 and is now 0"),
+    ):
+        with pytest.raises(UserError, match=rf"{message}.*finetune.py .* --out_dir NEW"):
+            tune(*flags, "--resume", "auto", "--train.max_steps", "10")
+
+
+def test_a_pretraining_run_is_not_resumed(tune, base):
+    """KeyError: 'prompt_style'."""
+    with pytest.raises(UserError, match=r"is of a pretraining run.*finetune\.py .* --out_dir NEW"):
+        tune("--resume", str(base))
+
+
+def test_a_resumed_run_knows_its_checkpoint(tune, base, tmp_path, monkeypatch):
+    out = tune("--train.max_steps", "4")
+    flags = ["--config", str(tmp_path / "finetune.yaml"), "--out_dir", str(out)]
+    assert parse_finetuning([*flags, "--resume", "auto"]).settings.checkpoint_dir == base
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, tmp_path / "checkpoints" / "newer" / "final")
+    assert parse_finetuning(flags).settings.checkpoint_dir == Path("checkpoints/newer/final")
+    with pytest.raises(UserError, match=r"complete\.json|no checkpoint"):
+        parse_finetuning([".", *flags])
+
+
+def test_a_checkpoint_is_no_place_for_a_run(tune, base):
+    for place in (base, base / "deeper"):
+        with pytest.raises(UserError, match="is a checkpoint; put the run elsewhere"):
+            tune("--out_dir", str(place))
+
+
+def test_finetuning_holds_its_out_dir(base, tmp_path, monkeypatch, capsys):
+    """Nothing is read or prepared before: the conversations that are named are not there."""
+    flags = ["--data_dir", str(tmp_path / "nowhere"), "--out_dir", str(tmp_path / "out"), "--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(base), *flags])
+    with locked(tmp_path / "out"), pytest.raises(SystemExit, match="1"):
+        exit_with_message(finetune.main)
+    assert f"{tmp_path / 'out'} is used by another run (process {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_another_style_is_not_resumed(tune):
+    tune("--train.max_steps", "4")
+    with pytest.raises(UserError, match="prompt_style was phi-2 and is now falcon"):
+        tune("--resume", "auto", "--prompt_style", "falcon", "--train.max_steps", "10")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data_dir", "nowhere"), "nowhere does not exist"),
+        (("--prompt_style", "alpacca"), "did you mean alpaca"),
+        (("--train.max_tokens", "1000"), "train.max_tokens counts tokens of a text"),
+        (("--lora_r", "4", "--lora_query", "false", "--lora_value", "false"), "no part of the model gets LoRA"),
+        (("--sample.prompt", "Where? " * 60), "leaves no room|has .* tokens, but the context has"),
+        (("--lora_rank", "4"), "the nearest known one is 'lora_r'"),
+        (("--data.class_path", "litgpt.data.Alpaca2k"), "expected litmoe.data.InstructionData"),
+    ],
+)
+def test_a_mistake_gets_one_message(tune, flags, message):
+    with pytest.raises(UserError, match=message):
+        tune(*flags)
+
+
+def test_a_long_first_question_is_no_obstacle(tune, tmp_path):
+    """The sample answers the first held-out question that leaves room; where none does, the message is about them."""
+    short = [{"prompt": f"Where is {name}?", "response": "At the sea."} for name in ("Mia", "Tom", "Lily", "Ben")]
+    long = [{"prompt": f"Where is {row['prompt']}? " * 30, "response": "At the sea."} for row in short]
+
+    def tune_on(train, val, *flags):
+        for name, rows in (("train", train), ("val", val)):
+            (tmp_path / "in").mkdir(exist_ok=True)
+            (tmp_path / "in" / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+        prepare_instructions(InstructArgs(str(tmp_path / "in"), tmp_path / "data", overwrite=True))
+        flags = ("--data_dir", str(tmp_path / "data"), "--train.max_steps", "2", "--overwrite", "true", *flags)
+        return tune(*flags)
+
+    assert math.isfinite(column(tune_on(short[:3], [*long, short[3]]), "val_loss")[-1])
+    none_fits = r"none of the 4 held-out conversations of .* fits: \d+ to \d+ tokens come before their first answer"
+    with pytest.raises(UserError, match=f"{none_fits}, and the context has 48.*can read no more"):
+        tune_on(short, long)
+    with pytest.raises(UserError, match=f"{none_fits}, and the context has 40.*--max_seq_length.*read 48 tokens"):
+        tune_on(short, long, "--max_seq_length", "40")
+    with pytest.raises(UserError, match=r"train has 0 conversations that fit \(4 do not: .*--max_seq_length"):
+        tune_on(long, short)
+
+
+def test_the_settings_that_are_saved_run_again(tune, tmp_path):
+    out = tune("--lora_r", "2", "--train.max_steps", "2")
+    again = tune("--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "again"))
+    one, other = (checkpoints.read_mark(path / "final").files["lit_model.pth"] for path in (out, again))
+    assert one == other
+
+
+def test_finetuning_keeps_the_trained_context(tmp_path, moe_fields, tokenizer_dir):
+    base = save_tiny(
+        tmp_path / "final", tiny_gpt(moe_fields), tokenizer_dir, hyperparameters={"train": {"max_seq_length": 48}}
+    )
+    run = parse_finetuning([str(base)])
+    assert run.settings.train.max_seq_length == run.resolved["train"]["max_seq_length"] == 48
+    assert parse_finetuning([str(base), "--max_seq_length", "64"]).settings.train.max_seq_length == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--lora_r", "4", "--lora_mlp", "true"), ("--strategy", "fsdp")],
+    ids=["full", "lora", "full by fsdp"],
+)
+def test_two_processes_are_one(tune, base, tmp_path, flags):
+    flags = ("--lora_dropout", "0.0", *flags)
+    one = tune(*flags, "--out_dir", str(tmp_path / "one"))
+    door = Path(__file__).resolve().parents[2] / "finetune.py"
+    command = [sys.executable, str(door), str(base), "--config", str(tmp_path / "finetune.yaml"), *flags]
+    two = tmp_path / "two"
+    subprocess.run([*command, "--devices", "2", "--out_dir", str(two)], check=True, timeout=280)
+    for name in ("train_loss", "val_loss", "total_tokens", "load_balancing_loss"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-6)
+    expected, found = (checkpoints.load_weights(out / "final") for out in (one, two))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=name)

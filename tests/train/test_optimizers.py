@@ -1,0 +1,192 @@
+import re
+
+import litgpt.lora
+import pytest
+import torch
+from litgpt import GPT, Config
+from torch import nn
+
+from custom_moe import use_custom_moe
+from custom_moe.experts import Experts
+from litmoe.cli import UserError
+from litmoe.train.optimizers import (
+    check_optimizer,
+    load_optimizer_state,
+    make_optimizer,
+    parameter_groups,
+    rounding_note,
+    set_learning_rate,
+)
+
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3, "weight_decay": 0.1, "fused": None}}
+
+
+def build(fields, **changes) -> GPT:
+    with use_custom_moe():
+        return GPT(Config(**{**fields, **changes}))
+
+
+def test_each_parameter_is_in_one_group_and_only_matrices_decay(moe_fields):
+    gpt = build(moe_fields, bias=True, norm_class_name="LayerNorm")
+    decayed, kept = parameter_groups(gpt)
+    names = {id(p): re.sub(r"transformer\.h\.\d+\.", "", name) for name, p in gpt.named_parameters()}
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "attn.qkv.weight",
+        "attn.proj.weight",
+        "mlp.experts.fc_weight",
+        "mlp.experts.proj_weight",
+        "lm_head.weight",
+    }
+    assert kept["weight_decay"] == 0.0
+    assert {"mlp.gate.weight", "mlp.experts.fc_bias", "mlp.experts.proj_bias", "norm_1.weight", "attn.qkv.bias"} <= {
+        names[id(p)] for p in kept["params"]
+    }
+
+
+def test_a_tied_head_counts_as_the_embedding(moe_fields):
+    gpt = build(moe_fields)
+    gpt.transformer.wte.weight = gpt.lm_head.weight
+    decayed, kept = parameter_groups(gpt)
+    assert sum(p is gpt.lm_head.weight for p in kept["params"]) == 1
+    assert not any(p is gpt.lm_head.weight for p in decayed["params"])
+
+
+def names_by_parts(gpt: GPT) -> dict[tuple[int, ...] | None, set[str]]:
+    names = {id(p): re.sub(r"transformer\.h\.\d+\.", "", name) for name, p in gpt.named_parameters()}
+    groups = parameter_groups(gpt, muon=True)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in gpt.parameters())
+    found: dict[tuple[int, ...] | None, set[str]] = {}
+    for group in groups:
+        found.setdefault(group.get("parts"), set()).update(names[id(p)] for p in group["params"])
+    return found
+
+
+def test_for_muon_the_matrices_of_the_blocks_are_apart(moe_fields):
+    found = names_by_parts(build(moe_fields, n_head=4, n_query_groups=2))
+    assert found[4, 2, 2] == {"attn.qkv.weight"}
+    assert found[1, 1] == {"mlp.experts.fc_weight"}
+    assert found[1,] == {"attn.proj.weight", "mlp.experts.proj_weight"}
+    assert {"transformer.wte.weight", "lm_head.weight", "mlp.gate.weight", "norm_1.weight"} <= found[None]
+
+
+def test_for_muon_lora_updates_divide_as_the_experts_do(moe_fields):
+    with use_custom_moe():
+        config = litgpt.lora.Config(**moe_fields, lora_r=4, lora_query=True, lora_value=True, lora_mlp=True)
+        gpt = litgpt.lora.GPT(config)
+    litgpt.lora.mark_only_lora_as_trainable(gpt)
+    found = names_by_parts(gpt)
+    assert found[1, 1] == {"mlp.experts.fc_lora_A", "mlp.experts.fc_lora_B"}
+    assert {"attn.qkv.lora_A", "mlp.experts.proj_lora_B"} <= found[1,]
+
+
+def test_the_optimizer_leaves_the_settings_as_they_are(moe_fields):
+    """LitGPT writes `fused` into the mapping that is later saved with the run."""
+    optimizer = make_optimizer(ADAMW, build(moe_fields), fused=True)
+    assert ADAMW["init_args"] == {"lr": 1.0e-3, "weight_decay": 0.1, "fused": None}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_groups_keep_the_ratio_of_their_rates(moe_fields):
+    optimizer = make_optimizer(ADAMW, build(moe_fields), fused=False)
+    optimizer.param_groups[1]["initial_lr"] = 5.0e-3
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5e-3, 2.5e-3]
+
+
+def test_an_optimizer_that_refuses_gives_one_message(moe_fields):
+    with pytest.raises(UserError, match=r"torch\.optim\.Muon refuses.*litmoe\.train\.muon\.Muon takes whole models"):
+        make_optimizer({"class_path": "torch.optim.Muon", "init_args": {"lr": 0.1}}, build(moe_fields), fused=False)
+
+
+def test_resuming_keeps_this_runs_settings(moe_fields):
+    """A resumed run took weight decay and betas from the checkpoint but the learning rate from the run file."""
+    gpt = build(moe_fields)
+    optimizer = make_optimizer(ADAMW, gpt, fused=False)
+    for parameter in gpt.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    changed = {**ADAMW, "init_args": {"lr": 2.0e-3, "weight_decay": 0.3}}
+    resumed = make_optimizer(changed, gpt, fused=False)
+    load_optimizer_state(resumed, optimizer.state_dict())
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.3, 0.0]
+    assert [group["initial_lr"] for group in resumed.param_groups] == [2.0e-3, 2.0e-3]
+    some = next(gpt.parameters())
+    assert torch.equal(resumed.state[some]["exp_avg"], optimizer.state[some]["exp_avg"])
+
+
+EIGHT_BITS = {
+    "class_path": "torchao.optim.AdamW8bit",
+    "init_args": {"lr": 1.0e-2, "betas": [0.9, 0.95], "weight_decay": 0.1, "bf16_stochastic_round": True},
+}
+
+
+@pytest.fixture
+def experts() -> nn.ModuleDict:
+    """Stacked matrices of bf16 and a norm, as small as has a state of 8 bits."""
+    torch.manual_seed(0)
+    return nn.ModuleDict({"mlp": Experts(4, 32, 64, 1, bias=False), "norm": nn.LayerNorm(32, bias=False)}).bfloat16()
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def backend(request):
+    """What ``torch.compile`` ends in: as in a run, whose code takes up to a minute, or without making any."""
+    torch.compiler.reset()
+    with torch.compiler.set_stance("default", force_backend=request.param):
+        yield
+    torch.compiler.reset()
+
+
+def test_eight_bit_adam_follows_the_schedule_without_compiling_anew(experts, backend):
+    """A learning rate that is a number would be compiled in, or make it compile at each step; torchao refuses one."""
+    optimizer = make_optimizer(EIGHT_BITS, experts, fused=True)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    graphs, moved = [], []
+    for step in range(4):
+        before = experts["norm"].weight.detach().float()
+        for parameter in experts.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        set_learning_rate(optimizer, 0.0 if step == 3 else 1 / (step + 1))
+        optimizer.step()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        moved.append(float((before - experts["norm"].weight.detach().float()).mean()))
+    assert len(set(graphs)) == 1 and graphs[0] >= 3
+    # Adam moves each weight by about the rate; rounding by chance keeps that on average, and 0 is 0.
+    assert moved == pytest.approx([1.0e-2, 0.5e-2, 0.33e-2, 0], abs=1.5e-3)
+
+
+def test_rounding_by_chance_keeps_what_bf16_rounds_away(experts):
+    """1 and 0.9995 are the same in bf16: without it no update as small would ever move a weight of 1."""
+    means = []
+    for by_chance in (True, False):
+        specification = {**EIGHT_BITS, "init_args": {"lr": 5.0e-4, "bf16_stochastic_round": by_chance}}
+        weight = nn.ParameterDict({"weight": torch.ones(64, 64, dtype=torch.bfloat16)})
+        optimizer = make_optimizer(specification, weight, fused=False)
+        weight["weight"].grad = torch.ones_like(weight["weight"])
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+        means.append(float(weight["weight"].float().mean()))
+    assert means == pytest.approx([1 - 5.0e-4, 1.0], abs=1e-4)
+
+
+def test_eight_bit_adam_without_a_compiler_is_refused(experts, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"torchao\.optim\.AdamW8bit compiles its step, but there is no C\+\+ compiler"):
+        check_optimizer(EIGHT_BITS["class_path"], "cpu")
+    make_optimizer(EIGHT_BITS, experts, fused=False)  # a plan only looks at it
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_who_loses_small_updates_is_warned(precision):
+    """With alternatives that this run could take: FSDP has neither of the two optimizers."""
+    eight_bit = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"bf16_stochastic_round": True}}
+    muon = {"class_path": "litmoe.train.muon.Muon", "init_args": {}}
+    nearest = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"bf16_stochastic_round": False}}
+    assert rounding_note(eight_bit, precision) is None and rounding_note(muon, precision) is None
+    for optimizer in (ADAMW, nearest, {"class_path": "torch.optim.SGD"}):
+        note = rounding_note(optimizer, precision)
+        assert (note is not None) == (precision == "bf16-true")
+        assert note is None or (optimizer["class_path"] in note and "bf16_stochastic_round true" in note)
+        assert "stochastic" not in (rounding_note(optimizer, precision, sharded=True) or "")

@@ -1,0 +1,421 @@
+"""Whole runs of a tiny model through ``litgpt.pretrain.setup``."""
+
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import lightning as L
+import litgpt.pretrain
+import pytest
+import torch
+from litgpt import GPT, Config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from litmoe import checkpoints
+from litmoe.cli import UserError
+from litmoe.config import parse_run
+from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.train import loop
+from litmoe.train.preflight import ready
+from litmoe.train.pretrain import pretrain, scale_gelu_projections
+from tests.tiny_checkpoint import save_tiny, tiny_gpt
+from tests.training_fixtures import SIGMOID_ROUTER, column, rows
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = checkpoints.load_weights(a), checkpoints.load_weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_from_the_first_step_to_the_last(train):
+    out = train("--train.max_steps", "40")
+    losses = column(out, "train_loss")
+    assert len(losses) == 40
+    assert losses[-1] < losses[0] - 1
+    assert losses[0] == pytest.approx(math.log(384), abs=0.5)
+    assert column(out, "step") == list(range(1, 41))
+    assert column(out, "total_tokens") == [64 * step for step in range(1, 41)]
+    assert set(column(out, "iter_tokens")) == {64}
+    rates = column(out, "learning_rate")
+    assert (rates[0], rates[1], rates[-1]) == (pytest.approx(5e-3), pytest.approx(1e-2), pytest.approx(1e-4))
+    assert len(column(out, "val_loss")) == 10
+    assert column(out, "val_loss")[-1] < 4
+    assert column(out, "time") == sorted(column(out, "time"))
+    assert all(value > 0 for value in column(out, "grad_norm"))
+    for layer in (0, 1):
+        assert all(1 <= load <= 4 for load in column(out, f"expert_load_max/layer_{layer}"))
+        assert all(0 <= load <= 1 for load in column(out, f"expert_load_min/layer_{layer}"))
+        assert all(0.7 < entropy <= 1 for entropy in column(out, f"expert_load_entropy/layer_{layer}"))
+        assert all(0.25 < probability < 1 for probability in column(out, f"router_confidence/layer_{layer}"))
+        assert set(column(out, f"dead_experts/layer_{layer}")) == {0}
+    balancing = column(out, "load_balancing_loss")
+    assert balancing[0] == pytest.approx(1, abs=1e-6), "by an even load: there is no step before it"
+    assert all(1 < value < 4 for value in balancing[1:])
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-00000032", "step-00000036"], (
+        "3 with the final one"
+    )
+    assert checkpoints.read_mark(out / "final").step == 40
+
+
+def test_the_final_checkpoint_is_stock_litgpts(train):
+    """Strictly loaded by LitGPT's own GPT, and it computes what was trained: the validation loss is the logged one."""
+    out = train()
+    gpt = GPT(Config.from_file(out / "final" / "model_config.yaml"))
+    assert type(gpt.transformer.h[0].mlp) is litgpt.model.LLaMAMoE
+    gpt.load_state_dict(torch.load(out / "final" / "lit_model.pth", weights_only=True))
+    from litmoe.config import parse_run
+    from litmoe.data.module import validation_windows
+
+    run = parse_run(["--config", str(out / "run_config.yaml")])
+    windows = validation_windows(Path(run.settings.data.data_dir), "val", 16)
+    tokens = torch.stack([windows[index].long() for index in range(6)])  # 3 batches of 2
+    with torch.no_grad():
+        logits = gpt(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(loss) == pytest.approx(column(out, "val_loss")[-1], rel=1e-5)
+
+
+EIGHT_BITS = (
+    *("--optimizer", "torchao.optim.AdamW8bit", "--optimizer.init_args.lr", "1.0e-2"),
+    *("--optimizer.init_args.bf16_stochastic_round", "true"),
+)
+
+
+def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
+    """All of a low-memory run: the state of torchao's optimizer is of tensors of its own."""
+    flags = (*("--precision", "bf16-true", "--activation_checkpointing", "block"), *EIGHT_BITS)
+    # Compiling each shape would take a minute; tests/train/test_optimizers.py has the compiled step.
+    with torch.compiler.set_stance("force_eager"):
+        whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
+        cut = shutil.copytree(whole, tmp_path / "cut")
+        train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
+    assert_same_weights(whole / "final", cut / "final")
+    weights, rounded = checkpoints.load_weights(whole / "final"), checkpoints.load_weights(whole / "step-00000004")
+    assert weights["lm_head.weight"].dtype == torch.bfloat16
+    assert not torch.equal(weights["lm_head.weight"], rounded["lm_head.weight"])
+    moments = [
+        state["exp_avg"] for state in checkpoints.load_training_state(cut / "final")["optimizer"]["state"].values()
+    ]
+    assert {moment.codes.dtype for moment in moments if hasattr(moment, "codes")} == {torch.uint8}
+    with pytest.raises(UserError, match=r"trained with torchao\.optim\.AdamW8bit.*Resume with --optimizer torchao"):
+        train("--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
+
+
+def test_resume_auto(train, capsys):
+    out = train("--resume", "auto")
+    assert "fresh start" in capsys.readouterr().out
+    before = checkpoints.read_mark(out / "final").files["lit_model.pth"].sha256
+    train("--resume", "auto")
+    assert "This run is finished" in capsys.readouterr().out
+    assert checkpoints.read_mark(out / "final").files["lit_model.pth"].sha256 == before
+    train("--resume", "auto", "--train.max_steps", "16")
+    assert "step 12 of 16" in capsys.readouterr().out
+    assert column(out, "step") == list(range(1, 17))
+    assert checkpoints.read_mark(out / "final").step == 16
+
+
+def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
+    """What a checkpoint holds does not depend on what computed the experts; sums differ in their last digits."""
+    whole = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "whole"))
+    cut = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "cut"))
+    resumed = train(
+        *("--moe.backend", "grouped_mm", "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite"),
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("experts by loop.") == 2 and printed.count("experts by grouped_mm.") == 1
+    assert len(rows(resumed)) == len(rows(whole)) == 12
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        assert column(resumed, name) == pytest.approx(column(whole, name), rel=1e-4)
+
+
+def test_a_backend_that_can_not_be_had_is_refused(train, capsys):
+    with pytest.raises(UserError, match=r"--moe.backend triton: .* needs an NVIDIA card.*\(--moe.backend auto\)"):
+        train("--moe.backend", "triton")
+    with pytest.raises(UserError, match=r"--moe.backend grouped_mm: .* needs widths of a multiple of 4"):
+        train("--moe.backend", "grouped_mm", "--model.moe_intermediate_size", "18")
+    train("--train.max_steps", "1")
+    assert "experts by loop." in capsys.readouterr().out
+
+
+def test_a_used_up_time_ends_in_a_checkpoint_to_resume_from(train, capsys):
+    out = train("--train.max_time", "0.001")
+    assert not (out / "final").exists()
+    assert checkpoints.read_mark(out / "step-00000001").step == 1
+    assert "--resume auto" in capsys.readouterr().out
+    train("--resume", "auto")
+    assert column(out, "step") == list(range(1, 13))
+
+
+def test_leftover_micro_batches_are_trained_on(train):
+    out = train("--train.max_steps", "null", "--train.max_tokens", "240")  # 7 micro batches of 32, two a step
+    assert column(out, "iter_tokens") == [64, 64, 64, 32]
+    assert column(out, "total_tokens")[-1] == 224
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(train, tmp_path):
+    """Two micro batches of 2 are one of 4, the balance losses too: their load is the last step's, of all its tokens."""
+    flags = ("--moe.load_balancing_loss", "1.0", "--moe.z_loss", "0.1", "--train.max_steps", "3")
+    accumulated = train(*flags, "--out_dir", str(tmp_path / "a"))
+    at_once = train(*flags, "--out_dir", str(tmp_path / "b"), "--micro-batch-size", "4")
+    for name in ("train_loss", "grad_norm", "load_balancing_loss", "expert_load_max/layer_0"):
+        assert column(accumulated, name) == pytest.approx(column(at_once, name), rel=1e-5)
+
+
+def test_the_bias_update_alone_evens_the_load(train, tmp_path):
+    """Against the same run without: no balance loss in either, so that the bias is all that differs."""
+    losses_off = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0")
+    flags = (*SIGMOID_ROUTER, *losses_off, "--train.max_steps", "60", "--eval.interval", "100")
+    unevenness = []
+    for rate in ("0.0", "0.01"):
+        out = train(*flags, "--moe.bias_update_rate", rate, "--out_dir", str(tmp_path / rate))
+        of_last_steps = {
+            (name, layer): sum(column(out, f"expert_load_{name}/layer_{layer}")[-20:]) / 20
+            for name in ("max", "min")
+            for layer in (0, 1)
+        }
+        unevenness.append({key: abs(load - 1) for key, load in of_last_steps.items()})
+        bias = checkpoints.load_weights(out / "final")["transformer.h.0.mlp.gate.e_score_correction_bias"]
+        assert bias.dtype == torch.float32
+        assert bool(bias.any()) == (rate != "0.0")
+        assert float(bias.abs().max()) <= 60 * float(rate) + 1e-6
+    without, with_it = unevenness
+    assert all(value > 0.4 for value in without.values())
+    assert all(with_it[key] < without[key] / 2 for key in without)
+
+
+def test_evaluation_moves_no_selection_bias(train, tmp_path):
+    flags = (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01", "--train.max_steps", "4")
+    often = train(*flags, "--eval.interval", "1", "--eval.initial_validation", "true", "--out_dir", str(tmp_path / "a"))
+    never = train(
+        *flags, "--eval.interval", "100", "--eval.final_validation", "false", "--out_dir", str(tmp_path / "b")
+    )
+    assert len(column(often, "val_loss")) == 5
+    assert not column(never, "val_loss")
+    assert_same_weights(often / "final", never / "final")
+
+
+def test_logged_loss_is_the_mean_of_its_interval(train, tmp_path):
+    each = column(train("--out_dir", str(tmp_path / "each")), "train_loss")
+    third = column(train("--out_dir", str(tmp_path / "third"), "--train.log_interval", "3"), "train_loss")
+    # Rows of steps 4 and 8 hold a validation loss alone.
+    assert third == pytest.approx([sum(each[i : i + 3]) / 3 for i in range(0, 12, 3)], rel=1e-6)
+
+
+def test_samples_leave_the_run_as_it_is(train, tmp_path):
+    with_samples = train("--out_dir", str(tmp_path / "a"), "--sample.temperature", "1.0")
+    without = train("--out_dir", str(tmp_path / "b"), "--sample.prompt", "null")
+    assert_same_weights(with_samples / "final", without / "final")
+
+
+def test_tied_embeddings_are_one_matrix(train):
+    out = train("--train.tie_embeddings", "true")
+    weights = checkpoints.load_weights(out / "final")
+    assert torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+    train("--train.tie_embeddings", "true", "--resume", "auto", "--train.max_steps", "14")
+
+
+def test_a_run_from_the_weights_of_another(train, tmp_path):
+    first = train()
+    second = train(
+        "--initial_checkpoint_dir",
+        str(first / "final"),
+        "--out_dir",
+        str(tmp_path / "second"),
+        "--train.max_steps",
+        "4",
+    )
+    assert column(second, "train_loss")[0] < column(first, "train_loss")[0] - 0.5
+
+
+def test_loggers_side_by_side(train):
+    out = train("--loggers", "[csv,tensorboard,wandb]")
+    assert list((out / "logs" / "tensorboard").glob("events.*"))
+    assert list((out / "wandb").glob("offline-run-*"))
+    run_id = (out / "wandb_run_id").read_text(encoding="utf-8")
+    train("--loggers", "[csv,tensorboard,wandb]", "--resume", "auto", "--train.max_steps", "14")
+    assert (out / "wandb_run_id").read_text(encoding="utf-8") == run_id
+    assert {path.name.rsplit("-", 1)[1] for path in (out / "wandb").glob("offline-run-*")} == {run_id.strip()}
+    assert column(out, "step") == list(range(1, 15))
+    board = EventAccumulator(str(out / "logs" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train_loss")] == list(range(1, 15))
+
+
+@pytest.mark.slow
+def test_litgpts_own_text_files(train, tmp_path, stories, monkeypatch):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for index in range(3):
+        (folder / f"{index}.txt").write_text("\n".join(stories * 2), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run_train.py"])
+    out = train(
+        *("--data.class_path", "litgpt.data.TextFiles", "--data.init_args.train_data_path", str(folder)),
+        *("--data.init_args.val_data_path", "null", "--data.init_args.num_workers", "0", "--train.max_steps", "3"),
+    )
+    assert len(column(out, "train_loss")) == 3
+
+
+def test_muon_in_bf16_resumes_to_the_bit(train, tmp_path, capsys):
+    """Its moments are fp32, and its rounding goes by the number of updates."""
+    flags = ("--precision", "bf16-true", "--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.lr", "0.01")
+    whole = train(*flags, "--out_dir", str(tmp_path / "whole"), "--train.max_steps", "6")
+    assert "loses weight decay" not in capsys.readouterr().out
+    cut = shutil.copytree(whole, tmp_path / "cut")
+    train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite", "--train.max_steps=6")
+    assert_same_weights(whole / "final", cut / "final")
+    states = checkpoints.load_training_state(cut / "final")["optimizer"]["state"].values()
+    moments = [state.get("momentum_buffer", state.get("exp_avg_sq")) for state in states]
+    assert all(moment.dtype == torch.float32 for moment in moments)
+    assert {state["updates"] for state in states} == {6}
+
+
+def test_bf16_true_trains(train, capsys):
+    """Selection biases move in steps that bf16 does not have, and load as they were saved."""
+    flags = ("--precision", "bf16-true", *SIGMOID_ROUTER, "--moe.bias_update_rate", "0.001", "--train.max_steps", "4")
+    out = train(*flags)
+    assert "warning: in bf16-true, torch.optim.AdamW loses weight decay and small steps" in capsys.readouterr().out
+    weights = checkpoints.load_weights(out / "final")
+    assert weights["lm_head.weight"].dtype == torch.bfloat16
+    bias = weights["transformer.h.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32
+    torch.testing.assert_close(1000 * bias, (1000 * bias).round(), rtol=0, atol=1e-3)
+    assert 1 <= round(1000 * float(bias.abs().max())) <= 4
+    GPT(Config.from_file(out / "final" / "model_config.yaml")).load_state_dict(weights)
+    assert all(math.isfinite(loss) for loss in column(out, "train_loss"))
+
+
+def test_bf16_true_keeps_the_rotations_of_positions(train, monkeypatch):
+    """Fabric converts them along with the weights, to 8 bits; generation would then turn by other angles."""
+    rotations, fit = [], loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *run: rotations.extend((run[1].gpt.cos, run[1].gpt.sin)) or fit(*run))
+    train("--precision", "bf16-true", "--train.max_steps", "1")
+    assert [rotation.dtype for rotation in rotations] == [torch.float32] * 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    """Also between log lines. What was trained before is kept."""
+    found = r"no longer finite at step 2: the first (output|gradient) that went bad was that of \w+.*, in micro batch 1"
+    with pytest.raises(UserError, match=found):
+        train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null", "--train.log_interval", "100")
+    out = tmp_path / "out"
+    assert not (out / "final").exists()
+    assert checkpoints.newest_undamaged(out)[0] == out / "step-00000001"
+
+
+def test_another_model_is_not_resumed(train):
+    out = train()
+    with pytest.raises(UserError, match="n_layer: 2 there, 1 here"):
+        train("--resume", str(out / "step-00000004"), "--overwrite", "--model.n_layer", "1")
+
+
+def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
+    shutil.copytree(prepared, tmp_path / "own")
+    own = tmp_path / "own"
+    paths = [f"--data.init_args.{split}_data_path={own / 'data' / split}" for split in ("train", "val")]
+    out = train(*paths)
+    shutil.move(own / "data", own / "moved")
+    moved = [f"--data.init_args.{split}_data_path={own / 'moved' / split}" for split in ("train", "val")]
+    train(*moved, "--resume", str(out / "step-00000004"), "--overwrite")  # elsewhere, but the same tokens
+    with open(own / "moved" / "train" / "stories.txt", "a", encoding="utf-8") as file:
+        file.write("\n<|endoftext|>\nA new story.")
+    with pytest.raises(UserError, match="was trained on other tokens"):
+        train(*moved, "--resume", str(out / "step-00000004"), "--overwrite")
+
+
+def test_tokens_of_the_same_text_divided_otherwise_are_not_resumed(tmp_path, stories, tokenizer_dir, run_file):
+    """The text's fingerprint is the same: half of the documents that it was trained on were validated on."""
+    data_dir = tmp_path / "own"
+    (data_dir / "train").mkdir(parents=True)
+    text = "\n<|endoftext|>\n".join(stories)
+    (data_dir / "train" / "stories.txt").write_text(text, encoding="utf-8", newline="\n")
+    paths = [f"--data.init_args.{split}_data_path={data_dir / split}" for split in ("train", "val")]
+
+    def train(*flags):
+        run = parse_run(["--config", str(run_file), *paths, "--train.max_steps", "4", *flags])
+        run, resume_from = ready(run)
+        pretrain(run, resume_from=resume_from)
+        return run.settings.out_dir
+
+    def divide(fraction):
+        prepare(PrepareArgs(data_dir=data_dir, tokenizer_dir=tokenizer_dir, num_workers=0, val_fraction=fraction))
+
+    divide(0.2)
+    out = train("--train.save_interval", "2")
+    divide(0.4)
+    with pytest.raises(UserError, match="was trained on other tokens"):
+        train("--resume", str(out / "step-00000002"), "--overwrite")
+
+
+def test_a_run_that_cannot_start_deletes_nothing(train, tmp_path):
+    out = train()
+    for mistake in (("--micro-batch-size", "100", "--global-batch-size", "100"), ("--sample.temperature", "-1")):
+        with pytest.raises(UserError):
+            train("--overwrite", *mistake)
+    with pytest.raises(UserError, match="which this run starts from"):
+        train("--overwrite", "--initial_checkpoint_dir", str(out / "final"))
+    assert checkpoints.read_mark(out / "final").step == 12
+
+
+def test_resuming_into_the_folder_of_another_run_is_refused(train, tmp_path):
+    one = train("--out_dir", str(tmp_path / "one"))
+    other = train("--out_dir", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="holds a run already"):
+        train("--out_dir", str(other), "--resume", str(one / "step-00000004"))
+
+
+def test_a_fresh_start_does_not_go_over_a_run(train):
+    out = train()
+    mark = (out / "final" / "complete.json").read_bytes()
+    with pytest.raises(UserError, match=r"--resume auto.*--out_dir.*--overwrite"):
+        train()
+    assert (out / "final" / "complete.json").read_bytes() == mark
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    train("--overwrite", "true", "--train.max_steps", "2")
+    assert column(out, "step") == [1, 2]
+    assert not list(out.glob("step-*"))
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_gpt2_begins_with_output_projections_that_are_smaller_with_depth():
+    """LitGPT leaves GptNeoxMLP's out: a dense GPT-2 began with feed-forward outputs 7 times those of its mixture."""
+    config = Config(
+        n_layer=6, n_embd=128, n_head=4, block_size=16, padded_vocab_size=64, mlp_class_name="GptNeoxMLP", bias=True
+    )
+    gpt = GPT(config)
+    litgpt.pretrain.initialize_weights(L.Fabric(accelerator="cpu", devices=1), gpt, n_layer=6, n_embd=128)
+    scale_gelu_projections(gpt)
+    for block in gpt.transformer.h:
+        assert float(block.mlp.proj.weight.std()) == pytest.approx(128**-0.5 / 6, rel=0.05)
+        assert float(block.mlp.proj.weight.std()) == pytest.approx(float(block.attn.proj.weight.std()), rel=0.05)
+        assert float(block.mlp.fc.weight.std()) == pytest.approx((2 / 5 / 128) ** 0.5, rel=0.05)
+        assert not block.mlp.proj.bias.any()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_other(train, capsys):
+    """A break in a graph, or a graph for each step, would end it (fullgraph)."""
+    flags = ("--train.max_steps", "4", "--eval.interval", "2", "--train.log_interval", "1")
+    losses = []
+    for compiled in ("true", "false"):
+        out_dir = train(*flags, "--compile", compiled, "--overwrite")
+        losses.append([float(row["train_loss"]) for row in rows(out_dir) if row["train_loss"]])
+    said = re.search(r"The first step took ([0-9,]+) s, with compiling", capsys.readouterr().out)
+    assert said and int(said[1]) >= 1
+    bf16 = torch.cuda.is_available()  # whose roundings the compiler may leave out
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2 if bf16 else 1e-4)
+
+
+def test_a_constant_router_is_trained_on_only(train, tmp_path, moe_fields, prepared, capsys):
+    """`--resume auto` starts a new run where there is none; a model that was trained before is taken as it is."""
+    one = ("--model.n_expert_per_token", "1", "--train.max_steps", "1")
+    with pytest.raises(UserError, match="would not learn where to send a token"):
+        train(*one, "--resume", "auto")
+    assert not (tmp_path / "out").exists()
+    start = save_tiny(tmp_path / "start", tiny_gpt(moe_fields | {"n_expert_per_token": 1}), prepared / "tokenizer")
+    train(*one, "--initial_checkpoint_dir", str(start))
+    assert "warning: this model sends each token to 1 expert" in capsys.readouterr().out
+    train(*one, "--resume", "auto", "--train.max_steps", "2")
+    assert "Resuming from" in capsys.readouterr().out

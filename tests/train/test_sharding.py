@@ -1,0 +1,151 @@
+"""What a sharded model saves and loads is one device's. (Two processes that train: tests/test_run_train.py.)"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import lightning as L
+import pytest
+import torch
+from litgpt import GPT, Config
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from custom_moe import use_custom_moe
+from litmoe.layers import use_fast_layers
+from litmoe.train.model import PretrainingModel, moe_layers, update_selection_biases
+from litmoe.train.optimizers import load_optimizer_state, make_optimizer
+from litmoe.train.sharding import gathered_state, gathered_weights, shard, sharded_state
+from tests.train.test_model import MODELS
+
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2, "weight_decay": 0.1}}
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone: parameters are DTensors all the same, and what is gathered goes through gloo."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def own_layers() -> Iterator[None]:
+    with use_custom_moe(), use_fast_layers():
+        yield
+
+
+def build(name: str, tied: bool = False) -> PretrainingModel:
+    torch.manual_seed(0)
+    gpt = GPT(Config(**MODELS[name]))
+    if tied:
+        gpt.transformer.wte.weight = gpt.lm_head.weight
+    return PretrainingModel(gpt)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    tokens = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(seed))
+    losses = model(tokens[:, :-1], tokens[:, 1:])
+    (losses.cross_entropy + 0.01 * losses.load_balancing).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("moe", False), ("moe", True), ("deepseek", False), ("pythia", False)])
+def test_what_is_gathered_is_what_one_device_saves(mesh, name, tied):
+    whole, sharded = build(name, tied), shard(build(name, tied), mesh, precision="32-true")
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    optimizers = [make_optimizer(ADAMW, model, fused=True) for model in (whole, sharded)]
+    for seed in range(2):
+        for model, optimizer in zip((whole, sharded), optimizers, strict=True):
+            step(model, optimizer, seed)
+    with torch.no_grad():  # validation leaves the outermost parameters whole
+        sharded(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
+    weights = gathered_weights(sharded.gpt)
+    assert_same(weights, whole.gpt.state_dict())
+    assert (weights["lm_head.weight"].data_ptr() == weights["transformer.wte.weight"].data_ptr()) == tied
+    state, expected = gathered_state(optimizers[1].state_dict()), optimizers[0].state_dict()
+    assert state["param_groups"] == expected["param_groups"]
+    assert state["state"].keys() == expected["state"].keys()
+    for index, moments in expected["state"].items():
+        assert_same(state["state"][index], moments)
+
+
+def test_what_is_gathered_is_a_copy(mesh):
+    """It is written in the background, while the next steps change the run's own tensors in place."""
+    sharded = shard(build("deepseek"), mesh, precision="32-true")
+    optimizer = make_optimizer(ADAMW, sharded, fused=False)  # on a CPU its `step` is a plain tensor either way
+    step(sharded, optimizer, 0)
+    gathered = {"weights": gathered_weights(sharded.gpt), "optimizer": gathered_state(optimizer.state_dict())}
+    expected = deepcopy(gathered)
+    step(sharded, optimizer, 1)
+    update_selection_biases(sharded.gpt, torch.tensor([[5, 1, 1, 1]] * len(moe_layers(sharded.gpt))), rate=0.1)
+    assert_same(gathered["weights"], expected["weights"])
+    for index, moments in expected["optimizer"]["state"].items():
+        assert_same(gathered["optimizer"]["state"][index], moments)
+
+
+def test_it_goes_on_from_what_one_device_saved(mesh):
+    whole = build("moe")
+    optimizer = make_optimizer(ADAMW, whole, fused=True)
+    step(whole, optimizer, 0)
+    copy = build("moe")
+    copy.gpt.load_state_dict(whole.gpt.state_dict())
+    sharded = shard(copy, mesh, precision="32-true")
+    its_optimizer = make_optimizer(ADAMW, sharded, fused=True)
+    saved = deepcopy(optimizer.state_dict())  # as from a file
+    load_optimizer_state(its_optimizer, {**saved, "state": sharded_state(saved["state"], its_optimizer)})
+    assert isinstance(its_optimizer.state[next(iter(sharded.parameters()))]["exp_avg"], DTensor)
+    for model, each in ((whole, optimizer), (sharded, its_optimizer)):
+        step(model, each, 1)
+    assert_same(gathered_weights(sharded.gpt), whole.gpt.state_dict())
+
+
+def test_each_process_keeps_its_part_alone():
+    """A view of the whole moments would keep them all on each device."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)  # answers by itself
+    try:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        sharded = shard(build("moe"), mesh, precision="32-true")
+        parameter = sharded.gpt.transformer.h[0].mlp.experts.fc_weight
+        optimizer = torch.optim.AdamW([parameter])
+        whole = torch.randn(parameter.shape)
+        state = sharded_state({0: {"step": torch.tensor(3.0), "exp_avg": whole}}, optimizer)[0]
+        mine = state["exp_avg"].to_local()
+        assert torch.equal(mine, whole.chunk(2)[1])
+        assert mine.untyped_storage().nbytes() == whole.nbytes // 2
+        assert state["step"] == 3
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_mixed_precision_is_that_of_autocast(mesh):
+    """Activations between the blocks stay in fp32, so do embedding and output layer, and gradients are summed there."""
+    plain, sharded = build("moe"), shard(build("moe"), mesh, precision="bf16-mixed")
+    seen: dict[str, torch.dtype] = {}
+    block = sharded.gpt.transformer.h[1]
+    block.attn.register_forward_pre_hook(lambda module, _: seen.update(weights=module.qkv.weight.dtype))
+    block.register_forward_pre_hook(lambda _, inputs: seen.update(activations=inputs[0].dtype))
+    sharded.gpt.transformer.wte.register_forward_hook(lambda module, *_: seen.update(embedding=module.weight.dtype))
+    tokens = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
+    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    found = []
+    for model in (plain, sharded):
+        with fabric.autocast():
+            losses = model(tokens[:, :-1], tokens[:, 1:])
+        losses.cross_entropy.backward()
+        found.append(losses.cross_entropy.detach())
+    assert seen == {"weights": torch.bfloat16, "activations": torch.float32, "embedding": torch.float32}
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
+    for one, other in zip(plain.parameters(), sharded.parameters(), strict=True):
+        assert one.grad is not None and isinstance(other.grad, DTensor)
+        assert other.grad.dtype == torch.float32
+        distance = float((other.grad.full_tensor() - one.grad).norm() / one.grad.norm())
+        assert distance < 0.03
