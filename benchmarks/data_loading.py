@@ -30,7 +30,7 @@ from litgpt.utils import CycleIterator
 from benchmarks.common import choose_device, circumstances, gpu, invocation, write_result
 from benchmarks.runs import Corpus, corpus
 from litmoe.data import TokenizedText
-from litmoe.train.loop import as_batch
+from litmoe.train.model import as_batch
 
 PACKAGES = ("torch", "litgpt", "lightning")
 WORKERS = (0, 1, 2)

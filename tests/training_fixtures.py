@@ -40,6 +40,11 @@ def column(out_dir: Path, name: str) -> list[float]:
     return [float(row[name]) for row in rows(out_dir) if row[name]]
 
 
+def training_steps(out_dir: Path) -> list[int]:
+    """Steps that have a training row; evaluations are rows of their own."""
+    return [int(row["step"]) for row in rows(out_dir) if row["train_loss"]]
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> Path:
     """A folder with data/ (tokens of the tiny stories) and tokenizer/; don't write there."""

@@ -17,12 +17,12 @@ from litmoe.data.conversations import prompt_style
 from litmoe.data.instructions import instructions_fingerprint
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.train.allocator import use_expandable_segments
+from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import logger_factory
-from litmoe.train.loop import run_training
 from litmoe.train.lora import load_base_weights, load_lora_weights, lora_config
 from litmoe.train.patches import patched_finetuning
 from litmoe.train.preflight import question
-from litmoe.train.processes import make_strategy, watch_others
+from litmoe.train.run import run_training
 
 
 def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
@@ -66,7 +66,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
         ),
         strategy=partial(make_strategy, settings, precision),
     )
-    with patched, watch_others():
+    with patched, report_lost_ranks():
         module.setup(**arguments)
 
 
@@ -93,20 +93,20 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     gpt.max_seq_length = settings.train.max_seq_length or settings.model.block_size
 
     tokenizer = litgpt_tokenizer(folder)
-    made_from = {"the conversations": instructions_fingerprint(data.data_dir)}
+    provenance = {"the conversations": instructions_fingerprint(data.data_dir)}
     if settings.lora_r:
-        made_from["the checkpoint that it starts from"] = (
+        provenance["the checkpoint that it starts from"] = (
             checkpoints.read_mark(folder).files[checkpoints.WEIGHTS].sha256
         )
     run_training(
         fabric,
         gpt,
-        run=run,
+        parsed=run,
         data=data,
         tokenizer=tokenizer,
         resume_from=resume_from,
         precision_note=precision_note,
         sample_prompt=question(settings, tokenizer),
         prompt_style=prompt_style(data.prompt_style),
-        made_from=made_from,
+        provenance=provenance,
     )

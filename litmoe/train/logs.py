@@ -1,8 +1,6 @@
-"""Where a run's numbers go: one CSV file always, other loggers beside it, and the terminal."""
+"""Loggers of a run: the CSV file that every run has, TensorBoard, W&B, and the terminal."""
 
 import csv
-import io
-import itertools
 import os
 import re
 import shutil
@@ -11,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.loggers import Logger, TensorBoardLogger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -28,17 +26,21 @@ COLUMNS = (
     *("tokens_per_second", "mfu", "grad_norm", "load_balancing_loss", "z_loss", "val_perplexity"),
     *("hellaswag_acc", "hellaswag_acc_norm"),
 )
-"""Columns of the CSV file that every run has; those of each layer's experts follow."""
-CUT_OFF = re.compile(r"\d+(,[-+.\deinfa]*)*")
-"""What a kill may leave of a row"""
+"""The first columns of the CSV file, in this order; other metrics get columns after them."""
+TORN_ROW = re.compile(r"\d+(,[-+.\deinfa]*)*")
+"""What a kill can leave of the last row"""
 
 
 class MetricsCSV(Logger):
-    """One row per step in ``<out_dir>/metrics.csv``, on disk as soon as it is logged.
+    """``<out_dir>/metrics.csv``: a row per log line and a row per evaluation, on disk as soon as it is logged.
 
-    Lightning's ``CSVLogger`` starts another ``version_1/`` file for a resumed run. This one goes on in the same file,
-    less the rows after the step that the run resumes from, so that no step stands in it twice. A full disk ends no run
-    here: rows that can't be written wait for the next time.
+    A resumed run continues the file after the step that it resumes from; Lightning's ``CSVLogger`` would start another
+    one. Files with other columns, from other versions, stay readable: columns are only added. A full disk does not stop
+    the run: rows that cannot be written wait for the next call.
+
+    Args:
+        path: of the file.
+        resume_step: step of the checkpoint that the run resumes from; None starts a new file.
     """
 
     name = None
@@ -47,10 +49,10 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
         self._resume_step = resume_step
-        self._columns: list[str] = []  # of the file, once it is this run's
-        self._size = 0  # of the file, up to the last whole row
+        self._columns: list[str] = []  # of the file; empty until this run has written it
+        self._size = 0  # of the file in bytes, up to the last complete row
         self._waiting: list[dict[str, Any]] = []
-        self._refused = False
+        self._is_failing = False
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -58,11 +60,11 @@ class MetricsCSV(Logger):
         self._write_waiting()
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the settings stand in the checkpoint's ``hyperparameters.yaml``."""
+        """Do nothing: the settings are in the ``hyperparameters.yaml`` of each checkpoint."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Sees to it that the rows outlive the machine's power too: before a checkpoint that comes after them."""
+        """Flush the rows to disk, before a checkpoint that comes after them."""
         self._write_waiting()
         if self._columns and not self._waiting:
             with suppress(OSError), open(self.path, "ab") as file:
@@ -78,91 +80,109 @@ class MetricsCSV(Logger):
         if not self._waiting:
             return
         try:
-            self._write()
+            self._write(self._waiting)
         except OSError as error:
-            if not self._refused:
+            if not self._is_failing:
                 print(f"{self.path} can't be written: {error.strerror or error}. Its rows wait until it can be.")
-            self._refused = True
+            self._is_failing = True
             return
-        if self._refused:
+        if self._is_failing:
             print(f"{self.path} is written again, with the {len(self._waiting):,} rows that waited.")
-        self._waiting, self._refused = [], False
+        self._waiting = []
+        self._is_failing = False
 
-    def _write(self) -> None:
-        names = [name for row in self._waiting for name in row]
-        if self._columns and self.path.is_file() and not set(names) - set(self._columns):
-            try:
-                with open(self.path, "a", encoding="utf-8", newline="") as file:
-                    csv.DictWriter(file, self._columns, restval="").writerows(self._waiting)
-            except OSError:
-                os.truncate(self.path, self._size)  # half a row
-                raise
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        can_append = self._columns and self.path.is_file() and set(names) <= set(self._columns)
+        if can_append:
+            self._append(rows)
         else:
-            columns, rows = self._read_rows(names)
-            columns = list(dict.fromkeys((*columns, *COLUMNS, *names)))
-            self._write_all(columns, [*rows, *self._waiting])
-            self._columns = columns
+            self._rewrite(names, rows)
         self._size = self.path.stat().st_size
 
-    def _read_rows(self, names: list[str]) -> tuple[list[str], list[dict[str, str]]]:
-        """The columns of the file so far, and its rows that can be read; of a file that another process wrote those up
-        to the step that the run resumes from.
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self._columns, restval="").writerows(rows)
+        except OSError:
+            os.truncate(self.path, self._size)  # remove a partial row
+            raise
 
-        Another version of this project may have written other columns: they stay, as they are. The file is kept beside
-        where more is lost than a last row that a kill cut off.
-
-        Args:
-            names: this run's columns, whose cells must be numbers.
-        """
-        before = not self._columns
-        if not self.path.is_file() or (before and self._resume_step is None):
-            return [], []
-        content = self.path.read_bytes()
-        text = content.decode("utf-8-sig", errors="replace")
-        header, *lines = text.splitlines() or [""]
-        columns = _cells(header)
-        readable = "step" in columns and "" not in columns and len(set(columns)) == len(columns) and "\n" in text
-        numbers = {*COLUMNS, *names}
-        rows: list[dict[str, str]] = []
-        broken = []
-        for line in filter(None, lines):
-            cells = _cells(line)
-            row = dict(zip(columns, cells, strict=False))
-            whole = readable and len(cells) == len(columns)
-            if whole and _are_numbers(row, numbers) and int(row["step"]) > (int(rows[-1]["step"]) if rows else -1):
-                rows.append(row)
-            else:
-                broken.append(line)
-        if broken and broken == lines[-1:] and not text.endswith("\n") and CUT_OFF.fullmatch(lines[-1]):
-            broken = []
-        if broken or not readable:
-            what = f"{len(broken)} of its rows can't be read" if readable else "its first line names no columns"
-            print(f"{self.path} is damaged: {what}. As it was: {_keep_beside(self.path, content)}")
-        elif before and (others := [name for name in columns if name not in numbers]) and numbers - set(columns):
-            print(f"{self.path} has columns that this version does not write; they stay: {', '.join(others)}.")
-        if not readable:
-            return [], []
-        return columns, [row for row in rows if int(row["step"]) <= (self._resume_step or 0)] if before else rows
-
-    def _write_all(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    def _rewrite(self, names: list[str], rows: list[dict[str, Any]]) -> None:
+        """Write a file with the earlier rows, ``rows``, and columns for ``names``; a kill leaves the old or the new."""
+        columns, earlier_rows = self._read_earlier_rows(names)
+        columns = list(dict.fromkeys((*columns, *COLUMNS, *names)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
             with open(partial, "w", encoding="utf-8", newline="") as file:
-                file.write(text.getvalue())
+                writer = csv.DictWriter(file, columns, restval="")
+                writer.writeheader()
+                writer.writerows(earlier_rows)
+                writer.writerows(rows)
                 file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave an empty file in the place of all rows
+                os.fsync(file.fileno())  # otherwise a power cut could leave an empty file in place of all rows
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
+        self._columns = columns
+
+    def _read_earlier_rows(self, names: list[str]) -> tuple[list[str], list[dict[str, str]]]:
+        """Return the columns and readable rows of the file; those of an earlier process up to the resumed step.
+
+        If more is unreadable than a torn last row, a copy of the file is kept.
+        """
+        is_own_file = bool(self._columns)
+        if not self.path.is_file() or (self._resume_step is None and not is_own_file):
+            return [], []
+        content = self.path.read_bytes()
+        table = _read_table(content.decode("utf-8-sig", errors="replace"), numeric={*COLUMNS, *names})
+        if table is None or table.unreadable:
+            what = "its first line has no column names" if table is None else f"{table.unreadable} rows can't be read"
+            print(f"{self.path} is damaged: {what}. A copy of it is kept: {_keep_copy(self.path, content)}")
+        if table is None:
+            return [], []
+        if is_own_file:
+            return table.columns, table.rows
+        last_step = self._resume_step or 0
+        return table.columns, [row for row in table.rows if int(row["step"]) <= last_step]
+
+
+class _Table(NamedTuple):
+    columns: list[str]
+    rows: list[dict[str, str]]
+    unreadable: int
+    """Rows that could not be read, without a torn last one"""
+
+
+def _read_table(text: str, numeric: Collection[str]) -> _Table | None:
+    """Parse a metrics file; None if its header is unreadable.
+
+    Args:
+        numeric: columns with cells that must be numbers or empty.
+    """
+    header, *lines = text.splitlines() or [""]
+    columns = _cells(header)
+    if "step" not in columns or "" in columns or len(set(columns)) != len(columns) or "\n" not in text:
+        return None
+    rows: list[dict[str, str]] = []
+    unreadable = 0
+    last_step = 0
+    for index, line in enumerate(lines):
+        cells = _cells(line)
+        row = dict(zip(columns, cells, strict=False))
+        if len(cells) == len(columns) and _are_numbers(row, numeric) and int(row["step"]) >= last_step:
+            rows.append(row)
+            last_step = int(row["step"])
+            continue
+        is_torn = index == len(lines) - 1 and not text.endswith("\n") and TORN_ROW.fullmatch(line)
+        if line and not is_torn:
+            unreadable += 1
+    return _Table(columns, rows, unreadable)
 
 
 def _cells(line: str) -> list[str]:
-    """The cells of a line; none of a damaged one."""
+    """Return the cells of a line; an empty list if it has characters that no CSV file of ours has."""
     if not line.isprintable() or "\ufffd" in line:
         return []
     try:
@@ -172,29 +192,33 @@ def _cells(line: str) -> list[str]:
 
 
 def _are_numbers(row: Mapping[str, str], names: Collection[str]) -> bool:
-    """Whether a row has a step, and numbers or nothing in the columns of these names."""
+    """Return whether ``step`` is a whole number, and the other named cells are numbers or empty."""
     try:
-        return int(row["step"]) >= 0 and all(float(row[name]) is not None for name in names if row.get(name))
+        for name in names:
+            if row.get(name):
+                float(row[name])
+        return int(row["step"]) >= 0
     except ValueError:
         return False
 
 
-def _keep_beside(path: Path, content: bytes) -> Path:
-    """Writes what a damaged file held to a name beside it; the copies of earlier runs stay."""
-    for number in itertools.count(1):
-        kept = path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")
-        if not kept.exists() or kept.read_bytes() == content:
-            break
+def _keep_copy(path: Path, content: bytes) -> Path:
+    """Write ``content`` to a free name next to ``path``, unless a copy of it is there already."""
+    copy = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while copy.exists() and copy.read_bytes() != content:
+        number += 1
+        copy = path.with_name(f"{path.name}.damaged-{number}")
     try:
-        kept.write_bytes(content)
-    except OSError:  # no half of it on a full disk
-        kept.unlink(missing_ok=True)
+        copy.write_bytes(content)
+    except OSError:  # no partial copy on a full disk
+        copy.unlink(missing_ok=True)
         raise
-    return kept
+    return copy
 
 
 class Loggers(Logger):
-    """Several loggers behind one, since ``litgpt.pretrain.setup`` takes one."""
+    """Several loggers as one, because ``litgpt.pretrain.setup`` takes one."""
 
     name = None
     version = None
@@ -205,7 +229,7 @@ class Loggers(Logger):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         for logger in self.loggers:
-            with self._going_on(logger):
+            with self._tolerate_full_disk(logger):
                 logger.log_metrics(dict(metrics), step)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -216,7 +240,7 @@ class Loggers(Logger):
     def log_text(self, name: str, text: str, step: int) -> None:
         """Sends a generated text to the loggers that show texts."""
         for logger in self.loggers:
-            with self._going_on(logger):
+            with self._tolerate_full_disk(logger):
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text(name, text, step)
                 elif isinstance(logger, WandbLogger):
@@ -224,28 +248,28 @@ class Loggers(Logger):
 
     def save(self) -> None:
         for logger in self.loggers:
-            with self._going_on(logger):
+            with self._tolerate_full_disk(logger):
                 logger.save()
 
     def finalize(self, status: str) -> None:
         for logger in self.loggers:
-            with self._going_on(logger):
+            with self._tolerate_full_disk(logger):
                 logger.finalize(status)
 
     @contextmanager
-    def _going_on(self, logger: Logger) -> Iterator[None]:
-        """A full disk ends no run at another logger either; what it misses stands in the CSV file."""
+    def _tolerate_full_disk(self, logger: Logger) -> Iterator[None]:
+        """Continue the run if a logger can't write. The CSV file has all of its numbers."""
         try:
             yield
         except OSError as error:
             if logger not in self._refused:
                 self._refused.append(logger)
                 name, why = type(logger).__name__, error.strerror or error
-                print(f"warning: {name} can't write: {why}. The run goes on; {METRICS_FILE} has all.")
+                print(f"warning: {name} can't write: {why}. The run continues; {METRICS_FILE} has all numbers.")
 
 
 def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: int | None) -> Callable[..., Loggers]:
-    """What stands in for ``litgpt.utils.choose_logger`` (same parameters): the CSV file and the loggers named."""
+    """Return a replacement of ``litgpt.utils.choose_logger`` that makes the CSV file and the loggers named."""
 
     def choose_logger(
         logger_name: str,
@@ -273,16 +297,21 @@ def _tensorboard(out_dir: Path, resume_step: int | None) -> Logger:
 
 
 def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, Any], *, resumed: bool) -> Logger:
-    """A W&B logger; for a resumed run it goes on with the W&B run whose id lies in ``out_dir``.
+    """Return a W&B logger. A resumed run continues the W&B run with the id that is stored in ``out_dir``.
 
-    LitGPT's takes the id from ``./wandb``, so that it continued another folder's run, and calls the project
+    LitGPT's takes the id from ``./wandb``, which may be the run of another folder, and names the project
     ``lightning_logs``.
+
+    Raises:
+        UserError: W&B cannot start a run, for example without a login.
     """
     import wandb
 
     id_file = out_dir / "wandb_run_id"
-    known = resumed and id_file.is_file()
-    run_id = id_file.read_text(encoding="utf-8").strip() if known else uuid.uuid4().hex[:8]
+    if resumed and id_file.is_file():
+        run_id = id_file.read_text(encoding="utf-8").strip()
+    else:
+        run_id = uuid.uuid4().hex[:8]
     logger = WandbLogger(
         project=log_args.get("project") or os.environ.get("WANDB_PROJECT") or name,
         name=run_name or log_args.get("run") or os.environ.get("WANDB_RUN_NAME"),
@@ -294,7 +323,7 @@ def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, A
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         out_dir.mkdir(parents=True, exist_ok=True)
         try:
-            _ = logger.experiment  # starts the run now, so that a missing login is known before the model is built
+            _ = logger.experiment  # starts the run now, so that a missing login is reported before the model is built
         except wandb.errors.Error as error:
             raise UserError(
                 f"W&B can't start a run: {error}; log in with `uv run wandb login`, or keep the run on this machine"
@@ -305,9 +334,9 @@ def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, A
 
 
 class RunDisplay:
-    """The terminal of a run: a progress bar where there is a terminal, plain lines elsewhere.
+    """Shows a run in the terminal: as a progress bar, or as plain lines if the output is not a terminal.
 
-    Use as a context manager; only the process with ``enabled`` prints.
+    Use as a context manager. Only the rank with ``enabled`` prints.
     """
 
     def __init__(self, *, enabled: bool, bar: bool | None, steps: int, first_step: int) -> None:
@@ -339,11 +368,11 @@ class RunDisplay:
         self._progress.stop()
 
     def print(self, text: str) -> None:
-        """A line above the progress bar, on the main process alone."""
+        """Print a line above the progress bar."""
         self.console.print(harmless(text), markup=False)
 
     def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:
-        """Shows that ``step`` steps are done; with a row of metrics (an empty one is none) also the numbers."""
+        """Show that ``step`` steps are done, and the numbers of ``row`` unless it is empty."""
         if not row:
             self._progress.update(self._task, completed=step)
             return
@@ -361,15 +390,15 @@ class RunDisplay:
 
 
 def run_files(out_dir: Path) -> list[Path]:
-    """What a run leaves in its ``out_dir``: checkpoints, metrics, logs. Nothing else there is its own.
+    """Return the files and folders that a run writes in ``out_dir``: checkpoints, metrics, logs.
 
-    W&B's folder is not among them: runs that were logged offline wait in it to be sent.
+    W&B's folder is not included, because it can contain offline runs that were not uploaded yet.
     """
     own = [out_dir / name for name in (METRICS_FILE, "logs", "final", "run_config.yaml") if (out_dir / name).exists()]
     return [*sorted(out_dir.glob("step-*")), *own, *checkpoints.leftovers(out_dir)]
 
 
 def remove_run(out_dir: Path) -> None:
-    """Removes what another run left in ``out_dir``; nothing else."""
+    """Remove the files of another run from ``out_dir``, and nothing else."""
     for path in run_files(out_dir):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

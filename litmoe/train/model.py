@@ -37,6 +37,14 @@ class Batch(NamedTuple):
     """``(B,)``: how many inputs of each row are no padding; None for rows without any"""
 
 
+def as_batch(batch: Tensor | tuple[Tensor, ...], seq_length: int) -> Batch:
+    """Convert what a data module's loader yields: windows ``(B, T + 1)`` of text, or the fields of a ``Batch``."""
+    if not isinstance(batch, Tensor):
+        return Batch(*batch)
+    tokens = batch[:, : seq_length + 1].long()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
 class Losses(NamedTuple):
     """What one micro batch gives. Scalars in fp32 but for the last two; 0 and empty for a model without experts."""
 

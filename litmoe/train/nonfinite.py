@@ -13,12 +13,12 @@ from litmoe.forward import Recomputed
 from litmoe.train.model import Batch, Losses, PretrainingModel
 
 
-def weights_not_finite(gpt: GPT) -> str | None:
+def find_nonfinite_weights(gpt: GPT) -> str | None:
     """The name of the first parameter that is not finite, or None. Of a sharded model, within this process's part."""
     return next((name for name, parameter in gpt.named_parameters() if not _is_finite(_local(parameter))), None)
 
 
-def first_not_finite(
+def find_first_nonfinite(
     fabric: L.Fabric,
     gpt: GPT,
     batches: Sequence[Batch],

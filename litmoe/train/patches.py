@@ -7,7 +7,7 @@
 ``litgpt.pretrain.choose_logger`` by ``litmoe.train.logs``: several loggers at once, one CSV file that a resumed run
 goes on with, the W&B run id kept in ``out_dir``.
 
-``litgpt.pretrain.FSDPStrategy`` by the run's own choice (``litmoe.train.processes``): DDP, or torch's second FSDP,
+``litgpt.pretrain.FSDPStrategy`` by the run's own choice (``litmoe.train.distributed``): DDP, or torch's second FSDP,
 which also runs on CPUs and knows stacked experts.
 
 ``litgpt.pretrain.capture_hparams`` by a line that says where the settings stand: LitGPT prints all of them each time.

@@ -29,7 +29,7 @@ from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
 from litmoe.train.logs import METRICS_FILE, run_files
-from litmoe.train.state import anew_from, made_from
+from litmoe.train.resume import new_run_flags, tokens_provenance
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 
 
@@ -111,7 +111,7 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
     if "lora_r" not in saved:
         raise UserError(
             f"{folder} is of a pretraining run, which finetuning can't resume; start from its weights:"
-            f" {anew_from(folder, settings)}"
+            f" {new_run_flags(folder, settings)}"
         )
     now = {name: getattr(settings, name) for name in LORA_FIELDS} | {"prompt_style": settings.data.prompt_style}
     then = saved | saved["data"].get("init_args", {})
@@ -120,7 +120,7 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
     if changed := [f"{name} was {then[name]} and is now {now[name]}" for name in compared if then[name] != now[name]]:
         raise UserError(
             f"{folder} can't be resumed with other settings: {'; '.join(changed)}. Resume with the old ones, or start a"
-            f" new run from its weights: {anew_from(folder, settings)}"
+            f" new run from its weights: {new_run_flags(folder, settings)}"
         )
 
 
@@ -366,9 +366,10 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
         return run
     if _has_text(data):
         return run
-    then = made_from(saved, *SPLITS)
+    then = tokens_provenance(saved, *SPLITS)
     data_dir = _moved_to(
-        data.data_dir, lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == then
+        data.data_dir,
+        lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == then,
     )
     if data_dir is not None:
         tokenizer_dir = settings.tokenizer_dir

@@ -22,10 +22,10 @@ from litmoe import checkpoints
 from litmoe.config import ParsedRun, choose_precision, is_sharded, processes
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.train.allocator import use_expandable_segments
+from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import logger_factory
-from litmoe.train.loop import run_training
 from litmoe.train.patches import patched_pretraining
-from litmoe.train.processes import make_strategy, watch_others
+from litmoe.train.run import run_training
 from litmoe.upcycling import upcycle
 
 
@@ -54,7 +54,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
         strategy=partial(make_strategy, settings, precision),
         summary={"settings": str(out_dir / "run_config.yaml")},
     )
-    with patched, watch_others():
+    with patched, report_lost_ranks():
         litgpt.pretrain.setup(
             model_name=settings.model.name,
             model_config=settings.model,
@@ -114,7 +114,7 @@ def main(
     run_training(
         fabric,
         gpt,
-        run=run,
+        parsed=run,
         data=data,
         tokenizer=None if tokenizer is None else litgpt_tokenizer(run.settings.tokenizer_dir),
         resume_from=resume_from,

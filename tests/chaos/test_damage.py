@@ -29,7 +29,7 @@ from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.train.logs import COLUMNS, MetricsCSV
 from litmoe.train.preflight import ready
 from litmoe.train.pretrain import pretrain
-from litmoe.train.state import check_same_tokens
+from litmoe.train.resume import check_same_tokens
 
 STEP = "step-00000002"
 MODEL = dict(
@@ -360,4 +360,4 @@ def test_damaged_metrics_lose_no_other_row(times: int, tmp_path: Path, capsys: p
         # A bit in the header makes another column of one, which stays; the right one is added behind all others.
         lost = [row for row in rows[1:9] if row.encode() in damaged and row not in now and f"{row}," not in now]
         assert not lost or kept.read_bytes() == damaged, how
-        assert kept.exists() is (f"As it was: {kept}" in capsys.readouterr().out)
+        assert kept.exists() is (f"A copy of it is kept: {kept}" in capsys.readouterr().out)

@@ -21,7 +21,7 @@ from litmoe.train import loop
 from litmoe.train.preflight import ready
 from litmoe.train.pretrain import pretrain, scale_gelu_projections
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
-from tests.training_fixtures import SIGMOID_ROUTER, column, rows
+from tests.training_fixtures import SIGMOID_ROUTER, column, rows, training_steps
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_run_from_the_first_step_to_the_last(train):
     assert len(losses) == 40
     assert losses[-1] < losses[0] - 1
     assert losses[0] == pytest.approx(math.log(384), abs=0.5)
-    assert column(out, "step") == list(range(1, 41))
+    assert training_steps(out) == list(range(1, 41))
     assert column(out, "total_tokens") == [64 * step for step in range(1, 41)]
     assert set(column(out, "iter_tokens")) == {64}
     rates = column(out, "learning_rate")
@@ -113,7 +113,7 @@ def test_resume_auto(train, capsys):
     assert checkpoints.read_mark(out / "final").files["lit_model.pth"].sha256 == before
     train("--resume", "auto", "--train.max_steps", "16")
     assert "step 12 of 16" in capsys.readouterr().out
-    assert column(out, "step") == list(range(1, 17))
+    assert training_steps(out) == list(range(1, 17))
     assert checkpoints.read_mark(out / "final").step == 16
 
 
@@ -126,7 +126,7 @@ def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert printed.count("experts by loop.") == 2 and printed.count("experts by grouped_mm.") == 1
-    assert len(rows(resumed)) == len(rows(whole)) == 12
+    assert training_steps(resumed) == training_steps(whole) == list(range(1, 13))
     for name in ("train_loss", "val_loss", "grad_norm"):
         assert column(resumed, name) == pytest.approx(column(whole, name), rel=1e-4)
 
@@ -146,7 +146,7 @@ def test_a_used_up_time_ends_in_a_checkpoint_to_resume_from(train, capsys):
     assert checkpoints.read_mark(out / "step-00000001").step == 1
     assert "--resume auto" in capsys.readouterr().out
     train("--resume", "auto")
-    assert column(out, "step") == list(range(1, 13))
+    assert training_steps(out) == list(range(1, 13))
 
 
 def test_leftover_micro_batches_are_trained_on(train):
@@ -238,7 +238,7 @@ def test_loggers_side_by_side(train):
     train("--loggers", "[csv,tensorboard,wandb]", "--resume", "auto", "--train.max_steps", "14")
     assert (out / "wandb_run_id").read_text(encoding="utf-8") == run_id
     assert {path.name.rsplit("-", 1)[1] for path in (out / "wandb").glob("offline-run-*")} == {run_id.strip()}
-    assert column(out, "step") == list(range(1, 15))
+    assert training_steps(out) == list(range(1, 15))
     board = EventAccumulator(str(out / "logs" / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("train_loss")] == list(range(1, 15))
@@ -289,8 +289,10 @@ def test_bf16_true_trains(train, capsys):
 
 def test_bf16_true_keeps_the_rotations_of_positions(train, monkeypatch):
     """Fabric converts them along with the weights, to 8 bits; generation would then turn by other angles."""
-    rotations, fit = [], loop.fit
-    monkeypatch.setattr(loop, "fit", lambda *run: rotations.extend((run[1].gpt.cos, run[1].gpt.sin)) or fit(*run))
+    rotations, train_step = [], loop.train_step
+    monkeypatch.setattr(
+        loop, "train_step", lambda *args: rotations.extend((args[1].gpt.cos, args[1].gpt.sin)) or train_step(*args)
+    )
     train("--precision", "bf16-true", "--train.max_steps", "1")
     assert [rotation.dtype for rotation in rotations] == [torch.float32] * 2
 
@@ -374,7 +376,7 @@ def test_a_fresh_start_does_not_go_over_a_run(train):
     assert (out / "final" / "complete.json").read_bytes() == mark
     (out / "notes.txt").write_text("mine", encoding="utf-8")
     train("--overwrite", "true", "--train.max_steps", "2")
-    assert column(out, "step") == [1, 2]
+    assert training_steps(out) == [1, 2]
     assert not list(out.glob("step-*"))
     assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
 

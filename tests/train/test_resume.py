@@ -202,7 +202,7 @@ def test_what_another_micro_batch_changes_is_said(
     whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
     assert column(whole, "total_tokens")[-1] == 72 * 32
     for micro_batch, differs, steps, tokens in (
-        (1, "the run ends at step 10, 2,400 tokens; it would have at step 9, 2,304 tokens", 10, 2400),
+        (1, "the run ends at step 10, 2,400 tokens instead of step 9, 2,304 tokens", 10, 2400),
         (8, "4 of an epoch's 76 fill no micro batch and are left out, 0 were", 9, 2304),
     ):
         shutil.rmtree(tmp_path / "whole-5", ignore_errors=True)
@@ -210,7 +210,7 @@ def test_what_another_micro_batch_changes_is_said(
         out = resume(train, whole, 5, *flags, "--micro-batch-size", str(micro_batch))
         said = re.search(rf"micro_batch_size was 4 and is now {micro_batch}: .*", capsys.readouterr().out)
         assert said is not None and differs in said[0]
-        assert "the same tokens go on; sums differ in their last digits by their order" in said[0]
+        assert "training continues on the same tokens; sums differ in their last digits by their order" in said[0]
         assert "validation reads other windows" in said[0]
         assert (column(out, "step")[-1], column(out, "total_tokens")[-1]) == (steps, tokens)
 
@@ -229,7 +229,7 @@ def test_other_batches_are_not_resumed(train: Call) -> None:
 def test_another_optimizer_is_not_resumed(train: Call) -> None:
     out = train("--train.max_steps", "1")
     with pytest.raises(
-        UserError, match=r"was trained with torch\.optim\.AdamW, whose state torch\.optim\.SGD can't go on"
+        UserError, match=r"was trained with torch\.optim\.AdamW, and torch\.optim\.SGD can't use its state"
     ):
         train("--resume", str(out / "final"), "--optimizer", "torch.optim.SGD", "--optimizer.init_args.lr", "0.1")
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_no_run_is_not_resumed(train: Call, tmp_path: Path) -> N
     settings = out / "final" / "hyperparameters.yaml"
     settings.write_text("imported_from: a folder\n", encoding="utf-8")
     mark_anew(out / "final")
-    with pytest.raises(UserError, match=r"holds no run that could be resumed.*--initial_checkpoint_dir"):
+    with pytest.raises(UserError, match=r"has no training state.*--initial_checkpoint_dir"):
         train("--resume", str(out / "final"))
 
 

@@ -14,9 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from custom_moe import use_custom_moe
 from litmoe.layers import use_fast_layers
+from litmoe.train.distributed import gather_state, gather_weights, shard, shard_state
 from litmoe.train.model import PretrainingModel, moe_layers, update_selection_biases
 from litmoe.train.optimizers import load_optimizer_state, make_optimizer
-from litmoe.train.sharding import gathered_state, gathered_weights, shard, sharded_state
 from tests.train.test_model import MODELS
 
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2, "weight_decay": 0.1}}
@@ -68,10 +68,10 @@ def test_what_is_gathered_is_what_one_device_saves(mesh, name, tied):
             step(model, optimizer, seed)
     with torch.no_grad():  # validation leaves the outermost parameters whole
         sharded(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
-    weights = gathered_weights(sharded.gpt)
+    weights = gather_weights(sharded.gpt)
     assert_same(weights, whole.gpt.state_dict())
     assert (weights["lm_head.weight"].data_ptr() == weights["transformer.wte.weight"].data_ptr()) == tied
-    state, expected = gathered_state(optimizers[1].state_dict()), optimizers[0].state_dict()
+    state, expected = gather_state(optimizers[1].state_dict()), optimizers[0].state_dict()
     assert state["param_groups"] == expected["param_groups"]
     assert state["state"].keys() == expected["state"].keys()
     for index, moments in expected["state"].items():
@@ -83,7 +83,7 @@ def test_what_is_gathered_is_a_copy(mesh):
     sharded = shard(build("deepseek"), mesh, precision="32-true")
     optimizer = make_optimizer(ADAMW, sharded, fused=False)  # on a CPU its `step` is a plain tensor either way
     step(sharded, optimizer, 0)
-    gathered = {"weights": gathered_weights(sharded.gpt), "optimizer": gathered_state(optimizer.state_dict())}
+    gathered = {"weights": gather_weights(sharded.gpt), "optimizer": gather_state(optimizer.state_dict())}
     expected = deepcopy(gathered)
     step(sharded, optimizer, 1)
     update_selection_biases(sharded.gpt, torch.tensor([[5, 1, 1, 1]] * len(moe_layers(sharded.gpt))), rate=0.1)
@@ -101,11 +101,11 @@ def test_it_goes_on_from_what_one_device_saved(mesh):
     sharded = shard(copy, mesh, precision="32-true")
     its_optimizer = make_optimizer(ADAMW, sharded, fused=True)
     saved = deepcopy(optimizer.state_dict())  # as from a file
-    load_optimizer_state(its_optimizer, {**saved, "state": sharded_state(saved["state"], its_optimizer)})
+    load_optimizer_state(its_optimizer, {**saved, "state": shard_state(saved["state"], its_optimizer)})
     assert isinstance(its_optimizer.state[next(iter(sharded.parameters()))]["exp_avg"], DTensor)
     for model, each in ((whole, optimizer), (sharded, its_optimizer)):
         step(model, each, 1)
-    assert_same(gathered_weights(sharded.gpt), whole.gpt.state_dict())
+    assert_same(gather_weights(sharded.gpt), whole.gpt.state_dict())
 
 
 def test_each_process_keeps_its_part_alone():
@@ -117,7 +117,7 @@ def test_each_process_keeps_its_part_alone():
         parameter = sharded.gpt.transformer.h[0].mlp.experts.fc_weight
         optimizer = torch.optim.AdamW([parameter])
         whole = torch.randn(parameter.shape)
-        state = sharded_state({0: {"step": torch.tensor(3.0), "exp_avg": whole}}, optimizer)[0]
+        state = shard_state({0: {"step": torch.tensor(3.0), "exp_avg": whole}}, optimizer)[0]
         mine = state["exp_avg"].to_local()
         assert torch.equal(mine, whole.chunk(2)[1])
         assert mine.untyped_storage().nbytes() == whole.nbytes // 2

@@ -1,4 +1,4 @@
-"""What is said, and when, where a process of a run is gone. (Whole runs that lose one: tests/test_run_train.py.)"""
+"""Messages after a lost rank. (Runs that lose one: tests/test_run_train.py.)"""
 
 import os
 import subprocess
@@ -13,10 +13,10 @@ from torch import distributed
 
 from litmoe.cli import UserError
 from litmoe.config import PROJECT
-from litmoe.train.processes import watch_others
+from litmoe.train.distributed import report_lost_ranks
 
 
-def test_a_closed_connection_is_one_message():
+def test_closed_connection_message():
     """Gloo's own error, between two members in this process of which one leaves."""
     store, left = distributed.HashStore(), threading.Event()
 
@@ -33,17 +33,20 @@ def test_a_closed_connection_is_one_message():
     group.allreduce([torch.ones(1)]).wait()
     other.join()
     assert left.is_set()
-    with pytest.raises(UserError, match=r"process 0 of .* lost another one of this run.*--resume auto"), watch_others():
+    with (
+        pytest.raises(UserError, match=r"rank 0 of .* lost the connection to another rank.*--resume auto"),
+        report_lost_ranks(),
+    ):
         group.allreduce([torch.ones(1)]).wait()
 
 
-def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="size of tensor"), watch_others():
+def test_other_errors_are_not_translated():
+    with pytest.raises(RuntimeError, match="size of tensor"), report_lost_ranks():
         torch.ones(2) + torch.ones(3)
 
 
-def test_an_error_of_nccl_is_one_too():
-    with pytest.raises(UserError, match="--resume auto"), watch_others():
+def test_nccl_error_message():
+    with pytest.raises(UserError, match="--resume auto"), report_lost_ranks():
         raise distributed.DistBackendError("NCCL error: remote process exited")  # there is none here to make one
 
 
@@ -51,8 +54,8 @@ def test_an_error_of_nccl_is_one_too():
 def test_a_process_whose_launcher_is_gone_ends():
     """One that hears nothing of it by its connections: here it sleeps, as it would wait for a GPU."""
     waits = (
-        "import time; from litmoe.train.processes import watch_others\n"
-        "with watch_others(): print('waiting', flush=True); time.sleep(300)"
+        "import time; from litmoe.train.distributed import report_lost_ranks\n"
+        "with report_lost_ranks(): print('waiting', flush=True); time.sleep(300)"
     )
     starts = (
         "import os, subprocess, sys, time\n"

@@ -1,0 +1,171 @@
+"""Evaluation during training: validation loss, a sample and HellaSwag."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.wrappers import _FabricModule
+from litgpt import GPT, Tokenizer
+
+from litmoe.config import RunSettings
+from litmoe.data.instruction_module import IGNORED
+from litmoe.evaluation import hellaswag
+from litmoe.inference.generate import sample_text
+from litmoe.train.distributed import sum_over_ranks
+from litmoe.train.logs import RunDisplay
+from litmoe.train.model import as_batch
+from litmoe.train.saving import StopSignals
+from litmoe.train.state import TrainingRun, gpt_of
+
+
+class EvaluationStopped(Exception):
+    """A signal asked the run to stop during an evaluation."""
+
+
+def evaluations_due(run: TrainingRun) -> tuple[bool, bool]:
+    """Return whether validation and HellaSwag are due after the last step, and not done yet."""
+    step, settings = run.progress.step, run.settings.eval
+    if step == 0 or step == run.progress.evaluated_step:
+        return False, False
+    at_the_end = step == run.plan.steps and settings.final_validation
+    hellaswag_interval = settings.hellaswag_interval or settings.interval
+    return step % settings.interval == 0 or at_the_end, step % hellaswag_interval == 0 or at_the_end
+
+
+def evaluate_and_log(
+    fabric: L.Fabric,
+    run: TrainingRun,
+    display: RunDisplay,
+    signals: StopSignals,
+    *,
+    with_validation: bool = True,
+    with_hellaswag: bool = True,
+) -> bool:
+    """Evaluate the model and log the results as a row of their own.
+
+    Returns:
+        False if a signal stopped it; then nothing is logged, and a resumed run evaluates first. Only a run of one rank
+        stops, because ranks do not learn of each other's signals in time; and not after the last step, which would
+        leave nothing to resume for.
+    """
+    is_last = run.progress.step == run.plan.steps
+    stop_on = None if is_last or fabric.world_size > 1 else signals
+    row: dict[str, float] = {}
+    try:
+        with run.metrics.paused():
+            if with_validation:
+                row |= evaluate(fabric, run, display, stop_on)
+            if with_hellaswag:
+                row |= score_hellaswag(fabric, run, display, stop_on)
+    except EvaluationStopped:
+        return False
+    if row:
+        fabric.log_dict({**row, "time": round(run.progress.seconds, 3)}, step=run.progress.step)
+    run.progress.evaluated_step = run.progress.step
+    return True
+
+
+def evaluate(
+    fabric: L.Fabric, run: TrainingRun, display: RunDisplay, stop_on: StopSignals | None = None
+) -> dict[str, float]:
+    """Return validation loss and perplexity, and write a sample. Does nothing without validation data."""
+    if run.val_dataloader is None:
+        return {}
+    step = run.progress.step
+    batches = _until_signal(stop_on, run.val_dataloader)
+    loss = validate(fabric, run.model, batches, max_iters=run.settings.eval.max_iters)
+    perplexity = math.exp(min(loss, 700))  # exp(710) overflows
+    display.print(f"step {step}/{run.plan.steps} | val loss {loss:.4f}, perplexity {perplexity:.2f}")
+    if fabric.global_rank == 0:
+        text = write_sample(fabric, run)
+        if text is not None:
+            display.print(f"step {step}/{run.plan.steps} | sample: {text}")
+            run.loggers.log_text("sample", text, step)
+    fabric.barrier()
+    return {"val_loss": loss, "val_perplexity": perplexity}
+
+
+def score_hellaswag(
+    fabric: L.Fabric, run: TrainingRun, display: RunDisplay, stop_on: StopSignals | None = None
+) -> dict[str, float]:
+    """Return HellaSwag's accuracies; the ranks share the questions."""
+    if run.questions is None:
+        return {}
+    start = time.perf_counter()
+    own_batches = run.questions.batches[fabric.global_rank :: fabric.world_size]
+    with fabric.autocast():
+        scores = hellaswag.log_probabilities(run.gpt, _until_signal(stop_on, own_batches), run.questions)
+    if fabric.world_size > 1:
+        scores = sum_over_ranks(fabric, scores).cpu()
+    score = hellaswag.accuracy(run.questions.questions, scores)
+    display.print(
+        f"step {run.progress.step}/{run.plan.steps} | hellaswag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}"
+        f" ({score.protocol}, {score.questions:,} questions, {time.perf_counter() - start:,.0f} s)"
+    )
+    return {"hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm}
+
+
+@torch.no_grad()
+def validate(fabric: L.Fabric, model: _FabricModule, batches: Iterable[Any], max_iters: int) -> float:
+    """Return the mean cross-entropy in nats per token, over all ranks. Replaces ``litgpt.pretrain.validate``.
+
+    The first ``max_iters`` batches of all ranks together are used, the same ones at each call if the loader's order is
+    fixed. Every rank takes equally many: ``max_iters`` is rounded up, and if the validation set does not divide evenly
+    over the ranks, its last batches are skipped.
+    """
+    max_iters = math.ceil(max_iters / fabric.world_size)
+    model.eval()
+    losses, tokens = [], []
+    for index, batch in enumerate(batches):
+        if index >= max_iters:
+            break
+        micro_batch = as_batch(batch, gpt_of(model).max_seq_length)
+        losses.append(model(*micro_batch).cross_entropy)
+        tokens.append((micro_batch.targets != IGNORED).sum())
+    model.train()
+    # Weighted by tokens, because batches of conversations have different numbers of targets.
+    loss_B = torch.stack(losses)
+    tokens_B = torch.stack(tokens).to(loss_B.dtype)
+    total_loss, total_tokens = sum_over_ranks(fabric, torch.stack([(loss_B * tokens_B).sum(), tokens_B.sum()]))
+    return float(total_loss / total_tokens)
+
+
+def write_sample(fabric: L.Fabric, run: TrainingRun) -> str | None:
+    """Generate the sample text. The mode of the model and all random states stay as they are."""
+    sample = run.settings.sample
+    if run.tokenizer is None or run.sample_prompt is None:
+        return None
+    with fabric.autocast():
+        texts = sample_text(
+            run.gpt,
+            run.tokenizer,
+            run.sample_prompt,
+            max_new_tokens=run.settings.eval.max_new_tokens or sample.max_new_tokens,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            seed=sample.seed,
+        )
+    return texts[0]
+
+
+def encode_hellaswag(settings: RunSettings, tokenizer: Tokenizer | None, gpt: GPT) -> hellaswag.Encoded | None:
+    """Return HellaSwag's questions for this model and context; None if the run does not score them."""
+    if settings.eval.hellaswag is None or tokenizer is None:
+        return None
+    questions = hellaswag.read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)
+    return hellaswag.encode(questions, tokenizer, gpt.config, gpt.max_seq_length)
+
+
+def _until_signal(signals: StopSignals | None, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches.
+
+    Raises:
+        EvaluationStopped: a signal was received.
+    """
+    for batch in batches:
+        if signals is not None and signals.received is not None:
+            raise EvaluationStopped
+        yield batch

@@ -1,0 +1,198 @@
+"""Resuming: the checks that a checkpoint continues this run, then ``load_training_state``."""
+
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from litmoe import checkpoints
+from litmoe.cli import UserError, quoted
+from litmoe.config import FinetuneSettings, RunSettings
+from litmoe.data.manifest import SPLITS, read_file
+from litmoe.data.reader import TokenLoader
+from litmoe.train.schedule import Plan
+from litmoe.train.state import (
+    TrainingRun,
+    batch_layout,
+    load_training_state,
+    plan_from,
+    stateful_loader,
+    tokens_manifest,
+)
+
+
+def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
+    """Continue from the checkpoint ``folder``: optimizer, data position, random states and counters.
+
+    Raises:
+        UserError: the checkpoint belongs to another run, so that batches or optimizer would not be the same.
+    """
+    # First, because the state of another optimizer may need a package to be loaded that is not installed.
+    check_same_optimizer(folder, run)
+    state = checkpoints.load_training_state(folder)
+    is_relocatable = isinstance(stateful_loader(run.train_dataloader), TokenLoader)
+    other_division = check_same_batches(folder, state["layout"], batch_layout(fabric, run), is_relocatable, run)
+    check_same_provenance(fabric, folder, state.get("made_from", {}), run)
+    check_same_tokens(folder, run.settings)
+    load_training_state(fabric, run, state)
+    if other_division:
+        fabric.print(f"{'; '.join(other_division)}: {_describe_other_division(run, state['layout'])}.")
+
+
+def check_same_batches(
+    folder: Path, saved: dict[str, int], present: dict[str, int], is_relocatable: bool, run: TrainingRun
+) -> list[str]:
+    """Compare the layout of a checkpoint's batches with this run's.
+
+    Args:
+        is_relocatable: the loader accepts a position from other ranks and micro batches.
+
+    Returns:
+        A description for each accepted difference: number of devices, micro-batch size.
+
+    Raises:
+        UserError: batches would differ in another way.
+    """
+    accepted, refused = [], []
+    for name, value in present.items():
+        if name not in saved or saved[name] == value:  # older versions did not save every entry
+            continue
+        description = f"{name} was {saved[name]} and is now {value}"
+        if is_relocatable and name in ("devices", "micro_batch_size"):
+            accepted.append(description)
+        else:
+            refused.append(description)
+    if refused:
+        raise UserError(
+            f"{folder} can't be resumed with other batches: {'; '.join(refused)}. Resume with the old values, or start"
+            f" a new run from its weights: {new_run_flags(folder, run.settings)}"
+        )
+    return accepted
+
+
+def check_same_provenance(fabric: L.Fabric, folder: Path, saved: dict[str, str], run: TrainingRun) -> None:
+    """Raise ``UserError`` if an input of the run (the conversations, the base checkpoint) changed."""
+    for name, fingerprint in run.provenance.items():
+        if name not in saved:
+            fabric.print(f"{folder} has no record of {name}, so changes there can't be detected.")
+        elif saved[name] != fingerprint:
+            raise UserError(
+                f"{name} changed since {folder} was saved. Restore the old version, or start a new run from its"
+                f" weights: {new_run_flags(folder, run.settings)}"
+            )
+
+
+def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
+    """Raise ``UserError`` if ``folder`` has the state of another optimizer, or none."""
+    saved = checkpoints.load_hyperparameters(folder)
+    if "optimizer" not in saved:
+        raise UserError(
+            f"{folder} has no training state (an imported checkpoint, for example), so it can't be resumed; start a new"
+            f" run from its weights: {new_run_flags(folder, run.settings)}"
+        )
+    saved_class = saved["optimizer"]["class_path"]
+    present_class = run.hyperparameters["optimizer"]["class_path"]
+    if saved_class != present_class:
+        raise UserError(
+            f"{folder} was trained with {saved_class}, and {present_class} can't use its state. Resume with --optimizer"
+            f" {quoted(saved_class)}, or start a new run from its weights: {new_run_flags(folder, run.settings)}"
+        )
+
+
+def check_same_tokens(folder: Path, settings: RunSettings) -> None:
+    """Raise ``UserError`` if the data position saved in ``folder`` would point to other tokens."""
+    saved, present = folder / "manifest.json", tokens_manifest(settings)
+    if present is None or not saved.is_file():
+        return
+    if tokens_provenance(saved, "train") != tokens_provenance(present, "train"):
+        raise UserError(
+            f"{folder} was trained on other tokens than those in {present.parent.parent}: the text, its split into"
+            " documents or the tokenizer changed. Restore the old ones, or start a new run from its weights:"
+            f" {new_run_flags(folder, settings)}"
+        )
+
+
+def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
+    """Raise ``UserError`` on every rank if the ranks start from different checkpoints or tokens.
+
+    They would train different runs and average their gradients.
+    """
+    if fabric.world_size == 1:
+        return
+    path = tokens_manifest(run.settings)
+    tokens = tokens_provenance(path, *SPLITS) if path else None
+    own = {"the step that it starts from": run.progress.step, "the tokens": tokens, **run.provenance}
+    by_rank: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(by_rank, own)
+    different = [name for name in own if any(other[name] != by_rank[0][name] for other in by_rank)]
+    if different:
+        raise UserError(
+            f"the machines of this run do not agree on {' and '.join(different)}: process {fabric.global_rank} of"
+            f" {fabric.world_size} starts from step {run.progress.step:,}. Put --out_dir and the data on a disk that"
+            " all of them share, or copy both to each."
+        )
+
+
+def tokens_provenance(path: Path, *splits: str) -> tuple[Any, ...]:
+    """Return what the tokens of a metadata file were made from: text, document rule, tokenizer.
+
+    Raises:
+        UserError: the file is damaged or from an unknown version.
+    """
+    manifest = read_file(path)
+    if manifest is None:
+        raise UserError(
+            f"{path} is damaged, or from another version, so it is unknown which tokens the run continues on."
+            " Start a new run from the checkpoint's weights (--initial_checkpoint_dir), on newly prepared tokens."
+        )
+    return manifest.made_from(*splits)
+
+
+def new_run_flags(folder: Path, settings: RunSettings) -> str:
+    """Return the flags that start a new run from a checkpoint's weights."""
+    if isinstance(settings, FinetuneSettings):
+        return f"finetune.py {quoted(folder)} --out_dir NEW"
+    return f"--initial_checkpoint_dir {quoted(folder)} --out_dir NEW"
+
+
+def _describe_other_division(run: TrainingRun, saved: dict[str, int]) -> str:
+    """Describe the effect of resuming with another number of devices or micro-batch size."""
+    effects = ["training continues on the same tokens; sums differ in their last digits by their order"]
+    train, items = run.settings.train, stateful_loader(run.train_dataloader).items
+    is_finetuning = isinstance(run.settings, FinetuneSettings)
+
+    dropped = items % train.micro_batch_size
+    dropped_before = items % saved["micro_batch_size"]
+    if dropped != dropped_before:
+        effects.append(
+            f"{dropped} of an epoch's {items:,} sequences fill no micro batch and are dropped ({dropped_before} before)"
+        )
+    if is_finetuning:  # micro batches of conversations differ in length
+        effects.append("balance losses and LoRA's dropout are computed per micro batch")
+    if _validation_changes(run, saved["micro_batch_size"]):
+        effects.append("validation reads other windows (eval.max_iters counts micro batches)")
+
+    old_train = copy(train)
+    old_train.micro_batch_size = saved["micro_batch_size"]
+    old_plan = plan_from(
+        old_train, run.train_dataloader, saved["max_seq_length"], saved["devices"], progress=run.progress
+    )
+    end, old_end = (_describe_end(plan, is_finetuning) for plan in (run.plan, old_plan))
+    if end != old_end:
+        effects.append(f"the run ends at {end} instead of {old_end}")
+    return "; ".join(effects)
+
+
+def _validation_changes(run: TrainingRun, saved_micro_batch: int) -> bool:
+    """Return whether ``eval.max_iters`` micro batches are other windows than before."""
+    micro_batch = run.settings.train.micro_batch_size
+    if run.val_dataloader is None or micro_batch == saved_micro_batch:
+        return False
+    return run.settings.eval.max_iters * min(micro_batch, saved_micro_batch) < stateful_loader(run.val_dataloader).items
+
+
+def _describe_end(plan: Plan, is_finetuning: bool) -> str:
+    # Conversations differ in length, so the tokens of a finetuning run are not known in advance.
+    return f"step {plan.steps:,}" if is_finetuning else f"step {plan.steps:,}, {plan.tokens:,} tokens"

@@ -1,0 +1,360 @@
+"""A training run from a built model to its report: set up, resume, train, save. Used by pretraining and finetuning."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import lightning as L
+import litgpt.pretrain
+import torch
+import yaml
+from lightning.fabric.wrappers import _FabricOptimizer
+from litgpt import GPT, Tokenizer
+from litgpt.data import DataModule
+from litgpt.prompts import PromptStyle
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils.data import DataLoader
+
+from custom_moe import set_backend
+from custom_moe.backends import hardware_of
+from litmoe import checkpoints
+from litmoe.cli import UserError, command, harmless
+from litmoe.config import FinetuneSettings, MoESettings, ParsedRun, constant_weights_note, is_sharded
+from litmoe.data.instruction_module import InstructionData
+from litmoe.data.reader import TokenLoader
+from litmoe.flops import training_flops_per_token
+from litmoe.train.compiling import compiler_settings, should_compile
+from litmoe.train.distributed import any_rank
+from litmoe.train.evaluate import encode_hellaswag
+from litmoe.train.gpus import found_card, peak_flops
+from litmoe.train.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
+from litmoe.train.loop import Ending, train
+from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
+from litmoe.train.optimizers import check_optimizer, make_optimizer, rounding_note
+from litmoe.train.plan import describe_needs, describe_size
+from litmoe.train.resume import check_same_on_all_machines, resume_training
+from litmoe.train.saving import CheckpointWriter, StopSignals, tolerate_closed_stdout
+from litmoe.train.state import (
+    Progress,
+    TrainingRun,
+    plan_from,
+    save_after_error,
+    save_checkpoint,
+    scaler_of,
+    stateful_loader,
+)
+
+
+@tolerate_closed_stdout()
+def run_training(
+    fabric: L.Fabric,
+    gpt: GPT,
+    *,
+    parsed: ParsedRun,
+    data: DataModule,
+    tokenizer: Tokenizer | None,
+    resume_from: Path | None,
+    precision_note: str | None,
+    sample_prompt: str | None,
+    prompt_style: PromptStyle | None = None,
+    provenance: dict[str, str] | None = None,
+) -> None:
+    """Train ``gpt`` as the settings say and save ``final/``.
+
+    Args:
+        gpt: on the device, with its initial weights and ``max_seq_length``. Frozen parameters require no gradient.
+        resume_from: the checkpoint of its weights, to restore optimizer, position and counters from as well.
+        precision_note: a line for the user, or None.
+        sample_prompt, prompt_style, provenance: see ``TrainingRun``.
+    """
+    settings = parsed.settings
+    experts_backend = choose_experts_backend(fabric, gpt, settings.moe)
+    compiled, compile_note = should_compile(False if is_sharded(settings) else settings.compile, fabric.device.type)
+    run = _build_run(fabric, gpt, parsed, data, tokenizer, compiled)
+    run.sample_prompt = None if is_sharded(settings) else sample_prompt
+    run.prompt_style = prompt_style
+    run.provenance = provenance or {}
+    if resume_from:
+        resume_training(fabric, run, resume_from)
+    check_same_on_all_machines(fabric, run)
+    if resume_from and run.progress.step >= run.plan.steps:
+        _report_finished(fabric, run, resume_from)
+        return
+
+    _prepare_out_dir(fabric, run, resume_from)
+    run.loggers.log_hyperparams(run.hyperparameters)
+    for line in describe_run(fabric, gpt, parsed, run):
+        fabric.print(line)
+    fabric.print(_describe_hardware(fabric, compiled, experts_backend))
+    for note in (precision_note, compile_note, *_notes(fabric, gpt, parsed, run, data)):
+        if note:
+            fabric.print(note)
+    if resume_from:
+        fabric.print(f"Resuming from {resume_from}: step {run.progress.step:,} of {run.plan.steps:,}.")
+
+    tokens_before, start = run.progress.tokens, time.perf_counter()
+    is_main = fabric.global_rank == 0
+    display = RunDisplay(enabled=is_main, bar=settings.progress, steps=run.plan.steps, first_step=run.progress.step)
+    with StopSignals(fabric.print) as signals, compiler_settings():
+        with _save_after_errors(fabric, run), display:
+            ending = train(fabric, run, signals, display)
+        _save_final(fabric, run, ending)
+    run.loggers.finalize("success")
+    if ending == "stopped":
+        fabric.print(
+            f"Stopped after step {run.progress.step:,} of {run.plan.steps:,}. The same command with --resume auto"
+            f" continues from {_final_folder(run, ending)}."
+        )
+        if is_main:  # one rank is enough: launchers take the exit code of another one for a failure
+            sys.exit(signals.exit_code)
+        return
+    _report(fabric, run, time.perf_counter() - start, run.progress.tokens - tokens_before)
+
+
+def choose_experts_backend(fabric: L.Fabric, gpt: GPT, moe: MoESettings) -> str | None:
+    """Set the backend of all MoE layers and return its name; None for a model without experts.
+
+    Raises:
+        UserError: the requested backend is not available.
+    """
+    layers = moe_layers(gpt)
+    if not layers:
+        return None
+    set_backend(gpt, None if moe.backend == "auto" else moe.backend)
+    with fabric.autocast():
+        try:
+            return layers[0].experts.backend_on(fabric.device)
+        except ValueError as error:
+            raise UserError(f"--moe.backend {moe.backend}: {error} (--moe.backend auto)") from None
+
+
+def make_dataloaders(
+    fabric: L.Fabric, parsed: ParsedRun, data: DataModule, tokenizer: Tokenizer | None, seq_length: int
+) -> tuple[DataLoader, DataLoader | None]:
+    """Return the training and validation loaders, as ``litgpt.pretrain.get_dataloaders`` does.
+
+    Raises:
+        UserError: a set is shorter than one batch.
+    """
+    train_settings = parsed.settings.train
+    loaders = litgpt.pretrain.get_dataloaders(fabric, data, tokenizer, train_settings, seq_length)
+    for name, loader in zip(("training", "validation"), loaders, strict=True):
+        if loader is not None and len(loader) == 0:
+            raise UserError(
+                f"the {name} set has less than one batch: micro_batch_size {train_settings.micro_batch_size} sequences"
+                f" of {seq_length + 1} tokens for each of {fabric.world_size} device(s); lower --micro-batch-size or"
+                " --max-seq-length, or add more text."
+            )
+    stateful_loader(loaders[0])  # raises now instead of at the first save
+    prepared = []
+    for loader in loaders:
+        # TokenizedText divides the batches over the ranks on its own.
+        divides_itself = isinstance(loader, TokenLoader)
+        prepared.append(loader and fabric.setup_dataloaders(loader, use_distributed_sampler=not divides_itself))
+    return cast(DataLoader, prepared[0]), cast(DataLoader | None, prepared[1])
+
+
+def _build_run(
+    fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, data: DataModule, tokenizer: Tokenizer | None, compiled: bool
+) -> TrainingRun:
+    """Wrap the model, and make optimizer, loaders and plan of a new run."""
+    settings = parsed.settings
+    precision = fabric._precision.precision
+    if fabric.device.type == "cuda" and precision == "32-true":
+        torch.set_float32_matmul_precision("high")  # TF32, as in LitGPT's commands
+    # fullgraph: fail on graph breaks instead of silently running eager.
+    compiler = partial(torch.compile, fullgraph=True) if compiled else None
+    model = fabric.setup(PretrainingModel(gpt, settings.activation_checkpointing, compiler))
+    # bf16-true rounded the rotary embeddings along with the weights. Generation has them in fp32.
+    gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
+
+    check_optimizer(parsed.optimizer["class_path"], fabric.device.type)
+    # Fused optimizers unscale gradients themselves, so Fabric could not clip them under a gradient scaler.
+    fused = fabric.device.type in ("cpu", "cuda") and scaler_of(fabric) is None
+    optimizer = fabric.setup_optimizers(make_optimizer(parsed.optimizer, model, fused=fused))
+    train_dataloader, val_dataloader = make_dataloaders(fabric, parsed, data, tokenizer, gpt.max_seq_length)
+    # FSDP casts parameters on its own.
+    cast_once = {} if is_sharded(settings) else matrices_to_cast(model, precision, settings.activation_checkpointing)
+    # Conversations differ in length, and frozen weights skip part of the backward: no formula for their FLOPs.
+    has_mfu = not isinstance(settings, FinetuneSettings)
+    return TrainingRun(
+        settings=settings,
+        hyperparameters=parsed.resolved,
+        model=model,
+        compiled=compiled,
+        optimizer=cast(_FabricOptimizer, optimizer),
+        loggers=cast(Loggers, fabric.logger),  # made by `logger_factory`
+        train_dataloader=train_dataloader,
+        val_dataloader=val_dataloader,
+        tokenizer=tokenizer,
+        plan=plan_from(settings.train, train_dataloader, gpt.max_seq_length, fabric.world_size, Progress()),
+        flops_per_token=training_flops_per_token(gpt.config, gpt.max_seq_length),
+        peak_flops=_peak_flops(fabric) if has_mfu else None,
+        questions=encode_hellaswag(settings, tokenizer, gpt),
+        sample_prompt=None,
+        expert_counts=even_counts(gpt, fabric.device),
+        matrices_to_cast=cast_once,
+        writer=CheckpointWriter(settings.checkpoint, fabric.print),
+    )
+
+
+def _prepare_out_dir(fabric: L.Fabric, run: TrainingRun, resume_from: Path | None) -> None:
+    """Remove what ``--overwrite`` allows, and write the settings of the run. Rank 0 does it.
+
+    Called when everything that could be wrong with the new run is checked.
+    """
+    if fabric.global_rank != 0:
+        return
+    settings = run.settings
+    out_dir = settings.out_dir
+    out_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints.finish_interrupted_saves(out_dir)
+    if settings.overwrite:
+        if resume_from is None or resume_from.resolve().parent != out_dir.resolve():
+            remove_run(out_dir)
+        elif resume_from.exists():  # an interrupted save has just got its final name; then nothing newer exists
+            checkpoints.remove_newer(resume_from)
+    # Replaced in one operation, so that a killed run leaves the old file or the new one.
+    partial_file = out_dir / ".run_config.yaml.partial"
+    partial_file.write_text(yaml.safe_dump(run.hyperparameters, sort_keys=False), encoding="utf-8")
+    os.replace(partial_file, out_dir / "run_config.yaml")
+
+
+@contextmanager
+def _save_after_errors(fabric: L.Fabric, run: TrainingRun) -> Iterator[None]:
+    """Save the last complete step if an error ends the loop.
+
+    Raises:
+        UserError: memory was exhausted, or the model cannot be compiled.
+    """
+    try:
+        yield
+    except Exception as error:
+        save_after_error(fabric, run)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(
+                f"out of memory: {str(error).splitlines()[0]}\nThe same command with --plan lists what to change,"
+                " cheapest first: smaller micro batches (--micro_batch_size), recomputed activations"
+                " (--activation_checkpointing block), 8-bit Adam. --resume auto continues from the last checkpoint."
+            ) from None
+        if isinstance(error, TorchDynamoException):
+            raise UserError(
+                f"torch.compile can't compile this model: {error}\nTrain it without: --compile false"
+            ) from None
+        raise
+
+
+def _final_folder(run: TrainingRun, ending: Ending) -> Path:
+    name = "final" if ending == "finished" else f"step-{run.progress.step:08d}"
+    return run.settings.out_dir / name
+
+
+def _save_final(fabric: L.Fabric, run: TrainingRun, ending: Ending) -> None:
+    """Save the last step, unless the loop has just done so."""
+    folder = _final_folder(run, ending)
+    run.writer.report_failure(wait=True)
+    is_missing = fabric.global_rank == 0 and run.writer.saved != folder  # other ranks do not know
+    if any_rank(fabric, is_missing)[0]:
+        save_checkpoint(fabric, run, folder, last=True)
+
+
+# --- What is printed
+
+
+def describe_run(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]:
+    """Yield the size of the run, much of it as ``run_train.py --plan`` prints it."""
+    settings, plan = parsed.settings, run.plan
+    yield describe_size(settings)
+    if isinstance(settings, FinetuneSettings):
+        if settings.lora_r:
+            trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
+            yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
+        size = f"{plan.steps:,} steps of {settings.train.global_batch_size:,} conversations"
+    else:
+        # Takes seconds, so only where memory is scarce. The estimate does not cover FSDP.
+        if fabric.device.type == "cuda" and fabric.global_rank == 0 and not is_sharded(settings):
+            yield from describe_needs(
+                parsed, str(fabric._precision.precision), hardware_of(fabric.device), found_card()
+            )
+        step_tokens = plan.accumulation * plan.tokens_per_micro_batch
+        size = f"{plan.steps:,} steps of {step_tokens:,} tokens, {plan.tokens:,} tokens in all"
+    limit = f" or after {settings.train.max_time:g} s" if settings.train.max_time else ""
+    yield f"{size}, {plan.epochs:.2f} epochs; limited by {plan.ended_by}{limit}."
+
+
+def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | None) -> str:
+    device = _device_name(fabric)
+    if fabric.world_size > 1:
+        device = f"{fabric.world_size} x {device}"
+    experts = f", experts by {experts_backend}" if experts_backend else ""
+    return f"On {device} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}{experts}."
+
+
+def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun, data: DataModule) -> Iterator[str | None]:
+    """Yield what the user should know about the settings before the run starts."""
+    settings = parsed.settings
+    sharded = is_sharded(settings)
+    yield rounding_note(parsed.optimizer, fabric._precision.precision, sharded=sharded)
+    if run.plan.warmup_steps < (settings.train.lr_warmup_steps or 0):
+        yield f"The run is shorter than its warm-up, which ends at step {run.plan.warmup_steps:,} instead."
+    if sharded:
+        yield "Sharded by FSDP: no samples are written during training."
+    routers_are_frozen = isinstance(settings, FinetuneSettings) and settings.lora_r and not settings.lora_mlp
+    if not routers_are_frozen:
+        yield constant_weights_note(gpt.config)
+    if isinstance(data, InstructionData):
+        yield data.summary()
+
+
+def _report_finished(fabric: L.Fabric, run: TrainingRun, resume_from: Path) -> None:
+    """Say that there is nothing to resume, and finish the clean-up that a kill may have interrupted."""
+    progress, out_dir = run.progress, run.settings.out_dir
+    fabric.print(
+        f"This run is finished: {resume_from} is step {progress.step:,} of {run.plan.steps:,} ({progress.tokens:,}"
+        f" tokens). To train it further, raise its limit ({run.plan.ended_by})."
+    )
+    if fabric.global_rank == 0 and resume_from.resolve().parent == out_dir.resolve():
+        checkpoints.finish_interrupted_saves(out_dir)
+        if resume_from.exists():
+            run.writer.remove_old(resume_from)
+
+
+def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> None:
+    """Print what was done in this session, where the results are, and the commands to use them."""
+    settings = run.settings
+    fabric.print(f"{tokens:,} tokens in {seconds:,.0f} s, {tokens / seconds:,.0f} tokens/s with validation and saving.")
+    if fabric.device.type == "cuda":
+        fabric.print(f"Peak memory {torch.cuda.max_memory_reserved(fabric.device) / 2**30:.2f} GiB.")
+    if run.progress.step < run.plan.steps:
+        fabric.print(
+            f"The time limit of {settings.train.max_time:g} s is used up at step {run.progress.step:,} of"
+            f" {run.plan.steps:,}. The same command with --resume auto continues from here."
+        )
+        return
+    final = settings.out_dir / "final"
+    fabric.print(f"Checkpoint  {final}")
+    fabric.print(f"Metrics     {settings.out_dir / METRICS_FILE}")
+    if not isinstance(settings, FinetuneSettings):
+        prompt = settings.sample.prompt or "Once upon a time"
+        fabric.print(f"Write       {harmless(command('generate.py', final, '--prompt', prompt))}")
+        fabric.print(f"Evaluate    {command('evaluate.py', final)}")
+    fabric.print(f"Chat        {command('chat.py', final)}")
+
+
+def _peak_flops(fabric: L.Fabric) -> float | None:
+    if fabric.device.type != "cuda" or fabric._precision.precision == "32-true":
+        return None
+    return peak_flops(torch.cuda.get_device_name(fabric.device))
+
+
+def _device_name(fabric: L.Fabric) -> str:
+    if fabric.device.type == "cuda":
+        return torch.cuda.get_device_name(fabric.device)
+    if fabric.device.type == "cpu":
+        return f"the CPU ({torch.get_num_threads()} threads)"
+    return f"the {fabric.device.type} device"
