@@ -46,8 +46,8 @@ def import_folder(hf_folder: Path, out: Path) -> None:
         out: The checkpoint folder to write, which must not be there yet.
     """
     from litmoe.checkpoints import load_config
-    from litmoe.config import constant_weights_note
     from litmoe.export import huggingface  # takes seconds
+    from litmoe.validation import constant_weights_note
 
     show(huggingface.import_folder(hf_folder, out), out)
     if note := constant_weights_note(load_config(out)):

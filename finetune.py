@@ -16,13 +16,16 @@ from litmoe.cli import exit_with_message
 
 
 def main() -> None:
-    """Reads the settings, finds conversations and checkpoint, trains."""
-    from litmoe.config import check, parse_finetuning
+    """Read the settings, find conversations and checkpoint, train."""
+    from litmoe.config import parse_finetuning
+
+    run = parse_finetuning(sys.argv[1:])  # before the imports below, which take seconds
+
     from litmoe.train.finetune import finetune
     from litmoe.train.lock import locked
     from litmoe.train.preflight import ready_to_finetune
+    from litmoe.validation import check
 
-    run = parse_finetuning(sys.argv[1:])
     check(run.settings, run.optimizer)
     with locked(run.settings.out_dir):
         finetune(run, resume_from=ready_to_finetune(run.settings))

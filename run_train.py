@@ -17,17 +17,21 @@ from litmoe.cli import exit_with_message
 
 
 def main() -> None:
-    """Reads the settings, brings data and checkpoint into place, trains."""
-    from litmoe.config import check, parse_run
-    from litmoe.train.lock import locked
-    from litmoe.train.preflight import ready
-    from litmoe.train.pretrain import pretrain
+    """Read the settings, prepare data and checkpoint, train."""
+    from litmoe.config import parse_run
 
-    if any(argument.partition("=")[0] == "--plan" for argument in sys.argv):
+    wants_plan = any(argument.partition("=")[0] == "--plan" for argument in sys.argv)
+    if wants_plan:
         from litmoe.train.plan import show_plan
 
         return show_plan(sys.argv[1:])
-    run = parse_run(sys.argv[1:])
+    run = parse_run(sys.argv[1:])  # before the imports below, which take seconds
+
+    from litmoe.train.lock import locked
+    from litmoe.train.preflight import ready
+    from litmoe.train.pretrain import pretrain
+    from litmoe.validation import check
+
     check(run.settings, run.optimizer)
     with locked(run.settings.out_dir):
         run, resume_from = ready(run)

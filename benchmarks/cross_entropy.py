@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import choose_device, circumstances, gpu, installed, invocation, write_result
 from benchmarks.moe_layer import BOUNDS, Bench, peak_bytes, rounds, spread, why
-from litmoe.config import cpu_has_bf16
 from litmoe.data.instruction_module import IGNORED
+from litmoe.hardware import cpu_has_bf16
 from litmoe.train.cross_entropy import linear_cross_entropy, loss_of_rows
 
 PACKAGES = ("torch", "litgpt", "liger-kernel", "cut-cross-entropy")

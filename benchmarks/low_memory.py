@@ -26,7 +26,7 @@ from benchmarks.common import NO_BF16, choose_device, circumstances, gpu, invoca
 from benchmarks.moe_vs_dense import seeded
 from benchmarks.runs import Corpus, Failed, corpus, last, read_metrics, spread, train
 from litmoe.cli import run_door
-from litmoe.config import cpu_has_bf16
+from litmoe.hardware import cpu_has_bf16
 from litmoe.train.gpus import CUDA_CONTEXT, DISPLAY
 
 PACKAGES = ("torch", "torchao", "litgpt", "lightning")
@@ -108,10 +108,11 @@ def measure_peak(folder: Path, steps: int, text: Corpus) -> dict[str, Any]:
     """Trains in this process, for whose allocator the cap counts."""
     import torch
 
-    from litmoe.config import check, parse_run
+    from litmoe.config import parse_run
     from litmoe.train.allocator import use_expandable_segments
     from litmoe.train.preflight import ready
     from litmoe.train.pretrain import pretrain
+    from litmoe.validation import check
 
     use_expandable_segments(True)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30

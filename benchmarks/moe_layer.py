@@ -37,7 +37,7 @@ from benchmarks.common import circumstances, gpu, installed, keep_freed_memory, 
 from benchmarks.moe_peers import GPU_ONLY, Size, config_of, layers, stacked
 from custom_moe import MoE
 from custom_moe.backends import choose_backend
-from litmoe.config import cpu_has_bf16
+from litmoe.hardware import cpu_has_bf16
 
 PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel", "scattermoe", "sonic-moe")
 SIZES = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]

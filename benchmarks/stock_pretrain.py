@@ -16,7 +16,8 @@ import litgpt.pretrain
 import torch
 from litgpt.model import Config
 
-from litmoe.config import choose_precision, parse_run, processes
+from litmoe.config import parse_run
+from litmoe.hardware import choose_precision, processes
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""LitMoE: the recipe that the scripts share, one room per stage (docs/ARCHITECTURE.md).
+"""LitMoE: pretrain a small mixture-of-experts language model, from text to chat (docs/ARCHITECTURE.md).
 
 >>> from litmoe import load
 >>> load("checkpoints/final").generate("Once upon a time", max_new_tokens=50)
@@ -6,11 +6,15 @@
 
 from typing import Any
 
+from litmoe import fast_imports
+
 __all__ = ["load"]
+
+fast_imports.install()
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that workers which only tokenize text do not import torch.
+    # Lazy, so that worker processes which only tokenize text do not import torch.
     if name == "load":
         from litmoe.inference.generate import load
 

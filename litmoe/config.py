@@ -1,29 +1,25 @@
-"""The settings of a training run: one dataclass, YAML files and flags into it, and every check in one place."""
+"""The settings of a training run: dataclasses, and the YAML files and flags that fill them.
+
+This module imports neither torch nor all of LitGPT, which takes seconds. ``--help`` and mistakes in flags or YAML files
+need only the first of two passes (``_check_quickly``); the second one knows the classes of ``data`` and ``optimizer``.
+"""
 
 import inspect
 import json
 import logging
-import math
-import os
 import pydoc
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-import litgpt.args
-import torch
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
-from litgpt import Config
-from litgpt.args import LogArgs, TrainArgs
-from litgpt.data import DataModule
 
-from custom_moe import weights_are_constant
-from litmoe import checkpoints
+from litmoe import checkpoints, fast_imports
 from litmoe.cli import (
     UserError,
     current_class_path,
@@ -34,8 +30,13 @@ from litmoe.cli import (
     with_bare_switches,
     with_current_class_paths,
 )
-from litmoe.forward import Recomputed
-from litmoe.upcycling import upcycled_model
+
+if TYPE_CHECKING:
+    import litgpt.args as litgpt_args
+    from litgpt.config import Config
+else:
+    litgpt_args = fast_imports.import_litgpt_module("args")
+    Config = fast_imports.import_litgpt_module("config").Config
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_RUN = PROJECT / "train_config.yaml"
@@ -43,6 +44,7 @@ DEFAULT_FINETUNING = PROJECT / "configs" / "finetune.yaml"
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
+Recomputed = Literal["none", "block", "moe"]
 
 SHORT_FLAGS = {
     "micro_batch_size": "train.micro_batch_size",
@@ -60,9 +62,56 @@ FINETUNE_SHORT_FLAGS = SHORT_FLAGS | {
 """The same for ``finetune.py``."""
 
 
+# LitGPT's classes under names of this module: jsonargparse imports the package of each class that it meets.
+
+
 @dataclass
-class EvalArgs(litgpt.args.EvalArgs):
-    """LitGPT's, told anew so that `--help` explains them, and HellaSwag"""
+class ModelConfig(Config):
+    """LitGPT's model config, unchanged"""
+
+
+@dataclass
+class TrainArgs(litgpt_args.TrainArgs):
+    """LitGPT's, with explanations of what they do here"""
+
+    save_interval: int | None = 1000
+    """Optimizer steps between checkpoints; null: only by `checkpoint.every_minutes`"""
+    log_interval: int = 1
+    """Optimizer steps between log lines"""
+    global_batch_size: int = 64
+    """Sequences in an optimizer step, over all devices"""
+    micro_batch_size: int = 4
+    """Sequences in one forward and backward of one device; lower it when memory runs out"""
+    lr_warmup_steps: int | None = 100
+    """Optimizer steps with a rising learning rate"""
+    lr_warmup_fraction: float | None = None
+    """The same as a fraction of an epoch; set only one of the two"""
+    epochs: int | None = None
+    """End after so many passes over the training set"""
+    max_tokens: int | None = None
+    """End after so many tokens, over all devices"""
+    max_steps: int | None = None
+    """End after so many optimizer steps"""
+    max_time: float | None = None
+    """End after so many seconds; the run can be resumed"""
+    max_seq_length: int | None = None
+    """Tokens in a sequence; null: the model's block_size"""
+    tie_embeddings: bool | None = None
+    """Whether embedding and output layer share one matrix"""
+    max_norm: float | None = None
+    """Gradients with a larger norm are scaled down to it; null: no clipping"""
+    min_lr: float = 6e-5
+    """Learning rate of the last step"""
+
+
+@dataclass
+class LogArgs(litgpt_args.LogArgs):
+    """LitGPT's, unchanged"""
+
+
+@dataclass
+class EvalArgs(litgpt_args.EvalArgs):
+    """LitGPT's, explained for `--help`, and HellaSwag"""
 
     interval: int = 600
     """Optimizer steps between evaluations"""
@@ -155,17 +204,16 @@ class PrepareSettings:
 class RunSettings:
     """Everything that `run_train.py` can be told. Names and meanings up to `seed` are `litgpt.pretrain.setup`'s."""
 
-    model: Config
+    model: ModelConfig
     """The model, in LitGPT's fields; in a run file also the path of a YAML file with them"""
     train: TrainArgs
     """Batches, limits, learning-rate schedule, clipping"""
     eval: EvalArgs
     """Validation and HellaSwag during training"""
-    data: DataModule
-    """Where the batches come from; `litgpt.data.TextFiles` works too"""
-    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
-    """Any optimizer by class_path; it gets one parameter group with and one without weight decay.
-    litmoe.train.muon.Muon is for whole models; torchao.optim.AdamW8bit takes the least memory"""
+    data: Any
+    """A LitGPT data module; see `CLASS_SETTINGS`"""
+    optimizer: Any
+    """A function from parameter groups to an optimizer; see `CLASS_SETTINGS`"""
     log: LogArgs = field(default_factory=LogArgs)
     """Names for the loggers that want them"""
     out_dir: Path = Path("checkpoints")
@@ -248,15 +296,24 @@ class FinetuneSettings(RunSettings):
     """LoRA on the output head"""
 
 
+CLASS_SETTINGS = {
+    "data": "Where the batches come from; `litgpt.data.TextFiles` works too",
+    "optimizer": (
+        "Any optimizer by class_path; it gets one parameter group with and one without weight decay."
+        " litmoe.train.muon.Muon is for complete models; torchao.optim.AdamW8bit needs the least memory"
+    ),
+}
+"""Settings that name a class (``class_path``, ``init_args``), with their help texts."""
+
 LORA_FIELDS = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_query", "lora_key", "lora_value"),
     *("lora_projection", "lora_mlp", "lora_head"),
 )
-"""What makes up LoRA, as LitGPT calls it."""
+"""The LoRA settings, in LitGPT's names."""
 
-OF_THE_CHECKPOINT: set[str | int] = {
+OF_THE_CHECKPOINT: set[str] = {
     *("model", "initial_checkpoint_dir", "tokenizer_dir"),  # taken from it
-    *("upcycle", "prepare", "wandb_dataset", "wandb_artifacts_dir"),  # for pretraining alone
+    *("upcycle", "prepare", "wandb_dataset", "wandb_artifacts_dir"),  # only for pretraining
 }
 """Settings that `finetune.py` has no flags for."""
 
@@ -269,22 +326,22 @@ class ParsedRun:
     optimizer: dict[str, Any]
     """`class_path` and `init_args`"""
     resolved: dict[str, Any]
-    """Everything, as it is saved with each checkpoint; a valid run file"""
+    """All settings, as they are saved with each checkpoint; a valid run file"""
 
 
 def parse_run(argv: Sequence[str]) -> ParsedRun:
-    """Reads the run file and the flags; a flag beats the run file, which beats the defaults.
+    """Read the run file and the flags. A flag overrides the run file, which overrides the defaults.
 
     Args:
         argv: command-line arguments. ``--config FILE`` names the run file (default: the project's
-            ``train_config.yaml``), ``--model FILE`` a model file in place of the run file's; without one,
-            ``--upcycle CHECKPOINT`` brings the model too.
+            ``train_config.yaml``), ``--model FILE`` a model file instead of the run file's. Without a model,
+            ``--upcycle CHECKPOINT`` provides it.
 
     Raises:
-        UserError: for an unknown key, a value of the wrong type, or a file that is missing or no YAML mapping.
+        UserError: an unknown key, a value of the wrong type, a missing file, or a file that is no YAML mapping.
         SystemExit: after ``--help`` and ``--print_config``.
     """
-    files, flags = _split_files_off(underscored(argv), ("config", "model", "upcycle"), SHORT_FLAGS)
+    files, flags = _extract_files(underscored(argv), ("config", "model", "upcycle"), SHORT_FLAGS)
     run_file = files["config"] or DEFAULT_RUN
     run = read_run_file(run_file, files["model"])
     dense = files["upcycle"]
@@ -292,7 +349,10 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         flags.append(f"--upcycle={dense}")
     elif not run.get("model") and isinstance(run.get("upcycle"), str):
         dense = Path(run["upcycle"])
+    _check_quickly(run_parser(with_classes=False), run_file, run, flags)
     if dense is not None and files["model"] is None:
+        from litmoe.upcycling import upcycled_model
+
         run["model"] = upcycled_model(dense)
     resolved, values = _parse(run_parser(), RunSettings, run_file, run, flags)
     settings = RunSettings(**{field.name: values[field.name] for field in fields(RunSettings)})
@@ -300,50 +360,97 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
 
 
 def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
-    """Reads the run file and the flags of ``finetune.py``; model and tokenizer are those of the checkpoint.
+    """Read the run file and the flags of ``finetune.py``. Model and tokenizer are those of the checkpoint.
 
     Args:
-        argv: command-line arguments. The checkpoint may stand first without its flag; without one the newest is taken.
+        argv: command-line arguments. The checkpoint may come first, without its flag; the default is the newest one.
             ``--config FILE`` names the run file (default: ``configs/finetune.yaml``).
 
     Raises:
-        UserError, SystemExit: as ``parse_run``; and where there is no such checkpoint.
+        UserError, SystemExit: as ``parse_run``; also if there is no such checkpoint.
     """
     if argv and not argv[0].startswith("-"):
         argv = [f"--checkpoint_dir={argv[0]}", *argv[1:]]
-    files, flags = _split_files_off(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
+    files, flags = _extract_files(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
     run_file = files["config"] or DEFAULT_FINETUNING
-    resolved, values = _parse(finetuning_parser(), FinetuneSettings, run_file, _read_yaml(run_file), flags)
+    run = _read_yaml(run_file)
+    _check_quickly(finetuning_parser(with_classes=False), run_file, run, flags)
+    resolved, values = _parse(finetuning_parser(), FinetuneSettings, run_file, run, flags)
     folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
     resolved["checkpoint_dir"] = str(folder)
     if resolved["train"]["max_seq_length"] is None:  # positions beyond it were never trained
         values["train"].max_seq_length = resolved["train"]["max_seq_length"] = checkpoints.context_of(folder)
-    settings = FinetuneSettings(
-        **{field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
-        | {"model": checkpoints.load_config(folder), "checkpoint_dir": folder}
-        | {"initial_checkpoint_dir": folder, "tokenizer_dir": folder},
-    )
+    given = {field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
+    from_checkpoint = {
+        "model": checkpoints.load_config(folder),
+        "checkpoint_dir": folder,
+        "initial_checkpoint_dir": folder,
+        "tokenizer_dir": folder,
+    }
+    settings = FinetuneSettings(**given | from_checkpoint)
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
 
 
 def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
-    """The checkpoint to tune; where none is named, a resumed run's own, else the newest."""
+    """Return the checkpoint to tune: the one given, or that of the run to resume, or the newest."""
     if given != FinetuneSettings.checkpoint_dir:
         return checkpoints.resolve(given)
     run_file = out_dir / "run_config.yaml"
-    if resume and run_file.is_file() and (of_the_run := _read_yaml(run_file).get("checkpoint_dir")):
-        return checkpoints.resolve(Path(str(of_the_run)))
+    if resume and run_file.is_file():
+        base_of_run = _read_yaml(run_file).get("checkpoint_dir")
+        if base_of_run:
+            return checkpoints.resolve(Path(str(base_of_run)))
     return checkpoints.resolve(None)
+
+
+def _check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]) -> None:
+    """Report mistakes, ``--help`` included, before anything imports torch.
+
+    Args:
+        parser: one without the settings ``data`` and ``optimizer``, whose classes would have to be imported.
+
+    Raises:
+        UserError: as ``parse_run``.
+    """
+    if any(flag.split("=")[0] in ("--data.help", "--optimizer.help", "--print_config") for flag in flags):
+        return  # these show the classes
+    without_classes = {name: value for name, value in run.items() if name not in ("data", "optimizer")}
+    remaining = _without_class_flags(flags)
+    try:
+        # First the file alone, so that a message about a key can say where the key is.
+        parser.parse_object(without_classes)
+    except Exception as error:
+        raise UserError(f"in {run_file}: {explain(str(error), known_flags(parser))}") from None
+    try:
+        parser.parse_args(["--config", yaml.safe_dump(without_classes), *with_bare_switches(parser, remaining)])
+    except ArgumentError as error:
+        raise UserError(explain(str(error), known_flags(parser))) from None
+
+
+def _without_class_flags(flags: list[str]) -> list[str]:
+    """Remove ``--data...`` and ``--optimizer...`` with their values."""
+    remaining = []
+    skips_value = False
+    for flag in flags:
+        if skips_value and not flag.startswith("--"):
+            skips_value = False
+            continue
+        group = flag.removeprefix("--").split("=")[0].split(".")[0]
+        is_class_flag = flag.startswith("--") and group in ("data", "optimizer")
+        skips_value = is_class_flag and "=" not in flag
+        if not is_class_flag:
+            remaining.append(flag)
+    return remaining
 
 
 def _parse(
     parser: ArgumentParser, kind: type[RunSettings], run_file: Path, run: dict[str, Any], flags: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings as plain values, the same as objects of ``kind``) of a run file and the flags that beat it."""
-    # What torchao's import has to say to torch's developers, where an optimizer of its is named.
+    """Return the settings as plain values, and as objects for the fields of ``kind``."""
+    # Importing torchao for one of its optimizers prints a message for torch's developers.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
-        # First the file alone, so that a complaint about a key can say where the key stands.
+        # First the file alone, so that a message about a key can say where the key is.
         parser.parse_object(run)
     except Exception as error:
         raise UserError(f"in {run_file}: {explain(str(error), _known_names(parser, run))}") from None
@@ -352,104 +459,133 @@ def _parse(
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
         _check_nulls(kind, resolved)
         with warnings.catch_warnings():
-            # LitGPT warns of a warm-up as long as the run; here it is shortened, and the run says so.
+            # LitGPT warns of a warm-up as long as the run. Ours is shortened then, and the run says so.
             warnings.filterwarnings("ignore", message="`--train.lr_warmup_steps` should be less")
             values = vars(parser.instantiate_classes(namespace))
     except ArgumentError as error:
         raise UserError(explain(str(error), _known_names(parser, run))) from None
     except UserError:
         raise
-    except Exception as error:  # LitGPT's dataclasses check some fields themselves, and classes that are named theirs
-        failed = traceback.extract_tb(error.__traceback__)[-1].line
-        reason = f"{type(error).__name__} in `{failed}`" if isinstance(error, ArithmeticError | LookupError) else error
-        raise UserError(
-            f"these settings do not fit together: {str(reason) or f'LitGPT holds that `{failed}`'}"
-        ) from None
+    except Exception as error:  # checks of LitGPT's dataclasses, and of the classes that the settings name
+        raise UserError(f"these settings do not fit together: {_describe_failed_check(error)}") from None
     _check_nulls(kind, values)
     return resolved, values
 
 
+def _describe_failed_check(error: Exception) -> str:
+    failed_line = traceback.extract_tb(error.__traceback__)[-1].line
+    if isinstance(error, ArithmeticError | LookupError):
+        return f"{type(error).__name__} in `{failed_line}`"
+    return str(error) or f"LitGPT requires `{failed_line}`"  # an assert has no message
+
+
 def _check_nulls(kind: type, values: dict[str, Any]) -> None:
-    """Raises ``UserError`` for settings that are null and may not be: jsonargparse takes null for anything."""
-    if nulls := list(_nulls(kind, values)):
-        raise UserError(f"{', '.join(nulls)} can't be null; expected a value, or no such line for the default.")
+    """Raise ``UserError`` for settings that must not be null, because jsonargparse accepts null for anything."""
+    nulls = list(_find_nulls(kind, values))
+    if nulls:
+        raise UserError(f"{', '.join(nulls)} must not be null: set a value, or delete the line to use the default.")
 
 
-def _nulls(kind: type, values: dict[str, Any], path: str = "") -> Iterator[str]:
+def _find_nulls(kind: type, values: dict[str, Any], path: str = "") -> Iterator[str]:
     hints = get_type_hints(kind)
     for setting in fields(kind):
-        name, value = setting.name, values.get(setting.name)
-        if value is None and name in values and setting.default is not None and not _takes_null(hints[name]):
-            yield path + name
+        value = values.get(setting.name)
+        hint = hints[setting.name]
+        accepts_null = setting.default is None or hint is Any or type(None) in get_args(hint)
+        if value is None and setting.name in values and (not accepts_null or setting.name in CLASS_SETTINGS):
+            yield path + setting.name
         elif is_dataclass(value):
-            yield from _nulls(type(value), vars(value), f"{path}{name}.")
+            yield from _find_nulls(type(value), vars(value), f"{path}{setting.name}.")
 
 
-def _takes_null(hint: Any) -> bool:
-    return hint is Any or type(None) in get_args(hint)
+def run_parser(*, with_classes: bool = True) -> ArgumentParser:
+    """Return the parser of ``run_train.py``: a flag for each field of ``RunSettings``, nested ones included.
 
-
-def run_parser() -> ArgumentParser:
-    """The parser of ``run_train.py``: a flag for each field of ``RunSettings`` and of what lies in it."""
+    Args:
+        with_classes: also parse ``data`` and ``optimizer``, which imports torch. Otherwise they are only listed in the
+            help.
+    """
     parser = make_parser(description="Pretrain a model with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
-    # Optimizers of other packages (torchao) give their parameters no types.
-    parser.add_class_arguments(RunSettings, sub_configs=True, fail_untyped=False)
+    _add_settings(parser, RunSettings, set(), with_classes)
     parser.add_argument(
         "--plan",
         default=SUPPRESS,
-        metavar="CARD",
-        help="Show what the run needs on this machine or a card by name (rtx3060), and train nothing",
+        metavar="GPU",
+        help="Show what the run needs on this machine or on a GPU by name (rtx3060), without training",
     )
     _add_short_flags(parser, SHORT_FLAGS)
-    parser.set_defaults(
-        {
-            "data": {
-                "class_path": "litmoe.data.TokenizedText",
-                "init_args": {"train_data_path": "data/custom_text/train", "val_data_path": "data/custom_text/val"},
-            },
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3.0e-4, "weight_decay": 0.01}},
-        }
-    )
+    if with_classes:
+        paths = {"train_data_path": "data/custom_text/train", "val_data_path": "data/custom_text/val"}
+        parser.set_defaults(
+            {
+                "data": {"class_path": "litmoe.data.TokenizedText", "init_args": paths},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3.0e-4, "weight_decay": 0.01}},
+            }
+        )
     return parser
 
 
-def finetuning_parser() -> ArgumentParser:
-    """The parser of ``finetune.py``."""
+def finetuning_parser(*, with_classes: bool = True) -> ArgumentParser:
+    """Return the parser of ``finetune.py``; see ``run_parser``."""
     parser = make_parser(description="Tune a checkpoint to follow instructions, with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: configs/finetune.yaml")
-    parser.add_class_arguments(FinetuneSettings, sub_configs=True, fail_untyped=False, skip=OF_THE_CHECKPOINT)
+    _add_settings(parser, FinetuneSettings, OF_THE_CHECKPOINT, with_classes)
     _add_short_flags(parser, FINETUNE_SHORT_FLAGS)
     return parser
 
 
+def _add_settings(parser: ArgumentParser, kind: type[RunSettings], skip: set[str], with_classes: bool) -> None:
+    # Optimizers of other packages (torchao) declare no types for their parameters.
+    parser.add_class_arguments(kind, sub_configs=True, fail_untyped=False, skip={*skip, *CLASS_SETTINGS})
+    if with_classes:
+        import torch
+        from litgpt.data import DataModule
+
+        optimizer_type = Callable[[Iterable[Any]], torch.optim.Optimizer]
+        classes = make_dataclass("ClassSettings", [("data", DataModule), ("optimizer", optimizer_type)])
+        parser.add_class_arguments(classes, sub_configs=True, fail_untyped=False)
+        for action in parser._actions:
+            action.help = CLASS_SETTINGS.get(action.dest, action.help)
+        return
+    for name, description in CLASS_SETTINGS.items():
+        parser.add_argument(
+            f"--{name}.help", default=SUPPRESS, metavar="CLASS", help=f"Show the parameters of a {name} class"
+        )
+        parser.add_argument(f"--{name}", default=SUPPRESS, metavar="CLASS", help=description)
+
+
 def _add_short_flags(parser: ArgumentParser, short_flags: dict[str, str]) -> None:
-    """They are written in full before anything is parsed; here they stand for ``--help``."""
-    shortcuts = parser.add_argument_group("Short forms")
+    """List the short flags in the help. ``_extract_files`` replaces them before anything is parsed."""
+    group = parser.add_argument_group("Short forms")
     for short, target in short_flags.items():
-        shortcuts.add_argument(f"--{short}", default=SUPPRESS, help=f"the same as --{target}")
+        group.add_argument(f"--{short}", default=SUPPRESS, help=f"the same as --{target}")
 
 
 def read_run_file(path: Path, model_file: Path | None = None) -> dict[str, Any]:
-    """The run file as plain values, its model file (or ``model_file``) read in.
+    """Return the run file as plain values, with the contents of its model file (or of ``model_file``).
 
-    A path under ``model:`` is looked for beside the run file, then from the working directory.
+    A path under ``model:`` is looked up next to the run file, then in the working directory.
     """
     run = _read_yaml(path)
     model: Any = model_file or run.get("model")
-    if isinstance(model, (str, Path)):
-        beside = path.parent / model
-        run["model"] = _read_yaml(beside if model_file is None and beside.is_file() else Path(model))
+    if not isinstance(model, (str, Path)):
+        return run
+    next_to_run_file = path.parent / model
+    if model_file is None and next_to_run_file.is_file():
+        run["model"] = _read_yaml(next_to_run_file)
+    else:
+        run["model"] = _read_yaml(Path(model))
     return run
 
 
 def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
-    """All flags of the parser and the parameters of the classes that the run file names."""
+    """Return all flags of the parser and the parameters of the classes that the run file names."""
     names = known_flags(parser)
-    for group in ("data", "optimizer"):
+    for group in CLASS_SETTINGS:
         chosen = run.get(group) or {}
         class_path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
-        with suppress(Exception):  # whatever the import of a module, or a name that is none, leads to
+        with suppress(Exception):  # an import error, or a name that does not exist
             chosen_class: Any = pydoc.locate(class_path or parser.get_default(group)["class_path"])
             parameters = inspect.signature(chosen_class).parameters
             names += [f"{group}.init_args.{name}" for name in parameters if name != "params"]
@@ -458,23 +594,23 @@ def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones lie under configs/.")
+        raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones are in configs/.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        json.dumps(content, default=str, skipkeys=True)  # refuses what holds itself, which no parser comes to an end of
+        json.dumps(content, default=str, skipkeys=True)  # rejects anchors that contain themselves, an endless structure
     except OSError:
         raise
-    except Exception as error:  # not YAML's own alone: 2026-99-99, `!!int x` and ten thousand `[` have others
+    except Exception as error:  # not only YAML's own errors: 2026-99-99, `!!int x` and ten thousand `[` raise others
         raise UserError(f"{path} is not valid YAML: {str(error)[:500] or type(error).__name__}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
     return with_current_class_paths(content)
 
 
-def _split_files_off(
+def _extract_files(
     arguments: list[str], names: tuple[str, ...], short_flags: dict[str, str]
 ) -> tuple[dict[str, Path | None], list[str]]:
-    """Takes the flags that name files out, wherever they stand, and writes the short ones in full."""
+    """Split the flags that name files from the others, and replace short flags by full ones."""
     files: dict[str, Path | None] = dict.fromkeys(names)
     flags: list[str] = []
     remaining = iter(arguments)
@@ -491,384 +627,3 @@ def _split_files_off(
         else:
             flags.append(current_class_path(argument))
     return files, flags
-
-
-def processes(settings: RunSettings) -> tuple[int, int]:
-    """(devices per machine, machines): what torchrun started, else what the settings ask for.
-
-    Raises:
-        UserError: for a number of devices that is not there.
-    """
-    gpus = torch.cuda.device_count()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        if gpus and local > gpus:
-            raise UserError(f"torchrun started {local} processes, but this machine has {gpus} GPU(s); start no more.")
-        return local, int(os.environ["WORLD_SIZE"]) // local
-    if settings.devices == "auto":
-        return max(gpus, 1), settings.num_nodes
-    try:
-        devices = int(settings.devices)
-    except ValueError:
-        devices = 0
-    if devices < 1 or (gpus and devices > gpus):
-        there = f"this machine has {gpus} GPU(s)" if gpus else "this machine has no GPU, so devices are CPU processes"
-        raise UserError(f"--devices {settings.devices}: {there}; expected `auto` or a number from 1.")
-    return devices, settings.num_nodes
-
-
-def is_sharded(settings: RunSettings) -> bool:
-    """Whether parameters are divided over the devices; one alone has nothing to divide."""
-    devices, num_nodes = processes(settings)
-    return settings.strategy == "fsdp" and devices * num_nodes > 1
-
-
-def cpu_has_bf16() -> bool:
-    """Whether torch multiplies bf16 matrices on this CPU by oneDNN's kernels, which need AVX-512 on x86; without them
-    a large product takes about a hundred times as long as in fp32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def choose_precision(asked: str | None) -> tuple[str, str | None]:
-    """(precision, a line that says why it is not the one asked for or what it costs here, or None).
-
-    bf16 needs a GPU with it. A GPU without it gets fp16 with a gradient scaler; a CPU gets fp32, which is the fastest
-    there for small models and the same on every machine; `bf16-true` on a CPU is taken at its word.
-    """
-    if not torch.cuda.is_available():
-        if asked == "bf16-true" and not cpu_has_bf16():
-            return asked, "this CPU has no instructions for bf16: 32-true is many times faster on it than bf16-true."
-        if asked in (None, "32-true", "bf16-true"):
-            return asked or "32-true", None
-        return "32-true", f"precision {asked} needs a GPU; this run computes in 32-true on the CPU."
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked is None:
-        return ("bf16-mixed" if bf16 else "16-mixed"), None
-    if asked.startswith("bf16") and not bf16:
-        name = torch.cuda.get_device_name()
-        return "16-mixed", f"{name} has no bf16, so this run computes in 16-mixed in place of {asked}."
-    return asked, None
-
-
-def constant_weights_note(config: Config) -> str | None:
-    """A line about a model that was trained elsewhere and whose routers the loss can't train; None for other models."""
-    if config.mlp_class_name != "LLaMAMoE" or not weights_are_constant(config):
-        return None
-    return (
-        "warning: this model sends each token to 1 expert, with a weight that is always 1. The loss gives its routers"
-        " no gradient: training improves the experts, but not which of them a token goes to."
-    )
-
-
-def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
-    """All that can be known to be wrong before anything is read or written, in one message.
-
-    Raises:
-        UserError: with a line for each problem.
-    """
-    problems = [
-        *_check_seed(settings),
-        *_check_paths(settings),
-        *_check_model(settings.model),
-        *_check_router_learns(settings),
-        *_check_balance(settings),
-        *_check_batches(settings),
-        *_check_sharding(settings, optimizer),
-        *_check_schedule(settings, optimizer),
-        *_check_checkpoints(settings),
-        *_check_evaluation(settings),
-        *_check_log(settings),
-    ]
-    if settings.initial_checkpoint_dir and settings.upcycle:
-        problems.append(
-            "both `initial_checkpoint_dir` and `upcycle` are set; choose one: the first takes weights as they are, the"
-            " second makes experts of them."
-        )
-    if isinstance(settings, FinetuneSettings):
-        problems += _check_finetuning(settings)
-    elif settings.initial_checkpoint_dir and settings.resume:
-        problems.append(
-            "both `initial_checkpoint_dir` and `resume` are set; choose one: the first starts a new run from weights,"
-            " the second continues an old one."
-        )
-    if problems:
-        raise UserError("\n  ".join(["the settings do not fit together:", *problems]))
-
-
-def _check_seed(settings: RunSettings) -> list[str]:
-    return [] if 0 <= settings.seed < 2**32 else ["seed is out of range; expected 0 to 2**32 - 1, as Lightning takes."]
-
-
-def _check_paths(settings: RunSettings) -> list[str]:
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    paths = {name: value for name, value in values.items() if isinstance(value, str | Path)}
-    return [f"{name} holds a zero byte; no file can have such a name." for name, p in paths.items() if "\0" in str(p)]
-
-
-def _check_model(config: Config) -> list[str]:
-    sizes = ("n_layer", "n_embd", "n_head", "block_size", "padded_vocab_size")
-    problems = [f"{name} is {size}; expected at least 1." for name in sizes if (size := getattr(config, name)) < 1]
-    if config.latent_attention:
-        problems.append("the model has latent_attention (DeepSeek's), which is not covered here; expected none.")
-    if config.mlp_class_name == "LLaMAMoE":
-        if config.n_expert < 1:
-            problems.append(
-                "mlp_class_name is LLaMAMoE but n_expert is 0, which would build a model without feed-forward layers;"
-                " set n_expert (8, say), or mlp_class_name: LLaMAMLP for a dense model."
-            )
-        elif not 1 <= config.n_expert_per_token <= config.n_expert:
-            problems.append(
-                f"n_expert_per_token is {config.n_expert_per_token}; expected a number from 1 to n_expert"
-                f" ({config.n_expert})."
-            )
-        else:
-            problems += _check_routing(config)
-        if config.moe_intermediate_size is None:
-            problems.append("moe_intermediate_size is not set; expected the width of one expert, such as 2048.")
-    elif config.n_expert:
-        problems.append(
-            f"n_expert is {config.n_expert} but mlp_class_name is {config.mlp_class_name}, which has no experts;"
-            " set mlp_class_name: LLaMAMoE, or n_expert: 0."
-        )
-    return problems
-
-
-def _check_routing(config: Config) -> list[str]:
-    """What LitGPT's config accepts, and what then crashes in the first step or routes otherwise than it says."""
-    problems = []
-    dense, width, shared = config.first_k_dense_replace, config.moe_intermediate_size, config.n_shared_expert
-    if dense is not None and not 0 <= dense < config.n_layer:
-        problems.append(
-            f"first_k_dense_replace is {dense}; expected a number from 0 to {config.n_layer - 1}, so that at least one"
-            f" of the {config.n_layer} layers has experts."
-        )
-    if width is not None and width < 1:
-        problems.append(f"moe_intermediate_size is {width}; expected the width of one expert, such as 2048.")
-    if shared is not None and shared < 0:
-        problems.append(f"n_shared_expert is {shared}; expected a number from 0.")
-    if not 0 < config.routed_scaling_factor < math.inf:
-        problems.append(
-            f"routed_scaling_factor is {config.routed_scaling_factor}, which the weight of every expert is multiplied"
-            " by; expected more than 0, such as 1.0."
-        )
-    groups, chosen = config.n_expert_groups, config.n_topk_groups
-    if groups is None:
-        unused = [name for name in ("n_topk_groups", "n_topk_scores_per_group") if getattr(config, name) is not None]
-        if unused:
-            problems.append(
-                f"{' and '.join(unused)} would have no effect: n_expert_groups is not set. Set it, or leave"
-                f" {'it' if len(unused) == 1 else 'them'} null."
-            )
-        return problems
-    group_size = config.n_expert // groups
-    if not 1 <= chosen <= groups:
-        problems.append(f"n_topk_groups is {chosen}; expected a number from 1 to n_expert_groups ({groups}).")
-    elif chosen * group_size < config.n_expert_per_token:
-        problems.append(
-            f"n_topk_groups is {chosen}, and {chosen} of the {groups} groups hold {chosen * group_size} experts, fewer"
-            f" than n_expert_per_token ({config.n_expert_per_token}): experts outside of the chosen groups would be"
-            f" taken. Expected at least --model.n_topk_groups {-(-config.n_expert_per_token // group_size)}."
-        )
-    if config.n_topk_scores_per_group < 1:
-        problems.append(
-            f"n_topk_scores_per_group is {config.n_topk_scores_per_group}, so that all groups would have the same"
-            f" score; expected a number from 1 to {group_size}, the size of a group."
-        )
-    return problems
-
-
-def _check_router_learns(settings: RunSettings) -> list[str]:
-    """For a new model. One that was trained before is taken as it is, and the run says the same in a line
-    (``constant_weights_note``)."""
-    config = settings.model
-    if settings.initial_checkpoint_dir or settings.resume or constant_weights_note(config) is None:
-        return []
-    if config.n_expert_groups:
-        kind, alternative = "a sigmoid router with norm_topk_prob", "--model.norm_topk_prob false"
-    else:
-        kind, alternative = "a softmax router", _sigmoid_router(config)
-    otherwise = "" if settings.upcycle else f", or {alternative}"  # an upcycled model has softmax routers
-    return [
-        f"n_expert_per_token is 1 with {kind}, which divides the weights of a token's experts by their sum: the one"
-        " weight is always 1, so the loss would give the router no gradient, and it would not learn where to send a"
-        f" token. --model.n_expert_per_token 2{otherwise}."
-    ]
-
-
-def _sigmoid_router(config: Config) -> str:
-    """The flags that give a model with a softmax router one with sigmoid scores, which chooses among all experts."""
-    groups = next(number for number in range(2, config.n_expert + 1) if config.n_expert % number == 0)
-    scores, normalized = min(2, config.n_expert // groups), config.n_expert_per_token > 1
-    return (
-        f"--model.n_expert_groups {groups} --model.n_topk_groups {groups} --model.n_topk_scores_per_group {scores}"
-        f" --model.norm_topk_prob {str(normalized).lower()}"
-    )
-
-
-def _check_balance(settings: RunSettings) -> list[str]:
-    rate, config = settings.moe.bias_update_rate, settings.model
-    if settings.moe.backend != "auto" and config.mlp_class_name != "LLaMAMoE":
-        return [f"moe.backend is {settings.moe.backend}, but this model has no experts; --moe.backend auto"]
-    if rate < 0:
-        return [f"moe.bias_update_rate is {rate}; expected 0 for none, or a small step such as 0.001."]
-    if rate and (config.mlp_class_name != "LLaMAMoE" or not config.n_expert_groups):
-        problem = (
-            f"moe.bias_update_rate is {rate}, but only a sigmoid router has a selection bias and this model has none;"
-        )
-        if config.mlp_class_name != "LLaMAMoE" or config.n_expert < 2 or isinstance(settings, FinetuneSettings):
-            return [f"{problem} --moe.bias_update_rate 0"]
-        return [f"{problem} --moe.bias_update_rate 0, or train a model with sigmoid routers: {_sigmoid_router(config)}"]
-    if rate and isinstance(settings, FinetuneSettings) and settings.lora_r:
-        return [
-            f"moe.bias_update_rate is {rate}, but LoRA leaves the routers' selection bias as the checkpoint has it;"
-            " --moe.bias_update_rate 0, or train all weights: --lora_r 0"
-        ]
-    return []
-
-
-def _check_batches(settings: RunSettings) -> list[str]:
-    if settings.num_nodes < 1:
-        return [f"num_nodes is {settings.num_nodes}; expected at least 1."]
-    problems = []
-    train, (devices, num_nodes) = settings.train, processes(settings)
-    ranks = devices * num_nodes
-    smallest = train.micro_batch_size * ranks
-    if train.micro_batch_size < 1 or train.global_batch_size < smallest or train.global_batch_size % smallest:
-        per_step = f"micro_batch_size {train.micro_batch_size}" + (f" x {ranks} devices" if ranks > 1 else "")
-        upper = max(smallest, -(-train.global_batch_size // max(smallest, 1)) * smallest)
-        problems.append(
-            f"global_batch_size {train.global_batch_size} is no multiple of {per_step};"
-            f" --global-batch-size {upper} would fit."
-        )
-    context = train.max_seq_length
-    if context is not None and not 1 <= context <= settings.model.block_size:
-        larger = "" if isinstance(settings, FinetuneSettings) else ", or a larger --model.block_size"
-        problems.append(
-            f"max_seq_length is {context} but the model's block_size is {settings.model.block_size}; expected at most"
-            f" that: --max-seq-length {settings.model.block_size}{larger}."
-        )
-    for name in ("log_interval", "save_interval"):
-        if (interval := getattr(train, name)) is not None and interval < 1:
-            problems.append(f"train.{name} is {interval}; expected at least 1.")
-    return problems
-
-
-def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> list[str]:
-    """What needs whole matrices in one process can't be had with FSDP."""
-    if not is_sharded(settings):
-        return []
-    problems = []
-    elementwise = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
-    if optimizer["class_path"] not in elementwise:
-        problems.append(
-            f"strategy fsdp gives each device a part of every matrix, and {optimizer['class_path']} is not known to"
-            " work on parts; --optimizer torch.optim.AdamW, or --strategy ddp."
-        )
-    if settings.eval.hellaswag is not None:
-        problems.append("strategy fsdp scores no HellaSwag while it trains; --eval.hellaswag null, then evaluate.py.")
-    if settings.compile:
-        problems.append("strategy fsdp runs uncompiled; --compile false, or --strategy ddp.")
-    if isinstance(settings, FinetuneSettings) and settings.lora_r:
-        problems.append("strategy fsdp has no LoRA, which trains little enough for --strategy ddp; or --lora_r 0.")
-    if choose_precision(settings.precision)[0] == "16-mixed":
-        problems.append("strategy fsdp has no gradient scaler, so no fp16; --precision 32-true, or --strategy ddp.")
-    return problems
-
-
-def _check_schedule(settings: RunSettings, optimizer: dict[str, Any]) -> list[str]:
-    problems, train, fraction = [], settings.train, settings.schedule.decay_fraction
-    if not 0 < fraction <= 1:
-        problems.append(
-            f"schedule.decay_fraction is {fraction}; expected a part of the run, above 0 and at most 1, such as 0.2."
-        )
-    elif settings.schedule.name != "wsd" and fraction != ScheduleSettings.decay_fraction:
-        problems.append(
-            f"schedule.decay_fraction is {fraction}, but the schedule is {settings.schedule.name}, which goes down all"
-            " the way; --schedule.name wsd"
-        )
-    limits = {name: getattr(train, name) for name in ("max_tokens", "max_steps", "epochs")}
-    if not any(limits.values()):
-        problems.append(
-            "no end is set; expected train.max_tokens, train.max_steps or train.epochs"
-            " (train.max_time alone gives the learning-rate schedule no length)."
-        )
-    for name, limit in {**limits, "max_time": train.max_time}.items():
-        if limit is not None and not 0 < limit <= 2**62:  # also where it is not a number
-            problems.append(f"train.{name} is {str(limit)[:30]}; expected more than 0, and at most 2**62.")
-    if train.max_norm is not None and not train.max_norm > 0:
-        problems.append(f"train.max_norm is {train.max_norm}; expected more than 0, or null for no clipping.")
-    learning_rate = (optimizer.get("init_args") or {}).get("lr")
-    if isinstance(learning_rate, float) and not 0 < learning_rate < math.inf:
-        problems.append(f"the optimizer's lr is {learning_rate}; expected more than 0, such as 3.0e-4.")
-    elif isinstance(learning_rate, float) and not 0 <= train.min_lr <= learning_rate:
-        problems.append(
-            f"train.min_lr is {train.min_lr} but the optimizer's lr is {learning_rate}; expected a min_lr from 0 to lr:"
-            f" --train.min_lr {learning_rate / 10:.1e}"
-        )
-    return problems
-
-
-def _check_checkpoints(settings: RunSettings) -> list[str]:
-    problems = []
-    checkpoint, interval = settings.checkpoint, settings.train.save_interval
-    if checkpoint.every_minutes is not None and not 0 < checkpoint.every_minutes < math.inf:
-        problems.append(f"checkpoint.every_minutes is {checkpoint.every_minutes}; expected more than 0, or null.")
-    if checkpoint.keep_last is not None and checkpoint.keep_last < 2:
-        problems.append(
-            f"checkpoint.keep_last is {checkpoint.keep_last}; expected at least 2, so that one is there when another"
-            " turns out to be damaged, or null to keep all."
-        )
-    if checkpoint.keep_every is not None and (
-        not interval or checkpoint.keep_every < 1 or checkpoint.keep_every % interval
-    ):
-        problems.append(
-            f"checkpoint.keep_every is {checkpoint.keep_every}, but the run saves every {interval} steps"
-            " (train.save_interval); expected a multiple of that."
-        )
-    return problems
-
-
-def _check_evaluation(settings: RunSettings) -> list[str]:
-    problems = []
-    if settings.eval.interval < 1 or settings.eval.max_iters < 1:
-        problems.append(
-            f"eval.interval is {settings.eval.interval} and eval.max_iters {settings.eval.max_iters};"
-            " expected at least 1 each."
-        )
-    for name in ("hellaswag_interval", "hellaswag_limit"):
-        value = getattr(settings.eval, name)
-        if value is not None and value < 1:
-            problems.append(f"eval.{name} is {value}; expected at least 1, or null.")
-        if value is not None and settings.eval.hellaswag is None:
-            problems.append(
-                f"eval.{name} is set but nothing is scored; name the questions: --eval.hellaswag FILE_OR_HUB"
-            )
-    if settings.eval.evaluate_example != "first":
-        problems.append("eval.evaluate_example means nothing here; the sample's prompt is --sample.prompt.")
-    return problems
-
-
-def _check_finetuning(settings: FinetuneSettings) -> list[str]:
-    problems = []
-    if settings.train.max_tokens:
-        problems.append("train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps.")
-    if settings.lora_r < 0 or settings.lora_alpha < 1 or not 0 <= settings.lora_dropout < 1:
-        problems.append(
-            f"lora_r is {settings.lora_r}, lora_alpha {settings.lora_alpha}, lora_dropout {settings.lora_dropout};"
-            " expected a rank from 0, an alpha from 1, and a dropout from 0 to below 1."
-        )
-    parts = ("query", "key", "value", "projection", "mlp", "head")
-    if settings.lora_r and not any(getattr(settings, f"lora_{part}") for part in parts):
-        problems.append("lora_r is set but no part of the model gets LoRA; turn one on: --lora_query true")
-    return problems
-
-
-def _check_log(settings: RunSettings) -> list[str]:
-    """LogArgs of LitGPT are W&B's and those of a logger that is not here."""
-    given = {field.name for field in fields(LogArgs) if getattr(settings.log, field.name) != field.default}
-    read_by_wandb = {"project", "run", "group"}
-    problems = [f"log.{name} belongs to a logger that is not offered here." for name in sorted(given - read_by_wandb)]
-    if given & read_by_wandb and "wandb" not in (settings.loggers or [settings.logger_name]):
-        names = ", ".join(f"log.{name}" for name in sorted(given & read_by_wandb))
-        problems.append(f"{names} is read by W&B alone; add it: --loggers '[csv,wandb]'")
-    return problems

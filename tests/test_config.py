@@ -1,26 +1,20 @@
 """Every setting works or is refused by name, and every mistake gets one message."""
 
-from dataclasses import fields
+import subprocess
+import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import litgpt.args
 import pytest
 import yaml
 from litgpt import Config
-from litgpt.args import LogArgs, TrainArgs
 
+import litmoe.config
 from litmoe.cli import UserError
-from litmoe.config import (
-    PROJECT,
-    SHORT_FLAGS,
-    EvalArgs,
-    RunSettings,
-    check,
-    choose_precision,
-    cpu_has_bf16,
-    parse_run,
-    run_parser,
-)
+from litmoe.config import PROJECT, SHORT_FLAGS, EvalArgs, LogArgs, RunSettings, TrainArgs, parse_run, run_parser
+from litmoe.hardware import choose_precision, cpu_has_bf16
+from litmoe.validation import check
 
 RUN_FILES = [PROJECT / "train_config.yaml", *sorted(PROJECT.glob("configs/*.yaml"))]
 
@@ -63,7 +57,7 @@ def test_each_shipped_run_file_parses_and_passes_the_checks(path):
 def test_the_default_run_value_for_value():
     run = parse_run([])
     settings = run.settings
-    assert settings.model == Config.from_file(PROJECT / "model_config.yaml")
+    assert asdict(settings.model) == asdict(Config.from_file(PROJECT / "model_config.yaml"))
     expected = dict(
         name="MoE-200M",
         block_size=2048,
@@ -128,9 +122,44 @@ def test_a_model_file_replaces_the_whole_model(tmp_path):
     assert (model.name, model.n_layer, model.n_expert) == ("dense", 2, 0)
 
 
-def test_evaluation_has_litgpts_defaults():
-    ours = {field.name: field.default for field in fields(EvalArgs)}
-    assert ours.items() >= {field.name: field.default for field in fields(litgpt.args.EvalArgs)}.items()
+@pytest.mark.parametrize("name", ["EvalArgs", "TrainArgs", "LogArgs"])
+def test_defaults_are_those_of_litgpt(name: str) -> None:
+    ours, theirs = getattr(litmoe.config, name), getattr(litgpt.args, name)
+    assert issubclass(ours, theirs)
+    defaults = {field.name: field.default for field in fields(theirs)}
+    assert {field.name: field.default for field in fields(ours)}.items() >= defaults.items()
+
+
+def run_python(*lines: str) -> str:
+    """Output of a program in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=PROJECT
+    )
+    return result.stdout
+
+
+@pytest.mark.parametrize("flag", ["--help", "--train.max_stepz=1", "--train.max_steps=x", "--config=missing.yaml"])
+@pytest.mark.parametrize("script", ["run_train", "finetune"])
+def test_mistakes_are_reported_without_torch(script: str, flag: str) -> None:
+    printed = run_python(
+        "import sys",
+        f"import {script}",
+        f"sys.argv = ['{script}.py', '{flag}']",
+        "try:",
+        f"    {script}.main()",
+        "except (SystemExit, ValueError):",
+        "    print(sorted({'torch', 'litgpt', 'lightning'} & sys.modules.keys()))",
+    )
+    assert printed.splitlines()[-1] == "[]"
+
+
+def test_litgpt_is_imported_without_packages_for_other_metrics() -> None:
+    printed = run_python(
+        "import litmoe.config, litgpt.pretrain, litgpt.args, sys",
+        "assert litgpt.args.TrainArgs is litmoe.config.litgpt_args.TrainArgs",
+        "print(sorted({'torchvision', 'transformers', 'scipy', 'sklearn'} & sys.modules.keys()))",
+    )
+    assert printed == "[]\n"
 
 
 def test_what_is_saved_with_a_run_is_a_run_file_of_the_same_run(tmp_path):

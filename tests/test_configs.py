@@ -9,9 +9,11 @@ from litgpt import GPT, Config
 
 from custom_moe import MoE, use_custom_moe
 from litmoe.cli import UserError
-from litmoe.config import PROJECT, check, parse_run
+from litmoe.config import PROJECT, parse_run
 from litmoe.data.corpora import CORPORA
 from litmoe.flops import count_parameters, training_flops_per_token
+from litmoe.validation import check
+from tests.training_fixtures import training_steps
 
 MODELS = sorted((PROJECT / "configs/models").glob("*.yaml"))
 RUNS = [PROJECT / "configs/quickstart.yaml", *sorted((PROJECT / "configs/runs").glob("*.yaml"))]
@@ -143,8 +145,7 @@ def test_a_run_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tmp_
     # torchao compiles the update of each shape, which takes a minute (tests/train/test_optimizers.py does it).
     with torch.compiler.set_stance("force_eager"):
         out_dir = train(*tiny_run(prepared, tmp_path / "run"), *shrunken(config), "--config", str(path))
-    rows = (out_dir / "metrics.csv").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 4 and (out_dir / "final" / "lit_model.pth").is_file()
+    assert training_steps(out_dir) == [1, 2, 3] and (out_dir / "final" / "lit_model.pth").is_file()
 
 
 @pytest.mark.parametrize("path", MODELS, ids=by_name)

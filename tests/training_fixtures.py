@@ -11,12 +11,13 @@ import jsonargparse._optionals
 import pytest
 import yaml
 
-from litmoe.config import check, parse_finetuning, parse_run
+from litmoe.config import parse_finetuning, parse_run
 from litmoe.data.instructions import InstructArgs, prepare_instructions
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.train.finetune import finetune
 from litmoe.train.preflight import ready, ready_to_finetune
 from litmoe.train.pretrain import pretrain
+from litmoe.validation import check
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
 # Half of what parsing takes is reading the same classes' sources anew for their help texts.

@@ -27,7 +27,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from litmoe.cli import UserError
-from litmoe.config import RunSettings, is_sharded, processes
+from litmoe.config import RunSettings
+from litmoe.hardware import is_sharded, processes
 
 
 def make_strategy(settings: RunSettings, precision: str) -> DDPStrategy | ModelParallelStrategy:

@@ -12,10 +12,11 @@ import torch
 from litgpt import GPT
 
 from litmoe import checkpoints
-from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun, choose_precision, is_sharded, processes
+from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun
 from litmoe.data.conversations import prompt_style
 from litmoe.data.instructions import instructions_fingerprint
 from litmoe.data.tokenizers import litgpt_tokenizer
+from litmoe.hardware import choose_precision, is_sharded, processes
 from litmoe.train.allocator import use_expandable_segments
 from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import logger_factory

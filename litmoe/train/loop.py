@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from litmoe.cli import UserError
-from litmoe.config import MoESettings, is_sharded
+from litmoe.config import MoESettings
 from litmoe.data.instruction_module import IGNORED
+from litmoe.hardware import is_sharded
 from litmoe.train.distributed import any_rank, sum_over_ranks
 from litmoe.train.evaluate import evaluate_and_log, evaluations_due
 from litmoe.train.logs import RunDisplay
@@ -88,7 +89,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
         micro_batches = [as_batch(batch, run.gpt.max_seq_length) for batch in taken]
         own_requests = Requests(
             stop=signals.received is not None,
-            end=bool(settings.train.max_time) and time.perf_counter() - start >= settings.train.max_time,
+            end=time.perf_counter() - start >= (settings.train.max_time or math.inf),
             save=fabric.global_rank == 0 and run.writer.is_due(),
         )
         result = train_step(fabric, run, micro_batches, own_requests)

@@ -12,13 +12,15 @@ from litgpt import GPT
 from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware
 from litmoe.cli import UserError, command, nearest, underscored
-from litmoe.config import FinetuneSettings, ParsedRun, RunSettings, check, choose_precision, parse_run, processes
+from litmoe.config import FinetuneSettings, ParsedRun, RunSettings, parse_run
 from litmoe.flops import count_parameters, training_flops_per_token
+from litmoe.hardware import choose_precision, processes
 from litmoe.train.gpus import GIB, NAMES, Card, found_card, named_card
 from litmoe.train.memory import TrainingMemory, training_memory
 from litmoe.train.muon import update_flops
 from litmoe.train.optimizers import is_muon, parameter_groups
 from litmoe.train.schedule import plan_run
+from litmoe.validation import check
 
 SHARE_OF_PEAK = {"dense": 0.30, "mixture": 0.22}
 """How much of the peak training is assumed to reach: with GPT-2 124M, nanoGPT on A100s and plain PyTorch on an H100

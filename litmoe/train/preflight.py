@@ -16,7 +16,7 @@ from litgpt import Config, Tokenizer
 
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, quoted
-from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings, check
+from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings
 from litmoe.data import InstructionData, TokenizedText, conversations
 from litmoe.data.conversations import Message
 from litmoe.data.documents import text_files
@@ -31,6 +31,7 @@ from litmoe.inference.generate import check_sampling, encode_prompt
 from litmoe.train.logs import METRICS_FILE, run_files
 from litmoe.train.resume import new_run_flags, tokens_provenance
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
+from litmoe.validation import check
 
 
 def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:

@@ -24,10 +24,11 @@ from custom_moe import set_backend
 from custom_moe.backends import hardware_of
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, harmless
-from litmoe.config import FinetuneSettings, MoESettings, ParsedRun, constant_weights_note, is_sharded
+from litmoe.config import FinetuneSettings, MoESettings, ParsedRun
 from litmoe.data.instruction_module import InstructionData
 from litmoe.data.reader import TokenLoader
 from litmoe.flops import training_flops_per_token
+from litmoe.hardware import is_sharded
 from litmoe.train.compiling import compiler_settings, should_compile
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
@@ -48,6 +49,7 @@ from litmoe.train.state import (
     scaler_of,
     stateful_loader,
 )
+from litmoe.validation import constant_weights_note
 
 
 @tolerate_closed_stdout()

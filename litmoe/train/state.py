@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader
 from litmoe import checkpoints
 from litmoe.checksummed_json import known_fields
 from litmoe.cli import UserError
-from litmoe.config import FinetuneSettings, RunSettings, is_sharded
+from litmoe.config import FinetuneSettings, RunSettings
 from litmoe.data.manifest import manifest_path
 from litmoe.data.reader import TokenLoader
 from litmoe.evaluation import hellaswag
+from litmoe.hardware import is_sharded
 from litmoe.train.distributed import gather_state, gather_weights, mean_over_ranks, shard_state
 from litmoe.train.logs import Loggers
 from litmoe.train.lora import divide_weights

@@ -22,7 +22,7 @@ from litgpt import Tokenizer
 from litmoe import checkpoints, load
 from litmoe.checksummed_json import file_sha256, read_sealed, write_json, write_sealed
 from litmoe.cli import UserError, run_door
-from litmoe.config import check, parse_run
+from litmoe.config import parse_run
 from litmoe.data import InstructionData, manifest
 from litmoe.data.instructions import InstructArgs, prepare_instructions
 from litmoe.data.prepare import PrepareArgs, prepare
@@ -30,6 +30,7 @@ from litmoe.train.logs import COLUMNS, MetricsCSV
 from litmoe.train.preflight import ready
 from litmoe.train.pretrain import pretrain
 from litmoe.train.resume import check_same_tokens
+from litmoe.validation import check
 
 STEP = "step-00000002"
 MODEL = dict(

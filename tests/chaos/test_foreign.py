@@ -17,11 +17,12 @@ from litgpt import Tokenizer
 from litmoe import checkpoints, load
 from litmoe.checksummed_json import read_sealed, write_sealed
 from litmoe.cli import UserError, exit_with_message
-from litmoe.config import check, parse_finetuning, parse_run
+from litmoe.config import parse_finetuning, parse_run
 from litmoe.data import manifest
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.inference.chat import Chat
 from litmoe.train.preflight import ready_to_finetune
+from litmoe.validation import check
 from tests.tiny_checkpoint import door, mark_anew, save_tiny, tiny_gpt
 
 HARM = "harm-done"

@@ -203,7 +203,7 @@ def test_what_another_micro_batch_changes_is_said(
     assert column(whole, "total_tokens")[-1] == 72 * 32
     for micro_batch, differs, steps, tokens in (
         (1, "the run ends at step 10, 2,400 tokens instead of step 9, 2,304 tokens", 10, 2400),
-        (8, "4 of an epoch's 76 fill no micro batch and are left out, 0 were", 9, 2304),
+        (8, "4 of an epoch's 76 sequences fill no micro batch and are dropped (0 before)", 9, 2304),
     ):
         shutil.rmtree(tmp_path / "whole-5", ignore_errors=True)
         capsys.readouterr()

@@ -1,0 +1,99 @@
+"""Makes ``import litgpt`` twice as fast: torchmetrics does not import torchvision, transformers, scipy and their kind.
+
+``import litgpt`` imports lightning, which imports torchmetrics only to compare its version. Torchmetrics then imports
+every package that one of its metrics could use: 4.5 of 9.4 s of CPU on two cores of a Xeon server, torch included.
+LitGPT uses a running mean, none of those metrics.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def install() -> None:
+    """Hide optional packages from torchmetrics while it is imported, and from nothing else.
+
+    Does nothing if torchmetrics is imported already.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds torchmetrics and litgpt in the usual way, but loads them with the loaders below."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        loaders = {"torchmetrics": _LightLoader, "litgpt": _BindingLoader}
+        if name not in loaders:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = loaders[name](spec.loader)
+        return spec
+
+
+class _WrappedLoader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+
+class _BindingLoader(_WrappedLoader):
+    """Makes modules that ``import_litgpt_module`` imported before their package attributes of the package."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        for name in ("args", "config"):
+            if f"litgpt.{name}" in sys.modules:
+                setattr(module, name, sys.modules[f"litgpt.{name}"])
+        self._loader.exec_module(module)
+
+
+class _LightLoader(_WrappedLoader):
+    """Executes the package while lightning's availability checks answer no."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        from lightning_utilities.core import imports
+
+        original_check = imports.RequirementCache.__bool__
+        original_function = imports.package_available
+
+        def is_torch(check: imports.RequirementCache) -> bool:
+            requirement = check.requirement or ""
+            return requirement.startswith(("torch>", "torch<", "torchmetrics")) and original_check(check)
+
+        imports.RequirementCache.__bool__ = is_torch  # type: ignore[method-assign,assignment]
+        imports.package_available = lambda name: name == "numpy"  # type: ignore[assignment]
+        try:
+            self._loader.exec_module(module)
+        finally:
+            imports.RequirementCache.__bool__ = original_check  # type: ignore[method-assign]
+            imports.package_available = original_function
+
+
+def import_litgpt_module(name: str) -> Any:
+    """Import ``litgpt.NAME`` without ``litgpt/__init__.py``, which imports torch and lightning.
+
+    The module is registered under its name, so that a later ``import litgpt`` uses the same classes. Only for modules
+    that import nothing heavy: ``args`` and ``config``, which LitGPT keeps light for this purpose.
+    """
+    full_name = f"litgpt.{name}"
+    if full_name in sys.modules:
+        return sys.modules[full_name]
+    package = importlib.util.find_spec("litgpt")  # does not import it
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("litgpt is not installed")
+    spec = importlib.util.spec_from_file_location(full_name, Path(package.origin).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full_name] = module
+    spec.loader.exec_module(module)
+    return module
