@@ -12,6 +12,7 @@ from custom_moe import weights_are_constant
 from litmoe.cli import UserError
 from litmoe.config import FinetuneSettings, RunSettings, ScheduleSettings
 from litmoe.hardware import choose_precision, is_sharded, processes
+from litmoe.train.optimizers import optimizer_traits
 
 
 def constant_weights_note(config: Config) -> str | None:
@@ -222,11 +223,10 @@ def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> list[st
     if not is_sharded(settings):
         return []
     problems = []
-    elementwise = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
-    if optimizer["class_path"] not in elementwise:
+    if not optimizer_traits(optimizer).supports_fsdp:
         problems.append(
-            f"strategy fsdp gives each device a part of every matrix, and {optimizer['class_path']} is not known to"
-            " work on parts; --optimizer torch.optim.AdamW, or --strategy ddp."
+            f"strategy fsdp shards every matrix, and {optimizer['class_path']} needs complete ones; --optimizer"
+            " torch.optim.AdamW, or --strategy ddp."
         )
     if settings.eval.hellaswag is not None:
         problems.append("strategy fsdp scores no HellaSwag while it trains; --eval.hellaswag null, then evaluate.py.")

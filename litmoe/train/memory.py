@@ -29,7 +29,7 @@ from litmoe.config import ParsedRun
 from litmoe.layers import use_fast_layers
 from litmoe.train.cross_entropy import words_at_once
 from litmoe.train.model import PretrainingModel, cast_matrices, matrices_to_cast
-from litmoe.train.optimizers import make_optimizer
+from litmoe.train.optimizers import make_optimizer, optimizer_traits
 
 
 class TrainingMemory(NamedTuple):
@@ -71,8 +71,8 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
     context = train.max_seq_length or config.block_size
     in_precision = _precision(precision)
     fused = precision != "16-mixed"  # as in litmoe/train/loop.py
-    # Its step is compiled, which fake tensors can't be; what it takes beside its state is little.
-    eight_bit = run.optimizer["class_path"].startswith("torchao.")
+    # A step that is compiled can't run on fake tensors. It needs little memory besides its state.
+    eight_bit = optimizer_traits(run.optimizer).compiles_step
     with FakeTensorMode(allow_non_fake_inputs=True), use_custom_moe(), use_fast_layers():
         with in_precision.module_init_context():
             gpt = GPT(config)

@@ -1,17 +1,20 @@
 """Muon for the matrices within the blocks and AdamW for everything else, as one optimizer.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a matrix's gradient and
-gives all its directions nearly the same length. ``torch.optim.Muon`` does that for parameters of two dimensions and
-refuses any other, so it can hold neither a whole model nor stacked experts; for a single matrix this is the same (held
-by a test).
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalizes the momentum of each matrix's
+gradient: all its singular values become nearly 1. ``torch.optim.Muon`` accepts only parameters of two dimensions, so it
+can train neither a complete model nor stacked experts. For a single matrix both give the same (tested).
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from litgpt.model import CausalSelfAttention
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+from custom_moe.experts import Experts
+from litmoe.train.optimizers import ParameterUse, parameter_uses
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz step, steepest at 0: singular values end between about 0.7 and 1.2"""
@@ -20,19 +23,19 @@ MOMENTS = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on the groups that say how their parameters divide into matrices (``parts``), AdamW on the others.
+    """Muon for groups with ``parts``, which say how their parameters divide into matrices; AdamW for the others.
 
-    All processes of a run compute the same updates from the same gradients.
+    All ranks of a run compute the same updates from the same gradients.
 
     Parameters in bf16 (precision bf16-true) are updated in fp32, with moments in fp32, and rounded stochastically: bf16
-    has 8 bits, so that rounding to the nearest would drop every change of less than 0.2% of a weight, such as weight
-    decay. The random numbers follow from the parameter and the number of its updates alone, which is part of the state,
-    so that all processes round alike and a resumed run gives the same bits.
+    has 8 bits, so rounding to the nearest would drop every change of less than 0.2% of a weight, such as weight decay.
+    The random numbers depend only on the parameter and the number of its updates, which is part of the state. So all
+    ranks round alike, and a resumed run gives the same bits.
 
     Args:
-        params: groups as ``parameter_groups(model, muon=True)`` makes them. ``parts`` are the heights of the matrices
-            that lie above each other in a parameter, in proportion: ``(1,)`` one matrix, ``(1, 1)`` two of one height.
-            A parameter of three dimensions is a batch of such.
+        params: groups as ``parameter_groups`` makes them. ``parts`` are the relative heights of the matrices that are
+            stacked in a parameter: ``(1,)`` one matrix, ``(1, 1)`` two of equal height. A parameter of three dimensions
+            is a batch of such.
         lr: Muon's; the update of a matrix is scaled by ``sqrt(max(1, rows / columns))``, as Jordan et al. do, so that
             it changes the layer's output alike at any width (https://jeremybernste.in/writing/deriving-muon).
         momentum: Nesterov's.
@@ -40,6 +43,35 @@ class Muon(torch.optim.Optimizer):
         adamw_lr, betas, eps: AdamW's.
         fused: torch's fused kernel for AdamW.
     """
+
+    rounds_stochastically = True
+    supports_fsdp = False
+
+    @classmethod
+    def parameter_groups(cls, model: nn.Module) -> list[dict[str, Any]]:
+        """Return groups with ``parts`` for the matrices within the blocks, and two groups for AdamW.
+
+        The gate and up projections of an expert are stacked in one parameter, and so are queries, keys and values,
+        which train better separately (https://kellerjordan.github.io/posts/muon/).
+        """
+        by_parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for_adamw: list[nn.Parameter] = []
+        not_decayed: list[nn.Parameter] = []
+        for use in parameter_uses(model):
+            if not use.decays:
+                not_decayed.append(use.parameter)
+            elif use.path.rpartition(".")[2] == "lm_head":
+                for_adamw.append(use.parameter)
+            else:
+                by_parts.setdefault(_stacked_parts(model, use), []).append(use.parameter)
+        groups: list[dict[str, Any]] = []
+        for parts in sorted(by_parts, reverse=True):
+            groups.append({"params": by_parts[parts], "parts": parts})
+        if for_adamw:
+            groups.append({"params": for_adamw})
+        if not_decayed:
+            groups.append({"params": not_decayed, "weight_decay": 0.0})
+        return groups
 
     def __init__(
         self,
@@ -61,9 +93,30 @@ class Muon(torch.optim.Optimizer):
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
         super().__init__(groups, {**defaults, "parts": None})
 
+    @staticmethod
+    def update_flops(groups: Iterable[dict[str, Any]]) -> int:
+        """Return the floating-point operations of Newton-Schulz in one step, two for each multiply-add.
+
+        They do not depend on the batch, and each device of a run does all of them.
+
+        Args:
+            groups: as ``parameter_groups`` returns them; parameters on the meta device are enough.
+        """
+        flops = 0
+        for group in groups:
+            if not group.get("parts"):
+                continue
+            for parameter in group["params"]:
+                for height in matrix_heights(parameter, group["parts"]):
+                    # (short, long) @ (long, short), (short, short) squared, (short, short) @ (short, long)
+                    short, long = sorted((height, parameter.size(-1)))
+                    products = 2 * short * short * (long + short + long)
+                    flops += ITERATIONS * products * parameter.shape[:-2].numel()
+        return flops
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,7 +133,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which casts moments to their parameter's type; those of bf16 parameters stay fp32."""
+        """Load as torch does, but keep the moments of bf16 parameters in fp32: torch would cast them to bf16."""
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
@@ -94,7 +147,7 @@ class Muon(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _store(self, weight: Tensor, parameter: Tensor) -> None:
-        """Takes an updated weight over into its parameter, which may be the same tensor."""
+        """Copy an updated weight into its parameter, unless they are the same tensor."""
         if weight is parameter:
             return
         state, parameters = self.state[parameter], self._parameters()
@@ -150,8 +203,18 @@ class Muon(torch.optim.Optimizer):
             self._store(weight, parameter)
 
 
+def _stacked_parts(model: nn.Module, use: ParameterUse) -> tuple[int, ...]:
+    """Return the relative heights of the matrices that are stacked in a parameter."""
+    if isinstance(use.module, Experts) and use.name.startswith("fc_"):
+        return 1, 1
+    parent = model.get_submodule(use.path.rpartition(".")[0])
+    if isinstance(parent, CausalSelfAttention) and use.module is parent.qkv and use.name == "weight":
+        return parent.config.n_head, parent.config.n_query_groups, parent.config.n_query_groups
+    return (1,)
+
+
 def _wide(tensor: Tensor) -> Tensor:
-    """The tensor itself; in fp32 where it is bf16."""
+    """Return the tensor; a copy in fp32 if it is bf16."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
@@ -170,26 +233,6 @@ def matrix_heights(parameter: Tensor, parts: tuple[int, ...]) -> list[int]:
     """How many rows each of the matrices has that lie above each other in a parameter."""
     rows = parameter.size(-2)
     return [rows * part // sum(parts) for part in parts]
-
-
-def update_flops(groups: Iterable[dict[str, Any]]) -> int:
-    """Floating-point operations of Newton-Schulz in one step, two for each multiply-add.
-
-    They depend on the parameters alone and not on the batch, and each device of a run does all of them.
-
-    Args:
-        groups: as ``Muon`` takes them; parameters on the meta device will do.
-    """
-    flops = 0
-    for group in groups:
-        parts: tuple[int, ...] = group.get("parts") or ()
-        for parameter in group["params"] if parts else ():
-            for height in matrix_heights(parameter, parts):
-                # (short, long) @ (long, short), (short, short) squared, (short, short) @ (short, long)
-                short, long = sorted((height, parameter.size(-1)))
-                products = 2 * short * short * (long + short + long)
-                flops += ITERATIONS * products * parameter.shape[:-2].numel()
-    return flops
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

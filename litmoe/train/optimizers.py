@@ -1,132 +1,166 @@
-"""Parameter groups, and the optimizer that a run file names."""
+"""Parameter groups, and the optimizer that a run file names by its class path.
 
+Any ``torch.optim.Optimizer`` works. A class can declare what the rest of the program should know about it:
+
+- ``parameter_groups(model)``, a class method: its own groups. Without it, it gets two: with and without weight decay.
+- ``rounds_stochastically = True``: it can train 16-bit weights without losing small updates.
+- ``supports_fsdp = False``: it needs complete matrices, which FSDP shards.
+- ``update_flops(groups)``, a static method: operations of one step, for ``--plan``, if they are worth counting.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from pydoc import locate
+from typing import Any, NamedTuple
 
 import torch
-from litgpt.model import CausalSelfAttention
 from litgpt.utils import instantiate_torch_optimizer
 from torch import Tensor, nn
 
 from custom_moe import MoE
-from custom_moe.experts import Experts
 from litmoe.cli import UserError
 from litmoe.train.compiling import missing_for_compile
-from litmoe.train.muon import Muon
 
 
-def parameter_groups(model: nn.Module, *, muon: bool = False) -> list[dict[str, Any]]:
-    """What each trainable parameter is; it stands in exactly one group.
+@dataclass(frozen=True)
+class OptimizerTraits:
+    """What is known about an optimizer class, see the module's docstring."""
 
-    Matrices decay; norms, embeddings, biases and routers do not, nor a tied output head, which is the embedding. For
-    Muon the matrices within the blocks are apart, in groups that say how a parameter divides into matrices (``parts``):
-    the experts' gate above up, and queries, keys and values, which LitGPT keeps in one matrix and which were found to
-    train better each by itself (https://kellerjordan.github.io/posts/muon/).
+    parameter_groups: Callable[[nn.Module], list[dict[str, Any]]]
+    rounds_stochastically: bool
+    supports_fsdp: bool
+    update_flops: Callable[[Iterable[dict[str, Any]]], int] | None
+    compiles_step: bool = False
+    """``step`` needs torch.compile, and its state is 8-bit (torchao)"""
 
-    Returns:
-        Groups for the optimizer, none empty: the matrices, then the rest with ``weight_decay`` 0.
+
+def optimizer_traits(optimizer: dict[str, Any]) -> OptimizerTraits:
+    """Return the traits of a run file's optimizer.
+
+    Args:
+        optimizer: ``class_path`` and ``init_args``.
     """
-    decayed: dict[tuple[int, ...], list[nn.Parameter]] = {}  # by parts; () for AdamW
-    not_decayed: list[nn.Parameter] = []
+    class_path = optimizer["class_path"]
+    optimizer_class: Any = locate(class_path)
+    # Classes of other packages can't declare anything for us; these are the known exceptions.
+    is_torchao = class_path.startswith("torchao.")
+    needs_matrices = is_torchao or class_path == "torch.optim.Muon"
+    init_args = optimizer.get("init_args") or {}
+    return OptimizerTraits(
+        parameter_groups=getattr(optimizer_class, "parameter_groups", parameter_groups),
+        rounds_stochastically=getattr(optimizer_class, "rounds_stochastically", False)
+        or bool(init_args.get("bf16_stochastic_round")),
+        supports_fsdp=getattr(optimizer_class, "supports_fsdp", not needs_matrices),
+        update_flops=getattr(optimizer_class, "update_flops", None),
+        compiles_step=is_torchao,
+    )
+
+
+class ParameterUse(NamedTuple):
+    """A trainable parameter and its place in the model."""
+
+    parameter: nn.Parameter
+    name: str
+    """Within its module: ``weight``"""
+    module: nn.Module
+    path: str
+    """Of the module: ``transformer.h.0.attn.qkv``"""
+    decays: bool
+    """Whether weight decay applies"""
+
+
+def parameter_uses(model: nn.Module) -> Iterator[ParameterUse]:
+    """Yield each trainable parameter once.
+
+    Weight decay applies to matrices. It does not apply to norms, biases, embeddings (also not to an output head that is
+    tied to them) and routers.
+    """
     routers = {id(module.gate) for module in model.modules() if isinstance(module, MoE)}
-    qkv_parts = {
-        id(module.qkv): (module.config.n_head, module.config.n_query_groups, module.config.n_query_groups)
-        for module in model.modules()
-        if isinstance(module, CausalSelfAttention)
-    }
     seen: set[int] = set()
-    # Embeddings first: a parameter that is shared with the output head belongs to them.
-    for path, module in sorted(model.named_modules(), key=lambda item: not isinstance(item[1], nn.Embedding)):
+    # Embeddings first, so that a matrix shared with the output head counts as an embedding.
+    modules = sorted(model.named_modules(), key=lambda item: not isinstance(item[1], nn.Embedding))
+    for path, module in modules:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if (
-                isinstance(module, nn.Embedding)
-                or id(module) in routers
-                or parameter.ndim < 2  # norms, and biases of linear layers
-                or name.endswith("bias")  # biases of experts are stacked, so they have two dimensions
-            ):
-                not_decayed.append(parameter)
-                continue
-            parts: tuple[int, ...] = ()
-            if muon and path.rpartition(".")[2] != "lm_head":
-                gate_above_up = isinstance(module, Experts) and name.startswith("fc_")
-                parts = (1, 1) if gate_above_up else qkv_parts.get(id(module), (1,)) if name == "weight" else (1,)
-            decayed.setdefault(parts, []).append(parameter)
-    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed[parts], **({"parts": parts} if parts else {})} for parts in sorted(decayed, reverse=True)
-    ]
-    groups += [{"params": not_decayed, "weight_decay": 0.0}] if not_decayed else []
-    assert total == sum(parameter.numel() for group in groups for parameter in group["params"])
-    return groups
+            is_vector = parameter.ndim < 2 or name.endswith("bias")  # stacked biases of experts have two dimensions
+            decays = not (is_vector or isinstance(module, nn.Embedding) or id(module) in routers)
+            yield ParameterUse(parameter, name, module, path, decays)
 
 
-def is_muon(optimizer: dict[str, Any]) -> bool:
-    """Whether a run file's optimizer (``class_path`` and ``init_args``) is our Muon."""
-    return bool(optimizer["class_path"] == f"{Muon.__module__}.{Muon.__name__}")
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return two groups: parameters with weight decay, and those without (``weight_decay`` 0). None is empty."""
+    uses = list(parameter_uses(model))
+    decayed = [use.parameter for use in uses if use.decays]
+    not_decayed = [use.parameter for use in uses if not use.decays]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
-    """The optimizer of a run file over the model's parameter groups.
+    """Return the optimizer of a run file over the model's parameter groups.
 
     Args:
         optimizer: ``class_path`` and ``init_args``, as ``litgpt.utils.instantiate_torch_optimizer`` takes them.
-        fused: use the fused kernel where the optimizer has one.
+        fused: use the fused kernel if the optimizer has one.
 
     Raises:
-        UserError: for an optimizer that refuses its arguments or these parameters.
+        UserError: the optimizer rejects its arguments or these parameters.
     """
     specification = deepcopy(optimizer)  # LitGPT writes `fused` into it, and it is saved with the run
-    specification["init_args"] = {k: v for k, v in (specification.get("init_args") or {}).items() if v is not None}
-    class_path = optimizer["class_path"]
-    groups = parameter_groups(model, muon=is_muon(optimizer))
+    init_args = specification.get("init_args") or {}
+    specification["init_args"] = {name: value for name, value in init_args.items() if value is not None}
+    groups = optimizer_traits(optimizer).parameter_groups(model)
     try:
         result: torch.optim.Optimizer = instantiate_torch_optimizer(specification, groups, fused=fused)
     except (TypeError, ValueError) as error:
         hint = ""
-        if class_path == "torch.optim.Muon":
-            hint = f"; {Muon.__module__}.{Muon.__name__} takes whole models"
-        raise UserError(f"the optimizer {class_path} refuses these settings or this model: {error}{hint}") from None
+        if optimizer["class_path"] == "torch.optim.Muon":  # it takes matrices only
+            hint = "; litmoe.train.muon.Muon trains complete models"
+        message = f"the optimizer {optimizer['class_path']} rejects these settings or this model: {error}{hint}"
+        raise UserError(message) from None
     for group in result.param_groups:
         group["initial_lr"] = float(group["lr"])
     return result
 
 
-def check_optimizer(class_path: str, device_type: str) -> None:
-    """Raises ``UserError`` for an optimizer that lacks a compiler here: torchao's compile their step."""
-    if class_path.startswith("torchao.") and (missing := missing_for_compile(device_type)):
+def check_optimizer(optimizer: dict[str, Any], device_type: str) -> None:
+    """Raise ``UserError`` for an optimizer that compiles its step on a machine without a compiler."""
+    if not optimizer_traits(optimizer).compiles_step:
+        return
+    missing = missing_for_compile(device_type)
+    if missing:
         raise UserError(
-            f"{class_path} compiles its step, but {missing}. Install that, or take"
+            f"{optimizer['class_path']} compiles its step, but {missing}. Install that, or use"
             " --optimizer torch.optim.AdamW, which needs 4 times the memory for its state."
         )
 
 
 def rounding_note(optimizer: dict[str, Any], precision: str, *, sharded: bool = False) -> str | None:
-    """A line for a run whose optimizer rounds each update of 16-bit weights to the nearest; None for others.
+    """Return a warning if the optimizer rounds each update of 16-bit weights to the nearest value; else None.
 
     Args:
         optimizer: ``class_path`` and ``init_args``.
-        precision: that the run computes in, in Fabric's names.
-        sharded: whether by FSDP, which takes none of the optimizers that round stochastically.
+        precision: of the run, in Fabric's names.
+        sharded: by FSDP, which the optimizers with stochastic rounding do not support.
     """
-    rounds_stochastically = (optimizer.get("init_args") or {}).get("bf16_stochastic_round")
-    if precision not in ("bf16-true", "16-true") or is_muon(optimizer) or rounds_stochastically:
+    if precision not in ("bf16-true", "16-true") or optimizer_traits(optimizer).rounds_stochastically:
         return None
-    stochastic = (
+    alternatives = (
         " --optimizer torchao.optim.AdamW8bit --optimizer.init_args.bf16_stochastic_round true, or --optimizer"
         " litmoe.train.muon.Muon --optimizer.init_args.lr 0.02, rounds stochastically, which keeps them on average."
     )
     return (
         f"warning: in {precision}, {optimizer['class_path']} loses weight decay and small steps: each update is rounded"
         " to 16 bits, and a change of less than about 0.3% of a weight is dropped. --precision bf16-mixed keeps the"
-        f" weights in fp32.{'' if sharded else stochastic}"
+        f" weights in fp32.{'' if sharded else alternatives}"
     )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Gives each group ``factor`` times its own rate, so that groups with different rates keep their ratio."""
+    """Set each group's rate to ``factor`` times its own, so that groups with different rates keep their ratio."""
     for group in optimizer.param_groups:
         rate = group["initial_lr"] * factor
         if isinstance(group["lr"], Tensor):  # torchao compiles its step: a number would be a constant in it
@@ -136,8 +170,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restores the moments but keeps this run's settings: LitGPT's resume took weight decay and betas from the
-    checkpoint while the learning rate came from the run file, so a changed setting was half in force."""
+    """Restore the moments, but keep the settings of this run (learning rate, weight decay, betas).
+
+    Raises:
+        UserError: the state belongs to other parameters.
+    """
     current = optimizer.state_dict()["param_groups"]
     if [len(group["params"]) for group in current] != [len(group["params"]) for group in state["param_groups"]]:
         raise UserError(

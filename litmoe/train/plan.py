@@ -17,8 +17,7 @@ from litmoe.flops import count_parameters, training_flops_per_token
 from litmoe.hardware import choose_precision, processes
 from litmoe.train.gpus import GIB, NAMES, Card, found_card, named_card
 from litmoe.train.memory import TrainingMemory, training_memory
-from litmoe.train.muon import update_flops
-from litmoe.train.optimizers import is_muon, parameter_groups
+from litmoe.train.optimizers import optimizer_traits
 from litmoe.train.schedule import plan_run
 from litmoe.validation import check
 
@@ -48,8 +47,8 @@ def show_plan(argv: Sequence[str]) -> None:
     precision, note = _precision(run.settings, card)
     memory = _memory(run, card)
     print(f"{describe_size(run.settings)}\n{_length(run, card)}")
-    if is_muon(run.optimizer):
-        print(_muons_share(run, card))
+    if optimizer_traits(run.optimizer).update_flops:
+        print(_optimizer_share(run, card))
     print(f"On {_describe(card)} in {precision}{f' ({note})' if note else ''}, as it is without torch.compile:\n")
     print("\n".join(_table(run, memory, card)))
     if card is None or _fits(memory, card):
@@ -91,8 +90,8 @@ def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, card: Car
         yield f"That is more than the {room} which are left on this card: --plan says what to change."
     if isinstance(run.settings, FinetuneSettings):  # whose rows are of different lengths
         return
-    if is_muon(run.optimizer):
-        yield _muons_share(run, card)
+    if optimizer_traits(run.optimizer).update_flops:
+        yield _optimizer_share(run, card)
     yield _duration(run, card, precision)
 
 
@@ -185,25 +184,30 @@ def _length(run: ParsedRun, card: Card | None) -> str:
 
 
 def _flops_of_a_step(run: ParsedRun, card: Card | None) -> tuple[float, int]:
-    """Operations of an optimizer step over all devices: forward and backward, and Muon's update, which each device does
-    in full."""
+    """Return the operations of a step over all devices: forward and backward, and the optimizer's update.
+
+    Each device does the complete update. It is 0 for optimizers whose update is negligible.
+    """
     settings = run.settings
     tokens = settings.train.global_batch_size * _context(settings)
     per_token = training_flops_per_token(settings.model, _context(settings))
     flops = tokens * per_token * COMPUTED[settings.activation_checkpointing]
-    if not is_muon(run.optimizer):
+    traits = optimizer_traits(run.optimizer)
+    if traits.update_flops is None:
         return flops, 0
     with torch.device("meta"), use_custom_moe():
-        groups = parameter_groups(GPT(settings.model), muon=True)
-    return flops, update_flops(groups) * _devices(settings, card)
+        groups = traits.parameter_groups(GPT(settings.model))
+    return flops, traits.update_flops(groups) * _devices(settings, card)
 
 
-def _muons_share(run: ParsedRun, card: Card | None) -> str:
+def _optimizer_share(run: ParsedRun, card: Card | None) -> str:
     forward_and_backward, update = _flops_of_a_step(run, card)
-    on = f" on {devices} devices" if (devices := _devices(run.settings, card)) > 1 else ""
+    devices = _devices(run.settings, card)
+    on = f" on {devices} devices" if devices > 1 else ""
+    name = run.optimizer["class_path"].rpartition(".")[2]
     return (
-        f"Muon's update adds {_flop(update)} to each step{on}, {update / (forward_and_backward + update):.0%} of the"
-        " step's operations; a larger global batch makes that less."
+        f"{name}'s update adds {_flop(update)} to each step{on}, {update / (forward_and_backward + update):.0%} of the"
+        " step's operations; a larger global batch reduces that share."
     )
 
 
@@ -240,8 +244,9 @@ def _duration(run: ParsedRun, card: Card | None, precision: str) -> str:
         return "This card's speed is not on record, so there is no estimate of the time."
     if precision != "32-true" if card is None else precision == "32-true":
         return f"There is no estimate of the time for {precision} here."
-    if is_muon(run.optimizer) and card is not None and card.capability < (8, 0):
-        return "There is no estimate of the time for Muon on a card without bf16: its update computes in fp32 there."
+    counts_update = optimizer_traits(run.optimizer).update_flops is not None
+    if counts_update and card is not None and card.capability < (8, 0):
+        return "There is no estimate of the time for this optimizer on a GPU without bf16: its update uses fp32 there."
     settings = run.settings
     share = SHARE_OF_PEAK["mixture" if settings.model.mlp_class_name == "LLaMAMoE" else "dense"]
     devices = _devices(settings, card)
@@ -256,8 +261,8 @@ def _duration(run: ParsedRun, card: Card | None, precision: str) -> str:
     counted = ["forward", "backward"]
     if settings.activation_checkpointing != "none":
         counted.append("recomputed activations")
-    if is_muon(run.optimizer):
-        counted.append("Muon's update")
+    if counts_update:
+        counted.append("the optimizer's update")
     return (
         f"Estimated: {rate:,.0f} tokens/s{on}{time_needed}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
         f" ({source}), the share that others\nreport of models of this size; not measured here, and small batches"
@@ -332,7 +337,7 @@ def _changes(
         yield [("--activation_checkpointing", "moe")], "the same result; the experts are computed once more, about +20%"
     if settings.activation_checkpointing != "block":
         yield [("--activation_checkpointing", "block")], "the same result; each block is computed once more, about +33%"
-    if not str(optimizer["class_path"]).startswith("torchao.") and card.capability >= (8, 0):
+    if not optimizer_traits(optimizer).compiles_step and card.capability >= (8, 0):
         yield (
             [_eight_bit(optimizer)],
             "weights in 16 bits, rounded by chance, and moments in 8: the loss is close, not the same",

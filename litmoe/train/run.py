@@ -175,7 +175,7 @@ def _build_run(
     # bf16-true rounded the rotary embeddings along with the weights. Generation has them in fp32.
     gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
 
-    check_optimizer(parsed.optimizer["class_path"], fabric.device.type)
+    check_optimizer(parsed.optimizer, fabric.device.type)
     # Fused optimizers unscale gradients themselves, so Fabric could not clip them under a gradient scaler.
     fused = fabric.device.type in ("cpu", "cuda") and scaler_of(fabric) is None
     optimizer = fabric.setup_optimizers(make_optimizer(parsed.optimizer, model, fused=fused))

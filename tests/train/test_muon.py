@@ -12,7 +12,7 @@ from custom_moe import use_custom_moe
 from litmoe.config import PROJECT
 from litmoe.flops import training_flops_per_token
 from litmoe.train import muon
-from litmoe.train.muon import MOMENTS, Muon, orthogonalized, stochastically_rounded, update_flops
+from litmoe.train.muon import MOMENTS, Muon, orthogonalized, stochastically_rounded
 from litmoe.train.optimizers import load_optimizer_state, make_optimizer, parameter_groups, set_learning_rate
 
 SPECIFICATION = {
@@ -75,15 +75,15 @@ def test_flops_are_those_of_a_counted_step(gpt: GPT) -> None:
     optimizer = make_optimizer(SPECIFICATION, gpt, fused=False)
     with FlopCounterMode(display=False) as counter:
         steps(optimizer, list(gpt.parameters()), count=1)
-    assert counter.get_total_flops() == update_flops(parameter_groups(gpt, muon=True)) > 0
-    assert update_flops(parameter_groups(gpt)) == 0
+    assert counter.get_total_flops() == Muon.update_flops(Muon.parameter_groups(gpt)) > 0
+    assert Muon.update_flops(parameter_groups(gpt)) == 0
 
 
 def test_flops_of_moe_200m() -> None:
     """8.6 TFLOP a step: 46% of forward and backward with 16,384 tokens a step, 23% with 32,768."""
     config = Config.from_file(PROJECT / "configs/models/moe-200m.yaml")
     with torch.device("meta"), use_custom_moe():
-        update = update_flops(parameter_groups(GPT(config), muon=True))
+        update = Muon.update_flops(Muon.parameter_groups(GPT(config)))
     per_token = training_flops_per_token(config, 2048)
     assert round(update / 1e12, 2) == 8.62
     assert [round(update / (tokens * per_token), 2) for tokens in (16384, 32768)] == [0.46, 0.23]
@@ -93,7 +93,7 @@ def test_the_rest_moves_as_by_adamw(gpt: GPT, moe_fields: dict) -> None:
     with use_custom_moe():
         other = GPT(gpt.config)
     other.load_state_dict(gpt.state_dict())
-    groups = parameter_groups(other, muon=True)
+    groups = Muon.parameter_groups(other)
     rest = [{**group, "lr": 2.0e-3} for group in groups if "parts" not in group]
     steps(make_optimizer(SPECIFICATION, gpt, fused=False), list(gpt.parameters()))
     steps(torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1), list(other.parameters()))

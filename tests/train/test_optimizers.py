@@ -9,11 +9,14 @@ from torch import nn
 from custom_moe import use_custom_moe
 from custom_moe.experts import Experts
 from litmoe.cli import UserError
+from litmoe.train.muon import Muon
 from litmoe.train.optimizers import (
     check_optimizer,
     load_optimizer_state,
     make_optimizer,
+    optimizer_traits,
     parameter_groups,
+    parameter_uses,
     rounding_note,
     set_learning_rate,
 )
@@ -54,7 +57,7 @@ def test_a_tied_head_counts_as_the_embedding(moe_fields):
 
 def names_by_parts(gpt: GPT) -> dict[tuple[int, ...] | None, set[str]]:
     names = {id(p): re.sub(r"transformer\.h\.\d+\.", "", name) for name, p in gpt.named_parameters()}
-    groups = parameter_groups(gpt, muon=True)
+    groups = Muon.parameter_groups(gpt)
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in gpt.parameters())
     found: dict[tuple[int, ...] | None, set[str]] = {}
     for group in groups:
@@ -96,7 +99,9 @@ def test_groups_keep_the_ratio_of_their_rates(moe_fields):
 
 
 def test_an_optimizer_that_refuses_gives_one_message(moe_fields):
-    with pytest.raises(UserError, match=r"torch\.optim\.Muon refuses.*litmoe\.train\.muon\.Muon takes whole models"):
+    with pytest.raises(
+        UserError, match=r"torch\.optim\.Muon rejects.*muon\.Muon trains complete models"
+    ):
         make_optimizer({"class_path": "torch.optim.Muon", "init_args": {"lr": 0.1}}, build(moe_fields), fused=False)
 
 
@@ -174,7 +179,7 @@ def test_eight_bit_adam_without_a_compiler_is_refused(experts, monkeypatch, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"torchao\.optim\.AdamW8bit compiles its step, but there is no C\+\+ compiler"):
-        check_optimizer(EIGHT_BITS["class_path"], "cpu")
+        check_optimizer(EIGHT_BITS, "cpu")
     make_optimizer(EIGHT_BITS, experts, fused=False)  # a plan only looks at it
 
 
@@ -190,3 +195,40 @@ def test_who_loses_small_updates_is_warned(precision):
         assert (note is not None) == (precision == "bf16-true")
         assert note is None or (optimizer["class_path"] in note and "bf16_stochastic_round true" in note)
         assert "stochastic" not in (rounding_note(optimizer, precision, sharded=True) or "")
+
+
+class Signs(torch.optim.Optimizer):
+    """An optimizer as a user adds it: one class, with groups of its own."""
+
+    supports_fsdp = True
+    rounds_stochastically = True
+
+    @classmethod
+    def parameter_groups(cls, model):
+        return [{"params": [use.parameter for use in parameter_uses(model)], "note": "all"}]
+
+    @staticmethod
+    def update_flops(groups):
+        return sum(parameter.numel() for group in groups for parameter in group["params"])
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["lr"] * parameter.grad.sign())
+
+
+def test_class_path_with_its_own_groups(moe_fields):
+    specification = {"class_path": f"{__name__}.Signs", "init_args": {"lr": 0.5}}
+    gpt = build(moe_fields)
+    optimizer = make_optimizer(specification, gpt, fused=True)
+    assert [group["note"] for group in optimizer.param_groups] == ["all"]
+    traits = optimizer_traits(specification)
+    assert traits.supports_fsdp and rounding_note(specification, "bf16-true") is None
+    assert traits.update_flops(optimizer.param_groups) == sum(parameter.numel() for parameter in gpt.parameters())
+    assert not optimizer_traits({"class_path": "litmoe.train.muon.Muon"}).supports_fsdp
+    assert not optimizer_traits({"class_path": "torch.optim.Muon"}).supports_fsdp
+    assert optimizer_traits(ADAMW).supports_fsdp
