@@ -1,13 +1,16 @@
-"""The output layer and the cross-entropy as one function, so that the logits of a whole batch never exist.
+"""The output layer and the cross-entropy as one function, so that the logits of a batch are never materialized at once.
 
-At 50,257 words and 4,096 tokens they would be 0.8 GB in fp32, and their gradient as much again. Here a block of rows is
-multiplied, normalized and turned into gradients while it is still in fast memory, and the backward only scales what the
-forward has found. The idea is that of Liger-Kernel (arXiv 2410.10989, section 3.2) and cut-cross-entropy (arXiv
-2411.09009); in plain operators, so that it runs on any device and the compiler fuses what lies between the products.
+With a vocabulary of 50,257 and 4,096 tokens they would take 0.8 GB in fp32, and their gradient as much again. Here a
+block of rows is multiplied, normalized and turned into gradients while it is still in fast memory; the backward only
+scales the gradients of the forward. The idea is that of Liger-Kernel (arXiv 2410.10989, section 3.2) and
+cut-cross-entropy (arXiv 2411.09009), in plain operators, so that it runs on any device, and the compiler fuses the
+operators between the products.
 
-Shape suffixes: N tokens, C n_embd, V padded_vocab_size, W words as they are computed, R rows of one block.
+Shape suffixes: N tokens, C n_embd, V padded_vocab_size, W columns that are computed (V or a multiple of a tile), R rows
+of one block.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,24 +22,24 @@ from custom_moe.experts import compute_dtype
 from litmoe.data.instruction_module import IGNORED
 
 CPU_BLOCK = 2**18
-"""Logits at once: they stay in a core's cache"""
+"""Logits per block: they fit into the cache of a core"""
 GPU_BLOCK = 2**25
-"""Logits at once: rows enough to keep a card busy"""
+"""Logits per block: enough rows to keep a GPU busy"""
 MAX_BLOCKS = 16
-"""On a GPU: the weight's gradient, in fp32, goes through memory for each of them"""
+"""On a GPU: the fp32 gradient of the weight is read and written once per block"""
 
 
 def loss_of_rows(
     logits_RW: Tensor, target_R: Tensor, counted_R: Tensor, share: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What lies between the products: one block's loss, summed up, and its gradient to the logits in their type.
+    """Return the summed loss of a block, and its gradient with respect to the logits.
 
     Args:
-        logits_RW: -inf where there is no word.
-        target_R: int64, a word also where it does not count.
+        logits_RW: -inf in padding columns.
+        target_R: int64; a valid token also in rows that do not count.
         counted_R: 1 for a row that counts, else 0; fp32.
-        share: each row's part of the mean.
-        gradient: whether it is asked for.
+        share: weight of each row in the mean.
+        gradient: whether to compute it.
     """
     at_target = torch.arange(len(logits_RW), device=logits_RW.device), target_R
     log_probs_RW = logits_RW.float().log_softmax(dim=1)
@@ -57,42 +60,47 @@ def linear_cross_entropy(
     device_type: str | None = None,
     loss_of_rows: Callable[..., tuple[Tensor, Tensor | None]] = loss_of_rows,
 ) -> Tensor:
-    """``cross_entropy(x @ weight.T, targets)``: the mean over the tokens whose target is not ``IGNORED``, in nats.
+    """Return ``cross_entropy(x @ weight.T, targets)``, the mean over targets other than ``IGNORED``, in nats.
 
-    Products are computed in autocast's type where it is on, else in ``x``'s; all between them, and the sums over
-    blocks, in fp32. (``torch.nn.functional.linear_cross_entropy``, new in torch 2.15, does not know autocast.)
+    Products use autocast's type if it is on, else the type of ``x``. Everything between them, and the sums over blocks,
+    is fp32. (``torch.nn.functional.linear_cross_entropy``, new in torch 2.15, ignores autocast.)
 
     Args:
-        x_NC: hidden states after the last norm. Not for fp16: its range is too narrow for gradients before a scaler
-            has scaled them.
-        weight_VC: the output layer's.
+        x_NC: hidden states after the last norm. Not fp16: gradients would exceed its range before a scaler scales them.
+        weight_VC: of the output layer.
         targets_N: int64.
-        device_type: as on which the blocks are to be; None: as they are where ``x`` is.
-        loss_of_rows: the function of that name, maybe compiled.
+        device_type: choose block sizes for this type of device; None: for the device of ``x``.
+        loss_of_rows: the function of that name, possibly compiled.
 
     Returns:
-        A scalar, fp32; 0 where all targets are ignored.
+        A scalar, fp32; 0 if all targets are ignored.
     """
     device_type = device_type or x_NC.device.type
-    words = words_at_once(len(weight_VC), device_type)
-    rows = rows_at_once(len(x_NC), words, device_type)
+    columns = computed_columns(len(weight_VC), device_type)
+    rows = rows_per_block(len(x_NC), columns, device_type)
     loss: Tensor = _LinearCrossEntropy.apply(
-        x_NC, weight_VC, targets_N, compute_dtype(x_NC), rows, words, torch.is_grad_enabled(), loss_of_rows
+        x_NC, weight_VC, targets_N, compute_dtype(x_NC), rows, columns, torch.is_grad_enabled(), loss_of_rows
     )
     return loss
 
 
-def words_at_once(V: int, device_type: str) -> int:
-    """How many columns the logits have: on a GPU whole tiles. Rows of GPT-2's 50,257 words in 16 bits begin at odd
-    places in memory, and its matrix products are several times as slow then."""
-    return V if device_type == "cpu" else -(-V // 128) * 128
+def computed_columns(V: int, device_type: str) -> int:
+    """Return the number of columns of the logits: on a GPU a multiple of a tile.
+
+    Rows of GPT-2's 50,257 tokens in 16 bits start at unaligned addresses, which makes matrix products several times
+    slower.
+    """
+    if device_type == "cpu":
+        return V
+    tile = 128
+    return math.ceil(V / tile) * tile
 
 
-def rows_at_once(N: int, W: int, device_type: str) -> int:
-    """How many tokens one block has."""
+def rows_per_block(N: int, W: int, device_type: str) -> int:
+    """Return the number of tokens in one block."""
     if device_type == "cpu":
         return max(128, CPU_BLOCK // W)
-    rows = 128  # whole tiles, and a power of two, as tokens mostly are: one kernel serves blocks that are alike
+    rows = 128  # a tile. Powers of two, as token counts mostly are: equal blocks share one compiled kernel
     while 2 * rows * W <= GPU_BLOCK or rows * MAX_BLOCKS < N:
         rows *= 2
     return rows
@@ -125,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             logits_RW = x[rows] @ weight.t()
             if W > V:
-                logits_RW[:, V:] = -torch.inf  # no words: nothing of the sum, and no gradient
+                logits_RW[:, V:] = -torch.inf  # padding columns: no part of the sum, and no gradient
             loss_of_block, dlogits_RW = loss_of_rows(
                 logits_RW, target_N[rows], counted_N[rows], share, need_x or need_weight
             )
@@ -134,14 +142,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx_NC[rows] = dlogits_RW @ weight
             if dweight_WC is not None and dlogits_RW is not None:
                 _add_product(dweight_WC, dlogits_RW.t(), x[rows])
-            del logits_RW, dlogits_RW  # the next block needs their room
+            del logits_RW, dlogits_RW  # free the memory for the next block
         ctx.save_for_backward(dx_NC, None if dweight_WC is None else dweight_WC[:V].to(weight_VC.dtype))
         ctx.x_dtype = x_NC.dtype
         return loss * share
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx_NC, dweight_VC = ctx.saved_tensors  # scaled in place: autograd refuses a second backward through them
+        dx_NC, dweight_VC = ctx.saved_tensors  # scaled in place: autograd rejects a second backward through them
         return (
             None if dx_NC is None else dx_NC.mul_(grad).to(ctx.x_dtype),
             None if dweight_VC is None else dweight_VC.mul_(grad.to(dweight_VC.dtype)),
@@ -150,8 +158,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, without a copy where the types are alike."""
+    """Compute ``total += a @ b``, without a copy if the types are equal."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)  # FLOP counters do not know addmm_
     else:
         total += a @ b
+
+
+words_at_once = computed_columns  # old name in litmoe/train/memory.py, until that file is merged

@@ -1,4 +1,4 @@
-"""Finetuning: a checkpoint's weights or LoRA updates of them, and the calls of LitGPT that bring the loop to them."""
+"""Finetuning, of all weights or by LoRA: ``finetune`` calls LitGPT's ``setup``, which calls ``main`` here."""
 
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,14 @@ from litmoe.train.run import run_training
 
 
 def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
-    """Tunes a checkpoint as the settings say and leaves checkpoints and metrics in ``settings.out_dir``.
+    """Finetune a checkpoint as the settings say, and write checkpoints and metrics to ``settings.out_dir``.
 
     Args:
-        run: parsed and checked settings; the conversations are there.
-        resume_from: a whole checkpoint folder to continue from.
+        run: parsed and checked settings, with prepared conversations.
+        resume_from: a complete checkpoint folder to continue from.
 
     Raises:
-        UserError: for what only shows now: a resumed run that does not fit, W&B without a login.
+        UserError: mistakes that are found only now: a checkpoint of another run, W&B without a login.
     """
     settings = run.settings
     assert isinstance(settings, FinetuneSettings)
@@ -72,9 +72,9 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
 
 
 def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, precision_note: str | None) -> None:
-    """Replaces ``litgpt.finetune.full.main`` and ``litgpt.finetune.lora.main``: loads the model and trains it.
+    """Load the model and train it. Replaces ``litgpt.finetune.full.main`` and ``litgpt.finetune.lora.main``.
 
-    What LitGPT hands over after ``fabric`` stands in ``run`` too.
+    LitGPT's further arguments are in ``run``.
     """
     settings = run.settings
     assert isinstance(settings, FinetuneSettings)
@@ -83,7 +83,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     weights = checkpoints.load_weights(resume_from if resume_from and not settings.lora_r else folder)
     with fabric.init_module(empty_init=not is_sharded(settings)):
         gpt = litgpt.lora.GPT(lora_config(settings)) if settings.lora_r else GPT(settings.model)
-    # Embeddings that were one matrix while pretraining stay one; LoRA on the head makes another one of it.
+    # Tied embeddings stay tied, unless LoRA changes the head only.
     settings.train.tie_embeddings = checkpoints.is_tied(weights) and not (settings.lora_r and settings.lora_head)
     if settings.train.tie_embeddings:
         head = gpt.lm_head.linear if settings.lora_r else gpt.lm_head

@@ -1,50 +1,49 @@
-"""Every departure from stock LitGPT, in one place: applied by an explicit call, undone afterwards.
+"""Every replacement in LitGPT, in one file: applied by one ``with`` statement and undone after it.
 
-``litgpt.model.LLaMAMoE`` and ``.Block`` by ``custom_moe``'s: speed, balance losses, expert load.
+========================================================  ==============================================================
+name in LitGPT                                            replaced by, and why
+========================================================  ==============================================================
+``litgpt.model.LLaMAMoE``, ``Block``                      ``custom_moe``: speed, balance losses, expert load
+``litgpt.model.CausalSelfAttention``, ``RMSNorm``         ``litmoe.layers``: fewer passes over memory
+``pretrain.choose_logger`` (and finetune's)               ``litmoe.train.logs``: several loggers, one CSV file that a
+                                                          resumed run continues, the W&B run id kept in ``out_dir``
+``pretrain.FSDPStrategy`` (and finetune's)                ``litmoe.train.distributed``: DDP or torch's FSDP2, which runs
+                                                          on CPUs too and supports stacked experts
+``pretrain.capture_hparams``, ``pprint``                  one line with the file of the settings, not all of them
+``pretrain.main`` (and with it ``fit``, ``validate``,     ``litmoe.train.pretrain.main``, see below
+``get_lr``, ``save_checkpoint``, ``validate_args``)
+``finetune.full.main``, ``finetune.lora.main``            ``litmoe.train.finetune.main``, see below
+========================================================  ==============================================================
 
-``litgpt.model.CausalSelfAttention`` and ``.RMSNorm`` by ``litmoe.layers``': fewer passes over memory.
+``litgpt.pretrain.main``
 
-``litgpt.pretrain.choose_logger`` by ``litmoe.train.logs``: several loggers at once, one CSV file that a resumed run
-goes on with, the W&B run id kept in ``out_dir``.
+- always compiles the model, which ends the program on Windows without Triton or without a C++ compiler;
+- passes parameters to the optimizer without groups, so norms, embeddings and routers decay. ``fit`` sets one learning
+  rate for all groups, 0 at the first update, and never reaches ``min_lr``;
+- initializes the output projection of ``GptNeoxMLP`` like any other matrix. GPT-2, GPT-NeoX, and LitGPT in its other
+  layers make it smaller with depth;
+- measures FLOPs by running the model on the meta device, which fails in ``LLaMAMoE``, or counts every expert for every
+  token. Here they are computed from the config (``litmoe.flops``);
+- calls ``save_hyperparameters`` at each checkpoint, which parses ``sys.argv`` of the running script again and ends the
+  program. A killed save leaves a partial file under the final name;
+- ignores ``max_steps``, ``max_time`` and ``epochs``, drops micro batches that do not fill a last step, logs the last
+  accumulation window instead of the interval, does not average validation over devices, and fails without validation
+  data;
+- divides tokens by a timestamp in its last line, tokens per second.
 
-``litgpt.pretrain.FSDPStrategy`` by the run's own choice (``litmoe.train.distributed``): DDP, or torch's second FSDP,
-which also runs on CPUs and knows stacked experts.
+``litgpt.finetune.full.main`` and ``litgpt.finetune.lora.main``
 
-``litgpt.pretrain.capture_hparams`` by a line that says where the settings stand: LitGPT prints all of them each time.
-
-``litgpt.pretrain.main`` (and so ``fit``, ``validate``, ``get_lr``, ``save_checkpoint``, ``validate_args``) by
-``litmoe.train.pretrain.main``, because LitGPT's
-
-- compiles the model without a choice, which ends the program on Windows without Triton or without a C++ compiler;
-- hands the optimizer parameters without groups, so norms, embeddings and routers decay; ``fit`` then writes one
-  learning rate over all groups, 0 at the first update, and never reaches ``min_lr``;
-- initializes the output projection of ``GptNeoxMLP`` like any other matrix, where GPT-2 and GPT-NeoX (and LitGPT in its
-  other layers) make it smaller with depth;
-- measures FLOPs by running the model on the meta device, which dies in ``LLaMAMoE``, or counts every expert for every
-  token; here they come from the config by formula (``litmoe.flops``);
-- calls ``save_hyperparameters`` at each checkpoint, which parses ``sys.argv`` of the running script anew and ends the
-  program; and a killed save leaves half a file under the final name;
-- ignores ``max_steps``, ``max_time`` and ``epochs``, drops the micro batches that do not fill a last step, logs the
-  last accumulation window in place of the interval, does not average validation over devices, and dies without
-  validation data;
-- divides tokens by a timestamp in its closing tokens-per-second line.
-
-``litgpt.finetune.full.main`` and ``litgpt.finetune.lora.main`` by ``litmoe.train.finetune.main``, which trains by
-the same loop as pretraining, because theirs
-
-- can't resume LoRA at all, and the other only by reading all batches again, with other random states;
-- average the losses of micro batches, so that the tokens of short answers count for more;
-- know no balance of experts, loop over the experts with a wait for the device each, and LoRA's layer leaves shared
-  experts out.
-
-Their ``choose_logger`` and strategies as above, their ``pprint`` by nothing: it prints all settings.
+- cannot resume LoRA at all, and full finetuning only by reading all batches again, with other random states;
+- average the losses of micro batches, so that tokens of short answers are weighted more;
+- do not balance experts, loop over the experts with a wait for the device each, and their LoRA layer omits shared
+  experts.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import litgpt.finetune.full
@@ -55,7 +54,7 @@ from lightning.fabric.strategies import Strategy
 from custom_moe import use_custom_moe
 from litmoe.layers import use_fast_layers
 
-# The names that are replaced and the parameters that LitGPT calls them with.
+# The names that are replaced, and the parameters that LitGPT passes to them.
 _MAIN = (
     *("fabric", "devices", "seed", "config", "data", "out_dir", "train", "eval", "optimizer", "num_nodes"),
     *("initial_checkpoint_dir", "resume", "tokenizer_dir", "tokenizer"),
@@ -66,6 +65,7 @@ _EXPECTED: dict[ModuleType, dict[str, tuple[str, ...] | None]] = {
         "main": _MAIN,
         "choose_logger": _LOGGER,
         "capture_hparams": (),
+        "pprint": None,
         "FSDPStrategy": None,
         # Called, not replaced.
         "setup": None,
@@ -90,30 +90,34 @@ _EXPECTED: dict[ModuleType, dict[str, tuple[str, ...] | None]] = {
 
 
 def _class_that_makes(strategy: Callable[[], Strategy]) -> type:
-    """What stands where LitGPT builds its strategy; not a subclass, so that LitGPT's ``isinstance`` checks say no."""
+    """Return a class that makes ``strategy`` when called.
+
+    LitGPT skips the initialization of weights for instances of its FSDP strategy, so this is not a subclass of it.
+    """
     return type("ChosenStrategy", (), {"__new__": lambda cls, *args, **kwargs: strategy()})
 
 
 def patched_pretraining(
-    *, main: Callable, choose_logger: Callable, strategy: Callable[[], Strategy], summary: dict[str, Any]
+    *, main: Callable, choose_logger: Callable, strategy: Callable[[], Strategy], summary: str
 ) -> AbstractContextManager[None]:
-    """While open, ``litgpt.pretrain.setup`` runs with this project's parts; afterwards LitGPT is as it was.
+    """Let ``litgpt.pretrain.setup`` run with this project's parts while the context is open.
 
     Args:
-        main: takes what ``litgpt.pretrain.main`` takes.
-        choose_logger: takes what ``litgpt.utils.choose_logger`` takes.
-        strategy: makes Fabric's for several processes.
-        summary: what LitGPT prints at the start in place of all settings.
+        main: takes the arguments of ``litgpt.pretrain.main``.
+        choose_logger: takes the arguments of ``litgpt.utils.choose_logger``.
+        strategy: makes Fabric's strategy for several processes.
+        summary: the line that is printed at the start instead of all settings.
 
     Raises:
-        RuntimeError: where the installed LitGPT does not have the names and signatures that this replaces.
+        RuntimeError: the installed LitGPT lacks the names and signatures that this replaces.
     """
     return _replaced(
         litgpt.pretrain,
         {
             "main": main,
             "choose_logger": choose_logger,
-            "capture_hparams": lambda: summary,
+            "capture_hparams": lambda: {},
+            "pprint": SimpleNamespace(pformat=lambda settings: summary),
             "FSDPStrategy": _class_that_makes(strategy),
         },
     )
@@ -122,7 +126,7 @@ def patched_pretraining(
 def patched_finetuning(
     module: ModuleType, *, main: Callable, choose_logger: Callable, strategy: Callable[[], Strategy]
 ) -> AbstractContextManager[None]:
-    """The same for ``litgpt.finetune.full`` or ``litgpt.finetune.lora``."""
+    """Let the ``setup`` of ``litgpt.finetune.full`` or ``litgpt.finetune.lora`` run with this project's parts."""
     theirs = "ModelParallelStrategy" if module is litgpt.finetune.lora else "FSDPStrategy"
     return _replaced(
         module,
@@ -162,6 +166,6 @@ def _check_litgpt(module: ModuleType) -> None:
             )
     if problems:
         raise RuntimeError(
-            f"this project does not fit the installed litgpt {version('litgpt')}: {'; '.join(problems)}. "
+            f"this project does not support the installed litgpt {version('litgpt')}: {'; '.join(problems)}. "
             "Install the version that pyproject.toml pins."
         )

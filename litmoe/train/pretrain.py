@@ -1,7 +1,7 @@
-"""Pretraining: a model with fresh weights, and the call of LitGPT that brings the training loop to it.
+"""Pretraining: ``pretrain`` calls ``litgpt.pretrain.setup``, which calls ``main`` here.
 
-``pretrain`` readies a run and calls ``litgpt.pretrain.setup``, which resolves devices, builds tokenizer, loggers and
-Fabric, launches the processes and calls ``main`` here.
+LitGPT resolves devices, builds tokenizer, loggers and Fabric, and launches the processes. ``main`` builds the model and
+trains it.
 """
 
 import math
@@ -31,15 +31,15 @@ from litmoe.upcycling import upcycle
 
 
 def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
-    """Trains as the settings say and leaves checkpoints and metrics in ``settings.out_dir``.
+    """Train as the settings say, and write checkpoints and metrics to ``settings.out_dir``.
 
     Args:
-        run: parsed and checked settings; text and tokens are there.
-        resume_from: a whole checkpoint folder to continue from.
+        run: parsed and checked settings, with prepared tokens.
+        resume_from: a complete checkpoint folder to continue from.
 
     Raises:
-        UserError: for what only shows now: a resumed run that does not fit, a data set that is too small, W&B without
-            a login, another process that is gone.
+        UserError: mistakes that are found only now: a checkpoint of another run, too little data, W&B without a login,
+            a lost rank.
     """
     settings = run.settings
     use_expandable_segments(torch.cuda.is_available())
@@ -53,7 +53,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
         ),
         strategy=partial(make_strategy, settings, precision),
-        summary={"settings": str(out_dir / "run_config.yaml")},
+        summary=f"Settings    {out_dir / 'run_config.yaml'}",
     )
     with patched, report_lost_ranks():
         litgpt.pretrain.setup(
@@ -96,10 +96,10 @@ def main(
     resume_from: Path | None,
     precision_note: str | None,
 ) -> None:
-    """Replaces ``litgpt.pretrain.main``: builds the model and trains it."""
-    with fabric.init_module(empty_init=not is_sharded(run.settings)):  # where FSDP's "empty" has no contents at all
+    """Build the model and train it. Replaces ``litgpt.pretrain.main``."""
+    with fabric.init_module(empty_init=not is_sharded(run.settings)):  # FSDP would leave the weights on the meta device
         gpt = GPT(config)
-    fabric.seed_everything(seed, verbose=False)  # the same in every process, so that all start from the same weights
+    fabric.seed_everything(seed, verbose=False)  # the same on every rank, so that all start from the same weights
     litgpt.pretrain.initialize_weights(fabric, gpt, n_layer=config.n_layer, n_embd=config.n_embd)
     scale_gelu_projections(gpt)
     if train.tie_embeddings:
@@ -125,9 +125,9 @@ def main(
 
 
 def scale_gelu_projections(gpt: GPT) -> None:
-    """Initializes the output projection of ``GptNeoxMLP`` as LitGPT does those of other layers, smaller with depth.
+    """Initialize the output projection of ``GptNeoxMLP`` as LitGPT does in other layers: smaller with depth.
 
-    Without it a dense GPT-2 would begin with feed-forward outputs several times those of its mixture of experts.
+    Otherwise the feed-forward outputs of a dense GPT-2 would start several times larger than those of its mixture.
     """
     for module in gpt.modules():
         if isinstance(module, GptNeoxMLP):

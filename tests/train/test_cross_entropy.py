@@ -5,7 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from litmoe.train.cross_entropy import IGNORED, linear_cross_entropy, loss_of_rows, rows_at_once, words_at_once
+from litmoe.train.cross_entropy import IGNORED, computed_columns, linear_cross_entropy, loss_of_rows, rows_per_block
 
 N, C, V = 300, 24, 3000  # more than two blocks
 
@@ -20,7 +20,7 @@ def tensors(dtype=torch.float32):
 
 
 def test_there_are_several_blocks():
-    assert rows_at_once(N, V, "cpu") < N // 2
+    assert rows_per_block(N, V, "cpu") < N // 2
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
@@ -36,7 +36,7 @@ def test_loss_and_gradients_are_those_of_two_steps(factor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_on_a_gpu_columns_are_added_that_are_no_words(dtype):
     x, weight, targets = tensors(dtype)
-    assert (words_at_once(V, "cuda"), words_at_once(V, "cpu")) == (3072, V)
+    assert (computed_columns(V, "cuda"), computed_columns(V, "cpu")) == (3072, V)
     results = []
     for device_type in ("cuda", "cpu"):
         loss = linear_cross_entropy(x, weight, targets, device_type)
@@ -99,7 +99,7 @@ def test_the_logits_of_all_tokens_never_exist():
 
     with Sizes():
         linear_cross_entropy(x, weight, targets).backward()
-    assert max(sizes) <= rows_at_once(N, V, "cpu") * V < N * V
+    assert max(sizes) <= rows_per_block(N, V, "cpu") * V < N * V
 
 
 def test_the_output_layers_gradient_is_there_once() -> None:
@@ -144,13 +144,13 @@ def test_blocks_of_one_size_are_compiled_once():
     compiled = torch.compile(loss_of_rows, backend=graphs, fullgraph=True)
     found = torch.autograd.grad(linear_cross_entropy(x, weight, targets, loss_of_rows=compiled), (x, weight))
     torch.testing.assert_close(found, torch.autograd.grad(linear_cross_entropy(x, weight, targets), (x, weight)))
-    assert (N // rows_at_once(N, V, "cpu"), graphs.frame_count) == (2, 2), "of two whole blocks and of the last one"
+    assert (N // rows_per_block(N, V, "cpu"), graphs.frame_count) == (2, 2), "of two whole blocks and of the last one"
 
 
 @pytest.mark.parametrize("tokens", [1, 512, 4096, 65536])
 @pytest.mark.parametrize("words", [2048, 50257, 200_000])
 def test_blocks_on_a_gpu_fill_its_tiles_and_are_few_and_alike(tokens, words):
-    rows = rows_at_once(tokens, words, "cuda")
+    rows = rows_per_block(tokens, words, "cuda")
     assert -(-tokens // rows) <= 16
     assert rows % 128 == 0
     assert tokens <= rows or tokens % rows == 0, "one kernel for all of them"

@@ -99,9 +99,7 @@ def test_groups_keep_the_ratio_of_their_rates(moe_fields):
 
 
 def test_an_optimizer_that_refuses_gives_one_message(moe_fields):
-    with pytest.raises(
-        UserError, match=r"torch\.optim\.Muon rejects.*muon\.Muon trains complete models"
-    ):
+    with pytest.raises(UserError, match=r"torch\.optim\.Muon rejects.*muon\.Muon trains complete models"):
         make_optimizer({"class_path": "torch.optim.Muon", "init_args": {"lr": 0.1}}, build(moe_fields), fused=False)
 
 

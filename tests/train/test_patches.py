@@ -5,39 +5,39 @@ from lightning.fabric.strategies import DDPStrategy
 
 from litmoe.train.patches import patched_pretraining
 
-NAMES = ("main", "choose_logger", "capture_hparams", "FSDPStrategy")
+NAMES = ("main", "choose_logger", "capture_hparams", "pprint", "FSDPStrategy")
 
 
 def patched():
-    return patched_pretraining(main=print, choose_logger=print, strategy=DDPStrategy, summary={"a": 1})
+    return patched_pretraining(main=print, choose_logger=print, strategy=DDPStrategy, summary="a line")
 
 
-def test_litgpt_is_as_it_was_afterwards_also_after_an_error():
+def test_litgpt_is_restored_after_an_error():
     before = [getattr(litgpt.pretrain, name) for name in NAMES] + [litgpt.model.LLaMAMoE, litgpt.model.Block]
     with pytest.raises(KeyError), patched():
         assert litgpt.pretrain.main is print
-        assert litgpt.pretrain.capture_hparams() == {"a": 1}
+        assert litgpt.pretrain.pprint.pformat({"a": 1}) == "a line"
         assert litgpt.model.LLaMAMoE is not before[-2]
         raise KeyError
     after = [getattr(litgpt.pretrain, name) for name in NAMES] + [litgpt.model.LLaMAMoE, litgpt.model.Block]
     assert after == before
 
 
-def test_the_strategy_is_not_taken_for_fsdp():
-    """LitGPT skips the initialisation of weights where it sees its FSDP strategy."""
+def test_strategy_is_no_instance_of_fsdp():
+    """LitGPT skips the initialization of weights for its FSDP strategy."""
     with patched():
         strategy = litgpt.pretrain.FSDPStrategy(auto_wrap_policy=set())
         assert isinstance(strategy, DDPStrategy)
         assert not isinstance(strategy, litgpt.pretrain.FSDPStrategy)
 
 
-def test_a_litgpt_without_the_name_is_named(monkeypatch):
+def test_missing_name_in_litgpt(monkeypatch):
     monkeypatch.delattr(litgpt.pretrain, "choose_logger")
     with pytest.raises(RuntimeError, match=r"choose_logger is missing.*pyproject"), patched():
         pass
 
 
-def test_a_litgpt_with_another_signature_is_named(monkeypatch):
+def test_other_signature_in_litgpt(monkeypatch):
     monkeypatch.setattr(litgpt.pretrain, "main", lambda fabric, model: None)
     with pytest.raises(RuntimeError, match=r"main takes \(fabric, model\), expected \(fabric, devices"), patched():
         pass
