@@ -27,7 +27,7 @@ uv: ## Get uv into .uv/ of this folder if it is not on the PATH
 venv: uv ## Bring .venv in line with the pins in pyproject.toml
 	"$(UV)" sync
 
-lock: uv ## Renew the pins in pyproject.toml: the newest versions that fit its dependencies
+lock: uv ## Update the pins in pyproject.toml to the newest versions that fit, and requirements.txt with hashes
 	@"$(UV)" run --no-project --python ">=3.11" python scripts/lock.py "$(UV)"
 
 quickstart: venv ## Train a small mixture of experts on the built-in stories and read what it writes (5 minutes on 2 cores)

@@ -1,7 +1,7 @@
-"""GPUs of this machine: what runs on them, ending one's own training, keeping them busy.
+"""Show the GPUs of this machine, stop your own training runs, or keep GPUs busy for a test.
 
 uv run python scripts/gpu.py status
-uv run python scripts/gpu.py kill                       # lists, asks, ends
+uv run python scripts/gpu.py kill                       # list, ask, stop
 uv run python scripts/gpu.py hot --gpus 0,1 --minutes 10
 """
 
@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,106 +17,131 @@ import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 TRAINING_SCRIPTS = ("run_train.py", "finetune.py")
-MATRIX = 8192
-"""Side of the matrices that keep a GPU busy: three in bf16 take 0.4 GB."""
+SECONDS_TO_SAVE = 60
+MATRIX_SIZE = 8192  # three bf16 matrices of this size take 0.4 GB
 
 
-def status() -> None:
-    """Prints nvidia-smi's table and the devices as PyTorch sees them."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", help="show nvidia-smi's table and what PyTorch sees")
+    commands.add_parser("kill", help="list your own training processes of this project, ask, and stop them")
+    hot = commands.add_parser("hot", help="keep GPUs busy with matrix products")
+    hot.add_argument("--gpus", default="all", help="indices such as 0,1 or all")
+    hot.add_argument("--minutes", type=float, default=10, help="duration")
+    args = parser.parse_args()
+    if args.command == "status":
+        show_status()
+    elif args.command == "kill":
+        stop_training()
+    else:
+        keep_busy(args.gpus, args.minutes)
+
+
+def show_status() -> None:
     if shutil.which("nvidia-smi"):
         subprocess.run(["nvidia-smi"], check=False)
     else:
-        print("nvidia-smi is not on the PATH: no NVIDIA driver on this machine.")
+        print("nvidia-smi is not on the PATH: this machine has no NVIDIA driver.")
     import torch
 
     print(f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda or '-'} / ROCm {torch.version.hip or '-'}")
+    if torch.cuda.device_count() == 0:
+        print("  PyTorch sees no GPU; training runs on the CPU.")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
+        bf16 = "yes" if torch.cuda.is_bf16_supported() else "no"
         print(
-            f"  cuda:{index} {device.name}, {device.total_memory / 2**30:.1f} GiB, compute capability "
-            f"{device.major}.{device.minor}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
+            f"  cuda:{index} {device.name}, {device.total_memory / 2**30:.1f} GiB, "
+            f"compute capability {device.major}.{device.minor}, bf16 {bf16}"
         )
-    if not torch.cuda.device_count():
-        print("  PyTorch sees no GPU; training runs on the CPU.")
 
 
-def kill() -> None:
-    """Lists this user's training processes of this project and, after a yes, asks each to end (SIGTERM).
+# ----------------------------------------------------------------------------------------------------------------- kill
 
-    Those that are still there after a minute, such as one that saves for long, are listed and ended for good after a
-    second yes. Without an answer nothing happens.
+
+def stop_training() -> None:
+    """Send SIGTERM to this user's training processes of this project, after confirmation.
+
+    A run that receives SIGTERM saves a checkpoint first. Processes that are still running a minute later are killed
+    after a second confirmation.
     """
-    processes = training_processes()
-    if not processes:
-        print(f"No training of yours from {PROJECT} is running.")
+    runs = find_training_processes()
+    if not runs:
+        print(f"No training process of yours from {PROJECT} is running.")
         return
-    family = {process.pid: process for root in processes for process in [root, *root.children(recursive=True)]}
-    show(processes)
-    if not confirmed(f"End {len(processes)} of them? [y/N] "):
-        print("Nothing was ended.")
+    workers = [child for process in runs for child in process.children(recursive=True)]
+    show_processes(runs)
+    if not confirm(f"Stop {len(runs)} of them? [y/N] "):
+        print("Nothing was stopped.")
         return
-    for process in processes:
-        end(process, psutil.Process.terminate)
-    if alive := still_alive(list(family.values()), seconds=60):
-        print("Still running after a minute:")
-        show(alive)
-        if not confirmed("End them at once, without saving? [y/N] "):
+
+    for process in runs:
+        with suppress(psutil.NoSuchProcess):  # it ended while the question was open
+            process.terminate()
+    alive = wait_for_end([*runs, *workers], SECONDS_TO_SAVE)
+    if alive:
+        print(f"Still running after {SECONDS_TO_SAVE} seconds:")
+        show_processes(alive)
+        if not confirm("Kill them now, without saving? [y/N] "):
             sys.exit("They were left running.")
         for process in alive:
-            end(process, psutil.Process.kill)
-        still_alive(alive, seconds=10)
-    print("Ended.")
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    print("Stopped.")
 
 
-def still_alive(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Waits until all have ended, at most so long; those that have not (a zombie has)."""
+def wait_for_end(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Wait until all processes have ended, at most so many seconds. Return those that are still running."""
+    deadline = time.monotonic() + seconds
+    while (alive := [process for process in processes if is_alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return alive
 
-    def alive(process: psutil.Process) -> bool:
-        with suppress(psutil.NoSuchProcess):
-            return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process runs. A zombie has ended, but its parent has not collected its exit code yet."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
 
-    deadline = time.monotonic() + seconds
-    while (left := [process for process in processes if alive(process)]) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return left
 
-
-def training_processes() -> list[psutil.Process]:
-    """This user's Python processes that run a training script of this project; not the workers that they started."""
-    me = psutil.Process()
-    found = {}
+def find_training_processes() -> list[psutil.Process]:
+    """Return this user's Python processes that run a training script of this project, without their workers."""
+    user = psutil.Process().username()
+    runs = {}
     for process in psutil.process_iter():
         try:
-            if process.username() == me.username() and process.pid != me.pid and runs_training(process):
-                found[process.pid] = process
+            if process.username() == user and is_training(process):
+                runs[process.pid] = process
         except (psutil.Error, OSError):
-            continue  # ended meanwhile, or not ours to look at
-    return [process for process in found.values() if not any(parent.pid in found for parent in process.parents())]
+            continue  # the process has ended, or belongs to another user
+    return [process for process in runs.values() if not any(parent.pid in runs for parent in process.parents())]
 
 
-def runs_training(process: psutil.Process) -> bool:
-    """Whether a process is Python with a training script of this project among its arguments (torchrun's too)."""
+def is_training(process: psutil.Process) -> bool:
+    """Return whether the command line is `python ... SCRIPT ...` with a training script of this folder."""
     command = process.cmdline()
     if not command or not Path(command[0]).name.lower().startswith("python"):
         return False
-    folder = Path(process.cwd())
-    names = [Path(argument) for argument in command[1:] if Path(argument).name in TRAINING_SCRIPTS]
-    return any((folder / name).resolve().parent == PROJECT for name in names)
+    working_directory = Path(process.cwd())
+    scripts = [argument for argument in command[1:] if Path(argument).name in TRAINING_SCRIPTS]
+    return any((working_directory / script).resolve().parent == PROJECT for script in scripts)
 
 
-def show(processes: list[psutil.Process]) -> None:
-    """One line per process: id, age, memory, command."""
+def show_processes(processes: list[psutil.Process]) -> None:
+    """Print one line per process: id, age, memory, command."""
     for process in processes:
-        try:
-            age, memory = (time.time() - process.create_time()) / 60, process.memory_info().rss / 2**30
-            print(f"  {process.pid:>8}  {age:6.0f} min  {memory:5.1f} GiB  {' '.join(process.cmdline())[:120]}")
-        except psutil.Error:
-            continue
+        with suppress(psutil.NoSuchProcess):
+            age_minutes = (time.time() - process.create_time()) / 60
+            memory_gib = process.memory_info().rss / 2**30
+            command = " ".join(process.cmdline())[:120]
+            print(f"  {process.pid:>8}  {age_minutes:6.0f} min  {memory_gib:5.1f} GiB  {command}")
 
 
-def confirmed(question: str) -> bool:
-    """Whether the user says yes; no where nobody can be asked."""
+def confirm(question: str) -> bool:
+    """Ask the user. Without an answer (a closed stdin) the answer is no."""
     try:
         return input(question).strip().lower() in ("y", "yes")
     except EOFError:
@@ -125,65 +149,48 @@ def confirmed(question: str) -> bool:
         return False
 
 
-def end(process: psutil.Process, how: Callable[[psutil.Process], None]) -> None:
-    """Sends a process its end, if it is still there."""
-    with suppress(psutil.NoSuchProcess):
-        how(process)
+# ------------------------------------------------------------------------------------------------------------------ hot
 
 
-def hot(gpus: str, minutes: float) -> None:
-    """Multiplies matrices on the named GPUs until the time is over or Ctrl-C, and prints what each reaches."""
+def keep_busy(gpus: str, minutes: float) -> None:
+    """Multiply matrices on the given GPUs until the time is over or Ctrl-C, and print the speed every 10 seconds."""
     import torch
 
     count = torch.cuda.device_count()
-    if not count:
-        sys.exit("error: PyTorch sees no GPU on this machine, so there is none to keep busy. See: make gpu-status")
-    wanted = (
-        list(range(count)) if gpus == "all" else [int(index) for index in gpus.split(",") if index.strip().isdigit()]
-    )
-    if not wanted or any(index >= count for index in wanted) or (gpus != "all" and len(wanted) != len(gpus.split(","))):
-        sys.exit(
-            f"error: GPUS={gpus!r}; this machine has {count}: give some of 0 to {count - 1} like GPUS=0,1, or all."
-        )
+    if count == 0:
+        sys.exit("error: PyTorch sees no GPU on this machine. Run: make gpu-status")
+    indices = list(range(count))
+    if gpus != "all":
+        valid = [str(index) for index in indices]
+        if not set(gpus.split(",")) <= set(valid):
+            sys.exit(f"error: GPUS={gpus!r}: expected all, or some of {','.join(valid)}, for example GPUS=0.")
+        indices = [int(index) for index in gpus.split(",")]
+
     matrices = []
-    for index in wanted:
+    for index in indices:
         dtype = torch.bfloat16 if torch.cuda.get_device_capability(index) >= (8, 0) else torch.float16
-        a, b = (torch.randn(MATRIX, MATRIX, device=f"cuda:{index}", dtype=dtype) for _ in range(2))
+        a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=f"cuda:{index}", dtype=dtype)
         matrices.append((a, b, torch.empty_like(a)))
-    print(f"Keeping GPU {', '.join(map(str, wanted))} busy for {minutes:g} minutes; Ctrl-C ends it.")
-    rounds, start = 0, time.monotonic()
-    printed = start
+    print(f"Keeping GPU {gpus} busy for {minutes:g} minutes. Ctrl-C stops it.")
+
+    start = last_print = time.monotonic()
+    products = 0
     try:
-        while (now := time.monotonic()) - start < minutes * 60:
-            for a, b, product in matrices:
-                for _ in range(20):
+        while time.monotonic() - start < minutes * 60:
+            for _ in range(20):
+                for a, b, product in matrices:
                     torch.mm(a, b, out=product)
-            for index in wanted:
+            products += 20
+            for index in indices:
                 torch.cuda.synchronize(index)
-            rounds += 1
-            if now - printed > 10:
-                rate = rounds * 20 * 2 * MATRIX**3 / (time.monotonic() - start) / 1e12
-                print(f"  {now - start:5.0f} s  {rate:6.0f} TFLOP/s per GPU", flush=True)
-                printed = now
+            now = time.monotonic()
+            if now - last_print > 10:
+                tflops = products * 2 * MATRIX_SIZE**3 / (now - start) / 1e12
+                print(f"  {now - start:5.0f} s  {tflops:6.0f} TFLOP/s per GPU", flush=True)
+                last_print = now
     except KeyboardInterrupt:
         print()
-    print("The GPUs are free again.")
-
-
-def main() -> None:
-    """Parses the command line and runs one of the three commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("status", help="show the GPUs and what PyTorch sees of them")
-    commands.add_parser("kill", help="list your own training processes of this project, ask, and end them")
-    heat = commands.add_parser("hot", help="keep GPUs busy with matrix products")
-    heat.add_argument("--gpus", default="all", help="numbers like 0,1, or all")
-    heat.add_argument("--minutes", type=float, default=10, help="how long")
-    arguments = parser.parse_args()
-    if arguments.command == "hot":
-        hot(arguments.gpus, arguments.minutes)
-    else:
-        {"status": status, "kill": kill}[arguments.command]()
+    print("The GPUs are idle again.")
 
 
 if __name__ == "__main__":

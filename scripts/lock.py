@@ -1,11 +1,14 @@
-"""Renews the pins in pyproject.toml: the newest versions that fit its dependencies, every package, direct and not.
+"""Update the version pins in pyproject.toml and write requirements.txt with hashes.
 
     make lock
+    python scripts/lock.py uv --keep-pins     # write requirements.txt only, from today's pins
 
-Direct dependencies keep the version written under [project]; edit those by hand first. The pins stand in pyproject.toml
-because a uv.lock names one package index in each of its lines and would be useless behind any other.
+Direct dependencies keep the version written under [project]; edit those first. Every other package gets the newest
+version that fits. The pins are stored in pyproject.toml and not in a committed uv.lock, because each line of a uv.lock
+names one package index and would be useless behind another one. requirements.txt contains no index address.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -18,72 +21,93 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 BEGIN = "# Pins of every package, written by `make lock`, not by hand."
 END = "# End of the pins."
-SECTION = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}\n", re.DOTALL)
+PIN_SECTION = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}\n", re.DOTALL)
+REQUIREMENTS_HEADER = """\
+# Written by `make lock`: the packages that uv installs, for users of pip (without the development tools).
+#   pip install -r requirements.txt
+"""
 
 
 def main() -> None:
-    """Rewrites the section between the two marker lines; pyproject.toml stays as it was where anything fails."""
-    uv = shutil.which(sys.argv[1] if len(sys.argv) > 1 else "uv")
+    """Rewrite the pins and requirements.txt. On an error both files keep their content."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("uv", nargs="?", default="uv", help="path of uv (default: the one on the PATH)")
+    parser.add_argument("--keep-pins", action="store_true", help="leave pyproject.toml as it is")
+    args = parser.parse_args()
+    uv = shutil.which(args.uv)
     if uv is None:
-        sys.exit("error: uv was not found; run: make lock")
+        sys.exit("error: uv was not found. Run: make lock")
     uv = str(Path(uv).absolute())
-    path = PROJECT / "pyproject.toml"
-    text = path.read_text(encoding="utf-8")
-    if len(SECTION.findall(text)) != 1:
-        sys.exit(f"error: {path} does not have exactly one section from the line {BEGIN!r} to the line {END!r}.")
-    # In folders of their own, so that no older lock steers the result and an error leaves the project alone.
-    packages, pins = resolve(uv, with_pins(text, []))
-    new = with_pins(text, pins)
-    again, _ = resolve(uv, new)
-    if again != packages:
-        sys.exit(f"error: the pins do not give the same packages again: {sorted(packages ^ again)}")
-    if new == text:
-        print(f"All {len(packages)} pins are up to date.")
-        return
-    path.write_text(new, encoding="utf-8", newline="\n")
-    (PROJECT / "uv.lock").unlink(missing_ok=True)  # derived anew from the pins by the next `uv run`
-    old = {pin.split(" ;")[0] for pin in tomllib.loads(text)["tool"]["uv"].get("constraint-dependencies", [])}
-    for pin in sorted({pin.split(" ;")[0] for pin in pins} ^ old):
-        print(("- " if pin in old else "+ ") + pin)
-    print(f"{len(pins)} packages pinned in {path}")
+    pyproject = PROJECT / "pyproject.toml"
+    old_text = pyproject.read_text(encoding="utf-8")
+    if len(PIN_SECTION.findall(old_text)) != 1:
+        sys.exit(f"error: expected exactly one section from the line {BEGIN!r} to the line {END!r} in {pyproject}.")
+
+    new_text = old_text if args.keep_pins else update_pins(uv, old_text)
+    requirements = REQUIREMENTS_HEADER + export(uv, new_text, "--no-dev")
+
+    pyproject.write_text(new_text, encoding="utf-8", newline="\n")
+    (PROJECT / "requirements.txt").write_text(requirements, encoding="utf-8", newline="\n")
+    (PROJECT / "uv.lock").unlink(missing_ok=True)  # the next `uv run` derives it from the new pins
+    show_changes(old_text, new_text)
 
 
-def resolve(uv: str, pyproject: str) -> tuple[set[tuple[str, str]], list[str]]:
-    """Locks a pyproject.toml by itself.
+def update_pins(uv: str, old_text: str) -> str:
+    """Return the text of pyproject.toml with the newest pins.
+
+    The first resolution ignores the old pins, so that they do not hold back newer versions. The second one uses the new
+    pins: a user who has only pyproject.toml must get the same packages.
+    """
+    pins = resolve_pins(uv, with_pins(old_text, []))
+    new_text = with_pins(old_text, pins)
+    if resolve_pins(uv, new_text) != pins:
+        sys.exit("error: resolving with the new pins gives other packages. Nothing was changed; run make lock again.")
+    return new_text
+
+
+def resolve_pins(uv: str, pyproject_text: str) -> list[str]:
+    """Return one requirement per package; with a marker only where the version depends on the Python version."""
+    lines = export(uv, pyproject_text, "--all-groups", "--no-hashes").splitlines()
+    versions_per_package = Counter(line.split("==")[0] for line in lines)
+    pins = []
+    for line in lines:
+        requirement, _, _ = line.partition(" ;")
+        has_one_version = versions_per_package[line.split("==")[0]] == 1
+        pins.append(requirement if has_one_version else line)
+    return pins
+
+
+def export(uv: str, pyproject_text: str, *options: str) -> str:
+    """Resolve a pyproject.toml in an empty folder, where no older uv.lock influences the result.
 
     Returns:
-        the (name, version) pairs of the lock, and one requirement each, with a marker where a name has two versions.
+        The requirements, one per line (with hashes: followed by indented lines).
     """
+    command = [uv, "export", "--format", "requirements-txt", "--no-emit-project", "--no-annotate", "--no-header"]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "pyproject.toml").write_text(pyproject, encoding="utf-8")
-        shutil.copy(PROJECT / "README.md", folder)
-        export = [
-            "export",
-            "--all-groups",
-            "--no-emit-project",
-            "--no-hashes",
-            "--no-annotate",
-            "--no-header",
-            "--quiet",
-        ]
-        result = subprocess.run([uv, *export], cwd=folder, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-        if result.returncode:
-            sys.exit("error: uv could not resolve the dependencies; its message stands above.")
-        lock = tomllib.loads((Path(folder) / "uv.lock").read_text(encoding="utf-8"))
-    packages = {(package["name"], package["version"]) for package in lock["package"] if "registry" in package["source"]}
-    pins = [line for line in result.stdout.splitlines() if line]
-    versions = Counter(pin.split("==")[0] for pin in pins)
-    pins = [pin if versions[pin.split("==")[0]] > 1 else pin.split(" ;")[0] for pin in pins]
-    missing = {name for name, _ in packages} - set(versions)
-    if missing:
-        sys.exit(f"error: locked but not exported, so without a pin: {sorted(missing)}")
-    return packages, pins
+        Path(folder, "pyproject.toml").write_text(pyproject_text, encoding="utf-8")
+        shutil.copy(PROJECT / "README.md", folder)  # pyproject.toml refers to it
+        result = subprocess.run(
+            [*command, "--quiet", *options], cwd=folder, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+    if result.returncode != 0:
+        sys.exit("error: uv could not resolve the dependencies; its message is above. Nothing was changed.")
+    return result.stdout
 
 
-def with_pins(text: str, pins: list[str]) -> str:
-    """The pyproject.toml with its section of pins replaced."""
-    lines = "".join(f'  "{pin}",\n' for pin in pins)
-    return SECTION.sub(lambda _: f"{BEGIN}\nconstraint-dependencies = [\n{lines}]\n{END}\n", text)
+def with_pins(pyproject_text: str, pins: list[str]) -> str:
+    """Return the text of pyproject.toml with its pin section replaced."""
+    pin_lines = "".join(f'  "{pin}",\n' for pin in pins)
+    section = f"{BEGIN}\nconstraint-dependencies = [\n{pin_lines}]\n{END}\n"
+    return PIN_SECTION.sub(lambda _: section, pyproject_text)
+
+
+def show_changes(old_text: str, new_text: str) -> None:
+    """Print the removed pins with a minus and the added ones with a plus."""
+    old, new = (set(tomllib.loads(text)["tool"]["uv"]["constraint-dependencies"]) for text in (old_text, new_text))
+    for pin in sorted(old ^ new):
+        print(f"{'-' if pin in old else '+'} {pin}")
+    print(f"{len(new)} packages are pinned, {len(new - old)} of them changed.")
 
 
 if __name__ == "__main__":
