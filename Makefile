@@ -61,44 +61,34 @@ lint: venv
 types: venv
 	$(RUN) mypy
 
-# The measurements of a target are one shell command: one that fails ends none of the others, but the target, at its end.
+# All measurements of a target run in one shell command: a failed one does not stop the others, only the exit code tells.
 MEASURE := trap 'exit 130' INT; failed=; measure() { echo "$$*"; $(RUN) "$$@" || failed="$$failed\n  $$*"; }
 QUICKSTART := test -d checkpoints/quickstart/final || measure python run_train.py --config configs/quickstart.yaml
-COMPILED := test_a_compiled_run_is_the_other
 REPORT := measure python benchmarks/report.py; \
           test -z "$$failed" || { printf "error: these failed:$$failed\n" >&2; exit 1; }
 
-bench: venv ## Run the benchmarks that need no GPU (an hour on 2 cores), and write docs/PERFORMANCE.md
+bench: venv ## Run the benchmarks that need no GPU (about an hour on 2 cores) and update the tables in the documents
 	@$(MEASURE); \
 	measure python benchmarks/train_step.py; \
-	measure python benchmarks/data_loading.py; \
+	measure python benchmarks/moe_layer.py --device cpu; \
 	$(QUICKSTART); \
 	measure python benchmarks/generation.py; \
+	measure python benchmarks/data.py prepare --repeat 1; \
+	measure python benchmarks/data.py read; \
 	measure python benchmarks/moe_vs_dense.py; \
 	measure python benchmarks/ablations.py; \
-	measure python benchmarks/cross_entropy.py; \
-	measure python benchmarks/low_memory.py; \
-	measure python benchmarks/checkpoint.py; \
-	measure python benchmarks/data_prep.py --repeat 1; \
-	measure python benchmarks/data_memory.py; \
 	measure python benchmarks/memory.py; \
-	measure python benchmarks/moe_layer.py --device cpu; \
 	$(REPORT)
 
-bench-gpu: venv ## Check the layer, a compiled run and generation on this machine's GPU, then measure all, what matters most first
+bench-gpu: venv ## Check layer and generation on this machine's GPU, then measure, the most important first
 	@$(MEASURE); \
-	measure pytest tests/custom_moe tests/inference tests/train/test_pretrain.py::$(COMPILED); \
+	measure pytest tests/custom_moe tests/inference; \
 	measure python benchmarks/train_step.py --device cuda; \
 	measure --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda; \
 	$(QUICKSTART); \
 	measure python benchmarks/generation.py --device cuda; \
 	measure python benchmarks/generation.py --device cuda --model configs/models/moe-200m.yaml; \
 	measure python benchmarks/moe_vs_dense.py --device cuda; \
-	measure python benchmarks/low_memory.py --device cuda; \
-	measure --with liger-kernel==0.8.5 --with cut-cross-entropy==25.1.1 python benchmarks/cross_entropy.py \
-	  --device cuda; \
-	measure python benchmarks/memory.py --device cuda; \
-	measure python benchmarks/data_loading.py --device cuda; \
 	$(REPORT)
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them

@@ -1,7 +1,8 @@
-"""What the benchmarks share: where they run, on what, and how much memory a process takes."""
+"""Shared by all benchmarks: the description of the machine, statistics, peak memory, and the JSON result file."""
 
-import ctypes
+import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -9,187 +10,115 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mean, median, stdev
+from typing import Any, NamedTuple, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
+T = TypeVar("T")
 
 
-def circumstances(command: str, packages: Iterable[str]) -> dict[str, Any]:
-    """What stands beside every result: command, commit, date, hardware, versions."""
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def make_parser(doc: str | None, name: str, *, devices: bool = True, runs: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the flags that every benchmark has.
+
+    Args:
+        doc: the docstring of the script, shown by --help.
+        name: of the script, which is also the name of the result file.
+        devices: whether the script runs on a GPU too; the result file then has the device in its name.
+        runs: whether the script starts training runs on a corpus.
+    """
+    file = f"{name}_DEVICE.json" if devices else f"{name}.json"
+    # No abbreviations: some scripts hand unknown flags on to run_train.py.
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if devices:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    if runs:
+        parser.add_argument("--data-dir", type=Path, help="a prepared corpus (default: the quickstart's)")
+    parser.add_argument("--output", type=Path, help=f"result file (default: benchmarks/results/{file})")
+    return parser
+
+
+def output_path(args: argparse.Namespace, name: str) -> Path:
+    """Return the result file that the command line asks for."""
+    device = f"_{args.device}" if "device" in args else ""
+    return args.output or RESULTS / f"{name}{device}.json"
+
+
+def select_device(device: str) -> None:
+    """Hide all GPUs from this process and its children (cpu), or exit with a message if there is none (cuda)."""
+    import torch
+
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        sys.exit("error: PyTorch sees no CUDA GPU on this machine. Use --device cpu.")
+
+
+# ---------------------------------------------------------------------------------------------------- the result file
+
+
+def describe_run(packages: Sequence[str], device: str = "cpu") -> Row:
+    """Return what every result starts with: command, commit, date, hardware and versions."""
+    import torch
+
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
-        "command": command,
-        "commit": commit(),
+        "command": shlex.join(["uv", "run", "python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": current_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "load_before": load},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "device": device,
+        "hardware": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "load_before": load,
+            "threads": torch.get_num_threads(),
+            "gpu": describe_gpu() if device == "cuda" else None,
+        },
+        "versions": {"python": platform.python_version(), **installed_versions(packages)},
     }
 
 
-def invocation(script: str) -> str:
-    """The command of this process, ready to be run again."""
-    return shlex.join(["uv", "run", "python", f"benchmarks/{script}.py", *sys.argv[1:]])
+def current_commit() -> str:
+    """Return the short commit hash, with `-dirty` if tracked files were changed.
 
-
-def kept_rows(path: Path, result: dict[str, Any], key: str, *same: str) -> dict[str, Any]:
-    """The rows of a former result, by name, each with its commit.
-
-    Args:
-        path: of the former result; no rows where there is none.
-        result: the new one; no rows where the former has other hardware or versions, or differs in ``same``.
-        key: of the rows.
+    Result files and documents are left out: otherwise each benchmark of `make bench` would mark the next one dirty.
     """
-    if not path.exists():
-        return {}
-    former = json.loads(path.read_text(encoding="utf-8"))
-    here, there = (
-        [{**of["hardware"], "load_before": None}, of["versions"], *(of.get(name) for name in same)]
-        for of in (result, former)
-    )
-    return {name: {"commit": former["commit"], **row} for name, row in former[key].items()} if here == there else {}
+    commit = output_of(["git", "rev-parse", "--short=12", "HEAD"]) or "unknown"
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs"]
+    return f"{commit}-dirty" if output_of(status) else commit
 
 
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """As JSON, with lists of numbers on one line each."""
-    text = json.dumps(result, indent=1)
-    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
-    path.write_text(text + "\n", encoding="utf-8", newline="\n")
-
-
-def table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """Lines of Markdown, and an empty one."""
-    heads = list(heads)
-    return [f"| {' | '.join(map(str, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)] + [""]
-
-
-NO_BF16 = "this CPU has no instructions for it, and would take a hundred times as long as in fp32"
-"""Why something is left out; on a GPU it never is."""
-
-
-class Target(NamedTuple):
-    """Something that was to be reached."""
-
-    text: str
-    measured: str | None
-    """None where it was not"""
-    reached: bool
-
-
-def verdicts(targets: Iterable[Target]) -> list[str]:
-    """A table: what was to be reached, what was measured, whether that is enough."""
-    rows = [
-        (text, "not measured yet", "") if measured is None else (text, measured, "yes" if reached else "**no**")
-        for text, measured, reached in targets
-    ]
-    return table(("to reach", "measured", "reached"), rows)
-
-
-def plotting() -> Any:
-    """``matplotlib.pyplot`` that draws SVG, the same picture from the same numbers."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "litmoe"
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def where(result: dict[str, Any]) -> str:
-    """The circumstances of a result as a line of text."""
-    hardware, versions = result["hardware"], ", ".join(" ".join(pair) for pair in result["versions"].items())
-    place = f"{hardware['cpu']}, {hardware['cores']} cores"
-    place += f", {hardware['threads']} threads" if "threads" in hardware else ""
-    if gpu := hardware.get("gpu"):
-        card = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB"
-        place = f"{card}, driver {gpu['driver']}, CUDA {gpu['cuda']}; {place}"
-    return f"{place}; {versions}; {result['date'][:10]}; `{result['command']}` at commit {result['commit']}."
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees, where the C library is glibc (Linux).
-
-    glibc gives blocks above 32 MB back to the system, which clears their pages when they are taken again. On a virtual
-    machine that can cost more than what is timed. Not for real runs: the heap may grow to many times its largest block.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
-        trim_threshold, mmap_max = -1, -4  # malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-
-
-def commit() -> str:
-    """The commit that was checked out, marked where files differ from it other than those that benchmarks write."""
-    name = output(["git", "rev-parse", "--short=12", "HEAD"]) or "unknown"
-    changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs"]
-    return f"{name}-dirty" if output(changed) else name
-
-
-def output(command: list[str]) -> str:
-    """What a program printed; nothing where it is not installed."""
+def output_of(command: list[str]) -> str:
+    """Return what a program prints; an empty string if it is not installed."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
 
 
-def installed(packages: Iterable[str]) -> list[str]:
-    """Those of the packages that are here."""
-
-    def here(package: str) -> bool:
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    versions = {}
+    for package in packages:
         try:
-            return bool(version(package))
+            versions[package] = version(package)
         except PackageNotFoundError:
-            return False
-
-    return [package for package in packages if here(package)]
-
-
-def choose_device(device: str) -> None:
-    """Ends the program where there is no such; without a GPU this process and all that it starts see none."""
-    import torch
-
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
-
-
-def gpu() -> dict[str, Any]:
-    """The first CUDA GPU as torch and the driver tell it."""
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "driver": output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]) or "unknown",
-        "cuda": torch.version.cuda,
-    }
-
-
-def matmul_flops(size: int = 2048, seconds: float = 2.0) -> float:
-    """FLOP/s of this CPU in large products of fp32 matrices: what no training step can go beyond."""
-    import torch
-
-    a, b = torch.randn(2, size, size)
-    rates, start = [], time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        a @ b
-        rates.append(2 * size**3 / (time.perf_counter() - before))
-    return max(rates)
+            continue  # an optional peer
+    return versions
 
 
 def cpu_name() -> str:
-    """The processor's name, as the system tells it."""
+    """Return the processor's name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -197,42 +126,112 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-@contextmanager
-def peak_memory(
-    process: "subprocess.Popen[str]", kind: str = "rss", seconds: float = 0.1
-) -> Iterator[dict[str, float]]:
-    """Watches a process and its children, in a thread, until the context ends.
+def describe_gpu() -> Row:
+    import torch
 
-    Args:
-        process: just started.
-        kind: ``rss``, which counts a page for each process that shares it, or ``pss``, which counts it once (Linux).
-        seconds: between two looks.
+    properties = torch.cuda.get_device_properties(0)
+    driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"])
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": driver or "unknown",
+        "cuda": torch.version.cuda,
+    }
+
+
+def write_result(result: Row, path: Path) -> None:
+    """Write JSON with each list of numbers on one line."""
+    text = json.dumps(result, indent=1)
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def earlier_rows(path: Path, result: Row, key: str) -> Row:
+    """Return the rows of an earlier result file, so that a run of a few rows keeps the others.
+
+    Rows of other hardware or other versions are dropped, because they can't be compared.
+    """
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    same_cpu = earlier["hardware"]["cpu"] == result["hardware"]["cpu"]
+    same_gpu = earlier["hardware"].get("gpu") == result["hardware"]["gpu"]
+    if not (same_cpu and same_gpu and earlier["versions"] == result["versions"]):
+        return {}
+    return {name: {"commit": earlier["commit"], **row} for name, row in earlier[key].items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+class Spread(NamedTuple):
+    """The mean of a few measurements and how certain it is."""
+
+    mean: float
+    deviation: float
+    """Standard deviation of one measurement"""
+    interval: float
+    """Half of the 95% confidence interval of the mean (Student's t); 0 for a single measurement"""
+
+
+# Student's t for a 95% interval, by the number of measurements.
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def spread(values: Sequence[float]) -> Spread:
+    if len(values) < 2:
+        return Spread(mean(values), 0.0, 0.0)
+    deviation = stdev(values)
+    return Spread(mean(values), deviation, T_95[len(values)] * deviation / math.sqrt(len(values)))
+
+
+def low_median_high(values: Sequence[float]) -> list[float]:
+    """Return three numbers with four significant digits."""
+    return [float(f"{value:.4g}") for value in (min(values), median(values), max(values))]
+
+
+def take_turns(functions: dict[str, Callable[[], T]], rounds: int) -> list[dict[str, T]]:
+    """Call each function once per round.
+
+    The speed of a shared machine changes within minutes, so ratios are formed between results of the same round.
+    """
+    return [{name: function() for name, function in functions.items()} for _ in range(rounds)]
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+@contextmanager
+def peak_memory(process: "subprocess.Popen[str]", seconds: float = 0.1) -> Iterator[dict[str, float]]:
+    """Watch the memory of a process and its children until the context ends.
 
     Yields:
-        ``all`` (the largest sum at one look) and ``one`` (the largest single process), in bytes.
+        A dictionary whose entry ``bytes`` is the largest sum of proportional set sizes so far, in bytes. (A page that
+        several processes share counts once. Outside of Linux: the resident set sizes.)
     """
     import psutil
 
-    peak = {"all": 0.0, "one": 0.0}
-    ended = threading.Event()
+    peak = {"bytes": 0.0}
+    stopped = threading.Event()
 
     def watch() -> None:
-        while not ended.is_set():
+        while not stopped.wait(seconds):
             try:
-                family = [psutil.Process(process.pid)]
-                family += family[0].children(recursive=True)
-                sizes = [
-                    member.memory_full_info().pss if kind == "pss" else member.memory_info().rss for member in family
-                ]
-                peak["all"], peak["one"] = max(peak["all"], sum(sizes)), max(peak["one"], *sizes)
-            except psutil.Error:  # one of them has just ended
-                pass
-            time.sleep(seconds)
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                if sys.platform == "linux":
+                    total = sum(member.memory_full_info().pss for member in family)
+                else:
+                    total = sum(member.memory_info().rss for member in family)
+                peak["bytes"] = max(peak["bytes"], total)
+            except psutil.Error:
+                continue  # one of the processes has just ended
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
         yield peak
     finally:
-        ended.set()
+        stopped.set()
         watcher.join()

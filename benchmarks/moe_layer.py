@@ -1,31 +1,27 @@
-"""Times one mixture-of-experts layer, forward and backward: ours, LitGPT's, Hugging Face's, others', and a dense one.
+"""How fast is one mixture-of-experts layer, forward and backward? Ours, LitGPT's, Hugging Face's, others', dense.
 
     uv run python benchmarks/moe_layer.py --device cpu
-    uv run python benchmarks/moe_layer.py --device cuda
+    uv run --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda
 
-Writes benchmarks/results/moe_layer_DEVICE.json; benchmarks/report.py makes docs/PERFORMANCE.md of it.
+All layers of a case have the same weights and get the same tokens. Before a layer is timed, its output and all its
+gradients are compared with LitGPT's layer in fp32; a layer that deviates is reported and not timed. Then the layers
+take turns: a round times each layer once, over as many iterations as fill 0.1 seconds (0.03 on a GPU), and ratios are
+formed within a round. An iteration is a forward and a backward with gradients to the input and all weights.
 
-All layers of a case hold the same weights and get the same tokens. Before anything is timed, each one's output and all
-its gradients are compared with LitGPT's layer in fp32; a layer that deviates is reported and not timed. Then they take
-turns: a round times each layer once, over as many iterations as fill 0.1 seconds (0.03 on a GPU), and ratios are formed
-within a round. An iteration is a forward and a backward with gradients to the input and to every weight; gradients are
-None before it, so they are written and not added up. Tokens are N(0, 1) and the gate has its usual initial values, so
-that routing is about even; tokens whose choice of experts hangs on the rounding of their logits are not drawn, since
-layers that round differently would send them elsewhere. In the skewed case every token chooses the first expert. On a
-CPU the process keeps the memory that it frees: fresh pages for gradients could be most of what is timed there, most of
-all for the layers whose gradients are one large block.
+Tokens are N(0, 1) and the router has its usual initial values, so the routing is almost even. Tokens whose choice of
+experts depends on rounding are not used: layers that round differently would route them differently. In the skewed case
+every token chooses the first expert. On a CPU the process keeps the memory that it frees, because clearing fresh pages
+for gradients could take most of the time.
 """
 
-import argparse
-import os
+import ctypes
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and end
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -33,18 +29,18 @@ import torch
 from litgpt import Config
 from torch import Tensor, nn
 
-from benchmarks.common import circumstances, gpu, installed, keep_freed_memory, write_result
-from benchmarks.moe_peers import GPU_ONLY, Size, config_of, layers, stacked
+from benchmarks import common
+from benchmarks.common import Row
+from benchmarks.moe_peers import GPU_ONLY, Size, layer_builders, litgpt_config, stacked_weights
 from custom_moe import MoE
-from custom_moe.backends import choose_backend
-from litmoe.hardware import cpu_has_bf16
+from litmoe.config import cpu_has_bf16
 
-PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel", "scattermoe", "sonic-moe")
-SIZES = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]
-"""n_embd, an expert's width, experts, experts per token"""
+PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel")
+SIZES: list[Size] = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]
+
+# The largest relative deviation from LitGPT's layer in fp32 (Frobenius norm). bf16 keeps 8 bits, so one rounding is off
+# by up to 2e-3, and a result has passed through several.
 BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "bf16-mixed": 2e-2}
-"""The largest relative deviation from LitGPT's layer in fp32, in the Frobenius norm. bf16 keeps 8 bits, so that one
-rounding is off by up to 2e-3, and a result has passed through several."""
 
 
 @dataclass(frozen=True)
@@ -53,84 +49,102 @@ class Case:
 
     size: Size
     tokens: int
-    precision: str
-    """``fp32``, ``bf16`` (the weights too) or ``bf16-mixed`` (weights in fp32, autocast)"""
+    precision: str  # fp32, bf16 (weights too), or bf16-mixed (fp32 weights under autocast)
     layers: tuple[str, ...]
-    """Names in ``layers``"""
     rounds: int
-    """0 compares and does not time"""
     skewed: bool = False
 
 
 def main() -> None:
-    """Runs all cases; the file is written anew after each, so that a run that was cut short leaves what it had."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/moe_layer_DEVICE.json")
+    parser = common.make_parser(__doc__, "moe_layer")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA GPU here; `--device cpu` needs none.")
+    common.select_device(args.device)
     if args.device == "cpu":
         keep_freed_memory()
-    output = args.output or ROOT / f"benchmarks/results/moe_layer_{args.device}.json"
-    command = f"python benchmarks/moe_layer.py --device {args.device}"
-    run(args.device, cases(args.device), output, command, seconds=0.1 if args.device == "cpu" else 0.03)
+    seconds = 0.1 if args.device == "cpu" else 0.03
+    run(args.device, cases_for(args.device), common.output_path(args, "moe_layer"), seconds)
 
 
-def cases(device: str) -> list[Case]:
-    """What is measured, on a GPU what matters most first. Compiling is slow, so not every case has it: on the CPU the
-    two sizes that are not bound by arithmetic, on a GPU one number of tokens. bf16 only on a CPU that has it."""
-    sizes = [*SIZES, quickstart()]
-    pair = ("LitGPT", "ours")
-    every = tuple(layers(SIZES[0]))
-    eager = tuple(name for name in every if "compiled" not in name)
-    if device == "cpu":
-        precisions = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
-        places = [(size, precision) for precision in precisions for size in sizes]
-        table = [Case(size, 2048, precision, every if size in sizes[3:] else eager, 5) for size, precision in places]
-        return [*table, *(Case(SIZES[0], 2048, precision, pair, 5, skewed=True) for precision in precisions)]
-    backends = tuple(name for name in eager if name.startswith("ours"))
-    checks = [Case(size, 2048, precision, backends, 0) for precision in ("fp32", "bf16") for size in sizes]
-    skewed = Case(SIZES[0], 16384, "bf16", pair, 15, skewed=True)
-    table = [Case(size, 16384, "bf16", every, 15) for size in sizes]
-    table += [Case(size, tokens, "bf16", eager, 15) for tokens in (2048, 65536) for size in sizes]
-    return [*checks, skewed, *table, *(Case(size, 16384, "bf16-mixed", eager, 15) for size in sizes)]
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees (glibc only).
+
+    glibc gives blocks above 32 MB back to the system, which clears their pages when they are allocated again. On a
+    virtual machine that can take longer than the layer that is timed. Not for real runs: the heap may grow large.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
 
 
-def quickstart() -> Size:
+def quickstart_size() -> Size:
     config = Config.from_file(ROOT / "configs/models/quickstart.yaml")
     return config.n_embd, config.moe_intermediate_size, config.n_expert, config.n_expert_per_token
 
 
-def run(device: str, cases: list[Case], output: Path, command: str, seconds: float) -> dict[str, Any]:
-    """Measures every case and writes the result; each layer runs for about ``seconds`` in a round."""
-    result = circumstances(command, installed(PACKAGES))
-    result["hardware"] |= {"threads": torch.get_num_threads(), "gpu": gpu() if device == "cuda" else None}
-    result |= {"device": device, "quickstart": quickstart(), "bounds": BOUNDS, "cases": [], "profile": None}
-    started = time.perf_counter()
+def cases_for(device: str) -> list[Case]:
+    """Return the cases of a device, on a GPU the most important one first.
+
+    Compiling is slow, so on a CPU only the two small sizes have compiled layers, and on a GPU one number of tokens.
+    bf16 needs a CPU that supports it; without, it takes a hundred times as long as fp32.
+    """
+    sizes = [*SIZES, quickstart_size()]
+    all_layers = tuple(layer_builders(SIZES[0]))
+    eager = tuple(name for name in all_layers if "compiled" not in name)
+    pair = ("LitGPT", "ours")
+    cases = []
+    if device == "cpu":
+        precisions = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
+        for precision in precisions:
+            cases += [Case(size, 2048, precision, all_layers if size in sizes[3:] else eager, 5) for size in sizes]
+        cases += [Case(SIZES[0], 2048, precision, pair, 5, skewed=True) for precision in precisions]
+        return cases
+    cases += [Case(size, 16384, "bf16", all_layers, 15) for size in sizes]
+    cases += [Case(SIZES[0], 16384, "bf16", pair, 15, skewed=True)]
+    cases += [Case(SIZES[0], 16384, "bf16-mixed", eager, 15), Case(SIZES[0], 2048, "fp32", eager, 15)]
+    cases += [Case(size, tokens, "bf16", eager, 15) for tokens in (2048, 65536) for size in SIZES]
+    return cases
+
+
+def run(device: str, cases: list[Case], output: Path, seconds: float) -> Row:
+    """Measure all cases. The file is written after each one, so an interrupted run keeps what it has.
+
+    Args:
+        seconds: that a layer is timed for in each round.
+    """
+    result = common.describe_run(PACKAGES, device)
+    result |= {"quickstart": quickstart_size(), "bounds": BOUNDS, "cases": []}
+    start = time.perf_counter()
     for number, case in enumerate(cases, 1):
-        result["cases"].append(measure(case, device, seconds))
-        result["seconds"] = round(time.perf_counter() - started, 1)
-        if device == "cuda" and result["profile"] is None and case.rounds and not case.skewed:
-            result["profile"] = {"size": case.size, "tokens": case.tokens, **profile(case, device)}
-        write_result(result, output)
-        rows = result["cases"][-1]["layers"].items()
-        shown = (f"{name} {row.get('tokens_per_second', row['status'])}" for name, row in rows)
+        try:
+            result["cases"].append(measure(case, device, seconds))
+        except torch.OutOfMemoryError:
+            print(f"{number}/{len(cases)}: {case.size}, {case.tokens} tokens: LitGPT's layer does not fit into the GPU")
+            continue
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        common.write_result(result, output)
         print(f"{number}/{len(cases)}, {result['seconds']:.0f} s: {case.size}, {case.tokens} tokens, {case.precision}")
-        print("   " + "; ".join(shown), flush=True)
+        for name, row in result["cases"][-1]["layers"].items():
+            print(f"   {name}: {row.get('tokens_per_second', row['status'])}", flush=True)
     return result
+
+
+# ----------------------------------------------------------------------------------------------------------- one case
 
 
 @dataclass
 class Bench:
-    """One case's tokens, and how a layer is run on them."""
+    """The tokens of a case, and how a layer runs on them."""
 
-    x: Tensor
-    dy: Tensor
+    x: Tensor  # (1, tokens, n_embd)
+    dy: Tensor  # gradient of the output, like x
     mixed: bool = False
 
     def forward(self, layer: nn.Module) -> Tensor:
-        self.clear(layer)
+        self.clear_gradients(layer)
         with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.mixed):
             y: Tensor = layer(self.x)
         return y
@@ -140,121 +154,123 @@ class Bench:
         y.backward(self.dy.to(y.dtype))
         return y
 
-    def clear(self, layer: nn.Module) -> None:
+    def clear_gradients(self, layer: nn.Module) -> None:
+        """Set gradients to None, so that the backward writes them instead of adding to them."""
         for tensor in (self.x, *layer.parameters()):
             tensor.grad = None
 
 
+def measure(case: Case, device: str, seconds: float) -> Row:
+    """Compare every layer of a case with LitGPT's, measure its memory, and time it."""
+    torch.compiler.reset()  # torch stops compiling a function after eight sizes
+    config = litgpt_config(case.size)
+    weights, bench, largest_share = prepare(case, device)
+    builders = layer_builders(case.size)
+    result: Row = {
+        **dict(zip(("n_embd", "intermediate_size", "n_expert", "n_expert_per_token"), case.size, strict=True)),
+        "tokens": case.tokens,
+        "precision": case.precision,
+        "routing": "skewed" if case.skewed else "even",
+        "largest_share": round(largest_share, 3),
+        "layers": {},
+    }
+    rows = result["layers"]
+    exact_bench = Bench(bench.x.detach().float().requires_grad_(), bench.dy.float())
+    with torch.device(device):
+        reference = outputs_and_gradients(builders["LitGPT"](weights).float(), exact_bench, config)
+    del exact_bench
+
+    layers: dict[str, nn.Module] = {}
+    for name in case.layers:
+        if device == "cpu" and name in GPU_ONLY:
+            rows[name] = {"status": "needs a GPU"}
+            continue
+        try:
+            with torch.device(device):
+                layer = builders[name](weights).to(bench.x.dtype)
+            rows[name] = examine(name, layer, bench, reference, case, config)
+        except Exception as error:  # whatever a peer's layer raises goes into the table
+            rows[name] = {"status": one_line(error)}
+        if rows[name]["status"] == "measured":
+            layers[name] = layer
+    del reference
+
+    times = time_layers(layers, bench, case.rounds, seconds)
+    for name, layer_times in times.items():
+        rows[name] |= speed(layer_times, times.get("LitGPT"), case.tokens)
+    return result
+
+
 def prepare(case: Case, device: str) -> tuple[dict[str, Tensor], Bench, float]:
-    """Weights under LitGPT's names, tokens, and the busiest expert's share of the assignments."""
-    config, dtype = config_of(case.size), torch.bfloat16 if case.precision == "bf16" else torch.float32
+    """Return weights under LitGPT's names, the tokens, and the busiest expert's share of the assignments."""
+    config = litgpt_config(case.size)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        values = {name: value.to(dtype) for name, value in MoE(config).state_dict().items()}
-    gate = values["gate.weight"]
-    # More than needed, as a third can be unsure. 0.02 is twice what bf16 does to a logit between 1 and 2.
+        weights = {name: tensor.to(dtype) for name, tensor in MoE(config).state_dict().items()}
+    gate = weights["gate.weight"]
+    # Twice as many tokens as needed: up to a third are dropped below.
     x = torch.randn(2 * case.tokens, config.n_embd, device=device).to(dtype)
     if case.skewed:
         x[:, 0] = 1
         gate[:, 0] = 4 * nn.functional.one_hot(torch.tensor(0), config.n_expert)
     top, indices = (x.float() @ gate.float().T).topk(config.n_expert_per_token + 1)
-    sure = (top[:, -2] - top[:, -1] > 0.02).nonzero().flatten()[: case.tokens]
-    assert len(sure) == case.tokens, "too few tokens are sure of their experts"
-    share = indices[sure, :-1].flatten().bincount().max().item() / (case.tokens * config.n_expert_per_token)
-    x = x[sure].unsqueeze(0).requires_grad_()
-    return values, Bench(x, torch.randn_like(x), mixed=case.precision == "bf16-mixed"), share
+    # Keep tokens whose last chosen expert is clearly ahead of the next one: 0.02 is twice the error of a bf16 logit.
+    is_clear = top[:, -2] - top[:, -1] > 0.02
+    kept = is_clear.nonzero().flatten()[: case.tokens]
+    assert len(kept) == case.tokens, "too few tokens with a clear choice of experts"
+    assignments = indices[kept, :-1].flatten()
+    largest_share = assignments.bincount().max().item() / len(assignments)
+    x = x[kept].unsqueeze(0).requires_grad_()
+    return weights, Bench(x, torch.randn_like(x), mixed=case.precision == "bf16-mixed"), largest_share
 
 
-def build(name: str, case: Case, values: dict[str, Tensor], device: str, dtype: torch.dtype) -> nn.Module:
-    with torch.device(device):
-        return layers(case.size)[name](values).to(dtype)
-
-
-def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """One case: every layer compared, its memory, and the rounds."""
-    torch.compiler.reset()  # torch stops compiling a function that it has compiled for eight sizes
-    config = config_of(case.size)
-    values, bench, share = prepare(case, device)
-    exact = Bench(bench.x.detach().float().requires_grad_(), bench.dy.float())
-    rows: dict[str, dict[str, Any]] = {}
-    wanted = None
-    try:
-        wanted = outcome(build("LitGPT", case, values, device, torch.float32), exact, config)
-    except Exception as error:  # out of memory, at a large size
-        rows = {name: {"status": f"nothing to compare with: {why(error)}"} for name in case.layers}
-    del exact
-
-    built: dict[str, nn.Module] = {}
-    for name in case.layers if wanted else ():
-        if device == "cpu" and name in GPU_ONLY:
-            rows[name] = {"status": "needs a GPU"}
-            continue
-        try:
-            layer = build(name, case, values, device, bench.x.dtype)
-            rows[name] = examine(name, layer, bench, wanted, case, config)
-        except Exception as error:  # whatever another's layer dies of goes into the table
-            rows[name] = {"status": why(error)}
-            continue
-        if rows[name]["status"] == "measured":
-            built[name] = layer
-    del wanted
-    if case.rounds:
-        times = rounds(built, bench, case.rounds, seconds)
-        for name, own in times.items():
-            router = 0 if name == "dense" else config.n_embd * config.n_expert
-            experts = 3 * config.n_embd * config.moe_intermediate_size * config.n_expert_per_token
-            rows[name] |= summary(own, times.get("LitGPT"), 3 * 2 * (experts + router), case.tokens)
-    names = ("n_embd", "intermediate_size", "n_expert", "n_expert_per_token")
-    row = dict(zip(names, case.size, strict=True)) | {"tokens": case.tokens, "precision": case.precision}
-    dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16
-    row["backend"] = choose_backend(None, dtype, bench.x.device, case.tokens, case.size[:2])
-    return row | {"routing": "skewed" if case.skewed else "even", "largest_share": round(share, 3), "layers": rows}
-
-
-def why(error: Exception) -> str:
-    """One line."""
+def one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"not installed: {error.name}"
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:200]
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first_line}"[:200]
 
 
-def outcome(layer: nn.Module, bench: Bench, config: Config) -> dict[str, Tensor]:
-    """Output and gradients of one iteration."""
+def outputs_and_gradients(layer: nn.Module, bench: Bench, config: Config) -> dict[str, Tensor]:
+    """Return the output of one iteration and the gradients, in the same layout for every layer."""
     y = bench.iteration(layer).detach()
     gradients = {name.removeprefix("_orig_mod."): value.grad for name, value in layer.named_parameters()}
-    theirs = stacked(gradients, config) if "experts.0.proj.weight" in gradients else tuple(gradients.values())
-    return dict(zip(("output", "x", "gate", "fc", "proj"), (y, bench.x.grad, *theirs), strict=True))
+    if "experts.0.proj.weight" in gradients:
+        of_weights = stacked_weights(gradients, config)
+    else:
+        of_weights = tuple(gradients.values())
+    return dict(zip(("output", "x", "gate", "fc", "proj"), (y, bench.x.grad, *of_weights), strict=True))
 
 
-def examine(
-    name: str, layer: nn.Module, bench: Bench, wanted: dict[str, Tensor], case: Case, config: Config
-) -> dict[str, Any]:
-    """What is known of a layer before it is timed: deviation, memory, host syncs. These runs also warm it up."""
-    row: dict[str, Any] = {"status": "measured" if case.rounds else "compared"}
+def examine(name: str, layer: nn.Module, bench: Bench, reference: dict[str, Tensor], case: Case, config: Config) -> Row:
+    """Return deviation and memory of a layer. These iterations also warm it up."""
+    row: Row = {"status": "measured"}
     if name != "dense":
-        found = outcome(layer, bench, config)
-        far = {key: ((found[key].float() - value).norm() / value.norm()).item() for key, value in wanted.items()}
-        row["deviation"] = {key: float(f"{value:.2g}") for key, value in far.items()}
-        if wrong := [key for key, value in far.items() if not value <= BOUNDS[case.precision]]:
-            return row | {"status": f"wrong: {', '.join(f'{key} by {far[key]:.1e}' for key in wrong)}"}
-        del found
+        actual = outputs_and_gradients(layer, bench, config)
+        deviation = {
+            key: ((actual[key].float() - exact).norm() / exact.norm()).item() for key, exact in reference.items()
+        }
+        row["deviation"] = {key: float(f"{value:.2g}") for key, value in deviation.items()}
+        # `not <=` also catches NaN.
+        wrong = [f"{key} by {value:.1e}" for key, value in deviation.items() if not value <= BOUNDS[case.precision]]
+        if wrong:
+            return row | {"status": f"wrong: {', '.join(wrong)}"}
+        del actual
     row["saved_bytes_per_token"] = round(saved_bytes(layer, bench) / case.tokens, 1)
-    row["peak_bytes"] = peak_bytes(layer, bench)
-    if bench.x.is_cuda:
-        row["host_sync"] = host_sync(layer, bench)
-    bench.clear(layer)
+    bench.clear_gradients(layer)
     return row
 
 
 def saved_bytes(layer: nn.Module, bench: Bench) -> int:
-    """What autograd keeps for the backward, each storage once, without the parameters; the input is counted."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    """Return what autograd saves for the backward: each storage once, with the input, without the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     storages: dict[int, int] = {}
 
     @torch.compiler.disable
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -264,98 +280,43 @@ def saved_bytes(layer: nn.Module, bench: Bench) -> int:
     return sum(storages.values())
 
 
-def peak_bytes(layer: nn.Module, bench: Bench) -> int:
-    """The most that torch's allocator held at once during an iteration, beside weights and tokens; gradients count."""
-    bench.clear(layer)
-    if bench.x.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+# --------------------------------------------------------------------------------------------------------------- timing
+
+
+def time_layers(layers: dict[str, nn.Module], bench: Bench, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Return the seconds per iteration of each layer, one value per round."""
+    functions: dict[str, Callable[[], float]] = {}
+    for name, layer in layers.items():
+        time_iterations(layer, bench, 1)
+        iterations = max(1, round(seconds / time_iterations(layer, bench, 1)))
+        functions[name] = lambda layer=layer, iterations=iterations: time_iterations(layer, bench, iterations)
+    turns = common.take_turns(functions, rounds)
+    return {name: [turn[name] for turn in turns] for name in layers}
+
+
+def time_iterations(layer: nn.Module, bench: Bench, iterations: int) -> float:
+    """Return seconds per iteration."""
+    synchronize = torch.cuda.synchronize if bench.x.is_cuda else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(iterations):
         bench.iteration(layer)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        bench.iteration(layer)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    synchronize()
+    elapsed = time.perf_counter() - start
+    bench.clear_gradients(layer)
+    return elapsed / iterations
 
 
-def host_sync(layer: nn.Module, bench: Bench) -> str | None:
-    """What waits for the GPU during an iteration, by torch's sync debug mode; None where nothing does."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        bench.iteration(layer)
-    except RuntimeError as error:
-        return why(error)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return None
+def speed(times: list[float], litgpt_times: list[float] | None, tokens: int) -> Row:
+    """Return seconds per iteration and the speedup over LitGPT's layer, both as quartiles over the rounds."""
+    row: Row = {"seconds": quartiles(times), "tokens_per_second": round(tokens / median(times))}
+    if litgpt_times:
+        row["speedup"] = quartiles([theirs / ours for theirs, ours in zip(litgpt_times, times, strict=True)])
+    return row
 
 
-def rounds(built: dict[str, nn.Module], bench: Bench, number: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per iteration, a value for each round: A B C ..., A B C ..."""
-
-    def timed(layer: nn.Module, iterations: int) -> float:
-        wait = torch.cuda.synchronize if bench.x.is_cuda else lambda: None
-        wait()
-        started = time.perf_counter()
-        for _ in range(iterations):
-            bench.iteration(layer)
-        wait()
-        return (time.perf_counter() - started) / iterations
-
-    iterations = {}
-    for name, layer in built.items():
-        timed(layer, 1)
-        iterations[name] = max(1, round(seconds / timed(layer, 1)))
-        bench.clear(layer)
-    times: dict[str, list[float]] = {name: [] for name in built}
-    for _ in range(number):
-        for name, layer in built.items():
-            times[name].append(timed(layer, iterations[name]))
-            bench.clear(layer)
-    return times
-
-
-def summary(times: list[float], stock: list[float] | None, flops: float, tokens: int) -> dict[str, Any]:
-    """Seconds per iteration and, where LitGPT's ran, times its speed, both with quartiles over the rounds."""
-    typical = median(times)
-    pairs = zip(stock, times, strict=True) if stock else ()
-    return {
-        "seconds": spread(times),
-        **({"speedup": spread([first / second for first, second in pairs])} if stock else {}),
-        "tokens_per_second": round(tokens / typical),
-        "tflops": float(f"{flops * tokens / typical / 1e12:.4g}"),
-    }
-
-
-def spread(values: list[float]) -> list[float]:
-    """First quartile, median, third quartile."""
+def quartiles(values: list[float]) -> list[float]:
     return [float(f"{value:.4g}") for value in quantiles(values, n=4, method="inclusive")]
-
-
-def profile(case: Case, device: str) -> dict[str, Any]:
-    """The ten kernels of our layer that take longest, over three iterations."""
-    values, bench, _ = prepare(case, device)
-    layer = build("ours", case, values, device, bench.x.dtype)
-    for _ in range(3):
-        bench.iteration(layer)
-    torch.cuda.synchronize()
-    with torch.profiler.profile() as profiler:
-        for _ in range(3):
-            bench.iteration(layer)
-        torch.cuda.synchronize()
-    kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    kernels.sort(key=lambda event: event.self_device_time_total, reverse=True)
-    total = sum(event.self_device_time_total for event in kernels)
-    top = [
-        {"name": event.key[:120], "calls": event.count // 3, "microseconds": round(event.self_device_time_total / 3, 1)}
-        for event in kernels[:10]
-    ]
-    return {"microseconds": round(total / 3, 1), "kernels": top}
 
 
 if __name__ == "__main__":

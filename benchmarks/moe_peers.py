@@ -1,6 +1,6 @@
-"""One mixture-of-experts layer in the versions that benchmarks/moe_layer.py compares, all with LitGPT's weights.
+"""The mixture-of-experts layers that benchmarks/moe_layer.py compares, all built from LitGPT's weights.
 
-Suffix S: assignments of tokens to experts, sorted by expert.
+Shape suffixes: S assignments of tokens to experts, sorted by expert.
 """
 
 from collections.abc import Callable
@@ -14,64 +14,77 @@ from torch import Tensor, nn
 
 from custom_moe import MoE
 
-Size = tuple[int, int, int, int]
-"""n_embd, an expert's width, experts, experts per token"""
+Size = tuple[int, int, int, int]  # n_embd, expert width, experts, experts per token
+Builder = Callable[[dict[str, Tensor]], nn.Module]  # from LitGPT's state dict
+
+GPU_ONLY = ("ours: triton", "Liger-Kernel")
 
 
-def config_of(size: Size) -> Config:
-    n_embd, width, n_expert, k = size
-    names = dict(mlp_class_name="LLaMAMoE", norm_class_name="RMSNorm", bias=False, n_layer=1, n_head=1)
-    return Config(**names, n_embd=n_embd, moe_intermediate_size=width, n_expert=n_expert, n_expert_per_token=k)
+def litgpt_config(size: Size) -> Config:
+    n_embd, width, n_expert, n_expert_per_token = size
+    return Config(
+        mlp_class_name="LLaMAMoE",
+        norm_class_name="RMSNorm",
+        bias=False,
+        n_layer=1,
+        n_head=1,
+        n_embd=n_embd,
+        moe_intermediate_size=width,
+        n_expert=n_expert,
+        n_expert_per_token=n_expert_per_token,
+    )
 
 
-def layers(size: Size) -> dict[str, Callable[[dict[str, Tensor]], nn.Module]]:
-    """Name -> what builds the layer from LitGPT's state dict; the parameters are in the order gate, fc, proj."""
-    config = config_of(size)
+def layer_builders(size: Size) -> dict[str, Builder]:
+    """Return the layers by name. The parameters of each layer are in the order gate, fc, proj.
 
-    def ours(**kwargs: Any) -> Callable[[dict[str, Tensor]], nn.Module]:
-        return lambda values: loaded(MoE(config, **kwargs), values)
+    To add a layer: write a function like ``plain_grouped`` below and a line here.
+    """
+    config = litgpt_config(size)
 
-    def peer(compute: Callable[..., Tensor]) -> Callable[[dict[str, Tensor]], nn.Module]:
-        return lambda values: Peer(compute, values, config)
+    def ours(**kwargs: Any) -> Builder:
+        return lambda weights: load(MoE(config, **kwargs), weights)
+
+    def peer(compute: Callable[..., Tensor]) -> Builder:
+        return lambda weights: Peer(compute, weights, config)
 
     return {
-        "LitGPT": lambda values: loaded(LLaMAMoE(config), values),
-        "LitGPT compiled": lambda values: torch.compile(loaded(LLaMAMoE(config), values)),
+        "LitGPT": lambda weights: load(LLaMAMoE(config), weights),
+        "LitGPT compiled": lambda weights: torch.compile(load(LLaMAMoE(config), weights)),
         "ours": ours(),
         "ours: grouped_mm": ours(backend="grouped_mm"),
         "ours: triton": ours(backend="triton"),
         "ours: loop": ours(backend="loop"),
-        "ours compiled": lambda values: torch.compile(ours()(values)),
-        "Hugging Face eager": lambda values: hugging_face("eager", values, config),
-        "Hugging Face grouped_mm": lambda values: hugging_face("grouped_mm", values, config),
+        "ours compiled": lambda weights: torch.compile(ours()(weights)),
+        "Hugging Face eager": lambda weights: hugging_face("eager", weights, config),
+        "Hugging Face grouped_mm": lambda weights: hugging_face("grouped_mm", weights, config),
         "plain grouped_mm": peer(plain_grouped),
         "Liger-Kernel": peer(liger),
-        "scattermoe": peer(scattermoe),
-        "sonic-moe": peer(sonic),
-        "dense": lambda values: LLaMAMLP(config, intermediate_size=size[1] * size[3]),
+        # As many operations per token and nothing to route: the limit.
+        "dense": lambda weights: LLaMAMLP(config, intermediate_size=size[1] * size[3]),
     }
 
 
-GPU_ONLY = ("ours: triton", "Liger-Kernel", "scattermoe", "sonic-moe")
-
-
-def loaded(layer: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    layer.load_state_dict(values)
+def load(layer: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    layer.load_state_dict(weights)
     return layer
 
 
-def stacked(values: dict[str, Tensor], config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate ``(E, C)``, gate above up ``(E, 2I, C)`` and down ``(E, C, I)`` from tensors under LitGPT's names."""
-    experts = [f"experts.{number}" for number in range(config.n_expert)]
-    fc = torch.stack([torch.cat([values[f"{name}.fc_1.weight"], values[f"{name}.fc_2.weight"]]) for name in experts])
-    return values["gate.weight"], fc, torch.stack([values[f"{name}.proj.weight"] for name in experts])
+def stacked_weights(weights: dict[str, Tensor], config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Stack tensors with LitGPT's names: gate ``(E, C)``, gate above up ``(E, 2I, C)``, down ``(E, C, I)``."""
+    fc, proj = [], []
+    for expert in range(config.n_expert):
+        gate_and_up = [weights[f"experts.{expert}.{name}.weight"] for name in ("fc_1", "fc_2")]
+        fc.append(torch.cat(gate_and_up))
+        proj.append(weights[f"experts.{expert}.proj.weight"])
+    return weights["gate.weight"], torch.stack(fc), torch.stack(proj)
 
 
-def hugging_face(implementation: str, values: dict[str, Tensor], config: Config) -> nn.Module:
-    """transformers' Mixtral block."""
+def hugging_face(implementation: str, weights: dict[str, Tensor], config: Config) -> nn.Module:
+    """Return the Mixtral block of transformers."""
     from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-    theirs = MixtralConfig(
+    mixtral_config = MixtralConfig(
         hidden_size=config.n_embd,
         intermediate_size=config.moe_intermediate_size,
         num_local_experts=config.n_expert,
@@ -79,33 +92,35 @@ def hugging_face(implementation: str, values: dict[str, Tensor], config: Config)
         experts_implementation=implementation,
     )
     names = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-    return loaded(MixtralSparseMoeBlock(theirs), dict(zip(names, stacked(values, config), strict=True)))
+    return load(MixtralSparseMoeBlock(mixtral_config), dict(zip(names, stacked_weights(weights, config), strict=True)))
 
 
 class Peer(nn.Module):
-    """A function of others around stacked weights. Under autocast it gets what a linear layer would compute with."""
+    """A function of another library with stacked weights."""
 
-    def __init__(self, compute: Callable[..., Tensor], values: dict[str, Tensor], config: Config) -> None:
+    def __init__(self, compute: Callable[..., Tensor], weights: dict[str, Tensor], config: Config) -> None:
         super().__init__()
-        self.gate, self.fc, self.proj = (nn.Parameter(weight.clone()) for weight in stacked(values, config))
+        self.gate, self.fc, self.proj = (nn.Parameter(tensor.clone()) for tensor in stacked_weights(weights, config))
         self.compute, self.k = compute, config.n_expert_per_token
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = (x.flatten(0, 1), self.gate, self.fc, self.proj)
         if torch.is_autocast_enabled(x.device.type):
-            tensors = tuple(tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in tensors)
+            # These functions are not registered for autocast, so cast as a linear layer would.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = tuple(tensor.to(dtype) for tensor in tensors)
         return self.compute(*tensors, self.k).view_as(x).to(x.dtype)
 
 
-def choose(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """LitGPT's router: weights and experts, both ``(N, K)``."""
+def route(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """LitGPT's router. Return weights and experts, both ``(N, K)``."""
     logits, indices = F.linear(x, gate).topk(k)
     return logits.softmax(dim=1, dtype=torch.float).to(x.dtype), indices
 
 
 def plain_grouped(x: Tensor, gate: Tensor, fc: Tensor, proj: Tensor, k: int) -> Tensor:
-    """The shortest grouped layer, by plain autograd: what our activation memory is held against."""
-    weights, indices = choose(x, gate, k)
+    """The shortest grouped layer, with plain autograd: the reference for our activation memory."""
+    weights, indices = route(x, gate, k)
     expert_S, order_S = indices.flatten().sort(stable=True)
     experts = torch.arange(len(gate), device=x.device)
     ends = torch.searchsorted(expert_S, experts, right=True, out_int32=True)
@@ -117,22 +132,5 @@ def plain_grouped(x: Tensor, gate: Tensor, fc: Tensor, proj: Tensor, k: int) -> 
 def liger(x: Tensor, gate: Tensor, fc: Tensor, proj: Tensor, k: int) -> Tensor:
     from liger_kernel.ops import LigerFusedMoEFunction
 
-    weights, indices = choose(x, gate, k)
+    weights, indices = route(x, gate, k)
     return LigerFusedMoEFunction.apply(x, fc, proj, indices.int(), weights)
-
-
-def scattermoe(x: Tensor, gate: Tensor, fc: Tensor, proj: Tensor, k: int) -> Tensor:
-    from scattermoe import flatten_sort_count, parallel_linear
-
-    weights, indices = choose(x, gate, k)
-    places = flatten_sort_count(indices, num_experts=len(gate))
-    gates, up = parallel_linear(x, fc.transpose(1, 2), k, *places, grouped_out=True).chunk(2, dim=-1)
-    return parallel_linear(F.silu(gates) * up, proj.transpose(1, 2), 1, *places, grouped_in=True, gates=weights)
-
-
-def sonic(x: Tensor, gate: Tensor, fc: Tensor, proj: Tensor, k: int) -> Tensor:
-    from sonicmoe import moe_TC_softmax_topk_layer
-
-    weights = (fc.permute(1, 2, 0), None, proj.permute(1, 2, 0), None)
-    stream = torch.cuda.current_stream().cuda_stream
-    return moe_TC_softmax_topk_layer(x, gate, *weights, k, stream, "swiglu", concat_layout=True)[0]

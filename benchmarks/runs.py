@@ -1,4 +1,4 @@
-"""Whole training runs for the benchmarks: each a command in a process of its own, watched from outside."""
+"""Start training runs as commands in processes of their own, watch them, and read their metrics."""
 
 import csv
 import math
@@ -10,94 +10,104 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import NamedTuple
 
 from benchmarks.common import ROOT, peak_memory
 from litmoe.data import manifest
 
-Row = dict[str, float]
+
+class RunFailed(Exception):
+    """A run that exited with an error. The message is the last line that it printed."""
 
 
-class Failed(Exception):
-    """A run that ended badly; the message is the last line that it wrote."""
+# --------------------------------------------------------------------------------------------------------------- corpus
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared text and its tokenizer."""
+    """A prepared token folder and its tokenizer."""
 
     data_dir: Path
     tokenizer_dir: Path
 
     @property
     def flags(self) -> list[str]:
-        """For run_train.py."""
-        paths = [f"--data.init_args.{split}_data_path={self.data_dir / split}" for split in manifest.SPLITS]
+        """The flags of run_train.py that select this corpus."""
+        paths = [f"--data.init_args.{split}_data_path={self.data_dir / split}" for split in ("train", "val")]
         return [*paths, f"--tokenizer_dir={self.tokenizer_dir}"]
 
     def bits_per_byte(self, loss: float) -> float:
-        """Of a loss on the validation text in nats per token; litmoe/evaluation/loss.py counts the same."""
-        found = manifest.read(self.data_dir)
-        assert found is not None
-        return loss / math.log(2) * found.splits["val"].tokens / found.splits["val"].bytes
+        """Convert a validation loss in nats per token."""
+        metadata = manifest.read(self.data_dir)
+        assert metadata is not None
+        validation = metadata.splits["val"]
+        return loss / math.log(2) * validation.tokens / validation.bytes
 
 
-def corpus(data_dir: Path | None) -> Corpus:
-    """A prepared corpus with its tokenizer in it, or beside it; without one the quickstart's, made if need be."""
+def find_corpus(data_dir: Path | None) -> Corpus:
+    """Return a prepared corpus with its tokenizer inside the folder or next to it.
+
+    Without a folder: the quickstart's corpus in data/stories, which is prepared if it is missing.
+    """
     if data_dir is None:
-        data_dir = ROOT / "data/stories"
+        data_dir = ROOT / "data" / "stories"
         if manifest.read(data_dir) is None:
             flags = ["--source", "sample", "--tokenizer", "train", "--vocab_size", "2048"]
-            places = ["--data_dir", str(data_dir), "--tokenizer_dir", str(data_dir / "tokenizer")]
-            subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *flags, *places], cwd=ROOT, check=True)
-    inside = data_dir / "tokenizer"
-    found = Corpus(data_dir.resolve(), (inside if inside.is_dir() else data_dir.parent / "tokenizer").resolve())
-    if manifest.read(data_dir) is None or not found.tokenizer_dir.is_dir():
+            flags += ["--data_dir", str(data_dir), "--tokenizer_dir", str(data_dir / "tokenizer")]
+            subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *flags], cwd=ROOT, check=True)
+    places = [data_dir / "tokenizer", data_dir.parent / "tokenizer"]
+    tokenizer_dir = next((place for place in places if place.is_dir()), None)
+    if manifest.read(data_dir) is None or tokenizer_dir is None:
         sys.exit(
-            f"error: {data_dir} is no prepared corpus with a tokenizer; `uv run python prepare_data.py` makes one."
+            f"error: {data_dir} is not a prepared corpus with a tokenizer. "
+            f"Run: uv run python prepare_data.py --data_dir {data_dir}"
         )
-    return found
+    return Corpus(data_dir.resolve(), tokenizer_dir.resolve())
+
+
+def seed_flags(seed: int) -> list[str]:
+    """Return the flags that decide the initial weights and the order of the data."""
+    return [f"--seed={seed}", f"--data.init_args.seed={seed}"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave."""
+    """The measurements of a run that has ended."""
 
     seconds: float
-    """The whole command, with imports, validation and the checkpoint at its end"""
-    first_line: tuple[int, float]
-    """The step of the first line about one, and the seconds until it was written"""
+    """Of the complete command, with imports, validation and the last checkpoint"""
+    first_log_line: tuple[int, float]
+    """Step of the first log line, and seconds until it was printed"""
     peak_bytes: int
-    """CUDA's allocator, or of all its processes together on a CPU"""
-    rows: list[Row]
+    """Reserved by CUDA's allocator; on a CPU the memory of all processes"""
+    rows: list[dict[str, float]]
     """Of its metrics file"""
-    val_loss: float | None = None
-    """The last one that it printed, in nats per token: LitGPT's never reaches its metrics file"""
-    saved_bytes: Mapping[str, int] = field(default_factory=dict)
-    """The files of its last checkpoint, by name"""
-    saves: int = 0
-    """Checkpoints that it said to write"""
+    val_loss: float | None
+    """The last one printed, in nats per token (LitGPT's own never reaches its metrics file)"""
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the second half of its steps, when everything is warm and compiled."""
-        rows = [row for row in self.rows if {"total_tokens", "time"} <= row.keys()]
+        """Speed over the second half of the steps, when everything is warm and compiled."""
+        rows = [row for row in self.rows if "total_tokens" in row and "time" in row]
         if len(rows) < 2:
-            raise Failed(f"{len(rows)} lines in its log are too few for a speed")
+            raise RunFailed(f"{len(rows)} rows in the metrics file are too few to compute a speed")
         middle, last = rows[(len(rows) - 1) // 2], rows[-1]
         return (last["total_tokens"] - middle["total_tokens"]) / (last["time"] - middle["time"])
 
     @property
     def first_step_seconds(self) -> float:
-        """From the start of the command to the end of the first step: the other steps before the first line are taken
-        to be as fast as later ones."""
-        step, seconds = self.first_line
-        tokens_a_step = next(row["total_tokens"] for row in self.rows if "total_tokens" in row) / step
-        return seconds - (step - 1) * tokens_a_step / self.tokens_per_second
+        """Seconds from the start of the command to the end of the first step.
+
+        The first log line appears after several steps. The others are subtracted at the speed of the later ones.
+        """
+        step, seconds = self.first_log_line
+        tokens_per_step = next(row["total_tokens"] for row in self.rows if "total_tokens" in row) / step
+        return seconds - (step - 1) * tokens_per_step / self.tokens_per_second
 
 
 def train(
@@ -107,19 +117,19 @@ def train(
     environment: Mapping[str, str] | None = None,
     limit: float | None = None,
 ) -> Run:
-    """Runs a training script to its end; what it leaves is removed.
+    """Run a training script to its end in a temporary output folder.
 
     Args:
-        flags: all but the folder to write to.
-        script: run_train.py, or another that takes its flags.
-        environment: beside this process's.
-        limit: seconds after which it is ended.
+        flags: of the script, without --out_dir.
+        script: run_train.py, or another one with the same flags.
+        environment: added to the environment of this process.
+        limit: seconds after which the run is killed.
 
     Raises:
-        Failed: for an exit code that is not 0.
+        RunFailed: for an exit code other than 0, or a run without a log line.
     """
-    with tempfile.TemporaryDirectory() as name:
-        out_dir = Path(name, "run")
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir = Path(folder, "run")
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), *flags, "--out_dir", str(out_dir)],
@@ -132,61 +142,66 @@ def train(
         )
         timer = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
         timer.start()
-        lines, first_line = [], None
         try:
             with peak_memory(process) as peak:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    lines.append(line.strip())
-                    # `step 10/1953 | ...`, and LitGPT's `Epoch 1 | iter 10 step 10 | ...`
-                    if first_line is None and (found := re.search(r"\bstep ([1-9]\d*)\b.* \| ", line)):
-                        first_line = int(found[1]), time.perf_counter() - start
+                lines, first_log_line = follow_output(process, start)
                 code = process.wait()
         finally:
             timer.cancel()
             process.kill()
         seconds = time.perf_counter() - start
-        if limit and code and seconds >= limit:
-            raise Failed(f"ended after {limit:.0f} s")
-        if code or first_line is None:
+        if limit and seconds >= limit:
+            raise RunFailed(f"killed after {limit:.0f} s")
+        if code != 0 or first_log_line is None:
             print("\n".join(lines[-30:]), file=sys.stderr)
-            said = next((line for line in reversed(lines) if line), f"exit code {code}")
-            raise Failed(said[:200] if code else "it wrote no line about a step")
-        allocated = re.findall(r"Peak memory ([\d.]+) GiB", "\n".join(lines))
-        val_losses = re.findall(r"val loss:? ([\d.]+)", "\n".join(lines))
+            last_line = next((line for line in reversed(lines) if line), f"exit code {code}")
+            raise RunFailed(last_line[:200] if code else "the run printed no line about a step")
+
+        text = "\n".join(lines)
+        reserved_gib = re.findall(r"Peak memory ([\d.]+) GiB", text)
+        val_losses = re.findall(r"val loss:? ([\d.]+)", text)
         return Run(
             seconds=seconds,
-            first_line=first_line,
-            peak_bytes=round(float(allocated[-1]) * 2**30) if allocated else round(peak["all"]),
+            first_log_line=first_log_line,
+            peak_bytes=round(float(reserved_gib[-1]) * 2**30) if reserved_gib else round(peak["bytes"]),
             rows=read_metrics(next(out_dir.rglob("metrics.csv"))),
             val_loss=float(val_losses[-1]) if val_losses else None,
-            saved_bytes={path.name: path.stat().st_size for path in (out_dir / "final").glob("*.pth")},
-            saves=sum(line.startswith("Saving ") for line in lines),
         )
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics file, each with the columns that it has numbers in."""
+def follow_output(process: "subprocess.Popen[str]", start: float) -> tuple[list[str], tuple[int, float] | None]:
+    """Read a run's output to its end. Return its lines, and the step and time of the first log line."""
+    assert process.stdout is not None
+    lines, first_log_line = [], None
+    for line in process.stdout:
+        lines.append(line.strip())
+        # Ours: `step 10/1953 | ...`, LitGPT's: `Epoch 1 | iter 10 step 10 | ...`. Step 0 is the first validation.
+        match = re.search(r"\bstep ([1-9]\d*)\b.* \| ", line)
+        if match and first_log_line is None:
+            first_log_line = int(match[1]), time.perf_counter() - start
+    return lines, first_log_line
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a metrics file, each with the columns that contain a number."""
     with open(path, encoding="utf-8", newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def last(rows: Sequence[Row], column: str) -> float:
-    """The last number of a column."""
-    return next(row[column] for row in reversed(rows) if column in row)
-
-
 class Point(NamedTuple):
-    """A validation of a run."""
+    """One validation during a run."""
 
     tokens: float
     seconds: float
-    """Of training alone: validation and saving are left out"""
+    """Of training alone, without validation and saving"""
     loss: float
 
 
-def curve(rows: Sequence[Row]) -> list[Point]:
-    """The validations of run_train.py's metrics; each must be in a row with the step's own numbers."""
+def validation_curve(rows: Sequence[dict[str, float]]) -> list[Point]:
+    """Return the validations in the metrics of run_train.py, in order."""
     points, seconds, tokens = [], 0.0, 0.0
     for row in rows:
         if "tokens_per_second" in row:
@@ -195,40 +210,3 @@ def curve(rows: Sequence[Row]) -> list[Point]:
         if "val_loss" in row:
             points.append(Point(tokens, seconds, row["val_loss"]))
     return points
-
-
-def interpolate(points: Sequence[tuple[float, float]], at: float) -> float | None:
-    """The value at a place between two points, in order, on the line that joins them; None outside."""
-    for (left, before), (right, after) in pairwise(points):
-        if left <= at <= right:
-            return before + (after - before) * (at - left) / (right - left)
-    return None
-
-
-class Spread(NamedTuple):
-    """A few numbers of the same kind."""
-
-    mean: float
-    deviation: float
-    """Standard deviation of one of them; 0 for a single one"""
-    interval: float
-    """Half of the 95% interval of the mean by Student's t; 0 for a single one"""
-
-    @property
-    def clear(self) -> bool:
-        """Whether 0 lies outside of the interval."""
-        return self.interval > 0 and abs(self.mean) > self.interval
-
-
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t for 95%, by how many numbers there are."""
-SEEDS = range(1, max(T_95) + 1)
-"""As many as `spread` knows of."""
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Their mean and how sure it is."""
-    if len(values) < 2:
-        return Spread(mean(values), 0.0, 0.0)
-    deviation = stdev(values)
-    return Spread(mean(values), deviation, T_95[len(values)] * deviation / math.sqrt(len(values)))

@@ -1,57 +1,49 @@
-"""Times whole training steps: run_train.py against stock LitGPT, the same model, tokens, batches and AdamW.
+"""How fast is a training step? run_train.py against stock LitGPT: the same model, tokens, batches and AdamW.
 
-    uv run python benchmarks/train_step.py                                    # the quickstart on a CPU, 5 to 9 minutes
-    uv run python benchmarks/train_step.py --device cuda --models moe-200m    # an earlier run's others are kept
-    uv run python benchmarks/train_step.py --device cuda --quick              # for a card that is there for minutes
-    uv run python benchmarks/train_step.py --data-dir data/tinystories        # another corpus than the quickstart's
+    uv run python benchmarks/train_step.py                                    # the quickstart on a CPU, 8 minutes
+    uv run python benchmarks/train_step.py --device cuda --models moe-200m    # keeps the other models of an earlier run
+    uv run python benchmarks/train_step.py --device cuda --quick              # one short round, for a few GPU minutes
 
-Writes benchmarks/results/train_step_DEVICE.json; benchmarks/report.py makes docs/PERFORMANCE.md of it.
+Both sides are commands in processes of their own: run_train.py, and stock_pretrain.py, which calls LitGPT's own
+pretraining. Both read the same tokens in the same order, validate on the same batches before the first and after the
+last step, write no samples and save one checkpoint. Stock LitGPT runs twice, compiled and not compiled. All ways take
+turns, and ratios are formed within a round against the better of the two.
 
-Both sides are commands in processes of their own: run_train.py, and stock_pretrain.py, which is LitGPT's own
-pretraining with only the changes that it needs to end well. Both read the same tokens in the same order, validate the
-same batches before the first and after the last step, write no samples and save one checkpoint. First each side's
-settings are tried: the micro batches (whose gradients are added up to the same batch), and for stock, at the best of
-them, torch.compile. Then ours and stock's best take turns; ratios are formed within a round. If stock is best at one
-setting by its steps and at another by the time of the whole command, both take part, each for its ratio. Tokens per
-second are those of the second half of a run's steps, as its own log has them; "first step" is from the start of the
-command, with imports, compilation and the first validation.
-
-With --quick nothing is tried first: each side runs once with the largest micro batch, stock both compiled and not, for
-a quarter of the tokens.
+Tokens per second are those of the second half of a run's steps, from its own log. "First step" is the time from the
+start of the command to the end of the first step, with imports, compilation and the first validation.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.common import choose_device, circumstances, gpu, invocation, kept_rows, matmul_flops, write_result
-from benchmarks.runs import Corpus, Failed, Run, corpus, train
+from benchmarks import common
+from benchmarks.common import Row
+from benchmarks.runs import Corpus, RunFailed, find_corpus, train
 from litmoe.config import parse_run
 from litmoe.flops import training_flops_per_token
 
-PACKAGES = ("torch", "litgpt", "lightning")
-PEAKS = {"NVIDIA H200": {"measured": 790e12, "datasheet": 989e12}}
-"""FLOP/s of dense bf16 matrix products, by a GPU's name"""
-EQUAL = {
+# FLOP/s of dense bf16 matrix products: measured on such a GPU, and the data sheet's.
+GPU_PEAKS = {"NVIDIA H200": {"measured": 790e12, "datasheet": 989e12}}
+
+# The same work besides the steps on both sides.
+SAME_ON_BOTH_SIDES = {
     "train.log_interval": 10,
     "train.save_interval": "null",
     "eval.initial_validation": "true",
     "eval.interval": 1_000_000_000,
     "sample.prompt": "null",
 }
-"""The same work beside the steps on both sides."""
-VALIDATED = 64
-"""Sequences of each validation: whole micro batches of each size that is tried, which eval.max_iters counts"""
+VALIDATION_SEQUENCES = 64  # eval.max_iters counts micro batches, so it is computed from this
+SECONDS_LIMIT = 300.0  # a way that takes longer is reported as too slow; GPU time is expensive
 
 
 @dataclass(frozen=True)
@@ -60,248 +52,176 @@ class Case:
 
     run_file: str
     flags: tuple[str, ...]
-    """Beside the run file"""
-    micro_batches: tuple[int, ...]
-    """Tried by each side; the run file's own alone is taken for ours where ``shipped``"""
-    trial_tokens: int
+    micro_batch: int
     tokens: int
     rounds: int
-    """0: the trials are what counts"""
-    shipped: bool = False
-    """Ours runs as the run file has it"""
-
-
-def large(run_file: str, context: int, model: str | None = None) -> Case:
-    """For a GPU: 65,536 tokens a step, in four, two and one micro batches."""
-    batch = 65536 // context
-    flags = [f"--train.max_seq_length={context}", f"--train.global_batch_size={batch}"]
-    flags += [f"--model=configs/models/{model}.yaml"] if model else []
-    return Case(
-        f"configs/runs/{run_file}.yaml", tuple(flags), (batch // 4, batch // 2, batch), 40 * 65536, 80 * 65536, 2
-    )
-
-
-QUICKSTART = Case("configs/quickstart.yaml", (), (4, 2), 50 * 1024, 150_000, 3, shipped=True)
-CASES = {
-    "cpu": {"quickstart": QUICKSTART},
-    "cuda": {  # what matters most first
-        "moe-200m": large("tinystories-moe-200m", 2048),
-        "gpt2-124m": large("openwebtext-gpt2-124m", 1024),
-        "moe-200m-dense-twin": large("tinystories-moe-200m", 2048, "moe-200m-dense-twin"),
-        "moe-fine-32": large("tinystories-moe-200m", 2048, "moe-fine-32"),
-        "quickstart": QUICKSTART,
-    },
-}
-TRIAL_LIMIT = 200.0
-"""Seconds after which a trial is given up."""
 
 
 @dataclass(frozen=True)
 class Way:
     """One side with its settings."""
 
-    who: str
-    """``ours`` or ``stock``"""
+    who: str  # "ours" or "stock"
     micro_batch: int
-    compile: bool | None = None
-    """None: as the side does by itself (ours)"""
+    compile: bool | None  # None: the side decides
+
+
+def gpu_case(run_file: str, context: int, model: str | None = None) -> Case:
+    """Return a case of 65,536 tokens per step, in two micro batches."""
+    batch = 65536 // context
+    flags = [f"--train.max_seq_length={context}", f"--train.global_batch_size={batch}"]
+    if model:
+        flags.append(f"--model=configs/models/{model}.yaml")
+    return Case(f"configs/runs/{run_file}.yaml", tuple(flags), batch // 2, 80 * 65536, rounds=2)
+
+
+QUICKSTART = Case("configs/quickstart.yaml", (), micro_batch=4, tokens=150_000, rounds=3)
+CASES = {
+    "cpu": {"quickstart": QUICKSTART},
+    "cuda": {  # the most important one first
+        "moe-200m": gpu_case("tinystories-moe-200m", 2048),
+        "gpt2-124m": gpu_case("openwebtext-gpt2-124m", 1024),
+        "moe-200m-dense-twin": gpu_case("tinystories-moe-200m", 2048, "moe-200m-dense-twin"),
+        "moe-fine-32": gpu_case("tinystories-moe-200m", 2048, "moe-fine-32"),
+        "quickstart": QUICKSTART,
+    },
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=tuple(CASES), default="cpu")
-    parser.add_argument("--models", nargs="+", help="of the device's; all when left away")
-    parser.add_argument("--data-dir", type=Path, help="a prepared corpus; the quickstart's when left away")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="for trying it, with --output: this share of the tokens"
-    )
-    parser.add_argument("--quick", action="store_true", help="each way once, with the largest micro batch")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/train_step_DEVICE.json")
+    parser = common.make_parser(__doc__, "train_step", runs=True)
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="some of the device's models (default: all)")
+    parser.add_argument("--quick", action="store_true", help="one round with a quarter of the tokens")
     args = parser.parse_args()
-    if args.scale != 1 and not args.output:
-        sys.exit("error: --scale is for trying; name an --output beside it, which the published result is not.")
     cases = CASES[args.device]
-    if unknown := [name for name in args.models or () if name not in cases]:
-        sys.exit(f"error: no model {', '.join(unknown)} on {args.device}; there are {', '.join(cases)}.")
-    choose_device(args.device)
-    chosen = {name: scaled(cases[name], args.scale) for name in args.models or cases}
-    if args.quick:
-        chosen = {name: quick(case) for name, case in chosen.items()}
-    output = args.output or ROOT / f"benchmarks/results/train_step_{args.device}.json"
-    command = invocation("train_step")
-    run(args.device, chosen, corpus(args.data_dir), output, command)
+    unknown = sorted(set(args.models or ()) - set(cases))
+    if unknown:
+        sys.exit(f"error: no model {', '.join(unknown)} on {args.device}. Available: {', '.join(cases)}.")
+    common.select_device(args.device)
+    corpus = find_corpus(args.data_dir)
+    output = common.output_path(args, "train_step")
+
+    result = common.describe_run(("torch", "litgpt", "lightning"), args.device)
+    result |= {"peaks": matmul_peaks(args.device), "same_on_both_sides": SAME_ON_BOTH_SIDES}
+    result["models"] = common.earlier_rows(output, result, "models")
+    start = time.perf_counter()
+    for name in args.models or cases:
+        case = cases[name]
+        if args.quick:
+            case = replace(case, tokens=case.tokens // 4, rounds=1)
+
+        def save(model_result: Row, name: str = name) -> None:
+            result["models"][name] = model_result
+            result["seconds"] = round(time.perf_counter() - start, 1)
+            common.write_result(result, output)
+
+        print(f"{name}: {case.tokens:,} tokens", flush=True)
+        measure(case, corpus, save)
 
 
-def scaled(case: Case, scale: float) -> Case:
-    return replace(case, trial_tokens=round(scale * case.trial_tokens), tokens=round(scale * case.tokens))
+def matmul_peaks(device: str) -> dict[str, float]:
+    """Return the FLOP/s of matrix products: of a known GPU in bf16, of this CPU in fp32, measured now."""
+    if device == "cuda":
+        return GPU_PEAKS.get(torch.cuda.get_device_name(), {})
+    size, rates, start = 2048, [], time.perf_counter()
+    a, b = torch.randn(2, size, size)
+    while time.perf_counter() - start < 2.0:
+        before = time.perf_counter()
+        a @ b
+        rates.append(2 * size**3 / (time.perf_counter() - before))
+    return {"measured": max(rates)}
 
 
-def quick(case: Case) -> Case:
-    """Trials that are themselves what counts."""
-    tokens, micro_batch = case.tokens // 4, max(case.micro_batches)
-    changed = {"micro_batches": (micro_batch,), "trial_tokens": tokens, "tokens": tokens}
-    return replace(case, **changed, rounds=0, shipped=False)
-
-
-def run(device: str, cases: dict[str, Case], text: Corpus, output: Path, command: str) -> dict[str, Any]:
-    """Measures each model; the file is written after each trial and round: what was cut short leaves what it had."""
-    result = circumstances(command, PACKAGES)
-    result["hardware"] |= {"threads": torch.get_num_threads(), "gpu": gpu() if device == "cuda" else None}
-    result |= {"device": device, "peaks": peaks(device), "same_on_both_sides": EQUAL}
-    result["models"] = kept_rows(output, result, "models")
-    started = time.perf_counter()
-    for name, case in cases.items():
-
-        def save(model: dict[str, Any], name: str = name) -> None:
-            result["models"][name] = model
-            result["seconds"] = round(time.perf_counter() - started, 1)
-            write_result(result, output)
-
-        measure(case, text, save)
+def measure(case: Case, corpus: Corpus, save: Callable[[Row], None]) -> Row:
+    """Let all ways take turns. ``save`` receives the result after each round."""
+    settings = parse_run(["--config", str(ROOT / case.run_file), *case.flags]).settings
+    context = settings.train.max_seq_length or settings.model.block_size
+    ways = {
+        "ours": Way("ours", case.micro_batch, compile=None),
+        "stock": Way("stock", case.micro_batch, compile=False),
+        "stock compiled": Way("stock", case.micro_batch, compile=True),
+    }
+    result: Row = {
+        "run_file": case.run_file,
+        "flags": case.flags,
+        "precision": settings.precision,
+        "context": context,
+        "batch": settings.train.global_batch_size,
+        "tokens": case.tokens,
+        "flops_per_token": {
+            "causal": training_flops_per_token(settings.model, context),
+            "full": training_flops_per_token(settings.model, context, causal=False),
+        },
+        "ways": {name: asdict(way) for name, way in ways.items()},
+        "rounds": [],
+    }
+    for _ in range(case.rounds):
+        functions = {name: lambda way=way: run_way(way, case, corpus) for name, way in ways.items()}
+        result["rounds"] += common.take_turns(functions, rounds=1)
+        result["summary"] = summarize(result["rounds"])
+        print("  " + "; ".join(f"{name} {row}" for name, row in result["rounds"][-1].items()), flush=True)
+        save(result)
     return result
 
 
-def peaks(device: str) -> dict[str, float]:
-    """FLOP/s that matrix products reach: of a GPU what is known of it, of a CPU in fp32 what it does now."""
-    if device == "cpu":
-        return {"measured": matmul_flops()}
-    return PEAKS.get(torch.cuda.get_device_name(), {})
-
-
-def measure(case: Case, text: Corpus, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Tries both sides' settings, then lets the best take turns; ``save`` gets what is there after each."""
-    settings = parse_run(["--config", str(ROOT / case.run_file), *case.flags]).settings
-    context = settings.train.max_seq_length or settings.model.block_size
-    trials: list[dict[str, Any]] = []
-    rounds: list[dict[str, Any]] = []
-    ways: dict[str, Way | None] = {}
-
-    def found() -> dict[str, Any]:
-        return {
-            "run_file": case.run_file,
-            "flags": case.flags,
-            "precision": settings.precision,
-            "context": context,
-            "batch": settings.train.global_batch_size,
-            "tokens": case.tokens,
-            "flops_per_token": {
-                "causal": training_flops_per_token(settings.model, context),
-                "full": training_flops_per_token(settings.model, context, causal=False),
-            },
-            "trials": trials,
-            "ways": {name: way and asdict(way) for name, way in ways.items()},
-            "rounds": rounds,
-            "summary": summary(rounds),
-        }
-
-    def attempt(way: Way) -> None:
-        trials.append(asdict(way) | one(way, case, text, case.trial_tokens, TRIAL_LIMIT))
-        print(f"  trial {trials[-1]}", flush=True)
-        if not case.rounds:
-            choose()
-            rounds[:] = [{name: trial_of(way, trials) for name, way in ways.items() if way}]
-        save(found())
-
-    def choose() -> None:
-        steps = case.tokens / case.trial_tokens
-        for trial in trials:
-            if trial["status"] == "measured":  # the whole command, were it as long as the runs that count
-                rest = (steps - 1) * case.trial_tokens / trial["tokens_per_second"]
-                trial["expected_seconds"] = trial["seconds"] + rest
-        shipped = Way("ours", settings.train.micro_batch_size) if case.shipped else None
-        ways["ours"] = shipped or best(trials, "ours", "tokens_per_second")
-        ways["stock"] = best(trials, "stock", "tokens_per_second")
-        ways["stock by the whole command"] = best(trials, "stock", "expected_seconds")
-
-    print(f"{settings.model.name}: {case.tokens:,} tokens", flush=True)
-    for micro_batch in () if case.shipped else case.micro_batches:
-        attempt(Way("ours", micro_batch))
-    for micro_batch in case.micro_batches:
-        attempt(Way("stock", micro_batch, compile=False))
-    if eager := best(trials, "stock", "tokens_per_second"):
-        attempt(Way("stock", eager.micro_batch, compile=True))
-    choose()
-    for _ in range(case.rounds):
-        measured = {way: one(way, case, text, case.tokens) for way in dict.fromkeys(filter(None, ways.values()))}
-        rounds.append({name: measured[way] for name, way in ways.items() if way})
-        print("  " + "; ".join(f"{name} {row}" for name, row in rounds[-1].items()), flush=True)
-        save(found())
-    return found()
-
-
-def trial_of(way: Way, trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """What was measured in its trial."""
-    found = next(trial for trial in trials if asdict(way).items() <= trial.items())
-    return {key: value for key, value in found.items() if key not in {*asdict(way), "expected_seconds"}}
-
-
-def one(way: Way, case: Case, text: Corpus, tokens: int, limit: float | None = None) -> dict[str, Any]:
-    """One run of one side."""
-    flags = [
-        "--config",
-        case.run_file,
-        *case.flags,
-        *text.flags,
-        f"--train.max_tokens={tokens}",
-        "--train.max_steps=null",
-    ]
-    flags += [f"--train.micro_batch_size={way.micro_batch}", f"--eval.max_iters={VALIDATED // way.micro_batch}"]
-    flags += [f"--{name}={value}" for name, value in EQUAL.items()]
-    environment = {}
-    if way.who == "ours":
-        flags += [] if way.compile is None else [f"--compile={str(way.compile).lower()}"]
-        script = "run_train.py"
-    else:
-        environment = {"TORCH_COMPILE_DISABLE": "0" if way.compile else "1"}
+def run_way(way: Way, case: Case, corpus: Corpus) -> Row:
+    """Run one side once. A failure (out of memory, too slow) is a result, too."""
+    flags = ["--config", case.run_file, *case.flags, *corpus.flags]
+    flags += [f"--train.max_tokens={case.tokens}", "--train.max_steps=null"]
+    flags += [f"--train.micro_batch_size={way.micro_batch}"]
+    flags += [f"--eval.max_iters={max(1, VALIDATION_SEQUENCES // way.micro_batch)}"]
+    flags += [f"--{name}={value}" for name, value in SAME_ON_BOTH_SIDES.items()]
+    script, environment = "run_train.py", {}
+    if way.who == "stock":
         script = "benchmarks/stock_pretrain.py"
+        environment = {"TORCH_COMPILE_DISABLE": "0" if way.compile else "1"}
     try:
-        return {"status": "measured"} | numbers(train(flags, script=script, environment=environment, limit=limit))
-    except Failed as error:  # out of memory, or too slow
+        run = train(flags, script=script, environment=environment, limit=SECONDS_LIMIT)
+        return {
+            "status": "measured",
+            "tokens_per_second": round(run.tokens_per_second, 1),
+            "seconds": round(run.seconds, 2),
+            "first_step_seconds": round(run.first_step_seconds, 2),
+            "peak_bytes": run.peak_bytes,
+            "val_loss": run.val_loss,
+        }
+    except RunFailed as error:
         return {"status": str(error)}
 
 
-def numbers(run: Run) -> dict[str, float | None]:
-    """What is kept of a run."""
-    return {
-        "tokens_per_second": round(run.tokens_per_second, 1),
-        "seconds": round(run.seconds, 2),
-        "first_step_seconds": round(run.first_step_seconds, 2),
-        "peak_bytes": run.peak_bytes,
-        "val_loss": run.val_loss,
-    }
+def summarize(rounds: list[Row]) -> Row:
+    """Return (lowest, median, highest) of each number and of the ratios; a ratio above 1 is in favour of ours."""
+    summary: Row = {}
+    for name in rounds[0]:
+        measured = [row[name] for row in rounds if row[name]["status"] == "measured"]
+        keys = [key for key in measured[0] if key != "status"] if measured else []
+        summary[name] = {key: common.low_median_high([row[key] for row in measured]) for key in keys}
+    summary["times_stock"] = {}
+    for ratio, key in (("tokens_per_second", "tokens_per_second"), ("whole_command", "seconds")):
+        stock = best_stock(rounds, key)
+        pairs = [(row["ours"], row[stock]) for row in rounds if stock is not None]
+        pairs = [pair for pair in pairs if all(side["status"] == "measured" for side in pair)]
+        if not pairs:
+            continue
+        if key == "seconds":
+            ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
+        else:
+            ratios = [ours[key] / theirs[key] for ours, theirs in pairs]
+        summary["times_stock"][ratio] = common.low_median_high(ratios)
+    return summary
 
 
-def best(trials: list[dict[str, Any]], who: str, by: str) -> Way | None:
-    """The settings of one side with the highest (of seconds the lowest) number; None where none ran."""
-    ran = [trial for trial in trials if trial["who"] == who and trial["status"] == "measured"]
-    if not ran:
+def best_stock(rounds: list[Row], key: str) -> str | None:
+    """Return which of stock's ways is best by the median of a number; None if none of them ran."""
+    medians = {}
+    for name in rounds[0]:
+        values = [row[name][key] for row in rounds if row[name]["status"] == "measured"]
+        if name != "ours" and values:
+            medians[name] = median(values)
+    if not medians:
         return None
-    chosen = (min if by.endswith("seconds") else max)(ran, key=lambda trial: trial[by])
-    return Way(who, chosen["micro_batch"], chosen["compile"])
-
-
-def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """(lowest, median, highest) over the rounds of each number and of the ratios; a ratio above 1 is for ours."""
-    result: dict[str, Any] = {}
-    for name in dict.fromkeys(name for row in rounds for name in row):
-        ran = [row[name] for row in rounds if row[name]["status"] == "measured"]
-        keys = [key for key in ran[0] if key != "status"] if ran else []
-        result[name] = {key: ends([row[key] for row in ran]) for key in keys}
-    by_steps = [(row["ours"], row["stock"]) for row in rounds if {"ours", "stock"} <= row.keys()]
-    whole = [(row["ours"], row["stock by the whole command"]) for row in rounds if {"ours", "stock"} <= row.keys()]
-    ratios = {
-        "tokens_per_second": [a["tokens_per_second"] / b["tokens_per_second"] for a, b in by_steps if measured(a, b)],
-        "whole_command": [b["seconds"] / a["seconds"] for a, b in whole if measured(a, b)],
-    }
-    return result | {"times_stock": {name: ends(values) for name, values in ratios.items() if values}}
-
-
-def measured(*rows: dict[str, Any]) -> bool:
-    return all(row["status"] == "measured" for row in rows)
-
-
-def ends(values: list[float]) -> list[float]:
-    return [min(values), median(values), max(values)]
+    choose = min if key == "seconds" else max
+    return choose(medians, key=lambda name: medians[name])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""How fast is text prepared, and how fast are tokens read? Both against LitGPT, on the same text and the same cores.
+
+    uv run python benchmarks/data.py prepare                     # 20 MB of the built-in stories, 1 to 4 minutes
+    uv run python benchmarks/data.py prepare --megabytes 100 --repeat 1
+    uv run python benchmarks/data.py prepare --megabytes 1000 --side ours    # does memory grow with the text?
+    uv run python benchmarks/data.py read                        # needs a prepared corpus; makes the quickstart's
+
+prepare: `prepare_data.py` against LitGPT's TextFiles, each a process of its own, timed as a whole with its imports. The
+sides take turns. TextFiles puts no end-of-text token after a document; apart from that both must produce the same token
+ids, which is checked. Peak memory is that of all processes together.
+
+read: the training batches of our TokenizedText against LitGPT's LitData, which read the same token folder, with 0, 1
+and 2 worker processes. The first batch is timed separately, because it contains the start of the workers.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import Row, describe_run, make_parser, output_path, peak_memory, take_turns, write_result
+
+SEPARATOR = "<|endoftext|>"
+TRAINING_FILES = 8  # TextFiles divides its work by files
+TOKEN_FOLDERS = {"TextFiles": ("train/train", "val/val"), "ours": ("tokens/train", "tokens/val")}
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "data_MODE", devices=False, runs=True)
+    parser.add_argument("mode", choices=("prepare", "read", "textfiles"), metavar="{prepare,read}")
+    parser.add_argument("--megabytes", type=float, default=20, help="prepare: size of the text")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
+    parser.add_argument("--side", choices=("both", "ours"), default="both", help="prepare: measure both, or only ours")
+    parser.add_argument("folder", nargs="?", type=Path, help="(used by prepare itself, for TextFiles)")
+    args = parser.parse_args()
+    if args.mode == "textfiles":
+        run_text_files(args.folder)
+        return
+    result = describe_run(("litgpt", "litdata", "torch", "tokenizers", "tiktoken"))
+    if args.mode == "prepare":
+        sides = ("TextFiles", "ours") if args.side == "both" else ("ours",)
+        with tempfile.TemporaryDirectory() as folder:
+            result |= measure_preparation(sides, args.megabytes, args.repeat, Path(folder))
+        output = output_path(args, "data_prep")
+    else:
+        result |= {"rows": measure_reading(args.data_dir, args.repeat)}
+        output = output_path(args, "data_read")
+    write_result(result, output)
+    print(json.dumps(result, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------------------- preparation
+
+
+def measure_preparation(sides: Iterable[str], megabytes: float, repeat: int, folder: Path) -> Row:
+    """Let the sides tokenize the same text in turns, and check that their ids agree."""
+    # Each side gets a copy of the text, because TextFiles writes its tokens (and other files) next to it.
+    text_bytes = write_text(megabytes, folder / "ours")
+    shutil.copytree(folder / "ours", folder / "TextFiles")
+    # Both sides use one tokenizer. prepare_data.py trains it on this text, before anything is timed.
+    prepare(folder, "--tokenizer", "train", "--vocab_size", "8192")
+
+    turns = take_turns({side: partial(timed_preparation, side, folder) for side in sides}, repeat)
+    documents = {side: read_documents(side, folder) for side in sides}
+    tokens = sum(len(document) for document in documents["ours"]) // 4  # int32
+    result: Row = {"text_bytes": text_bytes, "documents": len(documents["ours"]), "tokens": tokens}
+    for name, index in (("seconds", 0), ("peak_memory_gb", 1)):
+        result[name] = {side: [round(turn[side][index], 2) for turn in turns] for side in sides}
+    result["tokens_per_second"] = {side: round(tokens / median(result["seconds"][side])) for side in sides}
+    if "TextFiles" in documents:
+        result["same_ids_apart_from_document_ends"] = documents["TextFiles"] == documents["ours"]
+        result["times_textfiles"] = round(median(turn["TextFiles"][0] / turn["ours"][0] for turn in turns), 1)
+    return result
+
+
+def write_text(megabytes: float, folder: Path) -> int:
+    """Write 8 training files and a small validation file of built-in stories. Return their size in bytes."""
+    from litmoe.data.stories import generate_stories
+
+    documents, size = [], 0
+    for story in generate_stories():
+        if size >= megabytes * 1e6:
+            break
+        documents.append(story)
+        size += len(story)
+    validation = max(1, len(documents) // 20)
+    files = {f"train/{i}.txt": documents[validation + i :: TRAINING_FILES] for i in range(TRAINING_FILES)}
+    files["val/0.txt"] = documents[:validation]
+    for name, texts in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"\n{SEPARATOR}\n".join(texts), encoding="utf-8", newline="\n")
+    return sum((folder / name).stat().st_size for name in files)
+
+
+def timed_preparation(side: str, folder: Path) -> tuple[float, float]:
+    """Return the seconds of one side's process, and the peak memory of it and its children in GB."""
+    for place in TOKEN_FOLDERS[side]:
+        shutil.rmtree(folder / side / place, ignore_errors=True)
+    if side == "ours":
+        shutil.rmtree(folder / side / "tokens", ignore_errors=True)  # with the metadata
+        return prepare(folder)
+    return run([sys.executable, __file__, "textfiles", str(folder)])
+
+
+def prepare(folder: Path, *flags: str) -> tuple[float, float]:
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "--data_dir", str(folder / "ours")]
+    return run([*command, "--tokenizer_dir", str(folder / "tokenizer"), *flags])
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Run a command. Return its seconds and its peak memory in GB."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with peak_memory(process) as peak:
+        output, _ = process.communicate()
+        seconds = time.perf_counter() - start
+    if process.returncode != 0:
+        sys.exit(f"error: {' '.join(command)} failed:\n{output}")
+    print(f"{seconds:.2f} s: {' '.join(command[1:3])}", flush=True)
+    return seconds, peak["bytes"] / 1e9
+
+
+def run_text_files(folder: Path) -> None:
+    from litgpt.data import TextFiles
+    from litgpt.tokenizer import Tokenizer
+
+    data = TextFiles(folder / "TextFiles" / "train", folder / "TextFiles" / "val")
+    data.connect(Tokenizer(folder / "tokenizer"), batch_size=1, max_seq_length=256)
+    data.prepare_data()
+
+
+def read_documents(side: str, folder: Path) -> list[bytes]:
+    """Return the token ids (int32) of every document, sorted, without what is between documents."""
+    import numpy as np
+    from litgpt.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(folder / "tokenizer")
+    line_end = tokenizer.token_to_id("\u010a")  # "\n" in a byte-level vocabulary
+    documents = []
+    for place in TOKEN_FOLDERS[side]:
+        tokens_dir = folder / side / place
+        index = json.loads((tokens_dir / "index.json").read_text(encoding="utf-8"))
+        is_uint16 = index["config"]["data_format"] == ["no_header_tensor:20"]
+        dtype = np.uint16 if is_uint16 else np.int32
+        chunks = []
+        for chunk in index["chunks"]:
+            # A chunk starts with the number of its items and their offsets, 4 bytes each.
+            header_bytes = 4 * (chunk["chunk_size"] + 2)
+            chunks.append(np.fromfile(tokens_dir / chunk["filename"], dtype=dtype, offset=header_bytes))
+        ids = np.concatenate(chunks).astype(np.int32)
+        for piece in np.split(ids, np.flatnonzero(ids == tokenizer.eos_id)):
+            # Each piece starts with its separator; TextFiles also keeps the line ends around it.
+            inside = np.flatnonzero((piece != tokenizer.eos_id) & (piece != line_end))
+            if len(inside):
+                documents.append(piece[inside[0] : inside[-1] + 1].tobytes())
+    return sorted(documents)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def measure_reading(data_dir: Path | None, repeat: int) -> list[Row]:
+    """Time complete passes of both readers, with the batches of the quickstart and of MoE-200M."""
+    from benchmarks.runs import find_corpus
+
+    data_dir = find_corpus(data_dir).data_dir
+    rows = []
+    for model, context, micro_batch in (("quickstart", 256, 4), ("moe-200m", 2048, 8)):
+        for workers in (0, 1, 2):
+            loaders = {
+                side: partial(timed_pass, make_loader(side, data_dir, context, micro_batch, workers))
+                for side in ("ours", "LitData")
+            }
+            turns = take_turns(loaders, repeat)
+            row: Row = {"model": model, "context": context, "micro_batch": micro_batch, "workers": workers}
+            row["tokens_per_second"] = {side: round(median(turn[side][1] for turn in turns)) for side in loaders}
+            row["first_batch_seconds"] = {side: round(median(turn[side][0] for turn in turns), 4) for side in loaders}
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def make_loader(side: str, data_dir: Path, context: int, micro_batch: int, workers: int) -> Any:
+    from litgpt.data import LitData
+
+    from litmoe.data import TokenizedText
+
+    if side == "ours":
+        data = TokenizedText(data_dir / "train", data_dir / "val", num_workers=workers)
+    else:
+        data = LitData(data_dir / "tokens", split_names=("train", "val"), num_workers=workers)
+    data.connect(batch_size=micro_batch, max_seq_length=context)
+    return data.train_dataloader()
+
+
+def timed_pass(loader: Any) -> tuple[float, float]:
+    """Return the seconds until the first batch, and the tokens per second of the others."""
+    start = time.perf_counter()
+    batches = iter(loader)
+    next(batches)
+    first = time.perf_counter()
+    tokens = sum(count_tokens(batch) for batch in batches)
+    return first - start, tokens / (time.perf_counter() - first)
+
+
+def count_tokens(batch: Any) -> int:
+    tensor = batch if hasattr(batch, "numel") else next(iter(batch.values()))
+    return tensor.numel()
+
+
+if __name__ == "__main__":
+    main()

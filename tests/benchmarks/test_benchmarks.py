@@ -1,0 +1,259 @@
+"""The benchmarks: every script starts, small runs end to end, the arithmetic, and the tables in the documents."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import ablations, data, generation, moe_layer, moe_peers, moe_vs_dense, report, train_step
+from benchmarks.common import Spread, earlier_rows, spread
+from benchmarks.runs import Corpus, Point, Run, RunFailed, train, validation_curve
+
+SCRIPTS = ["ablations", "data", "generation", "memory", "moe_layer", "moe_vs_dense", "train_step"]
+TINY_MODEL = ("--model.n_layer=2", "--model.n_embd=32", "--model.moe_intermediate_size=16", "--model.block_size=32")
+TINY_SIZE = (32, 48, 4, 2)
+EAGER_LAYERS = tuple(name for name in moe_peers.layer_builders(TINY_SIZE) if "compiled" not in name)
+
+
+@pytest.fixture(scope="module")
+def corpus(prepared: Path) -> Corpus:
+    return Corpus(prepared / "data", prepared / "tokenizer")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = report.ROOT / "benchmarks" / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(path), run_name="__main__")
+    assert exit_info.value.code == 0
+    assert f"benchmarks/{script}.py" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_tables_in_documents_are_up_to_date() -> None:
+    """After a measurement run: uv run python benchmarks/report.py"""
+    results = report.load_results(report.RESULTS)
+    for path in report.documents():
+        text = path.read_text(encoding="utf-8")
+        assert report.insert_tables(text, results) == text, path.name
+
+
+def test_tables_are_inserted_between_markers() -> None:
+    results = report.load_results(report.RESULTS)
+    text = report.insert_tables("before\n<!-- begin:memory -->\nold\n<!-- end:memory -->\nafter\n", results)
+    lines = text.splitlines()
+    assert lines[:2] == ["before", "<!-- begin:memory -->"] and lines[-2:] == ["<!-- end:memory -->", "after"]
+    assert lines[2:-2] == report.memory(results) and "old" not in text
+
+
+def test_unknown_table_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="no table 'nonsense'"):
+        report.insert_tables("<!-- begin:nonsense -->\n<!-- end:nonsense -->", {})
+
+
+# ----------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_spread_is_the_95_percent_interval() -> None:
+    assert spread([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.0, 4.303 / math.sqrt(3)), rel=1e-3)
+    assert spread([5.0]) == Spread(5.0, 0.0, 0.0)
+
+
+def test_speed_is_measured_on_the_second_half() -> None:
+    rows = [{"step": 0, "val_loss": 3.0}]
+    rows += [{"total_tokens": 1000.0 * n, "time": time} for n, time in enumerate((9.0, 10.0, 12.0, 14.0), 1)]
+    run = Run(seconds=30.0, first_log_line=(10, 20.0), peak_bytes=1, rows=rows, val_loss=None)
+    assert run.tokens_per_second == 2000 / 4  # from the second of four rows
+    assert run.first_step_seconds == pytest.approx(20 - 9 * 100 / 500)
+
+
+def test_curve_counts_training_seconds_only() -> None:
+    rows = [
+        {"step": 0, "val_loss": 3.0},
+        {"total_tokens": 100.0, "tokens_per_second": 50.0, "time": 7.0},
+        {"total_tokens": 300.0, "tokens_per_second": 100.0, "time": 99.0, "val_loss": 2.0},
+    ]
+    assert validation_curve(rows) == [Point(0, 0, 3.0), Point(300, 4, 2.0)]
+
+
+def test_train_step_compares_with_the_better_stock() -> None:
+    def row(speed: float, seconds: float) -> dict[str, Any]:
+        return {"status": "measured", "tokens_per_second": speed, "seconds": seconds}
+
+    # Compiled is faster per step, but slower as a whole command.
+    rounds = [
+        {"ours": row(ours, 5), "stock": row(90, whole), "stock compiled": row(100, 60)}
+        for ours, whole in ((200, 10), (300, 20), (100, 15))
+    ]
+    times_stock = train_step.summarize(rounds)["times_stock"]
+    assert times_stock == {"tokens_per_second": [1, 2, 3], "whole_command": [2, 3, 4]}
+    rounds[0]["stock compiled"] = {"status": "out of memory"}
+    assert train_step.summarize(rounds)["times_stock"]["tokens_per_second"] == [1, 2, 3]
+
+
+def test_differences_pair_runs_of_the_same_seed() -> None:
+    def run(model: str, seed: int, score: float) -> dict[str, Any]:
+        return {"model": model, "seed": seed, "bits_per_byte": score}
+
+    runs = [run("MoE", 0, 1.0), run("MoE", 1, 1.2), run("dense", 1, 1.4), run("dense", 0, 1.1)]
+    assert moe_vs_dense.differences(runs)["difference"]["mean"] == pytest.approx(-0.15)
+    assert moe_vs_dense.differences(runs[:2]) == {}
+
+
+def test_earlier_rows_of_other_versions_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    result = {"commit": "abc", "hardware": {"cpu": "a", "gpu": None}, "versions": {"torch": "2"}, "rows": {"x": {}}}
+    path.write_text(json.dumps(result), encoding="utf-8")
+    assert earlier_rows(path, result, "rows") == {"x": {"commit": "abc"}}
+    assert earlier_rows(path, {**result, "versions": {"torch": "3"}}, "rows") == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ the layer
+
+
+def test_every_layer_is_compared_and_timed(tmp_path: Path) -> None:
+    cases = [moe_layer.Case(TINY_SIZE, 64, precision, EAGER_LAYERS, 2) for precision in ("fp32", "bf16", "bf16-mixed")]
+    cases.append(moe_layer.Case(TINY_SIZE, 64, "fp32", ("LitGPT", "ours"), 2, skewed=True))
+    result = moe_layer.run("cpu", cases, tmp_path / "moe_layer_cpu.json", seconds=1e-4)
+    for case in result["cases"]:
+        for name, row in case["layers"].items():
+            if name in moe_peers.GPU_ONLY:
+                assert row == {"status": "needs a GPU"}
+                continue
+            assert row["status"] == "measured", (case["precision"], name, row["status"])
+            assert row["speedup"][1] > 0 and row["saved_bytes_per_token"] > 0
+    assert result["cases"][-1]["largest_share"] == 0.5
+    lines = report.layer_speed(report.load_results(tmp_path), "cpu")
+    assert any(line.startswith("| **ours** | ") for line in lines)
+
+
+def test_wrong_layer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def builders_with_mistakes(size: moe_peers.Size) -> dict:
+        def wrong(weights: dict) -> torch.nn.Module:
+            layer = builders["LitGPT"](weights)
+            layer.gate.weight.register_hook(lambda gradient: 1.001 * gradient)
+            return layer
+
+        builders = moe_peers.layer_builders(size)
+        return {**builders, "ours": wrong, "dense": lambda weights: 1 / 0}
+
+    monkeypatch.setattr(moe_layer, "layer_builders", builders_with_mistakes)
+    case = moe_layer.Case(TINY_SIZE, 64, "fp32", ("LitGPT", "ours", "dense"), 2)
+    rows = moe_layer.measure(case, "cpu", 1e-4)["layers"]
+    assert rows["LitGPT"]["status"] == "measured"
+    assert rows["ours"]["status"] == "wrong: gate by 1.0e-03" and "seconds" not in rows["ours"]
+    assert rows["dense"] == {"status": "ZeroDivisionError: division by zero"}
+
+
+def test_saved_bytes_follow_the_formula() -> None:
+    """The plain layer keeps x, its sorted copy, gate and up, silu, the product, the experts' outputs, and indices."""
+    n_embd, width, _, k = TINY_SIZE
+    weights, bench, _ = moe_layer.prepare(moe_layer.Case(TINY_SIZE, 64, "fp32", (), 0), "cpu")
+    layer = moe_peers.layer_builders(TINY_SIZE)["plain grouped_mm"](weights)
+    saved = moe_layer.saved_bytes(layer, bench) / 64
+    floats = n_embd + k * (n_embd + 2 * width + width + width + n_embd)
+    assert 4 * floats < saved < 4 * floats + 60 * k  # sorting, weights and places: a few numbers per assignment
+
+
+# ------------------------------------------------------------------------------------------------------ small real runs
+
+
+def test_generation_matches_litgpt(tmp_path: Path, moe_fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, output = tmp_path / "tiny.yaml", tmp_path / "generation_tiny_cpu.json"
+    model.write_text(yaml.safe_dump(moe_fields), encoding="utf-8")
+    flags = ["--model", str(model), "--new-tokens", "5", "--rounds", "2", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["generation.py", *flags])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    generation.main()
+    results = report.load_results(tmp_path)
+    for batch, peers in results["generation_tiny_cpu"]["batches"].items():
+        assert set(peers) == {"ours", "litgpt generate"}
+        assert all(row["rows_as_litgpt"] == int(batch) for row in peers.values())
+        assert peers["litgpt generate"]["speedup"] == [1, 1, 1]
+    assert len(report.generation(results)) == 2 + 2 * 2
+
+
+def test_generation_counts_tokens_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(steps: list[list[int]], times: list[float]) -> tuple[float, float, list[list[int]]]:
+        clock = iter([0.0, *times])
+        monkeypatch.setattr(generation.time, "perf_counter", lambda: next(clock))
+        tokens = len(steps) * len(steps[0]) // 2
+
+        def peer(prompts: torch.Tensor, new_tokens: int, on_step: generation.OnStep) -> None:
+            for step in steps:
+                on_step(step)
+
+        return generation.timed(peer, torch.zeros(2, 1), tokens)
+
+    together = timed([[1, 2], [3, 4], [5, 6]], [10.0, 10.5, 11.0])
+    assert together == (10.0, 2 * 2 / 1.0, [[1, 3, 5], [2, 4, 6]])
+    one_by_one = timed([[1], [3], [2], [4]], [1.0, 1.5, 9.0, 9.5])
+    assert one_by_one == (1.0, 2 / 1.0, [[1, 3], [2, 4]])
+
+
+def test_readers_are_timed(corpus: Corpus) -> None:
+    for side in ("ours", "LitData"):
+        first_batch_seconds, speed = data.timed_pass(data.make_loader(side, corpus.data_dir, 16, 2, workers=0))
+        assert first_batch_seconds > 0 and speed > 0
+
+
+@pytest.mark.slow
+def test_failed_run_reports_its_error(corpus: Corpus) -> None:
+    with pytest.raises(RunFailed, match="global_batch_size 3"):
+        train(["--config", "configs/quickstart.yaml", *corpus.flags, "--train.global_batch_size=3"])
+
+
+@pytest.mark.slow
+def test_preparation_of_both_sides_gives_the_same_ids(tmp_path: Path) -> None:
+    result = data.measure_preparation(("TextFiles", "ours"), 0.05, 1, tmp_path)
+    assert result["same_ids_apart_from_document_ends"] and result["times_textfiles"] > 1
+
+
+@pytest.mark.slow
+def test_train_step_of_both_sides_reaches_a_similar_loss(corpus: Corpus) -> None:
+    """The same tokens, and weights from the same distribution: the comparison is fair."""
+    flags = (*TINY_MODEL, "--data.init_args.num_workers=0")
+    case = train_step.Case("configs/quickstart.yaml", flags, micro_batch=4, tokens=60 * 128, rounds=1)
+    result = train_step.measure(case, corpus, save=lambda model: None)
+    (row,) = result["rounds"]
+    assert [side["status"] for side in row.values()] == ["measured"] * 3, row
+    assert row["ours"]["val_loss"] == pytest.approx(row["stock"]["val_loss"], rel=0.1)
+    steps = {"device": "cpu", "peaks": {"measured": 1e12}, "models": {"quickstart": result}}
+    assert len(report.train_step({"train_step_cpu": steps}, "cpu")) == 2 + 3
+
+
+@pytest.mark.slow
+def test_moe_is_compared_with_its_dense_twin(corpus: Corpus) -> None:
+    preset = moe_vs_dense.Preset(
+        "configs/quickstart.yaml",
+        "configs/models/quickstart-dense-twin.yaml",
+        4096,
+        (1e-3, math.nan),
+        ("--model.n_layer=2", "--model.block_size=32", "--train.lr_warmup_steps=2"),
+    )
+    saved: list[str] = []
+    result = moe_vs_dense.compare(preset, 2, corpus, lambda result: saved.append(json.dumps(result)))
+    assert len(saved) == 8 and json.loads(saved[-1]) == json.loads(json.dumps(result))
+    assert [math.isnan(row["learning_rate"]) for row in result["failed"]] == [True, True]
+    assert len(result["equal_tokens"]["runs"]) == len(result["equal_seconds"]["runs"]) == 4
+    row = report.moe_vs_dense({"moe_vs_dense_cpu": result})[3]
+    assert f"{result['equal_seconds']['difference']['mean']:+.4f}" in row
+
+
+@pytest.mark.slow
+def test_ablation_row_has_all_seeds(corpus: Corpus) -> None:
+    flags = (*ablations.SELECTION_BIAS, "--train.max_seq_length=32")  # the tiny corpus has no longer windows
+    row = ablations.measure(ablations.Choice("balance", flags), 2048, 2, corpus)
+    assert row["status"] == "measured", row
+    assert [run["seed"] for run in row["runs"]] == [0, 1]
+    rows = ablations.add_differences({"default": row, "same": dict(row)})
+    assert rows["same"]["difference"]["mean"] == 0
