@@ -23,6 +23,7 @@ from benchmarks import common
 from benchmarks.common import Row
 from benchmarks.moe_vs_dense import score
 from benchmarks.runs import Corpus, RunFailed, find_corpus, seed_flags, train, validation_curve
+from benchmarks.tables import make_table, print_table, with_verdict
 
 CONFIG = "configs/quickstart.yaml"
 MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 0.02, "adamw_lr": 2.0e-3, "weight_decay": 0.1}}
@@ -49,6 +50,7 @@ def low_memory(stochastic_rounding: bool) -> tuple[str, ...]:
     )
 
 
+# A sigmoid router, with a bias per expert that is changed after each step instead of a loss (DeepSeek-V3).
 SELECTION_BIAS = (
     "--model.n_expert_groups=2",
     "--model.n_topk_groups=2",
@@ -57,6 +59,7 @@ SELECTION_BIAS = (
     "--moe.load_balancing_loss=0",
     "--moe.bias_update_rate=0.001",
 )
+# As many active parameters in four times as many experts.
 FINE_EXPERTS = ("--model.n_expert=32", "--model.n_expert_per_token=8", "--model.moe_intermediate_size=48")
 CHOICES = {
     "default": Choice("softmax router with both balance losses, AdamW, 8 experts top-2, no QK-norm"),
@@ -82,15 +85,20 @@ def main() -> None:
     result = common.describe_run(("torch", "torchao", "litgpt", "lightning"))
     result |= {"run_file": CONFIG, "tokens": args.tokens, "seeds": args.seeds}
     rows = common.earlier_rows(output, result, "rows")
+    # The file is written after each row, so an interrupted run keeps what it has.
     for name in args.only:
         rows[name] = measure(CHOICES[name], args.tokens, args.seeds, corpus)
         print(f"{name}: {rows[name].get('bits_per_byte', rows[name]['status'])}", flush=True)
-        in_order = {name: rows[name] for name in CHOICES if name in rows}
-        common.write_result(result | {"rows": add_differences(in_order)}, output)
+        result["rows"] = {name: rows[name] for name in CHOICES if name in rows}
+        add_differences(result["rows"])
+        add_table(result)
+        common.write_result(result, output)
+    print_table(result)
 
 
 def measure(choice: Choice, tokens: int, seeds: int, corpus: Corpus) -> Row:
     """Train with each seed. A failure, for example 8-bit Adam without a C++ compiler, is a result, too."""
+    # All seeds or none: differences are formed between runs of the same seed.
     row: Row = {"question": choice.question, "flags": choice.flags, "status": "measured"}
     try:
         row["runs"] = [run_once(choice.flags, seed, tokens, corpus) for seed in range(seeds)]
@@ -112,21 +120,42 @@ def run_once(flags: Sequence[str], seed: int, tokens: int, corpus: Corpus) -> Ro
 def expert_load(rows: Sequence[Row]) -> Row:
     """Return the busiest expert's load over the mean load (mean over the layers) and the dead experts, at the end."""
     last = next(row for row in reversed(rows) if "train_loss" in row)
-    loads = [value for name, value in last.items() if name.startswith("expert_load_max/")]
-    dead = [value for name, value in last.items() if name.startswith("dead_experts/")]
-    return {"busiest_expert": round(mean(loads), 3), "dead_experts": sum(dead)}
+    loads, dead_experts = [], 0.0
+    for name, value in last.items():
+        if name.startswith("expert_load_max/"):
+            loads.append(value)
+        elif name.startswith("dead_experts/"):
+            dead_experts += value
+    return {"busiest_expert": round(mean(loads), 3), "dead_experts": dead_experts}
 
 
-def add_differences(rows: Row) -> Row:
+def add_differences(rows: Row) -> None:
     """Add to each row its difference to the default's run of the same seed; below 0 is better."""
     default = rows.get("default", {})
+    if "runs" not in default:
+        return
     for name, row in rows.items():
-        if name != "default" and row["status"] == default.get("status") == "measured":
-            pairs = zip(row["runs"], default["runs"], strict=True)
-            row["difference"] = common.spread(
-                [run["bits_per_byte"] - base["bits_per_byte"] for run, base in pairs]
-            )._asdict()
-    return rows
+        if name == "default" or "runs" not in row:
+            continue
+        pairs = zip(row["runs"], default["runs"], strict=True)
+        changes = [run["bits_per_byte"] - base["bits_per_byte"] for run, base in pairs]
+        row["difference"] = common.spread(changes)._asdict()
+
+
+def add_table(result: Row) -> None:
+    rows = []
+    for name, row in result["rows"].items():
+        if "runs" not in row:
+            rows.append([name, row["status"], "", "", ""])
+            continue
+        score, difference = row["bits_per_byte"], ""
+        if "difference" in row:
+            difference = with_verdict(row["difference"])
+        speed = f"{row['tokens_per_second']['mean']:,.0f}"
+        load = f"{mean(run['busiest_expert'] for run in row['runs']):.2f}"
+        rows.append([name, f"{score['mean']:.4f} ± {score['deviation']:.4f}", difference, speed, load])
+    heads = ("", "bits per byte", "minus the default's", "tokens/s", "busiest expert, times the mean")
+    result["table"] = make_table(heads, rows)
 
 
 if __name__ == "__main__":

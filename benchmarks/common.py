@@ -36,7 +36,9 @@ def make_parser(doc: str | None, name: str, *, devices: bool = True, runs: bool 
         devices: whether the script runs on a GPU too; the result file then has the device in its name.
         runs: whether the script starts training runs on a corpus.
     """
-    file = f"{name}_DEVICE.json" if devices else f"{name}.json"
+    file = f"{name}.json"
+    if devices:
+        file = f"{name}_DEVICE.json"
     # No abbreviations: some scripts hand unknown flags on to run_train.py.
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -59,6 +61,7 @@ def select_device(device: str) -> None:
     """Hide all GPUs from this process and its children (cpu), or exit with a message if there is none (cuda)."""
     import torch
 
+    # Before anything initializes CUDA, which reads the variable once.
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
@@ -142,7 +145,8 @@ def describe_gpu() -> Row:
 
 def write_result(result: Row, path: Path) -> None:
     """Write JSON with each list of numbers on one line."""
-    text = json.dumps(result, indent=1)
+    # json.dumps writes each number of a curve on a line of its own, which makes diffs unreadable.
+    text = json.dumps(result, indent=1, ensure_ascii=False)
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
@@ -170,10 +174,10 @@ class Spread(NamedTuple):
     """The mean of a few measurements and how certain it is."""
 
     mean: float
+    # Standard deviation of one measurement
     deviation: float
-    """Standard deviation of one measurement"""
+    # Half of the 95% confidence interval of the mean (Student's t); 0 for a single measurement
     interval: float
-    """Half of the 95% confidence interval of the mean (Student's t); 0 for a single measurement"""
 
 
 # Student's t for a 95% interval, by the number of measurements.
@@ -228,6 +232,7 @@ def peak_memory(process: "subprocess.Popen[str]", seconds: float = 0.1) -> Itera
             except psutil.Error:
                 continue  # one of the processes has just ended
 
+    # A thread, because the caller reads the output of the process meanwhile.
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:

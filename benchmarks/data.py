@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import Row, describe_run, make_parser, output_path, peak_memory, take_turns, write_result
+from benchmarks.tables import make_table, print_table
 
 SEPARATOR = "<|endoftext|>"
 TRAINING_FILES = 8  # TextFiles divides its work by files
@@ -51,12 +52,14 @@ def main() -> None:
         sides = ("TextFiles", "ours") if args.side == "both" else ("ours",)
         with tempfile.TemporaryDirectory() as folder:
             result |= measure_preparation(sides, args.megabytes, args.repeat, Path(folder))
+        add_preparation_table(result)
         output = output_path(args, "data_prep")
     else:
         result |= {"rows": measure_reading(args.data_dir, args.repeat)}
+        add_reading_table(result)
         output = output_path(args, "data_read")
     write_result(result, output)
-    print(json.dumps(result, indent=1))
+    print_table(result)
 
 
 # ---------------------------------------------------------------------------------------------------------- preparation
@@ -71,35 +74,50 @@ def measure_preparation(sides: Iterable[str], megabytes: float, repeat: int, fol
     prepare(folder, "--tokenizer", "train", "--vocab_size", "8192")
 
     turns = take_turns({side: partial(timed_preparation, side, folder) for side in sides}, repeat)
-    documents = {side: read_documents(side, folder) for side in sides}
-    tokens = sum(len(document) for document in documents["ours"]) // 4  # int32
-    result: Row = {"text_bytes": text_bytes, "documents": len(documents["ours"]), "tokens": tokens}
-    for name, index in (("seconds", 0), ("peak_memory_gb", 1)):
-        result[name] = {side: [round(turn[side][index], 2) for turn in turns] for side in sides}
-    result["tokens_per_second"] = {side: round(tokens / median(result["seconds"][side])) for side in sides}
-    if "TextFiles" in documents:
-        result["same_ids_apart_from_document_ends"] = documents["TextFiles"] == documents["ours"]
-        result["times_textfiles"] = round(median(turn["TextFiles"][0] / turn["ours"][0] for turn in turns), 1)
+    documents = read_documents("ours", folder)
+    tokens = sum(map(len, documents)) // 4  # int32
+    result: Row = {"text_bytes": text_bytes, "documents": len(documents), "tokens": tokens}
+    result |= {"seconds": {}, "peak_memory_gb": {}, "tokens_per_second": {}}
+    for side in sides:
+        seconds = [turn[side][0] for turn in turns]
+        result["seconds"][side] = [round(value, 2) for value in seconds]
+        result["peak_memory_gb"][side] = [round(turn[side][1], 2) for turn in turns]
+        result["tokens_per_second"][side] = round(tokens / median(seconds))
+    if "TextFiles" in sides:
+        result["same_ids_apart_from_document_ends"] = read_documents("TextFiles", folder) == documents
+        speeds = result["tokens_per_second"]
+        result["times_textfiles"] = round(speeds["ours"] / speeds["TextFiles"], 1)
     return result
 
 
 def write_text(megabytes: float, folder: Path) -> int:
     """Write 8 training files and a small validation file of built-in stories. Return their size in bytes."""
+    documents = take_stories(megabytes * 1e6)
+    # The validation set is small, as in real corpora.
+    number_of_val = max(1, len(documents) // 20)
+    files = {"val/0.txt": documents[:number_of_val]}
+    for index in range(TRAINING_FILES):
+        files[f"train/{index}.txt"] = documents[number_of_val + index :: TRAINING_FILES]
+    size = 0
+    for name, texts in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"\n{SEPARATOR}\n".join(texts), encoding="utf-8", newline="\n")
+        size += path.stat().st_size
+    return size
+
+
+def take_stories(size: float) -> list[str]:
+    """Return built-in stories of so many bytes in total."""
     from litmoe.data.stories import generate_stories
 
-    documents, size = [], 0
+    stories, taken = [], 0
     for story in generate_stories():
-        if size >= megabytes * 1e6:
+        if taken >= size:
             break
-        documents.append(story)
-        size += len(story)
-    validation = max(1, len(documents) // 20)
-    files = {f"train/{i}.txt": documents[validation + i :: TRAINING_FILES] for i in range(TRAINING_FILES)}
-    files["val/0.txt"] = documents[:validation]
-    for name, texts in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"\n{SEPARATOR}\n".join(texts), encoding="utf-8", newline="\n")
-    return sum((folder / name).stat().st_size for name in files)
+        stories.append(story)
+        taken += len(story)
+    return stories
 
 
 def timed_preparation(side: str, folder: Path) -> tuple[float, float]:
@@ -121,6 +139,7 @@ def run(command: list[str]) -> tuple[float, float]:
     """Run a command. Return its seconds and its peak memory in GB."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Both sides start worker processes, whose memory counts.
     with peak_memory(process) as peak:
         output, _ = process.communicate()
         seconds = time.perf_counter() - start
@@ -134,6 +153,7 @@ def run_text_files(folder: Path) -> None:
     from litgpt.data import TextFiles
     from litgpt.tokenizer import Tokenizer
 
+    # As in `litgpt pretrain`, with LitGPT's defaults.
     data = TextFiles(folder / "TextFiles" / "train", folder / "TextFiles" / "val")
     data.connect(Tokenizer(folder / "tokenizer"), batch_size=1, max_seq_length=256)
     data.prepare_data()
@@ -150,6 +170,7 @@ def read_documents(side: str, folder: Path) -> list[bytes]:
     for place in TOKEN_FOLDERS[side]:
         tokens_dir = folder / side / place
         index = json.loads((tokens_dir / "index.json").read_text(encoding="utf-8"))
+        # litdata numbers its data formats; 20 is uint16.
         is_uint16 = index["config"]["data_format"] == ["no_header_tensor:20"]
         dtype = np.uint16 if is_uint16 else np.int32
         chunks = []
@@ -166,6 +187,19 @@ def read_documents(side: str, folder: Path) -> list[bytes]:
     return sorted(documents)
 
 
+def add_preparation_table(result: Row) -> None:
+    rows = []
+    for side, name in (("TextFiles", "LitGPT's `TextFiles`"), ("ours", "**`prepare_data.py`**")):
+        if side in result["seconds"]:
+            seconds = f"{median(result['seconds'][side]):.2f}"
+            memory = f"{max(result['peak_memory_gb'][side]):.2f} GB"
+            rows.append([name, seconds, f"{result['tokens_per_second'][side]:,}", memory])
+    result["table"] = make_table(("", "seconds", "tokens/s", "peak memory"), rows)
+    if "times_textfiles" in result:
+        what = f"tokenizing {result['text_bytes'] / 1e6:.0f} MB of text"
+        result["headline"] = [[what, f"{result['times_textfiles']} times as fast as LitGPT's `TextFiles`"]]
+
+
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -177,14 +211,16 @@ def measure_reading(data_dir: Path | None, repeat: int) -> list[Row]:
     rows = []
     for model, context, micro_batch in (("quickstart", 256, 4), ("moe-200m", 2048, 8)):
         for workers in (0, 1, 2):
-            loaders = {
-                side: partial(timed_pass, make_loader(side, data_dir, context, micro_batch, workers))
-                for side in ("ours", "LitData")
-            }
-            turns = take_turns(loaders, repeat)
             row: Row = {"model": model, "context": context, "micro_batch": micro_batch, "workers": workers}
-            row["tokens_per_second"] = {side: round(median(turn[side][1] for turn in turns)) for side in loaders}
-            row["first_batch_seconds"] = {side: round(median(turn[side][0] for turn in turns), 4) for side in loaders}
+            # A loader can be iterated several times, so it is made once.
+            passes = {}
+            for side in ("ours", "LitData"):
+                passes[side] = partial(timed_pass, make_loader(side, data_dir, context, micro_batch, workers))
+            turns = take_turns(passes, repeat)
+            row |= {"first_batch_seconds": {}, "tokens_per_second": {}}
+            for side in passes:
+                row["first_batch_seconds"][side] = round(median(turn[side][0] for turn in turns), 4)
+                row["tokens_per_second"][side] = round(median(turn[side][1] for turn in turns))
             rows.append(row)
             print(row, flush=True)
     return rows
@@ -195,6 +231,7 @@ def make_loader(side: str, data_dir: Path, context: int, micro_batch: int, worke
 
     from litmoe.data import TokenizedText
 
+    # LitData is LitGPT's module for folders in litdata's format, which ours have.
     if side == "ours":
         data = TokenizedText(data_dir / "train", data_dir / "val", num_workers=workers)
     else:
@@ -209,13 +246,18 @@ def timed_pass(loader: Any) -> tuple[float, float]:
     batches = iter(loader)
     next(batches)
     first = time.perf_counter()
-    tokens = sum(count_tokens(batch) for batch in batches)
+    tokens = sum(batch.numel() for batch in batches)
     return first - start, tokens / (time.perf_counter() - first)
 
 
-def count_tokens(batch: Any) -> int:
-    tensor = batch if hasattr(batch, "numel") else next(iter(batch.values()))
-    return tensor.numel()
+def add_reading_table(result: Row) -> None:
+    rows = []
+    for row in result["rows"]:
+        batch = f"{row['model']}: {row['micro_batch']} x {row['context']:,}"
+        speeds = [f"{speed:,}" for speed in row["tokens_per_second"].values()]
+        rows.append([batch, row["workers"], *speeds, f"{1000 * row['first_batch_seconds']['ours']:,.1f}"])
+    heads = ("micro batch", "workers", "ours, tokens/s", "LitGPT's LitData, tokens/s", "our first batch, ms")
+    result["table"] = make_table(heads, rows)
 
 
 if __name__ == "__main__":

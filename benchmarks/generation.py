@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Row
+from benchmarks.tables import bold_ours, make_table, print_table, ranged
 from custom_moe import use_custom_moe
 from litmoe import checkpoints
 from litmoe.export.huggingface import export
@@ -51,7 +52,8 @@ def main() -> None:
     common.select_device(args.device)
     if args.model is None and not args.checkpoint.is_dir():
         sys.exit(f"error: no checkpoint in {args.checkpoint}. Run: make quickstart. Or name a model file: --model FILE")
-    torch.set_float32_matmul_precision("high")  # as LitGPT's command line does; for all peers
+    # As LitGPT's command line does; it applies to all peers.
+    torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
     dtype = choose_dtype("auto", device)
     if args.model is None:
@@ -65,17 +67,15 @@ def main() -> None:
     result |= {"model": gpt.config.name, "trained": args.model is None, "dtype": str(dtype).removeprefix("torch.")}
     result |= {"prompt_tokens": PROMPT_TOKENS, "new_tokens": args.new_tokens, "batches": {}}
     prompts = sample_prompts(gpt, max(BATCHES))
-    stock = stock_model(gpt)
-    # Only a checkpoint can be exported.
-    transformers_peer = hugging_face(args.checkpoint, device, dtype) if args.model is None else None
+    peers: dict[str, Peer] = {"ours": partial(ours, gpt), STOCK: partial(litgpt_one_by_one, stock_model(gpt))}
+    if args.model is None:
+        # Only a checkpoint can be exported to Hugging Face's format.
+        peers["huggingface generate"] = hugging_face(args.checkpoint, device, dtype)
     for batch in BATCHES:
-        peers = {"ours": partial(ours, gpt), STOCK: partial(litgpt_one_by_one, stock)}
-        if transformers_peer is not None:
-            peers["huggingface generate"] = transformers_peer
         result["batches"][str(batch)] = measure(peers, prompts[:batch], args.new_tokens, args.rounds)
+        add_table(result)
         common.write_result(result, output)
-        for name, row in result["batches"][str(batch)].items():
-            print(f"batch {batch}, {name}: {row}", flush=True)
+    print_table(result)
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -85,9 +85,10 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> GP
     torch.manual_seed(0)
     with use_custom_moe():
         gpt = GPT(config).eval()
+    # The rotary cache stays in fp32, as in a loaded checkpoint: bf16 would round the positions.
     cos, sin = gpt.cos, gpt.sin
     gpt.to(device, dtype)
-    gpt.cos, gpt.sin = cos.to(device), sin.to(device)  # fp32 in every model, as in a loaded checkpoint
+    gpt.cos, gpt.sin = cos.to(device), sin.to(device)
     return gpt
 
 
@@ -96,6 +97,7 @@ def stock_model(gpt: GPT) -> GPT:
     weight = gpt.lm_head.weight
     with weight.device:
         stock = GPT(gpt.config).to(weight.dtype).eval()
+    # The state dicts have the same keys, because our layer keeps LitGPT's names.
     stock.load_state_dict(gpt.state_dict())
     stock.cos, stock.sin = gpt.cos, gpt.sin
     return stock
@@ -148,7 +150,8 @@ def hugging_face(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> 
     with tempfile.TemporaryDirectory() as folder:
         export(checkpoint, Path(folder, "exported"))
         model = AutoModelForCausalLM.from_pretrained(Path(folder, "exported"), dtype=dtype).to(device).eval()
-    model.generation_config.eos_token_id = None  # as many tokens as the others
+    # It must generate as many tokens as the others.
+    model.generation_config.eos_token_id = None
 
     def generate(prompts: Tensor, new_tokens: int, on_step: OnStep) -> None:
         options = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0}
@@ -166,14 +169,20 @@ def measure(peers: dict[str, Peer], prompts: Tensor, new_tokens: int, rounds: in
     turns = common.take_turns(functions, rounds + 1)[1:]
     rows: Row = {}
     for name in peers:
-        firsts, rates, texts = zip(*(turn[name] for turn in turns), strict=True)
-        stock_rates = [turn[STOCK][1] for turn in turns]
-        stock_texts = turns[-1][STOCK][2]
+        firsts, rates, ratios = [], [], []
+        for turn in turns:
+            first_token_seconds, rate, texts = turn[name]
+            _, stock_rate, stock_texts = turn[STOCK]
+            firsts.append(first_token_seconds)
+            rates.append(rate)
+            ratios.append(rate / stock_rate)
+        # At temperature 0 all rounds give the same texts, so the last one is compared.
+        same = [text == stock_text for text, stock_text in zip(texts, stock_texts, strict=True)]
         rows[name] = {
             "tokens_per_second": common.low_median_high(rates),
-            "speedup": common.low_median_high([rate / stock for rate, stock in zip(rates, stock_rates, strict=True)]),
+            "speedup": common.low_median_high(ratios),
             "first_token_seconds": common.low_median_high(firsts),
-            "rows_as_litgpt": sum(text == stock for text, stock in zip(texts[-1], stock_texts, strict=True)),
+            "rows_as_litgpt": sum(same),
         }
     return rows
 
@@ -189,15 +198,33 @@ def timed(peer: Peer, prompts: Tensor, new_tokens: int) -> tuple[float, float, l
 
     start = time.perf_counter()
     peer(prompts, new_tokens, on_step)
-    if len(steps) == len(prompts) * new_tokens:
-        # One text after the other: the steps of a text follow each other, and its first token does not count.
-        texts = [range(first, first + new_tokens) for first in range(0, len(steps), new_tokens)]
-        rows = [[steps[step][0] for step in text] for text in texts]
-        seconds = sum(times[text[-1]] - times[text[0]] for text in texts)
-    else:
+    first_token_seconds = times[0] - start
+    if len(steps) == new_tokens:
         rows = [list(row) for row in zip(*steps, strict=True)]
         seconds = times[-1] - times[0]
-    return times[0] - start, len(prompts) * (new_tokens - 1) / seconds, rows
+    else:
+        # One text after the other: the steps of a text follow each other, and its first token does not count.
+        rows, seconds = [], 0.0
+        for first in range(0, len(steps), new_tokens):
+            rows.append([step[0] for step in steps[first : first + new_tokens]])
+            seconds += times[first + new_tokens - 1] - times[first]
+    return first_token_seconds, len(prompts) * (new_tokens - 1) / seconds, rows
+
+
+def add_table(result: Row) -> None:
+    rows = []
+    for batch, peers in result["batches"].items():
+        for name, row in peers.items():
+            first_ms = f"{1000 * row['first_token_seconds'][1]:.1f}"
+            same_ids = f"{row['rows_as_litgpt']} of {batch}"
+            speeds = [ranged(row["tokens_per_second"]), ranged(row["speedup"], "{:.2f}")]
+            rows.append([batch, bold_ours(name), *speeds, first_ms, same_ids])
+    heads = ("batch", "", "tokens/s", "times litgpt generate", "first token, ms", "texts with LitGPT's ids")
+    result["table"] = make_table(heads, rows)
+    single = result["batches"]["1"]
+    ours, stock = (single[name]["tokens_per_second"][1] for name in ("ours", STOCK))
+    text = f"{ours:,.0f} against {stock:,.0f} tokens/s of `litgpt generate`: {single['ours']['speedup'][1]:.2f} times"
+    result["headline"] = [[f"generation at batch size 1, {result['model']}", text]]
 
 
 if __name__ == "__main__":

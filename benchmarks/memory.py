@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
 from benchmarks.common import Row
+from benchmarks.tables import gib, make_table, print_table
 from custom_moe.backends import Hardware
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters
@@ -26,7 +27,7 @@ A100 = Hardware((8, 0), triton=True)
 
 
 def main() -> None:
-    args = common.make_parser(__doc__, "memory_cpu", devices=False).parse_args()
+    args = common.make_parser(__doc__, "memory", devices=False).parse_args()
     common.select_device("cpu")
     result = common.describe_run(("torch", "litgpt", "lightning"))
     result["rows"] = []
@@ -34,8 +35,9 @@ def main() -> None:
         for layers in LAYERS:
             for micro_batch_size in MICRO_BATCHES:
                 result["rows"].append(work_out(name, layers, micro_batch_size))
-                print(result["rows"][-1], flush=True)
-    common.write_result(result, common.output_path(args, "memory_cpu"))
+    add_table(result)
+    common.write_result(result, common.output_path(args, "memory"))
+    print_table(result)
 
 
 def work_out(name: str, layers: int, micro_batch_size: int) -> Row:
@@ -58,6 +60,19 @@ def work_out(name: str, layers: int, micro_batch_size: int) -> Row:
         **memory._asdict(),
         "peak": memory.peak,
     }
+
+
+def add_table(result: Row) -> None:
+    """Add one row for each model and depth, from the pair of rows with the small and the large micro batch."""
+    rows = []
+    for small, large in zip(result["rows"][::2], result["rows"][1::2], strict=True):
+        total, active = small["total_parameters"], small["active_parameters"]
+        kind = "MoE" if active < total else "dense"
+        parameters = f"{total / 1e6:,.1f} M / {active / 1e6:,.1f} M"
+        kept = small["weights"] + small["gradients"] + small["optimizer"]
+        rows.append([kind, small["n_layer"], parameters, gib(kept), gib(small["peak"]), gib(large["peak"])])
+    heads = ("model", "layers", "parameters / active", "weights, gradients, AdamW", "peak, micro batch 1")
+    result["table"] = make_table((*heads, "micro batch 16"), rows)
 
 
 if __name__ == "__main__":

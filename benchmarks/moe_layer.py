@@ -32,15 +32,19 @@ from torch import Tensor, nn
 from benchmarks import common
 from benchmarks.common import Row
 from benchmarks.moe_peers import GPU_ONLY, Size, layer_builders, litgpt_config, stacked_weights
+from benchmarks.tables import bold_ours, make_table, print_table
 from custom_moe import MoE
 from litmoe.config import cpu_has_bf16
 
 PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel")
 SIZES: list[Size] = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]
 
+ALL_LAYERS = tuple(layer_builders(SIZES[0]))
+EAGER_LAYERS = tuple(name for name in ALL_LAYERS if "compiled" not in name)
+
 # The largest relative deviation from LitGPT's layer in fp32 (Frobenius norm). bf16 keeps 8 bits, so one rounding is off
 # by up to 2e-3, and a result has passed through several.
-BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "bf16-mixed": 2e-2}
+BOUNDS = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Case:
 
     size: Size
     tokens: int
-    precision: str  # fp32, bf16 (weights too), or bf16-mixed (fp32 weights under autocast)
+    precision: str  # fp32 or bf16, of weights and tokens
     layers: tuple[str, ...]
     rounds: int
     skewed: bool = False
@@ -61,8 +65,10 @@ def main() -> None:
     common.select_device(args.device)
     if args.device == "cpu":
         keep_freed_memory()
-    seconds = 0.1 if args.device == "cpu" else 0.03
-    run(args.device, cases_for(args.device), common.output_path(args, "moe_layer"), seconds)
+        cases, seconds = cpu_cases(), 0.1
+    else:
+        cases, seconds = gpu_cases(), 0.03
+    print_table(run(args.device, cases, common.output_path(args, "moe_layer"), seconds))
 
 
 def keep_freed_memory() -> None:
@@ -85,27 +91,28 @@ def quickstart_size() -> Size:
     return config.n_embd, config.moe_intermediate_size, config.n_expert, config.n_expert_per_token
 
 
-def cases_for(device: str) -> list[Case]:
-    """Return the cases of a device, on a GPU the most important one first.
-
-    Compiling is slow, so on a CPU only the two small sizes have compiled layers, and on a GPU one number of tokens.
-    bf16 needs a CPU that supports it; without, it takes a hundred times as long as fp32.
-    """
-    sizes = [*SIZES, quickstart_size()]
-    all_layers = tuple(layer_builders(SIZES[0]))
-    eager = tuple(name for name in all_layers if "compiled" not in name)
-    pair = ("LitGPT", "ours")
+def cpu_cases() -> list[Case]:
+    """Return the cases for a CPU. Compiling is slow, so only the two small sizes have compiled layers."""
     cases = []
-    if device == "cpu":
-        precisions = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
-        for precision in precisions:
-            cases += [Case(size, 2048, precision, all_layers if size in sizes[3:] else eager, 5) for size in sizes]
-        cases += [Case(SIZES[0], 2048, precision, pair, 5, skewed=True) for precision in precisions]
-        return cases
-    cases += [Case(size, 16384, "bf16", all_layers, 15) for size in sizes]
-    cases += [Case(SIZES[0], 16384, "bf16", pair, 15, skewed=True)]
-    cases += [Case(SIZES[0], 16384, "bf16-mixed", eager, 15), Case(SIZES[0], 2048, "fp32", eager, 15)]
-    cases += [Case(size, tokens, "bf16", eager, 15) for tokens in (2048, 65536) for size in SIZES]
+    # On a CPU without support bf16 takes a hundred times as long as fp32.
+    for precision in ("fp32", "bf16") if cpu_has_bf16() else ("fp32",):
+        for size in SIZES[:3]:
+            cases.append(Case(size, 2048, precision, EAGER_LAYERS, rounds=5))
+        for size in (SIZES[3], quickstart_size()):
+            cases.append(Case(size, 2048, precision, ALL_LAYERS, rounds=5))
+        cases.append(Case(SIZES[0], 2048, precision, ("LitGPT", "ours"), rounds=5, skewed=True))
+    return cases
+
+
+def gpu_cases() -> list[Case]:
+    """Return the cases for a GPU, the most important one first; GPU time is expensive."""
+    cases = [Case(size, 16384, "bf16", ALL_LAYERS, rounds=15) for size in (*SIZES, quickstart_size())]
+    cases.append(Case(SIZES[0], 16384, "bf16", ("LitGPT", "ours"), rounds=15, skewed=True))
+    cases.append(Case(SIZES[0], 2048, "fp32", EAGER_LAYERS, rounds=15))
+    # Few tokens per expert, and many.
+    for tokens in (2048, 65536):
+        for size in SIZES:
+            cases.append(Case(size, tokens, "bf16", EAGER_LAYERS, rounds=15))
     return cases
 
 
@@ -117,16 +124,15 @@ def run(device: str, cases: list[Case], output: Path, seconds: float) -> Row:
     """
     result = common.describe_run(PACKAGES, device)
     result |= {"quickstart": quickstart_size(), "bounds": BOUNDS, "cases": []}
-    start = time.perf_counter()
     for number, case in enumerate(cases, 1):
         try:
             result["cases"].append(measure(case, device, seconds))
         except torch.OutOfMemoryError:
             print(f"{number}/{len(cases)}: {case.size}, {case.tokens} tokens: LitGPT's layer does not fit into the GPU")
             continue
-        result["seconds"] = round(time.perf_counter() - start, 1)
+        add_table(result)
         common.write_result(result, output)
-        print(f"{number}/{len(cases)}, {result['seconds']:.0f} s: {case.size}, {case.tokens} tokens, {case.precision}")
+        print(f"{number}/{len(cases)}: {case.size}, {case.tokens} tokens, {case.precision}")
         for name, row in result["cases"][-1]["layers"].items():
             print(f"   {name}: {row.get('tokens_per_second', row['status'])}", flush=True)
     return result
@@ -141,17 +147,11 @@ class Bench:
 
     x: Tensor  # (1, tokens, n_embd)
     dy: Tensor  # gradient of the output, like x
-    mixed: bool = False
-
-    def forward(self, layer: nn.Module) -> Tensor:
-        self.clear_gradients(layer)
-        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.mixed):
-            y: Tensor = layer(self.x)
-        return y
 
     def iteration(self, layer: nn.Module) -> Tensor:
-        y = self.forward(layer)
-        y.backward(self.dy.to(y.dtype))
+        self.clear_gradients(layer)
+        y: Tensor = layer(self.x)
+        y.backward(self.dy)
         return y
 
     def clear_gradients(self, layer: nn.Module) -> None:
@@ -175,6 +175,7 @@ def measure(case: Case, device: str, seconds: float) -> Row:
         "layers": {},
     }
     rows = result["layers"]
+    # LitGPT's layer in fp32 is the reference, also for bf16.
     exact_bench = Bench(bench.x.detach().float().requires_grad_(), bench.dy.float())
     with torch.device(device):
         reference = outputs_and_gradients(builders["LitGPT"](weights).float(), exact_bench, config)
@@ -193,7 +194,7 @@ def measure(case: Case, device: str, seconds: float) -> Row:
             rows[name] = {"status": one_line(error)}
         if rows[name]["status"] == "measured":
             layers[name] = layer
-    del reference
+    del reference  # memory for the larger cases
 
     times = time_layers(layers, bench, case.rounds, seconds)
     for name, layer_times in times.items():
@@ -212,6 +213,7 @@ def prepare(case: Case, device: str) -> tuple[dict[str, Tensor], Bench, float]:
     # Twice as many tokens as needed: up to a third are dropped below.
     x = torch.randn(2 * case.tokens, config.n_embd, device=device).to(dtype)
     if case.skewed:
+        # A constant input feature that only the first expert's router weight reacts to.
         x[:, 0] = 1
         gate[:, 0] = 4 * nn.functional.one_hot(torch.tensor(0), config.n_expert)
     top, indices = (x.float() @ gate.float().T).topk(config.n_expert_per_token + 1)
@@ -222,7 +224,7 @@ def prepare(case: Case, device: str) -> tuple[dict[str, Tensor], Bench, float]:
     assignments = indices[kept, :-1].flatten()
     largest_share = assignments.bincount().max().item() / len(assignments)
     x = x[kept].unsqueeze(0).requires_grad_()
-    return weights, Bench(x, torch.randn_like(x), mixed=case.precision == "bf16-mixed"), largest_share
+    return weights, Bench(x, torch.randn_like(x)), largest_share
 
 
 def one_line(error: Exception) -> str:
@@ -235,6 +237,7 @@ def one_line(error: Exception) -> str:
 def outputs_and_gradients(layer: nn.Module, bench: Bench, config: Config) -> dict[str, Tensor]:
     """Return the output of one iteration and the gradients, in the same layout for every layer."""
     y = bench.iteration(layer).detach()
+    # torch.compile adds a prefix to the names.
     gradients = {name.removeprefix("_orig_mod."): value.grad for name, value in layer.named_parameters()}
     if "experts.0.proj.weight" in gradients:
         of_weights = stacked_weights(gradients, config)
@@ -246,20 +249,25 @@ def outputs_and_gradients(layer: nn.Module, bench: Bench, config: Config) -> dic
 def examine(name: str, layer: nn.Module, bench: Bench, reference: dict[str, Tensor], case: Case, config: Config) -> Row:
     """Return deviation and memory of a layer. These iterations also warm it up."""
     row: Row = {"status": "measured"}
-    if name != "dense":
-        actual = outputs_and_gradients(layer, bench, config)
-        deviation = {
-            key: ((actual[key].float() - exact).norm() / exact.norm()).item() for key, exact in reference.items()
-        }
-        row["deviation"] = {key: float(f"{value:.2g}") for key, value in deviation.items()}
-        # `not <=` also catches NaN.
-        wrong = [f"{key} by {value:.1e}" for key, value in deviation.items() if not value <= BOUNDS[case.precision]]
+    if name != "dense":  # which computes something else
+        row["deviation"] = deviations(outputs_and_gradients(layer, bench, config), reference)
+        # `not <=` is also true for NaN.
+        wrong = [key for key, value in row["deviation"].items() if not value <= BOUNDS[case.precision]]
         if wrong:
             return row | {"status": f"wrong: {', '.join(wrong)}"}
-        del actual
+    # Activation memory decides which micro batch fits.
     row["saved_bytes_per_token"] = round(saved_bytes(layer, bench) / case.tokens, 1)
     bench.clear_gradients(layer)
     return row
+
+
+def deviations(actual: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Return the relative deviation of each tensor in the Frobenius norm, with two digits."""
+    result = {}
+    for key, exact in reference.items():
+        relative = (actual[key].float() - exact).norm() / exact.norm()
+        result[key] = float(f"{relative.item():.2g}")
+    return result
 
 
 def saved_bytes(layer: nn.Module, bench: Bench) -> int:
@@ -275,8 +283,8 @@ def saved_bytes(layer: nn.Module, bench: Bench) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, torch.compiler.disable(lambda tensor: tensor)):
-        y = bench.forward(layer)
-    y.backward(bench.dy.to(y.dtype))
+        y = layer(bench.x)
+    y.backward(bench.dy)
     return sum(storages.values())
 
 
@@ -287,6 +295,7 @@ def time_layers(layers: dict[str, nn.Module], bench: Bench, rounds: int, seconds
     """Return the seconds per iteration of each layer, one value per round."""
     functions: dict[str, Callable[[], float]] = {}
     for name, layer in layers.items():
+        # The first iteration warms up, the second one tells how many fill the time.
         time_iterations(layer, bench, 1)
         iterations = max(1, round(seconds / time_iterations(layer, bench, 1)))
         functions[name] = lambda layer=layer, iterations=iterations: time_iterations(layer, bench, iterations)
@@ -317,6 +326,42 @@ def speed(times: list[float], litgpt_times: list[float] | None, tokens: int) -> 
 
 def quartiles(values: list[float]) -> list[float]:
     return [float(f"{value:.4g}") for value in quantiles(values, n=4, method="inclusive")]
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def add_table(result: Row) -> None:
+    """Add a table with a row for each layer and a column for each size."""
+    sizes = list(dict.fromkeys(size_of(case) for case in result["cases"]))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}  # the cells of a row by size
+    for case in result["cases"]:
+        for name, layer in case["layers"].items():
+            if "speedup" in layer:
+                key = (case["precision"], f"{case['tokens']:,}", bold_ours(name))
+                kept = layer["saved_bytes_per_token"] / 1024
+                rows.setdefault(key, {})[size_of(case)] = f"{layer['speedup'][1]:.2f} / {kept:.0f}"
+    # A layer was not timed at every size, so some cells stay empty.
+    cells = [[*key, *(by_size.get(size, "") for size in sizes)] for key, by_size in rows.items()]
+    result["table"] = make_table(("", "tokens", "layer", *sizes), cells)
+    result["headline"] = headline(result["cases"])
+
+
+def headline(cases: list[Row]) -> list[list[str]]:
+    """Return the range of our layer's speedup over all cases."""
+    ours = [case["layers"]["ours"] for case in cases]
+    speedups = [layer["speedup"][1] for layer in ours if "speedup" in layer]
+    if not speedups:
+        return []
+    return [["speed of the MoE layer", f"{min(speedups):.2f} to {max(speedups):.2f} times LitGPT's"]]
+
+
+def size_of(case: Row) -> str:
+    """Name the column of a case."""
+    sizes = (case["n_embd"], case["intermediate_size"], case["n_expert"], case["n_expert_per_token"])
+    if case["routing"] == "skewed":
+        return f"{sizes}, skewed"
+    return str(sizes)
 
 
 if __name__ == "__main__":

@@ -104,12 +104,7 @@ class Peer(nn.Module):
         self.compute, self.k = compute, config.n_expert_per_token
 
     def forward(self, x: Tensor) -> Tensor:
-        tensors = (x.flatten(0, 1), self.gate, self.fc, self.proj)
-        if torch.is_autocast_enabled(x.device.type):
-            # These functions are not registered for autocast, so cast as a linear layer would.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = tuple(tensor.to(dtype) for tensor in tensors)
-        return self.compute(*tensors, self.k).view_as(x).to(x.dtype)
+        return self.compute(x.flatten(0, 1), self.gate, self.fc, self.proj, self.k).view_as(x)
 
 
 def route(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:

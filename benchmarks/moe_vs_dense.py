@@ -21,13 +21,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import T_95, Row, describe_run, make_parser, output_path, select_device, spread, write_result
 from benchmarks.runs import Corpus, Point, RunFailed, find_corpus, seed_flags, train, validation_curve
+from benchmarks.tables import make_table, print_table, with_verdict
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters
 
@@ -79,8 +80,12 @@ def main() -> None:
     )
     output = output_path(args, "moe_vs_dense")
     header = describe_run(("torch", "litgpt", "lightning"), args.device)
+
+    def save(comparison: Row) -> None:
+        write_result(header | comparison, output)
+
     try:
-        compare(preset, args.seeds, find_corpus(args.data_dir), lambda result: write_result(header | result, output))
+        print_table(compare(preset, args.seeds, find_corpus(args.data_dir), save))
     except RunFailed as error:
         sys.exit(f"error: {error}")
 
@@ -92,25 +97,27 @@ def compare(preset: Preset, seeds: int, corpus: Corpus, save: Callable[[Row], No
         RunFailed: if the runs of a model failed at every learning rate.
     """
     comparison = Comparison(preset, corpus, save)
-    grid, result = comparison.result["grid"], comparison.result
-    models = ("MoE", "dense")
+    result = comparison.result
+    # Step 1: the learning rates, with the first seed.
     for rate in preset.learning_rates:
-        for model in models:
-            comparison.run(model, rate, seed=0, tokens=preset.tokens, runs=grid)
-
-    rates = {model: best_learning_rate(grid, model) for model in models}
-    result["learning_rates"] = rates
+        comparison.run("MoE", rate, 0, preset.tokens, result["grid"])
+        comparison.run("dense", rate, 0, preset.tokens, result["grid"])
+    best_runs = {"MoE": best_run(result["grid"], "MoE"), "dense": best_run(result["grid"], "dense")}
+    rates = {model: run["learning_rate"] for model, run in best_runs.items()}
     # A best rate at the edge of the grid may have a better one beyond it.
     edges = (min(preset.learning_rates), max(preset.learning_rates))
-    result["on_the_edge"] = sorted(model for model, rate in rates.items() if rate in edges)
+    result["learning_rates"] = rates
+    result["on_the_edge"] = sorted(model for model in rates if rates[model] in edges)
 
+    # Step 2: the other seeds, with equal tokens.
     equal_tokens = result["equal_tokens"]["runs"]
-    equal_tokens += [row for row in grid if row["learning_rate"] == rates[row["model"]]]
+    equal_tokens += best_runs.values()
     for seed in range(1, seeds):
-        for model in models:
-            comparison.run(model, rates[model], seed, preset.tokens, equal_tokens)
+        comparison.run("MoE", rates["MoE"], seed, preset.tokens, equal_tokens)
+        comparison.run("dense", rates["dense"], seed, preset.tokens, equal_tokens)
 
-    speeds = {model: median(row["tokens_per_second"] for row in of_model(equal_tokens, model)) for model in models}
+    # Step 3: the dense model with more tokens, so that both train for equal seconds.
+    speeds = {model: median_speed(equal_tokens, model) for model in rates}
     result["tokens_per_second"] = speeds
     more_tokens = round(preset.tokens * speeds["dense"] / speeds["MoE"])
     equal_seconds = result["equal_seconds"]["runs"]
@@ -139,6 +146,7 @@ class Comparison:
 
     def run(self, model: str, rate: float, seed: int, tokens: int, runs: list[Row]) -> None:
         """Train once, append the result to ``runs`` (a failure to the failed runs), and save everything."""
+        # One log line per validation, so that each validation has the tokens and seconds of its step.
         interval = max(1, tokens // self.tokens_per_step // VALIDATIONS)
         flags = ["--config", self.preset.config, *self.model_flags[model], *self.preset.flags, *self.corpus.flags]
         flags += [*seed_flags(seed), f"--train.max_tokens={tokens}", "--train.max_steps=null"]
@@ -153,22 +161,25 @@ class Comparison:
         except RunFailed as error:  # for example a learning rate that is too high
             self.result["failed"].append(row | {"status": str(error)})
             print(f"  {model}, rate {rate:g}, seed {seed}: {error}", flush=True)
+        # The differences so far: the file is complete after every run.
         for equal in ("tokens", "seconds"):
             self.result[f"equal_{equal}"] |= differences(self.result[f"equal_{equal}"]["runs"])
+        add_table(self.result)
         self.save(self.result)
 
 
 def score(points: Sequence[Point], corpus: Corpus) -> Row:
     """Return the end of a run, and its curve as (tokens, seconds, bits per byte)."""
     last = points[-1]
+    curve = []
+    for point in points:
+        curve.append([point.tokens, round(point.seconds, 2), round(corpus.bits_per_byte(point.loss), 5)])
     return {
         "bits_per_byte": corpus.bits_per_byte(last.loss),
         "tokens": last.tokens,
         "seconds": round(last.seconds, 2),
         "tokens_per_second": round(last.tokens / last.seconds, 1),
-        "curve": [
-            [point.tokens, round(point.seconds, 2), round(corpus.bits_per_byte(point.loss), 5)] for point in points
-        ],
+        "curve": curve,
     }
 
 
@@ -176,28 +187,61 @@ def of_model(runs: Sequence[Row], model: str) -> list[Row]:
     return [row for row in runs if row["model"] == model]
 
 
-def best_learning_rate(grid: Sequence[Row], model: str) -> float:
+def best_run(grid: Sequence[Row], model: str) -> Row:
+    """Return the run that ended with the lowest loss."""
     runs = of_model(grid, model)
     if not runs:
         raise RunFailed(f"all runs of the {model} model failed, at every learning rate")
-    return min(runs, key=lambda row: row["bits_per_byte"])["learning_rate"]
+    return min(runs, key=lambda row: row["bits_per_byte"])
+
+
+def median_speed(runs: Sequence[Row], model: str) -> float:
+    return median(row["tokens_per_second"] for row in of_model(runs, model))
 
 
 def differences(runs: Sequence[Row]) -> Row:
     """Return the mean score of both models, and of MoE minus dense with the same seed. Empty without a pair."""
-    pairs = [
-        (moe["bits_per_byte"], dense["bits_per_byte"])
-        for moe in of_model(runs, "MoE")
-        for dense in of_model(runs, "dense")
-        if moe["seed"] == dense["seed"]
-    ]
-    if not pairs:
+    moe, dense = scores_by_seed(runs, "MoE"), scores_by_seed(runs, "dense")
+    seeds = sorted(moe.keys() & dense.keys())  # a run that failed has no score
+    if not seeds:
         return {}
-    moe_scores, dense_scores = zip(*pairs, strict=True)
-    return {
-        "means": {"MoE": spread(moe_scores)._asdict(), "dense": spread(dense_scores)._asdict()},
-        "difference": spread([moe - dense for moe, dense in pairs])._asdict(),
+    means = {
+        "MoE": spread([moe[seed] for seed in seeds])._asdict(),
+        "dense": spread([dense[seed] for seed in seeds])._asdict(),
     }
+    return {"means": means, "difference": spread([moe[seed] - dense[seed] for seed in seeds])._asdict()}
+
+
+def scores_by_seed(runs: Sequence[Row], model: str) -> dict[int, float]:
+    return {row["seed"]: row["bits_per_byte"] for row in of_model(runs, model)}
+
+
+def add_table(result: Row) -> None:
+    rows = []
+    for equal in ("tokens", "seconds"):
+        comparison = result[f"equal_{equal}"]
+        if "difference" not in comparison:
+            rows.append([f"equal {equal}", "not measured yet", "", "", "", ""])
+            continue
+        means, runs = comparison["means"], comparison["runs"]
+        scores = [f"{means['MoE']['mean']:.4f}", f"{means['dense']['mean']:.4f}"]
+        spent = [describe_length(runs, "MoE"), describe_length(runs, "dense")]
+        rows.append([f"equal {equal}", *scores, with_verdict(comparison["difference"]), *spent])
+    heads = ("", "MoE", "dense", "MoE minus dense", "tokens of the MoE", "tokens of the dense model")
+    result["table"] = make_table(heads, rows)
+
+    # Equal time is what counts for a user.
+    if "difference" in result["equal_seconds"]:
+        millions = result["grid"][0]["max_tokens"] / 1e6
+        text = f"bits per byte {with_verdict(result['equal_seconds']['difference'])}"
+        result["headline"] = [[f"MoE against its dense twin in equal time, {millions:.1f} M tokens", text]]
+
+
+def describe_length(runs: Sequence[Row], model: str) -> str:
+    """Return the mean tokens and seconds of a model's runs."""
+    tokens = mean(run["tokens"] for run in of_model(runs, model))
+    seconds = mean(run["seconds"] for run in of_model(runs, model))
+    return f"{tokens / 1e6:.2f} M in {seconds:.0f} s"
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Corpus:
 
     def bits_per_byte(self, loss: float) -> float:
         """Convert a validation loss in nats per token."""
+        # The metadata counts the tokens and the bytes of text that they came from.
         metadata = manifest.read(self.data_dir)
         assert metadata is not None
         validation = metadata.splits["val"]
@@ -54,17 +55,24 @@ def find_corpus(data_dir: Path | None) -> Corpus:
     if data_dir is None:
         data_dir = ROOT / "data" / "stories"
         if manifest.read(data_dir) is None:
-            flags = ["--source", "sample", "--tokenizer", "train", "--vocab_size", "2048"]
-            flags += ["--data_dir", str(data_dir), "--tokenizer_dir", str(data_dir / "tokenizer")]
-            subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *flags], cwd=ROOT, check=True)
-    places = [data_dir / "tokenizer", data_dir.parent / "tokenizer"]
-    tokenizer_dir = next((place for place in places if place.is_dir()), None)
-    if manifest.read(data_dir) is None or tokenizer_dir is None:
+            prepare_stories(data_dir)
+    # A tokenizer next to the folder serves several corpora.
+    tokenizer_dir = data_dir / "tokenizer"
+    if not tokenizer_dir.is_dir():
+        tokenizer_dir = data_dir.parent / "tokenizer"
+    if manifest.read(data_dir) is None or not tokenizer_dir.is_dir():
         sys.exit(
             f"error: {data_dir} is not a prepared corpus with a tokenizer. "
             f"Run: uv run python prepare_data.py --data_dir {data_dir}"
         )
     return Corpus(data_dir.resolve(), tokenizer_dir.resolve())
+
+
+def prepare_stories(data_dir: Path) -> None:
+    """Prepare the quickstart's corpus as its run file does."""
+    flags = ["--source", "sample", "--tokenizer", "train", "--vocab_size", "2048"]
+    flags += ["--data_dir", str(data_dir), "--tokenizer_dir", str(data_dir / "tokenizer")]
+    subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *flags], cwd=ROOT, check=True)
 
 
 def seed_flags(seed: int) -> list[str]:
@@ -79,21 +87,22 @@ def seed_flags(seed: int) -> list[str]:
 class Run:
     """The measurements of a run that has ended."""
 
+    # Of the complete command, with imports, validation and the last checkpoint
     seconds: float
-    """Of the complete command, with imports, validation and the last checkpoint"""
+    # Step of the first log line, and seconds until it was printed
     first_log_line: tuple[int, float]
-    """Step of the first log line, and seconds until it was printed"""
+    # Reserved by CUDA's allocator; on a CPU the memory of all processes
     peak_bytes: int
-    """Reserved by CUDA's allocator; on a CPU the memory of all processes"""
+    # Of its metrics file
     rows: list[dict[str, float]]
-    """Of its metrics file"""
+    # The last one printed, in nats per token (LitGPT's own never reaches its metrics file)
     val_loss: float | None
-    """The last one printed, in nats per token (LitGPT's own never reaches its metrics file)"""
 
     @property
     def tokens_per_second(self) -> float:
         """Speed over the second half of the steps, when everything is warm and compiled."""
-        rows = [row for row in self.rows if "total_tokens" in row and "time" in row]
+        # Rows of validations have no token count.
+        rows = [row for row in self.rows if "total_tokens" in row]
         if len(rows) < 2:
             raise RunFailed(f"{len(rows)} rows in the metrics file are too few to compute a speed")
         middle, last = rows[(len(rows) - 1) // 2], rows[-1]
@@ -130,16 +139,9 @@ def train(
     """
     with tempfile.TemporaryDirectory() as folder:
         out_dir = Path(folder, "run")
+        command = [sys.executable, str(ROOT / script), *flags, "--out_dir", str(out_dir)]
         start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *flags, "--out_dir", str(out_dir)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-        )
+        process = start_process(command, environment or {})
         timer = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
         timer.start()
         try:
@@ -147,26 +149,36 @@ def train(
                 lines, first_log_line = follow_output(process, start)
                 code = process.wait()
         finally:
+            # Also after Ctrl-C: nothing may go on training in the background.
             timer.cancel()
             process.kill()
         seconds = time.perf_counter() - start
+
         if limit and seconds >= limit:
             raise RunFailed(f"killed after {limit:.0f} s")
         if code != 0 or first_log_line is None:
-            print("\n".join(lines[-30:]), file=sys.stderr)
-            last_line = next((line for line in reversed(lines) if line), f"exit code {code}")
-            raise RunFailed(last_line[:200] if code else "the run printed no line about a step")
-
-        text = "\n".join(lines)
-        reserved_gib = re.findall(r"Peak memory ([\d.]+) GiB", text)
-        val_losses = re.findall(r"val loss:? ([\d.]+)", text)
+            raise RunFailed(reason(lines, code))
+        reserved_gib = last_number(r"Peak memory ([\d.]+) GiB", lines)
         return Run(
             seconds=seconds,
             first_log_line=first_log_line,
-            peak_bytes=round(float(reserved_gib[-1]) * 2**30) if reserved_gib else round(peak["bytes"]),
+            peak_bytes=round(reserved_gib * 2**30) if reserved_gib else round(peak["bytes"]),
             rows=read_metrics(next(out_dir.rglob("metrics.csv"))),
-            val_loss=float(val_losses[-1]) if val_losses else None,
+            val_loss=last_number(r"val loss:? ([\d.]+)", lines),
         )
+
+
+def start_process(command: list[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """Start a command whose output can be read line by line while it runs."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def follow_output(process: "subprocess.Popen[str]", start: float) -> tuple[list[str], tuple[int, float] | None]:
@@ -182,6 +194,21 @@ def follow_output(process: "subprocess.Popen[str]", start: float) -> tuple[list[
     return lines, first_log_line
 
 
+def reason(lines: list[str], code: int) -> str:
+    """Print the end of a failed run's output. Return its last line."""
+    print("\n".join(lines[-30:]), file=sys.stderr)
+    if code == 0:
+        return "the run printed no line about a step"
+    last_line = next((line for line in reversed(lines) if line), f"exit code {code}")
+    return last_line[:200]
+
+
+def last_number(pattern: str, lines: list[str]) -> float | None:
+    """Return the number of the last match; None without one."""
+    matches = re.findall(pattern, "\n".join(lines))
+    return float(matches[-1]) if matches else None
+
+
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -195,8 +222,7 @@ class Point(NamedTuple):
     """One validation during a run."""
 
     tokens: float
-    seconds: float
-    """Of training alone, without validation and saving"""
+    seconds: float  # of training alone, without validation and saving
     loss: float
 
 
@@ -204,6 +230,7 @@ def validation_curve(rows: Sequence[dict[str, float]]) -> list[Point]:
     """Return the validations in the metrics of run_train.py, in order."""
     points, seconds, tokens = [], 0.0, 0.0
     for row in rows:
+        # The speed of a row covers the steps since the last one, so it gives their seconds without validation.
         if "tokens_per_second" in row:
             seconds += (row["total_tokens"] - tokens) / row["tokens_per_second"]
             tokens = row["total_tokens"]

@@ -1,22 +1,33 @@
-"""Format numbers and Markdown tables for report.py."""
+"""Format numbers and tables. A benchmark stores its tables in its result file; report.py puts them into documents."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
-Lines = list[str]
+Table = list[list[str]]  # the heads, then the rows
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
+def make_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    return [list(heads), *([str(cell) for cell in row] for row in rows)]
+
+
+def markdown(table: Table) -> list[str]:
     """Return the lines of a Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [f"| {' | '.join(map(str, cells))} |" for cells in lines]
+    heads, *rows = table
+    rule = ["---"] * len(heads)
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
+
+
+def print_table(result: Row) -> None:
+    print("\n".join(markdown(result["table"])))
 
 
 def ranged(values: Sequence[float], form: str = "{:,.0f}") -> str:
     """Format (lowest, median, highest) as `median (lowest to highest)`."""
     low, middle, high = (form.format(value) for value in values)
-    return middle if low == high else f"{middle} ({low} to {high})"
+    if low == high:
+        return middle
+    return f"{middle} ({low} to {high})"
 
 
 def plus_minus(spread: Row, form: str = "{:+.4f}") -> str:
@@ -25,21 +36,23 @@ def plus_minus(spread: Row, form: str = "{:+.4f}") -> str:
     return f"{form.format(spread['mean'])} ± {half}"
 
 
-def verdict(difference: Row) -> str:
-    """Say what the 95% interval of a difference of losses says; below 0 is better."""
+def with_verdict(difference: Row) -> str:
+    """Format a difference of losses and say whether it is clear; below 0 is better."""
+    text = plus_minus(difference)
+    # A single seed has no interval, so nothing is clear.
     if difference["interval"] == 0 or abs(difference["mean"]) <= difference["interval"]:
-        return "no clear difference"
-    return "better" if difference["mean"] < 0 else "worse"
+        return f"{text}: no clear difference"
+    if difference["mean"] < 0:
+        return f"{text}: better"
+    return f"{text}: worse"
+
+
+def bold_ours(name: str) -> str:
+    """Return a name as it appears in a table."""
+    if name == "ours":
+        return "**ours**"
+    return name
 
 
 def gib(number_of_bytes: float) -> str:
     return f"{number_of_bytes / 2**30:,.1f} GiB"
-
-
-def machine(result: Row) -> str:
-    """Name the hardware of a result."""
-    hardware = result["hardware"]
-    if hardware.get("gpu"):
-        return hardware["gpu"]["name"]
-    cpu = hardware["cpu"].replace("Intel(R) Xeon(R) Processor", "Intel Xeon")
-    return f"{cpu}, {hardware['cores']} cores"

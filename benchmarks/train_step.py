@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,6 +27,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import Row
 from benchmarks.runs import Corpus, RunFailed, find_corpus, train
+from benchmarks.tables import bold_ours, gib, make_table, print_table, ranged
 from litmoe.config import parse_run
 from litmoe.flops import training_flops_per_token
 
@@ -104,25 +104,27 @@ def main() -> None:
     result = common.describe_run(("torch", "litgpt", "lightning"), args.device)
     result |= {"peaks": matmul_peaks(args.device), "same_on_both_sides": SAME_ON_BOTH_SIDES}
     result["models"] = common.earlier_rows(output, result, "models")
-    start = time.perf_counter()
     for name in args.models or cases:
         case = cases[name]
+        # For a few GPU minutes: the same comparison with fewer tokens.
         if args.quick:
             case = replace(case, tokens=case.tokens // 4, rounds=1)
 
         def save(model_result: Row, name: str = name) -> None:
             result["models"][name] = model_result
-            result["seconds"] = round(time.perf_counter() - start, 1)
+            add_table(result)
             common.write_result(result, output)
 
         print(f"{name}: {case.tokens:,} tokens", flush=True)
         measure(case, corpus, save)
+    print_table(result)
 
 
 def matmul_peaks(device: str) -> dict[str, float]:
     """Return the FLOP/s of matrix products: of a known GPU in bf16, of this CPU in fp32, measured now."""
     if device == "cuda":
         return GPU_PEAKS.get(torch.cuda.get_device_name(), {})
+    # The best of two seconds: other programs only make it slower.
     size, rates, start = 2048, [], time.perf_counter()
     a, b = torch.randn(2, size, size)
     while time.perf_counter() - start < 2.0:
@@ -172,6 +174,7 @@ def run_way(way: Way, case: Case, corpus: Corpus) -> Row:
     flags += [f"--eval.max_iters={max(1, VALIDATION_SEQUENCES // way.micro_batch)}"]
     flags += [f"--{name}={value}" for name, value in SAME_ON_BOTH_SIDES.items()]
     script, environment = "run_train.py", {}
+    # Ours decides about compilation by its own rules, as a user gets it.
     if way.who == "stock":
         script = "benchmarks/stock_pretrain.py"
         environment = {"TORCH_COMPILE_DISABLE": "0" if way.compile else "1"}
@@ -189,39 +192,86 @@ def run_way(way: Way, case: Case, corpus: Corpus) -> Row:
         return {"status": str(error)}
 
 
+# ------------------------------------------------------------------------------------------------------------- summary
+
+
 def summarize(rounds: list[Row]) -> Row:
     """Return (lowest, median, highest) of each number and of the ratios; a ratio above 1 is in favour of ours."""
     summary: Row = {}
-    for name in rounds[0]:
-        measured = [row[name] for row in rounds if row[name]["status"] == "measured"]
-        keys = [key for key in measured[0] if key != "status"] if measured else []
-        summary[name] = {key: common.low_median_high([row[key] for row in measured]) for key in keys}
+    for way in rounds[0]:
+        summary[way] = {}
+        for number in ("tokens_per_second", "seconds", "first_step_seconds", "peak_bytes", "val_loss"):
+            values = values_of(rounds, way, number)
+            if values:
+                summary[way][number] = common.low_median_high(values)
+
+    # Stock's eager and compiled runs compete: the one that is better by the number is the opponent.
     summary["times_stock"] = {}
-    for ratio, key in (("tokens_per_second", "tokens_per_second"), ("whole_command", "seconds")):
-        stock = best_stock(rounds, key)
-        pairs = [(row["ours"], row[stock]) for row in rounds if stock is not None]
-        pairs = [pair for pair in pairs if all(side["status"] == "measured" for side in pair)]
-        if not pairs:
-            continue
-        if key == "seconds":
-            ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
-        else:
-            ratios = [ours[key] / theirs[key] for ours, theirs in pairs]
-        summary["times_stock"][ratio] = common.low_median_high(ratios)
+    speed = ratios_to(best_stock(summary, "tokens_per_second", max), rounds, "tokens_per_second")
+    seconds = ratios_to(best_stock(summary, "seconds", min), rounds, "seconds")
+    if speed:
+        summary["times_stock"]["tokens_per_second"] = common.low_median_high(speed)
+        summary["times_stock"]["whole_command"] = common.low_median_high([1 / ratio for ratio in seconds])
     return summary
 
 
-def best_stock(rounds: list[Row], key: str) -> str | None:
-    """Return which of stock's ways is best by the median of a number; None if none of them ran."""
-    medians = {}
-    for name in rounds[0]:
-        values = [row[name][key] for row in rounds if row[name]["status"] == "measured"]
-        if name != "ours" and values:
-            medians[name] = median(values)
-    if not medians:
-        return None
-    choose = min if key == "seconds" else max
-    return choose(medians, key=lambda name: medians[name])
+def values_of(rounds: list[Row], way: str, number: str) -> list[float]:
+    """Return a number from the rounds in which a way ran and reported it."""
+    return [row[way][number] for row in rounds if row[way].get(number) is not None]
+
+
+def best_stock(summary: Row, number: str, choose: Callable[..., str]) -> str | None:
+    """Return which of stock's ways is best by the median; None if none ran."""
+    medians = {way: summary[way][number][1] for way in ("stock", "stock compiled") if number in summary.get(way, {})}
+    return choose(medians, key=medians.get) if medians else None
+
+
+def ratios_to(stock: str | None, rounds: list[Row], number: str) -> list[float]:
+    """Return ours divided by stock's, for each round in which both ran."""
+    if stock is None:
+        return []
+    both = [row for row in rounds if number in row["ours"] and number in row[stock]]
+    return [row["ours"][number] / row[stock][number] for row in both]
+
+
+def add_table(result: Row) -> None:
+    heads = ("model", "", "tokens/s", "times stock", "MFU", "peak memory", "first step, s", "complete command, s")
+    rows, headline = [], []
+    for model, row in result["models"].items():
+        times_stock = row["summary"]["times_stock"]
+        for way in row["ways"]:
+            if row["summary"].get(way):  # it ran
+                rows.append([model, bold_ours(way), *describe_way(result, row, way)])
+        if times_stock:
+            text = f"{ranged(times_stock['tokens_per_second'], '{:.2f}')} times stock LitGPT"
+            headline.append([f"training step of {model}, tokens/s", text])
+    result["table"] = make_table((*heads, "times stock"), rows)
+    result["headline"] = headline
+
+
+def describe_way(result: Row, row: Row, way: str) -> list[str]:
+    """Return the cells of one way."""
+    numbers, times_stock = row["summary"][way], {}
+    if way == "ours":
+        times_stock = row["summary"]["times_stock"]
+    return [
+        ranged(numbers["tokens_per_second"]),
+        ranged(times_stock["tokens_per_second"], "{:.2f}") if times_stock else "",
+        utilization(result, row, numbers["tokens_per_second"][1]),
+        gib(numbers["peak_bytes"][2]),
+        ranged(numbers["first_step_seconds"], "{:.1f}"),
+        ranged(numbers["seconds"], "{:.1f}"),
+        ranged(times_stock["whole_command"], "{:.2f}") if times_stock else "",
+    ]
+
+
+def utilization(result: Row, row: Row, tokens_per_second: float) -> str:
+    """Return the share of the matrix-product peak (MFU); empty if the peak is unknown or of another precision."""
+    peak = result["peaks"].get("measured")
+    is_other_precision = result["device"] == "cuda" and not row["precision"].startswith("bf16")
+    if peak is None or is_other_precision:
+        return ""
+    return f"{tokens_per_second * row['flops_per_token']['causal'] / peak:.1%}"
 
 
 if __name__ == "__main__":

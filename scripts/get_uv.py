@@ -20,6 +20,7 @@ PIP_INSTALL = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
 def main() -> None:
     """Print the path. Exit with code 1 and one message if no method works."""
+    # Only the path goes to stdout, so that other scripts can use it.
     path = find_uv()
     if path is not None:
         print(path)
@@ -55,6 +56,7 @@ def find_uv() -> str | None:
 
 def install_in_venv() -> str | None:
     """Create a virtual environment in .uv/ and install uv with its pip. Return an error message or None."""
+    # Debian's python3 has this module only with the package python3-venv.
     error = run([sys.executable, "-m", "venv", str(FOLDER)])
     if error is not None:
         return f"venv: {error}"

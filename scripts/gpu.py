@@ -18,7 +18,7 @@ import psutil
 PROJECT = Path(__file__).resolve().parent.parent
 TRAINING_SCRIPTS = ("run_train.py", "finetune.py")
 SECONDS_TO_SAVE = 60
-MATRIX_SIZE = 8192  # three bf16 matrices of this size take 0.4 GB
+MATRIX_SIZE = 8192  # three fp16 matrices of this size take 0.4 GB
 
 
 def main() -> None:
@@ -39,21 +39,23 @@ def main() -> None:
 
 
 def show_status() -> None:
+    # The driver's view first: it also shows the processes of other programs.
     if shutil.which("nvidia-smi"):
         subprocess.run(["nvidia-smi"], check=False)
     else:
         print("nvidia-smi is not on the PATH: this machine has no NVIDIA driver.")
+
+    # PyTorch's view can differ: a CPU build of PyTorch sees no GPU at all.
     import torch
 
-    print(f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda or '-'} / ROCm {torch.version.hip or '-'}")
+    print(f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, for ROCm {torch.version.hip}")
     if torch.cuda.device_count() == 0:
         print("  PyTorch sees no GPU; training runs on the CPU.")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        bf16 = "yes" if torch.cuda.is_bf16_supported() else "no"
         print(
             f"  cuda:{index} {device.name}, {device.total_memory / 2**30:.1f} GiB, "
-            f"compute capability {device.major}.{device.minor}, bf16 {bf16}"
+            f"compute capability {device.major}.{device.minor}, bf16: {torch.cuda.is_bf16_supported()}"
         )
 
 
@@ -79,16 +81,22 @@ def stop_training() -> None:
     for process in runs:
         with suppress(psutil.NoSuchProcess):  # it ended while the question was open
             process.terminate()
+    # The workers end with their run. They are waited for, because they hold memory, too.
     alive = wait_for_end([*runs, *workers], SECONDS_TO_SAVE)
     if alive:
-        print(f"Still running after {SECONDS_TO_SAVE} seconds:")
-        show_processes(alive)
-        if not confirm("Kill them now, without saving? [y/N] "):
-            sys.exit("They were left running.")
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_after_confirmation(alive)
     print("Stopped.")
+
+
+def kill_after_confirmation(processes: list[psutil.Process]) -> None:
+    print(f"Still running after {SECONDS_TO_SAVE} seconds:")
+    show_processes(processes)
+    # A large checkpoint on a slow disk takes long, so killing is the user's decision.
+    if not confirm("Kill them now, without saving? [y/N] "):
+        sys.exit("They were left running.")
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def wait_for_end(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
@@ -117,6 +125,7 @@ def find_training_processes() -> list[psutil.Process]:
                 runs[process.pid] = process
         except (psutil.Error, OSError):
             continue  # the process has ended, or belongs to another user
+    # torchrun is one of them, too. It passes the signal on to the processes that it started.
     return [process for process in runs.values() if not any(parent.pid in runs for parent in process.parents())]
 
 
@@ -125,6 +134,7 @@ def is_training(process: psutil.Process) -> bool:
     command = process.cmdline()
     if not command or not Path(command[0]).name.lower().startswith("python"):
         return False
+    # A relative path in the command line starts at the working directory of the process.
     working_directory = Path(process.cwd())
     scripts = [argument for argument in command[1:] if Path(argument).name in TRAINING_SCRIPTS]
     return any((working_directory / script).resolve().parent == PROJECT for script in scripts)
@@ -152,24 +162,26 @@ def confirm(question: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ hot
 
 
+def choose_gpus(gpus: str, count: int) -> list[int]:
+    """Return the indices that the user asks for."""
+    if count == 0:
+        sys.exit("error: PyTorch sees no GPU on this machine. Run: make gpu-status")
+    available = [str(index) for index in range(count)]
+    chosen = available if gpus == "all" else gpus.split(",")
+    if not set(chosen) <= set(available):
+        sys.exit(f"error: GPUS={gpus!r}: expected all, or some of {','.join(available)}, for example GPUS=0.")
+    return [int(index) for index in chosen]
+
+
 def keep_busy(gpus: str, minutes: float) -> None:
     """Multiply matrices on the given GPUs until the time is over or Ctrl-C, and print the speed every 10 seconds."""
     import torch
 
-    count = torch.cuda.device_count()
-    if count == 0:
-        sys.exit("error: PyTorch sees no GPU on this machine. Run: make gpu-status")
-    indices = list(range(count))
-    if gpus != "all":
-        valid = [str(index) for index in indices]
-        if not set(gpus.split(",")) <= set(valid):
-            sys.exit(f"error: GPUS={gpus!r}: expected all, or some of {','.join(valid)}, for example GPUS=0.")
-        indices = [int(index) for index in gpus.split(",")]
-
+    indices = choose_gpus(gpus, torch.cuda.device_count())
     matrices = []
     for index in indices:
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability(index) >= (8, 0) else torch.float16
-        a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=f"cuda:{index}", dtype=dtype)
+        # fp16 runs on the tensor cores of every GPU that PyTorch supports.
+        a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=f"cuda:{index}", dtype=torch.float16)
         matrices.append((a, b, torch.empty_like(a)))
     print(f"Keeping GPU {gpus} busy for {minutes:g} minutes. Ctrl-C stops it.")
 
@@ -177,9 +189,9 @@ def keep_busy(gpus: str, minutes: float) -> None:
     products = 0
     try:
         while time.monotonic() - start < minutes * 60:
-            for _ in range(20):
-                for a, b, product in matrices:
-                    torch.mm(a, b, out=product)
+            # Products are queued on all GPUs before waiting, so that they run at the same time.
+            for a, b, product in matrices * 20:
+                torch.mm(a, b, out=product)
             products += 20
             for index in indices:
                 torch.cuda.synchronize(index)

@@ -44,8 +44,10 @@ def main() -> None:
         sys.exit(f"error: expected exactly one section from the line {BEGIN!r} to the line {END!r} in {pyproject}.")
 
     new_text = old_text if args.keep_pins else update_pins(uv, old_text)
+    # Users of pip do not need the development tools.
     requirements = REQUIREMENTS_HEADER + export(uv, new_text, "--no-dev")
 
+    # Write last: an error above leaves both files unchanged.
     pyproject.write_text(new_text, encoding="utf-8", newline="\n")
     (PROJECT / "requirements.txt").write_text(requirements, encoding="utf-8", newline="\n")
     (PROJECT / "uv.lock").unlink(missing_ok=True)  # the next `uv run` derives it from the new pins
@@ -67,6 +69,7 @@ def update_pins(uv: str, old_text: str) -> str:
 
 def resolve_pins(uv: str, pyproject_text: str) -> list[str]:
     """Return one requirement per package; with a marker only where the version depends on the Python version."""
+    # A package may have several lines, for example one per Python version.
     lines = export(uv, pyproject_text, "--all-groups", "--no-hashes").splitlines()
     versions_per_package = Counter(line.split("==")[0] for line in lines)
     pins = []
