@@ -45,14 +45,20 @@ def test_tables_in_documents_are_up_to_date() -> None:
     for path in report.documents():
         text = path.read_text(encoding="utf-8")
         assert report.insert_tables(text, results) == text, path.name
+        assert text.count("<!-- begin:") == len(report.MARKERS.findall(text)), f"{path.name}: begin without end"
 
 
 def test_tables_are_inserted_between_markers() -> None:
-    text = "before\n<!-- begin:a_cpu -->\nold\n<!-- end:a_cpu -->\nafter\n<!-- begin:b -->\n<!-- end:b -->\n"
+    text = "before\n<!-- begin:a_cpu -->\nold\n<!-- end:a_cpu -->\nafter\n<!-- begin:b_cuda -->\n<!-- end:b_cuda -->\n"
     new = report.insert_tables(text, {"a_cpu": {"table": [["what", "tokens/s"], ["x", "1"]]}})
     table = "| what | tokens/s |\n| --- | --- |\n| x | 1 |"
     assert new.startswith(f"before\n<!-- begin:a_cpu -->\n{table}\n<!-- end:a_cpu -->\nafter\n")
-    assert "Not measured yet." in new.split("begin:b")[1] and "old" not in new
+    assert "Not measured yet." in new.split("begin:b_cuda")[1] and "old" not in new
+
+
+def test_marker_without_a_result_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="'nonsense'"):
+        report.insert_tables("<!-- begin:nonsense -->\n<!-- end:nonsense -->", {})
 
 
 def test_overview_contains_every_headline() -> None:
