@@ -110,6 +110,7 @@ def measure(choice: Choice, tokens: int, seeds: int, corpus: Corpus) -> Row:
 
 
 def run_once(flags: Sequence[str], seed: int, tokens: int, corpus: Corpus) -> Row:
+    # One validation, after the last step, and nothing else that takes time.
     command = ["--config", CONFIG, *flags, *corpus.flags, *seed_flags(seed), f"--train.max_tokens={tokens}"]
     command += ["--train.save_interval=null", "--checkpoint.every_minutes=null", "--sample.prompt=null"]
     command += ["--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=50"]
@@ -119,6 +120,7 @@ def run_once(flags: Sequence[str], seed: int, tokens: int, corpus: Corpus) -> Ro
 
 def expert_load(rows: Sequence[Row]) -> Row:
     """Return the busiest expert's load over the mean load (mean over the layers) and the dead experts, at the end."""
+    # The statistics of the experts are in the rows of training steps.
     last = next(row for row in reversed(rows) if "train_loss" in row)
     loads, dead_experts = [], 0.0
     for name, value in last.items():

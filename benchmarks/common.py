@@ -75,6 +75,7 @@ def describe_run(packages: Sequence[str], device: str = "cpu") -> Row:
     """Return what every result starts with: command, commit, date, hardware and versions."""
     import torch
 
+    # A busy machine explains odd numbers. Windows has no load average.
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "command": shlex.join(["uv", "run", "python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
@@ -159,6 +160,7 @@ def earlier_rows(path: Path, result: Row, key: str) -> Row:
     """
     if not path.exists():
         return {}
+    # The date and the load may differ.
     earlier = json.loads(path.read_text(encoding="utf-8"))
     same_cpu = earlier["hardware"]["cpu"] == result["hardware"]["cpu"]
     same_gpu = earlier["hardware"].get("gpu") == result["hardware"]["gpu"]

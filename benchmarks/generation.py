@@ -34,6 +34,7 @@ from litmoe import checkpoints
 from litmoe.export.huggingface import export
 from litmoe.inference.generate import choose_dtype, generate_tokens
 
+# One text, as in a chat, and a batch.
 BATCHES = (1, 16)
 PROMPT_TOKENS = 16
 STOCK = "litgpt generate"
@@ -121,6 +122,7 @@ def ours(gpt: GPT, prompts: Tensor, new_tokens: int, on_step: OnStep) -> None:
 
 
 def litgpt_one_by_one(stock: GPT, prompts: Tensor, new_tokens: int, on_step: OnStep) -> None:
+    # As `litgpt generate` does: a cache of exactly the needed length.
     weight = stock.lm_head.weight
     stock.max_seq_length = size = PROMPT_TOKENS + new_tokens
     stock.set_kv_cache(batch_size=1, device=weight.device, dtype=weight.dtype)

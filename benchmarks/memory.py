@@ -20,9 +20,11 @@ from litmoe.config import parse_run
 from litmoe.flops import count_parameters
 from litmoe.train.memory import training_memory
 
+# A dense model and the same with experts.
 RUNS = ("fineweb-edu-gpt2-124m", "fineweb-edu-gpt2-moe")
 LAYERS = (12, 24, 48)
 MICRO_BATCHES = (1, 16)
+# The kernels decide what is kept for the backward. An A100 has those of most NVIDIA cards.
 A100 = Hardware((8, 0), triton=True)
 
 
@@ -47,6 +49,7 @@ def work_out(name: str, layers: int, micro_batch_size: int) -> Row:
     run = parse_run(["--config", str(ROOT / run_file), *flags])
     settings = run.settings
     sizes = count_parameters(settings.model, tie_embeddings=bool(settings.train.tie_embeddings))
+    # With the precision that a GPU would choose; this machine may have none.
     memory = training_memory(run, settings.precision or "bf16-mixed", A100)
     return {
         "run": run_file,

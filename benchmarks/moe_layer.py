@@ -272,6 +272,7 @@ def deviations(actual: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[
 
 def saved_bytes(layer: nn.Module, bench: Bench) -> int:
     """Return what autograd saves for the backward: each storage once, with the input, without the parameters."""
+    # Parameters exist anyway; only what a forward adds is counted.
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     storages: dict[int, int] = {}
 
@@ -306,6 +307,7 @@ def time_layers(layers: dict[str, nn.Module], bench: Bench, rounds: int, seconds
 def time_iterations(layer: nn.Module, bench: Bench, iterations: int) -> float:
     """Return seconds per iteration."""
     synchronize = torch.cuda.synchronize if bench.x.is_cuda else lambda: None
+    # Kernels run asynchronously: wait for earlier ones before the clock starts.
     synchronize()
     start = time.perf_counter()
     for _ in range(iterations):

@@ -49,8 +49,10 @@ def layer_builders(size: Size) -> dict[str, Builder]:
         return lambda weights: Peer(compute, weights, config)
 
     return {
+        # The first one is the reference of all ratios.
         "LitGPT": lambda weights: load(LLaMAMoE(config), weights),
         "LitGPT compiled": lambda weights: torch.compile(load(LLaMAMoE(config), weights)),
+        # The layer chooses its backend by the hardware; the others say what the choice is worth.
         "ours": ours(),
         "ours: grouped_mm": ours(backend="grouped_mm"),
         "ours: triton": ours(backend="triton"),
@@ -73,6 +75,7 @@ def load(layer: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 def stacked_weights(weights: dict[str, Tensor], config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Stack tensors with LitGPT's names: gate ``(E, C)``, gate above up ``(E, 2I, C)``, down ``(E, C, I)``."""
     fc, proj = [], []
+    # One product for gate and up: this is the layout of Hugging Face, Liger-Kernel and our own layer.
     for expert in range(config.n_expert):
         gate_and_up = [weights[f"experts.{expert}.{name}.weight"] for name in ("fc_1", "fc_2")]
         fc.append(torch.cat(gate_and_up))
@@ -100,6 +103,7 @@ class Peer(nn.Module):
 
     def __init__(self, compute: Callable[..., Tensor], weights: dict[str, Tensor], config: Config) -> None:
         super().__init__()
+        # Copies, because all layers of a case are built from the same tensors.
         self.gate, self.fc, self.proj = (nn.Parameter(tensor.clone()) for tensor in stacked_weights(weights, config))
         self.compute, self.k = compute, config.n_expert_per_token
 
@@ -116,11 +120,13 @@ def route(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def plain_grouped(x: Tensor, gate: Tensor, fc: Tensor, proj: Tensor, k: int) -> Tensor:
     """The shortest grouped layer, with plain autograd: the reference for our activation memory."""
     weights, indices = route(x, gate, k)
+    # Sort the assignments by expert, so that each expert's rows are adjacent.
     expert_S, order_S = indices.flatten().sort(stable=True)
     experts = torch.arange(len(gate), device=x.device)
     ends = torch.searchsorted(expert_S, experts, right=True, out_int32=True)
     gates, up = F.grouped_mm(x[order_S // k], fc.transpose(1, 2), offs=ends).chunk(2, dim=-1)
     y_S = F.grouped_mm(F.silu(gates) * up, proj.transpose(1, 2), offs=ends)
+    # Back into the order of the tokens, then the weighted sum over the K experts of each.
     return (y_S[order_S.argsort()].view(-1, k, x.size(1)) * weights.unsqueeze(-1)).sum(dim=1)
 
 

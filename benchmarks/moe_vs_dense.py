@@ -69,6 +69,7 @@ def main() -> None:
     args, other_flags = parser.parse_known_args()
     select_device(args.device)
     preset = PRESETS[args.device]
+    # The flags of a preset belong to its run file.
     if args.config:
         preset = replace(preset, config=args.config, flags=())
     preset = replace(
@@ -135,6 +136,7 @@ class Comparison:
         self.model_flags = {"MoE": [], "dense": [f"--model={preset.dense}"]}
         self.result: Row = {"run_file": preset.config, "flags": preset.flags, "models": {}, "grid": [], "failed": []}
         self.result |= {"equal_tokens": {"runs": []}, "equal_seconds": {"runs": []}}
+        # Both models share the run file, so its batch and learning-rate schedule apply to both.
         for model, flags in self.model_flags.items():
             run = parse_run(["--config", preset.config, *flags, *preset.flags])
             train_args, config = run.settings.train, run.settings.model
@@ -170,6 +172,7 @@ class Comparison:
 
 def score(points: Sequence[Point], corpus: Corpus) -> Row:
     """Return the end of a run, and its curve as (tokens, seconds, bits per byte)."""
+    # The last validation is after the last step.
     last = points[-1]
     curve = []
     for point in points:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.tables import Row, make_table, markdown
 
 RESULTS = ROOT / "benchmarks" / "results"
+# The name must be the same in both markers.
 MARKERS = re.compile(r"(<!-- begin:([\w.-]+) -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
 # The overview starts with these files; the others follow by name.
 FIRST = ("quickstart", "data_prep", "train_step", "moe_layer", "generation")

@@ -24,6 +24,7 @@ def print_table(result: Row) -> None:
 
 def ranged(values: Sequence[float], form: str = "{:,.0f}") -> str:
     """Format (lowest, median, highest) as `median (lowest to highest)`."""
+    # A single round has no range.
     low, middle, high = (form.format(value) for value in values)
     if low == high:
         return middle
@@ -32,6 +33,7 @@ def ranged(values: Sequence[float], form: str = "{:,.0f}") -> str:
 
 def plus_minus(spread: Row, form: str = "{:+.4f}") -> str:
     """Format a mean and half of its 95% interval."""
+    # The interval has no sign of its own.
     half = form.replace("+", "").format(spread["interval"])
     return f"{form.format(spread['mean'])} ± {half}"
 

@@ -52,6 +52,7 @@ class Case:
 
     run_file: str
     flags: tuple[str, ...]
+    # Sequences per forward pass on both sides; gradients are accumulated to the same batch
     micro_batch: int
     tokens: int
     rounds: int
@@ -68,6 +69,7 @@ class Way:
 
 def gpu_case(run_file: str, context: int, model: str | None = None) -> Case:
     """Return a case of 65,536 tokens per step, in two micro batches."""
+    # Enough tokens to fill an H200, and a micro batch whose fp32 logits fit into its memory for both sides.
     batch = 65536 // context
     flags = [f"--train.max_seq_length={context}", f"--train.global_batch_size={batch}"]
     if model:
@@ -110,6 +112,7 @@ def main() -> None:
         if args.quick:
             case = replace(case, tokens=case.tokens // 4, rounds=1)
 
+        # Called after each round: a run that is cut short keeps what it has.
         def save(model_result: Row, name: str = name) -> None:
             result["models"][name] = model_result
             add_table(result)

@@ -27,6 +27,7 @@ def main() -> None:
         return
 
     print(f"uv is not on the PATH. Installing uv {VERSION} into {FOLDER}", file=sys.stderr)
+    # The first method needs Python's venv module, the second one pip.
     errors = []
     for install in (install_in_venv, install_with_system_pip):
         shutil.rmtree(FOLDER, ignore_errors=True)  # remove what a failed attempt left behind

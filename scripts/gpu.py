@@ -117,6 +117,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 def find_training_processes() -> list[psutil.Process]:
     """Return this user's Python processes that run a training script of this project, without their workers."""
+    # Only processes of this user: others could not be stopped anyway.
     user = psutil.Process().username()
     runs = {}
     for process in psutil.process_iter():
@@ -185,6 +186,7 @@ def keep_busy(gpus: str, minutes: float) -> None:
         matrices.append((a, b, torch.empty_like(a)))
     print(f"Keeping GPU {gpus} busy for {minutes:g} minutes. Ctrl-C stops it.")
 
+    # time.monotonic: changes of the system's clock must not end the run.
     start = last_print = time.monotonic()
     products = 0
     try:

@@ -100,6 +100,7 @@ def export(uv: str, pyproject_text: str, *options: str) -> str:
 
 def with_pins(pyproject_text: str, pins: list[str]) -> str:
     """Return the text of pyproject.toml with its pin section replaced."""
+    # One pin per line, so that a diff shows each change.
     pin_lines = "".join(f'  "{pin}",\n' for pin in pins)
     section = f"{BEGIN}\nconstraint-dependencies = [\n{pin_lines}]\n{END}\n"
     return PIN_SECTION.sub(lambda _: section, pyproject_text)
