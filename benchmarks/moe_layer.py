@@ -34,7 +34,7 @@ from benchmarks.common import Row
 from benchmarks.moe_peers import GPU_ONLY, Size, layer_builders, litgpt_config, stacked_weights
 from benchmarks.tables import bold_ours, make_table, print_table
 from custom_moe import MoE
-from litmoe.config import cpu_has_bf16
+from litmoe.hardware import cpu_has_bf16
 
 PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel")
 SIZES: list[Size] = [(768, 2048, 8, 2), (768, 512, 32, 8), (1024, 3584, 8, 2), (256, 256, 32, 4)]
