@@ -1,4 +1,4 @@
-"""The session that README shows, from nothing to a model that others can run, line by line in a fresh copy."""
+"""Run the session of docs/finetuning.md line by line in a fresh copy."""
 
 import json
 import os
@@ -16,8 +16,8 @@ UV = shutil.which("uv") or shutil.which("uv", path=str(PROJECT / ".uv" / "bin"))
 
 
 def commands() -> list[str]:
-    """README's, as they stand."""
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    """Return the lines of the session in docs/finetuning.md."""
+    text = (PROJECT / "docs" / "finetuning.md").read_text(encoding="utf-8")
     return re.findall(r"<!-- session -->\n```bash\n(.*?)```", text, re.DOTALL)[0].splitlines()
 
 
