@@ -59,7 +59,7 @@ def test_links_point_to_files(document: Path) -> None:
             continue
         name, _, anchor = link.partition("#")
         target = document.parent / name if name else document
-        assert target.is_file(), f"{link}: there is no such file"
+        assert target.exists(), f"{link}: there is no such file"
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{link}: there is no such heading"
 
@@ -75,7 +75,10 @@ def test_make_targets_exist(document: Path) -> None:
 
 @each_document
 def test_commands_and_flags_exist(document: Path) -> None:
-    for script, flags in script_calls(document.read_text(encoding="utf-8")):
+    text = document.read_text(encoding="utf-8")
+    # Tables of results name the commands of the commits that they were measured at.
+    text = re.sub(r"<!-- begin:\w+ -->.*?<!-- end:\w+ -->", "", text, flags=re.DOTALL)
+    for script, flags in script_calls(text):
         if script.startswith("llama.cpp/"):
             continue
         assert (PROJECT / script).is_file(), script
