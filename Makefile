@@ -8,7 +8,7 @@ WORKERS ?= 2
 KILLS ?= 200
 ARGS ?=
 
-# Containers often set it. Every command would then compile its imports anew, which takes longer than all else at its start.
+# Containers often set it. Every command would then compile its imports again, which takes longer than all the rest.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -49,10 +49,10 @@ test: venv ## Run the quick tests, WORKERS=2 at a time
 test-slow: venv ## Run the tests that take minutes each
 	$(RUN) pytest -m slow $(ARGS)
 
-chaos: venv ## Kill training and preparation KILLS=200 times at even moments, and compare with what nobody killed
+chaos: venv ## Kill training and preparation KILLS=200 times, and compare with uninterrupted runs
 	CHAOS_KILLS=$(KILLS) $(RUN) pytest tests/chaos -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
-check: lint types test ## Everything that must be green before a commit: lint, format, types, quick tests
+check: lint types test ## Run everything that must pass before a commit: lint, format, types, quick tests
 
 lint: venv
 	$(RUN) ruff check .
@@ -100,7 +100,7 @@ kill-gpu: venv ## List your own training processes of this project, ask, and end
 gpu-hot: venv ## Keep GPUs busy with matrix products until Ctrl-C: make gpu-hot GPUS=0,1 MINUTES=10
 	@$(RUN) python scripts/gpu.py hot --gpus "$(or $(GPUS),all)" --minutes "$(or $(MINUTES),10)"
 
-clean: ## Remove caches and build products; never data, checkpoints, logs or the environment
+clean: ## Remove caches and build products, but never data, checkpoints, logs or the environment
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -path ./.venv -prune -o -path ./.uv -prune -o -path ./data -prune -o -path ./checkpoints -prune \
 	  -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@
 
 All generate the same number of tokens at temperature 0 after the same prompts of 16 tokens, and take turns; ratios are
 formed within a round. The speed counts the tokens after the first, so neither loading nor the prompt; the time to the
-first token is reported beside it (on a GPU it contains the recording of our CUDA graph). LitGPT's side is what `litgpt
+first token is reported next to it (on a GPU it contains the recording of our CUDA graph). LitGPT's side is what `litgpt
 generate` runs, with LitGPT's own layers: one text after the other. The table says how many rows have LitGPT's token ids
 to the last one: rounding may flip a close choice, and all tokens after it.
 """

@@ -7,7 +7,7 @@
     uv run python benchmarks/moe_vs_dense.py --train.global_batch_size 8    # other flags go to run_train.py
 
 The feed-forward of the twin is as wide as the experts that work on one token, so both have the same number of active
-parameters. All runs are complete runs of run_train.py with the whole learning-rate schedule:
+parameters. All runs are complete runs of run_train.py with a complete learning-rate schedule:
 
 1. Both models try each learning rate of one grid with the first seed. The best by validation loss is used from then on.
 2. Equal tokens: the other seeds, with as many tokens.

@@ -118,10 +118,10 @@ def test_train_step_compares_with_the_better_stock() -> None:
     def row(speed: float, seconds: float) -> dict[str, Any]:
         return {"status": "measured", "tokens_per_second": speed, "seconds": seconds}
 
-    # Compiled is faster per step, but slower as a whole command.
+    # Compiled is faster per step, but slower as a complete command.
     rounds = [
-        {"ours": row(ours, 5), "stock": row(90, whole), "stock compiled": row(100, 60)}
-        for ours, whole in ((200, 10), (300, 20), (100, 15))
+        {"ours": row(ours, 5), "stock": row(90, command), "stock compiled": row(100, 60)}
+        for ours, command in ((200, 10), (300, 20), (100, 15))
     ]
     times_stock = train_step.summarize(rounds)["times_stock"]
     assert times_stock == {"tokens_per_second": [1, 2, 3], "whole_command": [2, 3, 4]}
