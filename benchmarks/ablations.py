@@ -4,9 +4,9 @@
     uv run python benchmarks/ablations.py --only default Muon   # some rows; the others of an earlier run are kept
 
 All runs are runs of run_train.py with configs/quickstart.yaml and a few flags, the same number of tokens and the
-complete schedule. A seed decides the weights and the order of the data; differences are formed between runs of the same seed.
-The rows with 16-bit weights and 8-bit Adam train like configs/runs/tinystories-moe-200m-6gb.yaml, which fits a GPU of
-6 GB: what do few bits cost, with stochastic rounding and without?
+complete schedule. A seed decides the weights and the order of the data; differences are formed between runs of the same
+seed. The rows with 16-bit weights and 8-bit Adam train like configs/runs/tinystories-moe-200m-6gb.yaml, which fits a
+GPU of 6 GB: what do few bits cost, with stochastic rounding and without?
 """
 
 import json

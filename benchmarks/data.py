@@ -6,8 +6,8 @@
     uv run python benchmarks/data.py read                        # needs a prepared corpus; makes the quickstart's
 
 prepare: `prepare_data.py` against LitGPT's TextFiles, each a process of its own, timed from start to end with its
-imports. The sides take turns. TextFiles puts no end-of-text token after a document; apart from that both must produce the same token
-ids, which is checked. Peak memory is that of all processes together.
+imports. The sides take turns. TextFiles puts no end-of-text token after a document; apart from that both must produce
+the same token ids, which is checked. Peak memory is that of all processes together.
 
 read: the training batches of our TokenizedText against LitGPT's LitData, which read the same token folder, with 0, 1
 and 2 worker processes. The first batch is timed separately, because it contains the start of the workers.
