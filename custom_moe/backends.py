@@ -1,17 +1,22 @@
-"""Products of rows, sorted by expert, with their expert's weights: two primitives, each in three backends.
+"""Backends compute the experts' matrix products over rows sorted by expert.
 
-=============  ============================================================================  ======================
-backend        how                                                                           waits for the device
-=============  ============================================================================  ======================
-``grouped_mm`` ``torch.nn.functional.grouped_mm``: one kernel for all experts                no
-``triton``     the same as kernels of our own (``custom_moe.triton_kernels``)                no
-``loop``       one product per expert, on any device and in any type                         once in each direction
-=============  ============================================================================  ======================
+=============== ==================================================================== =======================
+backend         how                                                                  waits for the device
+=============== ==================================================================== =======================
+``grouped_mm``  ``torch.nn.functional.grouped_mm``: one kernel for all experts       no
+``triton``      kernels of this package (``custom_moe.triton_kernels``)              no
+``loop``        one product per expert, on any device and in any type                once in each direction
+=============== ==================================================================== =======================
 
-(With biases or LoRA the loop waits for each product. ``grouped_mm`` asked for by name where torch has no fast kernel
-for it, see ``backend_for``, is a loop of torch's own, which waits too; torch 2.10 compiles it in bf16 alone.)
+With biases or LoRA the loop waits for each product. If ``grouped_mm`` is requested where torch has no fast kernel for
+it (see ``backend_for``), torch runs a loop of its own, which waits too; torch 2.10 compiles that loop in bf16 only.
 
-Shape suffixes: S rows, E experts, C input width, O output width.
+Experimental: ``triton``, and the choice for GPUs. Only the loop on CPUs has been timed (docs/PERFORMANCE.md). The rest
+of ``backend_for`` follows what torch and others report about their kernels.
+
+To add a backend, subclass ``ExpertBackend`` and add an instance to ``BACKENDS``.
+
+Shape suffixes: see ``custom_moe``. ``N`` and ``C`` of an argument are the rows and the width of that argument.
 """
 
 import functools
@@ -21,239 +26,395 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from typing import Any, Literal, NamedTuple, get_args
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from custom_moe import loop
+from custom_moe import kernels
 
 Backend = Literal["grouped_mm", "triton", "loop"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def choose_backend(
-    wanted: Backend | None, dtype: torch.dtype, device: torch.device, rows: int, widths: tuple[int, ...]
-) -> Backend:
-    """The backend that is asked for, or the one for this hardware.
-
-    Args:
-        wanted: None to choose.
-        dtype: that the products are computed in.
-        device: of the rows.
-        rows: of the layer's input; without any there is nothing to group.
-        widths: of the layer's input and of an expert.
-
-    Raises:
-        ValueError: what is asked for can't be had.
-    """
-    return "loop" if rows == 0 else _choose(wanted, dtype, device, widths)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11 can't trace comparing capabilities
-def _choose(wanted: Backend | None, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Backend:
-    hardware = hardware_of(device)
-    if wanted is None:
-        return backend_for(dtype, hardware, widths)
-    if problem := _problem(wanted, dtype, device.type, hardware, widths):
-        raise ValueError(f"the MoE backend {wanted!r} {problem}; leave the choice to the layer, or take 'loop'.")
-    return wanted
+# ------------------------------------------------------------------------------------------------------------ hardware
 
 
 class Hardware(NamedTuple):
-    """What decides which backends there are."""
+    """The properties of a device that decide which backends work and which is fastest."""
 
     capability: tuple[int, int] | None
-    """Of the NVIDIA card; None without one"""
+    """Compute capability of an NVIDIA GPU; None for other devices"""
     triton: bool
-    """Whether Triton is there and can build its kernels"""
+    """Whether Triton is installed and can build its kernels"""
     grouped_mm: bool = True
     """Whether torch was built with its fast grouped_mm"""
     interpreter: bool = False
     """Whether Triton interprets its kernels (TRITON_INTERPRET=1), on any device, for tests"""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile can't trace these questions
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile can't trace these queries
 def hardware_of(device: torch.device) -> Hardware:
-    """That of a device. Warns, once, where a card could do better with Triton."""
+    """Return the hardware of a device. Warns once if a GPU would be faster with Triton."""
     return _find_hardware(device.type, device.index)
 
 
+# Cached, because each forward asks.
 @functools.cache
 def _find_hardware(device_type: str, index: int | None) -> Hardware:
     problem = _triton_problem()
-    interpreter = problem is None and os.environ.get("TRITON_INTERPRET") == "1"
+    # ROCm builds of torch call AMD GPUs "cuda" too; their capability is not comparable.
+    has_triton = problem is None
     if device_type != "cuda" or torch.version.hip:
-        return Hardware(None, problem is None, interpreter=interpreter)
+        return Hardware(None, has_triton, interpreter=has_triton and os.environ.get("TRITON_INTERPRET") == "1")
     capability = torch.cuda.get_device_capability(index)
-    if capability >= (8, 0) and capability[0] not in (9, 10) and problem:
+    # On 9.x and 10.x grouped_mm is fast without Triton.
+    if problem and capability >= (8, 0) and capability[0] not in (9, 10):
         warnings.warn(
-            f"{problem}: in 16 bits the experts are computed in a loop that waits for the GPU in each layer.",
+            f"{problem}: in 16-bit precision the experts are computed one by one, which waits for the GPU in each "
+            "layer.",
             stacklevel=2,
         )
-    return Hardware(capability, problem is None, sys.platform != "win32", interpreter)
+    return Hardware(capability, has_triton, grouped_mm=sys.platform != "win32")
 
 
 def _triton_problem() -> str | None:
-    """Why Triton can't be used. Its wheel for Linux builds a small library with the system's compiler at first use."""
+    """Return why Triton does not work here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (on Windows: triton-windows)"
-    if sys.platform == "linux":
-        if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
-            return "Triton needs a C compiler, and there is none (Debian and Ubuntu: build-essential)"
-        if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
-            return "Triton needs Python's headers, and there are none (Debian and Ubuntu: python3-dev)"
+    if sys.platform != "linux":
+        return None
+    # On Linux, Triton builds a small library with the system's compiler at its first use.
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return "Triton needs a C compiler, and none was found (Debian and Ubuntu: build-essential)"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "Triton needs Python's headers, and they were not found (Debian and Ubuntu: python3-dev)"
     return None
 
 
-def backend_for(dtype: torch.dtype, hardware: Hardware, widths: tuple[int, ...]) -> Backend:
-    """The table of what is fastest where.
-
-    - Compute capability 9.x and 10.x in bf16: ``grouped_mm``, for which torch has a fast kernel there alone, not on
-      Windows. It wants row strides of a multiple of 16 bytes.
-    - NVIDIA cards from 8.0 on in 16 bits: ``triton``, where it works. (grouped_mm would loop there, and wait.)
-    - All else: ``loop``. On a CPU nothing waits; in fp32 on a GPU the products should outweigh the wait.
-
-    Measured on a CPU only (docs/PERFORMANCE.md); on GPUs it goes by what torch and others say of their kernels.
-    """
-    capability = hardware.capability
-    if capability is None or capability < (8, 0) or dtype not in (torch.bfloat16, torch.float16):
-        return "loop"
-    fast = hardware.grouped_mm and capability[0] in (9, 10)
-    if fast and dtype == torch.bfloat16 and _aligned(dtype, widths):
-        return "grouped_mm"
-    return "triton" if hardware.triton else "loop"
+# ------------------------------------------------------------------------------------------------------------ backends
 
 
-def _problem(
-    backend: str, dtype: torch.dtype, device_type: str, hardware: Hardware, widths: tuple[int, ...]
-) -> str | None:
-    if backend not in BACKENDS:
-        return f"is not one of {', '.join(BACKENDS)}"
-    if backend != "loop" and dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"does not compute {dtype}"
-    if backend == "grouped_mm":
+class ExpertBackend:
+    """Base class. A subclass implements ``multiply`` and ``weight_gradient``; the rest is built from these."""
+
+    def problem(self, dtype: torch.dtype, device_type: str, hardware: Hardware, widths: tuple[int, ...]) -> str | None:
+        """Return why the backend can't compute this, or None.
+
+        Args:
+            dtype: type of the products.
+            device_type: such as "cuda".
+            hardware: of the device.
+            widths: of the layer's input and of an expert.
+        """
+        return None
+
+    def row_multiple(self, x_NC: Tensor) -> int:
+        """Return the number that each expert's rows must be padded to a multiple of."""
+        return 1
+
+    def multiply(self, x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        """Multiply each row with the transposed weight of its expert.
+
+        Args:
+            x_NC: rows sorted by expert, or the tensor that ``rows_R`` gathers them from.
+            weight_EOC: in the type of the rows, with any strides.
+            ends_E: int32, where each expert's rows end; the last is at most R.
+            rows_R: row r is ``x_NC[rows_R[r]]``.
+
+        Returns:
+            ``(R, O)``; rows after the last end are undefined.
+        """
+        raise NotImplementedError
+
+    def weight_gradient(
+        self,
+        grad_NO: Tensor,
+        x_NC: Tensor,
+        ends_E: Tensor,
+        grad_rows_R: Tensor | None = None,
+        x_rows_R: Tensor | None = None,
+    ) -> Tensor:
+        """Return the gradient of the weights of ``multiply``: each expert's sum of ``outer(grad, x)``, ``(E, O, C)``.
+
+        Args:
+            grad_NO: gradient of the result, or the tensor that ``grad_rows_R`` gathers it from.
+            x_NC: the rows, or the tensor that ``x_rows_R`` gathers them from.
+            ends_E: as for ``multiply``.
+            grad_rows_R: row r is ``grad_NO[grad_rows_R[r]]``.
+            x_rows_R: row r is ``x_NC[x_rows_R[r]]``.
+        """
+        raise NotImplementedError
+
+    def swiglu(self, h_RJ: Tensor, weights_R: Tensor) -> Tensor:
+        """Compute ``kernels.swiglu``."""
+        if _fuse_with_triton(h_RJ):
+            a_RI: Tensor = _triton_kernels().swiglu(h_RJ, weights_R)
+            return a_RI
+        return kernels.swiglu(h_RJ, weights_R)
+
+    def swiglu_backward(self, h_RJ: Tensor, weights_R: Tensor, da_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute ``kernels.swiglu_backward``."""
+        if _fuse_with_triton(h_RJ):
+            gradients: tuple[Tensor, Tensor, Tensor] = _triton_kernels().swiglu_backward(h_RJ, weights_R, da_RI)
+            return gradients
+        return kernels.swiglu_backward(h_RJ, weights_R, da_RI)
+
+    def forward(
+        self, x_NC: Tensor, weights_R: Tensor, fc_EJC: Tensor, proj_ECI: Tensor, token_R: Tensor, ends_E: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute ``weight * proj(silu(gate(x)) * up(x))`` of each row.
+
+        Args:
+            x_NC: tokens.
+            weights_R: fp32, the router's weight of each row.
+            fc_EJC: each expert's gate above its up projection.
+            proj_ECI: each expert's down projection.
+            token_R: the token of each row.
+            ends_E: int32, where each expert's rows end.
+
+        Returns:
+            The output of each row ``(R, C)``, and the pre-activations ``(R, J)`` for ``backward``.
+        """
+        # (N, C) -> (R, J) -> (R, I) -> (R, C). The product gathers the rows, so that they need not be stored.
+        h_RJ = self.multiply(x_NC, fc_EJC, ends_E, rows_R=token_R)
+        return self.multiply(self.swiglu(h_RJ, weights_R), proj_ECI, ends_E), h_RJ
+
+    def backward(
+        self,
+        dy_NC: Tensor,
+        x_NC: Tensor,
+        weights_R: Tensor,
+        h_RJ: Tensor,
+        fc_EJC: Tensor,
+        proj_ECI: Tensor,
+        token_R: Tensor,
+        ends_E: Tensor,
+        need_fc: bool,
+        need_proj: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Compute the gradients of ``forward`` from ``dy_NC``, the gradient of each token's sum of rows.
+
+        Returns:
+            The gradients of the gathered rows ``(R, C)``, of ``weights_R`` in fp32, of ``fc`` and of ``proj``. The last
+            two may be anything if they are not needed.
+        """
+        # Backwards: (N, C) -> (R, I) -> (R, J) -> (R, C)
+        da_RI = self.multiply(dy_NC, proj_ECI.transpose(1, 2), ends_E, rows_R=token_R)
+        dh_RJ, a_RI, dweights_R = self.swiglu_backward(h_RJ, weights_R, da_RI)
+        del da_RI  # each of these is freed as soon as possible: together they are the peak of the layer's memory
+        dproj_ECI = self.weight_gradient(dy_NC, a_RI, ends_E, grad_rows_R=token_R) if need_proj else None
+        del a_RI
+        dfc_EJC = self.weight_gradient(dh_RJ, x_NC, ends_E, x_rows_R=token_R) if need_fc else None
+        dx_RC = self.multiply(dh_RJ, fc_EJC.transpose(1, 2), ends_E)
+        return dx_RC, dweights_R, dfc_EJC, dproj_ECI
+
+
+class GroupedMM(ExpertBackend):
+    """``torch.nn.functional.grouped_mm``."""
+
+    def problem(self, dtype: torch.dtype, device_type: str, hardware: Hardware, widths: tuple[int, ...]) -> str | None:
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"does not compute {dtype}"
         if device_type not in ("cpu", "cuda", "meta"):
             return f"does not compute on {device_type}"
         if not _aligned(dtype, widths):
             return f"needs widths of a multiple of {16 // dtype.itemsize} in {dtype}, and these are {widths}"
-    if backend == "triton":
+        return None
+
+    def multiply(self, x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        y_RO: Tensor = F.grouped_mm(_gather(x_NC, rows_R), weight_EOC.transpose(1, 2), offs=ends_E)
+        return y_RO
+
+    def weight_gradient(
+        self,
+        grad_NO: Tensor,
+        x_NC: Tensor,
+        ends_E: Tensor,
+        grad_rows_R: Tensor | None = None,
+        x_rows_R: Tensor | None = None,
+    ) -> Tensor:
+        # (O, R) @ (R, C) for each expert's part of R
+        grad_RO, x_RC = _gather(grad_NO, grad_rows_R), _gather(x_NC, x_rows_R)
+        dweight_EOC: Tensor = F.grouped_mm(grad_RO.t(), x_RC, offs=ends_E)
+        capability = hardware_of(x_RC.device).capability
+        if capability is not None and capability[0] == 10:
+            # CUTLASS left the sum over no rows unset there until its PR 2746 (pytorch issue 172439).
+            empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+            dweight_EOC = dweight_EOC.masked_fill(empty_E[:, None, None], 0)
+        return dweight_EOC
+
+
+class TritonKernels(ExpertBackend):
+    """The kernels of ``custom_moe.triton_kernels``, which gather rows themselves. Experimental."""
+
+    def problem(self, dtype: torch.dtype, device_type: str, hardware: Hardware, widths: tuple[int, ...]) -> str | None:
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"does not compute {dtype}"
         if hardware.capability is None and not hardware.interpreter and device_type != "meta":
-            return f"needs an NVIDIA card, and this is {'an AMD card' if device_type == 'cuda' else device_type}"
+            return f"needs an NVIDIA GPU, and this is {'an AMD GPU' if device_type == 'cuda' else device_type}"
         if not hardware.triton:
-            return f"can't be had: {_triton_problem()}"
+            return f"is not available: {_triton_problem()}"
         if hardware.capability is not None and hardware.capability < (8, 0):
-            return "needs a card of compute capability 8.0 or higher, and this has {}.{}".format(*hardware.capability)
-    return None
+            return "needs a GPU of compute capability 8.0 or higher, and this has {}.{}".format(*hardware.capability)
+        return None
+
+    def multiply(self, x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        y_RO: Tensor = _triton_kernels().multiply(x_NC, weight_EOC, ends_E, rows_R)
+        return y_RO
+
+    def weight_gradient(
+        self,
+        grad_NO: Tensor,
+        x_NC: Tensor,
+        ends_E: Tensor,
+        grad_rows_R: Tensor | None = None,
+        x_rows_R: Tensor | None = None,
+    ) -> Tensor:
+        dweight_EOC: Tensor = _triton_kernels().weight_gradient(grad_NO, x_NC, ends_E, grad_rows_R, x_rows_R)
+        return dweight_EOC
+
+    def swiglu(self, h_RJ: Tensor, weights_R: Tensor) -> Tensor:
+        a_RI: Tensor = _triton_kernels().swiglu(h_RJ, weights_R)
+        return a_RI
+
+    def swiglu_backward(self, h_RJ: Tensor, weights_R: Tensor, da_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor, Tensor] = _triton_kernels().swiglu_backward(h_RJ, weights_R, da_RI)
+        return gradients
+
+
+class PerExpertLoop(ExpertBackend):
+    """One product per expert (``custom_moe.kernels``), which also activates in buffers of its own."""
+
+    def row_multiple(self, x_NC: Tensor) -> int:
+        return kernels.row_multiple(x_NC)
+
+    def multiply(self, x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        y_RO: Tensor = kernels.loop_multiply(_gather(x_NC, rows_R), weight_EOC, ends_E)
+        return y_RO
+
+    def weight_gradient(
+        self,
+        grad_NO: Tensor,
+        x_NC: Tensor,
+        ends_E: Tensor,
+        grad_rows_R: Tensor | None = None,
+        x_rows_R: Tensor | None = None,
+    ) -> Tensor:
+        grad_RO, x_RC = _gather(grad_NO, grad_rows_R), _gather(x_NC, x_rows_R)
+        dweight_EOC: Tensor = kernels.loop_weight_gradient(grad_RO, x_RC, ends_E)
+        return dweight_EOC
+
+    def forward(
+        self, x_NC: Tensor, weights_R: Tensor, fc_EJC: Tensor, proj_ECI: Tensor, token_R: Tensor, ends_E: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = kernels.loop_forward(x_NC, weights_R, fc_EJC, proj_ECI, token_R, ends_E)
+        return outputs
+
+    def backward(
+        self,
+        dy_NC: Tensor,
+        x_NC: Tensor,
+        weights_R: Tensor,
+        h_RJ: Tensor,
+        fc_EJC: Tensor,
+        proj_ECI: Tensor,
+        token_R: Tensor,
+        ends_E: Tensor,
+        need_fc: bool,
+        need_proj: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.loop_backward(
+            dy_NC, x_NC, weights_R, h_RJ, fc_EJC, proj_ECI, token_R, ends_E, need_fc, need_proj
+        )
+        return gradients
+
+
+BACKENDS: dict[str, ExpertBackend] = {
+    "grouped_mm": GroupedMM(),
+    "triton": TritonKernels(),
+    "loop": PerExpertLoop(),
+}
+"""All backends by name"""
+
+
+def _gather(x_NC: Tensor, rows_R: Tensor | None) -> Tensor:
+    return x_NC if rows_R is None else x_NC.index_select(0, rows_R)
+
+
+def _fuse_with_triton(h_RJ: Tensor) -> bool:
+    """Return whether Triton's fused SwiGLU serves a backend that has none. A compiler fuses plain functions itself."""
+    return h_RJ.is_cuda and not torch.compiler.is_compiling() and hardware_of(h_RJ.device).triton
+
+
+def _triton_kernels() -> ModuleType:
+    # Importing it needs Triton, which does not exist on every system.
+    from custom_moe import triton_kernels
+
+    return triton_kernels
+
+
+# -------------------------------------------------------------------------------------------------------------- choice
+
+
+def choose_backend(
+    requested: str | None, dtype: torch.dtype, device: torch.device, rows: int, widths: tuple[int, ...]
+) -> str:
+    """Return the requested backend, or the fastest one for this hardware.
+
+    Args:
+        requested: name in ``BACKENDS``; None to choose.
+        dtype: type of the products.
+        device: of the rows.
+        rows: number of tokens; without any, there is nothing to group.
+        widths: of the layer's input and of an expert.
+
+    Raises:
+        ValueError: the requested backend can't compute this here.
+    """
+    if rows == 0:  # the kernels of the others reject empty inputs
+        return "loop"
+    name: str = _choose(requested, dtype, device, widths)
+    return name
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11 can't trace comparing capabilities
+def _choose(requested: str | None, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> str:
+    hardware = hardware_of(device)
+    if requested is None:
+        return backend_for(dtype, hardware, widths)
+    if requested in BACKENDS:
+        problem = BACKENDS[requested].problem(dtype, device.type, hardware, widths)
+    else:
+        problem = f"is not one of {', '.join(BACKENDS)}"
+    if problem is not None:
+        raise ValueError(f"the MoE backend {requested!r} {problem}; use 'loop', or None to choose by hardware.")
+    return requested
+
+
+def backend_for(dtype: torch.dtype, hardware: Hardware, widths: tuple[int, ...]) -> Backend:
+    """Return the fastest backend.
+
+    ===================================================== ==============
+    hardware and type                                     backend
+    ===================================================== ==============
+    compute capability 9.x and 10.x, bf16, aligned rows   ``grouped_mm``
+    other NVIDIA GPUs from 8.0 on, bf16 and fp16          ``triton``
+    everything else                                       ``loop``
+    ===================================================== ==============
+    """
+    capability = hardware.capability
+    if capability is None or capability < (8, 0) or dtype not in (torch.bfloat16, torch.float16):
+        # On a CPU nothing waits; in fp32 on a GPU the products should outweigh the wait.
+        return "loop"
+    # torch has its fast kernel for these capabilities only, not on Windows; elsewhere it would loop, and wait.
+    has_kernel = hardware.grouped_mm and capability[0] in (9, 10)
+    if has_kernel and dtype == torch.bfloat16 and _aligned(dtype, widths):
+        return "grouped_mm"
+    return "triton" if hardware.triton else "loop"
 
 
 def _aligned(dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
+    """Return whether rows of all widths start at multiples of 16 bytes, as grouped_mm requires."""
     return all(width * dtype.itemsize % 16 == 0 for width in widths)
-
-
-def multiply(
-    x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, backend: Backend, rows_S: Tensor | None = None
-) -> Tensor:
-    """Each row times the transposed weight of its expert: ``(S, O)``.
-
-    Args:
-        x_NC: rows sorted by expert, or what ``rows_S`` takes them from.
-        weight_EOC: in the rows' type; strides as they come.
-        ends_E: int32, where each expert's rows end; the last is S.
-        backend: see the table above.
-        rows_S: row s is ``x_NC[rows_S[s]]``.
-    """
-    y_SO: Tensor
-    if backend == "triton":
-        from custom_moe import triton_kernels
-
-        y_SO = triton_kernels.multiply(x_NC, weight_EOC, ends_E, rows_S)
-        return y_SO
-    x_SC = x_NC if rows_S is None else x_NC.index_select(0, rows_S)
-    if backend == "grouped_mm":
-        y_SO = F.grouped_mm(x_SC, weight_EOC.transpose(1, 2), offs=ends_E)
-    else:
-        y_SO = loop.multiply(x_SC, weight_EOC, ends_E)
-    return y_SO
-
-
-def weight_gradient(
-    grad_NO: Tensor,
-    x_NC: Tensor,
-    ends_E: Tensor,
-    backend: Backend,
-    grad_rows_S: Tensor | None = None,
-    x_rows_S: Tensor | None = None,
-) -> Tensor:
-    """What ``multiply`` sends back to its weights, the sum of outer products over each expert's rows: ``(E, O, C)``."""
-    dweight_EOC: Tensor
-    if backend == "triton":
-        from custom_moe import triton_kernels
-
-        dweight_EOC = triton_kernels.weight_gradient(grad_NO, x_NC, ends_E, grad_rows_S, x_rows_S)
-        return dweight_EOC
-    grad_SO = grad_NO if grad_rows_S is None else grad_NO.index_select(0, grad_rows_S)
-    x_SC = x_NC if x_rows_S is None else x_NC.index_select(0, x_rows_S)
-    if backend == "grouped_mm":
-        dweight_EOC = F.grouped_mm(grad_SO.t(), x_SC, offs=ends_E)
-        if (hardware_of(x_SC.device).capability or (0, 0))[0] == 10:
-            # There CUTLASS left the sum over no rows unset until its PR 2746 (pytorch issue 172439).
-            empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
-            dweight_EOC = dweight_EOC.masked_fill(empty_E[:, None, None], 0)
-    else:
-        dweight_EOC = loop.weight_gradient(grad_SO, x_SC, ends_E)
-    return dweight_EOC
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
-        ctx.save_for_backward(x_SC if ctx.needs_input_grad[1] else None, weight_EOC, ends_E)
-        ctx.backend = backend
-        return multiply(x_SC, weight_EOC, ends_E, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x_SC, weight_EOC, ends_E = ctx.saved_tensors
-        grad_SO = grad_SO.contiguous()
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        dx = multiply(grad_SO, weight_EOC.transpose(1, 2), ends_E, ctx.backend) if need_x else None
-        dweight = weight_gradient(grad_SO, x_SC, ends_E, ctx.backend) if need_weight else None
-        return dx, dweight, None, None
-
-
-def grouped_linear(x_SC: Tensor, weight_EOC: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
-    """``multiply`` with gradients for the rows and the weights: ``F.linear``, another weight for each group of rows."""
-    y: Tensor = _GroupedLinear.apply(x_SC, weight_EOC, ends_E, backend)
-    return y
-
-
-class _AddBias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_SO: Tensor, bias_EO: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
-        ctx.save_for_backward(ends_E)
-        ctx.backend = backend
-        row_S = torch.arange(y_SO.size(0), device=y_SO.device)
-        expert_S = torch.searchsorted(ends_E, row_S, right=True)
-        return y_SO + bias_EO.index_select(0, expert_S)
-
-    @staticmethod
-    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        (ends_E,) = ctx.saved_tensors
-        dbias_EO = None
-        if ctx.needs_input_grad[1]:
-            # The gradient of a weight whose input is always 1; 16 columns of it, for kernels that want aligned rows.
-            ones_S16 = grad_SO.new_ones(grad_SO.size(0), 16)
-            dbias_EO = weight_gradient(grad_SO.contiguous(), ones_S16, ends_E, ctx.backend)[:, :, 0]
-        return grad_SO, dbias_EO, None, None
-
-
-def add_bias(y_SO: Tensor, bias_EO: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
-    """Each row plus its expert's bias, which is of the rows' type.
-
-    The bias' gradient is a product too: it is summed in fp32 and gives the same bits on each run. That of
-    ``index_select`` would be ``index_add_``, whose atomic additions in bf16 on a GPU round after each row.
-    """
-    y: Tensor = _AddBias.apply(y_SO, bias_EO, ends_E, backend)
-    return y

@@ -1,24 +1,29 @@
 # ruff: noqa: E741 (O and I are letters of the legend)
-"""Grouped matrix products and the experts' SwiGLU as Triton kernels, for NVIDIA GPUs where torch's ``grouped_mm`` has
-no fast kernel (compute capability 8.0, 8.6, 8.9, 12.0). Nothing here waits for the GPU.
+"""Grouped matrix products and the experts' SwiGLU as Triton kernels.
 
-Import this module only where Triton is, inside the function that needs it:
-``importlib.util.find_spec("triton")`` tells. Importing it registers the operators ``custom_moe::*`` and does no more.
+They are for NVIDIA GPUs on which torch's ``grouped_mm`` has no fast kernel (compute capability 8.0, 8.6, 8.9, 12.0).
+None of them waits for the GPU.
 
-Shape suffixes: N rows of a source, C width in, O width out, E n_expert, S assignments sorted by expert, I an expert's
-hidden width, J = 2*I gate and up together. ``ends_E`` (int32) says where each expert's rows end; groups may be empty.
-In a kernel the same names are pointers, and lower-case letters the indices that a program works on.
+Experimental: their results are tested, in Triton's interpreter and on a GPU; their speed has not been measured on the
+GPUs they are for.
 
-How ``multiply`` finds its work: the output is cut into tiles of BLOCK_S rows and BLOCK_O columns, a program for each.
-A tile's rows must be one expert's, but only the GPU knows ``ends_E``, so the grid is as large as it may have to be:
-expert ``e`` with the rows ``start`` to ``end`` owns the row tiles ``start // BLOCK_S + e`` to ``end // BLOCK_S + e``.
-These are always enough for its rows, follow the last expert's without a gap, and are ``S // BLOCK_S + E`` in all. A
-program counts the experts whose tiles all come before its own, which gives its expert, and leaves where that expert's
-rows end before the tile. ``weight_gradient`` needs no search: the program of a tile of one expert's gradient walks over
-that expert's rows in order, so that each run gives the same bits.
+Import this module only where Triton is installed, inside the function that needs it. The import registers the operators
+``custom_moe::*`` and has no other effect.
 
-Tile sizes are fixed by type and GPU, not timed when a run starts: an autotuner may choose otherwise in the next
-session, and a resumed run would differ from the uninterrupted one.
+Shape suffixes: see ``custom_moe``. ``S`` are the rows of one operator, ``N`` the rows that they are gathered from.
+``ends_E`` (int32) says where each expert's rows end; an expert may have none. In a kernel the same names are pointers,
+and lower-case letters are the indices that a program works on.
+
+How ``multiply`` divides its work: the output is cut into tiles of BLOCK_S rows and BLOCK_O columns, with one program
+per tile. All rows of a tile must belong to one expert, but only the GPU knows ``ends_E``, so the grid has the largest
+size that may be needed: expert ``e`` with the rows ``start`` to ``end`` owns the row tiles ``start // BLOCK_S + e`` to
+``end // BLOCK_S + e``. These are always enough for its rows, follow those of the previous expert without a gap, and are
+``S // BLOCK_S + E`` in all. A program finds its expert by counting the experts whose last tile is before its own, and
+returns if that expert's rows end before the tile. ``weight_gradient`` needs no search: the program of one tile of one
+expert's gradient goes through that expert's rows in order, so each run gives the same bits.
+
+Tile sizes are fixed by type and GPU, not timed at the start: an autotuner may choose differently in the next session,
+and a resumed run would then differ from the uninterrupted one.
 """
 
 from typing import Any, NamedTuple
@@ -30,25 +35,30 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """How one program computes: an output of ``rows`` x ``columns``, summed up ``depth`` at a time."""
+    """How one program computes an output of ``rows`` x ``columns``, in steps of ``depth``."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    """Steps of ``depth`` that are under way at once, each ``depth * (rows + columns)`` numbers in shared memory"""
+    """Steps that are loaded ahead, each ``depth * (rows + columns)`` numbers in shared memory"""
 
 
 def choose_tile(dtype: torch.dtype, capability: tuple[int, int], aligned: bool = True, tf32: bool = False) -> Tile:
-    """The tile for a type, a compute capability, and widths that are multiples of 16 (``aligned``) or not.
+    """Return the tile for a type and a compute capability.
 
-    Two programs fit on a multiprocessor, so that one computes while the other begins or ends: an accumulator of
-    128 x 128 takes a quarter of the registers, and of shared memory there are 100 kB on consumer cards (8.6, 8.9,
-    12.x), 164 kB on 8.0, 228 kB on 9.0 and 10.x. Without alignment each number is read by itself: its address needs
-    registers too, and two bytes cannot be copied ahead.
+    Args:
+        dtype: type of the inputs.
+        capability: of the GPU.
+        aligned: whether all widths are multiples of 16.
+        tf32: whether fp32 is computed in TF32.
     """
+    # Two programs must fit on a multiprocessor, so that one computes while the other begins or ends. An accumulator of
+    # 128 x 128 takes a quarter of the registers. Shared memory is 100 kB on consumer GPUs (8.6, 8.9, 12.x), 164 kB on
+    # 8.0, and 228 kB on 9.0 and 10.x.
     if not aligned:
+        # Each number is read on its own then: its address needs registers too, and two bytes can't be copied ahead.
         return Tile(64, 64, 16 if dtype == torch.float32 else 32, 4, 1)
     if dtype == torch.float32:
         return Tile(128, 64, 32, 4, 3) if tf32 else Tile(64, 64, 16, 4, 3)
@@ -56,7 +66,7 @@ def choose_tile(dtype: torch.dtype, capability: tuple[int, int], aligned: bool =
 
 
 def _options(x: Tensor, *widths: int) -> tuple[Tile, dict[str, Any]]:
-    """The tile for ``x``, and what all matrix products are compiled with."""
+    """Return the tile for ``x``, and the options that all matrix products are compiled with."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)  # no GPU: Triton's interpreter
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     tile = choose_tile(x.dtype, capability, all(width % 16 == 0 for width in widths), tf32)
@@ -64,12 +74,12 @@ def _options(x: Tensor, *widths: int) -> tuple[Tile, dict[str, Any]]:
 
 
 GROUP = tl.constexpr(8)
-"""Row tiles that go through all columns together, so that rows and weights are found in the L2 cache"""
+"""Row tiles that go through all columns together, so that rows and weights stay in the L2 cache"""
 
 
 @triton.jit
 def _tile_of(index, n_row, n_column):
-    """Row and column of tile number ``index``: down a group of rows, then on to the next column."""
+    """Return row and column of tile number ``index``: down a group of rows, then to the next column."""
     first = index // (GROUP * n_column) * GROUP
     rows = tl.minimum(n_row - first, GROUP)
     within = index % (GROUP * n_column)
@@ -98,11 +108,13 @@ def multiply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     tile, column = _tile_of(tl.program_id(0), n_tile, tl.cdiv(O, BLOCK_O))
+    # The expert of this tile: as many as have all their tiles before it.
     e = tl.arange(0, BLOCK_E)
     ends = tl.load(ends_E + e, mask=e < E, other=0)
     expert = tl.sum(((ends // BLOCK_S + e < tile) & (e < E)).to(tl.int32))
     if expert >= E:
         return
+    # The first of the tile's rows. The grid has more tiles than rows need.
     start = tl.load(ends_E + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_E + expert)
     first = start + (tile - start // BLOCK_S - expert) * BLOCK_S
@@ -110,13 +122,14 @@ def multiply_kernel(
         return
 
     s = first + tl.arange(0, BLOCK_S)
-    row = tl.minimum(s, end - 1)  # past the end the last row again: nothing to mask, and it is not stored
+    row = tl.minimum(s, end - 1)  # past the end read the last row again, which needs no mask; it is not stored
     if rows_S is not None:
         row = tl.load(rows_S + row)
     o = (column * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)  # 64 bits: products of sizes may not fit into 32
     c = tl.arange(0, BLOCK_C).to(tl.int64)
     x_SC = x_NC + row.to(tl.int64)[:, None] * C + c[None, :]
     weight_CO = weight_EOC + expert.to(tl.int64) * stride_E + o[None, :] * stride_O + c[:, None] * stride_C
+    # y = x @ weight.T in steps of BLOCK_C, summed in fp32.
     y = tl.zeros((BLOCK_S, BLOCK_O), dtype=tl.float32)
     for done in range(0, C, BLOCK_C):
         inside = (c < C - done) | EVEN
@@ -131,19 +144,19 @@ def multiply_kernel(
 
 @torch.library.custom_op("custom_moe::multiply", mutates_args=())
 def multiply(x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_S: Tensor | None = None) -> Tensor:
-    """Each row times its expert's weight, transposed: ``(S, O)`` in ``x``'s type, summed up in fp32.
+    """Multiply each row with its expert's transposed weight: ``(S, O)`` in the type of ``x``, summed in fp32.
 
     Args:
-        x_NC: rows sorted by expert, or what ``rows_S`` takes them from; bf16, fp16 or fp32, which is computed in TF32
-            where ``torch.backends.cuda.matmul.fp32_precision`` says so.
-        weight_EOC: in the same type, of any strides, so that ``weight.transpose(1, 2)`` is not copied.
-        ends_E: int32, where each expert's rows end, the last at S.
+        x_NC: rows sorted by expert, or the tensor that ``rows_S`` gathers them from; bf16, fp16 or fp32, which is
+            computed in TF32 if ``torch.backends.cuda.matmul.fp32_precision`` is "tf32".
+        weight_EOC: in the same type, with any strides, so that ``weight.transpose(1, 2)`` is not copied.
+        ends_E: int32, where each expert's rows end; the last is S.
         rows_S: assignment s reads ``x_NC[rows_S[s]]``.
     """
     E, O, C = weight_EOC.shape
     y_SO = x_NC.new_empty((x_NC if rows_S is None else rows_S).size(0), O)
     tile, options = _options(x_NC, C, O)
-    rows = min(tile.rows, max(16, triton.next_power_of_2(y_SO.size(0) // E)))  # few rows: smaller tiles
+    rows = min(tile.rows, max(16, triton.next_power_of_2(y_SO.size(0) // E)))  # smaller tiles for few rows
     n_tile = y_SO.size(0) // rows + E
     with torch.cuda.device_of(x_NC):
         multiply_kernel[(n_tile * triton.cdiv(O, tile.columns),)](
@@ -186,12 +199,13 @@ def weight_gradient_kernel(
     start = tl.load(ends_E + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_E + expert)
 
+    # out = grad.T @ x over the expert's rows, in steps of BLOCK_S, summed in fp32. Without rows it stays 0.
     o = row * BLOCK_O + tl.arange(0, BLOCK_O)
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     out = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
     for first in range(start, end, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        inside = s < end  # for both sides: zero times an infinity of the next expert would not be zero
+        inside = s < end  # masks both factors: zero times an infinity of the next expert is not zero
         grad_row, x_row = s, s
         if grad_rows_S is not None:
             grad_row = tl.load(grad_rows_S + s, mask=inside, other=0)
@@ -210,8 +224,11 @@ def weight_gradient_kernel(
 def weight_gradient(
     grad_NO: Tensor, x_NC: Tensor, ends_E: Tensor, grad_rows_S: Tensor | None = None, x_rows_S: Tensor | None = None
 ) -> Tensor:
-    """The sum over each expert's rows of ``outer(grad, x)``: ``(E, O, C)`` in ``x``'s type, summed up in fp32 in the
-    rows' order, zeros for an expert without rows. Arguments as for ``multiply``; each side may have rows of its own."""
+    """Return the sum over each expert's rows of ``outer(grad, x)``: ``(E, O, C)``, 0 for an expert without rows.
+
+    It has the type of ``x`` and is summed in fp32, in the order of the rows. The arguments are as for ``multiply``;
+    ``grad`` and ``x`` may be gathered separately.
+    """
     E, O, C = ends_E.size(0), grad_NO.size(1), x_NC.size(1)
     out_EOC = x_NC.new_empty(E, O, C)
     tile, options = _options(x_NC, C, O)
@@ -223,7 +240,7 @@ def weight_gradient(
             BLOCK_C=tile.columns,
             BLOCK_S=tile.depth,
             num_warps=tile.warps,
-            # Triton divides the stages between reading the row numbers and reading the rows.
+            # Triton divides the stages between loading the row numbers and loading the rows.
             num_stages=2 * tile.stages - 1 if gathered else tile.stages,
             **options,
         )
@@ -242,6 +259,7 @@ def swiglu_kernel(h_SJ, weights_S, a_SI, S, I, BLOCK_S: tl.constexpr, BLOCK_I: t
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     row = s.to(tl.int64)[:, None]
     weight = tl.load(weights_S + s, mask=s < S, other=0.0).to(tl.float32)[:, None]
+    # Each row of h is I gates, then I ups.
     for first in range(0, I, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)[None, :]
         inside = (s < S)[:, None] & (i < I)
@@ -265,6 +283,7 @@ def swiglu_backward_kernel(
         gate = tl.load(h_SJ + row * 2 * I + i, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(h_SJ + row * 2 * I + I + i, mask=inside, other=0.0).to(tl.float32)
         da = tl.load(da_SI + row * I + i, mask=inside, other=0.0).to(tl.float32)
+        # a = weight * silu(gate) * up, and silu' = sigmoid + silu * (1 - sigmoid)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         dweight += da * (silu * up)
@@ -278,7 +297,7 @@ def swiglu_backward_kernel(
 
 
 def _launch_rows(kernel: Any, *tensors: Tensor, S: int, I: int) -> None:
-    """A program for each 1,024 numbers of up to ``I`` wide rows, or for a row that is longer."""
+    """Launch one program for each 1,024 numbers of rows ``I`` wide, or for one row if it is longer."""
     width = min(1024, triton.next_power_of_2(I))
     with torch.cuda.device_of(tensors[0]):
         kernel[(triton.cdiv(S * width, 1024),)](
@@ -288,7 +307,7 @@ def _launch_rows(kernel: Any, *tensors: Tensor, S: int, I: int) -> None:
 
 @torch.library.custom_op("custom_moe::swiglu", mutates_args=())
 def swiglu(h_SJ: Tensor, weights_S: Tensor) -> Tensor:
-    """``weights[:, None] * silu(h[:, :I]) * h[:, I:]``: ``(S, I)`` in ``h``'s type, computed in fp32."""
+    """Return ``weights[:, None] * silu(h[:, :I]) * h[:, I:]``: ``(S, I)`` in the type of ``h``, computed in fp32."""
     S, I = h_SJ.size(0), h_SJ.size(1) // 2
     a_SI = h_SJ.new_empty(S, I)
     _launch_rows(swiglu_kernel, h_SJ.contiguous(), weights_S.contiguous(), a_SI, S=S, I=I)
@@ -302,8 +321,12 @@ def _(h_SJ: Tensor, weights_S: Tensor) -> Tensor:
 
 @torch.library.custom_op("custom_moe::swiglu_backward", mutates_args=())
 def swiglu_backward(h_SJ: Tensor, weights_S: Tensor, da_SI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the backward needs of the activation, in one pass, from the gradient of ``swiglu``'s result: the gradient of
-    ``h`` (S, J), ``swiglu``'s result again (S, I), and the gradient of the weights (S,) in fp32."""
+    """Compute ``custom_moe.kernels.swiglu_backward`` in one pass.
+
+    Returns:
+        The gradient of ``h`` ``(S, J)``, the result of ``swiglu`` again ``(S, I)``, and the gradient of the weights
+        ``(S,)`` in fp32.
+    """
     S, I = da_SI.shape
     results = h_SJ.new_empty(S, 2 * I), h_SJ.new_empty(S, I), h_SJ.new_empty(S, dtype=torch.float32)
     inputs = h_SJ.contiguous(), weights_S.contiguous(), da_SI.contiguous()

@@ -752,12 +752,13 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype", max_s
     from litgpt import GPT
 
     from custom_moe import use_custom_moe
+    from litmoe.layers import use_fast_layers
 
     config, context = load_config(folder), context_of(folder, max_seq_length)
     # Mapped, the weights are in memory once; but Windows could not replace the folder while the model lives.
     weights = load_weights(folder, mmap=os.name != "nt")
     try:
-        with use_custom_moe(), torch.device("meta"):
+        with use_custom_moe(), use_fast_layers(), torch.device("meta"):
             gpt = GPT(config)
     except Exception as error:
         raise UserError(f"{as_folder(folder) / MODEL_CONFIG} describes no model that can be built: {error}.") from error

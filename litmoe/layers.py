@@ -1,11 +1,14 @@
-"""LitGPT's attention and norm as training needs them: fewer passes over memory, and less kept for the backward.
+"""LitGPT's attention and norm with fewer passes over memory, and less kept for the backward pass.
 
-Shape suffixes: B batch, T time, H query heads, G key and value heads (n_query_groups), D head_size.
+The same code serves training and decoding: with ``input_pos`` the attention reads and writes LitGPT's KV cache.
+
+Shape suffixes: B batch, T time, H query heads, G key and value heads (n_query_groups), D head_size, S keys.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import litgpt.model
@@ -17,15 +20,30 @@ from torch import Tensor
 from custom_moe.backends import hardware_of
 
 
+@dataclass
+class KVCache:
+    """Keys and values ``(B, G, S, D)``: what the attention uses of ``litgpt.model.KVCache``, without the module."""
+
+    k: Tensor
+    v: Tensor
+
+
 class CausalSelfAttention(litgpt.model.CausalSelfAttention):
-    """The same parameters and the same result; what it does not know (a KV cache, masks, partial or interleaved
-    rotation, sliding windows, capped scores) goes LitGPT's way."""
+    """LitGPT's attention: the same parameters, arguments and results.
+
+    Partial or interleaved rotation, sliding windows and capped scores are computed by LitGPT's own code.
+    """
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__(config, block_idx)
-        self.rotates_all = (
-            config.rope_n_elem == config.head_size and config.head_size % 2 == 0 and not config.rope_interleave
+        rotates_all = config.rope_n_elem == config.head_size and config.head_size % 2 == 0
+        self.is_fast = (
+            rotates_all
+            and not config.rope_interleave
+            and not self.apply_sliding_window_attention
+            and config.attention_logit_softcapping is None
         )
+        """Whether this class computes the attention, and not LitGPT"""
 
     def forward(
         self,
@@ -36,112 +54,197 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
         input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
     ) -> Tensor:
-        """``(B, T, n_embd) -> (B, T, n_embd)``"""
-        config = self.config
-        if (
-            not (self.rotates_all and mask is None and input_pos is None)
-            or self.apply_sliding_window_attention
-            or config.attention_logit_softcapping is not None
-        ):
+        """Attend to the sequence, or with ``input_pos`` also to the cached keys and values.
+
+        Args:
+            x: ``(B, T, n_embd)``.
+            cos: ``([B or 1], T, D)``.
+            sin: as ``cos``.
+            mask: ``([B or 1], 1, T, S)``, True where a query sees a key; None is causal.
+            input_pos: positions of the tokens in the cache, ``(T,)`` or ``(B, T)``; needs ``self.kv_cache``.
+            input_pos_maxp1: the largest position plus 1: how much of the cache is used; None for all of it.
+
+        Returns:
+            ``(B, T, n_embd)``
+        """
+        if not self.is_fast:
             result: Tensor = super().forward(x, cos, sin, mask, input_pos, input_pos_maxp1)
             return result
 
-        (B, T, _), H, G, D = x.shape, config.n_head, config.n_query_groups, config.head_size
-        qkv = self.qkv(x)
-        if config.norm_qk and config.norm_qk_type == "olmo2":
-            q, k, v = qkv.split((H * D, G * D, G * D), dim=-1)
-            qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=-1)
-        heads = qkv.view(B, T, H + 2 * G, D)
-        if config.norm_qk and config.norm_qk_type == "default":
-            q, k, v = heads.split((H, G, G), dim=2)
-            heads = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=2)
-        q, k, v = _Rotate.apply(heads, cos, sin, H + G).transpose(1, 2).split((H, G, G), dim=1)
-        scale = self.mscale**2 / math.sqrt(config.attention_scores_scalar or D)
-        grouped = H != G and _flash_attention(q.device, q.dtype)
-        if H != G and not grouped:
-            k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)  # (B, H, T, D)
-        result = self.proj(y.transpose(1, 2).reshape(B, T, H * D))
+        (B, T, _), H, G, D = x.shape, self.config.n_head, self.config.n_query_groups, self.config.head_size
+        heads = rotate(self._heads(x), cos, sin, H + G)  # (B, T, H + 2G, D)
+        q, k, v = heads.transpose(1, 2).split_with_sizes((H, G, G), dim=1)  # (B, heads, T, D)
+        if input_pos is not None:
+            k, v = self._update_cache(input_pos, input_pos_maxp1, k, v)  # (B, G, S, D)
+            if input_pos.dim() == 1 and input_pos_maxp1 is not None and T in (1, input_pos_maxp1):
+                # The last position sees all keys, and a prompt in an empty cache is causal: both need no mask, and
+                # attention without one is faster.
+                mask = None
+
+        # mscale: YaRN's correction for stretched contexts, else 1
+        scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or D)
+        if T == 1:
+            # The query heads of a group see the same keys, so they can take the place of the time.
+            q = q.reshape(B, G, H // G, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        else:
+            grouped = H != G and _flash_attention(q.device, q.dtype)
+            if H != G and not grouped:
+                k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
+            y = y.transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
+        result = self.proj(y.reshape(B, T, H * D))
         return result
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values, normalized if the model does so: ``(B, T, H + 2G, D)``."""
+        (B, T, _), H, G, D = x.shape, self.config.n_head, self.config.n_query_groups, self.config.head_size
+        qkv = self.qkv(x)
+        if not self.config.norm_qk:
+            heads: Tensor = qkv.view(B, T, H + 2 * G, D)
+            return heads
+        if self.config.norm_qk_type == "olmo2":  # over all heads together
+            q, k, v = qkv.split((H * D, G * D, G * D), dim=-1)
+            return torch.cat((self.norm_q(q), self.norm_k(k), v), dim=-1).view(B, T, H + 2 * G, D)
+        q, k, v = qkv.view(B, T, H + 2 * G, D).split((H, G, G), dim=2)
+        return torch.cat((self.norm_q(q), self.norm_k(k), v), dim=2)
+
+    def _update_cache(self, input_pos: Tensor, end: int | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values ``(B, G, T, D)`` into the cache, and return its first ``end`` positions."""
+        cache = self.kv_cache
+        if cache is None:
+            raise TypeError("input_pos needs a KV cache; call `gpt.set_kv_cache()` first.")
+        if cache.k.dtype != k.dtype:  # under autocast, or in a model that was converted
+            cache.k, cache.v = cache.k.to(k.dtype), cache.v.to(v.dtype)
+        B, _, T, _ = k.shape
+        # (1 or B, 1, T, 1): LitGPT's cache would loop over the rows if each has positions of its own.
+        position = input_pos.view(-1, 1, T, 1).expand_as(k)
+        k_cache, v_cache = cache.k.narrow(0, 0, B), cache.v.narrow(0, 0, B)
+        k_cache.scatter_(2, position, k)
+        v_cache.scatter_(2, position, v)
+        if end is None:
+            return k_cache, v_cache
+        return k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end)
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 can't trace comparing capabilities
 def _flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a kernel takes fewer key heads than query heads: a CPU's, and flash attention. The memory-efficient one,
-    for fp32 and cards without flash attention, does not, and torch would fall back to scores of T x T."""
+    """Return whether a kernel takes fewer key heads than query heads: the CPU's and flash attention do.
+
+    The memory-efficient kernel, for fp32 and GPUs without flash attention, does not: torch would fall back to scores
+    of T x T.
+    """
     capability = hardware_of(device).capability or (0, 0)
     return device.type != "cuda" or (dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0))
 
 
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, n_rotated: int) -> Tensor:
+    """Apply rotary embeddings (arXiv 2104.09864) to the first heads, as ``litgpt.model.apply_rope``.
+
+    Args:
+        heads: ``(B, T, heads, D)``.
+        cos: ``([B or 1], T, D)``, both halves alike.
+        sin: as ``cos``.
+        n_rotated: number of heads to rotate; the rest, the values, are passed through.
+
+    Returns:
+        As ``heads``.
+    """
+    if not torch.is_grad_enabled():
+        return _rotate(heads, cos, sin, n_rotated)
+    rotated: Tensor = _Rotate.apply(heads, cos, sin, n_rotated)
+    return rotated
+
+
 class _Rotate(torch.autograd.Function):
-    """Rotary embedding (arXiv 2104.09864) of the first heads of ``(B, T, heads, D)``, as ``litgpt.model.apply_rope``;
-    the other heads, the values, pass. The backward is the rotation back."""
+    """The backward pass is the rotation back, and needs nothing but the angles."""
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, n_rotated: int) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.rotated = rotated
-        return _rotate(heads, cos, sin, rotated)
+        ctx.n_rotated = n_rotated
+        return _rotate(heads, cos, sin, n_rotated)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin, ctx.rotated), None, None, None
+        return _rotate(grad, cos, -sin, ctx.n_rotated), None, None, None
 
 
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # ([B or 1], T, 1, D), both halves alike
-    half = heads.size(-1) // 2
-    x = heads[:, :, :rotated]
-    y = x * cos  # in fp32 as cos is, also where x is bf16
-    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return torch.cat((y.to(heads.dtype), heads[:, :, rotated:]), dim=2)
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, n_rotated: int) -> Tensor:
+    # (x1, x2) -> (x1 * cos - x2 * sin, x2 * cos + x1 * sin), with as few passes over memory as possible
+    x, passed = heads.split_with_sizes((n_rotated, heads.size(2) - n_rotated), dim=2)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # ([B or 1], T, 1, D)
+    y = x * cos  # in fp32 as cos is, also if x is bf16
+    x_first, x_second = x.chunk(2, dim=-1)
+    y_first, y_second = y.chunk(2, dim=-1)
+    sin = sin.narrow(-1, 0, x_first.size(-1))
+    y_first.addcmul_(x_second, sin, value=-1)
+    y_second.addcmul_(x_first, sin)
+    return torch.cat((y.to(heads.dtype), passed), dim=2)
 
 
 class RMSNorm(litgpt.model.RMSNorm):
-    """The same parameter and the same result (arXiv 1910.07467), computed in fp32 whatever the type of ``x``. Keeps
-    ``x`` and a number for each token, where plain operators keep tensors of ``x``'s size in fp32."""
+    """LitGPT's norm (arXiv 1910.07467): the same parameter and result, computed in fp32 whatever the type of ``x``.
+
+    For the backward it keeps ``x`` and one number per token; plain operators keep tensors of the size of ``x`` in fp32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., size) -> (..., size)``"""
+        """Normalize the last dimension: ``(..., size) -> (..., size)``."""
         assert self.dim == -1
         weight = 1 + self.weight if self.add_unit_offset else self.weight
-        result: Tensor = _RMSNorm.apply(x, weight, self.eps)
-        return result
+        y: Tensor = _RMSNorm.apply(x, weight, self.eps)
+        return y
+
+    def for_inference(self) -> Callable[[Tensor], Tensor]:
+        """Return ``forward`` without gradients, as a function that has its parameters at hand."""
+        weight = (1 + self.weight if self.add_unit_offset else self.weight).detach().float()
+        eps = self.eps
+        return lambda x: _rms_norm(x, weight, eps)[0]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        rstd = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + eps)
+        y, rstd = _rms_norm(x, weight.float(), eps)
         ctx.save_for_backward(x, weight, rstd)
-        # Neither in place nor by a `to` that changes nothing: compiled by torch 2.11, the gradient of a result that is
-        # one of its intermediate tensors under another name is lost.
-        y = wide * rstd * weight.float()
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
-        grad_wide, normed = grad.float(), x.float() * rstd
-        product = grad_wide * normed
+        grad_fp32, normed = grad.float(), x.float() * rstd
+        # dx = rstd * (grad * weight - normed * mean(grad * weight * normed))
+        product = grad_fp32 * normed
         dweight = product.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         mean = product.mul_(weight.float()).mean(dim=-1, keepdim=True)
-        dx = (grad_wide * weight.float()).sub_(normed.mul_(mean)).mul_(rstd)
+        dx = (grad_fp32 * weight.float()).sub_(normed.mul_(mean)).mul_(rstd)
         return dx.to(x.dtype), dweight, None
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the normalized ``x`` in its own type, and 1 / root mean square in fp32, ``(..., 1)``; weight is fp32."""
+    x_fp32 = x.float()
+    # The operations of LitGPT's norm, so that the results are the same to the last bit.
+    rstd = torch.rsqrt((x_fp32 * x_fp32).mean(dim=-1, keepdim=True) + eps)
+    # Neither in place nor with a `to` that changes nothing: torch 2.11 compiled loses the gradient of a result that is
+    # one of the intermediate tensors under another name.
+    y = x_fp32 * rstd * weight
+    return (y if y.dtype == x.dtype else y.to(x.dtype)), rstd
 
 
 @contextmanager
 def use_fast_layers() -> Iterator[None]:
-    """While open, ``litgpt.GPT(config)`` builds with the layers above; its checkpoints are the same. May be nested."""
-    names = {"CausalSelfAttention": CausalSelfAttention, "RMSNorm": RMSNorm}
-    before = {name: getattr(litgpt.model, name) for name in names}
+    """Make ``litgpt.GPT(config)`` build with the layers above; checkpoints stay the same. May be nested."""
+    replacements = {"CausalSelfAttention": CausalSelfAttention, "RMSNorm": RMSNorm}
+    originals = {name: getattr(litgpt.model, name) for name in replacements}
     try:
-        for name, layer in names.items():
+        for name, layer in replacements.items():
             setattr(litgpt.model, name, layer)
         yield
     finally:
-        for name, layer in before.items():
+        for name, layer in originals.items():
             setattr(litgpt.model, name, layer)

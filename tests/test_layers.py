@@ -1,4 +1,4 @@
-"""The layers of litmoe/layers.py against LitGPT's, with every gradient."""
+"""The attention and norm of litmoe/layers.py equal LitGPT's, in output and every gradient."""
 
 import litgpt.model
 import pytest
@@ -11,14 +11,14 @@ from litmoe.layers import CausalSelfAttention, RMSNorm, use_fast_layers
 B, T = 2, 13
 USUAL = dict(block_size=32, n_layer=1, n_embd=48, n_head=6, padded_vocab_size=32, rotary_percentage=1.0, bias=False)
 ATTENTIONS = {
-    "every head its keys": dict(n_query_groups=6),
+    "no groups": dict(n_query_groups=6),
     "grouped queries": dict(n_query_groups=2),
     "one group": dict(n_query_groups=1),
     "biases": dict(n_query_groups=2, bias=True),
     "normed heads": dict(n_query_groups=2, norm_qk=True, norm_class_name="RMSNorm"),
     "normed as in OLMo 2": dict(n_query_groups=6, norm_qk=True, norm_qk_type="olmo2", norm_class_name="RMSNorm"),
     "another scale": dict(n_query_groups=6, attention_scores_scalar=20),
-    # LitGPT's way
+    # Computed by LitGPT's code
     "a quarter rotated": dict(n_query_groups=6, rotary_percentage=0.25),
     "interleaved": dict(n_query_groups=6, rope_interleave=True),
     "capped scores": dict(n_query_groups=6, attention_logit_softcapping=5.0),
@@ -47,55 +47,54 @@ def with_gradients(module, x, *args):
 
 
 def assert_same(stock, ours, x, *args):
-    """In fp64, but for the norms, which compute in fp32: where six heads share keys, a sum in another order is off by
-    more than fp32's bounds on some processors."""
-    found, wanted = (with_gradients(module.double(), x.double(), *args) for module in (ours, stock))
-    torch.testing.assert_close(found, wanted, rtol=1.3e-6, atol=1e-5)  # fp32's
+    """Compare in fp64: with six heads sharing keys, fp32 sums in another order exceed the tolerance on some CPUs."""
+    results, expected = (with_gradients(module.double(), x.double(), *args) for module in (ours, stock))
+    torch.testing.assert_close(results, expected, rtol=1.3e-6, atol=1e-5)  # fp32's: the norms compute in fp32
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention_and_its_gradients_are_litgpts(name):
+def test_attention_equals_litgpt(name):
     stock, ours, cos, sin = both_attentions(name)
     assert_same(stock, ours, torch.randn(B, T, 48), cos, sin)
 
 
 @pytest.mark.parametrize("name", ["one group", "biases"])
-def test_attention_in_fp32_is_as_exact_as_litgpts(name):
+def test_fp32_attention_is_as_exact_as_litgpt(name):
     stock, ours, cos, sin = both_attentions(name)
     x = torch.randn(B, T, 48)
-    found = [with_gradients(module, x, cos, sin) for module in (ours, stock)]
+    results = [with_gradients(module, x, cos, sin) for module in (ours, stock)]
     exact = with_gradients(stock.double(), x.double(), cos, sin)
-    for ours_too, stocks, wanted in zip(*found, exact, strict=True):
-        error, bound = (float((value - wanted).norm() / wanted.norm()) for value in (ours_too, stocks))
+    for value_ours, value_stock, expected in zip(*results, exact, strict=True):
+        error, bound = (float((value - expected).norm() / expected.norm()) for value in (value_ours, value_stock))
         assert error < 1.3 * bound + 1e-7
 
 
-@pytest.mark.parametrize("name", ["every head its keys", "grouped queries", "normed heads"])
-def test_attention_in_bf16_is_as_exact_as_litgpts(name):
+@pytest.mark.parametrize("name", ["no groups", "grouped queries", "normed heads"])
+def test_bf16_attention_is_as_exact_as_litgpt(name):
     stock, ours, cos, sin = both_attentions(name)
     x = torch.randn(B, T, 48)
     exact = with_gradients(stock, x, cos, sin)
 
     def errors(module):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = with_gradients(module, x, cos, sin)
-        return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+            results = with_gradients(module, x, cos, sin)
+        return [float((a - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True)]
 
     assert all(a < 1.3 * b for a, b in zip(errors(ours), errors(stock), strict=True))
 
 
-def test_without_flash_attention_key_heads_are_repeated(monkeypatch):
-    """As on a GPU in fp32: no kernel takes fewer of them there, and torch would make all scores."""
+def test_attention_without_flash_attention(monkeypatch):
+    """As on a GPU in fp32, where no kernel takes fewer key heads than query heads."""
     stock, ours, cos, sin = both_attentions("grouped queries")
     x = torch.randn(B, T, 48)
     monkeypatch.setattr(litmoe.layers, "_flash_attention", lambda *_: False)
     assert_same(stock, ours, x, cos, sin)
 
 
-def test_attention_with_masks_and_positions_is_litgpts():
+def test_attention_with_mask_and_positions():
     stock, ours, cos, sin = both_attentions("grouped queries")
     x, mask = torch.randn(B, T, 48), torch.ones(T, T, dtype=torch.bool).tril()[None, None]
-    assert torch.equal(ours(x, cos, sin, mask), stock(x, cos, sin, mask))
+    torch.testing.assert_close(ours(x, cos, sin, mask), stock(x, cos, sin, mask))
     shifted = torch.stack([torch.arange(T), torch.arange(T) + 5])
     cos, sin = (table.expand(B, -1, -1).clone() for table in (cos, sin))
     cos[1], sin[1] = torch.cos(shifted[1, :, None] * 0.1), torch.sin(shifted[1, :, None] * 0.1)
@@ -103,7 +102,7 @@ def test_attention_with_masks_and_positions_is_litgpts():
 
 
 @pytest.mark.parametrize("add_unit_offset", [False, True])
-def test_norm_and_its_gradients_are_litgpts(add_unit_offset):
+def test_norm_equals_litgpt(add_unit_offset):
     torch.manual_seed(0)
     ours, stock = (kind(48, eps=1e-5, add_unit_offset=add_unit_offset) for kind in (RMSNorm, litgpt.model.RMSNorm))
     for norm in (ours, stock):
@@ -112,13 +111,14 @@ def test_norm_and_its_gradients_are_litgpts(add_unit_offset):
     torch.testing.assert_close(with_gradients(ours, x), with_gradients(stock, x))
     for norm in (ours, stock):
         norm.bfloat16()
-    found, wanted = (with_gradients(norm, x.bfloat16()) for norm in (ours, stock))
-    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in wanted]
-    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    results, expected = (with_gradients(norm, x.bfloat16()) for norm in (ours, stock))
+    assert [tensor.dtype for tensor in results] == [tensor.dtype for tensor in expected]
+    torch.testing.assert_close(results, expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(ours.for_inference()(x), ours(x))
 
 
 @pytest.mark.parametrize("layer", ["attention", "norm"])
-def test_they_keep_less_for_the_backward_than_litgpts(layer):
+def test_layers_keep_less_for_the_backward(layer):
     if layer == "attention":
         stock, ours, *rotation = both_attentions("grouped queries")
     else:
@@ -141,22 +141,38 @@ def test_they_keep_less_for_the_backward_than_litgpts(layer):
     assert kept(ours) < kept(stock)
 
 
-def test_models_built_within_are_read_by_litgpts_and_litgpt_is_as_it_was():
-    before = (litgpt.model.CausalSelfAttention, litgpt.model.RMSNorm)
+def test_use_fast_layers_builds_and_restores():
+    originals = (litgpt.model.CausalSelfAttention, litgpt.model.RMSNorm)
     config = Config(**USUAL, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", intermediate_size=64)
     with use_fast_layers():
         with use_fast_layers():
             pass
         ours = GPT(config)
-    assert (litgpt.model.CausalSelfAttention, litgpt.model.RMSNorm) == before
+    assert (litgpt.model.CausalSelfAttention, litgpt.model.RMSNorm) == originals
     block = ours.transformer.h[0]
     assert type(block.attn) is CausalSelfAttention and type(block.norm_1) is type(ours.transformer.ln_f) is RMSNorm
     stock = GPT(config)
     stock.load_state_dict(ours.state_dict())
     tokens = torch.randint(0, 32, (B, T))
     torch.testing.assert_close(ours(tokens), stock(tokens))
-    # With a KV cache they go LitGPT's way.
+
+
+@pytest.mark.parametrize("name", ["no groups", "grouped queries", "normed heads", "biases", "a quarter rotated"])
+@torch.no_grad()
+def test_kv_cache_equals_litgpt(name):
+    """A prompt, a part of several tokens, and single tokens at common positions and at positions of their own."""
+    config = Config(**{**USUAL, "norm_class_name": "RMSNorm", **ATTENTIONS[name]})
+    with use_fast_layers():
+        ours = GPT(config)
+    stock = GPT(config)
+    stock.load_state_dict(ours.state_dict())
+    tokens = torch.randint(0, 32, (B, T))
     for gpt in (ours, stock):
         gpt.set_kv_cache(batch_size=B)
-    positions = torch.arange(T)
-    torch.testing.assert_close(ours(tokens, positions), stock(tokens, positions))
+    for start, end, own_positions in ((0, 5, False), (5, 8, False), (8, 9, False), (9, 10, True), (10, 13, True)):
+        positions = torch.arange(start, end)
+        if own_positions:  # the second row is one token behind
+            positions = torch.stack([positions, positions - 1])
+        for maxp1 in (end, None):
+            results = [gpt(tokens[:, start:end], positions, maxp1) for gpt in (ours, stock)]
+            torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)

@@ -27,7 +27,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from custom_moe import score_function
 from custom_moe.balance import DEAD, expert_load, load_statistics, normalized_entropy, router_probabilities
 from litmoe import checkpoints
 from litmoe.cli import UserError
@@ -161,14 +160,13 @@ def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counted:
     assigned = torch.zeros(n_layer, config.n_expert * vocabulary, dtype=torch.int64)
     entropies, tokens = torch.zeros(n_layer, dtype=torch.float64), 0
     for batch in batches:
-        ids = batch[:, :-1]
+        ids = batch[:, :-1].to(device)
         with autocast or nullcontext():
-            _, routers = hidden_states(gpt, ids.to(device))
-        places = ids.reshape(-1, 1)  # (N, 1)
+            _, routers = hidden_states(gpt, ids)
         for layer, router in enumerate(router for router in routers if router is not None):
-            cells = (router.indices.cpu() * vocabulary + places).flatten()
+            cells = (router.experts * vocabulary + ids.flatten()[router.tokens]).cpu()
             assigned[layer].scatter_add_(0, cells, torch.ones_like(cells))
-            probabilities = router_probabilities(router.logits, score_function(config))  # (N, E)
+            probabilities = router_probabilities(router.logits, router.score_function)  # (N, E)
             entropies[layer] += normalized_entropy(probabilities).sum().double().cpu()
         tokens += ids.numel()
     return Counted(tokens, assigned.view(n_layer, config.n_expert, vocabulary), (entropies / tokens).tolist())

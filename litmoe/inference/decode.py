@@ -1,251 +1,241 @@
-"""A batch of texts and their KV caches, and the model's next step on them.
+"""Decoding: a batch of texts with KV caches that grow together, one token per step.
 
-The prompts go through LitGPT's forward. A step of one token for each text is then so little work that on a CPU most of
-its time would be Python's and on a GPU that of launching kernels. So for the usual kind of model it is written anew
-here, with fewer operations, and a GPU replays it as one CUDA graph. `torch.compile` is left out, as one would have to
-wait for it before the first token.
+A step is the same forward as in training (``litmoe.forward``) with the caches of the attention layers. On a CPU most of
+its time is Python, and on a GPU the launching of kernels; there a CUDA graph replays it. ``torch.compile`` is not used,
+because it would delay the first token.
+
+Shape suffixes: B rows, T time, S positions of the cache, C n_embd, V padded vocabulary.
 """
 
+import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from litgpt import GPT, Config
-from litgpt.model import LLaMAMoE, RMSNorm
+from litgpt import GPT
+from litgpt.model import LLaMAMoE
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from custom_moe import MoE
 from custom_moe.experts import Experts
-from custom_moe.few import FewTokens
-from litmoe.forward import logits_of
+from litmoe.forward import hidden_states, logits_of
+from litmoe.layers import CausalSelfAttention, KVCache, RMSNorm
 
-_WORTH_A_GRAPH = 16
-"""Steps, as recording a graph takes the time of a few"""
-_READ_TOGETHER = 4096
-"""Tokens of prompts, because LitGPT computes the logits of all of them, though only those of the last are used"""
+_MIN_GRAPH_STEPS = 16
+"""Steps for which recording a CUDA graph is worth it: the recording takes as long as a few steps"""
+_TOKENS_PER_PASS = 8192
+"""Prompt tokens that are read in one forward pass, to limit the memory of its activations"""
 
 
 class Decoder:
-    """Texts that grow together, one token at a time.
+    """Texts of one model that grow together.
 
-    Between two steps nothing of it lies in the model, so several texts of one model may be written in turn, from
-    several threads too, one that is never finished is in nobody's way, and the model may be the one in training.
+    The model is not changed, not even for the duration of a step: the caches belong to a copy of its modules that
+    shares the parameters. So several decoders may use one model in turn, also from several threads, and the model may
+    be the one in training.
     """
 
     def __init__(self, gpt: GPT, prompts: Sequence[Tensor], copies: int, size: int) -> None:
-        """Reads the prompts: each once, several together where all are of one length, else one by one.
+        """Read the prompts.
 
         Args:
-            gpt: plain, not what `torch.compile` or Fabric made of it.
+            gpt: plain model, not what ``torch.compile`` or Fabric made of it.
             prompts: token ids, ``(T,)`` each, on the model's device.
-            copies: rows for each prompt, side by side.
-            size: how many tokens of a row are read at most, those of the prompt counted.
+            copies: rows for each prompt, next to each other.
+            size: length of the caches: how many tokens of a row are read at most, including the prompt.
         """
-        self.gpt, self.size = gpt, size
-        self.even = len({len(prompt) for prompt in prompts}) == 1
-        lengths = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(copies)
-        self.seen = int(lengths.max())
-        """How many places of the cache the longest row has filled"""
-        rows, device = len(lengths), prompts[0].device
-        # (B,), of each row's next token; where there is no room for one, it is written over the last.
-        self.positions = lengths.clamp(max=size - 1).to(device)
-        logits: list[Tensor] = []
-        with _as_it_was(gpt):
-            gpt.mask_cache = None
-            gpt.set_kv_cache(batch_size=rows, max_seq_length=size, device=device)
-            caches = [block.attn.kv_cache for block in gpt.transformer.h]
-            together = max(1, _READ_TOGETHER // self.seen) if self.even else 1
-            end = rows
-            # LitGPT writes into the first rows, so what belongs there comes last.
-            for first in reversed(range(0, len(prompts), together)):
-                ids = torch.stack(list(prompts[first : first + together]))  # (N, T)
-                places = torch.arange(ids.size(1), device=device)
-                logits.insert(0, gpt(ids, places, input_pos_maxp1=ids.size(1))[:, -1].clone())  # lets go of the rest
-                start = end - len(ids) * copies
-                for buffer in (buffer for cache in caches for buffer in cache.buffers()):
-                    if (start, end) != (0, len(ids)):
-                        buffer[start:end] = buffer[: len(ids)].repeat_interleave(copies, dim=0)
-                end = start
-            self.mask_cache, self.kv_caches = gpt.mask_cache, caches
-            self.logits = torch.cat(logits).repeat_interleave(copies, dim=0)
-            """``(B, V)``, of each prompt's last token"""
-            # LoRA has dropout, which a step of its own, outside of `_as_it_was`, would apply to a model in training.
-            dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in gpt.modules())
-            self._step = _PlainStep(gpt, self.kv_caches) if is_plain(gpt.config) and not dropout else None
-            self._graph: _Graph | None = None
-            if self._step is not None and size - self.seen >= _WORTH_A_GRAPH and _can_be_recorded(gpt):
-                self._graph = _Graph(self._step, self.positions)
+        self.gpt = _inference_copy(gpt)
+        self.size = size
+        device = prompts[0].device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.same_length = len({len(prompt) for prompt in prompts}) == 1
+        self.seen = max(len(prompt) for prompt in prompts)
+        """Positions of the cache that the longest row has filled"""
+        self.places = torch.arange(size, device=device)
+        self.logits = self._read(pad_sequence(list(prompts), batch_first=True), lengths, copies)
+        """``(B, V)``, after the last token of each prompt"""
+        self.positions = lengths.repeat_interleave(copies).clamp(max=size - 1)
+        """``(B,)``, where each row's next token goes. If a row is full, it overwrites the last token."""
+        self.layers = _prepare(self.gpt) if _is_usual(self.gpt) else None
+        """What a step runs; None: the modules"""
+        self._graph: _CUDAGraph | None = None
+        if size - self.seen >= _MIN_GRAPH_STEPS and _can_be_recorded(self.gpt):
+            # The shapes in a graph are fixed, so a step looks at all of the cache, with a mask.
+            self._graph = _CUDAGraph(lambda tokens, at: self._step(tokens, at.unsqueeze(1), size), self.positions)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Reads each row's next token, ``(B,)``, and returns the logits after it, ``(B, V)``, until the next step.
+        """Read the next token of each row.
 
-        In a row whose cache is full they mean nothing.
+        Args:
+            tokens: ``(B,)``.
+
+        Returns:
+            The logits after it, ``(B, V)``, valid until the next step. In a row whose cache is full they are undefined.
         """
         self.seen = min(self.seen + 1, self.size)
         if self._graph is not None:
             logits = self._graph(tokens, self.positions)
-        elif self._step is not None:
-            logits = self._step(tokens, self.positions, self.seen, masked=not self.even)
         else:
-            places = self.positions[:1] if self.even else self.positions.unsqueeze(1)
-            with _as_it_was(self.gpt):
-                self.gpt.mask_cache = self.mask_cache
-                _set_kv_caches(self.gpt, self.kv_caches)
-                logits = self.gpt(tokens.unsqueeze(1), places, input_pos_maxp1=self.seen)[:, -1]
-        self.positions += 1
-        if not self.even:
-            self.positions.clamp_(max=self.size - 1)
+            positions = self.positions[:1] if self.same_length else self.positions.unsqueeze(1)
+            logits = self._step(tokens, positions, self.seen)
+        # Full rows stay at the last position.
+        self.positions = (self.positions + 1).clamp(max=self.size - 1)
         return logits
 
+    def _step(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Compute the logits ``(B, V)`` after tokens ``(B,)`` at positions ``(1,)`` or ``(B, 1)``."""
+        forward = self._forward if self.layers is None else self._forward_prepared
+        return logits_of(self.gpt, forward(tokens.unsqueeze(1), positions, end)[:, -1])
 
-# --------------------------------------------------------------------------------------------------------- plain models
+    def _forward(self, ids_BT: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Return the hidden states ``(B, T, C)`` of tokens at positions ``(T,)`` or ``(B, T)``, up to position end."""
+        mask = (self.places[:end] <= positions.unsqueeze(-1)).view(-1, 1, ids_BT.size(1), end)
+        # Each token sees the cache up to its own position.
+        x_BTC, _ = hidden_states(self.gpt, ids_BT, positions, mask, cache_end=end)
+        return x_BTC
+
+    def _forward_prepared(self, ids_B1: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Compute ``_forward`` of one token per row."""
+        assert self.layers is not None
+        # (1 or B, 1, D); index_select is faster than an index in brackets
+        cos = self.gpt.cos.index_select(0, positions.flatten()).unsqueeze(1)
+        sin = self.gpt.sin.index_select(0, positions.flatten()).unsqueeze(1)
+        mask = None
+        if positions.dim() == 2:
+            mask = (self.places[:end] <= positions).view(-1, 1, 1, end)
+        x_B1C = self.gpt.transformer.wte(ids_B1)
+        for layer in self.layers:
+            x_B1C = x_B1C + layer.attention(layer.norm_1(x_B1C), cos, sin, mask, positions, end)
+            x_B1C = x_B1C + layer.feed_forward(layer.norm_2(x_B1C))
+        return x_B1C
+
+    def _read(self, ids_PT: Tensor, lengths_P: Tensor, copies: int) -> Tensor:
+        """Read the prompts, padded at their ends, and return the logits after the last token of each row, ``(B, V)``.
+
+        The padding does not matter: causal attention hides it, and a row's next tokens overwrite it in the cache.
+        """
+        # P prompts, in passes of as many as fit
+        T = ids_PT.size(1)
+        blocks = self.gpt.transformer.h
+        passes = []
+        logits = []
+        rows_per_pass = max(1, _TOKENS_PER_PASS // T)
+        for ids, lengths in zip(ids_PT.split(rows_per_pass), lengths_P.split(rows_per_pass), strict=True):
+            for block in blocks:
+                block.attn.kv_cache = block.attn.build_kv_cache(
+                    len(ids), self.size, self.gpt.rope_cache_length(), ids.device
+                )
+            x_PTC = self._forward(ids, self.places[:T], T)
+            # Only the last token of a prompt needs logits: they are the largest tensor.
+            last_PC = x_PTC[torch.arange(len(ids), device=ids.device), lengths - 1]
+            logits.append(logits_of(self.gpt, last_PC))
+            passes.append([block.attn.kv_cache for block in blocks])
+        # Each prompt was read once; its copies get copies of its keys and values.
+        for block, *caches in zip(blocks, *passes, strict=True):
+            block.attn.kv_cache.k = torch.cat([cache.k for cache in caches]).repeat_interleave(copies, dim=0)
+            block.attn.kv_cache.v = torch.cat([cache.v for cache in caches]).repeat_interleave(copies, dim=0)
+        return torch.cat(logits).repeat_interleave(copies, dim=0)
 
 
-def is_plain(config: Config) -> bool:
-    """Whether `_PlainStep` computes this kind of model; all of this repository's are."""
-    unusual = (
-        config.latent_attention,
-        config.sliding_window_size is not None and config.sliding_window_indices is not None,
-        config.rope_indices is not None,
-        config.rope_interleave,
-        config.rope_n_elem == 0 or config.rope_n_elem % 2,
-        config.attention_logit_softcapping is not None,
-        config.norm_qk and config.norm_qk_type != "default",
-        config.parallel_residual,
-        not (config.norm_1 and config.norm_2),
-        config.post_attention_norm or config.post_mlp_norm,
-        config.scale_embeddings,
-    )
-    return not any(unusual)
+def _inference_copy(gpt: GPT) -> GPT:
+    """Copy the modules of a model but not its tensors, and set the copy to eval mode."""
+    return _copy_modules(gpt).eval()
 
 
-class _PlainStep:
-    """`GPT.forward` for one token of each row, with a position of its own."""
+def _copy_modules(module: nn.Module) -> Any:
+    # Not deepcopy, which takes as long as reading a prompt.
+    twin = copy.copy(module)
+    twin._modules = {name: child and _copy_modules(child) for name, child in module._modules.items()}
+    return twin
 
-    def __init__(self, gpt: GPT, kv_caches: Sequence[nn.Module]) -> None:
-        config, device = gpt.config, gpt.cos.device
-        self.embed, self.logits_of = gpt.transformer.wte, partial(logits_of, gpt)
-        self.layers = [_Layer(block, cache) for block, cache in zip(gpt.transformer.h, kv_caches, strict=True)]
-        rows, groups, self.size, self.head_size = self.layers[0].k_cache.shape
-        self.heads = (config.n_head, groups)
-        self.first_places = torch.arange(rows * groups, device=device).view(rows, groups) * self.size
-        self.places = torch.arange(self.size, device=device)
-        # x*cos + rotated(x)*sin, where rotated(x) is x with its halves exchanged and the minus moved into sin; what is
-        # not rotated has cos 1 and sin 0.
-        half, rest = config.rope_n_elem // 2, config.head_size - config.rope_n_elem
-        self.exchanged = torch.arange(config.head_size, device=device)
-        self.exchanged[: 2 * half] = self.exchanged[: 2 * half].roll(half)
-        sign = torch.ones(2 * half, device=device)
-        sign[:half] = -1
-        cos, sin = F.pad(gpt.cos[: self.size], (0, rest), value=1.0), F.pad(gpt.sin[: self.size] * sign, (0, rest))
-        self.rotations = torch.stack((cos, sin), dim=1).unsqueeze(2)  # (size, 2, 1, head_size)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, seen: int, masked: bool) -> Tensor:
-        """Logits ``(B, V)``; writes the tokens' keys and values into the caches.
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+class _Layer(NamedTuple):
+    """The functions of one transformer block."""
+
+    norm_1: Callable[[Tensor], Tensor]
+    attention: Callable[..., Tensor]
+    norm_2: Callable[[Tensor], Tensor]
+    feed_forward: Callable[[Tensor], Tensor]
+
+
+def _is_usual(gpt: GPT) -> bool:
+    """Return whether the model consists of the usual blocks, with this project's attention."""
+    # The conditions of _forward_prepared, which is the block x + attention(norm(x)), x + feed_forward(norm(x)).
+    config = gpt.config
+    if config.parallel_residual or config.post_attention_norm or config.post_mlp_norm or config.scale_embeddings:
+        return False
+    fast = all(isinstance(block.attn, CausalSelfAttention) and block.attn.is_fast for block in gpt.transformer.h)
+    return fast and config.norm_1 and config.norm_2 and config.rope_indices is None
+
+
+def _prepare(gpt: GPT) -> list[_Layer]:
+    """Return the layers of an inference copy as functions.
+
+    The arithmetic is that of the modules. But to call a module, and to look up its parts, takes about as long as what
+    it computes for one token.
+    """
+    layers = []
+    for block in gpt.transformer.h:
+        # nn.Module finds its parts by a search in Python; in __dict__ they are found at once.
+        parts = {name: _function(part) for name, part in block.attn._modules.items() if name != "kv_cache"}
+        block.attn.__dict__.update(parts, kv_cache=KVCache(block.attn.kv_cache.k, block.attn.kv_cache.v))
+        layers.append(
+            _Layer(_function(block.norm_1), block.attn.forward, _function(block.norm_2), _function(block.mlp))
+        )
+    return layers
+
+
+def _function(module: nn.Module | None) -> Any:
+    """Return a function that computes what a module does, without gradients."""
+    if type(module) is nn.Linear:  # not LoRA's, and not a quantized one
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    if isinstance(module, (MoE, RMSNorm)):
+        return module.for_inference()
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------- CUDA graph
+
+_recording = threading.Lock()
+
+
+class _CUDAGraph:
+    """A recorded step, which the GPU replays without Python between its kernels.
+
+    Experimental: its speed has not been measured.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], positions: Tensor) -> None:
+        """Record a step.
 
         Args:
-            tokens: ``(B,)``.
-            positions: ``(B,)``.
-            seen: how many places of the cache are looked at.
-            masked: whether some of these come after a row's own position.
+            step: computes logits from tokens and positions, both ``(B,)``.
+            positions: of the first step.
         """
-        (n_head, groups), head_size, rows = self.heads, self.head_size, len(tokens)
-        mask = (self.places[:seen] <= positions.unsqueeze(1)).view(rows, 1, 1, seen) if masked else None
-        cos, sin = self.rotations.index_select(0, positions).unbind(1)  # (B, 1, head_size)
-        written = (self.first_places + positions.unsqueeze(1)).flatten()  # (B * groups,)
-        x = self.embed(tokens)  # (B, C)
-        for layer in self.layers:
-            qkv = layer.qkv(layer.norm_1(x)).view(rows, n_head + 2 * groups, head_size)
-            qk, v = qkv.split_with_sizes((n_head + groups, groups), dim=1)
-            if layer.norm_q is not None and layer.norm_k is not None:
-                q, k = qk.split_with_sizes(self.heads, dim=1)
-                qk = torch.cat((layer.norm_q(q), layer.norm_k(k)), dim=1)
-            qk = (qk * cos + qk.index_select(2, self.exchanged) * sin).to(v.dtype)
-            q, k = qk.split_with_sizes(self.heads, dim=1)
-            layer.k_places.index_copy_(0, written, k.reshape(-1, head_size))
-            layer.v_places.index_copy_(0, written, v.reshape(-1, head_size))
-            y = F.scaled_dot_product_attention(
-                q.reshape(rows, groups, n_head // groups, head_size),  # the heads of a group see the same keys
-                layer.k_cache.narrow(2, 0, seen),
-                layer.v_cache.narrow(2, 0, seen),
-                attn_mask=mask,
-                scale=layer.scale,
-            )
-            x = x + layer.proj(y.reshape(rows, -1))
-            x = x + layer.mlp(layer.norm_2(x))
-        return self.logits_of(x)
-
-
-class _Layer:
-    """What a step needs of a block and its cache, within reach: attributes of modules are slow to look up."""
-
-    def __init__(self, block: Any, cache: Any) -> None:
-        attn, config = block.attn, block.config
-        self.norm_1, self.norm_2, self.mlp = _norm(block.norm_1), _norm(block.norm_2), _mlp(block.mlp, len(cache.k))
-        self.qkv, self.proj = _linear(attn.qkv), _linear(attn.proj)
-        self.norm_q = _norm(attn.norm_q) if config.norm_qk else None
-        self.norm_k = _norm(attn.norm_k) if config.norm_qk else None
-        self.scale = attn.mscale**2 * (config.attention_scores_scalar or config.head_size) ** -0.5
-        self.k_cache, self.v_cache = cache.k, cache.v  # (B, groups, size, head_size)
-        self.k_places, self.v_places = cache.k.view(-1, config.head_size), cache.v.view(-1, config.head_size)
-
-
-def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
-    """LitGPT's RMSNorm as one operation, any other norm as it is."""
-    if not isinstance(norm, RMSNorm) or norm.add_unit_offset or norm.dim != -1:
-        return norm
-    shape, weight, eps = norm.weight.shape, norm.weight, norm.eps
-    if norm.weight.is_cpu and norm.weight.dtype == torch.float32:
-        # rms_norm is several operations on a CPU. The root of the mean square plus eps is a hypotenuse.
-        width = weight.size(0)
-        scaled, leg = weight * width**0.5, torch.tensor((width * eps) ** 0.5)
-        return lambda x: x * (scaled / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), leg))
-    return lambda x: F.rms_norm(x, shape, weight.to(x.dtype), eps)
-
-
-def _linear(linear: nn.Module) -> Callable[[Tensor], Tensor]:
-    if type(linear) is not nn.Linear:
-        return lambda x: linear(x.unsqueeze(1)).squeeze(1)  # LitGPT's LoRA takes three dimensions alone
-    return partial(F.linear, weight=linear.weight, bias=linear.bias)
-
-
-def _mlp(mlp: Any, rows: int) -> Callable[[Tensor], Tensor]:
-    if FewTokens.can_take(mlp, rows):
-        return FewTokens(mlp)
-    return lambda x: mlp(x.unsqueeze(1)).squeeze(1)  # as does its own MoE
-
-
-# ----------------------------------------------------------------------------------------------------------- CUDA graph
-
-
-class _Graph:
-    """A step, recorded once and replayed: the GPU goes through its kernels without Python between them."""
-
-    def __init__(self, step: _PlainStep, positions: Tensor) -> None:
         self.tokens, self.positions = torch.zeros_like(positions), positions.clone()
-
-        def once() -> Tensor:
-            # The shapes in a graph are fixed: the whole cache is looked at, and what is not filled yet is masked.
-            return step(self.tokens, self.positions, step.size, masked=True)
-
-        # Streams and graphs belong to the current device, which need not be the model's.
-        with torch.cuda.device(positions.device):
-            # Before it is recorded, whatever is set up at first use must have been. What this writes into the caches
-            # the first step writes over.
+        # Streams and graphs belong to the current device, which need not be the model's. A process may record one graph
+        # at a time.
+        with _recording, torch.cuda.device(positions.device):
+            # Run it before, because what is set up at first use can't be recorded. What this writes into the caches is
+            # overwritten by the first step.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    once()
+                    step(self.tokens, self.positions)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            # Without a stream, torch takes one on the device of the process's first graph. What other threads do
-            # meanwhile, allocating for instance, is none of this recording's business.
+            # An explicit stream: torch's own is on the device of the process's first graph. "thread_local": other
+            # threads may allocate memory meanwhile.
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.logits = once()
+                self.logits = step(self.tokens, self.positions)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         with torch.cuda.device(positions.device):
@@ -256,39 +246,11 @@ class _Graph:
 
 
 def _can_be_recorded(gpt: GPT) -> bool:
-    """On CUDA, where nothing waits for the device; autocast casts the weights outside of what is recorded."""
+    """Return whether a step runs on CUDA without waiting for the device."""
     device = gpt.cos.device
-    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # autocast casts weights outside of the graph
         return False
-    if any(isinstance(module, LLaMAMoE) for module in gpt.modules()):  # it asks which rows an expert has
+    # LitGPT's own layers ask the device for positions, or for the rows of an expert.
+    if not _is_usual(gpt) or any(isinstance(block.mlp, LLaMAMoE) for block in gpt.transformer.h):
         return False
     return all(layer.backend_on(device) != "loop" for layer in gpt.modules() if isinstance(layer, Experts))
-
-
-# ---------------------------------------------------------------------------------------------------- the model's state
-
-_one_at_a_time = threading.Lock()
-
-
-@contextmanager
-def _as_it_was(gpt: GPT) -> Iterator[None]:
-    """Sets the model to eval for a moment, then puts its KV caches, mask and training modes back."""
-    with _one_at_a_time:
-        training = [module for module in gpt.modules() if module.training]
-        kv_caches = [block.attn.kv_cache for block in gpt.transformer.h]
-        mask_cache = gpt.mask_cache
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            gpt.mask_cache = mask_cache
-            _set_kv_caches(gpt, kv_caches)
-            for module in training:
-                module.training = True
-
-
-def _set_kv_caches(gpt: GPT, kv_caches: Sequence[nn.Module | None]) -> None:
-    for block, kv_cache in zip(gpt.transformer.h, kv_caches, strict=True):
-        del block.attn.kv_cache  # a None set over a module would stay listed among the modules
-        block.attn.kv_cache = kv_cache

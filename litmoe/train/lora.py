@@ -7,7 +7,7 @@ import torch
 from litgpt import GPT
 from torch import Tensor, nn
 
-from custom_moe.lora import LoRAExperts, LoRAGate
+from custom_moe.litgpt import LoRAExperts, LoRARouter
 from litmoe.config import LORA_FIELDS, FinetuneSettings
 
 
@@ -32,7 +32,7 @@ def load_base_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:
     for module in gpt.modules():
         if isinstance(module, litgpt.lora.LoRALinear):
             module.reset_parameters()
-        elif isinstance(module, (LoRAExperts, LoRAGate)):
+        elif isinstance(module, (LoRAExperts, LoRARouter)):
             module.reset_lora()
     litgpt.lora.mark_only_lora_as_trainable(gpt)
 

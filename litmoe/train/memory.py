@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from custom_moe import Backend, loop, use_custom_moe
+from custom_moe import kernels, use_custom_moe
 from custom_moe.backends import Hardware, backend_for
 from custom_moe.experts import Experts
 from litmoe.config import ParsedRun
@@ -188,7 +188,12 @@ class _Ledger(TorchDispatchMode):
 
 _LOOP: dict[Any, Callable[..., Any]] = {
     operator._opoverload: operator._init_fn
-    for operator in (loop.multiply, loop.weight_gradient, loop.swiglu, loop.swiglu_backward)
+    for operator in (
+        kernels.loop_multiply,
+        kernels.loop_weight_gradient,
+        kernels.loop_forward,
+        kernels.loop_backward,
+    )
 }
 """The operators that go through the experts one by one, and the Python that they are made of"""
 
@@ -203,9 +208,9 @@ class _Ends(list[int]):
 def _run_loop(body: Callable[..., Any], args: Any) -> Any:
     """As if the router gave each expert the same, with half of the padding that there may be."""
     named = dict(zip(inspect.signature(body).parameters, args, strict=True))
-    rows, experts = named.get("token_S", args[0]).size(0), named["ends_E"].size(0)
-    if "token_S" in named:
-        rows -= experts * (loop.padded_rows(named["x_NC"]) - 1) // 2
+    rows, experts = named.get("token_R", args[0]).size(0), named["ends_E"].size(0)
+    if "token_R" in named:
+        rows -= experts * (kernels.row_multiple(named["x_NC"]) - 1) // 2
     return body(**named | {"ends_E": _Ends(rows * (expert + 1) // experts for expert in range(experts))})
 
 
@@ -229,7 +234,7 @@ def _state_of_torchao(optimizer: Any) -> int:
     return sum(storage.nbytes() for moment in moments for storage in get_untyped_storages(moment))
 
 
-def _backend(run: ParsedRun, precision: str, hardware: Hardware) -> Backend:
+def _backend(run: ParsedRun, precision: str, hardware: Hardware) -> str:
     """What would compute the experts on a card."""
     config: Config = run.settings.model
     wanted = run.settings.moe.backend
@@ -240,7 +245,7 @@ def _backend(run: ParsedRun, precision: str, hardware: Hardware) -> Backend:
     return "loop" if wanted == "triton" and importlib.util.find_spec("triton") is None else wanted
 
 
-def _choose_backend(gpt: GPT, backend: Backend) -> None:
+def _choose_backend(gpt: GPT, backend: str) -> None:
     """Without asking whether this machine has it: fake tensors need no kernels."""
     for module in gpt.modules():
         if isinstance(module, Experts):

@@ -5,19 +5,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from litgpt import GPT, Config
+from litgpt import GPT
 from torch import Tensor, nn
 
 from custom_moe import (
     MoE,
     RouterOutput,
-    expert_counts,
+    assignment_counts,
     expert_load,
     load_balancing_loss,
     router_confidence,
     router_z_loss,
-    score_function,
-    updated_bias,
 )
 from custom_moe.experts import compute_dtype
 from litmoe.data.instruction_module import IGNORED
@@ -101,7 +99,6 @@ class PretrainingModel(nn.Module):
 
         Padding stands after a row's tokens, so that none of them attends to it.
         """
-        config = self.gpt.config
         real_N = None  # which of the B * T tokens are no padding: it is computed too, but does not count as load
         if lengths is not None:
             places = torch.arange(input_ids.size(1), device=lengths.device)
@@ -111,7 +108,7 @@ class PretrainingModel(nn.Module):
         for router in routers:
             if router is not None:
                 last_counts_E = None if last_counts is None else last_counts[len(balances)]
-                balances.append(self._balance_of(router, config, real_N, last_counts_E))
+                balances.append(self._balance_of(router, real_N, last_counts_E))
 
         cross_entropy = self._cross_entropy(x, targets)
         if not balances:
@@ -142,20 +139,21 @@ class Balance(NamedTuple):
     """``(n_expert,)``"""
 
 
-def balance_of(router: RouterOutput, config: Config, real_N: Tensor | None, last_counts_E: Tensor | None) -> Balance:
+def balance_of(router: RouterOutput, real_N: Tensor | None, last_counts_E: Tensor | None) -> Balance:
     """The losses and the statistics of one router.
 
     Args:
         real_N: which tokens are no padding; None: all.
         last_counts_E: whose load the load-balancing loss goes by; None: its own.
     """
-    score = score_function(config)
-    load_E = None if last_counts_E is None else expert_load(last_counts_E)
+    counts_E = assignment_counts(router, real_N)
+    load_E = expert_load(counts_E if last_counts_E is None else last_counts_E)
+    score = router.score_function
     return Balance(
-        load_balancing_loss(router.logits, router.indices, score, real_N, load_E),
+        load_balancing_loss(router.logits, score_function=score, mask_N=real_N, load_E=load_E),
         router_z_loss(router.logits, real_N),
         router_confidence(router.logits, score, real_N),
-        expert_counts(router.indices, config.n_expert, real_N),
+        counts_E,
     )
 
 
@@ -213,7 +211,6 @@ def even_counts(gpt: GPT, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def update_selection_biases(gpt: GPT, counts: Tensor, rate: float | Tensor) -> None:
-    """Moves each sigmoid router's selection bias by the counts of a whole step, ``(MoE layers, n_expert)``."""
-    for layer, counts_of_layer in zip(moe_layers(gpt), counts, strict=True):
-        bias = layer.gate.get_buffer("e_score_correction_bias")
-        bias.copy_(updated_bias(bias, counts_of_layer, rate))
+    """Give each router the counts of a complete step, ``(MoE layers, n_expert)``; a sigmoid router moves its bias."""
+    for layer, counts_E in zip(moe_layers(gpt), counts, strict=True):
+        layer.gate.update_balance(counts_E, rate)

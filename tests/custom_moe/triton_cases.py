@@ -1,7 +1,7 @@
 # ruff: noqa: E741 (the letters of the kernels' legend)
 """The Triton kernels against plain arithmetic in fp64, on a GPU or in Triton's interpreter.
 
-``test_moe_triton.py`` runs this file in processes of its own: the interpreter must be chosen before Triton is imported,
+``test_triton.py`` runs this file in processes of its own: the interpreter must be chosen before Triton is imported,
 and the other tests must not run in it.
 """
 
@@ -119,7 +119,7 @@ def test_weight_gradient(dtype: torch.dtype, routing: str, widths: tuple[int, in
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_gathered_row_may_be_read_often(dtype: torch.dtype) -> None:
+def test_gathered_rows_may_repeat(dtype: torch.dtype) -> None:
     """As with several experts per token: more assignments than rows."""
     x, weight, sizes = randn(11, 32, dtype=dtype), randn(4, 48, 32, dtype=dtype, seed=1), [20, 0, 2, 11]
     rows = torch.arange(33, device=DEVICE) // 3
@@ -130,8 +130,8 @@ def test_a_gathered_row_may_be_read_often(dtype: torch.dtype) -> None:
     assert torch.equal(kernels.multiply(x, weight, ends_of(sizes), rows.int()), y)
 
 
-def test_experts_do_not_see_each_others_infinities() -> None:
-    """Tiles reach over an expert's last row: what lies there must not be multiplied, not even by zero."""
+def test_infinities_stay_in_their_expert() -> None:
+    """Tiles reach past an expert's last row: the rows there must not be multiplied, not even by zero."""
     sizes = [5, 7, 4]
     grad, x, weight = randn(16, 32), randn(16, 32, seed=1), randn(3, 32, 32, seed=2)
     grad[5:12] = x[5:12] = torch.inf
@@ -141,8 +141,8 @@ def test_experts_do_not_see_each_others_infinities() -> None:
     assert y[:5].isfinite().all() and y[12:].isfinite().all() and not y[5:12].isfinite().any()
 
 
-def test_a_gradient_of_stride_zero() -> None:
-    """What ``y.sum().backward()`` sends."""
+def test_gradient_with_stride_zero() -> None:
+    """As ``y.sum().backward()`` sends it."""
     x, weight, ends = randn(37, 16), randn(4, 24, 16, seed=1), ends_of(ROUTINGS["even"])
     ones = torch.ones((), device=DEVICE).expand(37, 24)
     assert torch.equal(kernels.weight_gradient(ones, x, ends), kernels.weight_gradient(ones.contiguous(), x, ends))
@@ -181,7 +181,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_the_operators_are_registered_rightly(name: str) -> None:
+def test_operators_pass_opcheck(name: str) -> None:
     """torch's own check: schema, no changed input, fake tensors of the real shapes, types and strides."""
     arguments = ARGUMENTS[name]()
     if "swiglu" not in name:
@@ -198,7 +198,7 @@ def test_shapes_on_the_meta_device() -> None:
     assert gradient.is_meta and gradient.shape == (4, 40, 24) and gradient.dtype == torch.bfloat16
 
 
-def test_compiles_to_one_graph_whatever_the_routing() -> None:
+def test_compiles_to_one_graph_for_any_routing() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     def layer(x: Tensor, weight: Tensor, ends: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
@@ -228,7 +228,7 @@ def test_compiles_to_one_graph_whatever_the_routing() -> None:
     ids=["plain", "biases", "odd sizes", "one expert", "sigmoid"],
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_the_layer_equals_litgpts(fields: dict, compiled: bool) -> None:
+def test_layer_equals_litgpt(fields: dict, compiled: bool) -> None:
     torch.manual_seed(0)
     sizes = dict(n_layer=2, n_embd=32, n_head=2, moe_intermediate_size=48, n_expert=4, n_expert_per_token=2, bias=False)
     config = Config(**{**sizes, **fields}, mlp_class_name="LLaMAMoE")
@@ -254,7 +254,7 @@ def test_the_layer_equals_litgpts(fields: dict, compiled: bool) -> None:
 if not INTERPRETED:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_never_waits_for_the_gpu_and_repeats_to_the_bit(dtype: torch.dtype) -> None:
+    def test_never_synchronizes_and_repeats_bits(dtype: torch.dtype) -> None:
         sizes = [3000, 0, 1, 5191]
         x, weight, ends = randn(8192, 256, dtype=dtype), randn(4, 512, 256, dtype=dtype), ends_of(sizes)
         weights, rows = randn(8192), torch.randperm(8192).cuda()

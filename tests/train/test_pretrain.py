@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
 
 
 def test_a_backend_that_can_not_be_had_is_refused(train, capsys):
-    with pytest.raises(UserError, match=r"--moe.backend triton: .* needs an NVIDIA card.*\(--moe.backend auto\)"):
+    with pytest.raises(UserError, match=r"--moe.backend triton: .* needs an NVIDIA GPU.*\(--moe.backend auto\)"):
         train("--moe.backend", "triton")
     with pytest.raises(UserError, match=r"--moe.backend grouped_mm: .* needs widths of a multiple of 4"):
         train("--moe.backend", "grouped_mm", "--model.moe_intermediate_size", "18")

@@ -1,4 +1,4 @@
-"""The state dict has LitGPT's keys in both directions, and its errors still name what is missing."""
+"""The state dict has LitGPT's keys in both directions, and its errors name the wrong keys."""
 
 import copy
 from pathlib import Path
@@ -29,7 +29,7 @@ def custom_gpt(config: Config) -> GPT:
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
-def test_keys_and_values_are_litgpts_in_both_directions(moe_fields: dict, fields: dict) -> None:
+def test_keys_and_values_match_litgpt_both_ways(moe_fields: dict, fields: dict) -> None:
     config = Config(**{**moe_fields, **fields})
     ours, stock = custom_gpt(config), GPT(config)
     assert isinstance(ours.transformer.h[-1].mlp, MoE) and isinstance(stock.transformer.h[-1].mlp, LLaMAMoE)
@@ -45,8 +45,8 @@ def test_keys_and_values_are_litgpts_in_both_directions(moe_fields: dict, fields
         assert torch.equal(value, ours.state_dict()[key]), key
 
 
-def test_every_value_lands_where_its_name_says(moe_fields: dict) -> None:
-    """Each tensor gets a number of its own: a swap of gate and up, or of experts, cannot cancel out."""
+def test_each_key_loads_into_its_own_part(moe_fields: dict) -> None:
+    """Each tensor has its own number, so a swap of gate and up, or of experts, is noticed."""
     moe = MoE(Config(**{**moe_fields, "bias": True}))
     values = {key: torch.full_like(value, number) for number, (key, value) in enumerate(moe.state_dict().items(), 1)}
     moe.load_state_dict(values)
@@ -57,7 +57,7 @@ def test_every_value_lands_where_its_name_says(moe_fields: dict) -> None:
     assert torch.equal(moe.experts.proj_bias[3], values["experts.3.proj.bias"])
 
 
-def test_saved_file_is_as_small_as_litgpts_and_loads_memory_mapped(moe_fields: dict, tmp_path: Path) -> None:
+def test_file_is_as_small_as_litgpts_and_maps(moe_fields: dict, tmp_path: Path) -> None:
     config = Config(**moe_fields)
     ours, stock = custom_gpt(config), GPT(config)
     torch.save(ours.state_dict(), tmp_path / "ours.pth")
@@ -71,7 +71,7 @@ def test_saved_file_is_as_small_as_litgpts_and_loads_memory_mapped(moe_fields: d
         assert all(torch.equal(value, source.state_dict()[key]) for key, value in fresh.state_dict().items())
 
 
-def test_missing_unexpected_and_misshapen_keys_are_named(moe_fields: dict) -> None:
+def test_errors_name_wrong_keys(moe_fields: dict) -> None:
     gpt = custom_gpt(Config(**moe_fields))
     state = gpt.state_dict()
     prefix = "transformer.h.1.mlp.experts."
@@ -95,7 +95,7 @@ def test_missing_unexpected_and_misshapen_keys_are_named(moe_fields: dict) -> No
     assert gpt.transformer.h[1].mlp.experts.proj_weight[0].eq(1).all()
 
 
-def test_the_stacked_names_are_not_accepted_from_a_file(moe_fields: dict) -> None:
+def test_stacked_names_are_rejected(moe_fields: dict) -> None:
     moe = MoE(Config(**moe_fields))
     with pytest.raises(
         RuntimeError, match=r'Missing key.*"experts.0.fc_1.weight"[\s\S]*Unexpected.*"experts.fc_weight"'
@@ -104,7 +104,7 @@ def test_the_stacked_names_are_not_accepted_from_a_file(moe_fields: dict) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_loading_converts_to_the_layers_type(moe_fields: dict, dtype: torch.dtype) -> None:
+def test_loading_converts_to_the_type_of_the_layer(moe_fields: dict, dtype: torch.dtype) -> None:
     moe = MoE(Config(**moe_fields))
     state = {key: torch.randn(value.shape, dtype=dtype) for key, value in moe.state_dict().items()}
     moe.load_state_dict(state)
@@ -127,7 +127,7 @@ def test_assign_fills_a_layer_on_meta(moe_fields: dict) -> None:
     assert source.transformer.h[1].mlp.experts.proj_weight.any()
 
 
-def test_the_state_dict_is_the_layers_own_memory(moe_fields: dict) -> None:
+def test_state_dict_shares_memory_with_the_layer(moe_fields: dict) -> None:
     """As with stock modules: detached, not copied (a copy would double the memory of each save)."""
     moe = MoE(Config(**moe_fields))
     state = moe.state_dict()
@@ -149,7 +149,7 @@ def test_deepcopy_is_independent(moe_fields: dict) -> None:
     assert all(torch.equal(value, twin.state_dict()[key]) for key, value in gpt.state_dict().items())
 
 
-def test_parameter_names_tell_their_kinds_apart(moe_fields: dict) -> None:
+def test_parameter_names(moe_fields: dict) -> None:
     gpt = custom_gpt(Config(**{**moe_fields, "bias": True, "n_shared_expert": 1}))
     names = {name: parameter.dim() for name, parameter in gpt.named_parameters() if ".mlp." in name}
     assert sorted(name.split(".mlp.")[1] for name in names if ".h.0." in name) == [
@@ -165,5 +165,5 @@ def test_parameter_names_tell_their_kinds_apart(moe_fields: dict) -> None:
         "shared_experts.proj.bias",
         "shared_experts.proj.weight",
     ]
-    # A stacked bias has two dimensions: whoever sorts by dimension would decay it.
+    # A stacked bias has two dimensions: sorting parameters by dimension would decay it.
     assert {names["transformer.h.0.mlp.experts.fc_bias"], names["transformer.h.0.mlp.gate.weight"]} == {2}

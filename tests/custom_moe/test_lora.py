@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from custom_moe import use_custom_moe
-from custom_moe.lora import LoRAExperts, LoRAMoE
+from custom_moe.litgpt import LoRAExperts, LoRAMoE
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_query": True, "lora_value": True}
 
 
 def both(fields: dict, **lora) -> tuple[litgpt.lora.GPT, litgpt.lora.GPT]:
-    """(LitGPT's model, the one with this package's layers), with the same random weights, LoRA's too."""
+    """(LitGPT's model, the one with this package's layers), with the same random weights, also those of LoRA."""
     config = litgpt.lora.Config(**{**fields, **LORA, **lora})
     stock = litgpt.lora.GPT(config)
     generator = torch.Generator().manual_seed(0)
@@ -26,7 +26,7 @@ def both(fields: dict, **lora) -> tuple[litgpt.lora.GPT, litgpt.lora.GPT]:
 
 @pytest.mark.parametrize("lora_mlp", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_outputs_and_gradients_are_litgpts(moe_fields: dict, lora_mlp: bool, bias: bool) -> None:
+def test_outputs_and_gradients_equal_litgpt(moe_fields: dict, lora_mlp: bool, bias: bool) -> None:
     stock, ours = both({**moe_fields, "bias": bias}, lora_mlp=lora_mlp)
     assert isinstance(ours.transformer.h[0].mlp.experts, LoRAExperts) == lora_mlp
     for model in (stock, ours):
@@ -54,7 +54,7 @@ def test_outputs_and_gradients_are_litgpts(moe_fields: dict, lora_mlp: bool, bia
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_without_an_update_it_is_the_frozen_layer(moe_fields: dict) -> None:
+def test_zero_update_equals_the_frozen_layer(moe_fields: dict) -> None:
     config = litgpt.lora.Config(**moe_fields, **LORA, lora_mlp=True)
     with use_custom_moe():
         layer = LoRAMoE(config)
@@ -65,16 +65,16 @@ def test_without_an_update_it_is_the_frozen_layer(moe_fields: dict) -> None:
     torch.testing.assert_close(layer(x), plain(x))
 
 
-def test_the_router_is_the_merged_one_under_autocast(moe_fields: dict) -> None:
-    """Its update was rounded to bf16 and that of the merged weights was not."""
+def test_router_update_is_fp32_under_autocast(moe_fields: dict) -> None:
+    """In bf16 it would differ from the update of the merged weights."""
     _, ours = both(moe_fields, lora_mlp=True)
     gate = ours.transformer.h[0].mlp.gate
     with torch.autocast("cpu", torch.bfloat16):
-        found = ours.transformer.h[0].mlp._gate_weight()
+        found = gate.full_weight()
     assert torch.equal(found, gate.weight + gate.scaling * (gate.lora_B @ gate.lora_A))
 
 
-def test_the_dropout_is_for_training_alone(moe_fields: dict) -> None:
+def test_dropout_applies_in_training_only(moe_fields: dict) -> None:
     _, ours = both(moe_fields, lora_mlp=True, lora_dropout=0.5)
     ids = torch.randint(0, 384, (1, 8))
     ours.train()

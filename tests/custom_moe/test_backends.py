@@ -1,4 +1,4 @@
-"""Which backend computes where, and what is said where one can't be had."""
+"""Which backend is chosen where, and the errors if the requested one does not work."""
 
 import importlib.util
 import os
@@ -42,7 +42,7 @@ EVEN, ODD = (768, 2048), (768, 44)  # 44 numbers of 16 bits are 88 bytes
     ],
     ids=str,
 )
-def test_the_table(
+def test_table_of_backends(
     capability: tuple[int, int] | None, dtype: torch.dtype, widths: tuple[int, int], backend: str, without_triton: str
 ) -> None:
     assert backend_for(dtype, Hardware(capability, triton=True), widths) == backend
@@ -51,7 +51,7 @@ def test_the_table(
     assert backend_for(dtype, on_windows, widths) == ("triton" if backend == "grouped_mm" else backend)
 
 
-def test_without_rows_there_is_nothing_to_group() -> None:
+def test_without_rows_the_loop_is_chosen() -> None:
     assert choose_backend("grouped_mm", FP32, torch.device("cpu"), 0, EVEN) == "loop"
     assert choose_backend("grouped_mm", FP32, torch.device("cpu"), 1, EVEN) == "grouped_mm"
     assert choose_backend(None, FP32, torch.device("cpu"), 1, EVEN) == "loop"
@@ -62,23 +62,23 @@ def test_without_rows_there_is_nothing_to_group() -> None:
     [
         ("grouped_mm", BF16, ODD, r"'grouped_mm' needs widths of a multiple of 8 in torch.bfloat16, and these are"),
         ("grouped_mm", FP64, EVEN, "does not compute torch.float64"),
-        ("triton", FP32, EVEN, "needs an NVIDIA card, and this is cpu"),
+        ("triton", FP32, EVEN, "needs an NVIDIA GPU, and this is cpu"),
         ("cutlass", FP32, EVEN, "is not one of grouped_mm, triton, loop"),
     ],
 )
-def test_what_can_not_be_had_is_refused(wanted, dtype: torch.dtype, widths: tuple[int, int], message: str) -> None:
+def test_unavailable_backend_raises(wanted, dtype: torch.dtype, widths: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_backend(wanted, dtype, torch.device("cpu"), 42, widths)
 
 
-def test_the_hardware_of_this_machine() -> None:
+def test_hardware_of_this_machine() -> None:
     assert hardware_of(torch.device("cpu")).capability is None
     if torch.cuda.is_available():
         assert hardware_of(torch.device("cuda", 0)).capability == torch.cuda.get_device_capability(0)
 
 
-def test_triton_counts_only_where_it_can_build_its_kernels(tmp_path: Path) -> None:
-    """The wheel is there with every torch for Linux; without a compiler its first kernel would end the run."""
+def test_triton_needs_a_compiler(tmp_path: Path) -> None:
+    """torch for Linux always brings Triton; without a compiler its first kernel would raise."""
     code = "import torch; from custom_moe.backends import hardware_of; print(hardware_of(torch.device('cpu')).triton)"
     environment = {**{key: value for key, value in os.environ.items() if key != "CC"}, "PATH": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def test_triton_counts_only_where_it_can_build_its_kernels(tmp_path: Path) -> No
     assert result.stdout.strip() == str(installed and sys.platform != "linux")
 
 
-def test_a_backend_is_set_for_all_layers_of_a_model() -> None:
+def test_set_backend_changes_all_layers() -> None:
     fields = dict(n_layer=3, n_embd=32, n_head=2, moe_intermediate_size=16, n_expert=4, n_expert_per_token=2)
     config = Config(**fields, mlp_class_name="LLaMAMoE", first_k_dense_replace=1)
     with use_custom_moe():

@@ -1,4 +1,4 @@
-"""What balances the experts: values by hand, and gradients that truly reach every router of a model."""
+"""Balance losses and statistics: values computed by hand, and gradients that reach every router of a model."""
 
 import math
 
@@ -15,7 +15,6 @@ from custom_moe import (
     load_statistics,
     router_confidence,
     router_z_loss,
-    score_function,
     updated_bias,
     use_custom_moe,
 )
@@ -43,14 +42,14 @@ def test_expert_counts_and_load() -> None:
     torch.testing.assert_close(two_layers, torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
 
 
-def test_load_is_fp32_where_the_default_type_is_not() -> None:
-    """Under bf16-true Fabric sets the default type within the forward: the quotient of two integers was bf16."""
-    before = torch.get_default_dtype()
+def test_load_is_fp32_with_bf16_default_type() -> None:
+    """Under bf16-true, Fabric sets the default type in the forward, and integers divide in the default type."""
+    default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert expert_load(torch.tensor([1, 2])).tolist() == pytest.approx([1 / 3, 2 / 3], rel=1e-7)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default)
 
 
 def test_load_balancing_loss_by_hand() -> None:
@@ -63,15 +62,15 @@ def test_load_balancing_loss_by_hand() -> None:
     torch.testing.assert_close(loss, torch.tensor(2 * (0.6 + 0.5) / 2))
 
 
-def test_probabilities_are_of_all_experts_not_of_the_chosen_ones() -> None:
-    """The mean of a top-k softmax rises and falls with the choice itself and cannot see the other experts."""
+def test_probabilities_cover_all_experts() -> None:
+    """A softmax over the chosen experts would not see the others."""
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     f, p = torch.tensor([0.5, 0.5, 0.0]), logits[0].softmax(0)
     torch.testing.assert_close(load_balancing_loss(logits, torch.tensor([[0, 1]])), 3 * (f * p).sum())
 
 
-def test_load_balancing_loss_with_the_load_of_a_larger_batch() -> None:
-    """The chosen experts of these tokens then play no part, and the gradient follows the given load."""
+def test_load_balancing_loss_with_given_load() -> None:
+    """The chosen experts do not matter then, and the gradient follows the given load."""
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]], requires_grad=True)
     load = torch.tensor([0.1, 0.9])
     losses = [load_balancing_loss(logits, torch.tensor(chosen), load_E=load) for chosen in ([[0], [0]], [[1], [0]])]
@@ -87,7 +86,7 @@ def test_load_balancing_loss_with_the_load_of_a_larger_batch() -> None:
 
 
 def test_updated_bias_by_hand() -> None:
-    """One step each towards the mean, whatever the distance; none at the mean; gradients have no part."""
+    """One step towards the mean, whatever the distance; none at the mean."""
     bias = torch.tensor([0.5, 0.5, -0.25, 0.0])
     updated = updated_bias(bias, torch.tensor([9, 4, 3, 0]), 0.001)
     torch.testing.assert_close(updated, torch.tensor([0.499, 0.5, -0.249, 0.001]), rtol=0, atol=1e-7)
@@ -98,7 +97,7 @@ def test_updated_bias_by_hand() -> None:
 
 
 def test_load_statistics_by_hand() -> None:
-    """An even layer, one with a dead expert, one where one expert takes half of two choices: all of the tokens."""
+    """An even layer, one with a dead expert, and one that uses two experts only."""
     counts = torch.tensor([[250, 250, 250, 250], [400, 350, 248, 2], [500, 500, 0, 0]])
     found = load_statistics(counts)
     torch.testing.assert_close(found.max_over_mean, torch.tensor([1.0, 1.6, 2.0]))
@@ -120,7 +119,7 @@ def test_router_confidence_by_hand() -> None:
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_even_is_one_and_collapsed_is_the_number_of_experts(score: str) -> None:
+def test_loss_is_1_if_even_and_E_if_collapsed(score: str) -> None:
     even = torch.stack([torch.arange(8).roll(shift)[:2] for shift in range(8)])
     torch.testing.assert_close(load_balancing_loss(torch.zeros(8, 8), even, score), torch.tensor(1.0))
     collapsed = torch.full((8, 8), -30.0).index_fill(1, torch.tensor([5]), 30.0)
@@ -128,8 +127,8 @@ def test_even_is_one_and_collapsed_is_the_number_of_experts(score: str) -> None:
     torch.testing.assert_close(load_balancing_loss(collapsed, chosen, score), torch.tensor(8.0))
 
 
-def test_autocast_rounds_nothing_where_some_tokens_do_not_count() -> None:
-    """A product over the tokens would be one of 16 bits."""
+def test_mask_is_exact_under_autocast() -> None:
+    """A matrix product over the tokens would be rounded to 16 bits."""
     logits, indices = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(200, 1).long()
     seen = torch.arange(200) < 150
 
@@ -152,15 +151,14 @@ def test_router_z_loss_by_hand() -> None:
     "fields", [{}, SIGMOID, {"bias": True, "n_shared_expert": 1}], ids=["softmax", "sigmoid", "shared"]
 )
 @pytest.mark.parametrize("which", ["balance", "z"])
-def test_both_losses_reach_every_router_of_a_model(moe_fields: dict, fields: dict, which: str) -> None:
+def test_losses_reach_every_router_of_a_model(moe_fields: dict, fields: dict, which: str) -> None:
     config = Config(**{**moe_fields, **fields})
     with use_custom_moe():
         gpt = GPT(config)
     routers = routers_of(gpt, torch.randint(0, 384, (2, 16)))
-    score = score_function(config)
     uneven = torch.arange(1, config.n_expert + 1) / sum(range(1, config.n_expert + 1))  # an even load has no gradient
     losses = [
-        load_balancing_loss(router.logits, router.indices, score, load_E=uneven)
+        load_balancing_loss(router.logits, score_function=router.score_function, load_E=uneven)
         if which == "balance"
         else router_z_loss(router.logits)
         for router in routers
@@ -172,8 +170,8 @@ def test_both_losses_reach_every_router_of_a_model(moe_fields: dict, fields: dic
 
 
 @pytest.mark.parametrize("fields", [{}, SIGMOID], ids=["softmax", "sigmoid"])
-def test_descending_the_load_balancing_loss_evens_the_load(moe_fields: dict, fields: dict) -> None:
-    """The sign, the scale and the side of the product that has the gradient, all at once."""
+def test_descending_the_loss_evens_the_load(moe_fields: dict, fields: dict) -> None:
+    """Tests the sign, the scale and which factor has the gradient, all at once."""
     torch.manual_seed(0)
     config = Config(**{**moe_fields, **fields, "n_layer": 1})
     with use_custom_moe():
@@ -185,8 +183,8 @@ def test_descending_the_load_balancing_loss_evens_the_load(moe_fields: dict, fie
     worst = []
     for _ in range(40):
         (router,) = routers_of(gpt, ids)
-        worst.append(expert_load(expert_counts(router.indices, 4)).max().item())
-        loss = load_balancing_loss(router.logits, router.indices, score_function(config))
+        worst.append(expert_load(expert_counts(router.experts, 4)).max().item())
+        loss = load_balancing_loss(router.logits, router.experts, router.score_function)
         (gradient,) = torch.autograd.grad(loss, gate)
         with torch.no_grad():
             gate -= 0.1 * gradient

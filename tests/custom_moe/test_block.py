@@ -1,4 +1,4 @@
-"""The block against LitGPT's, and the guard around the names that are replaced."""
+"""The block equals LitGPT's, and the context manager replaces and restores LitGPT's names."""
 
 import litgpt.model
 import pytest
@@ -20,7 +20,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS.keys())
-def test_output_and_gradients_are_litgpts_with_and_without_the_router(moe_fields: dict, fields: dict) -> None:
+def test_block_equals_litgpt(moe_fields: dict, fields: dict) -> None:
     config = Config(**{**moe_fields, **fields})
     torch.manual_seed(0)
     with use_custom_moe():
@@ -42,7 +42,7 @@ def test_output_and_gradients_are_litgpts_with_and_without_the_router(moe_fields
         assert (router is not None) == isinstance(block_stock.mlp, LLaMAMoE)
         if router is not None:
             assert router.logits.shape == (18, config.n_expert)
-            assert router.weights.shape == router.indices.shape == (18, config.n_expert_per_token)
+            assert router.weights.shape == router.tokens.shape == (18 * config.n_expert_per_token,)
         for out in (y_stock, y, y_with):
             out.square().sum().backward()
         torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
@@ -50,7 +50,7 @@ def test_output_and_gradients_are_litgpts_with_and_without_the_router(moe_fields
         assert isinstance(block.mlp, LLaMAMLP) == (index < (config.first_k_dense_replace or 0))
 
 
-def test_generation_with_a_kv_cache_is_litgpts(moe_fields: dict) -> None:
+def test_kv_cache_decoding_equals_litgpt(moe_fields: dict) -> None:
     config = Config(**moe_fields)
     with use_custom_moe():
         gpt = GPT(config)
@@ -66,7 +66,7 @@ def test_generation_with_a_kv_cache_is_litgpts(moe_fields: dict) -> None:
             torch.testing.assert_close(logits, stock(ids[:, start:end], position, input_pos_maxp1=end))
 
 
-def test_litgpt_is_as_it_was_after_the_context_also_after_an_error(moe_fields: dict) -> None:
+def test_context_restores_litgpt(moe_fields: dict) -> None:
     config = Config(**moe_fields)
     with use_custom_moe():
         assert (litgpt.model.LLaMAMoE, litgpt.model.Block) == (MoE, MoEBlock)
@@ -81,7 +81,7 @@ def test_litgpt_is_as_it_was_after_the_context_also_after_an_error(moe_fields: d
     assert type(after) is Block and type(after.mlp) is LLaMAMoE
 
 
-def test_a_block_with_litgpts_layer_is_refused(moe_fields: dict) -> None:
+def test_block_with_litgpts_layer_raises(moe_fields: dict) -> None:
     """It would have no router output, and the balance losses would silently be zero."""
     with pytest.raises(TypeError, match="use_custom_moe"):
         MoEBlock(Config(**moe_fields), 0)
@@ -91,7 +91,7 @@ def forward_with_other_arguments(self, hidden, cos, sin):
     raise AssertionError("never called")
 
 
-def test_another_litgpt_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, moe_fields: dict) -> None:
+def test_changed_litgpt_raises(monkeypatch: pytest.MonkeyPatch, moe_fields: dict) -> None:
     with monkeypatch.context() as patch:
         patch.delattr(litgpt.model, "GroupedTopkRouter")
         with (

@@ -1,4 +1,4 @@
-"""Initial values: LitGPT's distribution in every parameter, from uninitialised memory."""
+"""Initial values: LitGPT's distribution in every parameter, from uninitialized memory."""
 
 import math
 
@@ -45,9 +45,9 @@ def check_distribution(state: dict[str, torch.Tensor], prefix: str) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, SIGMOID], ids=["softmax", "sigmoid"])
-def test_pretrainings_initialisation_reaches_every_parameter(fields: dict) -> None:
+def test_pretraining_initializes_every_parameter(fields: dict) -> None:
     """``initialize_weights`` knows linear layers only: a stacked parameter, or the sigmoid router's weight, would stay
-    uninitialised memory under ``init_module(empty_init=True)``."""
+    uninitialized memory under ``init_module(empty_init=True)``."""
     torch.manual_seed(0)
     config = Config(**SIZES, **fields)
     fabric = L.Fabric(accelerator="cpu", devices=1)
@@ -63,7 +63,7 @@ def test_pretrainings_initialisation_reaches_every_parameter(fields: dict) -> No
 
 
 @pytest.mark.parametrize("fields", [{}, SIGMOID], ids=["softmax", "sigmoid"])
-def test_a_new_layer_is_initialised_and_can_be_again(fields: dict) -> None:
+def test_constructor_and_reset_initialize(fields: dict) -> None:
     torch.manual_seed(0)
     moe = MoE(Config(**SIZES, **fields))
     check_distribution(moe.state_dict(), "")
@@ -74,14 +74,14 @@ def test_a_new_layer_is_initialised_and_can_be_again(fields: dict) -> None:
     check_distribution(moe.state_dict(), "")
 
 
-def test_a_layer_from_meta_is_whole_after_reset() -> None:
+def test_reset_initializes_a_layer_from_meta() -> None:
     with torch.device("meta"):
         moe = MoE(Config(**SIZES, **SIGMOID))
     moe.to_empty(device="cpu").reset_parameters()
     check_distribution(moe.state_dict(), "")
 
 
-def test_the_correction_bias_is_fp32_in_a_model_built_in_bf16() -> None:
+def test_correction_bias_is_fp32_in_a_bf16_model() -> None:
     fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
     with fabric.init_module(), use_custom_moe():
         gpt = GPT(Config(**SIZES, **SIGMOID))
@@ -103,7 +103,7 @@ def test_the_correction_bias_is_fp32_in_a_model_built_in_bf16() -> None:
     ],
     ids=["bf16", "fp16", "fp64", "to meta", "on meta", "fabric"],
 )
-def test_the_correction_bias_stays_fp32_with_its_values(convert) -> None:
+def test_conversion_keeps_correction_bias_fp32(convert) -> None:
     """A bias near 1 moves by 0.001, which bf16 does not have."""
     moe = MoE(Config(**SIZES, **SIGMOID))
     values = 1 + 0.001 * torch.arange(16)
@@ -118,11 +118,11 @@ def test_the_correction_bias_stays_fp32_with_its_values(convert) -> None:
     assert torch.equal(state["gate.e_score_correction_bias"], values)
     stock = LLaMAMoE(Config(**SIZES, **SIGMOID))
     stock.load_state_dict(state)
-    assert torch.equal(stock.gate.e_score_correction_bias, values), "LitGPT's layer reads it whole"
+    assert torch.equal(stock.gate.e_score_correction_bias, values), "LitGPT's layer reads all of it"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_converting_leaves_the_correction_bias_as_it_was(dtype: torch.dtype) -> None:
+def test_conversion_keeps_correction_bias_values(dtype: torch.dtype) -> None:
     moe = MoE(Config(**SIZES, **SIGMOID))
     values = 1 + 0.001 * torch.arange(16)
     moe.gate.e_score_correction_bias.copy_(values)

@@ -1,4 +1,4 @@
-"""The Triton kernels: their numbers, in Triton's interpreter or on a GPU, and their code for the cards they serve."""
+"""The Triton kernels: their results, in Triton's interpreter or on a GPU, and their code for the GPUs they serve."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 120: 99}
     [True, pytest.param(False, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))],
     ids=["in the interpreter", "on a GPU"],
 )
-def test_the_kernels_compute_what_plain_arithmetic_does(interpreted: bool) -> None:
+def test_kernels_equal_plain_arithmetic(interpreted: bool) -> None:
     cases = Path(__file__).with_name("triton_cases.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.no_skips", "--noconftest"]
     variables = {**os.environ, "TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
@@ -59,7 +59,7 @@ def variants(capability: int, dtype: torch.dtype, aligned: bool, tf32: bool) -> 
     gradient = {"grad_NO": dtype, "x_NC": dtype, "out_EOC": dtype, "grad_rows_S": None, **both}
     results: dict[str, Any] = {}
     for name, rows, stride in [
-        ("rows as they lie", None, "stride_C"),
+        ("rows in order", None, "stride_C"),
         ("weights transposed", None, "stride_O"),
         ("rows gathered", torch.int64, "stride_C"),
     ]:
@@ -71,7 +71,7 @@ def variants(capability: int, dtype: torch.dtype, aligned: bool, tf32: bool) -> 
         kernels.multiply_kernel, capability, aligned, 4, tile.stages, BLOCK_S=16, **arguments
     )
     blocks = {"BLOCK_O": tile.rows, "BLOCK_C": tile.columns, "BLOCK_S": tile.depth}
-    for name, rows, stages in [("as they lie", None, tile.stages), ("gathered", torch.int64, 2 * tile.stages - 1)]:
+    for name, rows, stages in [("in order", None, tile.stages), ("gathered", torch.int64, 2 * tile.stages - 1)]:
         results[f"weight_gradient, rows {name}"] = compiled(
             kernels.weight_gradient_kernel, capability, aligned, tile.warps, stages, x_rows_S=rows, **gradient, **blocks
         )
@@ -94,7 +94,7 @@ def activations(capability: int, dtype: torch.dtype, aligned: bool) -> dict[str,
 
 
 def bytes_on_the_stack(binary: Any, folder: Path) -> int:
-    """What a thread keeps in memory because registers do not suffice."""
+    """Return the bytes that a thread keeps in memory because registers do not suffice."""
     from triton import knobs
 
     cubin = folder / "kernel.cubin"
@@ -113,7 +113,7 @@ def check(capability: int, binaries: dict[str, Any], tensor_cores: bool, folder:
 
 
 @needs_triton
-def test_a_consumer_card_gets_pipelined_tensor_core_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consumer_gpu_code_is_pipelined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs of 8.6's 100 kB, 1 kB of which each takes for itself, and copies of 16 bytes past the registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     binaries = variants(86, BF16, aligned=True, tf32=False)
@@ -127,7 +127,7 @@ def test_a_consumer_card_gets_pipelined_tensor_core_code(tmp_path: Path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
-def test_every_kernel_compiles_for_every_card_without_spilling(
+def test_kernels_compile_without_spilling(
     capability: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
