@@ -1,1 +1,1 @@
-"""From a checkpoint to text."""
+"""Generate text and chat with trained models."""

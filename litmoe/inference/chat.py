@@ -1,4 +1,4 @@
-"""A conversation with a trained model; the terminal and the page in the browser both talk through it.
+"""A conversation with a trained model, for the terminal and the web page.
 
 >>> from litmoe.inference.chat import Chat
 >>> from litmoe import load
@@ -24,25 +24,25 @@ from litmoe.flops import count_parameters
 from litmoe.inference.generate import End, Model, Sampling, check_sampling, check_seed, stream_pieces
 
 NOT_TUNED = (
-    "This model was not tuned to answer: it goes on with what you write, and remembers nothing of it."
-    " `uv run python finetune.py` tunes it."
+    "This is a base model: it continues your text and does not remember earlier messages."
+    " To get a model that answers, finetune it: `uv run python finetune.py`."
 )
 
 
 class Chat:
-    """A model, its prompt style and what was said.
+    """A model, its prompt style and the messages so far.
 
-    A model that was not tuned to answer reads only the newest text, as it was typed, and goes on with it: a history
-    would be a text of several beginnings to it.
+    A base model reads only the newest text, as it was typed, and continues it.
     """
 
     def __init__(self, model: Model, messages: Sequence[Message] = (), *, seed: int | None = None) -> None:
-        """Takes up a conversation.
+        """Start or continue a conversation.
 
         Args:
-            messages: what was said before, questions and answers in turn, without a system message.
-            seed: the same one gives the same answers to the same questions on the same machine; without one they
-                differ each time.
+            model: from `litmoe.load`.
+            messages: earlier messages, questions and answers in turn, without a system message.
+            seed: the same seed gives the same answers to the same questions on the same machine. If None, the answers
+                are different each time.
         """
         self.model = model
         self.messages = list(messages)
@@ -57,46 +57,48 @@ class Chat:
 
     @property
     def system(self) -> str:
-        """What the model is told before the first question; empty for nothing."""
+        """Return the system message, which the model reads before the first question; empty for none."""
         return self._system
 
     @system.setter
     def system(self, text: str) -> None:
         if text and not self.is_tuned:
-            raise UserError("this model was not tuned to answer, so no system message can guide it; tune it first.")
-        self._system = _clean(text)
+            raise UserError("this is a base model, which does not use a system message. Finetune it first.")
+        self._system = _encodable(text)
 
     def ask(self, question: str, **sampling: Unpack[Sampling]) -> "Reply":
-        """The answer to ``question``, written while one iterates over it.
+        """Return the answer, which is generated during iteration.
 
-        Where history and question outgrow the context, the oldest turns are left out (`Reply.forgotten`).
+        If history and question are longer than the context, the oldest turns are left out (`Reply.forgotten`).
 
         Raises:
-            UserError: the question alone is too long or empty, or sampling settings are out of range.
+            UserError: the question is empty or too long, or a sampling setting is out of range.
         """
-        limit = sampling.get("max_new_tokens", 256)
-        check_sampling(1, limit, sampling.get("temperature", 0.8), sampling.get("top_k"), sampling.get("top_p", 1.0))
-        question = _clean(question)
+        max_new_tokens = sampling.get("max_new_tokens", 256)
+        check_sampling(
+            1, max_new_tokens, sampling.get("temperature", 0.8), sampling.get("top_k"), sampling.get("top_p", 1.0)
+        )
+        question = _encodable(question)
         if not question.strip():
-            raise UserError("there is nothing to answer: the question is empty.")
-        prompt, forgotten = self._fit(question, limit)
+            raise UserError("the question is empty.")
+        prompt, forgotten = self._encode(question, max_new_tokens)
         return Reply(self, question, prompt, forgotten, sampling)
 
     def undo(self) -> str | None:
-        """Takes the newest question and its answer back; the question, or None where there is none."""
+        """Remove the last question and its answer; return the question, or None if there is none."""
         question = self.messages[-2]["content"] if self.messages else None
         del self.messages[-2:]
         return question
 
     def save(self, path: Path, overwrite: bool = False) -> None:
-        """Writes the conversation: as a line of ``{"messages": [...]}`` into .json and .jsonl, else as Markdown.
+        """Save the conversation: .json and .jsonl files get a line of ``{"messages": [...]}``, others Markdown.
 
         Raises:
-            UserError: nothing was said, the file is there already, or it can't be written.
+            UserError: the conversation is empty, the file exists, or it can't be written.
         """
         if not self.messages:
-            raise UserError("there is nothing to save yet.")
-        messages = self._with_system(self.messages)
+            raise UserError("there is nothing to save: the conversation is empty.")
+        messages = [*self._system_messages(), *self.messages]
         if path.suffix.lower() in (".json", ".jsonl"):
             text = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         else:
@@ -106,62 +108,63 @@ class Chat:
             with path.open("w" if overwrite else "x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
         except FileExistsError:
-            raise UserError(f"{path} is there already; name another file, or overwrite it.") from None
-        except (OSError, ValueError) as error:  # ValueError: no file can have such a name
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"cannot write {str(path)!r}: {reason}.") from None
+            raise UserError(f"{path} exists; use another name, or overwrite it.") from None
+        except OSError as error:
+            raise UserError(f"cannot write {str(path)!r}: {error.strerror}.") from None
+        except ValueError as error:  # a name with a NUL character
+            raise UserError(f"cannot write {str(path)!r}: {error}.") from None
 
-    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
-        return [*([Message(role="system", content=self.system)] if self.system else []), *messages]
+    def _system_messages(self) -> list[Message]:
+        return [Message(role="system", content=self.system)] if self.system else []
 
-    def _fit(self, question: str, max_new_tokens: int) -> tuple[list[int], int]:
-        """The prompt with as many of the newest turns as leave room for an answer, and how many were left out."""
+    def _encode(self, question: str, max_new_tokens: int) -> tuple[list[int], int]:
+        """Return the prompt with as many of the newest turns as leave room for an answer, and how many are left out."""
         context = self.model.gpt.max_seq_length
-        room = min(max_new_tokens, max(1, context // 4))
-        longest = context - room + 1  # the last token of an answer is not read
-        said = self.messages if self.is_tuned else []
+        # At most a quarter of the context is reserved, so that a long max_new_tokens does not remove the history.
+        reserved = min(max_new_tokens, max(1, context // 4))
+        max_prompt = context - reserved + 1  # the last token of an answer is not read
         if self.is_tuned:
-            messages = [*said, Message(role="user", content=question)]
-            kept, prompt = encode_newest(self._with_system([]), messages, self.model.tokenizer, self.style, longest)
-        else:  # as generate.py, special tokens among it
-            kept, prompt = 0, text_ids(self.model.tokenizer, question)
-        if len(prompt) > longest:
-            beside = " and the system message" if self.system else ""
-            raise UserError(
-                f"the question{beside} has {len(prompt):,} tokens; expected at most {longest:,}: the model's context"
-                f" is {context:,}, of which {room:,} are kept for the answer. Shorten it."
+            messages = [*self.messages, Message(role="user", content=question)]
+            kept, prompt = encode_newest(
+                self._system_messages(), messages, self.model.tokenizer, self.style, max_prompt
             )
-        return prompt, len(said) // 2 - kept
+            forgotten = len(self.messages) // 2 - kept
+        else:
+            prompt, forgotten = text_ids(self.model.tokenizer, question), 0
+        if len(prompt) > max_prompt:
+            parts = "question and system message have" if self.system else "the question has"
+            raise UserError(
+                f"{parts} {len(prompt):,} tokens; expected at most {max_prompt:,}: the context of the model is"
+                f" {context:,}, and {reserved:,} are reserved for the answer. Shorten the text."
+            )
+        return prompt, forgotten
 
 
 class Reply:
-    """An answer: iterate over it once for its text, piece by piece. Stop early by closing or dropping the iterator.
+    """An answer: iterate over it once to get its text in pieces. Close or drop the iterator to stop early.
 
-    What was written by then stands in the conversation; where that is nothing, so does the question not.
+    The text so far becomes part of the conversation. If there is none, the question is not added either.
     """
 
     def __init__(self, chat: Chat, question: str, prompt: list[int], forgotten: int, sampling: Sampling) -> None:
         self.chat, self.question, self.prompt, self.sampling = chat, question, prompt, sampling
+        # Number of old turns that the model does not read, because they do not fit the context
         self.forgotten = forgotten
-        """How many of the oldest turns the model does not read: they no longer fit its context."""
         self.text = ""
-        self.end: End | None = None
-        """Why it ended; None while it goes on, and where it was stopped."""
+        self.end: End | None = None  # why it ended; None while it is generated, or if it was stopped
         self.tokens = 0
-        self.seconds = 0.0
-        """Time that the model took; what happens between two pieces does not count."""
+        self.seconds = 0.0  # time of the model, without the time between two pieces
 
     def __iter__(self) -> Generator[str, None, None]:
         model, chat = self.chat.model, self.chat
-        stop = stop_sequences(chat.style, model.tokenizer)
         sampling: Sampling = {**self.sampling, "num_samples": 1}
         pieces = stream_pieces(
             model.gpt,
             model.tokenizer,
             self.prompt,
-            stop=stop,
+            stop=stop_sequences(chat.style, model.tokenizer),
             seed=chat.generator,
-            join=not chat.is_tuned,  # an answer was encoded by itself in training
+            join=not chat.is_tuned,  # answers are tokenized on their own in training
             **sampling,  # type: ignore[misc]
         )
         try:
@@ -180,10 +183,9 @@ class Reply:
                 chat.messages.append(Message(role="assistant", content=self.text))
 
     def summary(self) -> str:
-        """Length, speed and what a reader should know of how it ended, in one line."""
-        parts = [
-            f"{self.tokens:,} token{'s' * (self.tokens != 1)}, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        ]
+        """Return length, speed and how the answer ended, in one line."""
+        tokens = "1 token" if self.tokens == 1 else f"{self.tokens:,} tokens"
+        parts = [f"{tokens}, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"]
         if self.end is None:
             parts.append("stopped")
         elif self.end == "max_new_tokens":
@@ -191,23 +193,22 @@ class Reply:
         elif self.end == "block_size":
             parts.append(f"cut: the context of {self.chat.model.gpt.max_seq_length:,} tokens is full")
         if self.forgotten:
-            one = self.forgotten == 1
-            turns = "the oldest turn was" if one else f"the {self.forgotten:,} oldest turns were"
-            parts.append(f"{turns} left out: {'it' if one else 'they'} no longer fit{'s' * one} the context")
+            turns = "turn" if self.forgotten == 1 else f"{self.forgotten:,} turns"
+            parts.append(f"the oldest {turns} left out, because the context is full")
         return "; ".join(parts)
 
 
 def describe(model: Model) -> str:
-    """A model's name, its size and how long it was trained, in one line."""
+    """Return name, size and training step of a model in one line."""
     gpt, config = model.gpt, model.config
-    embedding, output = gpt.transformer.wte.weight, gpt.lm_head.weight
-    counts = count_parameters(config, tie_embeddings=torch.equal(embedding, output))
+    is_tied = torch.equal(gpt.transformer.wte.weight, gpt.lm_head.weight)
+    counts = count_parameters(config, tie_embeddings=is_tied)
     size = f"{counts.total / 1e6:,.1f} M parameters"
     if counts.active < counts.total:
         size += f", {counts.active / 1e6:,.1f} M active"
     return f"{config.name}: {size}, step {checkpoints.read_mark(model.folder).step:,}"
 
 
-def _clean(text: str) -> str:
-    """Text that can be encoded: a lone half of a surrogate pair, as terminals and JSON let through, becomes ``?``."""
+def _encodable(text: str) -> str:
+    """Replace half surrogate pairs, which terminals and JSON may contain and UTF-8 can't encode, by ``?``."""
     return text.encode("utf-8", errors="replace").decode("utf-8")

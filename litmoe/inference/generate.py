@@ -1,10 +1,12 @@
-"""Text from a model: several samples in one batch, with LitGPT's KV cache.
+"""Generate text with a model: several samples in one batch, with a KV cache.
 
 >>> from litmoe import load
 >>> model = load("checkpoints/final")
 >>> print(model.generate("Once upon a time", max_new_tokens=50))
 >>> for piece in model.stream("Once upon a time", temperature=0.5):
 ...     print(piece, end="", flush=True)
+
+Shape suffixes: B rows, T time, V padded vocabulary.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -14,45 +16,38 @@ from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from litgpt import GPT, Config, Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.data.tokenizers import text_ids
 from litmoe.inference.decode import Decoder
+from litmoe.inference.text_stream import StopSequences, TextStream
 
 End = Literal["end_of_text", "max_new_tokens", "block_size"]
 Precision = Literal["auto", "32-true", "bf16-true", "16-true"]
-
-_LONGEST_WAIT = 32
-"""Tokens in a row that end within a character, after which they are handed out as U+FFFD: they are no text. Each step
-decodes all tokens that wait, so that a model that writes only such ones would become slower and slower."""
 
 _DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 class Piece(NamedTuple):
-    """Some text of one sample, in the order in which a reader wants it: all of sample 0 before any of sample 1."""
+    """Some text of one sample. All pieces of sample 0 come before those of sample 1, in reading order."""
 
     sample: int
     text: str
-    end: End | None
-    """Why the sample ends with this piece; None while it goes on."""
-    tokens: int
-    """How many the sample has so far, with those that ended it."""
+    end: End | None  # why the sample ends with this piece; None if it continues
+    tokens: int  # tokens of the sample so far, including those that ended it
 
 
 class Sample(NamedTuple):
     """What a model wrote after a prompt."""
 
-    text: str
-    """Without the prompt and the end-of-text token."""
+    text: str  # without the prompt and the end-of-text token
     end: End | None
 
 
 class Sampling(TypedDict, total=False):
-    """How to sample; the defaults stand in `stream_pieces`."""
+    """How to sample; `stream_pieces` has the defaults."""
 
     max_new_tokens: int
     num_samples: int
@@ -62,26 +57,29 @@ class Sampling(TypedDict, total=False):
     top_p: float
 
 
-# -------------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------------------------ sampling
 
 
 def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """Scales logits by the temperature and sets those that may not be sampled to -inf, each row by itself.
+    """Divide logits by the temperature and set those that must not be sampled to -inf, each row on its own.
 
-    In the order of `litgpt.generate.base.sample`: the ``top_k`` best, then the temperature, then the fewest tokens
-    whose probability exceeds ``top_p``.
+    In the order of `litgpt.generate.base.sample`: keep the ``top_k`` largest, apply the temperature, then keep the
+    fewest tokens with a total probability above ``top_p``.
 
     Args:
         logits: ``(B, V)``; the result has the same shape.
+        temperature: above 0.
+        top_k: number of tokens; None keeps all.
+        top_p: probability; 1 keeps all.
     """
     if top_k is not None and top_k < logits.size(-1):
-        best, indices = torch.topk(logits, top_k)
-        logits = torch.full_like(logits, float("-inf")).scatter(-1, indices, best)
+        largest, indices = torch.topk(logits, top_k)
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, indices, largest)
     logits = logits / temperature
     if top_p < 1.0:
         ascending, indices = torch.sort(logits)
         remove = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        remove[:, -1] = False  # the most probable one always stays
+        remove[:, -1] = False  # always keep the most probable token
         logits = logits.masked_fill(torch.zeros_like(remove).scatter(-1, indices, remove), float("-inf"))
     return logits
 
@@ -93,19 +91,20 @@ def sample_tokens(
     top_p: float,
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
-    """The next token of each row, ``(B, V) -> (B,)``; the most probable one where temperature or top_p is 0.
+    """Return the next token of each row: ``(B, V) -> (B,)``. With temperature or top_p 0, the most probable one.
 
-    With a generator for each row, a row's draw is that of `torch.multinomial` for this row alone.
+    With one generator for each row, the result of a row equals that of `torch.multinomial` for this row alone.
     """
-    if temperature < 1e-30 or top_p == 0.0:  # logits divided by less would be infinite
+    if temperature < 1e-30 or top_p == 0.0:  # dividing by less would make logits infinite
         return logits.argmax(dim=-1)
-    probabilities = restrict(logits.float(), temperature, top_k, top_p).softmax(dim=-1)
+    probabilities_BV = restrict(logits.float(), temperature, top_k, top_p).softmax(dim=-1)
     if generator is None or isinstance(generator, torch.Generator):
-        return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
-    noise = torch.empty_like(probabilities)
-    for row, own in zip(noise, generator, strict=True):
-        row.exponential_(generator=own)
-    return (probabilities / noise).argmax(dim=-1)
+        return torch.multinomial(probabilities_BV, num_samples=1, generator=generator).squeeze(-1)
+    # What torch.multinomial computes for one sample: the largest ratio of probability and exponential noise.
+    noise_BV = torch.empty_like(probabilities_BV)
+    for noise_V, row_generator in zip(noise_BV, generator, strict=True):
+        noise_V.exponential_(generator=row_generator)
+    return (probabilities_BV / noise_BV).argmax(dim=-1)
 
 
 @torch.inference_mode()
@@ -121,70 +120,81 @@ def generate_tokens(
     eos_id: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Generator[Tensor, None, None]:
-    """Continues each prompt ``num_samples`` times, all in one batch; yields each row's next token, ``(B,)``.
+    """Continue each prompt ``num_samples`` times, all in one batch; yield the next token of each row, ``(B,)``.
 
-    The rows of the first prompt come first. A prompt is computed once, whatever the number of its samples. A row that
-    has reached ``eos_id``, or whose context is full, stays at its last token. Ends when all rows have, or after
+    The rows of the first prompt come first. A prompt is computed once for all its samples. A row that has reached
+    ``eos_id``, or the end of its context, repeats its last token. Generation ends when all rows have ended, or after
     ``max_new_tokens``.
 
-    Leaves the model as it was found (also when the caller stops early), so that it may be the one in training; pass
-    the plain `litgpt.GPT`, not what `torch.compile` or Fabric made of it.
+    The model is not changed, also if the caller stops early, so it may be the one in training. Pass the plain
+    `litgpt.GPT`, without the wrapper of `torch.compile` or Fabric.
 
     Args:
-        prompt: token ids, ``(T,)`` with ``1 <= T <= gpt.max_seq_length``, on the model's device; or several such.
-        generator: on the model's device; with None the global random state is used and changed. With one for each row,
-            a row is drawn as it would be alone.
+        gpt: model.
+        prompt: token ids, ``(T,)`` with ``1 <= T <= gpt.max_seq_length``, on the device of the model; or several.
+        num_samples: samples for each prompt.
+        max_new_tokens: maximum number of tokens.
+        temperature: see `restrict`.
+        top_k: see `restrict`.
+        top_p: see `restrict`.
+        eos_id: token that ends a row.
+        generator: on the device of the model. If None, the global random state is used. With one for each row, a row
+            is sampled as it would be alone.
 
     Raises:
-        UserError: sampling settings out of range, a prompt too long, or a model whose output is not a number.
+        UserError: a setting is out of range, a prompt is too long, or the output of the model is not finite.
     """
     check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
     prompts = [prompt] if isinstance(prompt, Tensor) else prompt
     steps = [min(max_new_tokens, room_after(len(ids), gpt.max_seq_length)) for ids in prompts]
-    size = max(len(ids) + count - 1 for ids, count in zip(prompts, steps, strict=True))
-    decoder = Decoder(gpt, prompts, num_samples, size)
-    logits = decoder.logits
-    if not logits.isfinite().all():
-        raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
-    tokens = None
-    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    last = torch.tensor(steps, device=logits.device).repeat_interleave(num_samples)  # (B,)
+    # The last token of a row is not read, so it needs no place in the cache.
+    cache_size = max(len(ids) + count - 1 for ids, count in zip(prompts, steps, strict=True))
+    decoder = Decoder(gpt, prompts, num_samples, cache_size)
+    logits_BV = decoder.logits
+    if not logits_BV.isfinite().all():
+        raise UserError(
+            "the output of the model is NaN or infinite, because its training diverged. Use an earlier checkpoint."
+        )
+    device = logits_BV.device
+    last_step_B = torch.tensor(steps, device=device).repeat_interleave(num_samples)
+    ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
+    tokens_B = None
     for step in range(1, max(steps) + 1):
-        next_tokens = sample_tokens(logits, temperature, top_k, top_p, generator)  # (B,)
-        tokens = next_tokens if tokens is None else torch.where(ended, tokens, next_tokens)
-        yield tokens
+        next_tokens_B = sample_tokens(logits_BV, temperature, top_k, top_p, generator)
+        tokens_B = next_tokens_B if tokens_B is None else torch.where(ended_B, tokens_B, next_tokens_B)
+        yield tokens_B
         if step == max(steps):
             return
         if eos_id is not None:
-            ended |= tokens == eos_id
-            if ended.all():
+            ended_B |= tokens_B == eos_id
+            if ended_B.all():
                 return
         if step >= min(steps):
-            ended |= last <= step
-        logits = decoder.step(tokens)
+            ended_B |= last_step_B <= step
+        logits_BV = decoder.step(tokens_B)
 
 
 def room_after(length: int, context: int) -> int:
-    """How many tokens can follow a prompt of ``length``: the last one need not be read by the model.
+    """Return how many tokens can follow a prompt: one more than fit, because the last one is not read.
 
     Raises:
         UserError: the prompt does not fit.
     """
     if not 1 <= length <= context:
         raise UserError(
-            f"the prompt has {length:,} tokens; expected 1 to {context:,}, the model's context. Shorten the prompt."
+            f"the prompt has {length:,} tokens; expected 1 to {context:,}, the context of the model. Shorten it."
         )
     return context - length + 1
 
 
 def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
-    """Raises UserError for the settings that are out of range, all in one message."""
+    """Raise UserError with a list of the settings that are out of range."""
     problems = []
     if num_samples < 1:
         problems.append(f"num_samples is {num_samples}; expected 1 or more")
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-    if not 0.0 <= temperature <= 1e6:  # all tokens are alike long before; far beyond, -inf divided by it is no number
+    if not 0.0 <= temperature <= 1e6:  # far above, -inf divided by the temperature is NaN
         problems.append(f"temperature is {temperature}; expected 0 (always the most probable token) to 1,000,000")
     if top_k is not None and top_k < 1:
         problems.append(f"top_k is {top_k}; expected 1 or more, or null for all tokens")
@@ -195,112 +205,23 @@ def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, to
 
 
 def check_seed(seed: int) -> int:
-    """The seed, where torch takes it.
+    """Return the seed.
 
     Raises:
-        UserError: it has more than 64 bits.
+        UserError: torch does not accept it, because it has more than 64 bits.
     """
     if not -(2**63) <= seed < 2**64:
-        raise UserError("the seed is too large; expected a whole number of at most 64 bits: -2**63 to 2**64 - 1.")
+        raise UserError("the seed is too large; expected an integer of at most 64 bits: -2**63 to 2**64 - 1.")
     return seed
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-class TextStream:
-    """Turns one sample's tokens into text as they come; bytes of an unfinished character wait for the rest of it.
-
-    The pieces together are exactly what decoding all tokens at once gives after the text of ``context``. Decoding each
-    token alone does not: SentencePiece-like tokenizers drop the space before the first token that they decode.
-
-    Args:
-        tokenizer: one of LitGPT.
-        context: the tokens that the sample continues, such as its prompt. Empty for a text of its own, such as an
-            answer: it was encoded alone in training, so it is decoded alone.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        self._processor = tokenizer.processor
-        added = self._processor.get_added_tokens_decoder()
-        self._special = {id for id, token in added.items() if token.special}  # without text
-        context = [token for token in context if token not in self._special]
-        # A character of at most four bytes that the context leaves unfinished belongs to the sample.
-        size = len(context)
-        whole = (
-            end for end in range(size, max(size - 4, -1), -1) if not self._decode(context[:end]).endswith("\ufffd")
-        )
-        self._before = context[: next(whole, size)]
-        """The last tokens whose text was handed out; how the waiting ones are decoded depends on them"""
-        self._waiting: list[int] = []
-        self._repeated = 0
-        """Characters that the decoder gives once more, since its first tokens end within a character"""
-        self._stream = DecodeStream(self._before, skip_special_tokens=True)
-        for token in context[len(self._before) :]:
-            self.push(token)
-
-    def push(self, token: int) -> str:
-        """The text that has become certain with ``token``; often one word, sometimes none."""
-        if token in self._special:
-            return ""
-        self._waiting.append(token)
-        try:
-            text = self._stream.step(self._processor, token)
-        except Exception:  # a plain one: a byte that fits no character changed how the bytes before it are decoded
-            return self._restart()
-        if text is None:
-            return self._restart() if len(self._waiting) == _LONGEST_WAIT else ""
-        text, self._repeated = text[self._repeated :], 0
-        self._hand_out()
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: an unfinished character becomes U+FFFD."""
-        text = self._decode([*self._before, *self._waiting])[len(self._decode(self._before)) :]
-        self._hand_out()
-        return text
-
-    def _hand_out(self) -> None:
-        self._before = [*self._before, *self._waiting][-2 * _LONGEST_WAIT :]
-        self._waiting = []
-
-    def _restart(self) -> str:
-        """Hands out what is left and begins a new decoder after it."""
-        text = self.flush()
-        self._stream = DecodeStream(self._before, skip_special_tokens=True)
-        given = self._decode(self._before)
-        self._repeated = len(given) if given.endswith("\ufffd") else 0
-        return text
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._processor.decode(tokens, skip_special_tokens=True)
-        return text
-
-
-class StopSequences:
-    """Finds the end of one sample in its tokens, and holds back what may be the beginning of that end."""
-
-    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
-        self.sequences = [list(sequence) for sequence in sequences]
-        self.held: list[int] = []
-
-    def push(self, token: int) -> tuple[list[int], bool]:
-        """The tokens that have become certain to be text with ``token``, and whether the sample has ended."""
-        self.held.append(token)
-        for sequence in self.sequences:
-            if self.held[-len(sequence) :] == sequence:
-                return self.held[: -len(sequence)], True
-        beginnings = (sequence[:size] for sequence in self.sequences for size in range(1, len(sequence)))
-        hold = max((len(b) for b in beginnings if self.held[-len(b) :] == b), default=0)
-        certain = self.held[: len(self.held) - hold]
-        self.held = self.held[len(certain) :]
-        return certain, False
-
-
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """The prompt's token ids, ``(T,)``, as a document of the training text begins.
+    """Return the token ids of a prompt, ``(T,)``, starting as a document of the training text does.
 
-    Without a begin-of-text token an empty prompt is the end-of-text token, after which the next document begins.
+    An empty prompt is the begin-of-text token, or without one the end-of-text token, after which documents start.
 
     Raises:
         UserError: the prompt is empty and the tokenizer has neither token.
@@ -308,11 +229,44 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     ids = text_ids(tokenizer, prompt)
     if not ids:
         if tokenizer.eos_id is None:
-            raise UserError(
-                "the prompt is empty and the tokenizer has no end-of-text token to start from; give a --prompt."
-            )
+            raise UserError("the prompt is empty, and the tokenizer has no end-of-text token to start from.")
         ids = [tokenizer.eos_id]
     return torch.tensor(ids)
+
+
+class _SampleState:
+    """One sample while it grows: from tokens to the text that can be handed out."""
+
+    def __init__(self, number: int, stop: Sequence[Sequence[int]], stream: TextStream, room: int, limit: int) -> None:
+        self.number = number
+        self.stops = StopSequences(stop)
+        self.stream = stream
+        self.max_tokens = min(room, limit)
+        self.end_at_max: End = "max_new_tokens" if limit <= room else "block_size"
+        self.text = ""  # not handed out yet
+        self.tokens = 0
+        self.end: End | None = None
+
+    def push(self, token: int) -> None:
+        """Add a token, unless the sample has ended."""
+        if self.end is not None:
+            return
+        self.tokens += 1
+        certain, stopped = self.stops.push(token)
+        if stopped:
+            self.end = "end_of_text"
+        elif self.tokens == self.max_tokens:
+            self.end = self.end_at_max
+            certain = certain + self.stops.held
+        self.text += "".join(self.stream.push(token) for token in certain)
+        if self.end is not None:
+            self.text += self.stream.flush()
+
+    def take(self) -> Piece:
+        """Hand out the text so far."""
+        piece = Piece(self.number, self.text, self.end, self.tokens)
+        self.text = ""
+        return piece
 
 
 def stream_pieces(
@@ -329,77 +283,72 @@ def stream_pieces(
     stop: Sequence[Sequence[int]] = (),
     join: bool = True,
 ) -> Generator[Piece, None, None]:
-    """What the model writes after ``prompt``: sample 0 as it comes, then the others, which grew in the same batch.
+    """Yield what the model writes after a prompt: sample 0 as it grows, then the others from the same batch.
 
-    Of several prompts, all samples of the first come first. The global random state is neither used nor changed.
-    Arguments and errors as `generate_tokens`.
+    All samples of the first prompt come first. The global random state is neither used nor changed. Other arguments and
+    errors as `generate_tokens`.
 
     Args:
-        prompt: a text, or token ids as they are; or several texts.
-        seed: sample i is the one that the seed ``seed + i`` gives alone. Or a generator on the model's device, which
-            goes on from where it is.
-        stop: sequences of tokens that end a sample as the end-of-text token does; none of them is text.
-        join: decode each sample as the continuation of its prompt's text; False: as a text of its own, like an answer.
+        gpt: model.
+        tokenizer: of the model.
+        prompt: text, token ids, or several texts.
+        max_new_tokens: see `generate_tokens`.
+        num_samples: see there.
+        seed: sample i equals the one that seed ``seed + i`` gives alone. Or a generator on the device of the model.
+        temperature: see `restrict`.
+        top_k: see there.
+        top_p: see there.
+        stop: token sequences that end a sample as the end-of-text token does; they are not part of the text.
+        join: decode samples as the continuation of their prompt. False: as a text of its own, such as an answer.
     """
     device = gpt.transformer.wte.weight.device
-    tokens = [
-        (encode_prompt(tokenizer, one) if isinstance(one, str) else torch.tensor(one)).to(device)
-        for one in _as_list(prompt)
-    ]
-    rooms = [room_after(len(ids), gpt.max_seq_length) for ids in tokens for _ in range(num_samples)]
-    rows = len(rooms)
+    prompts = [_prompt_ids(tokenizer, one).to(device) for one in _as_list(prompt)]
     if tokenizer.eos_id is not None:
         stop = [[tokenizer.eos_id], *stop]
-    stops = [StopSequences(stop) for _ in range(rows)]
-    contexts = [ids.tolist() if join else [] for ids in tokens for _ in range(num_samples)]
-    streams = [TextStream(tokenizer, context) for context in contexts]
-    waiting = [""] * rows
-    lengths = [0] * rows
-    ends: list[End | None] = [None] * rows
-    current = 0
+    samples: list[_SampleState] = []
+    for ids in prompts:
+        room = room_after(len(ids), gpt.max_seq_length)
+        context = ids.tolist() if join else []
+        for _ in range(num_samples):
+            stream = TextStream(tokenizer, context)
+            samples.append(_SampleState(len(samples), stop, stream, room, max_new_tokens))
     steps = generate_tokens(
         gpt,
-        tokens,
+        prompts,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        generator=seed if isinstance(seed, torch.Generator) else _generators(seed, rows, device),
+        generator=seed if isinstance(seed, torch.Generator) else _generators(seed, len(samples), device),
     )
+    current = 0
     with closing(steps):
-        for step, next_tokens in enumerate(steps, start=1):
-            for row, token in enumerate(next_tokens.tolist()):
-                if ends[row] is not None:
-                    continue
-                lengths[row] = step
-                certain, ended = stops[row].push(token)
-                if ended:
-                    ends[row] = "end_of_text"
-                elif step == min(max_new_tokens, rooms[row]):
-                    ends[row] = "max_new_tokens" if max_new_tokens <= rooms[row] else "block_size"
-                    certain = certain + stops[row].held
-                waiting[row] += "".join(streams[row].push(token) for token in certain)
-                if ends[row] is not None:
-                    waiting[row] += streams[row].flush()
-            while current < rows:
-                if waiting[current] or ends[current] is not None:
-                    yield Piece(current, waiting[current], ends[current], lengths[current])
-                    waiting[current] = ""
-                if ends[current] is None:
+        for tokens_B in steps:
+            for sample, token in zip(samples, tokens_B.tolist(), strict=True):
+                sample.push(token)
+            # Hand out the current sample, and each next one when it is its turn.
+            while samples[current].text or samples[current].end is not None:
+                piece = samples[current].take()
+                yield piece
+                if piece.end is None:
                     break
                 current += 1
-            if None not in ends:
-                return
+                if current == len(samples):
+                    return
 
 
 def _as_list(prompt: str | Sequence[int] | Sequence[str]) -> Sequence[str | Sequence[int]]:
-    several = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], str)
-    return prompt if several else [prompt]  # type: ignore[list-item, return-value]
+    is_several = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], str)
+    return prompt if is_several else [prompt]  # type: ignore[list-item, return-value]
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> Tensor:
+    return encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else torch.tensor(prompt)
 
 
 def _generators(seed: int, rows: int, device: torch.device) -> list[torch.Generator]:
-    """One for each row, so that its samples do not depend on the others."""
+    """Return one generator for each row, so that a sample does not depend on the others."""
     check_seed(seed)
     return [torch.Generator(device).manual_seed(check_seed(seed + row)) for row in range(rows)]
 
@@ -407,9 +356,9 @@ def _generators(seed: int, rows: int, device: torch.device) -> list[torch.Genera
 def draw_samples(
     gpt: GPT, tokenizer: Tokenizer, prompt: str | Sequence[str], **sampling: Unpack[Sampling]
 ) -> list[Sample]:
-    """``num_samples`` continuations of each prompt, one batch, without touching the global random state or the model.
+    """Return ``num_samples`` continuations of each prompt, all samples of the first prompt first.
 
-    All samples of the first prompt come first.
+    Neither the global random state nor the model is changed.
     """
     texts: dict[int, str] = {}
     ends: dict[int, End | None] = {}
@@ -420,17 +369,18 @@ def draw_samples(
 
 
 def sample_text(gpt: GPT, tokenizer: Tokenizer, prompt: str | Sequence[str], **sampling: Unpack[Sampling]) -> list[str]:
-    """As `draw_samples`, each with its prompt before it."""
+    """Return the samples of `draw_samples` with their prompts before them."""
     samples = draw_samples(gpt, tokenizer, prompt, **sampling)
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    return [prompts[i * len(prompts) // len(samples)] + sample.text for i, sample in enumerate(samples)]
+    samples_per_prompt = len(samples) // len(prompts)
+    return [prompts[index // samples_per_prompt] + sample.text for index, sample in enumerate(samples)]
 
 
 # --------------------------------------------------------------------------------------------------------------- model
 
 
 class Model:
-    """A trained model with its tokenizer, as `load` returns it."""
+    """A trained model with its tokenizer, from `load`."""
 
     def __init__(self, gpt: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         self.gpt = gpt
@@ -439,22 +389,22 @@ class Model:
 
     @property
     def config(self) -> Config:
-        """The LitGPT config."""
+        """Return the LitGPT config."""
         return self.gpt.config
 
     def generate(self, prompt: str | Sequence[str] = "", **sampling: Unpack[Sampling]) -> str | list[str]:
-        """The prompt and what the model writes after it; a list of them for several prompts, or with ``num_samples``.
+        """Return the prompt with its continuation; a list of them for several prompts, or with ``num_samples``.
 
-        Ends at the end-of-text token, after ``max_new_tokens``, or where the model's context is full.
+        A text ends at the end-of-text token, after ``max_new_tokens``, or at the end of the context.
 
         Raises:
-            UserError: sampling settings out of range, or a prompt longer than the model's context.
+            UserError: a setting is out of range, or a prompt is longer than the context.
         """
         texts = sample_text(self.gpt, self.tokenizer, prompt, **sampling)
         return texts[0] if isinstance(prompt, str) and "num_samples" not in sampling else texts
 
     def stream(self, prompt: str = "", **sampling: Unpack[Sampling]) -> Iterator[str]:
-        """What `generate` returns, in pieces as they are written; several samples one after the other."""
+        """Yield what `generate` returns in pieces, several samples one after the other."""
         yield prompt
         yield from (piece.text for piece in stream_pieces(self.gpt, self.tokenizer, prompt, **sampling))
 
@@ -465,28 +415,31 @@ def load(
     precision: Precision = "auto",
     max_seq_length: int | None = None,
 ) -> Model:
-    """Loads a checkpoint for generating, after checking the files that it reads.
+    """Load a checkpoint for generation; the files that are read are verified.
 
     Args:
-        folder: the newest whole checkpoint under ``checkpoints/`` when None.
-        device: as torch names it; "auto" is the GPU where there is one.
-        precision: "auto" is bf16-true on a GPU that computes in it, else 32-true.
-        max_seq_length: tokens of prompt and text together; as many as in training when None.
+        folder: checkpoint folder; the newest complete one under ``checkpoints/`` if None.
+        device: a torch device; "auto" takes a GPU if there is one.
+        precision: "auto" is bf16-true on a GPU with bf16 support, else 32-true.
+        max_seq_length: tokens of prompt and text together; as many as in training if None.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or it was saved without a tokenizer; or the model has no
-            room for that many tokens.
+        UserError: the checkpoint is missing, damaged or has no tokenizer, or the context is too long for the model.
     """
     path = checkpoints.resolve(None if folder is None else Path(folder))
     tokenizer = checkpoints.load_tokenizer(path)
-    where = checkpoints.choose_device(device)
-    gpt = checkpoints.load_model(path, where, choose_dtype(precision, where), max_seq_length)
+    torch_device = checkpoints.choose_device(device)
+    gpt = checkpoints.load_model(path, torch_device, choose_dtype(precision, torch_device), max_seq_length)
     return Model(gpt, tokenizer, path)
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of the weights: "auto" is bf16 on a CUDA GPU that computes in it, else fp32."""
+    """Return the dtype of the weights; "auto" is bf16 on a GPU with bf16 support, else fp32."""
     if precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16-true" if bf16 else "32-true"
+        precision = "bf16-true" if supports_bf16(device) else "32-true"
     return _DTYPES[precision]
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Return whether the device is a CUDA GPU that computes in bf16 without emulation."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

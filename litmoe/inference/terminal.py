@@ -1,4 +1,4 @@
-"""The chat in a terminal: answers to stdout, all else to stderr. Without a terminal, each line is a question."""
+"""The chat in a terminal: answers go to stdout, messages to stderr. In a pipe, each line is a question."""
 
 import sys
 from collections.abc import Iterator
@@ -11,11 +11,14 @@ from litmoe.cli import UserError, harmless, nearest
 from litmoe.inference.chat import NOT_TUNED, Chat, describe
 from litmoe.inference.generate import Sampling, check_sampling, check_seed
 
-HINT = "/help lists the commands. Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves."
+HINT = "/help lists the commands. Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D ends the chat."
 
 
 class Terminal:
-    """Reads questions and commands, writes answers. Each ``do_`` method is a command, its docstring the help text."""
+    """Read questions and commands, and write answers.
+
+    Each ``do_`` method is a command; its docstring is the help text, "ARGUMENTS: what it does".
+    """
 
     def __init__(self, chat: Chat, sampling: Sampling) -> None:
         self.chat = chat
@@ -25,28 +28,19 @@ class Terminal:
         self.commands = ["/" + name[3:] for name in dir(self) if name.startswith("do_")]
 
     def run(self) -> None:
-        """Talks until the input ends.
+        """Chat until the input ends.
 
         Raises:
-            UserError: a question can't be answered or a command not be done, and nobody sits there to try again.
+            UserError: a question or command failed, and the input is a pipe. In a terminal the user can try again.
         """
         self.say(describe(self.chat.model))
         if not self.chat.is_tuned:
             self.say(NOT_TUNED)
         if self.interactive:
             self.say(HINT)
-        for line in self._typed() if self.interactive else sys.stdin:
-            if not line.strip():
-                continue
+        for line in self._typed_lines() if self.interactive else sys.stdin:
             try:
-                if any(0xDC80 <= ord(character) < 0xDD00 for character in line):  # what Python makes of such bytes
-                    raise UserError(
-                        f"the line {line.strip()!r} holds bytes that are not UTF-8; save the text as UTF-8."
-                    )
-                if line.startswith("/"):
-                    self.command(line)
-                else:
-                    self.answer(line.rstrip("\r\n"))
+                self._handle(line)
             except UserError as error:
                 if not self.interactive:
                     raise
@@ -54,17 +48,30 @@ class Terminal:
             except EOFError:  # /quit
                 return
 
+    def _handle(self, line: str) -> None:
+        if not line.strip():
+            return
+        # With errors="surrogateescape", Python reads bytes that are not UTF-8 as these characters.
+        if any(0xDC80 <= ord(character) < 0xDD00 for character in line):
+            raise UserError(f"the line {line.strip()!r} is not UTF-8; save the text as UTF-8.")
+        if line.startswith("/"):
+            self.command(line)
+        else:
+            self.answer(line.rstrip("\r\n"))
+
     def say(self, text: str, style: str = "dim") -> None:
-        """A line about the chat."""
+        """Print a message about the chat to stderr."""
         self.console.print(harmless(text), style=style, markup=False, soft_wrap=True)
 
     def answer(self, question: str) -> None:
-        """Streams the answer to stdout. Ctrl-C stops it; what was written stays in the conversation."""
+        """Stream the answer to stdout. Ctrl-C stops it; the text so far stays in the conversation."""
         reply = self.chat.ask(question, **self.sampling)
+        # A model may write control characters: a terminal would execute them, a file gets them unchanged.
+        clean = harmless if sys.stdout.isatty() else str
         try:
             with closing(reply.__iter__()) as pieces:
                 for text in pieces:
-                    print(harmless(text) if sys.stdout.isatty() else text, end="", flush=True)
+                    print(clean(text), end="", flush=True)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -72,18 +79,18 @@ class Terminal:
         self.say(reply.summary() + ("\n" if self.interactive else ""))
 
     def command(self, line: str) -> None:
-        """Does ``/name argument``.
+        """Run ``/name argument``.
 
         Raises:
-            UserError: there is no such command, or it can't be done.
+            UserError: the command does not exist, or failed.
             EOFError: it was /quit.
         """
         name, _, argument = line.strip().partition(" ")
         if name not in self.commands:
-            guess = next((known for known in self.commands if known.startswith(name)), nearest(name, self.commands))
-            raise UserError(
-                f"there is no {name}; " + (f"did you mean {guess}?" if guess else "/help lists what there is.")
-            )
+            starting = [command for command in self.commands if command.startswith(name)]
+            guess = starting[0] if starting else nearest(name, self.commands)
+            hint = f"did you mean {guess}?" if guess else "/help lists the commands."
+            raise UserError(f"there is no command {name}; {hint}")
         getattr(self, "do_" + name[1:])(argument.strip())
 
     # -------------------------------------------------------------------------------------------------------- commands
@@ -95,90 +102,85 @@ class Terminal:
             self.say(f"  {name + ' ' + usage:<24}{text}")
 
     def do_reset(self, _: str) -> None:
-        """forget what was said"""
+        """start a new conversation"""
         self.chat.messages.clear()
-        self.say("Forgotten.")
+        self.say("Started a new conversation.")
 
     def do_undo(self, _: str) -> None:
-        """take the last question and its answer back"""
+        """remove the last question and its answer"""
         question = self.chat.undo()
-        self.say("There is nothing to take back." if question is None else f"Taken back: {question}")
+        self.say("There is nothing to remove." if question is None else f"Removed: {question}")
 
     def do_retry(self, _: str) -> None:
         """answer the last question again"""
-        pair = self.chat.messages[-2:]
+        messages = list(self.chat.messages)
         question = self.chat.undo()
         if question is None:
-            raise UserError("there is nothing to answer again.")
-        before = len(self.chat.messages)
+            raise UserError("there is no question to answer again.")
+        n_before = len(self.chat.messages)
         try:
             self.answer(question)
         finally:
-            if len(self.chat.messages) == before:  # nothing was written
-                self.chat.messages += pair
+            if len(self.chat.messages) == n_before:  # no new answer: keep the old one
+                self.chat.messages = messages
 
     def do_temperature(self, value: str) -> None:
-        """X: 0 takes the most probable token, 1 samples as the model has it"""
+        """X: 0 always takes the most probable token, 1 samples from the probabilities of the model"""
         self._set("temperature", value)
 
     def do_top_k(self, value: str) -> None:
-        """N: sample among so many tokens; `all` for all"""
+        """N: sample only from the N most probable tokens; `all` for all"""
         self._set("top_k", value)
 
     def do_top_p(self, value: str) -> None:
-        """X: sample among the fewest tokens of more than this probability; 1 for all"""
+        """X: sample only from the fewest tokens with a total probability above X; 1 for all"""
         self._set("top_p", value)
 
     def do_max_new_tokens(self, value: str) -> None:
-        """N: how long an answer may be"""
+        """N: maximum number of tokens in an answer"""
         self._set("max_new_tokens", value)
 
     def do_seed(self, value: str) -> None:
-        """N: the same answers to the same questions from here on"""
+        """N: from now on, give the same answers to the same questions"""
         try:
             seed = int(value)
         except ValueError:
-            raise UserError(f"/seed takes a whole number, not {value!r}.") from None
+            raise UserError(f"/seed needs a whole number, not {value!r}.") from None
         self.chat.generator.manual_seed(check_seed(seed))
 
     def do_system(self, text: str) -> None:
-        """TEXT: what the model is told before the first question; nothing to drop it"""
+        """TEXT: set the system message, which the model reads before the first question; without TEXT, remove it"""
         self.chat.system = text
         self.say(f"System message: {text}" if text else "No system message.")
 
     def do_save(self, argument: str) -> None:
-        """FILE: the conversation as .jsonl or Markdown; `/save FILE overwrite` replaces a file"""
+        """FILE: save the conversation as .jsonl or Markdown; `/save FILE overwrite` replaces a file"""
         name = argument.removesuffix(" overwrite")
         if not name:
-            raise UserError('say where to: /save chat.md, or chat.jsonl for {"messages": [...]}.')
+            raise UserError('/save needs a file: /save chat.md, or /save chat.jsonl for {"messages": [...]}.')
         try:
             path = Path(name).expanduser()
-        except RuntimeError as error:  # ~ of somebody who is not known
+        except RuntimeError as error:  # ~ of an unknown user
             raise UserError(f"cannot write {name}: {error}") from None
         self.chat.save(path, overwrite=name != argument)
         self.say(f"Saved {name}")
 
     def do_quit(self, _: str) -> None:
-        """leave; Ctrl-D too"""
+        """end the chat; Ctrl-D too"""
         raise EOFError
 
     def _set(self, name: str, value: str) -> None:
-        """Sets one of the sampling settings, or shows it where no value is given."""
+        """Change a sampling setting, or show it if no value is given."""
         if value:
-            convert = float if name in ("temperature", "top_p") else int
-            try:
-                changed = None if name == "top_k" and value in ("all", "null") else convert(value)
-            except ValueError:
-                raise UserError(f"/{name} takes a number, not {value!r}.") from None
-            sampling: Sampling = {**self.sampling, name: changed}  # type: ignore[misc]
+            sampling: Sampling = {**self.sampling, name: _parse_setting(name, value)}  # type: ignore[misc]
             check_sampling(1, sampling["max_new_tokens"], sampling["temperature"], sampling["top_k"], sampling["top_p"])
             self.sampling = sampling
         self.say(f"{name} {self.sampling[name]}")  # type: ignore[literal-required]
 
-    # ------------------------------------------------------------------------------------------------------------ input
+    # ----------------------------------------------------------------------------------------------------------- input
 
-    def _typed(self) -> Iterator[str]:
-        """What is typed, with history, several lines by Alt-Enter, and completion of commands."""
+    def _typed_lines(self) -> Iterator[str]:
+        """Yield what the user types, with history, Alt-Enter for several lines, and completion of commands."""
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -199,7 +201,7 @@ class Terminal:
             multiline=True,
             key_bindings=keys,
             completer=WordCompleter(self.commands, sentence=True),
-            output=create_output(always_prefer_tty=True),  # stderr where stdout goes into a file
+            output=create_output(always_prefer_tty=True),  # stderr if stdout is redirected to a file
         )
         while True:
             try:
@@ -208,3 +210,12 @@ class Terminal:
                 self.say(HINT)
             except EOFError:
                 return
+
+
+def _parse_setting(name: str, value: str) -> float | int | None:
+    if name == "top_k" and value in ("all", "null"):
+        return None
+    try:
+        return float(value) if name in ("temperature", "top_p") else int(value)
+    except ValueError:
+        raise UserError(f"/{name} needs a number, not {value!r}.") from None

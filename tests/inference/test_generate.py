@@ -1,4 +1,4 @@
-"""Text from a model: LitGPT's sampling in one batch, streamed, with nothing left behind."""
+"""Generation: the sampling of LitGPT in one batch, streamed, without changing the model."""
 
 import io
 import json
@@ -23,7 +23,6 @@ from litmoe.cli import UserError, run_door
 from litmoe.data.tokenizers import text_ids
 from litmoe.inference.generate import (
     Model,
-    TextStream,
     draw_samples,
     encode_prompt,
     generate_tokens,
@@ -33,6 +32,8 @@ from litmoe.inference.generate import (
     sample_tokens,
     stream_pieces,
 )
+from litmoe.inference.generate_cli import read_prompts
+from litmoe.inference.text_stream import TextStream
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,11 +55,11 @@ def tokenizer(tokenizer_dir: Path) -> Tokenizer:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
 @pytest.mark.parametrize("top_p", [1e-9, 0.05, 0.7, 1.0])  # 1 - 1e-9 is 1 in fp32
-def test_each_row_keeps_what_litgpt_would(temperature: float, top_k: int | None, top_p: float) -> None:
+def test_restrict_equals_litgpt(temperature: float, top_k: int | None, top_p: float) -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
     ours = restrict(logits, temperature, top_k, top_p)
     for row, kept in zip(logits, ours, strict=True):
-        # the lines of litgpt.generate.base.sample, up to its draw
+        # the code of litgpt.generate.base.sample before it samples
         if top_k is not None:
             values, indices = torch.topk(row, min(top_k, row.size(-1)))
             row = torch.full_like(row, float("-inf")).scatter_(-1, indices, values)
@@ -69,7 +70,7 @@ def test_each_row_keeps_what_litgpt_would(temperature: float, top_k: int | None,
         torch.testing.assert_close(kept, row)
 
 
-def test_one_row_draws_the_same_as_litgpt() -> None:
+def test_one_row_samples_as_litgpt() -> None:
     logits = torch.randn(200, 1, 50) * 2
     for seed, row in enumerate(logits):
         torch.manual_seed(seed)
@@ -88,7 +89,7 @@ def test_extreme_temperatures(temperature: float, top_p: float) -> None:
     assert (tokens.unsqueeze(1) == logits.topk(20).indices).any(dim=1).all()
 
 
-def test_draws_follow_the_probabilities() -> None:
+def test_samples_follow_the_probabilities() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
     tokens = sample_tokens(logits, 1.0, None, 1.0, torch.Generator().manual_seed(0))
     shares = tokens.bincount(minlength=3) / 20_000
@@ -97,7 +98,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 @pytest.mark.parametrize("stock", [True, False], ids=["litgpt", "custom_moe"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 0.0)])
-def test_greedy_is_litgpts(moe_fields: dict, stock: bool, temperature: float, top_p: float) -> None:
+def test_greedy_text_equals_litgpt(moe_fields: dict, stock: bool, temperature: float, top_p: float) -> None:
     gpt, prompt = tiny_gpt(moe_fields), torch.tensor([5, 17, 300, 42])
     ours = gpt
     if not stock:
@@ -114,8 +115,8 @@ def test_greedy_is_litgpts(moe_fields: dict, stock: bool, temperature: float, to
     assert all(torch.equal(row, expected) for row in rows)
 
 
-def test_the_cache_changes_nothing(gpt: GPT) -> None:
-    """Each token is the best one by a plain forward, without a cache, over all tokens before it."""
+def test_cache_equals_a_plain_forward_pass(gpt: GPT) -> None:
+    """Each token is the most probable one by a forward pass over all earlier tokens."""
     prompt = torch.tensor([7, 8, 9])
     generator = torch.Generator().manual_seed(0)
     drawn = list(generate_tokens(gpt, prompt, num_samples=4, max_new_tokens=12, top_k=1, generator=generator))
@@ -126,8 +127,8 @@ def test_the_cache_changes_nothing(gpt: GPT) -> None:
             assert logits.argmax() == row[position]
 
 
-def test_batched_samples_have_their_own_caches(gpt: GPT) -> None:
-    """A row of a batch goes on as it would alone."""
+def test_batched_samples_have_separate_caches(gpt: GPT) -> None:
+    """A row of a batch continues as it would alone."""
     prompt = torch.tensor([1, 2, 3, 4, 5])
     generator = torch.Generator().manual_seed(3)
     rows = torch.stack(
@@ -136,14 +137,14 @@ def test_batched_samples_have_their_own_caches(gpt: GPT) -> None:
     )
     assert len({tuple(row.tolist()) for row in rows}) == 5
     for row in rows:
-        plain = gpt(torch.cat((prompt, row)).unsqueeze(0))[0, 4:-1]  # (20, V): what each next token was drawn from
+        plain = gpt(torch.cat((prompt, row)).unsqueeze(0))[0, 4:-1]  # (20, V): the distribution of each next token
         kept = restrict(plain, 3.0, 50, 1.0)
         assert kept.gather(1, row.unsqueeze(1)).isfinite().all()
 
 
-def test_finished_samples_stay_at_the_end_of_text(gpt: GPT) -> None:
+def test_ended_samples_repeat_the_end_of_text(gpt: GPT) -> None:
     with torch.no_grad():
-        gpt.lm_head.weight[0] += 0.4  # the end-of-text token comes up now and then
+        gpt.lm_head.weight[0] += 0.4  # the end-of-text token is sampled now and then
     prompt = torch.tensor([1, 2, 3])
     generator = torch.Generator().manual_seed(0)
     tokens = generate_tokens(
@@ -160,14 +161,14 @@ def test_finished_samples_stay_at_the_end_of_text(gpt: GPT) -> None:
         assert rows.size(1) == max(ended) + 1
 
 
-# ----------------------------------------------------------------------------------------------- nothing left behind
+# --------------------------------------------------------------------------------------------- no change of the model
 
 
-def test_the_model_in_training_is_left_as_it_was(moe_fields: dict, tokenizer: Tokenizer) -> None:
+def test_model_in_training_is_not_changed(moe_fields: dict, tokenizer: Tokenizer) -> None:
     with use_custom_moe():
         gpt = GPT(Config(**moe_fields))
     gpt.train()
-    gpt.transformer.h[0].eval()  # a mode that is not the same everywhere
+    gpt.transformer.h[0].eval()  # not the same mode everywhere
     gpt.lm_head.weight.requires_grad_(False)
     gpt.max_seq_length = 48  # train.max_seq_length
     ids = torch.randint(384, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -203,7 +204,7 @@ def test_the_model_in_training_is_left_as_it_was(moe_fields: dict, tokenizer: To
     assert gpt(ids).requires_grad
 
 
-def test_a_cache_that_the_caller_had_is_still_there(gpt: GPT) -> None:
+def test_cache_of_the_caller_is_kept(gpt: GPT) -> None:
     gpt.set_kv_cache(batch_size=1)
     caches, mask = [block.attn.kv_cache for block in gpt.transformer.h], gpt.mask_cache
     list(generate_tokens(gpt, torch.tensor([1, 2]), max_new_tokens=5))
@@ -211,8 +212,8 @@ def test_a_cache_that_the_caller_had_is_still_there(gpt: GPT) -> None:
     assert gpt.mask_cache is mask
 
 
-def test_texts_of_one_model_do_not_meet(gpt: GPT) -> None:
-    """Written in turn, from threads, and beside one that is never finished: each as it would be alone."""
+def test_texts_of_one_model_are_independent(gpt: GPT) -> None:
+    """In turn, from threads, and next to an unfinished one: each equals the text alone."""
     prompts = [torch.tensor(ids) for ids in ([1, 2, 3], [300, 42, 7, 9, 11], [5])]
 
     def alone(prompt: torch.Tensor) -> list[int]:
@@ -226,14 +227,14 @@ def test_texts_of_one_model_do_not_meet(gpt: GPT) -> None:
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(alone, prompts * 2)) == expected * 2
     assert all(block.attn.kv_cache is None for block in gpt.transformer.h) and gpt.mask_cache is None
-    assert torch.cat([first, *abandoned]).tolist() == expected[0], "it can still go on"
+    assert torch.cat([first, *abandoned]).tolist() == expected[0], "the unfinished one can continue"
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def test_characters_of_several_tokens_come_whole(tokenizer: Tokenizer) -> None:
-    """Byte-level tokens cut them: each piece is readable by itself, and together they are the text."""
+def test_characters_of_several_tokens(tokenizer: Tokenizer) -> None:
+    """Byte-level tokens cut characters, but no piece does, and together they are the text."""
     text = "Mia saw a 🦊 and a 鲸鱼, naïve. \ufffd!"
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in tokenizer.encode(text).tolist()]
@@ -242,7 +243,7 @@ def test_characters_of_several_tokens_come_whole(tokenizer: Tokenizer) -> None:
     assert "🦊" in pieces
 
 
-def test_an_unfinished_character_at_the_end(tokenizer: Tokenizer) -> None:
+def test_unfinished_character_at_the_end(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer)
     tokens = tokenizer.encode("hi 🦊").tolist()[:-1]
     assert "".join(stream.push(token) for token in tokens) == "hi "
@@ -251,7 +252,7 @@ def test_an_unfinished_character_at_the_end(tokenizer: Tokenizer) -> None:
 
 
 def _sentencepiece_like(kind: str, stories: list[str]) -> HFTokenizer:
-    """Tokenizers whose decoders drop the space before the first word, or write one themselves."""
+    """Tokenizers with decoders that drop or add the space before the first word."""
     if kind == "metaspace":
         tokenizer = HFTokenizer(models.Unigram())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -267,10 +268,10 @@ def _sentencepiece_like(kind: str, stories: list[str]) -> HFTokenizer:
 
 
 @pytest.mark.parametrize("kind", ["llama", "metaspace", "wordpiece", "byte-level"])
-def test_streamed_text_is_the_decoded_text(
+def test_streamed_text_equals_decoded_text(
     kind: str, tokenizer_dir: Path, llama_tokenizer_dir: Path, stories: list[str]
 ) -> None:
-    """After any prompt and without one, for any tokens: what is streamed is what decoding all at once gives."""
+    """With and without a prompt, for any tokens."""
     tokenizer = Tokenizer(llama_tokenizer_dir if kind == "llama" else tokenizer_dir)
     if kind in ("metaspace", "wordpiece"):
         tokenizer.processor = _sentencepiece_like(kind, stories)
@@ -290,8 +291,8 @@ def test_streamed_text_is_the_decoded_text(
             assert before + streamed == processor.decode(tokens)
 
 
-def test_bytes_that_are_no_text_do_not_end_a_stream(llama_tokenizer_dir: Path) -> None:
-    """A byte that fits no character changes how those before it are decoded: DecodeStream raises there."""
+def test_stream_continues_after_stray_bytes(llama_tokenizer_dir: Path) -> None:
+    """A stray byte changes the text of the bytes before it, and DecodeStream raises an error."""
     tokenizer, dice = Tokenizer(llama_tokenizer_dir), random.Random(0)
     for _ in range(200):
         tokens = [dice.choice((dice.randrange(3, 259), dice.randrange(363))) for _ in range(20)]
@@ -301,8 +302,8 @@ def test_bytes_that_are_no_text_do_not_end_a_stream(llama_tokenizer_dir: Path) -
 
 
 @pytest.mark.parametrize("kind", ["llama", "byte-level"])
-def test_a_stream_waits_for_few_tokens(kind: str, tokenizer_dir: Path, llama_tokenizer_dir: Path) -> None:
-    """Bytes that are no text and special tokens, however many, hold back little, and lose no space after them."""
+def test_stream_holds_back_few_tokens(kind: str, tokenizer_dir: Path, llama_tokenizer_dir: Path) -> None:
+    """Also with many stray bytes and special tokens; spaces after them are kept."""
     tokenizer = Tokenizer(llama_tokenizer_dir if kind == "llama" else tokenizer_dir)
     words, fox = (text_ids(tokenizer, text, begin=False) for text in ("Once upon a time", "🦊"))
     stream, special = TextStream(tokenizer), 0
@@ -325,7 +326,7 @@ def test_llama_text_keeps_spaces_and_letters(moe_fields: dict, llama_tokenizer_d
     assert "".join(model.stream("Once upon a time", max_new_tokens=40, temperature=0.0)) == text
 
 
-def test_prompts_begin_as_documents_do(llama_tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+def test_prompts_start_like_documents(llama_tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
     llama = Tokenizer(llama_tokenizer_dir)
     once = encode_prompt(llama, "Once upon").tolist()
     assert once == llama.encode("Once upon").tolist() and once[0] == llama.bos_id
@@ -336,19 +337,19 @@ def test_prompts_begin_as_documents_do(llama_tokenizer_dir: Path, tokenizer: Tok
 
 @pytest.mark.parametrize("prompt", ["<|endoftext|>Once", "Once<|endoftext|>", "<|endoftext|><|endoftext|>"])
 def test_special_tokens_in_a_prompt_are_kept(tokenizer: Tokenizer, prompt: str) -> None:
-    """LitGPT's ``encode`` removes the begin- and end-of-text tokens at either end."""
+    """``encode`` of LitGPT removes begin- and end-of-text tokens at both ends."""
     tokens = encode_prompt(tokenizer, prompt).tolist()
     assert tokens == tokenizer.processor.encode(prompt).ids
     assert tokens.count(tokenizer.eos_id) == prompt.count("<|endoftext|>")
 
 
 @pytest.mark.parametrize("prompt", ["caf\udce9", "\ud83d", "a\udfffb"])
-def test_a_prompt_that_is_no_utf8(gpt: GPT, tokenizer: Tokenizer, prompt: str) -> None:
+def test_refuses_a_prompt_that_is_not_utf8(gpt: GPT, tokenizer: Tokenizer, prompt: str) -> None:
     with pytest.raises(UserError, match="expected UTF-8"):
         sample_text(gpt, tokenizer, prompt)
 
 
-def test_the_stream_is_the_text(gpt: GPT, tokenizer: Tokenizer) -> None:
+def test_stream_equals_generate(gpt: GPT, tokenizer: Tokenizer) -> None:
     model = Model(gpt, tokenizer, Path())
     options = {"max_new_tokens": 50, "temperature": 3.0, "top_k": None, "seed": 5}
     text = model.generate("Once upon", **options)
@@ -365,7 +366,7 @@ def test_the_stream_is_the_text(gpt: GPT, tokenizer: Tokenizer) -> None:
     assert len([piece for piece in pieces if piece.sample == 0]) > 10, "the first sample streams"
 
 
-def test_the_seed_decides(gpt: GPT, tokenizer: Tokenizer) -> None:
+def test_seed_decides_the_text(gpt: GPT, tokenizer: Tokenizer) -> None:
     def texts(seed: int) -> list[str]:
         return sample_text(gpt, tokenizer, "Once", num_samples=2, max_new_tokens=10, temperature=2.0, seed=seed)
 
@@ -376,8 +377,8 @@ def test_the_seed_decides(gpt: GPT, tokenizer: Tokenizer) -> None:
     assert texts(2) != first
 
 
-def test_each_sample_is_as_with_its_own_seed(gpt: GPT, tokenizer: Tokenizer) -> None:
-    """Several prompts of different lengths in one batch: every row could be written again by itself."""
+def test_each_sample_equals_its_seed_alone(gpt: GPT, tokenizer: Tokenizer) -> None:
+    """Several prompts of different lengths in one batch."""
     prompts, options = ["Once", "Once upon a time, Mia", ""], {"max_new_tokens": 70, "temperature": 2.0}
     texts = sample_text(gpt, tokenizer, prompts, num_samples=2, seed=5, **options)
     assert len(set(texts)) == 6
@@ -388,7 +389,7 @@ def test_each_sample_is_as_with_its_own_seed(gpt: GPT, tokenizer: Tokenizer) -> 
     )
 
 
-def test_why_a_sample_ends(gpt: GPT, tokenizer: Tokenizer) -> None:
+def test_reason_of_the_end(gpt: GPT, tokenizer: Tokenizer) -> None:
     assert draw_samples(gpt, tokenizer, "Once", max_new_tokens=3)[0].end == "max_new_tokens"
     prompt_length = tokenizer.encode("Once").numel()
     full = draw_samples(gpt, tokenizer, "Once", max_new_tokens=1000, temperature=3.0)[0]
@@ -396,11 +397,11 @@ def test_why_a_sample_ends(gpt: GPT, tokenizer: Tokenizer) -> None:
     tokens = list(generate_tokens(gpt, tokenizer.encode("Once").long(), max_new_tokens=1000))
     assert len(tokens) == 64 - prompt_length + 1  # the last one is never read
     with torch.no_grad():
-        gpt.lm_head.weight.zero_()  # all tokens alike: the first id, end-of-text, wins
+        gpt.lm_head.weight.zero_()  # all logits are equal: argmax takes the first id, end-of-text
     assert draw_samples(gpt, tokenizer, "Once", temperature=0.0)[0] == ("", "end_of_text")
 
 
-def test_an_empty_prompt_starts_after_the_end_of_text(gpt: GPT, tokenizer: Tokenizer) -> None:
+def test_empty_prompt_starts_a_document(gpt: GPT, tokenizer: Tokenizer) -> None:
     expected = list(generate_tokens(gpt, torch.tensor([tokenizer.eos_id]), max_new_tokens=5, temperature=0.0))
     for prompt in ("", "<|endoftext|>"):
         sample = draw_samples(gpt, tokenizer, prompt, max_new_tokens=5, temperature=0.0)[0]
@@ -408,7 +409,7 @@ def test_an_empty_prompt_starts_after_the_end_of_text(gpt: GPT, tokenizer: Token
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -418,17 +419,17 @@ def test_an_empty_prompt_starts_after_the_end_of_text(gpt: GPT, tokenizer: Token
         ({"max_new_tokens": 0, "top_k": -1}, "max_new_tokens is 0.*; top_k is -1"),
     ],
 )
-def test_settings_out_of_range(gpt: GPT, tokenizer: Tokenizer, wrong: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_refuses_settings_out_of_range(gpt: GPT, tokenizer: Tokenizer, wrong: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         sample_text(gpt, tokenizer, "Once", **wrong)
 
 
-def test_a_prompt_longer_than_the_context(gpt: GPT, tokenizer: Tokenizer) -> None:
+def test_refuses_a_long_prompt(gpt: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="expected 1 to 64"):
         sample_text(gpt, tokenizer, "cat " * 65)
 
 
-def test_a_diverged_model_is_told(gpt: GPT, tokenizer: Tokenizer) -> None:
+def test_refuses_a_diverged_model(gpt: GPT, tokenizer: Tokenizer) -> None:
     with torch.no_grad():
         gpt.transformer.ln_f.weight[0] = float("nan")
     with pytest.raises(UserError, match="diverged"):
@@ -453,7 +454,7 @@ def test_load(tmp_path: Path, gpt: GPT, tokenizer: Tokenizer, tokenizer_dir: Pat
     assert half.generate("Once", max_new_tokens=5).startswith("Once")
 
 
-def test_loading_takes_the_trained_context(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
+def test_load_uses_the_context_of_training(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
     settings = {"train": {"max_seq_length": 24}}
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir, hyperparameters=settings)
     model = load(folder, device="cpu")
@@ -467,7 +468,7 @@ def test_loading_takes_the_trained_context(tmp_path: Path, gpt: GPT, tokenizer_d
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 24
 
 
-def test_load_refuses(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
+def test_load_refuses_damaged_folders(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
     with pytest.raises(UserError, match="--device cpu"):
         load(folder, device="warp")
@@ -481,8 +482,8 @@ def test_load_refuses(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- door
 
 
-def test_the_script(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
-    """The newest checkpoint under checkpoints/, text alone on stdout, several samples with headers."""
+def test_script(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
+    """The newest checkpoint under checkpoints/, only text on stdout, headers for several samples."""
     save_tiny(tmp_path / "checkpoints" / "final", gpt, tokenizer_dir, step=3)
     command = [sys.executable, str(ROOT / "generate.py"), "--prompt", "Once", "--num-samples", "2", "--device", "cpu"]
     command += ["--max_new_tokens=70", "--temperature", "2", "--top_k", "null", "--seed", "3"]
@@ -496,10 +497,10 @@ def test_the_script(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
         print(f"--- sample {number} of 2 ---\n{text}", file=out)
     assert result.stdout.replace("\r\n", "\n") == out.getvalue().replace("\r\n", "\n")
     assert f"{Path('checkpoints') / 'final'}, step 3" in result.stderr
-    assert "filled the model's context of 64 tokens" in result.stderr
+    assert "filled the context of 64 tokens" in result.stderr
 
 
-def test_the_script_takes_several_prompts(
+def test_script_with_several_prompts(
     tmp_path: Path, gpt: GPT, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, file = save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "prompts.txt"
@@ -514,30 +515,30 @@ def test_the_script_takes_several_prompts(
     assert "got both --prompt and --prompts" in capsys.readouterr().err
 
 
-def test_a_file_of_prompts(tmp_path: Path) -> None:
-    """From any editor: a mark of its encoding and empty lines are no text, and only a new line begins a new prompt."""
-    file, read = tmp_path / "prompts.txt", door("generate").read_prompts
+def test_file_of_prompts(tmp_path: Path) -> None:
+    """From any editor: byte order marks and empty lines are skipped, only line breaks separate prompts."""
+    file, read = tmp_path / "prompts.txt", read_prompts
     file.write_bytes(b"\xef\xbb\xbf" + "Once\r\n\r\n \nMia\u2028was\fhappy \n\n".encode())
     assert read(file) == ["Once", "Mia\u2028was\fhappy "]
     file.write_bytes("Once\r\n\r\nMia \r\n".encode("utf-16"))
     assert read(file) == ["Once", "Mia "]
-    for content, told in (
-        (b"", r"prompts\.txt is empty; expected a prompt in each line"),
+    for content, message in (
+        (b"", r"prompts\.txt is empty; expected one prompt per line"),
         (b"\n \n", "is empty"),
         ("Once".encode("utf-16-le"), r"prompts\.txt is not text in UTF-8: .*UTF-16 without a byte order mark"),
         ("\nnaïve".encode("latin-1"), r"prompts\.txt is not UTF-8: byte 0xef .*ISO-8859-1"),
         ("\n“naïve”".encode("cp1252"), r"prompts\.txt is not UTF-8: byte 0x93 .*CP1252"),
     ):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             read(file)
-    with pytest.raises(UserError, match="found no file at"):
+    with pytest.raises(UserError, match="found no file "):
         read(tmp_path / "nowhere")
 
 
-def test_the_script_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_script_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    for argv, told in (
+    for argv, message in (
         ([], "found no whole checkpoint under checkpoints"),
         (["nowhere"], "found no checkpoint at nowhere"),
         (["--prompt", "caf\udce9"], r"the argument 'caf\udce9' holds bytes that are not UTF-8"),
@@ -547,6 +548,6 @@ def test_the_script_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.Monk
             run_door(door("generate").main, argv, optional_positional="checkpoint")
         captured = capsys.readouterr()
         assert exit_.value.code == 1
-        assert captured.err.startswith(f"error: {told}")
+        assert captured.err.startswith(f"error: {message}")
         assert captured.out == ""
     assert checkpoints.newest(tmp_path) is None

@@ -1,4 +1,4 @@
-"""The chat page in a real browser: two models answer, nothing that is typed runs, and nothing leaves this machine."""
+"""The chat page in a real browser: two models answer, no input is executed, and nothing is sent elsewhere."""
 
 import inspect
 import json
@@ -35,10 +35,10 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> list[Path]:
-    """A tuned and a pretrained checkpoint of two tiny models that write printable text and never end by themselves."""
+    """A finetuned and a base model, tiny, which write printable text and never end an answer."""
     fields = dict(
         name="tiny",
-        block_size=8192,  # an answer of minutes
+        block_size=8192,  # an answer takes minutes
         padded_vocab_size=384,
         n_layer=2,
         n_embd=32,
@@ -71,7 +71,7 @@ def _greedy(folder: Path, question: str, tokens: int = 30) -> str:
 # ------------------------------------------------------------------------------------------------- without a browser
 
 
-def test_the_page_loads_nothing_from_elsewhere(folders: list[Path]) -> None:
+def test_page_loads_nothing_from_elsewhere(folders: list[Path]) -> None:
     from fastapi.testclient import TestClient
 
     from litmoe.inference.web import CONTENT_POLICY, make_app
@@ -83,11 +83,11 @@ def test_the_page_loads_nothing_from_elsewhere(folders: list[Path]) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//(?!testserver)""", page.text)
     config = client.get("/config").json()
     assert config["analytics_enabled"] is False
-    assert not config["stylesheets"], "fonts of the system"
+    assert not config["stylesheets"], "it uses fonts of the system"
     assert all(event["api_visibility"] == "private" for event in config["dependencies"])
 
 
-def test_answers_are_written_together(folders: list[Path]) -> None:
+def test_answers_are_generated_together(folders: list[Path]) -> None:
     from litmoe.inference.web import _together
 
     replies = [
@@ -100,7 +100,7 @@ def test_answers_are_written_together(folders: list[Path]) -> None:
 
 
 def _event(models: list[Model], name: str, sampling: Sampling = SAMPLING) -> Any:
-    """What the page does at an event of its."""
+    """Return an event handler of the page."""
     from litmoe.inference.web import build
 
     return next(event.fn for event in build(models, sampling, None).fns.values() if event.name == name)
@@ -112,36 +112,36 @@ def test_one_question_at_a_time(folders: list[Path]) -> None:
     begin = _event([load(folders[0], device="cpu")], "begin")
     asked, busy, _, said, _ = begin("Who?", False, [[]])
     assert (asked, busy) == ("Who?", True)
-    with pytest.raises(gr.Error, match="An answer is being written"):
+    with pytest.raises(gr.Error, match="Wait for the answer"):
         begin("And now?", busy, said)
-    with pytest.raises(gr.Error, match="nothing to answer"):
+    with pytest.raises(gr.Error, match="question is empty"):
         begin(" ", False, said)
 
 
-def test_an_answer_without_a_word_leaves_no_turn(folders: list[Path]) -> None:
-    """Stopped before the first token, or the model fails: the question stands in the box again, and why below it."""
+def test_empty_answer_is_removed(folders: list[Path]) -> None:
+    """Stopped before the first token, or the model fails: the question goes back to the box, with the error."""
     model = load(folders[0], device="cpu")
     earlier = [Message(role="user", content="Hi"), Message(role="assistant", content="Hello")]
-    said = [[*earlier, Message(role="user", content="Who?"), Message(role="assistant", content="")]]
-    busy, box, left, *_ = _event([model], "stop")(said)
+    conversations = [[*earlier, Message(role="user", content="Who?"), Message(role="assistant", content="")]]
+    busy, box, left, *_ = _event([model], "stop")(conversations)
     assert (busy, box["value"] if isinstance(box, dict) else box.value, left) == (False, "Who?", [earlier])
     with torch.no_grad():
         model.gpt.lm_head.weight.fill_(float("nan"))
-    box, left, _, caption = list(_event([model], "answer")("Who?", True, said, 1.0, 0, 1.0, 5, "", ""))[-1]
+    box, left, _, caption = list(_event([model], "answer")("Who?", True, conversations, 1.0, 0, 1.0, 5, "", ""))[-1]
     assert (box["value"] if isinstance(box, dict) else box.value, left) == ("Who?", [earlier])
-    assert "not a number" in caption
-    caption = list(_event([model], "answer")("Who?", True, said, 1.0, 0, 1.0, 5, str(2**64), ""))[-1][-1]
+    assert "NaN" in caption
+    caption = list(_event([model], "answer")("Who?", True, conversations, 1.0, 0, 1.0, 5, str(2**64), ""))[-1][-1]
     assert "at most 64 bits" in caption
 
 
-def test_settings_beyond_the_sliders() -> None:
+def test_sliders_reach_the_given_settings() -> None:
     from litmoe.inference.web import _settings
 
     given = Sampling(max_new_tokens=4000, temperature=3.0, top_k=500, top_p=1.0)
     assert [slider.preprocess(slider.value) for slider in _settings(given, None, True)[:4]] == [3.0, 500, 1.0, 4000]
 
 
-def test_this_machine_alone_is_served_unless_told_otherwise() -> None:
+def test_serves_only_this_computer_by_default() -> None:
     from litmoe.inference.web import listen
 
     defaults = {name: found.default for name, found in inspect.signature(door("chat").main).parameters.items()}
@@ -149,10 +149,10 @@ def test_this_machine_alone_is_served_unless_told_otherwise() -> None:
         assert sock.getsockname()[0] == "127.0.0.1"
 
 
-def test_a_port_that_is_taken() -> None:
+def test_refuses_a_used_port() -> None:
     from litmoe.inference.web import _is_loopback, listen
 
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"name another by --port"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"Use another --port"):
         listen("127.0.0.1", taken.getsockname()[1])
     for port in (-1, 65536):
         with pytest.raises(UserError, match=f"--port is {port}; expected 0"):
@@ -163,11 +163,11 @@ def test_a_port_that_is_taken() -> None:
     ]
 
 
-SECRET = "nobody may read this"
+SECRET = "this file is private"
 
 
 def _asked(model: Model, question: str) -> list[Any]:
-    """What the page shows at last after a question: box, conversations, shown messages, caption."""
+    """Return what the page shows in the end: box, conversations, messages as HTML, caption."""
     said = _event([model], "begin")(question, False, [[]])[3]
     return list(_event([model], "answer")(question, True, said, 0.8, 50, 1.0, 5, "", ""))[-1]
 
@@ -195,25 +195,25 @@ def _asked(model: Model, question: str) -> list[Any]:
 def test_hostile_questions_are_answered_or_refused(question: str, folders: list[Path]) -> None:
     box, said, shown, caption = _asked(load(folders[0], device="cpu"), question)
     for text in (json.dumps(said), json.dumps(shown), caption):
-        text.encode("utf-8")  # what goes to the browser
+        text.encode("utf-8")  # what is sent to the browser
     assert "tokens/s" in caption or "class='wrong'" in caption
     assert all(
         "<" not in message["content"] and ">" not in message["content"] for column in [shown] for message in column
     )
     if "wrong" in caption:
-        assert (box["value"] if isinstance(box, dict) else box.value) == question, "to be shortened, not lost"
+        assert (box["value"] if isinstance(box, dict) else box.value) == question, "the question can be shortened"
 
 
-def test_markup_that_a_model_writes_is_shown_as_text() -> None:
-    from litmoe.inference.web import _shown
+def test_html_of_a_model_is_shown_as_text() -> None:
+    from litmoe.inference.web import _as_html
 
     said = [[Message(role="user", content="?"), Message(role="assistant", content=HOSTILE)]]
-    (shown,) = _shown(said)
+    (shown,) = _as_html(said)
     assert "<" not in shown[1]["content"] and "&lt;script&gt;window.ran = 1&lt;/script&gt;" in shown[1]["content"]
 
 
-def test_no_request_reads_a_file_or_ends_the_server(folders: list[Path], tmp_path: Path) -> None:
-    """Paths out of the page's folders, bodies that are no JSON or not what is expected, many at once."""
+def test_requests_read_no_files(folders: list[Path], tmp_path: Path) -> None:
+    """Paths outside the page, bodies that are not JSON or have other fields, many at once; the server survives."""
     from concurrent.futures import ThreadPoolExecutor
 
     from fastapi.testclient import TestClient
@@ -302,7 +302,7 @@ def address(folders: list[Path]) -> Iterator[str]:
     assert found is not None, line
     yield found.group()
     server.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
-    assert server.wait(60) in ((0, 130) if os.name != "nt" else (1,)), "Ctrl-C ends it without a traceback"
+    assert server.wait(60) in ((0, 130) if os.name != "nt" else (1,)), "Ctrl-C stops the server without a traceback"
 
 
 @pytest.fixture(scope="module")
@@ -310,14 +310,14 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # a sandbox can't be had as root in a container; these pages are ours
+        # no sandbox as root in a container; these pages are our own
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 class Page:
-    """A tab, with what the tests do in it."""
+    """A tab of the browser."""
 
     def __init__(self, browser: Any, address: str) -> None:
         self.tab = browser.new_page(viewport={"width": 1280, "height": 800})
@@ -333,13 +333,13 @@ class Page:
         self.tab.wait_for_selector("#question .submit-button")
 
     def settled(self, expression: str) -> Any:
-        """Its value when half a second has not changed it: what was on its way to the page still arrives."""
+        """Return its value when it has not changed for half a second, so that pending updates have arrived."""
         for _ in range(40):
             before = self.tab.evaluate(expression)
             self.tab.wait_for_timeout(500)
             if self.tab.evaluate(expression) == before:
                 return before
-        raise AssertionError(f"{expression} never settles")
+        raise AssertionError(f"{expression} keeps changing")
 
     def set(self, label: str, value: float) -> None:
         box = self.tab.get_by_label(f"number input for {label}")
@@ -359,7 +359,7 @@ class Page:
         self.tab.wait_for_function(condition, arg=argument)
 
     def answered(self, answers: int) -> None:
-        """Waits until both columns have so many whole answers."""
+        """Wait until both columns have this many complete answers."""
         self.wait(
             "n => [...document.querySelectorAll('.talk')].every(t => t.querySelectorAll('.message.bot').length == n)"
             " && [...document.querySelectorAll('.caption .prose')].every(c => c.innerText.includes('tokens/s'))",
@@ -386,7 +386,7 @@ LONGEST = "Math.max(...[...document.querySelectorAll('.talk .message.bot')].map(
 
 @browser_test
 @pytest.mark.slow
-def test_both_answer_as_generate_does(page: Page, folders: list[Path]) -> None:
+def test_answers_equal_generate(page: Page, folders: list[Path]) -> None:
     page.set("Temperature", 0)
     page.ask("Where did Mia go?")
     page.answered(1)
@@ -398,7 +398,7 @@ def test_both_answer_as_generate_does(page: Page, folders: list[Path]) -> None:
     assert all("30 tokens, " in caption and "cut at max_new_tokens" in caption for caption in page.captions())
     headings = page.tab.locator(".chat h1").all_inner_texts()
     assert headings == [folder.as_posix() for folder in folders]
-    assert page.tab.locator(".note").all_inner_texts()[0].startswith("This model was not tuned to answer")
+    assert page.tab.locator(".note").all_inner_texts()[0].startswith("This is a base model")
     for button, left in (("Retry", 1), ("Undo", 0)):
         page.tab.get_by_role("button", name=button).click()
         page.wait("n => document.querySelectorAll('.talk .message.bot').length == 2 * n", left)
@@ -413,14 +413,14 @@ def test_both_answer_as_generate_does(page: Page, folders: list[Path]) -> None:
 
 @browser_test
 @pytest.mark.slow
-def test_an_answer_grows_until_it_is_stopped(page: Page) -> None:
+def test_answer_can_be_stopped(page: Page) -> None:
     page.set("Longest answer", 8000)
     page.ask("Who?")
     page.wait(f"() => {LONGEST} > 10")
     first = page.tab.evaluate(LONGEST)
     page.wait(f"n => {LONGEST} > n + 50", first)
-    # In the page: a locator waits until the button stands still, and on a busy machine the answer may be whole by then.
-    # The button is there while the answer is being written, so this is on the way.
+    # Click within the page: a locator waits until the button does not move, and on a busy machine the answer may be
+    # complete by then.
     page.tab.evaluate("document.querySelector('#question .stop-button').click()")
     page.wait("() => document.querySelector('.caption').innerText.includes('stopped')")
     page.ready()
@@ -428,12 +428,12 @@ def test_an_answer_grows_until_it_is_stopped(page: Page) -> None:
     page.set("Longest answer", 5)
     page.ask("And then?")
     page.answered(2)
-    assert page.tab.evaluate(LONGEST) == stopped, "not a token after it was stopped"
+    assert page.tab.evaluate(LONGEST) == stopped, "no token was added after the stop"
 
 
 @browser_test
 @pytest.mark.slow
-def test_what_is_typed_is_text(page: Page) -> None:
+def test_input_is_shown_as_text(page: Page) -> None:
     page.ask(HOSTILE)
     page.answered(1)
     shown = page.texts("user")[0]
@@ -452,7 +452,7 @@ def test_what_is_typed_is_text(page: Page) -> None:
     page.tab.wait_for_selector(".caption .wrong")
     assert "expected at most" in page.captions()[0]
     page.ready()
-    assert len(page.tab.input_value("#question textarea")) == 200_000, "to be shortened, not lost"
+    assert len(page.tab.input_value("#question textarea")) == 200_000, "the question can be shortened"
     assert page.texts("user") == [shown]
     page.tab.get_by_label("Seed").fill("<b>seven</b>")
     page.ask("Who?")
@@ -462,7 +462,7 @@ def test_what_is_typed_is_text(page: Page) -> None:
 
 @browser_test
 @pytest.mark.slow
-def test_two_tabs_at_once_and_one_that_is_closed(browser: Any, address: str, page: Page) -> None:
+def test_two_tabs_and_a_closed_one(browser: Any, address: str, page: Page) -> None:
     closed = Page(browser, address)
     closed.set("Longest answer", 1900)
     closed.ask("Who?")
@@ -480,7 +480,7 @@ def test_two_tabs_at_once_and_one_that_is_closed(browser: Any, address: str, pag
 
 @browser_test
 @pytest.mark.slow
-def test_it_fits_a_phone(page: Page) -> None:
+def test_page_fits_a_phone(page: Page) -> None:
     page.tab.set_viewport_size({"width": 390, "height": 844})
     page.ask("Where did Mia go?")
     page.answered(1)

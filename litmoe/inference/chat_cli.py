@@ -1,0 +1,80 @@
+"""Command line of chat.py. Modules that import torch are imported when they are used: ``--help`` must be fast."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from litmoe.cli import UserError
+from litmoe.inference.console import discard_output, use_utf8
+
+HOST, PORT = "127.0.0.1", 7860
+
+
+def main(
+    checkpoint: Path | None = None,
+    web: bool = False,
+    compare: Path | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int | None = None,
+    max_seq_length: int | None = None,
+    host: str = HOST,
+    port: int = PORT,
+    device: str = "auto",
+    precision: Literal["auto", "32-true", "bf16-true", "16-true"] = "auto",
+) -> None:
+    """Chat with a trained model, in the terminal or, with --web, on a web page.
+
+    Args:
+        checkpoint: Checkpoint folder. Default: the newest complete one under checkpoints/.
+        web: Serve a web page.
+        compare: With --web, a second checkpoint that answers the same questions next to the first.
+        temperature: Below 1, probable tokens become more probable. 0 always takes the most probable token.
+        top_k: Sample only from this many most probable tokens; null for all tokens.
+        top_p: Sample only from the fewest tokens with a total probability above this; 1 for all tokens.
+        max_new_tokens: Maximum number of tokens in an answer.
+        seed: The same seed gives the same answers to the same questions; null for different answers each time.
+        max_seq_length: Tokens of conversation and answer together. Default: as many as in training.
+        host: With --web, the address to serve. With 0.0.0.0, everyone on the network can use the page.
+        port: With --web, the port; 0 for any free port.
+        device: cpu, cuda, cuda:1, mps. auto takes a GPU if there is one.
+        precision: Type of the weights. auto is bf16-true on a GPU with bf16 support, else 32-true.
+    """
+    from litmoe import checkpoints
+
+    if compare is not None and not web:
+        raise UserError("--compare needs the web page: add --web.")
+    if (host, port) != (HOST, PORT) and not web:
+        raise UserError("--host and --port need the web page: add --web.")
+    folders = [checkpoints.resolve(checkpoint)]
+    if compare is not None:
+        folders.append(checkpoints.resolve(compare))
+    for folder in folders:
+        print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
+
+    from litmoe.inference.generate import Sampling, check_sampling, check_seed, load  # takes seconds
+
+    check_sampling(1, max_new_tokens, temperature, top_k, top_p)
+    if seed is not None:
+        check_seed(seed)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if web:
+        from litmoe.inference.web import listen, serve
+
+        # Open the port first: it may fail, and loading the models takes longer.
+        with listen(host, port) as sock:
+            serve([load(folder, device, precision, max_seq_length) for folder in folders], sampling, seed, sock)
+        return
+
+    from litmoe.inference.chat import Chat
+    from litmoe.inference.terminal import Terminal
+
+    terminal = Terminal(Chat(load(folders[0], device, precision, max_seq_length), seed=seed), sampling)
+    use_utf8(sys.stdin, errors="surrogateescape")
+    use_utf8(sys.stdout)
+    try:
+        terminal.run()
+    except BrokenPipeError:  # `| head`
+        discard_output()
