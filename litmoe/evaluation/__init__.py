@@ -1,1 +1,1 @@
-"""From a checkpoint to numbers."""
+"""Measure a checkpoint: loss, lm-eval tasks, HellaSwag, expert statistics."""

@@ -1,5 +1,7 @@
-"""The loss on the answers of held-out conversations, as finetuning validates it: over each answer's tokens and its
-end-of-text token, given what stands before them."""
+"""Loss on the answers of held-out conversations, computed as finetuning does for validation.
+
+Only the tokens of the answers count, including the end-of-text token after each answer.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,50 +16,54 @@ from litmoe.cli import UserError
 from litmoe.data import instructions
 from litmoe.data.conversations import DEFAULT_STYLE, encode_conversation, is_tuned, load_prompt_style, prompt_style
 from litmoe.data.instruction_module import IGNORED, EncodedConversations, collate, longer_context
-from litmoe.evaluation.common import Precision, as_table, load_model, with_progress
+from litmoe.evaluation.common import LoadedModel, Precision, Result, as_table, check_finite, load_model, with_progress
 from litmoe.forward import hidden_states, logits_of
 
+_BATCH_SIZE = 8
 
-@dataclass(frozen=True)
-class AnswersEvaluation:
-    """The result of ``evaluate``."""
 
-    checkpoint: str
-    step: int
+@dataclass(frozen=True, kw_only=True)
+class AnswersEvaluation(Result):
+    """Loss of a checkpoint on answers."""
+
     data_dir: str
-    prompt_style: str
-    """LitGPT's class of the style that the prompts were given in"""
+    prompt_style: str  # class of the prompt style in LitGPT
     conversations: int
     answer_tokens: int
-    """Those that the loss is the mean over"""
-    cut: int
-    """Conversations of the whole set that are longer than the context"""
-    left_out: int
-    """Conversations of the whole set whose first answer would begin beyond the context"""
-    loss: float
-    """Nats per answer token"""
+    cut: int  # conversations of the complete set that are longer than the context
+    left_out: int  # conversations of the complete set in which the first answer starts after the end of the context
+    loss: float  # nats per answer token
     perplexity: float
     max_seq_length: int
-    device: str
-    precision: str
 
 
 def find_conversations(folder: Path, data_dir: Path | None) -> Path | None:
-    """``data_dir`` where it holds prepared conversations, or those that the checkpoint was tuned on; None where not.
+    """Return the folder with prepared conversations to evaluate on, None if there is none.
+
+    Args:
+        folder: checkpoint folder.
+        data_dir: given by the user; if None, the one of finetuning is used.
 
     Raises:
-        UserError: those that it was tuned on are gone.
+        UserError: the conversations of finetuning do not exist any more.
     """
-    if data_dir is None:
-        data = checkpoints.load_hyperparameters(folder).get("data")
-        named = ((data.get("init_args") or {}) if isinstance(data, dict) else {}).get("data_dir")
-        data_dir = None if named is None else Path(named)
-        if data_dir is not None and not (data_dir / instructions.MANIFEST).is_file():
-            raise UserError(
-                f"{folder} was tuned on the conversations of {data_dir}, which are not there (seen from {Path.cwd()});"
-                " name others, or a prepared corpus, with --data_dir."
-            )
-    return data_dir if data_dir is not None and (data_dir / instructions.MANIFEST).is_file() else None
+    if data_dir is not None:
+        return data_dir if _has_conversations(data_dir) else None
+    data = checkpoints.load_hyperparameters(folder).get("data")
+    arguments = data.get("init_args") if isinstance(data, dict) else None
+    if not arguments or arguments.get("data_dir") is None:
+        return None
+    data_dir = Path(arguments["data_dir"])
+    if not _has_conversations(data_dir):
+        raise UserError(
+            f"{folder} was finetuned on the conversations of {data_dir}, which do not exist (relative to {Path.cwd()})."
+            " Name other conversations or a prepared corpus with --data_dir."
+        )
+    return data_dir
+
+
+def _has_conversations(data_dir: Path) -> bool:
+    return (data_dir / instructions.MANIFEST).is_file()
 
 
 def evaluate(
@@ -70,19 +76,22 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "auto",
 ) -> AnswersEvaluation:
-    """Measures a checkpoint on the validation conversations of a folder that ``prepare_data.py --instruct`` made.
+    """Evaluate a checkpoint on the validation conversations of a folder that ``prepare_data.py --instruct`` wrote.
 
-    Prompts are given in the checkpoint's own style; one that was not tuned gets the default of finetuning. So the loss
-    before tuning and the loss after it compare, where it was tuned in that style and measured at the same context.
+    Prompts use the prompt style of the checkpoint. A pretrained checkpoint gets the default style of finetuning, so its
+    loss can be compared with that after finetuning in this style with the same context.
 
     Args:
-        max_iters: batches at most.
-        batch_size: conversations at once (8 when None).
-        max_seq_length: longer conversations are cut; as long as in training when None.
-        device, precision: as `litmoe.evaluation.loss.evaluate`.
+        folder: checkpoint folder.
+        data_dir: prepared conversations.
+        max_iters: maximum number of batches.
+        batch_size: conversations in a batch, 8 if None.
+        max_seq_length: longer conversations are cut; that of training if None.
+        device: see `load_model`.
+        precision: see there.
 
     Raises:
-        UserError: no such checkpoint or conversations, a context out of range, or a loss that is not a number.
+        UserError: checkpoint or conversations are missing, the context is out of range, or the loss is not finite.
     """
     context = checkpoints.context_of(folder, max_seq_length)
     tokenizer, style = checkpoints.load_tokenizer(folder), load_prompt_style(folder)
@@ -94,55 +103,62 @@ def evaluate(
     if len(encoded) == 0:
         shortest, longest = encoded.counts.prompts
         raise UserError(
-            f"no answer of {data_dir} begins within {context} tokens: {shortest:,} to {longest:,} come before the first"
-            f" ones. {longer_context(context, checkpoints.load_config(folder).block_size)}"
+            f"no answer of {data_dir} starts within {context} tokens: the first ones start after {shortest:,} to"
+            f" {longest:,} tokens. {longer_context(context, checkpoints.load_config(folder).block_size)}"
         )
-    size = batch_size or 8
-    starts = range(0, len(encoded), size)[:max_iters]
-    batches = ([encoded[index] for index in range(len(encoded))[start : start + size]] for start in starts)
-
+    size = batch_size or _BATCH_SIZE
+    indices = range(len(encoded))[: None if max_iters is None else max_iters * size]
     model = load_model(folder, device, precision, context)
-    where = model.gpt.transformer.wte.weight.device
-    nats, tokens = 0.0, 0
-    with torch.inference_mode(), model.autocast:
-        for batch in with_progress(batches, len(starts)):
-            input_ids, targets, _ = collate(batch, tokenizer.eos_id or 0, context)
-            logits = logits_of(model.gpt, hidden_states(model.gpt, input_ids.to(where))[0]).flatten(0, 1)
-            wanted = targets.to(where).flatten()
-            nats += float(F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum"))
-            tokens += int((targets != IGNORED).sum())
-    if not math.isfinite(nats):
-        raise UserError(f"the loss of {folder} is not a number: its training diverged. Use an earlier checkpoint.")
+    nats, tokens = _sum_loss(model, encoded, indices, size, tokenizer.eos_id or 0, context)
     return AnswersEvaluation(
-        checkpoint=str(folder),
-        step=checkpoints.read_mark(folder).step,
+        **model.about,
         data_dir=str(data_dir),
         prompt_style=type(style).__name__,
-        conversations=min(len(starts) * size, len(encoded)),
+        conversations=len(indices),
         answer_tokens=tokens,
         cut=encoded.counts.cut,
         left_out=encoded.counts.left_out,
         loss=nats / tokens,
-        perplexity=math.exp(min(nats / tokens, 700.0)),
+        perplexity=math.exp(min(nats / tokens, 700.0)),  # exp(710) overflows
         max_seq_length=context,
-        device=model.device,
-        precision=model.precision,
     )
+
+
+@torch.inference_mode()
+def _sum_loss(
+    model: LoadedModel, encoded: EncodedConversations, indices: range, batch_size: int, padding: int, context: int
+) -> tuple[float, int]:
+    """Return the summed negative log-probability of the answer tokens in nats, and their number."""
+    device = model.gpt.transformer.wte.weight.device
+    starts = indices[::batch_size]
+    nats, tokens = 0.0, 0
+    for start in with_progress(starts, len(starts)):
+        batch = [encoded[index] for index in indices[start : start + batch_size]]
+        input_ids, targets, _ = collate(batch, padding, context)
+        with model.autocast:
+            logits_BTV = logits_of(model.gpt, hidden_states(model.gpt, input_ids.to(device))[0])
+        targets = targets.flatten().to(device)
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+        nats += float(loss)
+        tokens += int((targets != IGNORED).sum())
+    check_finite(torch.tensor(nats))
+    return nats, tokens
 
 
 def table(result: AnswersEvaluation) -> Table:
-    """The result for people."""
-    cut = f"; {result.cut:,} of all are longer than {result.max_seq_length:,} tokens and cut" if result.cut else ""
+    """Return the result as a table for the terminal."""
+    conversations = f"{result.conversations:,} with {result.answer_tokens:,} answer tokens"
+    if result.cut:
+        conversations += f"; {result.cut:,} of all are longer than {result.max_seq_length:,} tokens and cut"
     if result.left_out:
-        cut += f"; {result.left_out:,} of all left out: their first {result.max_seq_length:,} tokens hold no answer"
-    return as_table(
-        {
-            "checkpoint": f"{result.checkpoint}, step {result.step:,}",
-            "answers": f"{result.data_dir}, validation",
-            "loss": f"{result.loss:.4f} nats per answer token",
-            "perplexity": f"{result.perplexity:.3f}",
-            "conversations": f"{result.conversations:,} with {result.answer_tokens:,} answer tokens{cut}",
-            "prompt style": result.prompt_style,
-            "computed": f"on {result.device} in {result.precision}",
-        }
-    )
+        conversations += (
+            f"; {result.left_out:,} of all are skipped: no answer in their first {result.max_seq_length:,} tokens"
+        )
+    rows = {
+        "answers": f"{result.data_dir}, validation",
+        "loss": f"{result.loss:.4f} nats per answer token",
+        "perplexity": f"{result.perplexity:.3f}",
+        "conversations": conversations,
+        "prompt style": result.prompt_style,
+    }
+    return as_table(result, rows)

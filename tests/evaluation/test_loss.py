@@ -1,4 +1,4 @@
-"""The evaluation: every token of the validation text is predicted once, and the numbers are what they say."""
+"""Loss on validation text: every token is predicted once, and the numbers follow their definition."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def gpt(moe_fields: dict) -> GPT:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, gpt: GPT, corpus: Path) -> Path:
-    """A checkpoint that says that it was trained on the corpus."""
+    """A checkpoint that names the corpus as its training data."""
     return save_trained(tmp_path / "checkpoints" / "final", gpt, corpus)
 
 
@@ -78,13 +78,13 @@ def test_each_token_is_predicted_once(sizes: list[int], context: int) -> None:
     assert all(window.numel() == context + 1 for window in cut[:-1])
 
 
-def test_batches_hold_windows_of_one_length() -> None:
+def test_batches_have_windows_of_one_length() -> None:
     rows = [torch.full((3,), value) for value in range(5)] + [torch.tensor([9, 9])]
     assert [tuple(batch.shape) for batch in batched(rows, 2)] == [(2, 3), (2, 3), (1, 3), (1, 2)]
     assert [tuple(batch.shape) for batch in batched(rows[:4], 2)] == [(2, 3), (2, 3)]
 
 
-def test_the_tokens_are_those_that_training_validates_on(corpus: Path, stories: list[str]) -> None:
+def test_tokens_equal_those_of_training(corpus: Path, stories: list[str]) -> None:
     tokens = torch.cat(list(read_tokens(corpus, "val")))
     split = manifest.read(corpus).splits["val"]  # type: ignore[union-attr]
     assert tokens.numel() == split.tokens
@@ -99,7 +99,7 @@ def test_the_tokens_are_those_that_training_validates_on(corpus: Path, stories: 
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def test_the_loss_by_hand(gpt: GPT, corpus: Path, checkpoint: Path) -> None:
+def test_loss_by_hand(gpt: GPT, corpus: Path, checkpoint: Path) -> None:
     """Token by token, from the definition: tokens before it in its window, log-softmax, sum."""
     tokens = [0, *torch.cat(list(read_tokens(corpus, "val"))).tolist()]
     nats = 0.0
@@ -118,27 +118,27 @@ def test_the_loss_by_hand(gpt: GPT, corpus: Path, checkpoint: Path) -> None:
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / split.bytes, rel=1e-5)
 
 
-def test_a_model_that_knows_nothing(tmp_path: Path, gpt: GPT, corpus: Path) -> None:
+def test_untrained_model_has_uniform_loss(tmp_path: Path, gpt: GPT, corpus: Path) -> None:
     torch.nn.init.zeros_(gpt.lm_head.weight)
     result = evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU)
     assert result.loss == pytest.approx(math.log(384))
     assert result.perplexity == pytest.approx(384)
 
 
-def test_the_batch_size_changes_nothing(gpt: GPT, checkpoint: Path) -> None:
+def test_batch_size_does_not_change_the_loss(gpt: GPT, checkpoint: Path) -> None:
     results = [evaluate(checkpoint, max_seq_length=16, batch_size=size, **CPU) for size in (1, 4, None)]
     assert len({(result.tokens, result.windows) for result in results}) == 1
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6) == pytest.approx(results[2].loss, rel=1e-6)
 
 
-def test_stopping_early_counts_what_was_read(checkpoint: Path, corpus: Path) -> None:
-    whole = evaluate(checkpoint, max_seq_length=16, batch_size=2, **CPU)
+def test_max_iters_counts_what_was_read(checkpoint: Path, corpus: Path) -> None:
+    complete = evaluate(checkpoint, max_seq_length=16, batch_size=2, **CPU)
     part = evaluate(checkpoint, max_seq_length=16, batch_size=2, max_iters=1, **CPU)
     assert (part.windows, part.tokens) == (2, 32)
-    assert part.bytes == round(whole.bytes * 32 / whole.tokens)
+    assert part.bytes == round(complete.bytes * 32 / complete.tokens)
 
 
-def test_the_context_is_that_of_training(tmp_path: Path, gpt: GPT, corpus: Path, checkpoint: Path) -> None:
+def test_uses_the_context_of_training(tmp_path: Path, gpt: GPT, corpus: Path, checkpoint: Path) -> None:
     assert evaluate(checkpoint, **CPU).context == 64
     assert evaluate(save_trained(tmp_path / "short", gpt, corpus, max_seq_length=24), **CPU).context == 24
     with pytest.raises(UserError, match="expected 1 to 64"):
@@ -153,7 +153,7 @@ def test_half_precision_is_close(checkpoint: Path) -> None:
     assert mixed.loss == pytest.approx(exact, rel=0.02)
 
 
-def test_random_state_and_settings_of_the_model_in_hand_stay(gpt: GPT) -> None:
+def test_keeps_random_state_and_training_mode(gpt: GPT) -> None:
     before = torch.get_rng_state()
     gpt.train()
     sum_loss(gpt, [torch.randint(384, (2, 9), generator=torch.Generator().manual_seed(0))])
@@ -164,7 +164,7 @@ def test_random_state_and_settings_of_the_model_in_hand_stay(gpt: GPT) -> None:
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_another_tokenizer_is_an_error(tmp_path: Path, gpt: GPT, corpus: Path, tokenizer_dir: Path) -> None:
+def test_refuses_another_tokenizer(tmp_path: Path, gpt: GPT, corpus: Path, tokenizer_dir: Path) -> None:
     other = tmp_path / "tokenizer"
     other.mkdir()
     content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
@@ -176,23 +176,23 @@ def test_another_tokenizer_is_an_error(tmp_path: Path, gpt: GPT, corpus: Path, t
         evaluate(folder, corpus, **CPU)
 
 
-def test_a_vocabulary_too_small_is_an_error(tmp_path: Path, moe_fields: dict, corpus: Path) -> None:
+def test_refuses_a_small_vocabulary(tmp_path: Path, moe_fields: dict, corpus: Path) -> None:
     gpt = tiny_gpt(moe_fields | {"vocab_size": 300, "padded_vocab_size": 300})
-    with pytest.raises(UserError, match="knows 300"):
+    with pytest.raises(UserError, match="has 300 tokens"):
         evaluate(save_tiny(tmp_path / "final", gpt, None), corpus, **CPU)
 
 
-def test_no_data(tmp_path: Path, gpt: GPT, corpus: Path, checkpoint: Path) -> None:
+def test_refuses_missing_data(tmp_path: Path, gpt: GPT, corpus: Path, checkpoint: Path) -> None:
     with pytest.raises(UserError, match="--data_dir"):
-        evaluate(save_tiny(tmp_path / "silent", gpt, None), **CPU)
+        evaluate(save_tiny(tmp_path / "unknown", gpt, None), **CPU)
     moved = save_tiny(tmp_path / "moved", gpt, None, hyperparameters={"data": {"val_data_path": "nowhere/val"}})
-    with pytest.raises(UserError, match=r"was trained on nowhere, which is not there .*--data_dir"):
+    with pytest.raises(UserError, match=r"was trained on nowhere, which does not exist .*--data_dir"):
         evaluate(moved, **CPU)
     with pytest.raises(UserError, match=r"prepare_data\.py --data_dir"):
         evaluate(checkpoint, tmp_path, **CPU)
 
 
-def test_a_diverged_model_is_told(tmp_path: Path, gpt: GPT, corpus: Path) -> None:
+def test_refuses_a_diverged_model(tmp_path: Path, gpt: GPT, corpus: Path) -> None:
     torch.nn.init.constant_(gpt.transformer.ln_f.weight, float("nan"))
     with pytest.raises(UserError, match="diverged"):
         evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU)
@@ -201,8 +201,8 @@ def test_a_diverged_model_is_told(tmp_path: Path, gpt: GPT, corpus: Path) -> Non
 # ---------------------------------------------------------------------------------------------------------------- door
 
 
-def test_the_script(checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """The newest checkpoint, its own data; a table on stderr, JSON on stdout and in a file."""
+def test_script(checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The newest checkpoint and its training data; a table on stderr, JSON on stdout and in a file."""
     monkeypatch.chdir(tmp_path)
     main = door("evaluate").main
     run_door(main, ["--device=cpu", "--json-file", "result.json"], optional_positional="checkpoint")

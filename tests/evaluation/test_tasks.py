@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a LitGPT model: the numbers and the texts of its own ``HFLM``, without a network."""
+"""Tasks of lm-eval on a LitGPT model: numbers and texts equal those of ``HFLM``, without a network."""
 
 import json
 from contextlib import nullcontext
@@ -17,7 +17,8 @@ from lm_eval.api.instance import Instance
 from litmoe import checkpoints, load
 from litmoe.cli import UserError, run_door
 from litmoe.evaluation import tasks
-from litmoe.evaluation.tasks import Harness, batches_by_length, evaluate, find_tasks, load_tasks
+from litmoe.evaluation.common import Continuation, batches_by_length
+from litmoe.evaluation.tasks import Harness, evaluate, find_tasks, load_tasks
 from tests.test_stock_litgpt import convert
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
 
@@ -33,7 +34,7 @@ QUESTIONS = [
 
 
 def write_tasks(folder: Path) -> Path:
-    """One of multiple choice, one of writing, one of whole texts; and a tag and a group of them."""
+    """Write a multiple-choice, a generation and a perplexity task, with a tag and a group."""
     folder.mkdir()
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
     common = {
@@ -98,7 +99,7 @@ def hflm(tmp_path: Path, checkpoint: Path) -> Any:
 
 
 def as_hflm(tmp_path: Path, checkpoint: Path) -> Any:
-    """lm-eval's own on the same weights in transformers."""
+    """The model of lm-eval with the same weights in transformers."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,8 +113,8 @@ def asked(*arguments: Any) -> list[Instance]:
     return [Instance("loglikelihood", {}, one, index) for index, one in enumerate(arguments)]
 
 
-def test_each_answer_is_hflms(harness: Harness, hflm: Any) -> None:
-    """Spaces on either side, no context, a begin-of-text token in the text, a context too long, a greedy answer."""
+def test_log_probabilities_equal_hflm(harness: Harness, hflm: Any) -> None:
+    """Spaces on either side, no context, a begin-of-text token, a long context, a greedy answer."""
     long = "Once upon a time, Mia the cat went to the sea. Mia was happy. The end. Once upon a time, Tom the dog"
     (greedy,) = harness.generate_until(asked(("Tom the dog", {"until": [], "max_gen_toks": 4})))
     pairs = [
@@ -138,7 +139,7 @@ def test_each_answer_is_hflms(harness: Harness, hflm: Any) -> None:
     )
 
 
-def test_each_text_is_hflms(harness: Harness, hflm: Any) -> None:
+def test_generated_texts_equal_hflm(harness: Harness, hflm: Any) -> None:
     long = "Once upon a time, Mia the cat went to the sea. Mia was happy. The end. Once upon a time, Tom the dog"
     requests = [
         ("Once upon a time", {"until": [], "max_gen_toks": 20}),
@@ -152,11 +153,11 @@ def test_each_text_is_hflms(harness: Harness, hflm: Any) -> None:
     assert all("e" not in ours[1] for _ in ours) and len(ours[0]) > 5
     sampled = ("Once upon a time", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0})
     one, other = harness.generate_until(asked(sampled, sampled))
-    assert one != other, "samples are drawn anew"
+    assert one != other, "each sample is different"
 
 
-def test_llama_texts_are_hflms(tmp_path: Path, moe_fields: dict, llama_tokenizer_dir: Path) -> None:
-    """With a SentencePiece-like tokenizer: one begin-of-text token, and no space or letter of the text is lost."""
+def test_llama_texts_equal_hflm(tmp_path: Path, moe_fields: dict, llama_tokenizer_dir: Path) -> None:
+    """SentencePiece-like tokenizer: one begin-of-text token, and all spaces and letters."""
     folder = save_tiny(tmp_path / "final", wordy_gpt(moe_fields), llama_tokenizer_dir)
     gpt = checkpoints.load_model(folder, torch.device("cpu"), torch.float32)
     ours, theirs = Harness(gpt, Tokenizer(folder), 64, nullcontext()), as_hflm(tmp_path, folder)
@@ -171,8 +172,8 @@ def test_llama_texts_are_hflms(tmp_path: Path, moe_fields: dict, llama_tokenizer
     )
 
 
-def test_results_are_the_harnesses_own(checkpoint: Path, folder: Path, hflm: Any) -> None:
-    """Every number of every kind of task, with their stderr."""
+def test_results_equal_lm_eval(checkpoint: Path, folder: Path, hflm: Any) -> None:
+    """All numbers of all kinds of tasks, with their standard errors."""
     names = ["places", "writing", "whole"]
     manager = find_tasks(names, folder)
     theirs = evaluator.simple_evaluate(
@@ -196,8 +197,8 @@ def test_results_are_the_harnesses_own(checkpoint: Path, folder: Path, hflm: Any
     assert any(score.stderr for score in ours.scores)
 
 
-def test_a_choice_that_the_model_prefers_is_found(checkpoint: Path, folder: Path) -> None:
-    """acc by hand: the choice whose tokens LitGPT's own forward gives the highest log-probability."""
+def test_accuracy_by_hand(checkpoint: Path, folder: Path) -> None:
+    """The choice with the highest log-probability by LitGPT's forward pass."""
     model = load(checkpoint, device="cpu", precision="32-true")
     hits = []
     for row in QUESTIONS:
@@ -217,14 +218,14 @@ def test_a_choice_that_the_model_prefers_is_found(checkpoint: Path, folder: Path
 @pytest.mark.parametrize(
     ("name", "tasks"), [("both", {"places", "writing"}), ("stories", {"places", "writing", "whole"})]
 )
-def test_groups_tags_and_a_limit(checkpoint: Path, folder: Path, name: str, tasks: set[str]) -> None:
+def test_groups_tags_and_limit(checkpoint: Path, folder: Path, name: str, tasks: set[str]) -> None:
     result = evaluate(checkpoint, [name], tasks_dir=folder, limit=2, **CPU)
     assert {score.task for score in result.scores} == tasks
     assert {score.n for score in result.scores} == {2}
     assert result.limit == 2
 
 
-def test_a_context_as_in_training(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, folder: Path) -> None:
+def test_uses_the_context_of_training(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, folder: Path) -> None:
     settings = {"train": {"max_seq_length": 24}}
     saved = save_tiny(tmp_path / "short", tiny_gpt(moe_fields), tokenizer_dir, hyperparameters=settings)
     assert evaluate(saved, ["places"], tasks_dir=folder, limit=1, **CPU).context == 24
@@ -232,16 +233,15 @@ def test_a_context_as_in_training(tmp_path: Path, moe_fields: dict, tokenizer_di
         evaluate(saved, ["places"], tasks_dir=folder, max_seq_length=65, **CPU)
 
 
-def test_batches_hold_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_TOKENS", 20)
+def test_batches_contain_each_row_once() -> None:
     lengths = [3, 9, 1, 30, 10, 4, 4]
-    batches = batches_by_length(lengths)
+    batches = batches_by_length([Continuation([0] * length, 1) for length in lengths], batch_tokens=20)
     assert batches[0] == [3]
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert all(len(batch) == 1 or len(batch) * lengths[batch[0]] <= 20 for batch in batches)
 
 
-def test_the_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--tasks", "places, whole", "--tasks-dir", "tasks", "--device=cpu", "--limit=3", "--num-fewshot=0"]
     run_door(door("evaluate").main, [*flags, "--json-file", "result.json"], optional_positional="checkpoint")
@@ -261,16 +261,14 @@ def test_the_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "places", "--data_dir", "data"], "with --tasks no --data_dir."),
-        (["--tasks", "places", "--plot", "x.png"], "with --tasks no --plot."),
-        (["--tasks", "a", "--hellaswag", "b"], "--hellaswag and --tasks are different measures"),
-        (["--tasks_dir", "x"], "without --tasks no --tasks_dir."),
-        (["--hellaswag", "x.jsonl", "--num_fewshot", "1"], "with --hellaswag no --num_fewshot."),
-        (["--tasks", "a", "--num_fewshot", "-1"], "num_fewshot is -1; expected 0 or more"),
-        (["--tasks", "places", "--tasks_dir", "nowhere"], "no folder nowhere"),
+        (["--tasks", "places", "--data_dir", "data"], "--data_dir has no effect on --tasks"),
+        (["--tasks", "a", "--hellaswag", "b"], "--hellaswag and --tasks are different evaluations"),
+        (["--tasks_dir", "x"], "--tasks_dir has no effect on the loss; it is used by --tasks"),
+        (["--tasks", "a", "--num_fewshot", "-1"], "--num_fewshot is -1; expected 0 or more"),
+        (["--tasks", "places", "--tasks_dir", "nowhere"], "found no folder nowhere"),
     ],
 )
-def test_flags_that_mean_nothing(checkpoint: Path, flags: list[str], message: str, capsys) -> None:
+def test_script_refuses_flags(checkpoint: Path, flags: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         run_door(door("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
     assert ended.value.code == 1
@@ -278,17 +276,17 @@ def test_flags_that_mean_nothing(checkpoint: Path, flags: list[str], message: st
 
 
 @pytest.mark.slow
-def test_an_unknown_task_names_the_nearest(checkpoint: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"no task 'hellaswog' in lm-eval or .*; the nearest names are .*hellaswag"):
+def test_unknown_task_names_similar_ones(checkpoint: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"found no task 'hellaswog' in lm-eval or .*Similar names: .*hellaswag"):
         evaluate(checkpoint, ["places", "hellaswog"], tasks_dir=folder, **CPU)
 
 
-def test_without_a_network_one_message(checkpoint: Path, folder: Path) -> None:
-    """A task whose data would come from the Hub, as those of lm-eval do."""
+def test_missing_network_is_a_clear_error(checkpoint: Path, folder: Path) -> None:
+    """A task with data from the Hub, as those of lm-eval."""
     task = yaml.safe_load((folder / "places.yaml").read_text(encoding="utf-8"))
     task |= {"task": "far", "dataset_path": "Nobody/nothing", "dataset_kwargs": {}}
     (folder / "far.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-    with pytest.raises(UserError, match=r"can't load far \(.*needs a network.*--tasks_dir FOLDER"):
+    with pytest.raises(UserError, match=r"can't load far \(.*needs a network.*--tasks_dir"):
         evaluate(checkpoint, ["far"], tasks_dir=folder, **CPU)
 
 
@@ -300,25 +298,25 @@ def change(folder: Path, name: str, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"generation_kwargs": {"until": [], "max_gen_toks": 32}}, "asks for 32 new tokens .* room for 32 together"),
+        ({"generation_kwargs": {"until": [], "max_gen_toks": 32}}, "asks for 32 new tokens .* room for 32 tokens"),
         ({"generation_kwargs": {"until": []}}, "asks for 256 new tokens"),
-        ({"generation_kwargs": {"max_gen_toks": 3, "num_beams": 4}}, "expected some of until, max_gen_toks"),
-        ({"generation_kwargs": {"max_gen_toks": 3, "repetition_penalty": 2.0}}, "expected some of until"),
+        ({"generation_kwargs": {"max_gen_toks": 3, "num_beams": 4}}, "supported are until, max_gen_toks"),
+        ({"generation_kwargs": {"max_gen_toks": 3, "repetition_penalty": 2.0}}, "supported are until"),
         ({"unsafe_code": True}, "writing would run code that the model wrote"),
     ],
 )
-def test_a_task_that_asks_too_much(checkpoint: Path, folder: Path, changes: dict, message: str) -> None:
+def test_refuses_unsupported_tasks(checkpoint: Path, folder: Path, changes: dict, message: str) -> None:
     change(folder, "writing", **changes)
     with pytest.raises(UserError, match=message):
         evaluate(checkpoint, ["writing"], tasks_dir=folder, **CPU)
 
 
-def test_an_answer_longer_than_the_context(checkpoint: Path, folder: Path) -> None:
+def test_refuses_an_answer_longer_than_context(checkpoint: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"of a task has \d+ tokens; expected 1 to 2, the context"):
         evaluate(checkpoint, ["places"], tasks_dir=folder, max_seq_length=2, **CPU)
 
 
-def test_a_diverged_model_is_told(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, folder: Path) -> None:
+def test_refuses_a_diverged_model(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, folder: Path) -> None:
     gpt = tiny_gpt(moe_fields)
     torch.nn.init.constant_(gpt.transformer.ln_f.weight, float("nan"))
     with pytest.raises(UserError, match="diverged"):

@@ -1,0 +1,133 @@
+"""Command line of evaluate.py. Modules that import torch are imported when they are used: ``--help`` must be fast."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from litmoe.cli import UserError
+
+# The flags that only some evaluations use, by the flag that selects the evaluation.
+_FLAGS = {
+    "the loss": {"data_dir", "max_iters", "batch_size"},
+    "--hellaswag": {"limit"},
+    "--tasks": {"tasks_dir", "limit", "num_fewshot"},
+    "--experts": {"data_dir", "max_iters", "batch_size", "plot"},
+}
+
+
+def main(
+    checkpoint: Path | None = None,
+    data_dir: Path | None = None,
+    json_file: Path | None = None,
+    max_iters: int | None = None,
+    batch_size: int | None = None,
+    max_seq_length: int | None = None,
+    hellaswag: str | None = None,
+    tasks: str | None = None,
+    tasks_dir: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    experts: bool = False,
+    plot: Path | None = None,
+    device: str = "auto",
+    precision: Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"] = "auto",
+) -> None:
+    """Evaluate a checkpoint: loss on its validation text, HellaSwag, tasks of lm-eval, or statistics of its experts.
+
+    Args:
+        checkpoint: Checkpoint folder. Default: the newest complete one under checkpoints/.
+        data_dir: Prepared corpus, or prepared conversations, to evaluate on. Default: the data of the training.
+        json_file: Also write the JSON result to this file.
+        max_iters: Maximum number of batches. Default: all.
+        batch_size: Windows in a batch. Default: as many as give 2^28 logits; 8 for conversations.
+        max_seq_length: Tokens in a window. Default: as many as in training.
+        hellaswag: Score HellaSwag: a file in its JSONL format, or a name on the Hub (Rowan/hellaswag).
+        tasks: Score tasks or groups of lm-eval, separated by commas. Their data is downloaded from the Hub.
+        tasks_dir: Folder of your own tasks in the YAML of lm-eval. Tasks can run code: use only folders you trust.
+        limit: Use only the first questions (of each task).
+        num_fewshot: Examples before each question of a task. Default: that of the task.
+        experts: Show load, entropy and preferred tokens of each expert.
+        plot: With --experts, write a heat map of the experts to this .png or .svg file.
+        device: cpu, cuda, cuda:1, mps. auto takes a GPU if there is one.
+        precision: auto is bf16-mixed on a GPU with bf16 support, else 32-true.
+    """
+    from litmoe import checkpoints
+
+    selected = {"--hellaswag": hellaswag is not None, "--tasks": tasks is not None, "--experts": experts}
+    text_flags: dict[str, Any] = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
+    task_flags: dict[str, Any] = {"tasks_dir": tasks_dir, "limit": limit, "num_fewshot": num_fewshot}
+    evaluation = _selected_evaluation(selected, text_flags | task_flags | {"plot": plot})
+    _check_values(text_flags | task_flags | {"max_seq_length": max_seq_length}, json_file, plot)
+    folder = checkpoints.resolve(checkpoint)
+    print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
+
+    # Each import takes seconds, so only the module in use is imported.
+    common: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "precision": precision}
+    module: ModuleType
+    if evaluation == "--hellaswag":
+        from litmoe.evaluation import hellaswag as module
+
+        result = module.evaluate(folder, hellaswag, limit=limit, **common)
+    elif evaluation == "--tasks":
+        from litmoe.evaluation import tasks as module
+
+        names = [name.strip() for name in str(tasks).split(",")]
+        result = module.evaluate(folder, names, **task_flags, **common)
+    elif evaluation == "--experts":
+        from litmoe.evaluation import experts as module
+
+        result = module.evaluate(folder, **text_flags, **common)
+    else:
+        from litmoe.evaluation import answers, loss
+
+        conversations = answers.find_conversations(folder, data_dir)
+        module = loss if conversations is None else answers
+        result = module.evaluate(folder, **text_flags | {"data_dir": conversations or data_dir}, **common)
+    _write(result, module, json_file)
+    if plot is not None:
+        module.draw(result, plot)
+        print(f"Heat map: {plot}", file=sys.stderr)
+
+
+def _write(result: Any, module: ModuleType, json_file: Path | None) -> None:
+    """Print the table to stderr and the JSON to stdout."""
+    from rich.console import Console
+
+    Console(stderr=True).print(module.table(result))
+    text = json.dumps(asdict(result), indent=2)
+    print(text)
+    if json_file is not None:
+        json_file.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _selected_evaluation(selected: dict[str, bool], values: dict[str, Any]) -> str:
+    """Return the evaluation that the user asked for.
+
+    Raises:
+        UserError: several evaluations are selected, or a flag has no effect on the selected one.
+    """
+    names = [name for name, is_selected in selected.items() if is_selected]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} are different evaluations; use one of them per call.")
+    evaluation = names[0] if names else "the loss"
+    unused = [name for name, value in values.items() if value is not None and name not in _FLAGS[evaluation]]
+    if unused:
+        users = [name for name, flags in _FLAGS.items() if unused[0] in flags]
+        raise UserError(f"--{unused[0]} has no effect on {evaluation}; it is used by {' and '.join(users)}.")
+    return evaluation
+
+
+def _check_values(numbers: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
+    """Raise UserError if a number is out of range or an output file can't be written."""
+    for name, value in numbers.items():
+        smallest = 0 if name == "num_fewshot" else 1
+        if isinstance(value, int) and value < smallest:
+            raise UserError(f"--{name} is {value}; expected {smallest} or more.")
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot is {plot}; expected a name that ends in .png or .svg.")
+    for flag, path in (("--json_file", json_file), ("--plot", plot)):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"{flag} is {path}, but the folder {path.parent} does not exist.")
