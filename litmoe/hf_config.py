@@ -1,9 +1,10 @@
-"""One mapping between LitGPT's config of a model and transformers' config of the same model, in both directions.
+"""The config of a model in LitGPT and in transformers, converted in both directions.
 
-A model family of transformers is a counterpart only where it computes exactly the same. What a family is able to do is
-a table of the LitGPT fields in which it may differ from Llama; every other field must be as in Llama.
+A model family of transformers is a counterpart only if it computes exactly the same. A table lists for each family the
+LitGPT fields in which it may differ from Llama; all other fields must be as in Llama.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ANY = object()
-_LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}  # LitGPT's rope_adjustments
 
-# Llama's block in LitGPT's fields: those that change what is computed, and not only a size.
+# Llama in the fields of LitGPT: those that change what is computed, not only a size.
 _LLAMA: dict[str, Any] = {
     "norm_class_name": "RMSNorm",
     "norm_1": True,
@@ -49,28 +49,19 @@ class _Family:
     """A model family of transformers."""
 
     architecture: str
-    """Without ``ForCausalLM``."""
+    """Without ``ForCausalLM``"""
     differs: dict[str, Any] = field(default_factory=dict)
-    """Fields that it has otherwise than Llama: a tuple of all values that it knows, or ``_ANY``."""
+    """Fields that differ from Llama: a tuple of all supported values, or ``_ANY``"""
     free_head_size: bool = True
-    """Whether heads together may be wider or narrower than the embedding."""
+    """Whether all heads together may be wider or narrower than the embedding"""
 
 
+_OLMO2_NORMS = {"norm_1": (False,), "norm_2": (False,), "post_attention_norm": (True,), "post_mlp_norm": (True,)}
 _FAMILIES = {
     "llama": _Family("Llama", {"bias": (False, True), "rope_adjustments": _ANY}),
     "qwen2": _Family("Qwen2", {"attn_bias": (True,), "rope_adjustments": _ANY}),
     "qwen3": _Family("Qwen3", {"norm_qk": (True,), "rope_adjustments": _ANY}),
-    "olmo2": _Family(
-        "Olmo2",
-        {
-            "norm_qk": (True,),
-            "norm_1": (False,),
-            "norm_2": (False,),
-            "post_attention_norm": (True,),
-            "post_mlp_norm": (True,),
-        },
-        free_head_size=False,
-    ),
+    "olmo2": _Family("Olmo2", {"norm_qk": (True,), **_OLMO2_NORMS}, free_head_size=False),
     "mixtral": _Family("Mixtral", {"rope_adjustments": _ANY}),
     "qwen3_moe": _Family("Qwen3Moe", {"norm_qk": (True,), "first_k_dense_replace": _ANY}),
     "olmoe": _Family("Olmoe", {"norm_qk": (True,)}, free_head_size=False),
@@ -99,9 +90,40 @@ _FAMILIES = {
     ),
 }
 IMPORTED = ("llama", "mixtral", "gpt_neox", "qwen2", "qwen3", "qwen3_moe", "olmoe", "glm4_moe")
-"""The model types that come in: the inverse of the mapping is written for them."""
+"""Model types that can be imported"""
 
-# Fields of transformers' configs that change nothing of what a trained model computes.
+_LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}
+
+# Rules that depend on more than one field: the field to name, the families (None: all), and when the config is fine.
+_RULES: tuple[tuple[str, tuple[str, ...] | None, "Callable[[Config], bool]"], ...] = (
+    (
+        "rope_adjustments",
+        ("llama", "qwen2", "qwen3", "mixtral"),
+        lambda config: not config.rope_adjustments or set(config.rope_adjustments) == _LLAMA3_ROPE,
+    ),
+    ("attention_scores_scalar", None, lambda config: config.attention_scores_scalar in (None, config.head_size)),
+    # Rotary embeddings rotate pairs.
+    ("head_size", None, lambda config: config.head_size % 2 == 0),
+    ("rope_indices", None, lambda config: config.rope_indices is None),
+    (
+        "head_size",
+        tuple(name for name, family in _FAMILIES.items() if not family.free_head_size),
+        lambda config: config.head_size * config.n_head == config.n_embd,
+    ),
+    ("n_query_groups", ("gpt_neox",), lambda config: config.n_query_groups == config.n_head),
+    ("norm_qk_type", ("glm4_moe",), lambda config: not config.norm_qk or config.norm_qk_type == "default"),
+    (
+        "n_topk_scores_per_group",  # Glm4Moe scores a group by its best two experts
+        ("glm4_moe",),
+        lambda config: config.n_topk_groups == config.n_expert_groups or config.n_topk_scores_per_group == 2,
+    ),
+    # LitGPT decides by the name of the model: the RMSNorm of Gemma adds one to its weights.
+    ("name", None, lambda config: "Gemma" not in config.name),
+    # The LayerNorm of OLMo has no weights.
+    ("name", None, lambda config: "OLMo" not in config.name or config.norm_class_name != "LayerNorm"),
+)
+
+# Fields of transformers configs that do not change what a trained model computes.
 _WITHOUT_EFFECT = {
     *("architectures", "dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range"),
     *("attention_dropout", "hidden_dropout", "classifier_dropout", "output_router_logits", "router_aux_loss_coef"),
@@ -111,79 +133,71 @@ _WITHOUT_EFFECT = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- LitGPT -> transformers
+# -------------------------------------------------------------------------------------------------------------- family
 
 
 def model_type_of(config: "Config") -> str | None:
-    """The model family of transformers that is nearest, by the name that its ``config.json`` gives it."""
+    """Return the closest model family of transformers, by the name in its ``config.json``."""
+    # olmo2's norm covers the complete width of queries and keys, the other ones one head.
+    qk_norm = "none"
+    if config.norm_qk:
+        qk_norm = "width" if config.norm_qk_type == "olmo2" else "head"
     if config.mlp_class_name == "GptNeoxMLP":
         return "gpt_neox"
-    whole_width = config.norm_qk and config.norm_qk_type == "olmo2"
     if config.mlp_class_name == "LLaMAMLP":
-        if whole_width:
-            return "olmo2"
-        return "qwen3" if config.norm_qk else "qwen2" if config.attn_bias and not config.bias else "llama"
+        has_qkv_bias = config.attn_bias and not config.bias
+        return {"width": "olmo2", "head": "qwen3", "none": "qwen2" if has_qkv_bias else "llama"}[qk_norm]
     if config.mlp_class_name == "LLaMAMoE":
         if config.n_expert_groups:
             return "glm4_moe"
-        return "olmoe" if whole_width else "qwen3_moe" if config.norm_qk else "mixtral"
+        return {"width": "olmoe", "head": "qwen3_moe", "none": "mixtral"}[qk_norm]
     return None
 
 
 def without_counterpart(config: "Config") -> list[str]:
-    """The fields, each with its value, that keep transformers from computing the same; none where it does."""
+    """Return the fields, as ``name: value``, because of which transformers can't compute the same; empty if it can."""
     model_type = model_type_of(config)
     if model_type is None:
         return [f"mlp_class_name: {config.mlp_class_name}"]
-    family = _FAMILIES[model_type]
-    problems = []
-    for name, of_llama in _LLAMA.items():
-        known, value = family.differs.get(name, (of_llama,)), getattr(config, name)
-        if known is not _ANY and value not in known and (value or any(known)):  # None, 0 and False are one
-            problems.append(f"{name}: {value}")
-    adjusted = config.rope_adjustments if "rope_adjustments" in family.differs else None
-    if adjusted and set(adjusted) != _LLAMA3_ROPE:
-        problems.append(f"rope_adjustments: {adjusted}")
-    if config.attention_scores_scalar not in (None, config.head_size):
-        problems.append(f"attention_scores_scalar: {config.attention_scores_scalar}")
-    if config.head_size % 2:  # rotary positions turn pairs
-        problems.append(f"head_size: {config.head_size}")
-    if config.rope_indices is not None:
-        problems.append("rope_indices")
-    if not family.free_head_size and config.head_size * config.n_head != config.n_embd:
-        problems.append(f"head_size: {config.head_size}")
-    if model_type == "gpt_neox" and config.n_query_groups != config.n_head:
-        problems.append(f"n_query_groups: {config.n_query_groups}")
-    if model_type == "glm4_moe":
-        if config.norm_qk and config.norm_qk_type != "default":
-            problems.append(f"norm_qk_type: {config.norm_qk_type}")
-        if config.n_topk_groups != config.n_expert_groups and config.n_topk_scores_per_group != 2:
-            problems.append(f"n_topk_scores_per_group: {config.n_topk_scores_per_group}")
-    # LitGPT goes by the name here: Gemma's RMSNorm adds one to its weights, OLMo's LayerNorm has none.
-    if "Gemma" in config.name or ("OLMo" in config.name and config.norm_class_name == "LayerNorm"):
-        problems.append(f"name: {config.name}")
-    return problems
+    differs = _FAMILIES[model_type].differs
+    names = [name for name, value in _LLAMA.items() if not _is_supported(config, name, differs.get(name, (value,)))]
+    for name, families, is_fine in _RULES:
+        if (families is None or model_type in families) and not is_fine(config):
+            names.append(name)
+    return [f"{name}: {getattr(config, name)}" for name in names]
+
+
+def _is_supported(config: "Config", name: str, values: Any) -> bool:
+    value = getattr(config, name)
+    if values is _ANY or value in values:
+        return True
+    # None, 0 and False mean the same.
+    return not value and not any(values)
 
 
 def converted_by_litgpt(config: "Config") -> bool:
-    """Whether `litgpt convert_from_litgpt` (so `litgpt evaluate`) makes the counterpart's weights of this model."""
-    # It goes by the name first.
+    """Return whether `litgpt convert_from_litgpt`, which `litgpt evaluate` uses, converts the weights correctly."""
+    # LitGPT decides by the name of the model first.
     if "falcon" in config.name or config.name.lower().startswith(("phi", "qwen2.5", "qwq", "olmo-2-", "qwen3")):
         return False
     model_type = model_type_of(config)
     return model_type in ("mixtral", "gpt_neox") or (model_type == "llama" and not config.bias)
 
 
+# ---------------------------------------------------------------------------------------------- LitGPT -> transformers
+
+
 def huggingface_config(
     config: "Config", *, tied: bool, dtype: str, bos_id: int | None, eos_id: int | None
 ) -> dict[str, Any]:
-    """The ``config.json`` of the transformers model that computes the same.
+    """Return the ``config.json`` of the transformers model that computes the same.
 
     Args:
-        config: one for which `without_counterpart` finds nothing.
-        tied: whether embedding and output matrix are one.
-        dtype: of the saved weights, as torch names it.
-        bos_id, eos_id: the tokenizer's.
+        config: one for which `without_counterpart` is empty.
+        tied: whether embedding and output matrix are shared.
+        dtype: of the saved weights, as in torch.
+        bos_id: of the tokenizer.
+        eos_id: of the tokenizer.
     """
     model_type = model_type_of(config)
     assert model_type is not None
@@ -202,92 +216,100 @@ def huggingface_config(
         "eos_token_id": eos_id,
         "intermediate_size": config.intermediate_size,
     }
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(config.rope_base)}
     if model_type == "gpt_neox":
-        return result | {
-            "hidden_act": "gelu" if config.gelu_approximate == "none" else "gelu_pytorch_tanh",
-            "layer_norm_eps": config.norm_eps,
-            "use_parallel_residual": config.parallel_residual,
-            "attention_bias": True,
-            "rotary_pct": config.rotary_percentage,
-            "rotary_emb_base": config.rope_base,
-            "rope_parameters": rope | {"partial_rotary_factor": config.rotary_percentage},
-        }
-    if config.rope_adjustments:
-        rope |= {key: value for key, value in config.rope_adjustments.items() if key != "original_max_seq_len"}
-        rope |= {
-            "rope_type": "llama3",
-            "original_max_position_embeddings": config.rope_adjustments["original_max_seq_len"],
-        }
+        return result | _gpt_neox_fields(config)
     result |= {
         "num_key_value_heads": config.n_query_groups,
         "head_dim": config.head_size,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": float(config.rope_base),
-        "rope_parameters": rope,
+        "rope_parameters": _rope_parameters(config),
     }
-    expert_width = config.moe_intermediate_size or config.intermediate_size
     if model_type == "llama":
         result |= {"attention_bias": config.bias, "mlp_bias": config.bias}
-    elif model_type == "mixtral":
-        result |= {
-            "intermediate_size": expert_width,
+    if config.mlp_class_name == "LLaMAMoE":
+        result |= _moe_fields(config, model_type)
+    return result
+
+
+def _rope_parameters(config: "Config") -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(config.rope_base)}
+    if config.rope_adjustments:
+        adjustments = dict(config.rope_adjustments)
+        rope["rope_type"] = "llama3"
+        rope["original_max_position_embeddings"] = adjustments.pop("original_max_seq_len")
+        rope |= adjustments
+    return rope
+
+
+def _gpt_neox_fields(config: "Config") -> dict[str, Any]:
+    return {
+        "hidden_act": "gelu" if config.gelu_approximate == "none" else "gelu_pytorch_tanh",
+        "layer_norm_eps": config.norm_eps,
+        "use_parallel_residual": config.parallel_residual,
+        "attention_bias": True,
+        "rotary_pct": config.rotary_percentage,
+        "rotary_emb_base": config.rope_base,
+        "rope_parameters": _rope_parameters(config) | {"partial_rotary_factor": config.rotary_percentage},
+    }
+
+
+def _moe_fields(config: "Config", model_type: str) -> dict[str, Any]:
+    """Return the fields of a family with experts; the families have different names for the same."""
+    width = config.moe_intermediate_size or config.intermediate_size
+    per_token = {"num_experts_per_tok": config.n_expert_per_token}
+    if model_type == "mixtral":
+        return {
+            **per_token,
+            "intermediate_size": width,
             "num_local_experts": config.n_expert,
-            "num_experts_per_tok": config.n_expert_per_token,
             "sliding_window": None,
         }
-    elif model_type == "olmoe":
-        result |= {
-            "intermediate_size": expert_width,
+    if model_type == "olmoe":
+        return {**per_token, "intermediate_size": width, "num_experts": config.n_expert, "norm_topk_prob": True}
+    if model_type == "qwen3_moe":
+        return {
+            **per_token,
+            "moe_intermediate_size": width,
             "num_experts": config.n_expert,
-            "num_experts_per_tok": config.n_expert_per_token,
-            "norm_topk_prob": True,
-        }
-    elif model_type == "qwen3_moe":
-        result |= {
-            "moe_intermediate_size": expert_width,
-            "num_experts": config.n_expert,
-            "num_experts_per_tok": config.n_expert_per_token,
             "norm_topk_prob": True,
             "mlp_only_layers": list(range(config.first_k_dense_replace or 0)),
         }
-    elif model_type == "glm4_moe":
-        # Where no group is left out, one group is the same; Glm4Moe scores a group by its best two experts.
-        grouped = config.n_topk_groups != config.n_expert_groups
-        result |= {
-            "moe_intermediate_size": expert_width,
-            "n_routed_experts": config.n_expert,
-            "num_experts_per_tok": config.n_expert_per_token,
-            "n_shared_experts": config.n_shared_expert or 0,
-            "n_group": config.n_expert_groups if grouped else 1,
-            "topk_group": config.n_topk_groups if grouped else 1,
-            "first_k_dense_replace": config.first_k_dense_replace or 0,
-            "norm_topk_prob": config.norm_topk_prob,
-            "routed_scaling_factor": config.routed_scaling_factor,
-            "use_qk_norm": config.norm_qk,
-            "attention_bias": config.attn_bias,
-            "partial_rotary_factor": config.rotary_percentage,
-            "rope_parameters": rope | {"partial_rotary_factor": config.rotary_percentage},
-        }
-    return result
+    # glm4_moe. If no group is excluded, a single group computes the same, whatever the score of a group is.
+    is_grouped = config.n_topk_groups != config.n_expert_groups
+    return {
+        **per_token,
+        "moe_intermediate_size": width,
+        "n_routed_experts": config.n_expert,
+        "n_shared_experts": config.n_shared_expert or 0,
+        "n_group": config.n_expert_groups if is_grouped else 1,
+        "topk_group": config.n_topk_groups if is_grouped else 1,
+        "first_k_dense_replace": config.first_k_dense_replace or 0,
+        "norm_topk_prob": config.norm_topk_prob,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "use_qk_norm": config.norm_qk,
+        "attention_bias": config.attn_bias,
+        "partial_rotary_factor": config.rotary_percentage,
+        "rope_parameters": _rope_parameters(config) | {"partial_rotary_factor": config.rotary_percentage},
+    }
 
 
 # ---------------------------------------------------------------------------------------------- transformers -> LitGPT
 
 
 def litgpt_config(theirs: "PreTrainedConfig", name: str, vocab_size: int) -> tuple["Config", list[str]]:
-    """LitGPT's config of a transformers model, and the fields of theirs that it can't express.
+    """Return the LitGPT config of a transformers model, and the fields of transformers that it can't express.
 
     Args:
-        theirs: of a model type in ``IMPORTED``, as `transformers.AutoConfig` reads it, so that its defaults are there.
-        name: of the model; LitGPT picks formats by it.
-        vocab_size: the tokenizer's.
+        theirs: config of a model type in ``IMPORTED``, as `transformers.AutoConfig` reads it, with all defaults.
+        name: of the model; LitGPT chooses formats by it.
+        vocab_size: of the tokenizer.
     """
     from litgpt import Config
     from transformers import AutoConfig
 
-    kind, rope = theirs.model_type, dict(theirs.rope_parameters)
+    rope = dict(theirs.rope_parameters)
     fields: dict[str, Any] = {
         "name": name,
         "vocab_size": vocab_size,
@@ -300,57 +322,72 @@ def litgpt_config(theirs: "PreTrainedConfig", name: str, vocab_size: int) -> tup
         "rope_base": int(rope["rope_theta"]),
         "rotary_percentage": rope.get("partial_rotary_factor", 1.0),
     }
-    if kind == "gpt_neox":
-        fields |= {
-            "norm_class_name": "LayerNorm",
-            "norm_eps": theirs.layer_norm_eps,
-            "bias": True,
-            "parallel_residual": theirs.use_parallel_residual,
-            "mlp_class_name": "GptNeoxMLP",
-            "gelu_approximate": "none" if theirs.hidden_act == "gelu" else "tanh",
-        }
+    if theirs.model_type == "gpt_neox":
+        fields |= _from_gpt_neox(theirs)
     else:
-        fields |= {
-            "norm_class_name": "RMSNorm",
-            "norm_eps": theirs.rms_norm_eps,
-            "bias": kind == "llama" and theirs.mlp_bias,
-            "attn_bias": kind == "qwen2" or (kind == "glm4_moe" and theirs.attention_bias),
-            "parallel_residual": False,
-            "n_query_groups": theirs.num_key_value_heads,
-            "head_size": getattr(theirs, "head_dim", None),
-            "mlp_class_name": "LLaMAMLP" if kind in ("llama", "qwen2", "qwen3") else "LLaMAMoE",
-            "norm_qk": kind in ("qwen3", "qwen3_moe", "olmoe") or getattr(theirs, "use_qk_norm", False),
-            "norm_qk_type": "olmo2" if kind == "olmoe" else "default",
-        }
-        if rope["rope_type"] == "llama3":
-            fields["rope_adjustments"] = {
-                **{key: rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")},
-                "original_max_seq_len": rope["original_max_position_embeddings"],
-            }
-    if fields["mlp_class_name"] == "LLaMAMoE":
-        dense_layers = len(getattr(theirs, "mlp_only_layers", [])) or getattr(theirs, "first_k_dense_replace", 0)
-        fields |= {
-            "n_expert": theirs.num_local_experts,  # transformers has this name for all of them
-            "n_expert_per_token": theirs.num_experts_per_tok,
-            "moe_intermediate_size": getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
-            "first_k_dense_replace": dense_layers or None,
-        }
-    if kind == "glm4_moe":
-        grouped = theirs.topk_group != theirs.n_group
-        fields |= {
-            "n_shared_expert": theirs.n_shared_experts or None,
-            "n_expert_groups": theirs.n_group if grouped else 2,  # LitGPT's sigmoid router wants two or more
-            "n_topk_groups": theirs.topk_group if grouped else 2,
-            "n_topk_scores_per_group": 2 if grouped else 1,
-            "norm_topk_prob": theirs.norm_topk_prob,
-            "routed_scaling_factor": theirs.routed_scaling_factor,
-        }
+        fields |= _from_llama_like(theirs, rope)
+    if theirs.model_type in ("mixtral", "qwen3_moe", "olmoe", "glm4_moe"):
+        fields |= _from_moe(theirs)
     config = Config(**fields)
     problems = without_counterpart(config)
     if problems:
         return config, problems
-    # There and back: a field that comes back otherwise is one that LitGPT's config did not take.
+    # Convert back and compare: a field that differs is one that the LitGPT config does not express.
     back = huggingface_config(config, tied=theirs.tie_word_embeddings, dtype="float32", bos_id=None, eos_id=None)
     ours, given = AutoConfig.for_model(**back).to_dict(), theirs.to_dict()
-    different = (key for key in ours if ours[key] != given.get(key) and key not in _WITHOUT_EFFECT)
-    return config, [f"{key}: {given.get(key)}" for key in sorted(different)]
+    different = [key for key in sorted(ours) if key not in _WITHOUT_EFFECT and ours[key] != given.get(key)]
+    return config, [f"{key}: {given.get(key)}" for key in different]
+
+
+def _from_gpt_neox(theirs: "PreTrainedConfig") -> dict[str, Any]:
+    return {
+        "norm_class_name": "LayerNorm",
+        "norm_eps": theirs.layer_norm_eps,
+        "bias": True,
+        "parallel_residual": theirs.use_parallel_residual,
+        "mlp_class_name": "GptNeoxMLP",
+        "gelu_approximate": "none" if theirs.hidden_act == "gelu" else "tanh",
+    }
+
+
+def _from_llama_like(theirs: "PreTrainedConfig", rope: dict[str, Any]) -> dict[str, Any]:
+    kind = theirs.model_type
+    fields = {
+        "norm_class_name": "RMSNorm",
+        "norm_eps": theirs.rms_norm_eps,
+        "bias": kind == "llama" and theirs.mlp_bias,
+        "attn_bias": kind == "qwen2" or (kind == "glm4_moe" and theirs.attention_bias),
+        "parallel_residual": False,
+        "n_query_groups": theirs.num_key_value_heads,
+        "head_size": getattr(theirs, "head_dim", None),
+        "mlp_class_name": "LLaMAMLP",
+        "norm_qk": kind in ("qwen3", "qwen3_moe", "olmoe") or getattr(theirs, "use_qk_norm", False),
+        "norm_qk_type": "olmo2" if kind == "olmoe" else "default",
+    }
+    if rope["rope_type"] == "llama3":
+        adjustments = {key: rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        adjustments["original_max_seq_len"] = rope["original_max_position_embeddings"]
+        fields["rope_adjustments"] = adjustments
+    return fields
+
+
+def _from_moe(theirs: "PreTrainedConfig") -> dict[str, Any]:
+    dense_layers = len(getattr(theirs, "mlp_only_layers", [])) or getattr(theirs, "first_k_dense_replace", 0)
+    fields = {
+        "mlp_class_name": "LLaMAMoE",
+        "n_expert": theirs.num_local_experts,  # transformers provides this name for all families
+        "n_expert_per_token": theirs.num_experts_per_tok,
+        "moe_intermediate_size": getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
+        "first_k_dense_replace": dense_layers or None,
+    }
+    if theirs.model_type == "glm4_moe":
+        is_grouped = theirs.topk_group != theirs.n_group
+        fields |= {
+            "n_shared_expert": theirs.n_shared_experts or None,
+            "n_expert_groups": theirs.n_group if is_grouped else 2,  # the sigmoid router of LitGPT needs at least two
+            "n_topk_groups": theirs.topk_group if is_grouped else 2,
+            "n_topk_scores_per_group": 2 if is_grouped else 1,
+            "norm_topk_prob": theirs.norm_topk_prob,
+            "routed_scaling_factor": theirs.routed_scaling_factor,
+        }
+    return fields

@@ -1,1 +1,1 @@
-"""From a checkpoint to a Hugging Face folder, and back."""
+"""Export a checkpoint to a Hugging Face folder, and import such a folder."""

@@ -1,11 +1,11 @@
-"""A prompt style as the Jinja template with which transformers writes a conversation.
+"""A prompt style of LitGPT as a Jinja chat template for transformers.
 
-Derived from what the style makes of stand-ins for the messages, then tried on conversations: token for token what
-`litmoe.data.conversations` gives, or there is no template.
+The template is derived from what the style makes of placeholder messages, then tested on conversations: it must give
+the same tokens as `litmoe.data.conversations`, otherwise it is not used.
 """
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from litgpt import Tokenizer
 from litgpt.prompts import PromptStyle
@@ -13,7 +13,9 @@ from litgpt.prompts import PromptStyle
 from litmoe.data.conversations import Message, encode_prompt, is_tuned
 
 _USER, _SYSTEM = "\x02user\x03", "\x02system\x03"
-_TRIED: list[list[Message]] = [
+"""Placeholders that no prompt style contains"""
+
+_TEST_CONVERSATIONS: list[list[Message]] = [
     [{"role": "user", "content": "Write a story about a cat named Mia."}],
     [{"role": "user", "content": "  Is {{ this }} \\ \"one\" 'line'?\nNo: {% two %}.\n"}],
     [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}],
@@ -33,35 +35,40 @@ _TRIED: list[list[Message]] = [
 ]
 
 
-def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | None) -> str | None:
-    """The template of a style, None where the model only goes on with a text or the style is not of this kind.
+class _Parts(NamedTuple):
+    """The fixed texts of a prompt style."""
 
-    An answer is encoded by itself in training and chat, but as part of the text here: one that begins with a sign that
-    the tokenizer joins to the end of the prompt may be divided otherwise.
+    before_user: str
+    after_user: str
+    before_system: str  # these three are around system message and first question
+    after_system: str
+    after_first_user: str
+
+
+def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | None) -> str | None:
+    """Return the template of a style; None for a base model, or if the style can't be written as fixed texts.
+
+    In training and chat, an answer is tokenized on its own, but with the template as a part of the text. An answer that
+    starts with a character that the tokenizer joins with the end of the prompt may get other tokens.
 
     Args:
-        bos_token: stands before a conversation where the tokenizer puts one there.
+        style: of the checkpoint.
+        tokenizer: of the checkpoint.
+        bos_token: begin-of-text token, which comes before a conversation if the tokenizer adds it.
     """
-    if not is_tuned(style):
+    parts = _parts_of(style) if is_tuned(style) else None
+    if parts is None:
         return None
-    plain = style.apply(_USER).split(_USER)
-    with_system = style.apply(_USER, sys_prompt=_SYSTEM)
-    if len(plain) != 2:
-        return None
-    before, after = plain
-    if with_system == style.apply(_USER):  # no place for it: it stands above the user's first message
-        first = (before, "\n\n", after)
-    elif with_system.count(_SYSTEM) == with_system.count(_USER) == 1:
-        head, _, rest = with_system.partition(_SYSTEM)
-        middle, user, tail = rest.partition(_USER)
-        if not user:
-            return None
-        first = (head, middle, tail)
-    else:
-        return None
-    if bos_token:  # LitGPT's tokenizer has it where it adds it, and takes it away everywhere else
-        before, first = before.removeprefix(bos_token), (first[0].removeprefix(bos_token), *first[1:])
-    bos = f"{{{{- {_literal(bos_token)} }}}}" if bos_token and tokenizer.use_bos else ""
+    bos = ""
+    if bos_token:
+        # Some styles contain the token. LitGPT's tokenizer removes it there, and adds it if the tokenizer uses one.
+        parts = parts._replace(
+            before_user=parts.before_user.removeprefix(bos_token),
+            before_system=parts.before_system.removeprefix(bos_token),
+        )
+        if tokenizer.use_bos:
+            bos = f"{{{{- {_literal(bos_token)} }}}}"
+    before_user, after_user, before_system, after_system, after_first_user = map(_literal, parts)
     return f"""\
 {{%- if messages[0]['role'] == 'system' %}}
 {{%- set system, turns = messages[0]['content'], messages[1:] %}}
@@ -72,22 +79,40 @@ def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | Non
 {{%- if message['role'] == 'assistant' %}}
 {{{{- message['content'] + eos_token }}}}
 {{%- elif loop.first and system is not none %}}
-{{{{- {_literal(first[0])} + system + {_literal(first[1])} + message['content'] + {_literal(first[2])} }}}}
+{{{{- {before_system} + system + {after_system} + message['content'] + {after_first_user} }}}}
 {{%- else %}}
-{{{{- {_literal(before)} + message['content'] + {_literal(after)} }}}}
+{{{{- {before_user} + message['content'] + {after_user} }}}}
 {{%- endif %}}
 {{%- endfor %}}
 """
 
 
+def _parts_of(style: PromptStyle) -> _Parts | None:
+    user_only = style.apply(_USER)
+    if user_only.count(_USER) != 1:
+        return None
+    before_user, after_user = user_only.split(_USER)
+    with_system = style.apply(_USER, sys_prompt=_SYSTEM)
+    if with_system == user_only:
+        # The style has no place for a system message: it is put above the first question.
+        return _Parts(before_user, after_user, before_user, "\n\n", after_user)
+    if with_system.count(_SYSTEM) != 1 or with_system.count(_USER) != 1:
+        return None
+    before_system, rest = with_system.split(_SYSTEM)
+    if _USER not in rest:
+        return None
+    after_system, after_first_user = rest.split(_USER)
+    return _Parts(before_user, after_user, before_system, after_system, after_first_user)
+
+
 def differing(theirs: Any, tokenizer: Tokenizer, style: PromptStyle) -> list[Message] | None:
-    """The first tried conversation of which a transformers tokenizer makes other tokens; None where all are equal."""
-    for messages in _TRIED:
-        found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if found != encode_prompt(messages, tokenizer, style):
+    """Return the first test conversation with other tokens in transformers; None if all are equal."""
+    for messages in _TEST_CONVERSATIONS:
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if ids != encode_prompt(messages, tokenizer, style):
             return messages
     return None
 
 
 def _literal(text: str) -> str:
-    return json.dumps(text)  # Jinja reads it as Python would
+    return json.dumps(text)  # a literal of Jinja, as of Python

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub as far as uploading a model goes, over HTTP on 127.0.0.1 (``HF_ENDPOINT``).
+"""A local server with the part of the Hugging Face Hub that receives uploads (``HF_ENDPOINT``).
 
 The Hub's own client talks to it, so what is tested is what goes over the wire; what it does not know it refuses.
 """

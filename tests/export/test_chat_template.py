@@ -1,4 +1,4 @@
-"""The chat template gives transformers the tokens that chat and finetuning use here."""
+"""With the chat template, transformers gives the same tokens as chat and finetuning here."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from litmoe.export.chat_template import chat_template, differing
 from litmoe.export.huggingface import export
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
-WITHOUT_TEMPLATE = {"llama2"}  # its prompt ends with a blank, which a tokenizer joins to the answer after it
+WITHOUT_TEMPLATE = {"llama2"}  # its prompt ends with a space, which a tokenizer joins with the answer
 
 
 @pytest.fixture(params=[False, True], ids=["", "with-begin-token"])
 def folder(request: pytest.FixtureRequest, tokenizer_dir: Path, tmp_path: Path) -> Path:
-    """A tokenizer whose vocabulary holds the special tokens of some styles; in the second one it adds a begin token."""
+    """A tokenizer with the special tokens of some styles; the second one adds a begin-of-text token."""
     from tokenizers import Tokenizer as Library
 
     folder = tmp_path / "tokenizer"
@@ -50,12 +50,12 @@ def test_every_style_of_litgpt(folder: Path) -> None:
     assert without == WITHOUT_TEMPLATE
 
 
-def test_a_pretrained_model_has_none(folder: Path) -> None:
+def test_base_model_has_no_template(folder: Path) -> None:
     assert chat_template(Default(), Tokenizer(folder), None) is None
 
 
 @pytest.mark.parametrize("name", ["phi-2", pytest.param("qwen2.5", marks=pytest.mark.slow)])
-def test_it_is_exported_with_a_tuned_model(name: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+def test_exported_with_a_finetuned_model(name: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     checkpoint = save_tiny(tmp_path / "final", tiny_gpt(moe_fields | {"block_size": 256}), tokenizer_dir)
     save_prompt_style(name, checkpoint)
     checks = dict(export(checkpoint, tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""The door: there, back, to the Hub, and into an environment that does not have this repository."""
+"""export_hf.py: export, import, upload, and use in an environment without this repository."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
 
 
 def run(*arguments: object, cwd: Path) -> str:
-    """Runs the script; what it prints."""
+    """Run the script and return its output."""
     result = subprocess.run(
         [sys.executable, str(PROJECT / "export_hf.py"), *map(str, arguments)],
         cwd=cwd,
@@ -36,15 +36,13 @@ def run(*arguments: object, cwd: Path) -> str:
     return result.stdout
 
 
-def test_the_door_shows_what_was_verified(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_shows_the_checks(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     door("export_hf").main(folder, tmp_path / "out")
     shown = capsys.readouterr().out
     assert "differ by" in shown and "the same after 4 prompts" in shown
 
 
-def test_no_token_is_told_before_anything_is_written(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_token_is_an_early_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -55,7 +53,7 @@ def test_no_token_is_told_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_there_and_back_by_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_export_and_import_with_the_script(folder: Path, tmp_path: Path) -> None:
     run(folder, "exported", "--dtype", "bfloat16", cwd=tmp_path)
     assert "greedy text" in run("--import", "exported", "imported", cwd=tmp_path)
     assert checkpoints.verify(tmp_path / "imported").step == 0
@@ -63,7 +61,7 @@ def test_there_and_back_by_the_command_line(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_push(folder: Path, tmp_path: Path) -> None:
-    """Everything in the folder arrives; a Hub that refuses or is not there is one message, and the folder stays."""
+    """All files arrive. If the Hub refuses or can't be reached, there is one message, and the folder is kept."""
     code = """
         import os, sys
         from pathlib import Path
@@ -106,11 +104,11 @@ def test_push(folder: Path, tmp_path: Path) -> None:
     assert server.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert b"# org/name" in server.files["README.md"]
     for printed in (shown, gone):
-        assert f"error: {tmp_path / 'out'} is whole, but was not uploaded to org/name" in printed
+        assert f"error: {tmp_path / 'out'} is complete, but was not uploaded to org/name" in printed
 
 
 @pytest.mark.slow
-def test_an_imported_model_can_be_tuned(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_imported_model_can_be_finetuned(tmp_path: Path, tokenizer_dir: Path) -> None:
     from tests.export.test_huggingface import hf_folder
 
     source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama", max_position_embeddings=256)
@@ -120,14 +118,14 @@ def test_an_imported_model_can_be_tuned(tmp_path: Path, tokenizer_dir: Path) -> 
     assert checkpoints.load_weights(tmp_path / "finetuned" / "final").keys()
 
 
-def test_an_import_names_routers_without_gradient(tmp_path: Path, tokenizer_dir: Path, capsys) -> None:
+def test_import_warns_of_constant_routers(tmp_path: Path, tokenizer_dir: Path, capsys) -> None:
     from tests.export.test_huggingface import hf_folder
 
     experts = {"num_local_experts": 4, "head_dim": 8}
-    for k, said in ((1, True), (2, False)):
+    for k, has_warning in ((1, True), (2, False)):
         source = hf_folder(tmp_path / f"hf{k}", tokenizer_dir, "mixtral", num_experts_per_tok=k, **experts)
         door("export_hf").import_folder(source, tmp_path / f"in{k}")
-        assert ("warning: this model sends each token to 1 expert" in capsys.readouterr().out) == said
+        assert ("warning: this model sends each token to 1 expert" in capsys.readouterr().out) == has_warning
 
 
 def _uv() -> str | None:
@@ -138,8 +136,8 @@ def _uv() -> str | None:
 @pytest.mark.slow
 @pytest.mark.skipif(_uv() is None, reason="needs uv")
 @pytest.mark.timeout(1200)
-def test_in_an_environment_without_this_repository(folder: Path, tmp_path: Path) -> None:
-    """Only torch and transformers from the package registry: the folder loads and writes the same text."""
+def test_export_works_without_this_repository(folder: Path, tmp_path: Path) -> None:
+    """With only torch and transformers, the folder loads and gives the same text."""
     uv = _uv()
     assert uv is not None
     door("export_hf").main(folder, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Hugging Face folders: transformers computes the same from them, and what it can't compute is refused before."""
+"""Hugging Face folders: transformers computes the same, and unsupported models are refused."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from litmoe import checkpoints, load
 from litmoe.cli import UserError
 from litmoe.config import PROJECT
 from litmoe.data.tokenizers import text_ids
-from litmoe.export.huggingface import check_can_push, export, import_folder
+from litmoe.export.huggingface import check_can_push, export
+from litmoe.export.importing import import_folder
 from litmoe.export.weights import from_huggingface, to_huggingface
 from litmoe.hf_config import litgpt_config, model_type_of, without_counterpart
 from tests.tiny_checkpoint import save_tiny, tiny_gpt, wordy_gpt
@@ -64,7 +65,7 @@ IMPORTED = [name for name in FAMILIES if name != "olmo2"]
 
 
 def family_gpt(fields: dict, family: str) -> GPT:
-    """A model of the family; the bias by which experts are chosen is not zero, so that a test notices a lost one."""
+    """A model of the family, with a random bias of the experts, so that a test notices a missing one."""
     gpt = tiny_gpt(fields | FAMILIES[family][0])
     for name, buffer in gpt.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -80,9 +81,7 @@ def sample_ids(vocab_size: int = 384) -> torch.Tensor:
 
 
 @by_family
-def test_transformers_computes_the_same_and_back(
-    family: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path
-) -> None:
+def test_transformers_computes_the_same(family: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     gpt = family_gpt(moe_fields, family)
     checks = export(save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "out")
     assert [check.what for check in checks] == ["tokenizer", "logits", "greedy text"]
@@ -92,7 +91,7 @@ def test_transformers_computes_the_same_and_back(
     with torch.no_grad():
         expected = gpt(sample_ids())
         torch.testing.assert_close(model(sample_ids()).logits, expected, atol=1e-4, rtol=0)
-    assert expected.std() > 0.1, "a test on zeros would tell nothing"
+    assert expected.std() > 0.1, "a test on zeros would show nothing"
     if family == "olmo2":
         with pytest.raises(UserError, match="type 'olmo2'"):
             import_folder(tmp_path / "out", tmp_path / "back")
@@ -117,8 +116,8 @@ def test_tied_embeddings_are_stored_once(family: str, tmp_path: Path, moe_fields
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama", "qwen2", "qwen3", "qwen3-moe", "olmoe"])
-def test_the_names_are_those_of_litgpts_own_conversion(family: str, moe_fields: dict) -> None:
-    """Where LitGPT has a function for the family, ours makes the same of the weights."""
+def test_names_equal_litgpts_conversion(family: str, moe_fields: dict) -> None:
+    """For the families with a function in LitGPT."""
     gpt = family_gpt(moe_fields, family)
     own = {"qwen2": "qwen_2_5", "qwen3": "qwen_3", "qwen3-moe": "qwen_3", "olmoe": "qwen_3"}.get(family, "llama")
     expected: dict[str, torch.Tensor] = {}
@@ -129,19 +128,19 @@ def test_the_names_are_those_of_litgpts_own_conversion(family: str, moe_fields: 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-def test_another_dtype(dtype: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+def test_export_in_another_dtype(dtype: str, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     gpt = family_gpt(moe_fields, "glm4-moe")
     checks = export(save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "out", dtype=dtype)
     assert checks[-1].result.startswith(f"loaded in {dtype}")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert str(model.dtype) == f"torch.{dtype}"
     bias = gpt.state_dict()["transformer.h.0.mlp.gate.e_score_correction_bias"]
-    assert torch.equal(model.model.layers[0].mlp.gate.e_score_correction_bias, bias), "it stays in fp32"
+    assert torch.equal(model.model.layers[0].mlp.gate.e_score_correction_bias, bias), "this bias stays in fp32"
 
 
 @pytest.mark.slow
 def test_large_models_are_sharded(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, monkeypatch) -> None:
-    """The hub's own splitting, above 5 GB; here from 50 kB on."""
+    """huggingface_hub splits above 5 GB; in this test above 50 kB."""
     import huggingface_hub
 
     written = huggingface_hub.save_torch_state_dict
@@ -184,11 +183,11 @@ def test_large_models_are_sharded(tmp_path: Path, moe_fields: dict, tokenizer_di
         ({**NEOX, "name": "OLMo-x"}, ["name: OLMo-x"]),
     ],
 )
-def test_what_has_no_counterpart_is_named(changes: dict, named: list[str], moe_fields: dict) -> None:
+def test_names_fields_without_counterpart(changes: dict, named: list[str], moe_fields: dict) -> None:
     assert without_counterpart(Config(**moe_fields | changes)) == named
 
 
-def test_refused_before_anything_is_written(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+def test_refusal_writes_nothing(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     gpt = tiny_gpt(moe_fields | {"norm_class_name": "LayerNorm", "bias": True})
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
     with pytest.raises(UserError, match="norm_class_name: LayerNorm; bias: True"):
@@ -196,20 +195,20 @@ def test_refused_before_anything_is_written(tmp_path: Path, moe_fields: dict, to
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-def test_a_folder_with_files_is_left_alone(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+def test_existing_folder_is_not_changed(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     folder = save_tiny(tmp_path / "final", tiny_gpt(moe_fields), tokenizer_dir)
     (tmp_path / "out").mkdir()
-    export(folder, tmp_path / "out")  # an empty one is as good as none
+    export(folder, tmp_path / "out")  # an empty folder is fine
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
-    with pytest.raises(UserError, match="is there already and not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         export(folder, tmp_path / "out")
-    with pytest.raises(UserError, match="is there already and not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         import_folder(tmp_path / "out", folder)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
-def test_models_that_differ_leave_nothing(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, monkeypatch) -> None:
-    """A mapping that loses a weight is found by running both models."""
+def test_wrong_conversion_writes_nothing(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, monkeypatch) -> None:
+    """Running both models finds a wrong weight."""
     import litmoe.export.huggingface as module
 
     def wrong(weights: dict, config: Config, *, tied: bool) -> dict:
@@ -224,15 +223,15 @@ def test_models_that_differ_leave_nothing(tmp_path: Path, moe_fields: dict, toke
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path, moe_fields: dict) -> None:
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+def test_refuses_a_missing_tokenizer(tmp_path: Path, moe_fields: dict) -> None:
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         export(save_tiny(tmp_path / "final", tiny_gpt(moe_fields), None), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_the_shipped_models_go_out(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Each file of configs/models, made small."""
+def test_exports_each_model_file(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """All files of configs/models, with small sizes."""
     from tests.test_configs import shrunken
 
     for path in sorted((PROJECT / "configs/models").glob("*.yaml")):
@@ -244,7 +243,7 @@ def test_the_shipped_models_go_out(tmp_path: Path, tokenizer_dir: Path) -> None:
         export(folder, tmp_path / path.stem / "out")
 
 
-def test_each_shipped_model_has_a_counterpart() -> None:
+def test_each_model_file_has_a_counterpart() -> None:
     found = {}
     for path in sorted((PROJECT / "configs/models").glob("*.yaml")):
         config = Config.from_file(path)
@@ -256,7 +255,7 @@ def test_each_shipped_model_has_a_counterpart() -> None:
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def test_the_tokenizer_is_the_same(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, stories: list[str]) -> None:
+def test_tokenizer_is_the_same(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, stories: list[str]) -> None:
     source = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, source)
     config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -272,8 +271,8 @@ def test_the_tokenizer_is_the_same(tmp_path: Path, moe_fields: dict, tokenizer_d
     assert "secret" not in "".join(path.read_text("utf-8") for path in (tmp_path / "out").glob("*.json"))
 
 
-def test_a_begin_token_is_kept(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
-    """LitGPT goes by ``add_bos_token``."""
+def test_bos_token_is_kept(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    """LitGPT decides by ``add_bos_token``."""
     source = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, source)
     config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8")) | {"add_bos_token": True}
@@ -296,8 +295,8 @@ def test_a_llama_tokenizer_goes_out_and_in(tmp_path: Path, moe_fields: dict, lla
     assert wanted.count(" ") > 5
 
 
-def test_a_single_token_is_decoded_alike(tmp_path: Path, moe_fields: dict, llama_tokenizer_dir: Path) -> None:
-    """Without a begin token "The" is one token, before which LitGPT's own decode writes a space."""
+def test_single_token_is_decoded_the_same(tmp_path: Path, moe_fields: dict, llama_tokenizer_dir: Path) -> None:
+    """Without a begin-of-text token, "The" is one token, and LitGPT's decode writes a space before it."""
     source = tmp_path / "tokenizer"
     shutil.copytree(llama_tokenizer_dir, source)
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "bos_token": "<s>", "eos_token": "</s>"}
@@ -308,7 +307,7 @@ def test_a_single_token_is_decoded_alike(tmp_path: Path, moe_fields: dict, llama
     assert 1 not in AutoTokenizer.from_pretrained(tmp_path / "out")("The")["input_ids"]
 
 
-def test_the_trained_context_goes_out(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+def test_exports_the_context_of_training(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     settings = {"train": {"max_seq_length": 24}}
     export(
         save_tiny(tmp_path / "final", tiny_gpt(moe_fields), tokenizer_dir, hyperparameters=settings), tmp_path / "out"
@@ -321,7 +320,7 @@ def test_the_trained_context_goes_out(tmp_path: Path, moe_fields: dict, tokenize
 # ---------------------------------------------------------------------------------------------------------- model card
 
 
-def test_the_model_card(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+def test_model_card(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     gpt = tiny_gpt(moe_fields)
     manifest = {
         "source": {"name": "tinystories", "location": "roneneldan/TinyStories@f54c09f"},
@@ -344,7 +343,7 @@ def test_the_model_card(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -
         "| validation loss | 3.2500 nats per token, at step 7 |",
     ):
         assert line in card.splitlines()
-    assert "None was chosen yet" in card
+    assert "No licence was chosen yet" in card
     code = card.split("```python\n")[1].split("```")[0].replace("org/name", str(tmp_path / "out"))
     exec(compile(code, "card", "exec"), {})
 
@@ -389,7 +388,7 @@ def hf_folder(folder: Path, tokenizer_dir: Path, model_type: str, *, pickled: bo
         pytest.param("qwen3", {"num_key_value_heads": 2, "head_dim": 16}, marks=pytest.mark.slow),
     ],
 )
-def test_a_folder_of_transformers_comes_in(model_type: str, changes: dict, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_imports_a_transformers_folder(model_type: str, changes: dict, tmp_path: Path, tokenizer_dir: Path) -> None:
     source = hf_folder(tmp_path / "hf", tokenizer_dir, model_type, **changes)
     assert [check.what for check in import_folder(source, tmp_path / "in")] == ["tokenizer", "logits", "greedy text"]
     model = load(tmp_path / "in", device="cpu", precision="32-true")
@@ -405,8 +404,8 @@ def test_a_folder_of_transformers_comes_in(model_type: str, changes: dict, tmp_p
 
 
 @pytest.mark.parametrize("has_config", [True, False])
-def test_a_template_decides_what_begins_a_text(tmp_path: Path, llama_tokenizer_dir: Path, has_config: bool) -> None:
-    """Also where no tokenizer_config.json names the token. The end that a template adds is left out, and told."""
+def test_imports_bos_of_a_template(tmp_path: Path, llama_tokenizer_dir: Path, has_config: bool) -> None:
+    """Also without a tokenizer_config.json. The end-of-text token of a template is left out, with a note."""
     source = hf_folder(tmp_path / "hf", llama_tokenizer_dir, "llama", eos_token_id=2)
     path = source / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -440,7 +439,7 @@ def test_a_template_decides_what_begins_a_text(tmp_path: Path, llama_tokenizer_d
         ("gpt2", {}, "type 'gpt2'; expected one of llama, mixtral, gpt_neox"),
     ],
 )
-def test_what_litgpt_cannot_compute_is_refused(
+def test_refuses_what_litgpt_cannot_compute(
     model_type: str, changes: dict, message: str, tmp_path: Path, tokenizer_dir: Path
 ) -> None:
     source = hf_folder(tmp_path / "hf", tokenizer_dir, model_type)
@@ -453,7 +452,7 @@ def test_what_litgpt_cannot_compute_is_refused(
     assert not (tmp_path / "in").exists()
 
 
-def test_llama_31s_rope_comes_in(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_imports_the_rope_of_llama_31(tmp_path: Path, tokenizer_dir: Path) -> None:
     scaling = {
         **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         **{"original_max_position_embeddings": 16, "rope_theta": 500000.0},
@@ -464,24 +463,24 @@ def test_llama_31s_rope_comes_in(tmp_path: Path, tokenizer_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_missing_file_is_named(name: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_names_a_missing_file(name: str, tmp_path: Path, tokenizer_dir: Path) -> None:
     source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama")
     (source / name).unlink()
-    with pytest.raises(UserError, match=r"config\.json|no weights|no tokenizer"):
+    with pytest.raises(UserError, match=r"config\.json|no weights|tokenizer"):
         import_folder(source, tmp_path / "in")
 
 
-def test_damaged_or_strange_weights_are_a_clear_message(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_refuses_damaged_weights(tmp_path: Path, tokenizer_dir: Path) -> None:
     source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama")
     path = source / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="can't be read"):
         import_folder(source, tmp_path / "in")
-    path.write_bytes(whole)
+    path.write_bytes(content)
     config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": 3}
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(UserError, match=r"not those of its config\.json"):
+    with pytest.raises(UserError, match=r"do not fit its config\.json"):
         import_folder(source, tmp_path / "in")
     assert not (tmp_path / "in").exists()
 
@@ -491,7 +490,7 @@ class _Harmful:
         return os.mkdir, ("harm-done",)
 
 
-def test_nothing_in_a_pickle_is_run(tmp_path: Path, tokenizer_dir: Path, monkeypatch) -> None:
+def test_runs_no_code_of_a_pickle(tmp_path: Path, tokenizer_dir: Path, monkeypatch) -> None:
     source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama")
     (source / "model.safetensors").unlink()
     torch.save({"model.norm.weight": _Harmful()}, source / "pytorch_model.bin")
@@ -502,8 +501,8 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path, tokenizer_dir: Path, monkeyp
 
 
 @pytest.mark.parametrize("family", IMPORTED)
-def test_the_config_comes_back(family: str, moe_fields: dict) -> None:
-    """Field for field, but for those that say the same in two ways."""
+def test_config_round_trip(family: str, moe_fields: dict) -> None:
+    """All fields, except those that express the same in two ways."""
     from litmoe.hf_config import huggingface_config
 
     config = Config(**moe_fields | FAMILIES[family][0])
@@ -520,8 +519,8 @@ def test_the_config_comes_back(family: str, moe_fields: dict) -> None:
         assert torch.equal(again.eval()(sample_ids()), gpt(sample_ids()))
 
 
-def test_stacked_experts_come_apart(moe_fields: dict) -> None:
-    """transformers holds them as one tensor for all, its files as one for each."""
+def test_splits_stacked_experts(moe_fields: dict) -> None:
+    """transformers has one tensor for all experts, its files one for each."""
     gpt = family_gpt(moe_fields, "qwen3-moe")
     files = to_huggingface(gpt.state_dict(), gpt.config, tied=False)
     assert all(
@@ -533,7 +532,7 @@ def test_stacked_experts_come_apart(moe_fields: dict) -> None:
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "org/na me", "org/--"])
-def test_a_name_that_the_hub_does_not_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_bad_repository_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     with pytest.raises(UserError, match="expected ORG/NAME"):
         check_can_push(name)
