@@ -1,6 +1,6 @@
-"""Parameters and FLOPs of a LitGPT model by formula, from its config alone: nothing is built, nothing is traced.
+"""Parameters and FLOPs of a LitGPT model, computed from its config alone.
 
-LitGPT's own ways don't fit a mixture of experts: ``measure_flops`` fails on meta tensors (``nonzero``), and
+The functions of LitGPT do not support a mixture of experts: ``measure_flops`` fails on meta tensors (``nonzero``), and
 ``estimate_flops`` counts every expert for every token.
 """
 
@@ -10,28 +10,22 @@ from litgpt import Config
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of parameters.
+    """Numbers of parameters."""
 
-    Attributes:
-        total: all of them, as ``sum(p.numel() for p in model.parameters())``; buffers are not parameters.
-        active: those that one token uses: all but the experts that it is not sent to.
-        embedding: the token embedding's share of both.
-    """
-
-    total: int
-    active: int
-    embedding: int
+    total: int  # sum(p.numel() for p in model.parameters()), which does not include buffers
+    active: int  # those that one token uses: without the experts that are not selected
+    embedding: int  # of the token embedding, part of both
 
 
 def count_parameters(config: Config, tie_embeddings: bool = False) -> ParameterCounts:
-    """The parameters of ``litgpt.GPT(config)``.
+    """Count the parameters of ``litgpt.GPT(config)``.
 
     Args:
         config: any LitGPT config without latent attention.
-        tie_embeddings: the output layer shares the token embedding's weight (LitGPT's ``train.tie_embeddings``).
+        tie_embeddings: output layer and token embedding share their weight (``train.tie_embeddings`` of LitGPT).
 
     Raises:
-        ValueError: for what the formula does not cover.
+        ValueError: the formula does not support the config.
     """
     _check(config)
     embedding = config.padded_vocab_size * config.n_embd
@@ -57,22 +51,22 @@ def count_parameters(config: Config, tie_embeddings: bool = False) -> ParameterC
 
 
 def training_flops_per_token(config: Config, seq_length: int, causal: bool = True) -> int:
-    """Floating-point operations of one training step per token: forward once, backward twice as much (recomputation,
-    as of activation checkpointing or of flash attention's backward, is not counted).
+    """Return the floating-point operations of one training step per token: forward pass, and twice as much backward.
 
-    Counted are the matrix products, two operations per multiply-add: every linear layer that the token passes through
-    (in a mixture of experts the router, the chosen experts and the shared ones), the output layer, and attention's two
-    products. Not counted are the embedding lookup, norms, biases, rotary embedding, softmax, activations and the loss.
+    Recomputation, for example by activation checkpointing, is not counted. Counted are matrix products, with two
+    operations per multiply-add: all linear layers that the token passes (of the experts only the selected and shared
+    ones), the output layer, and the two products of attention. Not counted are embedding lookup, norms, biases, rotary
+    embedding, softmax, activations and loss.
 
     Args:
         config: any LitGPT config without latent attention.
-        seq_length: tokens per sequence; attention grows with it.
-        causal: True counts half of attention's T x T square, which is what a causal kernel computes (in a layer with
-            sliding-window attention only the window); False counts all of it, as the PaLM paper (arXiv 2204.02311,
-            appendix B) and most published MFU figures do.
+        seq_length: tokens per sequence, on which attention depends.
+        causal: True counts half of the T x T products of attention, as a causal kernel computes (with a sliding window
+            only the window). False counts all, as the PaLM paper (arXiv 2204.02311, appendix B) and most published MFU
+            numbers do.
 
     Raises:
-        ValueError: for what the formula does not cover.
+        ValueError: the formula does not support the config.
     """
     _check(config)
     matrices = config.padded_vocab_size * config.n_embd
@@ -80,7 +74,7 @@ def training_flops_per_token(config: Config, seq_length: int, causal: bool = Tru
     for layer in range(config.n_layer):
         matrices += config.n_embd * _qkv_width(config) + config.head_size * config.n_head * config.n_embd
         matrices += _mlp_matrices(config, layer)
-        # Queries times keys and weights times values: a multiply-add per head dimension and position looked at.
+        # Queries times keys, and weights times values: a multiply-add per head dimension and visible position.
         attention += 2 * config.n_head * config.head_size * _positions_seen(config, layer, seq_length, causal)
     flops: int = round(3 * 2 * (matrices + attention))
     return flops
@@ -89,14 +83,14 @@ def training_flops_per_token(config: Config, seq_length: int, causal: bool = Tru
 def _check(config: Config) -> None:
     if config.latent_attention is not None:
         raise ValueError(
-            f"config {config.name!r} has latent_attention (DeepSeek's), whose parameters and FLOPs are not covered; "
-            "choose a model with ordinary or grouped-query attention."
+            f"config {config.name!r} has latent_attention (of DeepSeek), which this formula does not support;"
+            " expected multi-head or grouped-query attention."
         )
-    known = ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE")
-    if config.mlp_class_name not in known:
-        raise ValueError(f"mlp_class_name is {config.mlp_class_name!r}; covered are {', '.join(known)}.")
+    supported = ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE")
+    if config.mlp_class_name not in supported:
+        raise ValueError(f"mlp_class_name is {config.mlp_class_name!r}; supported are {', '.join(supported)}.")
     if config.norm_class_name not in ("LayerNorm", "RMSNorm"):
-        raise ValueError(f"norm_class_name is {config.norm_class_name!r}; covered are LayerNorm, RMSNorm.")
+        raise ValueError(f"norm_class_name is {config.norm_class_name!r}; supported are LayerNorm, RMSNorm.")
 
 
 def _linear(fan_in: int, fan_out: int, bias: bool) -> int:
@@ -111,7 +105,7 @@ def _qkv_width(config: Config) -> int:
 def _norm_parameters(config: Config, width: int) -> int:
     if config.norm_class_name == "RMSNorm":
         return width
-    return 0 if "OLMo" in config.name else 2 * width  # LitGPT makes OLMo's LayerNorm without weight and bias
+    return 0 if "OLMo" in config.name else 2 * width  # the LayerNorm of OLMo has no weights
 
 
 def _is_moe(config: Config, layer: int) -> bool:
@@ -119,11 +113,12 @@ def _is_moe(config: Config, layer: int) -> bool:
 
 
 def _mlp_parameters(config: Config, layer: int) -> tuple[int, int]:
-    """(total, active) of one layer's feed-forward."""
-    always: int = config.n_embd * config.n_expert
+    """Return (total, active) of the feed-forward of one layer."""
     if not _is_moe(config, layer):
         parameters = _feed_forward(config, config.intermediate_size)
         return parameters, parameters
+    # Router and shared experts are used by every token.
+    always: int = config.n_embd * config.n_expert
     expert = _feed_forward(config, config.moe_intermediate_size or config.intermediate_size)
     if config.n_shared_expert:
         always += _feed_forward(config, config.moe_intermediate_size * config.n_shared_expert)
@@ -136,7 +131,7 @@ def _feed_forward(config: Config, width: int) -> int:
 
 
 def _mlp_matrices(config: Config, layer: int) -> int:
-    """Entries of the matrices that a token is multiplied with in one layer's feed-forward."""
+    """Return the entries of the matrices that a token is multiplied with in the feed-forward of one layer."""
     entries: int = config.n_embd * (2 if config.mlp_class_name == "GptNeoxMLP" else 3)
     if not _is_moe(config, layer):
         return entries * config.intermediate_size
@@ -146,9 +141,10 @@ def _mlp_matrices(config: Config, layer: int) -> int:
 
 
 def _positions_seen(config: Config, layer: int, seq_length: int, causal: bool) -> float:
-    """How many positions a token attends to, on average over the sequence (half of it, not half and a half)."""
+    """Return the mean number of positions that a token attends to: T / 2, without the 1 / 2 of the diagonal."""
     if not causal:
         return seq_length
+    # The triangle of T, minus the triangle outside the window.
     window = seq_length
     if config.sliding_window_size is not None and config.sliding_window_indices[layer]:
         window = min(config.sliding_window_size, seq_length)

@@ -1,4 +1,4 @@
-"""The formulas against built models (on the meta device) and against torch's own FLOP counter."""
+"""The formulas compared with built models (on the meta device) and with the FLOP counter of torch."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_total_equals_the_built_model(name: str) -> None:
     assert count_parameters(config).total == built(config)
 
 
-def test_total_equals_the_built_model_for_every_family_that_litgpt_knows() -> None:
+def test_total_equals_each_family_of_litgpt() -> None:
     structures = {}
     for fields in configs:
         key = str(sorted((name, str(value)) for name, value in fields.items() if name not in ("name", "hf_config")))
@@ -97,7 +97,7 @@ def test_total_equals_the_built_model_for_every_family_that_litgpt_knows() -> No
     ids=str,
 )
 def test_mixture_of_experts_parameters(fields: dict) -> None:
-    """Active is what stays when all but ``n_expert_per_token`` experts of each layer are taken away."""
+    """Active are the parameters without all but ``n_expert_per_token`` experts of each layer."""
     config = Config(**{**TINY, **TINY_MOE, "norm_class_name": "RMSNorm", **fields})
     counts = count_parameters(config)
     assert counts.total == built(config)
@@ -137,8 +137,8 @@ def test_tied_embeddings_count_once() -> None:
     ids=str,
 )
 def test_flops_equal_torchs_counter(fields: dict) -> None:
-    """Exactly, with attention in full: the counter sees LitGPT's masked T x T products, and through the plain (math)
-    attention kernel, since the fused kernels' backward computes the scores again and is counted with it."""
+    """Exactly, with complete attention, because LitGPT masks T x T products. With the plain (math) kernel, because the
+    backward pass of fused kernels computes the scores again."""
     config = Config(**{**TINY, **fields})
     gpt = GPT(config)
     ids = torch.randint(0, 96, (2, 16))
@@ -151,9 +151,8 @@ def test_flops_equal_torchs_counter(fields: dict) -> None:
 @pytest.mark.parametrize(
     "fields", [{"bias": True}, {**TINY_MOE, "norm_class_name": "RMSNorm"}], ids=["dense", "naive MoE"]
 )
-def test_a_third_is_the_forward_and_causal_attention_is_half(fields: dict) -> None:
-    """The counter sees each token's forward by itself, which looks at no more than what is before it: with t positions
-    for token t a half and a half, which the formula leaves away, T (T + 1) / 2 for T * T / 2."""
+def test_forward_pass_is_a_third(fields: dict) -> None:
+    """Token by token, attention computes T (T + 1) / 2 positions; the formula has T * T / 2."""
     config = Config(**{**TINY, **fields})
     gpt = GPT(config)
     seq_length = 16
@@ -164,11 +163,13 @@ def test_a_third_is_the_forward_and_causal_attention_is_half(fields: dict) -> No
             seen = position + 1
             gpt(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([position]), input_pos_maxp1=seen)
         counted += counter.get_total_flops()
-    halves = seq_length * config.n_layer * 2 * config.n_head * config.head_size  # a position more for each token
+    halves = (
+        seq_length * config.n_layer * 2 * config.n_head * config.head_size
+    )  # half a position more for each token, in both products
     assert 3 * (counted - halves) == seq_length * training_flops_per_token(config, seq_length, causal=True)
 
 
-def test_causal_attention_is_counted_by_half_and_windows_by_their_area() -> None:
+def test_causal_attention_and_windows() -> None:
     def attention(causal: bool, seq_length: int = 16, **fields: object) -> int:
         config = Config(**{**TINY, **fields})
         return training_flops_per_token(config, seq_length, causal) - training_flops_per_token(config, 0, False)
@@ -181,7 +182,7 @@ def test_causal_attention_is_counted_by_half_and_windows_by_their_area() -> None
 
 
 @pytest.mark.parametrize("count", [count_parameters, lambda config: training_flops_per_token(config, 16)])
-def test_what_is_not_covered_is_refused(count) -> None:
+def test_refuses_unsupported_configs(count) -> None:
     latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4)
     config = Config(**{**TINY, "n_query_groups": 4}, latent_attention=latent)
     with pytest.raises(ValueError, match="latent_attention"):

@@ -1,4 +1,4 @@
-"""LitGPT's own commands read our checkpoints, and transformers computes what ``config.json`` promises. No network."""
+"""LitGPT's commands read our checkpoints, and transformers computes the same by their ``config.json``. No network."""
 
 import json
 import math
@@ -32,12 +32,12 @@ NEOX = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerNorm",
 
 @pytest.fixture
 def folder(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
-    """A checkpoint of a mixture of experts as a run leaves it."""
+    """A checkpoint of a mixture of experts as a run saves it."""
     return save_tiny(tmp_path / "checkpoints" / "final", tiny_gpt(moe_fields), tokenizer_dir)
 
 
 def litgpt(*arguments: str, cwd: Path, stdin: str = "") -> str:
-    """Runs `litgpt` without a network; what it prints on stdout."""
+    """Run `litgpt` without a network and return its output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), "PYTHONUTF8": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "litgpt", *arguments],
@@ -57,7 +57,7 @@ def litgpt(*arguments: str, cwd: Path, stdin: str = "") -> str:
 
 @pytest.mark.parametrize("style", ["default", pytest.param("phi-2", marks=pytest.mark.slow)])
 def test_chat(folder: Path, tmp_path: Path, style: str) -> None:
-    """It answers with what the model writes after the prompt as it was typed, or as the tuned model's style has it."""
+    """The answer is the continuation of the prompt: as typed, or in the prompt style of a finetuned model."""
     question = prompt = "Once upon a time"
     if style != "default":
         save_tiny(folder, tiny_gpt(asdict(checkpoints.load_config(folder))), folder, prompt_style=prompt_style(style))
@@ -70,14 +70,14 @@ def test_chat(folder: Path, tmp_path: Path, style: str) -> None:
     expected = load(folder, device="cpu").generate(prompt, max_new_tokens=12, temperature=0.0)
     reply = re.search(r">> Reply: (.*?)\n", shown, re.DOTALL)
     assert reply is not None, shown
-    # chat decodes token by token: bytes of a cut character come out as U+FFFD each
+    # chat decodes token by token, so each byte of a cut character becomes U+FFFD
     assert reply.group(1).split("\ufffd")[0] == expected.removeprefix(prompt).split("\ufffd")[0]
     assert len(reply.group(1)) > 5
 
 
 @pytest.mark.slow
 def test_generate(folder: Path, tmp_path: Path) -> None:
-    """Greedy, it writes what generate.py writes."""
+    """Its greedy text equals that of generate.py."""
     options = ("--max_new_tokens", "40", "--temperature", "0", "--precision", "32-true", "--prompt", "Once upon a time")
     shown = litgpt("generate", str(folder), *options, cwd=tmp_path)
     text = load(folder, device="cpu").generate("Once upon a time", max_new_tokens=40, temperature=0.0)
@@ -86,7 +86,7 @@ def test_generate(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_evaluate(folder: Path, tmp_path: Path, stories: list[str]) -> None:
-    """On a task of our own text its bits per byte are the model's."""
+    """Bits per byte of a task with our own text."""
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": stories[0]}) + "\n", encoding="utf-8")
     task = {
         "task": "stories",
@@ -109,7 +109,7 @@ def test_evaluate(folder: Path, tmp_path: Path, stories: list[str]) -> None:
     nats = -log_probabilities.gather(1, ids[1:, None]).sum().item()
     bits_per_byte = nats / math.log(2) / len(stories[0].encode())
     assert results["results"]["stories"]["bits_per_byte,none"] == pytest.approx(bits_per_byte, rel=1e-5)
-    assert checkpoints.verify(folder).step == 1, "what it leaves in the folder does no harm"
+    assert checkpoints.verify(folder).step == 1, "the files that it adds to the folder do no harm"
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_serve(folder: Path, tmp_path: Path) -> None:
             stdout=log,
             stderr=log,
             cwd=tmp_path,
-            start_new_session=True,  # its processes end together
+            start_new_session=True,  # so that all its processes can be ended together
         )
     try:
         answer = _ask(f"http://127.0.0.1:{port}/predict", {"prompt": "Once upon"}, server)
@@ -155,12 +155,12 @@ def _ask(url: str, question: dict, server: subprocess.Popen) -> dict:
             with urllib.request.urlopen(request, timeout=100) as response:
                 return json.load(response)
         except OSError:
-            time.sleep(1)  # it is not up yet; the test's timeout ends this
+            time.sleep(1)  # not started yet; the timeout of the test ends this loop
     raise AssertionError("the server ended")
 
 
 def test_pretrain_from_our_weights(folder: Path, moe_fields: dict) -> None:
-    """The lines of `litgpt pretrain --initial_checkpoint_dir`, which want keys without a wrapper."""
+    """The code of `litgpt pretrain --initial_checkpoint_dir`, which expects keys without a wrapper."""
     fabric = L.Fabric(devices=1, accelerator="cpu")
     model = fabric.setup(torch.compile(GPT(Config(**moe_fields))))
     fabric.load_raw(folder / "lit_model.pth", model)
@@ -175,7 +175,7 @@ def test_pretrain_from_our_weights(folder: Path, moe_fields: dict) -> None:
 
 @pytest.fixture
 def converted(tmp_path: Path) -> Iterator[Path]:
-    """Where a model goes that was converted as `litgpt evaluate` does."""
+    """Folder for a model that is converted as `litgpt evaluate` does."""
     yield tmp_path / "converted"
     shutil.rmtree(tmp_path / "converted", ignore_errors=True)
 
@@ -224,7 +224,7 @@ def test_transformers_computes_the_same(
     with torch.no_grad():
         expected = gpt(ids)
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    assert expected.std() > 0.1, "a test on zeros would tell nothing"
+    assert expected.std() > 0.1, "a test on zeros would show nothing"
     tokenizer = AutoTokenizer.from_pretrained(converted)
     assert tokenizer.eos_token_id == model.config.eos_token_id == 0
     assert (
@@ -255,6 +255,6 @@ def test_transformers_computes_the_same(
         {**NEOX, "bias": False},
     ],
 )
-def test_no_config_where_transformers_has_no_such_model(tmp_path: Path, moe_fields: dict, changes: dict) -> None:
+def test_no_config_without_counterpart(tmp_path: Path, moe_fields: dict, changes: dict) -> None:
     folder = save_tiny(tmp_path / "final", GPT(Config(**moe_fields | changes)), None)
     assert not (folder / "config.json").exists()

@@ -1,4 +1,4 @@
-"""Upcycling: the mixture computes what the dense model computed, trains on from there, and nothing else is taken."""
+"""Upcycling: the mixture computes the same as the dense model, can be trained, and other models are refused."""
 
 import csv
 import json
@@ -56,9 +56,7 @@ def mixture_of(folder: Path, **changes: object) -> GPT:
 )
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_the_mixture_computes_what_the_dense_model_computes(
-    tmp_path: Path, dense_fields: dict, changes: dict, bias: bool
-) -> None:
+def test_mixture_computes_the_same(tmp_path: Path, dense_fields: dict, changes: dict, bias: bool) -> None:
     gpt = tiny_gpt(dense_fields | {"bias": bias})
     mixture = mixture_of(save_tiny(tmp_path / "dense", gpt, None), **changes)
     ids = torch.randint(384, (3, 50), generator=torch.Generator().manual_seed(0))
@@ -67,9 +65,9 @@ def test_the_mixture_computes_what_the_dense_model_computes(
     assert expected.std() > 0.5
     mlp = mixture.transformer.h[-1].mlp
     assert len(mlp.experts.fc_weight) == mixture.config.n_expert
-    assert mlp.gate.weight.std() > 0.01, "a router that begins at zero would send every token to the same experts"
+    assert mlp.gate.weight.std() > 0.01, "a router of zeros would send all tokens to the same experts"
     mlp.experts.proj_weight[0] += 1.0
-    assert not torch.allclose(mixture(ids), expected, atol=1e-3), "each expert has weights of its own"
+    assert not torch.allclose(mixture(ids), expected, atol=1e-3), "each expert has its own weights"
 
 
 @torch.no_grad()
@@ -81,7 +79,7 @@ def test_stock_litgpt_computes_the_same(dense: Path) -> None:
     torch.testing.assert_close(stock(ids), checkpoints.load_model(dense, torch.device("cpu"), torch.float32)(ids))
 
 
-def test_no_copies_before_the_model_takes_them(dense: Path) -> None:
+def test_upcycle_copies_nothing(dense: Path) -> None:
     weights = checkpoints.load_weights(dense)
     with torch.device("meta"):
         mixture = GPT(Config(**upcycled_model(dense)))
@@ -99,8 +97,8 @@ def test_the_model_is_the_dense_one_with_experts(dense: Path, run_file: Path, de
 
 
 @pytest.mark.parametrize("tied", ["false", "true"])
-def test_a_run_goes_on_from_the_dense_model(train, tmp_path: Path, run_file: Path, tied: str) -> None:
-    """Its first loss is the dense model's, training lowers it, it resumes from its own checkpoints."""
+def test_run_continues_from_the_dense_model(train, tmp_path: Path, run_file: Path, tied: str) -> None:
+    """Its first loss equals that of the dense model, training reduces it, and the run can be resumed."""
     tie = ("--train.tie_embeddings", tied)
     first = train(*DENSE_FLAGS, *tie, "--train.max_steps", "40", "--out_dir", str(tmp_path / "first"))
     flags = (*tie, "--upcycle", str(first / "final"), "--eval.initial_validation", "true")
@@ -110,20 +108,20 @@ def test_a_run_goes_on_from_the_dense_model(train, tmp_path: Path, run_file: Pat
     assert evaluate(out / "final").loss < evaluate(first / "final").loss
     weights = checkpoints.load_weights(out / "final")
     one, other = (weights[f"transformer.h.0.mlp.experts.{expert}.proj.weight"] for expert in (0, 1))
-    assert not torch.equal(one, other), "the experts part"
+    assert not torch.equal(one, other), "the experts become different"
 
     same = ("--resume", "auto", "--optimizer.init_args.lr", "3.0e-3", "--train.max_steps", "24")
     train(*flags, *same)
     assert checkpoints.read_mark(out / "final").step == 24
     shutil.rmtree(first)
     again = parse_run(["--config", str(out / "run_config.yaml"), "--train.max_steps", "26"])
-    assert again.settings.model == checkpoints.load_config(out / "final"), "the settings of a run hold its model"
+    assert again.settings.model == checkpoints.load_config(out / "final"), "the settings of a run contain its model"
     with pytest.raises(UserError, match=r"dense|first"):
-        train(*flags, "--out_dir", str(tmp_path / "gone"))
+        train(*flags, "--out_dir", str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_a_dense_model_in_bf16(train, tmp_path: Path, dense_fields: dict, prepared: Path, precision: str) -> None:
+def test_dense_model_in_bf16(train, tmp_path: Path, dense_fields: dict, prepared: Path, precision: str) -> None:
     gpt = tiny_gpt(dense_fields).bfloat16()
     folder = save_tiny(tmp_path / "dense", gpt, prepared / "tokenizer")
     mixture = mixture_of(folder)
@@ -142,15 +140,15 @@ def test_a_dense_model_in_bf16(train, tmp_path: Path, dense_fields: dict, prepar
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mlp_class_name": "GptNeoxMLP"}, "its feed-forward is GptNeoxMLP .GELU without a gate"),
-        ({"mlp_class_name": "GemmaMLP"}, "its feed-forward is GemmaMLP .a gate with GELU"),
+        ({"mlp_class_name": "GptNeoxMLP"}, "feed-forward GptNeoxMLP .GELU without a gate"),
+        ({"mlp_class_name": "GemmaMLP"}, "feed-forward GemmaMLP .a gate with GELU"),
         (
             {"mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2},
-            "a mixture of 4 experts already. --initial_checkpoint_dir",
+            "a mixture of 4 experts already.*--initial_checkpoint_dir",
         ),
     ],
 )
-def test_other_models_are_refused(train, tmp_path: Path, dense_fields: dict, changes: dict, message: str) -> None:
+def test_refuses_other_models(train, tmp_path: Path, dense_fields: dict, changes: dict, message: str) -> None:
     folder = save_tiny(tmp_path / "dense", tiny_gpt(dense_fields | changes), None)
     with pytest.raises(UserError, match=message):
         train("--upcycle", str(folder))
@@ -159,12 +157,12 @@ def test_other_models_are_refused(train, tmp_path: Path, dense_fields: dict, cha
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model.moe_intermediate_size", "48"], "moe_intermediate_size is 48, expected 40, the dense feed-forward's"),
+        (["--model.moe_intermediate_size", "48"], "moe_intermediate_size is 48, expected 40, the width of the dense"),
         (["--model.n_shared_expert", "1"], "n_shared_expert is 1, which would add"),
         (["--model.routed_scaling_factor", "2.5"], "routed_scaling_factor is 2.5, expected 1.0"),
         (
             [f"--model.{name}=2" for name in ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group")],
-            "n_expert_groups asks for a sigmoid router",
+            "n_expert_groups selects a sigmoid router",
         ),
         (["--model.mlp_class_name=LLaMAMLP", "--model.n_expert=0"], "mlp_class_name is LLaMAMLP, expected LLaMAMoE"),
         (["--model.n_layer", "3"], "n_layer: 2 there, 3 here. Leave --model away"),
@@ -175,12 +173,12 @@ def test_other_models_are_refused(train, tmp_path: Path, dense_fields: dict, cha
         (["--model.n_expert_per_token", "1"], r"would not learn .* --model\.n_expert_per_token 2\.$"),
     ],
 )
-def test_another_model_than_the_dense_one_is_refused(train, dense: Path, flags: list[str], message: str) -> None:
+def test_refuses_flags_that_change_the_model(train, dense: Path, flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train("--upcycle", str(dense), *flags)
 
 
-def test_a_model_file_must_be_the_dense_model(train, tmp_path: Path, dense: Path, moe_fields: dict) -> None:
+def test_model_file_must_fit_the_dense_model(train, tmp_path: Path, dense: Path, moe_fields: dict) -> None:
     import yaml
 
     file = tmp_path / "model.yaml"
@@ -192,20 +190,20 @@ def test_a_model_file_must_be_the_dense_model(train, tmp_path: Path, dense: Path
     assert checkpoints.load_config(train(*flags) / "final").n_expert == 4
 
 
-def test_another_tokenizer_is_refused(train, tmp_path: Path, dense: Path, dense_fields: dict, prepared: Path) -> None:
+def test_refuses_another_tokenizer(train, tmp_path: Path, dense: Path, dense_fields: dict, prepared: Path) -> None:
     tokenizer = shutil.copytree(prepared / "tokenizer", tmp_path / "tokenizer")
     content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["merges"] = content["model"]["merges"][:-1]
     (tokenizer / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     other = save_tiny(tmp_path / "other", tiny_gpt(dense_fields), tokenizer)
-    with pytest.raises(UserError, match=r"is another one than that of .*other, whose weights the run starts from"):
+    with pytest.raises(UserError, match=r"is not the one of .*other, which the run starts from"):
         train("--upcycle", str(other))
-    with pytest.raises(UserError, match="is another one than that of"):
+    with pytest.raises(UserError, match="is not the one of"):
         train("--initial_checkpoint_dir", str(other), *DENSE_FLAGS, "--model.intermediate_size=40")
     train("--upcycle", str(save_tiny(tmp_path / "without", tiny_gpt(dense_fields), None)), "--train.max_steps", "1")
 
 
-def test_another_run_is_not_resumed(train, tmp_path: Path, dense: Path, dense_fields: dict) -> None:
+def test_does_not_resume_another_run(train, tmp_path: Path, dense: Path, dense_fields: dict) -> None:
     shape = ("--train.max_steps", "5")
     out = train("--upcycle", str(dense), *shape)
     other = save_tiny(tmp_path / "other", tiny_gpt(dense_fields, seed=1), None)
@@ -216,7 +214,7 @@ def test_another_run_is_not_resumed(train, tmp_path: Path, dense: Path, dense_fi
         train("--upcycle", str(save_tiny(out / "step-00000004", tiny_gpt(dense_fields), None)), "--overwrite")
 
 
-def test_a_run_that_was_not_upcycled_is_not_taken_for_one(train, dense: Path) -> None:
+def test_does_not_resume_a_run_from_scratch(train, dense: Path) -> None:
     scratch = ("--model.moe_intermediate_size", "40", "--model.n_expert", "8")
     out = train(*scratch, "--train.max_steps", "5")
     with pytest.raises(UserError, match=r"began without --upcycle, not from .*dense\. Leave --upcycle away"):

@@ -151,7 +151,7 @@ def test_refuses_bad_questions(tmp_path: Path, content: Any, message: str) -> No
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("nowhere.jsonl", "found no file nowhere.jsonl"), ("nobody/nothing", "is not a file, and could not be loaded")],
+    [("nowhere.jsonl", "found no file nowhere.jsonl"), ("unknown/nothing", "is not a file, and could not be loaded")],
 )
 def test_refuses_a_missing_source(source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

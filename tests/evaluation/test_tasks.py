@@ -63,14 +63,14 @@ def write_tasks(folder: Path) -> Path:
         "generation_kwargs": {"until": [".", "\n\n"], "max_gen_toks": 12, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
     }
-    whole = {
-        "task": "whole",
+    perplexity = {
+        "task": "perplexity",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "{{question}} {{choices[1]}} {{question}} {{choices[0]}} {{question}}",
         "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     }
-    for task in (places, writing, whole):
+    for task in (places, writing, perplexity):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task), encoding="utf-8")
     group = {"group": "both", "task": ["places", "writing"]}
     (folder / "both.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
@@ -174,7 +174,7 @@ def test_llama_texts_equal_hflm(tmp_path: Path, moe_fields: dict, llama_tokenize
 
 def test_results_equal_lm_eval(checkpoint: Path, folder: Path, hflm: Any) -> None:
     """All numbers of all kinds of tasks, with their standard errors."""
-    names = ["places", "writing", "whole"]
+    names = ["places", "writing", "perplexity"]
     manager = find_tasks(names, folder)
     theirs = evaluator.simple_evaluate(
         hflm, tasks=load_tasks(manager, names), task_manager=manager, log_samples=False, num_fewshot=1
@@ -185,8 +185,8 @@ def test_results_equal_lm_eval(checkpoint: Path, folder: Path, hflm: Any) -> Non
         ("places", "acc"),
         ("places", "acc_norm"),
         ("writing", "exact_match"),
-        ("whole", "word_perplexity"),
-        ("whole", "bits_per_byte"),
+        ("perplexity", "word_perplexity"),
+        ("perplexity", "bits_per_byte"),
     }
     for mine, other in zip(ours.scores, expected, strict=True):
         assert (mine.task, mine.metric, mine.n) == (other.task, other.metric, 12)
@@ -216,7 +216,7 @@ def test_accuracy_by_hand(checkpoint: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "tasks"), [("both", {"places", "writing"}), ("stories", {"places", "writing", "whole"})]
+    ("name", "tasks"), [("both", {"places", "writing"}), ("stories", {"places", "writing", "perplexity"})]
 )
 def test_groups_tags_and_limit(checkpoint: Path, folder: Path, name: str, tasks: set[str]) -> None:
     result = evaluate(checkpoint, [name], tasks_dir=folder, limit=2, **CPU)
@@ -243,12 +243,12 @@ def test_batches_contain_each_row_once() -> None:
 
 def test_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ["--tasks", "places, whole", "--tasks-dir", "tasks", "--device=cpu", "--limit=3", "--num-fewshot=0"]
+    flags = ["--tasks", "places, perplexity", "--tasks-dir", "tasks", "--device=cpu", "--limit=3", "--num-fewshot=0"]
     run_door(door("evaluate").main, [*flags, "--json-file", "result.json"], optional_positional="checkpoint")
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    expected = evaluate(Path("checkpoints/final"), ["places", "whole"], tasks_dir=Path("tasks"), limit=3, **CPU)
+    expected = evaluate(Path("checkpoints/final"), ["places", "perplexity"], tasks_dir=Path("tasks"), limit=3, **CPU)
     assert {**shown, "seconds": 0} == {**asdict(expected), "seconds": 0}
     assert (shown["protocol"], shown["tasks_dir"], shown["context"]) == (f"lm-eval {version('lm-eval')}", "tasks", 32)
     for part in ("places", "acc_norm", f"{shown['scores'][0]['value']:.4f}", "±", "lm-eval", "only the first 3"):
