@@ -135,23 +135,28 @@ _WITHOUT_EFFECT = {
 
 # -------------------------------------------------------------------------------------------------------------- family
 
+# Families by feed-forward and norm of queries and keys: none, one for each head, or (olmo2) one for their full width.
+_BY_QK_NORM = {
+    ("LLaMAMLP", None): "llama",
+    ("LLaMAMLP", "default"): "qwen3",
+    ("LLaMAMLP", "olmo2"): "olmo2",
+    ("LLaMAMoE", None): "mixtral",
+    ("LLaMAMoE", "default"): "qwen3_moe",
+    ("LLaMAMoE", "olmo2"): "olmoe",
+}
+
 
 def model_type_of(config: "Config") -> str | None:
     """Return the closest model family of transformers, by the name in its ``config.json``."""
-    # olmo2's norm covers the complete width of queries and keys, the other ones one head.
-    qk_norm = "none"
-    if config.norm_qk:
-        qk_norm = "width" if config.norm_qk_type == "olmo2" else "head"
     if config.mlp_class_name == "GptNeoxMLP":
         return "gpt_neox"
-    if config.mlp_class_name == "LLaMAMLP":
-        has_qkv_bias = config.attn_bias and not config.bias
-        return {"width": "olmo2", "head": "qwen3", "none": "qwen2" if has_qkv_bias else "llama"}[qk_norm]
-    if config.mlp_class_name == "LLaMAMoE":
-        if config.n_expert_groups:
-            return "glm4_moe"
-        return {"width": "olmoe", "head": "qwen3_moe", "none": "mixtral"}[qk_norm]
-    return None
+    if config.mlp_class_name == "LLaMAMoE" and config.n_expert_groups:
+        return "glm4_moe"
+    qk_norm = config.norm_qk_type if config.norm_qk else None
+    model_type = _BY_QK_NORM.get((config.mlp_class_name, qk_norm))
+    if model_type == "llama" and config.attn_bias and not config.bias:
+        return "qwen2"
+    return model_type
 
 
 def without_counterpart(config: "Config") -> list[str]:
@@ -160,6 +165,7 @@ def without_counterpart(config: "Config") -> list[str]:
     if model_type is None:
         return [f"mlp_class_name: {config.mlp_class_name}"]
     differs = _FAMILIES[model_type].differs
+    # Fields of the table, then the rules for combinations of fields.
     names = [name for name, value in _LLAMA.items() if not _is_supported(config, name, differs.get(name, (value,)))]
     for name, families, is_fine in _RULES:
         if (families is None or model_type in families) and not is_fine(config):
@@ -327,6 +333,7 @@ def litgpt_config(theirs: "PreTrainedConfig", name: str, vocab_size: int) -> tup
     else:
         fields |= _from_llama_like(theirs, rope)
     if theirs.model_type in ("mixtral", "qwen3_moe", "olmoe", "glm4_moe"):
+        # After the fields of Llama, because the class of the feed-forward is replaced.
         fields |= _from_moe(theirs)
     config = Config(**fields)
     problems = without_counterpart(config)

@@ -79,22 +79,15 @@ def evaluate(
     """Evaluate a checkpoint on the validation conversations of a folder that ``prepare_data.py --instruct`` wrote.
 
     Prompts use the prompt style of the checkpoint. A pretrained checkpoint gets the default style of finetuning, so its
-    loss can be compared with that after finetuning in this style with the same context.
-
-    Args:
-        folder: checkpoint folder.
-        data_dir: prepared conversations.
-        max_iters: maximum number of batches.
-        batch_size: conversations in a batch, 8 if None.
-        max_seq_length: longer conversations are cut; that of training if None.
-        device: see `load_model`.
-        precision: see there.
+    loss can be compared with that after finetuning in this style with the same context. Arguments as
+    `litmoe.evaluation.loss.evaluate`, but batches are of 8 conversations by default, and longer ones are cut.
 
     Raises:
         UserError: checkpoint or conversations are missing, the context is out of range, or the loss is not finite.
     """
     context = checkpoints.context_of(folder, max_seq_length)
     tokenizer, style = checkpoints.load_tokenizer(folder), load_prompt_style(folder)
+    # A base model has no prompt style: it is measured as it would be before finetuning.
     if not is_tuned(style):
         style = prompt_style(DEFAULT_STYLE)
     instructions.read(data_dir)
@@ -137,6 +130,7 @@ def _sum_loss(
         input_ids, targets, _ = collate(batch, padding, context)
         with model.autocast:
             logits_BTV = logits_of(model.gpt, hidden_states(model.gpt, input_ids.to(device))[0])
+        # Tokens of prompts and padding are IGNORED in the targets.
         targets = targets.flatten().to(device)
         loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
         nats += float(loss)

@@ -83,6 +83,7 @@ def main(
     else:
         from litmoe.evaluation import answers, loss
 
+        # A finetuned checkpoint is evaluated on its answers, unless the user names a corpus.
         conversations = answers.find_conversations(folder, data_dir)
         module = loss if conversations is None else answers
         result = module.evaluate(folder, **text_flags | {"data_dir": conversations or data_dir}, **common)
@@ -97,6 +98,7 @@ def _write(result: Any, module: ModuleType, json_file: Path | None) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(module.table(result))
+    # The table is for people, the JSON for programs, so `> result.json` contains only JSON.
     text = json.dumps(asdict(result), indent=2)
     print(text)
     if json_file is not None:

@@ -72,6 +72,7 @@ def load_model(folder: Path, device: str, precision: Precision, context: int) ->
         autocast = torch.autocast(torch_device.type, _DTYPES[bits])
         weights_dtype = torch.float32
     device_name = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else torch_device.type
+    # Last, because it takes longest: errors of the arguments come first.
     gpt = checkpoints.load_model(folder, torch_device, weights_dtype, context)
     about = {"checkpoint": str(folder), "step": step, "device": device_name, "precision": precision}
     return LoadedModel(gpt, autocast, about)

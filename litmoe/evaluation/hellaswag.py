@@ -101,19 +101,14 @@ def evaluate(
 ) -> HellaSwagEvaluation:
     """Score a checkpoint and show a progress bar on stderr.
 
-    Args:
-        folder: checkpoint folder.
-        source: see `read_questions`.
-        limit: see there.
-        max_seq_length: maximum number of tokens of context and ending; that of training if None.
-        device: see `load_model`.
-        precision: see there.
+    ``source`` and ``limit`` as `read_questions`, the other arguments as `litmoe.evaluation.loss.evaluate`.
 
     Raises:
         UserError: the checkpoint or the questions can't be read, the questions do not fit the context, or the output of
             the model is not finite.
     """
     context = checkpoints.context_of(folder, max_seq_length)
+    # Read and tokenize the questions first. The model needs more time, and a wrong file is a common mistake.
     questions = read_questions(source, limit)
     encoded = encode(questions, checkpoints.load_tokenizer(folder), checkpoints.load_config(folder), context)
     model = load_model(folder, device, precision, context)
@@ -205,10 +200,15 @@ def _prepare(rows: list[dict[str, Any]]) -> list[Question]:
     datasets.disable_progress_bars()
     documents = process_docs(datasets.Dataset.from_list(columns))
     questions = [Question(document["query"], document["choices"], document["gold"]) for document in documents]
+    _check_endings(questions)
+    return questions
+
+
+def _check_endings(questions: list[Question]) -> None:
     for number, question in enumerate(questions, start=1):
+        # `log_probabilities` needs the same number of endings for all questions.
         if len(question.endings) != ENDINGS or question.label not in range(ENDINGS):
             raise ValueError(f"question {number:,} has {len(question.endings)} endings and label {question.label}")
-    return questions
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
@@ -236,6 +236,7 @@ def encode(questions: Sequence[Question], tokenizer: Tokenizer, config: Config, 
                     f" {max_length:,}. Use a longer --max_seq_length, up to {config.block_size:,}."
                 )
             rows.append(make_continuation(context, ids, max_length))
+    # On a GPU, an id outside the vocabulary would be an assertion in a kernel, without a useful message.
     largest = max(max(row.ids) for row in rows)
     if largest >= config.padded_vocab_size:
         raise UserError(

@@ -125,10 +125,12 @@ def open_validation(
     data = checked_manifest(data_dir)
     training_data = _training_manifest(folder, mark)
     _check_tokenizer(folder, mark, training_data, data, data_dir, vocab_size)
+    # The manifest of a corpus has a hash of its source, so it identifies the text.
     same_data = None
     if training_data is not None:
         same_data = training_data.source.sha256 == data.source.sha256
     context = checkpoints.context_of(folder, max_seq_length)
+    # The logits need most of the memory: more than the activations of a model in evaluation.
     if batch_size is None:
         batch_size = min(64, max(1, _LOGITS // (context * vocab_size)))
     split = data.splits["val"]

@@ -91,23 +91,20 @@ def evaluate(
 ) -> TaskEvaluation:
     """Score a checkpoint and show a progress bar on stderr. lm-eval seeds the random states of Python, numpy and torch.
 
-    Args:
-        folder: checkpoint folder.
+    Args (others as `litmoe.evaluation.loss.evaluate`):
         names: tasks, groups or tags of lm-eval or of ``tasks_dir``.
         tasks_dir: folder of tasks in the YAML of lm-eval, which may name functions to run.
         limit: use only the first questions of each task.
         num_fewshot: examples before each question; the default of the task if None.
-        max_seq_length: maximum number of tokens of context and answer; that of training if None.
-        device: see `load_model`.
-        precision: see there.
 
     Raises:
-        UserError: the checkpoint is missing or damaged; a task is unknown, can't be loaded or would run code that the
-            model wrote; or the questions do not fit the context.
+        UserError: the checkpoint can't be read; a task is unknown, can't be loaded or would run code that the model
+            wrote; or the questions do not fit the context.
     """
     context = checkpoints.context_of(folder, max_seq_length)
     tokenizer = checkpoints.load_tokenizer(folder)
     manager = find_tasks(names, tasks_dir)
+    # Load the data before the model, because a missing network is a common problem.
     tasks = load_tasks(manager, names)
     model = load_model(folder, device, precision, context)
     start = time.perf_counter()
@@ -139,14 +136,18 @@ def table(result: TaskEvaluation) -> Group:
             score.task,
             score.metric if score.filter == "none" else f"{score.metric}, {score.filter}",
             f"{score.value:.4f}",
-            "" if score.stderr is None else f"± {score.stderr:.4f}",
-            "" if score.n is None else f"{score.n:,}",
-            "" if score.num_fewshot is None else str(score.num_fewshot),
+            _format("± {:.4f}", score.stderr),
+            _format("{:,}", score.n),
+            _format("{}", score.num_fewshot),
         )
     rows = {"protocol": result.protocol}
     if result.limit is not None:
         rows["note"] = f"only the first {result.limit:,} questions of each task: do not compare with published numbers"
     return Group(scores, as_table(result, rows, f", {result.seconds:,.1f} s"))
+
+
+def _format(template: str, value: float | None) -> str:
+    return "" if value is None else template.format(value)
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -299,6 +300,7 @@ class Harness(TemplateLM):
             for context, continuation in map(make_disjoint_window, text_windows):
                 windows.append((None, context, continuation))
                 owners.append(index)
+        # A text may have several windows.
         totals = [0.0] * len(requests)
         for index, score in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[index] += score.log_probability
@@ -323,6 +325,7 @@ class Harness(TemplateLM):
                 " generation_kwargs of the task."
             )
         room = self.max_length - wanted.max_new_tokens
+        # A long context is cut from the left, as in HFLM.
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         stops = [*wanted.stops, self._decode_token(self.eot_token_id)]
         stream, text = TextStream(self._litgpt_tokenizer), ""
@@ -337,6 +340,7 @@ class Harness(TemplateLM):
                 eos_id=self.eot_token_id,
                 generator=self._generator,
             ):
+                # The end-of-text token has no text, so the stop strings below would not find it.
                 if int(token) == self.eot_token_id:
                     break
                 text += stream.push(int(token))
@@ -373,6 +377,7 @@ def _generation_settings(settings: dict[str, Any]) -> _GenerationSettings:
         top_k=values.pop("top_k", 50),
         top_p=float(values.pop("top_p", 1.0)),
     )
+    # What is left over would silently change the meaning of the task.
     if values.pop("num_beams", 1) != 1 or values:
         raise UserError(
             f"a task has the generation_kwargs {settings}; supported are until, max_gen_toks, do_sample, temperature,"

@@ -83,6 +83,7 @@ def model_card(
     else:
         limits = "It continues a text. It was not finetuned to answer."
     rows = _model_rows(config, described, total, active) | _training_rows(folder, imported, style)
+    # Rows of unknown values are left out.
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     call = _CHAT if chat else _CONTINUE
     return _TEMPLATE.format(

@@ -88,6 +88,7 @@ def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | Non
 
 
 def _parts_of(style: PromptStyle) -> _Parts | None:
+    # Fixed texts around the placeholder can be copied into a template. Everything else can't.
     user_only = style.apply(_USER)
     if user_only.count(_USER) != 1:
         return None

@@ -24,11 +24,13 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     """Yield a folder next to ``out``, which replaces it at the end, or is removed after an error."""
     check_free(out)
     out = out.resolve()
+    # In the same parent folder, because a rename is atomic only within one file system.
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        # An empty folder. Windows does not replace folders in a rename.
         if out.exists():
             out.rmdir()
         os.rename(partial, out)

@@ -85,6 +85,7 @@ def export(checkpoint: Path, out: Path, *, dtype: Dtype | None = None, title: st
         )
     tokenizer = checkpoints.load_tokenizer(folder)
     style = load_prompt_style(folder)
+    # Everything is written and compared in a temporary folder, so that `out` never contains a wrong model.
     with atomic_folder(out) as partial:
         weights = {name: _cast(name, tensor, dtype) for name, tensor in checkpoints.load_weights(folder).items()}
         described = _write_model(weights, config, tokenizer, partial)
@@ -116,6 +117,7 @@ def _write_model(weights: dict[str, Tensor], config: Config, tokenizer: Tokenize
     tied = checkpoints.is_tied(weights)
     dtype = str(weights["transformer.wte.weight"].dtype).removeprefix("torch.")
     described = huggingface_config(config, tied=tied, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    # config.json first: its permissions are copied to the weights below.
     write_json(out / "config.json", described)
     converted = to_huggingface(weights, config, tied=tied)
     huggingface_hub.save_torch_state_dict(converted, out, metadata={"format": "pt"})
@@ -146,6 +148,7 @@ def litgpt_model(weights: dict[str, Tensor], config: Config) -> GPT:
     """Return the model with these weights, in fp32 and with the layers of ``custom_moe``."""
     with use_custom_moe(), torch.device("meta"):
         gpt = GPT(config)
+    # In fp32, because both models must be compared without rounding errors of 16 bits.
     gpt.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     gpt.cos, gpt.sin = gpt.rope_cache(device=torch.device("cpu"))  # not part of the state dict
     return gpt.eval()
@@ -176,6 +179,7 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, style: Promp
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = {key: value for key, value in settings.items() if key not in _NOT_EXPORTED}
+    # Names of the tokens that LitGPT uses, which may be in other files of the checkpoint.
     for name, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if id is not None:
             settings[name] = tokenizer.processor.id_to_token(id)
@@ -194,7 +198,7 @@ def _write_generation_config(out: Path, tokenizer: Tokenizer, style: PromptStyle
     stop_ids = [sequence[0] for sequence in sequences if len(sequence) == 1]
     settings = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,
+        "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,
         # The defaults of generate.py
         "do_sample": True,
@@ -202,9 +206,14 @@ def _write_generation_config(out: Path, tokenizer: Tokenizer, style: PromptStyle
         "top_k": 50,
         "max_new_tokens": new_tokens(config),
     }
+    if len(stop_ids) > 1:
+        settings["eos_token_id"] = stop_ids
     write_json(out / "generation_config.json", {key: value for key, value in settings.items() if value is not None})
+    # generation_config.json can express only single tokens.
     longer = [tokenizer.decode(torch.tensor(sequence)) for sequence in sequences if len(sequence) > 1]
-    return [Check("end of an answer", f"transformers does not stop at {longer}, chat.py does")] if longer else []
+    if not longer:
+        return []
+    return [Check("end of an answer", f"transformers does not stop at {longer}, chat.py does")]
 
 
 def _write_chat_template(out: Path, tokenizer: Tokenizer, style: PromptStyle, bos_token: str | None) -> Check:
@@ -213,6 +222,7 @@ def _write_chat_template(out: Path, tokenizer: Tokenizer, style: PromptStyle, bo
     if template is None:
         return Check("chat template", f"none: the prompt style {name} can't be written as fixed texts")
     path.write_text(template, encoding="utf-8", newline="\n")
+    # Test the template with the exported tokenizer, as users will load it.
     messages = differing(AutoTokenizer.from_pretrained(out), tokenizer, style)
     if messages is not None:
         path.unlink()

@@ -36,10 +36,12 @@ def import_folder(source: Path, out: Path) -> list[Check]:
     """
     theirs = _read_config(source)
     check_free(out)
+    # All checks of small files come before the weights are loaded.
     tokenizer_files = tokenizers.from_folder(source)
     their_tokenizer = _load_without_code(AutoTokenizer, source)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer_dir = Path(scratch) / "tokenizer"
+        # A copy of the tokenizer, because LitGPT needs other entries in its files.
         tokenizers.install(tokenizer_files, {"name": source.resolve().name}, tokenizer_dir)
         _save_bos_token(their_tokenizer, tokenizer_dir / "tokenizer_config.json")
         vocab_size = tokenizers.load(tokenizer_dir).vocab_size

@@ -65,6 +65,7 @@ def same_text(gpt: GPT, tokenizer: Tokenizer, theirs: Any, their_tokenizer: Any)
         if not 1 <= len(prompt_ids) <= gpt.config.block_size:
             continue
         limit = min(_NEW_TOKENS, room_after(len(prompt_ids), gpt.config.block_size))
+        # Greedy, because sampling would use different random numbers in both models.
         steps = generate_tokens(gpt, prompt_ids, max_new_tokens=limit, temperature=0.0, eos_id=tokenizer.eos_id)
         our_ids = torch.cat([prompt_ids, *steps])
         their_ids = _generate_greedily(theirs, prompt_ids, limit, tokenizer.eos_id)

@@ -51,6 +51,7 @@ def to_huggingface(weights: dict[str, Tensor], config: Config, *, tied: bool) ->
     result: dict[str, Tensor] = {}
     weights = dict(weights)
     if tied:
+        # transformers shares the embedding with the output matrix when it loads the model.
         weights.pop("lm_head.weight")
     if model_type == "gpt_neox":
         convert_lit_checkpoint.copy_weights_gpt_neox(config, result, weights)

@@ -49,6 +49,7 @@ class Chat:
         self.style = load_prompt_style(model.folder)
         self.is_tuned = is_tuned(self.style)
         self._system = ""
+        # A generator of this conversation: the answers do not depend on others, nor on the global random state.
         self.generator = torch.Generator(model.gpt.lm_head.weight.device)
         if seed is None:
             self.generator.seed()
@@ -74,6 +75,7 @@ class Chat:
         Raises:
             UserError: the question is empty or too long, or a sampling setting is out of range.
         """
+        # Check the settings now. The generator of the answer would raise only when the iteration starts.
         max_new_tokens = sampling.get("max_new_tokens", 256)
         check_sampling(
             1, max_new_tokens, sampling.get("temperature", 0.8), sampling.get("top_k"), sampling.get("top_p", 1.0)
@@ -105,6 +107,7 @@ class Chat:
             text = f"# A chat with {self.model.folder.as_posix()}\n"
             text += "".join(f"\n**{message['role'].capitalize()}**\n\n{message['content']}\n" for message in messages)
         try:
+            # Mode "x" fails if the file exists, also if it was created a moment ago.
             with path.open("w" if overwrite else "x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
         except FileExistsError:
@@ -169,6 +172,7 @@ class Reply:
         )
         try:
             with closing(pieces):
+                # Not a for loop, so that only the time of the model is measured, and not that of the caller.
                 while self.end is None:
                     start = time.perf_counter()
                     piece = next(pieces)
@@ -178,6 +182,7 @@ class Reply:
                     if piece.text:
                         yield piece.text
         finally:
+            # Also if the iterator was closed early: the user has seen the text, so it is part of the conversation.
             if self.text or self.end is not None:
                 chat.messages.append(Message(role="user", content=self.question))
                 chat.messages.append(Message(role="assistant", content=self.text))
@@ -201,6 +206,7 @@ class Reply:
 def describe(model: Model) -> str:
     """Return name, size and training step of a model in one line."""
     gpt, config = model.gpt, model.config
+    # The config does not say whether the embeddings are tied.
     is_tied = torch.equal(gpt.transformer.wte.weight, gpt.lm_head.weight)
     counts = count_parameters(config, tie_embeddings=is_tied)
     size = f"{counts.total / 1e6:,.1f} M parameters"

@@ -48,6 +48,7 @@ def main(
         raise UserError("--compare needs the web page: add --web.")
     if (host, port) != (HOST, PORT) and not web:
         raise UserError("--host and --port need the web page: add --web.")
+    # All checks come before the slow imports.
     folders = [checkpoints.resolve(checkpoint)]
     if compare is not None:
         folders.append(checkpoints.resolve(compare))

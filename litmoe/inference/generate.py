@@ -97,6 +97,7 @@ def sample_tokens(
     """
     if temperature < 1e-30 or top_p == 0.0:  # dividing by less would make logits infinite
         return logits.argmax(dim=-1)
+    # In fp32, because the probabilities of a large vocabulary lose too many digits in 16 bits.
     probabilities_BV = restrict(logits.float(), temperature, top_k, top_p).softmax(dim=-1)
     if generator is None or isinstance(generator, torch.Generator):
         return torch.multinomial(probabilities_BV, num_samples=1, generator=generator).squeeze(-1)
@@ -146,6 +147,7 @@ def generate_tokens(
     """
     check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
     prompts = [prompt] if isinstance(prompt, Tensor) else prompt
+    # Prompts of different lengths leave different room for new tokens.
     steps = [min(max_new_tokens, room_after(len(ids), gpt.max_seq_length)) for ids in prompts]
     # The last token of a row is not read, so it needs no place in the cache.
     cache_size = max(len(ids) + count - 1 for ids, count in zip(prompts, steps, strict=True))
@@ -160,9 +162,11 @@ def generate_tokens(
     ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
     tokens_B = None
     for step in range(1, max(steps) + 1):
+        # Rows that have ended are computed too: to remove them from the batch would cost a copy of the caches.
         next_tokens_B = sample_tokens(logits_BV, temperature, top_k, top_p, generator)
         tokens_B = next_tokens_B if tokens_B is None else torch.where(ended_B, tokens_B, next_tokens_B)
         yield tokens_B
+        # There is no use for the logits after the last token.
         if step == max(steps):
             return
         if eos_id is not None:
@@ -189,17 +193,17 @@ def room_after(length: int, context: int) -> int:
 
 def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
     """Raise UserError with a list of the settings that are out of range."""
-    problems = []
-    if num_samples < 1:
-        problems.append(f"num_samples is {num_samples}; expected 1 or more")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-    if not 0.0 <= temperature <= 1e6:  # far above, -inf divided by the temperature is NaN
-        problems.append(f"temperature is {temperature}; expected 0 (always the most probable token) to 1,000,000")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k is {top_k}; expected 1 or more, or null for all tokens")
-    if not 0.0 <= top_p <= 1.0:
-        problems.append(f"top_p is {top_p}; expected 0 to 1, where 1 means all tokens")
+    checks = (
+        (num_samples >= 1, f"num_samples is {num_samples}; expected 1 or more"),
+        (max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; expected 1 or more"),
+        (
+            0.0 <= temperature <= 1e6,  # far above, -inf divided by the temperature is NaN
+            f"temperature is {temperature}; expected 0 (always the most probable token) to 1,000,000",
+        ),
+        (top_k is None or top_k >= 1, f"top_k is {top_k}; expected 1 or more, or null for all tokens"),
+        (0.0 <= top_p <= 1.0, f"top_p is {top_p}; expected 0 to 1, where 1 means all tokens"),
+    )
+    problems = [problem for is_fine, problem in checks if not is_fine]
     if problems:
         raise UserError("; ".join(problems) + ".")
 
@@ -252,11 +256,13 @@ class _SampleState:
         if self.end is not None:
             return
         self.tokens += 1
+        # A token may be part of a stop sequence. Then it waits until that is certain.
         certain, stopped = self.stops.push(token)
         if stopped:
             self.end = "end_of_text"
         elif self.tokens == self.max_tokens:
             self.end = self.end_at_max
+            # No stop sequence can be completed any more, so the tokens that were held back are text.
             certain = certain + self.stops.held
         self.text += "".join(self.stream.push(token) for token in certain)
         if self.end is not None:
@@ -292,12 +298,7 @@ def stream_pieces(
         gpt: model.
         tokenizer: of the model.
         prompt: text, token ids, or several texts.
-        max_new_tokens: see `generate_tokens`.
-        num_samples: see there.
         seed: sample i equals the one that seed ``seed + i`` gives alone. Or a generator on the device of the model.
-        temperature: see `restrict`.
-        top_k: see there.
-        top_p: see there.
         stop: token sequences that end a sample as the end-of-text token does; they are not part of the text.
         join: decode samples as the continuation of their prompt. False: as a text of its own, such as an answer.
     """
@@ -339,6 +340,7 @@ def stream_pieces(
 
 
 def _as_list(prompt: str | Sequence[int] | Sequence[str]) -> Sequence[str | Sequence[int]]:
+    # An empty list is a prompt without tokens, which room_after refuses.
     is_several = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], str)
     return prompt if is_several else [prompt]  # type: ignore[list-item, return-value]
 
@@ -349,6 +351,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> Tensor:
 
 def _generators(seed: int, rows: int, device: torch.device) -> list[torch.Generator]:
     """Return one generator for each row, so that a sample does not depend on the others."""
+    # Check before the seeds are added up, so that the message names the seed of the user.
     check_seed(seed)
     return [torch.Generator(device).manual_seed(check_seed(seed + row)) for row in range(rows)]
 
@@ -427,6 +430,7 @@ def load(
         UserError: the checkpoint is missing, damaged or has no tokenizer, or the context is too long for the model.
     """
     path = checkpoints.resolve(None if folder is None else Path(folder))
+    # The tokenizer first: it is small, and a missing one is a common mistake.
     tokenizer = checkpoints.load_tokenizer(path)
     torch_device = checkpoints.choose_device(device)
     gpt = checkpoints.load_model(path, torch_device, choose_dtype(precision, torch_device), max_seq_length)

@@ -44,6 +44,7 @@ def main(
     if prompt is not None and prompts is not None:
         raise UserError("got both --prompt and --prompts; use one of them.")
     texts = ["Once upon a time" if prompt is None else prompt] if prompts is None else read_prompts(prompts)
+    # Print the checkpoint before the slow imports, so that a wrong one is noticed early.
     folder = checkpoints.resolve(checkpoint)
     step = checkpoints.read_mark(folder).step
     print(

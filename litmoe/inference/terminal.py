@@ -38,6 +38,7 @@ class Terminal:
             self.say(NOT_TUNED)
         if self.interactive:
             self.say(HINT)
+        # A pipe is read line by line: prompt_toolkit would need a terminal.
         for line in self._typed_lines() if self.interactive else sys.stdin:
             try:
                 self._handle(line)
@@ -69,6 +70,7 @@ class Terminal:
         # A model may write control characters: a terminal would execute them, a file gets them unchanged.
         clean = harmless if sys.stdout.isatty() else str
         try:
+            # closing() stops the model at Ctrl-C and adds the text so far to the conversation.
             with closing(reply.__iter__()) as pieces:
                 for text in pieces:
                     print(clean(text), end="", flush=True)
@@ -87,6 +89,7 @@ class Terminal:
         """
         name, _, argument = line.strip().partition(" ")
         if name not in self.commands:
+            # The beginning of a command is a better guess than the most similar name.
             starting = [command for command in self.commands if command.startswith(name)]
             guess = starting[0] if starting else nearest(name, self.commands)
             hint = f"did you mean {guess}?" if guess else "/help lists the commands."
@@ -121,6 +124,7 @@ class Terminal:
         try:
             self.answer(question)
         finally:
+            # The new answer may fail, for example because the system message has become too long.
             if len(self.chat.messages) == n_before:  # no new answer: keep the old one
                 self.chat.messages = messages
 

@@ -40,6 +40,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is certain now: often a word, sometimes nothing."""
+        # Special tokens have no text. DecodeStream would keep them and get slower with each.
         if token in self._special:
             return ""
         self._waiting.append(token)

@@ -71,6 +71,7 @@ def serve(models: Sequence[Model], sampling: Sampling, seed: int | None, sock: s
     host, port = sock.getsockname()[:2]
     if not _is_loopback(host):
         print(f"Warning: everyone on the network can use the models at {host}. There is no password.", file=sys.stderr)
+    # One second, because an open page keeps its connection until the server closes it.
     config = uvicorn.Config(make_app(models, sampling, seed), log_level="warning", timeout_graceful_shutdown=1)
     url_host = f"[{host}]" if ":" in host else host
     print(f"Open http://{url_host}:{port} in a browser. Ctrl-C stops the server.", flush=True)
@@ -191,6 +192,7 @@ class _ChatPage:
         ]
         starts += [(example.click, self.begin, [example, self.busy, self.conversations]) for example in self.examples]
         for trigger, handler, inputs in starts:
+            # Without the queue, so that the question appears at once, even if an answer in another tab is running.
             started = trigger(
                 handler,
                 inputs,
@@ -211,6 +213,7 @@ class _ChatPage:
             )
             answer.then(self.ready, None, [self.busy, self.box], queue=False, api_visibility="private")
             answers.append(answer)
+        # These cancel a running answer, so they must not wait behind it in the queue.
         for trigger, handler in (
             (self.box.stop, self.stop),
             (self.undo.click, self.back),
@@ -232,6 +235,7 @@ class _ChatPage:
         if not question.strip():
             raise gr.Error("The question is empty.", 4, title="", print_exception=False)
         conversations = [_with_turn(messages, question, "") for messages in conversations]
+        # The stop button replaces the submit button while the answer is written.
         box = gr.Textbox(value="", submit_btn=False, stop_btn=True)
         return [question, True, box, conversations, *_as_html(conversations)]
 
@@ -247,6 +251,7 @@ class _ChatPage:
         history = _without_last_turn(conversations)
         try:
             replies = self._ask(question, history, *settings)
+            # Each update contains all conversations, because Gradio replaces the complete value of a component.
             for _ in _together(replies):
                 conversations = [
                     _with_turn(messages, question, reply.text) for messages, reply in zip(history, replies, strict=True)
@@ -254,10 +259,12 @@ class _ChatPage:
                 captions = [_caption(reply) for reply in replies]
                 yield [gr.skip(), conversations, *_as_html(conversations), *captions]
         except Exception as error:
+            # Show any error below the question. Without this, the page would wait for the answer forever.
             message = f"<span class='wrong'>{html.escape(str(error))}</span>"
             conversations, question = _without_empty_turn(conversations)
             box = gr.Textbox(value=question) if question else gr.skip()
             yield [box, conversations, *_as_html(conversations), *[message] * len(self.models)]
+            # A bug also goes to the log of the server.
             if not isinstance(error, UserError):
                 raise
 
@@ -360,6 +367,7 @@ def _read_settings(
 
 
 def _heading(model: Model, is_tuned: bool) -> str:
+    # Folder names come from the user and may contain HTML.
     heading = f"<h1>{html.escape(model.folder.as_posix())}</h1><p>{html.escape(describe(model))}</p>"
     if not is_tuned:
         heading += f"<p class='note'>{html.escape(NOT_TUNED.replace('`', ''))}</p>"
