@@ -35,8 +35,8 @@ def import_folder(hf_folder: Path, out: Path) -> None:
         out: Checkpoint folder to write; it must not exist.
     """
     from litmoe.checkpoints import load_config
-    from litmoe.config import constant_weights_note
     from litmoe.export import importing  # takes seconds
+    from litmoe.validation import constant_weights_note
 
     _print_checks(importing.import_folder(hf_folder, out), out)
     note = constant_weights_note(load_config(out))
