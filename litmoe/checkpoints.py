@@ -1,25 +1,24 @@
-"""The checkpoint folder: saved whole or not at all, checked before it is read, readable by every `litgpt` command.
+"""Checkpoint folders: saved atomically, verified when they are loaded, readable by every `litgpt` command.
 
 ```
 step-00000010/            or final/
-    lit_model.pth         LitGPT's state dict, plain, so that every stock command reads it
-    training_state.pth    what only resuming needs: optimizer, data position, counters, random states
+    lit_model.pth         LitGPT's state dict, not wrapped
+    training_state.pth    for resuming only: optimizer, data position, counters, random states
     model_config.yaml     litgpt.Config
     hyperparameters.yaml  the settings of the run
-    prompt_style.yaml     how a prompt is handed to the model: as it was typed, unless it was tuned to answer
-    lit_model.pth.lora    the LoRA updates by themselves, where it was tuned with LoRA (lit_model.pth has them added)
+    prompt_style.yaml     how LitGPT formats a prompt: unchanged, unless the model was finetuned to answer
+    lit_model.pth.lora    the LoRA parameters, if it was finetuned with LoRA (lit_model.pth has them merged)
     tokenizer.json ...    the tokenizer's files
-    config.json           the same model as transformers describes it, for `litgpt evaluate` (where one exists)
-    manifest.json         what the training tokens were made of
-    instructions.json     what it was tuned on, where it was
-    complete.json         written last: step, tokens, time, versions, the size and sha256 of every file above, its own
+    config.json           the model in the format of transformers, for `litgpt evaluate` (if it has one)
+    manifest.json         describes the training tokens
+    instructions.json     describes the conversations of finetuning
+    complete.json         written last: step, tokens, time, versions, size and SHA-256 of every file above, its own
 ```
 """
 
 import errno
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -27,17 +26,18 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import yaml
 
-from litmoe.checksummed_json import file_sha256, known_fields, read_sealed, write_sealed
+from litmoe.checksummed_json import file_sha256, known_fields, read_checksummed, write_checksummed
 from litmoe.cli import UserError, with_current_class_paths
 from litmoe.hf_config import converted_by_litgpt, huggingface_config, without_counterpart
 
-if TYPE_CHECKING:  # torch and litgpt are imported where they are used, so that a wrong path is told at once
+# Functions import torch and litgpt when they need them: that takes seconds, and a wrong path is reported before.
+if TYPE_CHECKING:
     import torch
     from litgpt import GPT, Config, Tokenizer
     from litgpt.prompts import PromptStyle
@@ -50,7 +50,7 @@ MODEL_CONFIG = "model_config.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
 MANIFEST = "manifest.json"
 INSTRUCTIONS = "instructions.json"
-MARK = "complete.json"
+COMPLETE_FILE = "complete.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -59,39 +59,38 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_PACKAGES = ("torch", "litgpt", "lightning", "litdata")
 
 
 @dataclass(frozen=True)
-class FileMark:
-    """A file as it was saved."""
+class FileRecord:
+    """Size and checksum of a file when it was saved."""
 
     size: int
-    """Bytes."""
+    """Bytes"""
     sha256: str
 
 
 @dataclass(frozen=True)
-class CheckpointMark:
-    """What ``complete.json`` says of its folder."""
+class CheckpointMetadata:
+    """The content of ``complete.json``."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps done"""
     tokens: int
-    """Tokens trained on, over all devices."""
+    """Tokens trained on, over all devices"""
     time: str
-    """When it was saved: ISO 8601 in UTC, so that text order is time order."""
+    """When it was saved: ISO 8601 in UTC, so that text order is time order"""
     versions: dict[str, str]
-    files: dict[str, FileMark]
+    """Of the packages that wrote it"""
+    files: dict[str, FileRecord]
 
 
-class _Damaged(Exception):
-    """Why a folder is no whole checkpoint."""
+class DamagedCheckpointError(UserError):
+    """The folder is no complete checkpoint; the message says why."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- save
+# --- Save
 
 
 def save(
@@ -109,52 +108,56 @@ def save(
     instructions_path: Path | None = None,
     lora_weights: "dict[str, Tensor] | None" = None,
 ) -> None:
-    """Writes a checkpoint beside ``folder``, marks it complete and moves it into place; to be called by one process.
+    """Save a checkpoint atomically: write it under a hidden name, then rename it. Only one process may call this.
 
-    At every moment either no ``folder`` of this name was ever whole, or a whole one lies at ``folder`` or beside it
-    under a hidden name that `newest` and `newest_undamaged` find. An older ``folder`` is replaced.
+    If the process is killed at any point, an older checkpoint at ``folder`` remains complete, there or under a hidden
+    name that `newest` and `newest_undamaged` find.
 
     Args:
-        weights: the full state dict in LitGPT's keys, on any device. Tied embeddings stand under both their keys.
-        hyperparameters: the settings of the run; paths and dataclasses are written as text and mappings.
+        weights: the complete state dict in LitGPT's keys, on any device. Tied embeddings are under both their keys.
+        hyperparameters: the settings of the run. Paths are saved as text, dataclasses as mappings.
         step, tokens: optimizer steps done, and tokens trained on over all devices.
         tokenizer_dir: its tokenizer files are copied.
         training_state: tensors, numbers, strings, lists, tuples and dicts only (`torch.load(weights_only=True)`).
-        manifest_path: the manifest of the tokens that it was trained on; copied as ``manifest.json``.
-        prompt_style: one of LitGPT's, of a model that was tuned to answer.
-        instructions_path: the manifest of the conversations that it was tuned on; copied as ``instructions.json``.
-        lora_weights: the LoRA parameters in LitGPT's keys; ``weights`` have them added.
+        manifest_path: the manifest of the training tokens, copied as ``manifest.json``.
+        prompt_style: one of LitGPT's, for a model that was finetuned to answer.
+        instructions_path: the manifest of the conversations, copied as ``instructions.json``.
+        lora_weights: the LoRA parameters in LitGPT's keys; ``weights`` have them merged.
 
     Raises:
-        UserError: the disk is full or the folder can't be written. What was there before is still whole.
-        ValueError, TypeError: ``weights`` is not the model of ``config``, or ``training_state`` holds other objects.
+        UserError: the disk is full, or the folder can't be written. An older checkpoint there is unchanged.
+        TypeError: ``training_state`` holds other objects.
     """
     folder = Path(folder)
-    _check_weights(weights, config)
-    _check_plain(training_state, "training_state")
+    _check_loadable(training_state)
     partial, old = _hidden(folder, "partial"), _hidden(folder, "old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # Before anything is written: a killed save may have left the newest complete checkpoint under a hidden name.
         finish_interrupted_saves(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        written = _write_files(partial, weights, config, hyperparameters, tokenizer_dir, training_state)
-        written |= _write_tuning(partial, prompt_style, lora_weights)
+        checksums = _write_tensors(partial, weights, training_state, lora_weights)
+        _write_descriptions(partial, config, hyperparameters, prompt_style)
+        _copy_tokenizer(tokenizer_dir, partial)
         for source, name in ((manifest_path, MANIFEST), (instructions_path, INSTRUCTIONS)):
             if source is not None:
                 shutil.copyfile(source, partial / name)
-        _write_mark(partial, step, tokens, written)
+        _write_huggingface_config(partial, config, hyperparameters, weights, tokenizer_dir)
+        # From here on the folder is a complete checkpoint, only its name is missing.
+        _write_metadata(partial, step, tokens, checksums)
         _sync(partial)
-        _move_into_place(partial, folder, old)
+        _move_into_place(partial, folder)
         _sync(folder.parent)
     except BaseException as error:
+        # Also after Ctrl-C nothing incomplete remains, and the older checkpoint gets its name back.
         if old.exists() and not folder.exists():
             os.rename(old, folder)
         shutil.rmtree(partial, ignore_errors=True)
-        cause = _os_error(error) if isinstance(error, Exception) else None
+        cause = _os_error(error)
         if cause is None:
             raise
-        raise UserError(_cannot_save(folder, cause, weights, training_state)) from error
+        raise UserError(_save_error(folder, cause, weights, training_state)) from error
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -162,161 +165,53 @@ def _hidden(folder: Path, suffix: str) -> Path:
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
-def leftovers(out_dir: Path) -> list[Path]:
-    """The hidden folders that killed saves left among the checkpoints of a run."""
-    names = ("final", "step-*")
-    return sorted(path for name in names for suffix in ("partial", "old") for path in out_dir.glob(f".{name}.{suffix}"))
-
-
-def finish_interrupted_saves(out_dir: Path) -> None:
-    """Puts right what killed saves left: whole checkpoints take their places, halves are removed."""
-    for leftover in leftovers(out_dir):
-        folder = out_dir / leftover.stem.removeprefix(".")
-        if leftover.suffix == ".partial" and is_whole(leftover):
-            _move_into_place(leftover, folder, _hidden(folder, "old"))
-        elif leftover.suffix == ".old" and not folder.exists():
-            os.rename(leftover, folder)
-    for leftover in leftovers(out_dir):
-        # A file of it may be open elsewhere (Windows, NFS); what is left is no checkpoint, and goes another time.
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def remove_old(newest: Path, *, keep_last: int | None, keep_every: int | None) -> None:
-    """Removes checkpoints of a run that are not to be kept, now that ``newest`` is whole. ``final/`` stays.
-
-    Those of later steps go too: ``newest`` went on before them, because they were damaged.
-
-    Args:
-        keep_last: how many stay with ``newest``; None: all.
-        keep_every: those whose step is a multiple of it stay.
-
-    Raises:
-        OSError: one can't be removed. It is no checkpoint any longer.
-    """
-    if keep_last is None:
-        return
-    step = _read_mark(newest).step
-    others = {folder: mark.step for folder, mark in _step_folders(newest.parent) if folder != newest}
-    before = sorted(
-        (folder for folder in others if others[folder] <= step and is_whole(folder)), key=others.__getitem__
-    )
-    kept = before[max(0, len(before) + 1 - keep_last) :]
-    for folder, its_step in others.items():
-        if folder not in kept and not (keep_every and its_step <= step and its_step % keep_every == 0):
-            _remove(folder)
-
-
-def remove_newer(checkpoint: Path) -> None:
-    """Removes the checkpoints of the same run that were saved after it."""
-    for folder in newer(checkpoint):
-        _remove(folder)
-
-
-def newer(checkpoint: Path) -> list[Path]:
-    """The checkpoints of the same run of later steps."""
-    step, out_dir = read_mark(checkpoint).step, checkpoint.parent
-    marked = [*_step_folders(out_dir), *_marked(out_dir.glob(f"final/{MARK}"))]
-    return sorted(folder for folder, mark in marked if mark.step > step)
-
-
-def _step_folders(out_dir: Path) -> Iterator[tuple[Path, CheckpointMark]]:
-    return _marked(out_dir.glob(f"step-*/{MARK}"))
-
-
-def _remove(folder: Path) -> None:
-    """Under a name that the next save cleans up, should this process die meanwhile."""
-    doomed = _hidden(folder, "partial")
-    os.rename(folder, doomed)
-    (doomed / MARK).unlink()
-    shutil.rmtree(doomed)
-
-
-def _move_into_place(partial: Path, folder: Path, old: Path) -> None:
-    # Windows moves no folder over another, so the older one steps aside: in this moment both are whole.
+def _move_into_place(partial: Path, folder: Path) -> None:
+    # Windows can't rename a folder over another one, so the old one is renamed first. Both are complete meanwhile.
     if folder.exists():
+        old = _hidden(folder, "old")
         if old.exists():
             shutil.rmtree(old)
         os.rename(folder, old)
     os.rename(partial, folder)
 
 
-def _write_files(
+def _write_tensors(
     folder: Path,
     weights: "dict[str, Tensor]",
-    config: "Config",
-    hyperparameters: dict[str, Any],
-    tokenizer_dir: Path | None,
     training_state: dict[str, Any] | None,
+    lora_weights: "dict[str, Tensor] | None",
 ) -> dict[str, str]:
-    """Returns the checksums of what went into the large files."""
-    from litgpt.utils import save_config
-
-    on_cpu = {name: _own_storage(tensor) for name, tensor in weights.items()}
-    if tied := is_tied(weights):
-        on_cpu["lm_head.weight"] = on_cpu["transformer.wte.weight"]  # stored once, from a GPU too
-    written = {WEIGHTS: _write_torch(folder / WEIGHTS, on_cpu)}
+    """Return the checksum of each file as it was written."""
+    contents: dict[str, Any] = {WEIGHTS: {name: _own_storage(tensor) for name, tensor in weights.items()}}
+    if is_tied(weights):
+        # Copies from a GPU would be two tensors; torch.save stores one tensor under two keys once.
+        contents[WEIGHTS]["lm_head.weight"] = contents[WEIGHTS]["transformer.wte.weight"]
     if training_state is not None:
-        written[TRAINING_STATE] = _write_torch(folder / TRAINING_STATE, training_state)
-    save_config(config, folder)
-    with open(folder / HYPERPARAMETERS, "w", encoding="utf-8", newline="\n") as file:
-        yaml.safe_dump(_plain(hyperparameters), file, sort_keys=False)
-    if tokenizer_dir is not None:
-        for path in (Path(tokenizer_dir) / name for name in TOKENIZER_FILES):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    if converted_by_litgpt(config) and not without_counterpart(config):
-        ids = _special_ids(tokenizer_dir)
-        trained = replace(config, block_size=_trained_context(hyperparameters, config.block_size))
-        described = huggingface_config(trained, tied=tied, dtype=_dtype_name(weights), **ids)
-        _write_json(folder / "config.json", described)
-    return written
-
-
-def _write_tuning(
-    folder: Path, prompt_style: "PromptStyle | None", lora_weights: "dict[str, Tensor] | None"
-) -> dict[str, str]:
-    from litgpt.prompts import Default, save_prompt_style
-
-    # Without a style LitGPT picks a chat format by the model's name ("Llama-3-small-Instruct", "R1").
-    save_prompt_style(prompt_style or Default(), folder)
-    if lora_weights is None:
-        return {}
-    content = {name: _own_storage(tensor) for name, tensor in lora_weights.items()}
-    return {LORA_WEIGHTS: _write_torch(folder / LORA_WEIGHTS, content)}
+        contents[TRAINING_STATE] = training_state
+    if lora_weights is not None:
+        contents[LORA_WEIGHTS] = {name: _own_storage(tensor) for name, tensor in lora_weights.items()}
+    return {name: _write_torch(folder / name, content) for name, content in contents.items()}
 
 
 def _own_storage(tensor: "Tensor") -> "Tensor":
-    """The tensor on the CPU in a storage of exactly its size.
+    """Return the tensor on the CPU in a storage of exactly its size.
 
-    A view of a stacked parameter (one expert of many) would otherwise be saved with the whole storage behind it, and
+    A view of a stacked parameter (one expert of many) would be saved with the storage of the complete stack, and
     LitGPT's lazy loading would read that storage once per expert.
     """
     tensor = tensor.detach().cpu()
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.contiguous().clone()
+    owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if owns_storage else tensor.contiguous().clone()
 
 
 def is_tied(weights: "dict[str, Tensor]") -> bool:
-    """Whether embedding and output head are one matrix."""
+    """Return whether embedding and output head are the same matrix."""
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
     return head.data_ptr() == embedding.data_ptr() and head.numel() > 0
 
 
-def _dtype_name(weights: "dict[str, Tensor]") -> str:
-    return str(weights["lm_head.weight"].dtype).removeprefix("torch.")
-
-
-def _special_ids(tokenizer_dir: Path | None) -> dict[str, int | None]:
-    if tokenizer_dir is None:
-        return {"bos_id": None, "eos_id": None}
-    from litgpt import Tokenizer
-
-    tokenizer = Tokenizer(tokenizer_dir)
-    return {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-
-
-class _HashedFile:
-    """A file of Python's, whose contents are hashed as they are written."""
+class _HashingFile:
+    """A file that hashes what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256 = file, hashlib.sha256()
@@ -330,318 +225,398 @@ class _HashedFile:
 
 
 def _write_torch(path: Path, content: Any) -> str:
-    """Returns the checksum of what was written."""
     import torch
 
-    # Through a file of Python's: torch's own writer turns a full disk into an error without its cause.
+    # torch's own writer reports a full disk without its cause, a Python file does not.
     with open(path, "wb") as file:
-        hashed = _HashedFile(file)
-        torch.save(content, cast(BinaryIO, hashed))
-    return hashed.sha256.hexdigest()
+        hashing_file = _HashingFile(file)
+        torch.save(content, cast(BinaryIO, hashing_file))
+    return hashing_file.sha256.hexdigest()
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
+def _write_descriptions(
+    folder: Path, config: "Config", hyperparameters: dict[str, Any], prompt_style: "PromptStyle | None"
+) -> None:
+    from litgpt.prompts import Default, save_prompt_style
+    from litgpt.utils import save_config
+
+    save_config(config, folder)
+    # Without a saved style LitGPT chooses a chat format by the model's name ("Llama-3-small-Instruct", "R1").
+    save_prompt_style(prompt_style or Default(), folder)
+    with open(folder / HYPERPARAMETERS, "w", encoding="utf-8", newline="\n") as file:
+        yaml.safe_dump(_yaml_values(hyperparameters), file, sort_keys=False)
 
 
-def _write_mark(folder: Path, step: int, tokens: int, written: dict[str, str]) -> None:
-    """Reads all files back; ``written`` are checksums that they must have."""
+def _yaml_values(value: Any) -> Any:
+    """Return settings as mappings, lists and plain values."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _yaml_values(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _yaml_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_yaml_values(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _copy_tokenizer(tokenizer_dir: Path | None, folder: Path) -> None:
+    if tokenizer_dir is None:
+        return
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_dir) / name).is_file():
+            shutil.copyfile(Path(tokenizer_dir) / name, folder / name)
+
+
+def _write_huggingface_config(
+    folder: Path,
+    config: "Config",
+    hyperparameters: dict[str, Any],
+    weights: "dict[str, Tensor]",
+    tokenizer_dir: Path | None,
+) -> None:
+    """Write ``config.json``, if transformers has an equivalent model."""
+    if not converted_by_litgpt(config) or without_counterpart(config):
+        return
+    bos_id = eos_id = None
+    if tokenizer_dir is not None:
+        from litgpt import Tokenizer
+
+        tokenizer = Tokenizer(tokenizer_dir)
+        bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+    content = huggingface_config(
+        # Other programs use the block size as the context, and the model only knows positions it was trained on.
+        replace(config, block_size=_trained_context(hyperparameters, config.block_size)),
+        tied=is_tied(weights),
+        dtype=str(weights["lm_head.weight"].dtype).removeprefix("torch."),
+        bos_id=bos_id,
+        eos_id=eos_id,
+    )
+    text = json.dumps(content, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_metadata(folder: Path, step: int, tokens: int, checksums: dict[str, str]) -> None:
+    """Write ``complete.json``: all files are on the disk, read back, and equal to ``checksums`` where those are known.
+
+    Raises:
+        OSError: a file read back differs from what was written.
+    """
     files = {}
+    # All files are on the disk before the metadata: after a power cut, metadata implies complete files.
     for path in sorted(folder.iterdir()):
         _sync(path)
-        files[path.name] = FileMark(path.stat().st_size, file_sha256(path))
-    for name, checksum in written.items():
-        if files[name].sha256 != checksum:
-            raise OSError(errno.EIO, "what was written is not what is read back", str(folder / name))
-    mark = CheckpointMark(step, tokens, datetime.now(UTC).isoformat(), _versions(), files)
-    write_sealed(folder / MARK, asdict(mark))
-    _sync(folder / MARK)
+        files[path.name] = FileRecord(path.stat().st_size, file_sha256(path))
+        if files[path.name].sha256 != checksums.get(path.name, files[path.name].sha256):
+            raise OSError(errno.EIO, "the file read back differs from what was written", str(path))
+    versions = {package: version(package) for package in ("torch", "litgpt", "lightning", "litdata")}
+    metadata = CheckpointMetadata(step, tokens, datetime.now(UTC).isoformat(), versions, files)
+    write_checksummed(folder / COMPLETE_FILE, asdict(metadata))
+    _sync(folder / COMPLETE_FILE)
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, has reached the disk."""
-    if path.is_dir():
-        if os.name == "nt":  # Windows opens no folder, and keeps its list of names in a journal
-            return
-        descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    if not path.is_dir():
+        flags = os.O_RDWR
+    elif os.name == "nt":  # Windows can't open folders; its journal protects their lists of names
+        return
     else:
-        descriptor = os.open(path, os.O_RDWR)
+        flags = os.O_RDONLY
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def _plain(value: Any) -> Any:
-    """Settings as YAML can hold them."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _check_weights(weights: "dict[str, Tensor]", config: "Config") -> None:
-    """Raises ValueError unless LitGPT's own GPT of this config would load ``weights`` strictly."""
-    import torch
-    from litgpt.model import GPT
-
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    if found != expected:
-        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise ValueError(f"weights are not those of the model config {config.name!r}; they differ in {different[:5]}")
-
-
-def _check_plain(value: Any, place: str) -> None:
-    """Raises TypeError for what `torch.load(weights_only=True)` would refuse: better now than when resuming."""
+def _check_loadable(training_state: Any) -> None:
+    """Raise TypeError for objects that `torch.load(weights_only=True)` would refuse when the run is resumed."""
     from torch import Tensor
+    from torch.utils._pytree import keystr, tree_flatten_with_path
 
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(key, f"{place}'s keys")
-            _check_plain(item, f"{place}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{place}[{index}]")
-    elif value is not None and not isinstance(value, Tensor) and type(value) not in (bool, int, float, str, bytes):
-        raise TypeError(f"{place} is a {type(value).__module__}.{type(value).__qualname__}; expected plain values")
+    plain_types = (bool, int, float, str, bytes, type(None))
+    for path, value in tree_flatten_with_path(training_state)[0]:
+        if not isinstance(value, Tensor) and type(value) not in plain_types:
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"training_state{keystr(path)} is a {kind}; expected tensors and plain values")
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind ``error`` (torch.save raises a RuntimeError on top of it), if any."""
-    while error is not None and not isinstance(error, OSError):
+    """Return the OSError that caused ``error`` (torch.save raises a RuntimeError from it), if any."""
+    while isinstance(error, Exception) and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
-    return error
+    return error if isinstance(error, OSError) else None
 
 
-def _cannot_save(folder: Path, cause: OSError, weights: "dict[str, Tensor]", training_state: Any) -> str:
-    kept = _last_saved(folder.parent.glob(f"*/{MARK}"))
-    kept_text = f"the newest whole checkpoint is {kept}" if kept else "no older checkpoint is there"
+def _save_error(folder: Path, cause: OSError, weights: "dict[str, Tensor]", training_state: Any) -> str:
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    kept = _last_saved(folder.parent.glob(f"*/{COMPLETE_FILE}"))
+    kept_text = f"the newest complete checkpoint is {kept}" if kept else "there is no older checkpoint"
     if cause.errno in _DISK_FULL:
-        needed = _bytes(weights) + _bytes(training_state)
-        free = shutil.disk_usage(folder.parent).free
+        tensors = [leaf for leaf in tree_leaves((weights, training_state)) if isinstance(leaf, Tensor)]
+        needed = sum(tensor.nbytes for tensor in tensors) / 1e6
+        free = shutil.disk_usage(folder.parent).free / 1e6
         return (
-            f"the disk is full: the checkpoint {folder} needs about {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB "
-            f"are free; {kept_text}. Free some space, or choose another --out_dir, and continue with `--resume auto`."
+            f"the disk is full: the checkpoint {folder} needs about {needed:,.1f} MB and {free:,.1f} MB are free;"
+            f" {kept_text}. Free some space, or choose another --out_dir, and continue with `--resume auto`."
         )
-    reason = cause.strerror or str(cause)
-    place = cause.filename or folder
     return (
-        f"cannot write the checkpoint {folder}: {reason} ({place}); {kept_text}. Choose a folder that can be written "
-        "with --out_dir, or change its permissions."
+        f"cannot write the checkpoint {folder}: {cause.strerror or cause} ({cause.filename or folder}); {kept_text}."
+        " Choose a writable folder with --out_dir, or change the permissions."
     )
 
 
-def _bytes(content: Any) -> int:
-    from torch import Tensor
-
-    if isinstance(content, Tensor):
-        return content.numel() * content.element_size()
-    if isinstance(content, dict):
-        return sum(_bytes(item) for item in content.values())
-    return sum(_bytes(item) for item in content) if isinstance(content, list | tuple) else 0
+# --- Clean up
 
 
-# ------------------------------------------------------------------------------------------------------------- verify
+def leftovers(out_dir: Path) -> list[Path]:
+    """Return the hidden folders that killed saves left in the folder of a run."""
+    patterns = (".final.partial", ".final.old", ".step-*.partial", ".step-*.old")
+    return sorted(path for pattern in patterns for path in out_dir.glob(pattern))
 
 
-def verify(folder: Path, files: Collection[str] | None = None) -> CheckpointMark:
-    """Reads ``files`` of a checkpoint (all when None) and compares their sizes and checksums with its mark.
+def finish_interrupted_saves(out_dir: Path) -> None:
+    """Rename the complete checkpoints that killed saves left to their final names, and delete the incomplete ones."""
+    for leftover in leftovers(out_dir):
+        # Killed before the last rename (.partial), or between the two renames of `_move_into_place` (.old).
+        folder = out_dir / leftover.stem.removeprefix(".")
+        if leftover.suffix == ".partial" and is_complete(leftover):
+            _move_into_place(leftover, folder)
+        elif leftover.suffix == ".old" and not folder.exists():
+            os.rename(leftover, folder)
+    for leftover in leftovers(out_dir):
+        # Another process may have a file of it open (Windows, NFS). Then a later call deletes it.
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_old(newest: Path, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Remove checkpoints of a run that need not be kept, now that ``newest`` is complete. ``final/`` is kept.
 
     Args:
-        folder: the checkpoint folder; its ``lit_model.pth`` is taken for it too.
-        files: what will be used, so that generating from a checkpoint does not read its optimizer state.
+        newest: the checkpoint just saved. Checkpoints of later steps are removed too: they were damaged, so the run
+            was resumed from an earlier one.
+        keep_last: number of checkpoints to keep, including ``newest``; None for all.
+        keep_every: keep those with a step that is a multiple of it.
 
     Raises:
-        UserError: not a checkpoint, not complete, or damaged: names the file and the newest whole one beside it.
+        OSError: a checkpoint can't be deleted. It does not count as a checkpoint any more.
+    """
+    if keep_last is None:
+        return
+    step = read_metadata(newest).step
+    # Checkpoints without readable metadata are not counted and not deleted.
+    steps = {folder: metadata.step for folder, metadata in _readable(newest.parent.glob(f"step-*/{COMPLETE_FILE}"))}
+    steps.pop(newest, None)
+    earlier = [folder for folder in steps if steps[folder] <= step]
+    complete = sorted((folder for folder in earlier if is_complete(folder)), key=steps.__getitem__)
+    # Incomplete ones do not count, so that `keep_last` of them can be resumed from.
+    kept = set(complete[max(0, len(complete) - keep_last + 1) :])
+    if keep_every:
+        kept |= {folder for folder in earlier if steps[folder] % keep_every == 0}
+    for folder in steps.keys() - kept:
+        _remove(folder)
+
+
+def remove_newer(checkpoint: Path) -> None:
+    """Remove the checkpoints of the same run with later steps."""
+    for folder in newer(checkpoint):
+        _remove(folder)
+
+
+def newer(checkpoint: Path) -> list[Path]:
+    """Return the checkpoints of the same run with later steps."""
+    step, out_dir = read_metadata(checkpoint).step, checkpoint.parent
+    paths = [*out_dir.glob(f"step-*/{COMPLETE_FILE}"), *out_dir.glob(f"final/{COMPLETE_FILE}")]
+    return sorted(folder for folder, metadata in _readable(paths) if metadata.step > step)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: if the process is killed meanwhile, the next save deletes the rest. The metadata goes before the
+    # other files, so that a partly deleted folder never looks complete.
+    partial = _hidden(folder, "partial")
+    os.rename(folder, partial)
+    (partial / COMPLETE_FILE).unlink()
+    shutil.rmtree(partial)
+
+
+# --- Verify
+
+
+def verify(folder: Path, files: Collection[str] | None = None) -> CheckpointMetadata:
+    """Compare the sizes and checksums of a checkpoint's files with its metadata.
+
+    Args:
+        folder: the checkpoint folder, or its ``lit_model.pth``.
+        files: names of the files that will be used, so that generating does not read the optimizer state; None: all.
+
+    Raises:
+        UserError: not a checkpoint, incomplete or damaged. The message names the file and another checkpoint.
     """
     folder = as_folder(folder)
     try:
-        return _checked(folder, files, checksums=True)
-    except _Damaged as damage:
-        found = _beside(folder)
-        hint = f"the newest whole checkpoint beside it is {found}" if found else "no whole checkpoint lies beside it"
-        raise UserError(f"{damage}; {hint}.") from None
+        return _check_files(folder, files, checksums=True)
+    except DamagedCheckpointError as error:
+        raise UserError(f"{error} {_alternative(folder)}") from None
 
 
 def as_folder(checkpoint: Path) -> Path:
-    """The checkpoint folder that is meant: ``checkpoint``, or its parent where a ``.pth`` file is named."""
+    """Return the checkpoint folder: the parent of a ``.pth`` file, else ``checkpoint`` itself."""
     checkpoint = Path(checkpoint)
     return checkpoint.parent if checkpoint.suffix == ".pth" and not checkpoint.is_dir() else checkpoint
 
 
-def is_whole(folder: Path, files: Collection[str] | None = None) -> bool:
-    """Whether ``folder`` is marked complete and its files have the sizes of the mark: quick, reads no contents."""
+def is_complete(folder: Path, files: Collection[str] | None = None) -> bool:
+    """Return whether ``folder`` has metadata and files of the recorded sizes. Reads no contents, so it is fast."""
     try:
-        _checked(Path(folder), files, checksums=False)
-    except _Damaged:
+        _check_files(Path(folder), files, checksums=False)
+    except DamagedCheckpointError:
         return False
     return True
 
 
-def read_mark(folder: Path) -> CheckpointMark:
-    """The mark of a checkpoint folder, unchecked against its files.
+def read_metadata(folder: Path) -> CheckpointMetadata:
+    """Return the metadata of a checkpoint folder, without checking its files.
 
     Raises:
-        UserError: there is none, or it can't be read.
+        DamagedCheckpointError: there is none, or it can't be read.
     """
-    try:
-        return _read_mark(as_folder(folder))
-    except _Damaged as damage:
-        raise UserError(f"{damage}.") from None
-
-
-def _read_mark(folder: Path) -> CheckpointMark:
+    folder = as_folder(folder)
+    path = folder / COMPLETE_FILE
     if not folder.is_dir():
-        raise _Damaged(f"found no checkpoint at {folder}; expected a folder with {WEIGHTS} and {MARK}")
-    path = folder / MARK
+        raise DamagedCheckpointError(f"found no checkpoint at {folder}; expected a folder with {COMPLETE_FILE}.")
     if not path.is_file():
-        if (folder / WEIGHTS).is_file():
-            raise _Damaged(
-                f"{folder} has no {MARK}: it is half a checkpoint, or was not written here "
-                "(`litgpt generate` and `litgpt chat` read LitGPT's own checkpoints)"
-            )
-        raise _Damaged(f"{folder} is no checkpoint: it holds neither {WEIGHTS} nor {MARK}")
+        raise DamagedCheckpointError(
+            f"{folder} is no complete checkpoint of this project: it has no {COMPLETE_FILE} (`litgpt generate` and"
+            " `litgpt chat` read LitGPT's own checkpoints)."
+        )
     try:
-        content = read_sealed(path)
-        files = {name: FileMark(**known_fields(FileMark, file)) for name, file in content["files"].items()}
-        if outside := [name for name in files if name in ("", "..") or PureWindowsPath(name).name != name]:
-            raise ValueError(f"{outside[0]!r} is no file of this folder")
-        mark = CheckpointMark(**{**known_fields(CheckpointMark, content), "files": files})
-        if (type(mark.step), type(mark.tokens), type(mark.time)) != (int, int, str):
-            raise TypeError("step and tokens are whole numbers, the time is a text")
-        return mark
+        content = read_checksummed(path)
+        files = {name: FileRecord(**known_fields(FileRecord, record)) for name, record in content["files"].items()}
+        metadata = CheckpointMetadata(**{**known_fields(CheckpointMetadata, content), "files": files})
+        if (type(metadata.step), type(metadata.tokens), type(metadata.time)) != (int, int, str):
+            raise TypeError("step and tokens are integers, the time is a string")
+        for name in files:
+            # Metadata from elsewhere must not make us read other files. A Windows path has all separators.
+            if name in ("", "..") or PureWindowsPath(name).name != name:
+                raise ValueError(f"{name!r} is no file of this folder")
+        return metadata
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise _Damaged(f"{path} is damaged: it can't be read") from None
+        raise DamagedCheckpointError(f"{path} is damaged: it can't be read.") from None
 
 
-def _checked(folder: Path, files: Collection[str] | None, *, checksums: bool) -> CheckpointMark:
-    mark = _read_mark(folder)
-    for name in mark.files if files is None else files:
-        path = folder / name
-        if name not in mark.files:
-            raise _Damaged(f"{folder} was saved without {name}")
+def _check_files(folder: Path, files: Collection[str] | None, *, checksums: bool) -> CheckpointMetadata:
+    metadata = read_metadata(folder)
+    for name in metadata.files if files is None else files:
+        path, record = folder / name, metadata.files.get(name)
+        if record is None:
+            raise DamagedCheckpointError(f"{folder} was saved without {name}.")
         try:
             size = path.stat().st_size
-            if size != mark.files[name].size:
-                raise _Damaged(f"{path} is truncated or changed: {size:,} bytes instead of {mark.files[name].size:,}")
-            if checksums and file_sha256(path) != mark.files[name].sha256:
-                raise _Damaged(f"{path} is damaged: its checksum is not the one that {MARK} names")
-        except FileNotFoundError:
-            raise _Damaged(f"{path} is missing") from None
+            is_changed = size == record.size and checksums and file_sha256(path) != record.sha256
         except OSError as error:
-            raise _Damaged(f"{path} can't be read: {error.strerror or error}") from None
-    return mark
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
+            raise DamagedCheckpointError(f"{path} {reason}.") from None
+        if size != record.size:
+            raise DamagedCheckpointError(f"{path} is truncated: {size:,} bytes instead of {record.size:,}.")
+        if is_changed:
+            raise DamagedCheckpointError(f"{path} is damaged: its checksum differs from the one in {COMPLETE_FILE}.")
+    return metadata
 
 
-# --------------------------------------------------------------------------------------------------------------- find
+# --- Find
 
 
 def newest(root: Path) -> Path | None:
-    """The whole checkpoint that was saved last anywhere under ``root`` (judged by marks and sizes), or None.
-
-    Its training state may have been removed to save space: generating and evaluating need none.
-    """
-    return _last_saved(Path(root).rglob(MARK))
-
-
-def _in_or_below(folder: Path) -> Path | None:
-    """As `newest`, two levels deep: for a hint, nobody waits until a whole disk is searched."""
-    return _last_saved(path for pattern in ("*/", "*/*/") for path in folder.glob(f"{pattern}{MARK}"))
-
-
-def _beside(folder: Path) -> Path | None:
-    """As `newest`, among the folders beside ``folder``."""
-    return _last_saved(path for path in folder.parent.glob(f"*/{MARK}") if path.parent != folder)
-
-
-def _last_saved(marks: Iterable[Path]) -> Path | None:
-    found = []
-    for folder, mark in _marked(marks):
-        if is_whole(folder, mark.files.keys() - {TRAINING_STATE}):
-            found.append((mark.time, mark.step, folder))
-    return max(found)[-1] if found else None
+    """Return the complete checkpoint under ``root`` that was saved last, or None. File contents are not read."""
+    return _last_saved(Path(root).rglob(COMPLETE_FILE))
 
 
 def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint of the highest step that training can go on from, among those of one run, its contents read and
-    compared, or None; and what is wrong with those of higher steps."""
-    found: list[tuple[float, str, Path]] = []
+    """Return the checkpoint of a run to resume from, and the damages found in others.
+
+    It is the one of the highest step with a training state and correct checksums, or None.
+    """
+    candidates: list[tuple[int, str, Path]] = []
+    damages: list[str] = []
     for folder in (*Path(out_dir).glob("step-*"), Path(out_dir) / "final", *leftovers(Path(out_dir))):
         try:
-            mark = _read_mark(folder)
-            found.append((mark.step, mark.time, folder))
-        except _Damaged:
-            step = folder.name.removeprefix("step-")
-            if folder.is_dir() and not folder.name.startswith("."):  # of a final one, the step is not known
-                found.append((int(step) if step.isdigit() else math.inf, "", folder))
-    damages: list[str] = []
-    for _, _, folder in sorted(found, reverse=True):
+            metadata = read_metadata(folder)
+            candidates.append((metadata.step, metadata.time, folder))
+        except DamagedCheckpointError as error:
+            if folder.is_dir() and not folder.name.startswith("."):  # what a killed save left is no damage
+                damages.append(str(error).removesuffix("."))
+    # Newest first. Reading stops at the first good one, so usually only one checkpoint is read.
+    for _, _, folder in sorted(candidates, reverse=True):
         try:
-            if TRAINING_STATE not in _checked(folder, None, checksums=True).files:
-                continue
-            return folder, damages
-        except _Damaged as damage:
+            if TRAINING_STATE in _check_files(folder, None, checksums=True).files:
+                return folder, damages
+        except DamagedCheckpointError as error:
             if not folder.name.startswith("."):
-                damages.append(str(damage))
+                damages.append(str(error).removesuffix("."))
     return None, damages
 
 
-def _marked(marks: Iterable[Path]) -> Iterator[tuple[Path, CheckpointMark]]:
-    for path in marks:
-        try:
-            yield path.parent, _read_mark(path.parent)
-        except _Damaged:
-            continue
-
-
 def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
-    """The folder that a script works on: the one named, or the newest whole one under ``root``.
+    """Return the checkpoint folder a script uses: ``checkpoint``, or the newest complete one under ``root``.
 
     Raises:
-        UserError: none is named and none is there; or the named one is no whole checkpoint.
+        UserError: ``checkpoint`` is not complete; or it is None and there is none.
     """
     if checkpoint is not None:
         folder = as_folder(checkpoint)
         try:
-            _read_mark(folder)
-        except _Damaged as damage:
-            below = _in_or_below(folder) if folder.is_dir() else None
-            if found := below or _beside(folder) or newest(root):
-                where = "in it" if below else "beside it" if found.parent == folder.parent else f"under {root}"
-                hint = f"the newest whole checkpoint {where} is {found}"
-            else:
-                hint = f"no whole checkpoint lies beside it or under {root}"
-            raise UserError(f"{damage}; {hint}.") from None
+            read_metadata(folder)
+        except DamagedCheckpointError as error:
+            raise UserError(f"{error} {_alternative(folder, root)}") from None
         return folder
-    found = newest(root)
-    if found is None:
+    last_saved = newest(root)
+    if last_saved is None:
         raise UserError(
-            f"found no whole checkpoint under {root}; expected one that `uv run python run_train.py` wrote. "
+            f"found no complete checkpoint under {root}; expected one that `uv run python run_train.py` wrote. "
             "Train a model first (`make quickstart`), or name the checkpoint folder."
         )
-    return found
+    return last_saved
 
 
-# --------------------------------------------------------------------------------------------------------------- load
+def _alternative(folder: Path, root: Path | None = None) -> str:
+    """Return a hint for an error message: the newest complete checkpoint near ``folder``, or else under ``root``."""
+    # Few levels only: searching a large disk would delay the message.
+    near = [*folder.glob(f"*/{COMPLETE_FILE}"), *folder.glob(f"*/*/{COMPLETE_FILE}")]
+    near = near or [path for path in folder.parent.glob(f"*/{COMPLETE_FILE}") if path.parent != folder]
+    last_saved = _last_saved(near)
+    if last_saved is None and root is not None:
+        last_saved = newest(root)
+    if last_saved is None:
+        return "There is no complete checkpoint near it."
+    return f"The newest complete checkpoint near it is {last_saved}."
+
+
+def _last_saved(paths: Iterable[Path]) -> Path | None:
+    """Return the folder of the last saved complete checkpoint among the ``complete.json`` files."""
+    complete = []
+    # The time decides: steps of different runs can't be compared.
+    for folder, metadata in _readable(paths):
+        # Users delete the training state to save space. Only resuming needs it.
+        if is_complete(folder, metadata.files.keys() - {TRAINING_STATE}):
+            complete.append((metadata.time, metadata.step, folder))
+    return max(complete)[-1] if complete else None
+
+
+def _readable(paths: Iterable[Path]) -> Iterator[tuple[Path, CheckpointMetadata]]:
+    """Yield the folders of the ``complete.json`` files that can be read."""
+    for path in paths:
+        try:
+            yield path.parent, read_metadata(path.parent)
+        except DamagedCheckpointError:
+            continue
+
+
+# --- Load
 
 
 def load_config(folder: Path) -> "Config":
-    """The model config of a checkpoint folder.
+    """Return the model config of a checkpoint folder.
 
     Raises:
         UserError: it is missing or damaged.
@@ -649,42 +624,45 @@ def load_config(folder: Path) -> "Config":
     from litgpt import Config
 
     path = as_folder(folder) / MODEL_CONFIG
-    _verify_if_marked(path)
+    _verify_file(path)
     try:
         config = Config.from_file(path)
-        _ = config.mlp_class, config.norm_class  # found in litgpt.model and torch.nn by their names
+        _ = config.mlp_class, config.norm_class  # properties that fail for unknown names
         if not all(isinstance(getattr(config, size), int) for size in ("n_layer", "n_embd", "n_head", "block_size")):
-            raise TypeError("n_layer, n_embd, n_head and block_size are whole numbers")
+            raise TypeError("n_layer, n_embd, n_head and block_size are integers")
         return config
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expected a checkpoint folder with its model config.") from None
-    except Exception as error:  # of YAML, of its values, or of LitGPT's checks
+    except Exception as error:  # YAML errors, wrong values, LitGPT's own checks
         raise UserError(f"{path} is no LitGPT model config: {type(error).__name__}: {error}.") from None
 
 
 def load_weights(folder: Path, *, mmap: bool = False) -> "dict[str, Tensor]":
-    """The state dict in LitGPT's keys, on the CPU. Also of a folder that LitGPT wrote (no mark, key ``model``).
+    """Return the state dict in LitGPT's keys, on the CPU. Reads LitGPT's own checkpoints too (in the key ``model``).
 
     Args:
-        mmap: map the file instead of reading it. While the tensors live, Windows can't replace the folder.
+        folder: the checkpoint.
+        mmap: map the file instead of reading it. While the tensors exist, Windows can't replace the folder.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
-    weights = _load_torch(as_folder(folder) / WEIGHTS, mmap=mmap)
-    inner: dict[str, Tensor] = weights.get("model", weights)
-    if not isinstance(inner, dict) or not all(hasattr(value, "is_floating_point") for value in inner.values()):
-        raise UserError(f"{as_folder(folder) / WEIGHTS} holds no state dict; expected tensors by their names.")
-    return inner
+    path = as_folder(folder) / WEIGHTS
+    content = _load_torch(path, mmap=mmap)
+    # LitGPT's pretraining and finetuning wrap the state dict.
+    weights: dict[str, Tensor] = content.get("model", content)
+    if not isinstance(weights, dict) or not all(hasattr(value, "is_floating_point") for value in weights.values()):
+        raise UserError(f"{path} holds no state dict; expected tensors by their names.")
+    return weights
 
 
 def load_lora_weights(folder: Path) -> "dict[str, Tensor]":
-    """The LoRA parameters in LitGPT's keys, on the CPU. Raises as ``load_weights``."""
+    """Return the LoRA parameters in LitGPT's keys, on the CPU. Raises as ``load_weights``."""
     return _load_torch(Path(folder) / LORA_WEIGHTS)
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given as ``training_state``, on the CPU.
+    """Return the ``training_state`` that was saved, on the CPU.
 
     Raises:
         UserError: the checkpoint was saved without it, or it is missing or damaged.
@@ -693,16 +671,16 @@ def load_training_state(folder: Path) -> dict[str, Any]:
 
 
 def load_hyperparameters(folder: Path) -> dict[str, Any]:
-    """The settings of the run that wrote the checkpoint.
+    """Return the settings of the run that wrote the checkpoint.
 
     Raises:
         UserError: they are missing or damaged.
     """
     path = as_folder(folder) / HYPERPARAMETERS
-    _verify_if_marked(path)
+    _verify_file(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except Exception as error:  # of YAML, or of its values
+    except Exception as error:  # YAML errors, wrong values
         raise UserError(f"cannot read {path}: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
@@ -710,14 +688,14 @@ def load_hyperparameters(folder: Path) -> dict[str, Any]:
 
 
 def context_of(folder: Path, max_seq_length: int | None = None) -> int:
-    """Return how many tokens a checkpoint's model is given at once.
+    """Return the context of a checkpoint's model in tokens.
 
-    Positions beyond the length that a model was trained at are noise to it, even where its block size allows them.
+    A model was not trained for positions beyond its training length, even if its block size allows them.
 
     Args:
         folder: the checkpoint.
         max_seq_length: what the user asks for; None for the ``train.max_seq_length`` of the run that wrote the
-            checkpoint, or the model's block size where no run is known, as for an imported model.
+            checkpoint, or the model's block size if no run is known, as for an imported model.
 
     Raises:
         UserError: the model's block size is smaller than that, or the checkpoint is damaged.
@@ -734,15 +712,18 @@ def context_of(folder: Path, max_seq_length: int | None = None) -> int:
 
 
 def _trained_context(hyperparameters: dict[str, Any], block_size: int) -> int:
-    train = _plain(hyperparameters.get("train"))
-    trained = train.get("max_seq_length") if isinstance(train, dict) else None
-    return trained if isinstance(trained, int) and 1 <= trained <= block_size else block_size
+    train = _yaml_values(hyperparameters.get("train"))
+    length = train.get("max_seq_length") if isinstance(train, dict) else None
+    return length if isinstance(length, int) and 1 <= length <= block_size else block_size
 
 
 def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype", max_seq_length: int | None = None) -> "GPT":
-    """The model of a checkpoint, in evaluation mode, with the layers of ``custom_moe``.
+    """Return the model of a checkpoint, in evaluation mode, with the layers of ``custom_moe``.
 
     Args:
+        folder: the checkpoint.
+        device: where the weights go.
+        dtype: of the weights.
         max_seq_length: its context, as in `context_of`.
 
     Raises:
@@ -755,54 +736,60 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype", max_s
     from litmoe.layers import use_fast_layers
 
     config, context = load_config(folder), context_of(folder, max_seq_length)
-    # Mapped, the weights are in memory once; but Windows could not replace the folder while the model lives.
+    # Mapped, the weights are in memory once. On Windows the folder could then not be replaced.
     weights = load_weights(folder, mmap=os.name != "nt")
     try:
+        # Without storage: the loaded tensors become the parameters.
         with use_custom_moe(), use_fast_layers(), torch.device("meta"):
             gpt = GPT(config)
     except Exception as error:
-        raise UserError(f"{as_folder(folder) / MODEL_CONFIG} describes no model that can be built: {error}.") from error
-
-    def dtype_of(name: str, tensor: "torch.Tensor") -> "torch.dtype | None":
+        raise UserError(f"no model can be built from {as_folder(folder) / MODEL_CONFIG}: {error}.") from error
+    for name, tensor in weights.items():
         if name.endswith("e_score_correction_bias"):  # a router's selection bias is fp32 in any model
-            return torch.float32
-        return dtype if tensor.is_floating_point() else None
-
-    weights = {name: tensor.to(device, dtype_of(name, tensor)) for name, tensor in weights.items()}
+            weights[name] = tensor.to(device, torch.float32)
+        else:
+            weights[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     try:
         gpt.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise UserError(f"the weights in {as_folder(folder)} are not those of its {MODEL_CONFIG}: {error}") from None
+        raise UserError(f"the weights in {as_folder(folder)} do not fit its {MODEL_CONFIG}: {error}") from None
     gpt.max_seq_length = context
     gpt.cos, gpt.sin = gpt.rope_cache(device=device)  # not in the state dict
     return gpt.eval()
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
-    """The tokenizer of a checkpoint.
+    """Return the tokenizer of a checkpoint.
 
     Raises:
         UserError: the checkpoint was saved without one, or its files are damaged.
     """
     from litmoe.data.tokenizers import litgpt_tokenizer
 
-    files = read_mark(folder).files.keys() & set(TOKENIZER_FILES)
+    # Only files that the metadata lists: others were added later and have no checksum.
+    files = read_metadata(folder).files.keys() & set(TOKENIZER_FILES)
     if not files:
-        raise UserError(f"{folder} holds no tokenizer: it was trained without a tokenizer_dir. Use `litgpt generate`.")
+        raise UserError(f"{folder} has no tokenizer: it was trained without a tokenizer_dir. Use `litgpt generate`.")
     verify(folder, files)
     return litgpt_tokenizer(folder)
 
 
 def choose_device(device: str) -> "torch.device":
-    """The device of that name; "auto" is a GPU where there is one (CUDA, then Apple's), else the CPU.
+    """Return the device of that name. "auto" is a GPU if there is one (CUDA, then Apple's), else the CPU.
 
     Raises:
-        UserError: torch knows no such device, or this machine has none.
+        UserError: torch does not know the device, or this machine does not have it.
     """
     import torch
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+        else:
+            device = "cpu"
+    # Only an allocation shows whether the device works.
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -810,27 +797,38 @@ def choose_device(device: str) -> "torch.device":
         raise UserError(f"cannot use the device {device!r}: {reason}. `--device cpu` works everywhere.") from None
 
 
-def _verify_if_marked(path: Path) -> None:
-    if (path.parent / MARK).exists() or not path.exists():
+def _verify_file(path: Path) -> None:
+    # A folder that LitGPT wrote has no checksums.
+    if (path.parent / COMPLETE_FILE).exists() or not path.exists():
         verify(path.parent, [path.name])
 
 
 def _load_torch(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     import torch
 
-    _verify_if_marked(path)
+    _verify_file(path)
+    # weights_only: pickles of strangers could run code.
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
             f"{path} is refused, and nothing in it was run: it is damaged, or holds more than tensors and plain values"
-            f"{f' ({found.group(1)})' if found else ''}, which could be code. Get these weights from somebody who saves"
-            " tensors alone, or as safetensors: `uv run python export_hf.py --import HF_FOLDER CHECKPOINT`."
+            f"{f' ({refused.group(1)})' if refused else ''}, which could be code. Get these weights as a file of"
+            " tensors only, or as safetensors: `uv run python export_hf.py --import HF_FOLDER CHECKPOINT`."
         ) from None
-    except Exception as error:  # torch raises many kinds for a file that is not its own
+    except Exception as error:  # torch raises many kinds of errors for a file in another format
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected a mapping of names to tensors.")
     return content
+
+
+# Old names; the coordinator removes them.
+MARK = COMPLETE_FILE
+FileMark = FileRecord
+CheckpointMark = CheckpointMetadata
+read_mark = read_metadata
+is_whole = is_complete
+_write_mark = _write_metadata

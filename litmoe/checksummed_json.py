@@ -1,4 +1,4 @@
-"""JSON files that are written whole or not at all and know when they were damaged; checksums of files."""
+"""JSON files that are written atomically and detect damage by a checksum; SHA-256 of files."""
 
 import errno
 import hashlib
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUM = "sha256"
-"""Where a sealed file says what the rest of it comes to."""
+"""The key of a checksummed file that holds the checksum of all other keys."""
 
 
 def read_json(path: Path) -> Any:
-    """What ``json.load`` gives.
+    """Return the content of a JSON file.
 
     Raises:
-        OSError, ValueError: it can't be read.
+        OSError, ValueError: the file can't be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -26,49 +26,57 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes beside and renames, so that nobody ever reads half of it."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-    os.replace(beside, path)
+    """Write to a temporary name and rename, so that a reader never gets an incomplete file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
 
 
-def write_sealed(path: Path, values: dict[str, Any]) -> None:
-    """As ``write_json``, with a checksum of all that it says."""
-    write_json(path, {**values, CHECKSUM: _seal(values)})
+def write_checksummed(path: Path, values: dict[str, Any]) -> None:
+    """Write as ``write_json``, with a checksum of the content."""
+    write_json(path, {**values, CHECKSUM: _checksum(values)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What ``write_sealed`` was given; files of older versions have no checksum.
+def read_checksummed(path: Path) -> dict[str, Any]:
+    """Return what ``write_checksummed`` was given.
 
     Raises:
-        OSError, ValueError: it can't be read, or its checksum is another.
+        OSError, ValueError: the file can't be read, or its content does not match its checksum.
     """
     values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}, expected an object")
-    sealed = values.pop(CHECKSUM, None)
-    if sealed is not None and sealed != _seal(values):
-        raise ValueError("its checksum is not that of what it says: it was damaged or changed")
+    # The first versions wrote no checksum; their files are still read.
+    checksum = values.pop(CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(values):
+        raise ValueError("its content does not match its checksum: it was damaged or edited")
     return values
 
 
 def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values for the fields of a dataclass. Those that another version of this project added are left out: where
-    they change what the rest means, that version writes another format number."""
+    """Return the values for the fields of a dataclass, without those that another version of this project added.
+
+    A version that changes the meaning of the other fields writes another format number.
+    """
     return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
-def _seal(values: dict[str, Any]) -> str:
+def _checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """The checksum of a file; other threads run on meanwhile.
+    """Return the SHA-256 of a file. Hashing releases the GIL, so other threads keep running.
 
     Raises:
-        OSError: it can't be read, or is a device or a pipe, which have no end.
+        OSError: the file can't be read, or is a device or a pipe, which may never end.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Old names; the coordinator removes them.
+read_sealed = read_checksummed
+write_sealed = write_checksummed

@@ -1,4 +1,4 @@
-"""The checkpoint folder: whole or not there, readable by LitGPT, and every kind of damage told in one message."""
+"""Checkpoint folders: atomic saves, LitGPT's layout, damage detection, recovery of killed saves."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from litgpt.utils import check_valid_checkpoint_dir
 
 from custom_moe import use_custom_moe
 from litmoe import checkpoints
-from litmoe.checksummed_json import read_sealed, write_sealed
+from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 
@@ -26,7 +26,7 @@ def gpt(moe_fields: dict) -> GPT:
 
 @pytest.fixture
 def run(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> Path:
-    """A run's folder with two steps, the second one newer."""
+    """The folder of a run with two checkpoints; the second one is newer."""
     for step in (1, 2):
         save_tiny(tmp_path / "run" / f"step-{step:08d}", gpt, tokenizer_dir, step=step)
     return tmp_path / "run"
@@ -36,14 +36,15 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# ---------------------------------------------------------------------------------------------------------- round trip
+# --- Save and load
 
 
-def test_everything_comes_back(run: Path, gpt: GPT, moe_fields: dict) -> None:
+def test_round_trip(run: Path, gpt: GPT, moe_fields: dict) -> None:
     folder = run / "step-00000002"
-    mark = checkpoints.verify(folder)
-    assert (mark.step, mark.tokens, mark.versions["torch"]) == (2, 256, torch.__version__.split("+")[0])
-    assert set(mark.files) == names(folder) - {"complete.json"}
+    metadata = checkpoints.verify(folder)
+    assert (metadata.step, metadata.tokens) == (2, 256)
+    assert metadata.versions["torch"] == torch.__version__.split("+")[0]
+    assert set(metadata.files) == names(folder) - {"complete.json"}
     assert checkpoints.load_config(folder) == Config(**moe_fields)
     assert checkpoints.load_hyperparameters(folder) == {"seed": 1}
     state = checkpoints.load_training_state(folder)
@@ -56,8 +57,8 @@ def test_everything_comes_back(run: Path, gpt: GPT, moe_fields: dict) -> None:
     torch.testing.assert_close(loaded(ids), gpt(ids))
 
 
-def test_a_selection_bias_stays_fp32_in_a_model_in_bf16(tmp_path: Path, moe_fields: dict) -> None:
-    """Rounded to bf16 it would choose other experts than those it was trained with."""
+def test_selection_bias_stays_fp32_in_bf16_model(tmp_path: Path, moe_fields: dict) -> None:
+    """Rounded to bf16, the bias would select other experts than in training."""
     sigmoid = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2}
     gpt = tiny_gpt(moe_fields | sigmoid)
     bias = gpt.transformer.h[1].mlp.gate.e_score_correction_bias
@@ -76,8 +77,8 @@ def test_litgpt_reads_the_folder(run: Path, gpt: GPT, moe_fields: dict) -> None:
     fresh.load_state_dict(torch.load(folder / "lit_model.pth", weights_only=True), strict=True)
 
 
-def test_weights_of_stacked_experts_are_saved_apart(tmp_path: Path, moe_fields: dict) -> None:
-    """A view would carry the whole stack along, and LitGPT's lazy loading would read the stack once per expert."""
+def test_stacked_experts_are_saved_separately(tmp_path: Path, moe_fields: dict) -> None:
+    """A view would be saved with the complete stack, and lazy loading would read the stack once per expert."""
     with use_custom_moe():
         gpt = GPT(Config(**moe_fields))
     weights = checkpoints.load_weights(save_tiny(tmp_path / "final", gpt, None))
@@ -86,7 +87,7 @@ def test_weights_of_stacked_experts_are_saved_apart(tmp_path: Path, moe_fields: 
     GPT(Config(**moe_fields)).load_state_dict(weights, strict=True)
 
 
-def test_tied_embeddings_stand_under_both_keys_and_are_stored_once(tmp_path: Path, gpt: GPT, moe_fields: dict) -> None:
+def test_tied_embeddings_are_stored_once(tmp_path: Path, gpt: GPT, moe_fields: dict) -> None:
     untied_size = (save_tiny(tmp_path / "untied", gpt, None) / "lit_model.pth").stat().st_size
     gpt.transformer.wte.weight = gpt.lm_head.weight
     folder = save_tiny(tmp_path / "tied", gpt, None)
@@ -97,13 +98,13 @@ def test_tied_embeddings_stand_under_both_keys_and_are_stored_once(tmp_path: Pat
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is True
 
 
-def test_saving_leaves_the_random_state_alone(tmp_path: Path, gpt: GPT) -> None:
+def test_save_keeps_the_random_state(tmp_path: Path, gpt: GPT) -> None:
     before = torch.get_rng_state()
     save_tiny(tmp_path / "final", gpt, None)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_settings_with_paths_and_dataclasses_are_plain_yaml(tmp_path: Path, gpt: GPT) -> None:
+def test_settings_are_saved_as_plain_yaml(tmp_path: Path, gpt: GPT) -> None:
     from litgpt.args import EvalArgs
 
     settings = {"out_dir": tmp_path, "eval": EvalArgs(interval=3), "betas": (0.9, 0.95)}
@@ -113,22 +114,18 @@ def test_settings_with_paths_and_dataclasses_are_plain_yaml(tmp_path: Path, gpt:
     assert loaded["betas"] == [0.9, 0.95]
 
 
-def test_refuses_weights_of_another_model_and_state_that_could_not_be_loaded(tmp_path: Path, gpt: GPT) -> None:
-    weights = gpt.state_dict()
-    del weights["lm_head.weight"]
-    with pytest.raises(ValueError, match=r"lm_head\.weight"):
-        checkpoints.save(tmp_path / "a", weights=weights, config=gpt.config, hyperparameters={}, step=1, tokens=1)
+def test_save_rejects_state_that_cannot_be_loaded(tmp_path: Path, gpt: GPT) -> None:
     with pytest.raises(TypeError, match=r"training_state\['data'\]\[0\] is a pathlib"):
         save_tiny(tmp_path / "a", gpt, None, training_state={"data": [tmp_path]})
     assert names(tmp_path) == set()
 
 
-# ------------------------------------------------------------------------------------------------------ whole or not
+# --- Atomic saves
 
 
-def test_an_older_folder_of_the_same_name_is_replaced(tmp_path: Path, gpt: GPT) -> None:
+def test_save_replaces_an_older_checkpoint(tmp_path: Path, gpt: GPT) -> None:
     final = save_tiny(tmp_path / "final", gpt, None, step=1)
-    (final / "evaluate").mkdir()  # what `litgpt evaluate` converted is stale with the weights
+    (final / "evaluate").mkdir()  # `litgpt evaluate` converts the weights into it
     save_tiny(final, gpt, None, step=2)
     assert checkpoints.verify(final).step == 2
     assert names(tmp_path) == {"final"}
@@ -136,7 +133,7 @@ def test_an_older_folder_of_the_same_name_is_replaced(tmp_path: Path, gpt: GPT) 
 
 
 def exit_code_in_child(function: Callable[[], None]) -> int:
-    """Runs ``function`` in a copy of this process (a new one would import torch for ten seconds)."""
+    """Run ``function`` in a fork of this process: a new process would import torch for ten seconds."""
     child = os.fork()
     if child == 0:
         try:
@@ -150,8 +147,8 @@ def exit_code_in_child(function: Callable[[], None]) -> int:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
 @pytest.mark.parametrize("at", [1, 2])
-def test_killed_while_replacing(tmp_path: Path, gpt: GPT, at: int) -> None:
-    """Between any two moves a whole checkpoint can be found, and the next save puts the folder right."""
+def test_kill_while_replacing(tmp_path: Path, gpt: GPT, at: int) -> None:
+    """A complete checkpoint is found after a kill before any rename. The next save cleans up."""
     final = save_tiny(tmp_path / "final", gpt, None, step=1)
 
     def killed() -> None:
@@ -167,34 +164,34 @@ def test_killed_while_replacing(tmp_path: Path, gpt: GPT, at: int) -> None:
         save_tiny(final, gpt, None, step=2)
 
     assert exit_code_in_child(killed) == 9
-    found = checkpoints.newest_undamaged(tmp_path)[0]
-    assert found is not None and checkpoints.verify(found).step == 2  # whole in both cases, though not yet in place
+    newest = checkpoints.newest_undamaged(tmp_path)[0]
+    assert newest is not None and checkpoints.verify(newest).step == 2, "complete, but under a hidden name"
     assert {checkpoints.verify(folder).step for folder in tmp_path.iterdir()} == {1, 2}
     with pytest.raises(UserError):
         save_tiny(final, gpt, None, step=3, manifest_path=tmp_path / "nowhere")
-    assert checkpoints.verify(final).step == 2, "a save that fails takes nothing away"
+    assert checkpoints.verify(final).step == 2, "a failed save deletes nothing"
     save_tiny(final, gpt, None, step=3)
     assert checkpoints.verify(final).step == 3
     assert names(tmp_path) == {"final"}
 
 
-def test_half_a_checkpoint_is_never_found(tmp_path: Path, gpt: GPT) -> None:
-    """What a run killed while saving leaves is removed when the next one saves; what is whole takes its place."""
+def test_leftovers_of_killed_saves(tmp_path: Path, gpt: GPT) -> None:
+    """The next save deletes incomplete folders and renames complete ones to their final names."""
     for step in (1, 2, 3):
         save_tiny(tmp_path / f"step-{step:08d}", gpt, None, step=step)
-    half = (tmp_path / "step-00000002").rename(tmp_path / ".step-00000002.partial")
-    whole = (tmp_path / "step-00000003").rename(tmp_path / ".step-00000003.partial")
-    (half / "complete.json").unlink()
-    assert checkpoints.newest(tmp_path) == checkpoints.newest_undamaged(tmp_path)[0] == whole
-    assert checkpoints.leftovers(tmp_path) == [half, whole]
+    incomplete = (tmp_path / "step-00000002").rename(tmp_path / ".step-00000002.partial")
+    complete = (tmp_path / "step-00000003").rename(tmp_path / ".step-00000003.partial")
+    (incomplete / "complete.json").unlink()
+    assert checkpoints.newest(tmp_path) == checkpoints.newest_undamaged(tmp_path)[0] == complete
+    assert checkpoints.leftovers(tmp_path) == [incomplete, complete]
     save_tiny(tmp_path / "final", gpt, None, step=4)
     assert names(tmp_path) == {"step-00000001", "step-00000003", "final"}
     assert checkpoints.verify(tmp_path / "step-00000003").step == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
-def test_a_full_disk_leaves_the_older_checkpoints_and_no_debris(run: Path, gpt: GPT) -> None:
-    def full() -> None:
+def test_full_disk_keeps_older_checkpoints(run: Path, gpt: GPT) -> None:
+    def save_on_full_disk() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the weights need 280 kB
@@ -202,21 +199,21 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_no_debris(run: Path, gpt: 
             with pytest.raises(UserError) as error:
                 save_tiny(run / name, gpt, None, step=3)
             assert "disk is full" in str(error.value)
-            assert f"the newest whole checkpoint is {run / 'step-00000002'}" in str(error.value)
+            assert f"the newest complete checkpoint is {run / 'step-00000002'}" in str(error.value)
 
-    assert exit_code_in_child(full) == 0
+    assert exit_code_in_child(save_on_full_disk) == 0
     assert names(run) == {"step-00000001", "step-00000002"}
     assert [checkpoints.verify(folder).step for folder in sorted(run.iterdir())] == [1, 2]
 
 
-def test_an_unwritable_folder(tmp_path: Path, gpt: GPT) -> None:
+def test_unwritable_folder(tmp_path: Path, gpt: GPT) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*--out_dir"):
         save_tiny(tmp_path / "file" / "final", gpt, None)
     assert names(tmp_path) == {"file"}
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# --- Damage
 
 
 def truncate(path: Path) -> None:
@@ -230,7 +227,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "file", "told"),
+    ("damage", "file", "message"),
     [
         (truncate, "lit_model.pth", "truncated"),
         (truncate, "training_state.pth", "truncated"),
@@ -241,14 +238,15 @@ def flip_a_byte(path: Path) -> None:
         (truncate, "complete.json", "can't be read"),
     ],
 )
-def test_damage_is_told_with_the_file_and_the_newest_whole_checkpoint(run: Path, damage, file: str, told: str) -> None:
+def test_damage_message(run: Path, damage: Callable, file: str, message: str) -> None:
+    """It names the damaged file and the newest complete checkpoint."""
     folder = run / "step-00000002"
     damage(folder / file)
     with pytest.raises(UserError) as error:
         checkpoints.verify(folder)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert file in str(error.value)
-    assert f"newest whole checkpoint beside it is {run / 'step-00000001'}" in str(error.value)
+    assert f"The newest complete checkpoint near it is {run / 'step-00000001'}" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -260,40 +258,39 @@ def test_damage_is_told_with_the_file_and_the_newest_whole_checkpoint(run: Path,
         ("hyperparameters.yaml", checkpoints.load_hyperparameters),
     ],
 )
-def test_loading_checks_what_it_reads(run: Path, file: str, load) -> None:
+def test_load_verifies_the_file(run: Path, file: str, load: Callable) -> None:
     folder = run / "step-00000002"
     flip_a_byte(folder / file)
     with pytest.raises(UserError, match="damaged"):
         load(folder)
-    checkpoints.verify(folder, checkpoints.read_mark(folder).files.keys() - {file})
+    checkpoints.verify(folder, checkpoints.read_metadata(folder).files.keys() - {file})
 
 
-def test_no_folder_no_checkpoint(tmp_path: Path) -> None:
+def test_folder_without_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found no checkpoint at"):
         checkpoints.verify(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is no complete checkpoint"):
         checkpoints.verify(tmp_path)
 
 
-def test_mark_of_a_newer_version_is_read(run: Path) -> None:
-    """With fields that are not known here the checkpoint counted as damaged, and training went on from an older one."""
+def test_metadata_of_a_newer_version_is_read(run: Path) -> None:
     newest = run / "step-00000002"
-    values = read_sealed(newest / checkpoints.MARK)
+    values = read_checksummed(newest / checkpoints.COMPLETE_FILE)
     values["run"] = "one"
     for file in values["files"].values():
         file["blake3"] = "0"
-    write_sealed(newest / checkpoints.MARK, values)
+    write_checksummed(newest / checkpoints.COMPLETE_FILE, values)
     assert checkpoints.verify(newest).step == 2
     assert checkpoints.newest_undamaged(run) == (newest, [])
 
 
-def test_the_weights_file_stands_for_its_folder(run: Path) -> None:
+def test_weights_file_as_checkpoint(run: Path) -> None:
     assert checkpoints.verify(run / "step-00000001" / "lit_model.pth").step == 1
     assert checkpoints.resolve(run / "step-00000001" / "lit_model.pth") == run / "step-00000001"
 
 
-def test_a_folder_that_litgpt_wrote(tmp_path: Path, gpt: GPT) -> None:
-    """`--initial_checkpoint_dir` reads it, wrapped or not; as one of ours it is refused."""
+def test_checkpoint_of_litgpt(tmp_path: Path, gpt: GPT) -> None:
+    """`--initial_checkpoint_dir` reads it. It has no metadata, so it can't be verified."""
     from litgpt.utils import save_config
 
     save_config(gpt.config, tmp_path)
@@ -307,10 +304,10 @@ def test_a_folder_that_litgpt_wrote(tmp_path: Path, gpt: GPT) -> None:
         checkpoints.load_weights(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------- find
+# --- Find
 
 
-def test_the_newest_is_the_one_saved_last_not_the_one_of_the_highest_step(run: Path, gpt: GPT) -> None:
+def test_newest_is_the_last_saved(run: Path, gpt: GPT) -> None:
     final = save_tiny(run / "other" / "final", gpt, None, step=1)
     assert checkpoints.newest(run) == final
     assert checkpoints.resolve(None, run) == final
@@ -319,7 +316,7 @@ def test_the_newest_is_the_one_saved_last_not_the_one_of_the_highest_step(run: P
     assert checkpoints.newest(run) == run / "step-00000002"
 
 
-def test_removing_the_training_state_hinders_resuming_alone(run: Path) -> None:
+def test_deleted_training_state_prevents_resuming_only(run: Path) -> None:
     (run / "step-00000002" / "training_state.pth").unlink()
     assert checkpoints.newest(run) == run / "step-00000002"
     assert checkpoints.newest_undamaged(run)[0] == run / "step-00000001"
@@ -327,14 +324,12 @@ def test_removing_the_training_state_hinders_resuming_alone(run: Path) -> None:
         checkpoints.load_training_state(run / "step-00000002")
 
 
-def test_nothing_to_find(tmp_path: Path, run: Path) -> None:
+def test_resolve_suggests_a_checkpoint(tmp_path: Path, run: Path) -> None:
     assert checkpoints.newest(tmp_path / "nowhere") is None
     assert checkpoints.newest_undamaged(tmp_path / "nowhere")[0] is None
     with pytest.raises(UserError, match=r"run_train\.py"):
         checkpoints.resolve(None, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=re.escape(f"in it is {run / 'step-00000002'}")):
-        checkpoints.resolve(run)
-    with pytest.raises(UserError, match=re.escape(f"beside it is {run / 'step-00000002'}")):
-        checkpoints.resolve(run / "step-00000003")
-    with pytest.raises(UserError, match=re.escape(f"is {run / 'step-00000002'}")):
-        checkpoints.resolve(tmp_path / "rum" / "final", root=run)
+    suggestion = re.escape(f"is {run / 'step-00000002'}.")
+    for folder in (run, run / "step-00000003", tmp_path / "rum" / "final"):
+        with pytest.raises(UserError, match=suggestion):
+            checkpoints.resolve(folder, root=run)

@@ -539,7 +539,7 @@ def test_file_of_prompts(tmp_path: Path) -> None:
 def test_script_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     for argv, message in (
-        ([], "found no whole checkpoint under checkpoints"),
+        ([], "found no complete checkpoint under checkpoints"),
         (["nowhere"], "found no checkpoint at nowhere"),
         (["--prompt", "caf\udce9"], r"the argument 'caf\udce9' holds bytes that are not UTF-8"),
         (["--prompt=caf\udce9"], r"the argument '--prompt=caf\udce9' holds bytes that are not UTF-8"),
