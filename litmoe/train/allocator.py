@@ -1,4 +1,4 @@
-"""A setting of CUDA's allocator that has to be made before its first allocation."""
+"""The setting of CUDA's allocator. It must be made before the first allocation."""
 
 import os
 import platform
@@ -6,14 +6,15 @@ import sys
 
 
 def use_expandable_segments(cuda: bool) -> None:
-    """Lets the allocator's segments grow, so that little is lost in gaps between blocks of different sizes.
+    """Let the allocator's segments grow, so that little memory is lost in gaps between blocks of different sizes.
 
-    For each CUDA run on Linux; processes that are started later inherit it. Not on Windows, which has none, nor in
-    WSL2, where the first allocation can fail (pytorch/pytorch issue 192330). ``PYTORCH_ALLOC_CONF`` beats it.
+    It applies to CUDA runs on Linux and to the processes they start. ``PYTORCH_ALLOC_CONF`` overrides it.
 
     Args:
-        cuda: whether there is such a device.
+        cuda: whether the run uses CUDA.
     """
-    chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
-    if cuda and not chosen and sys.platform == "linux" and "microsoft" not in platform.release().lower():
+    is_set = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    # Windows does not support it. In WSL2 the first allocation can fail (pytorch/pytorch issue 192330).
+    is_wsl = "microsoft" in platform.release().lower()
+    if cuda and not is_set and sys.platform == "linux" and not is_wsl:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

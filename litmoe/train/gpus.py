@@ -1,4 +1,4 @@
-"""What is known of NVIDIA's cards before one is there: memory, compute capability, and the peak of its data sheet."""
+"""Specifications of NVIDIA GPUs, so that a run can be planned without one: memory, compute capability, peak speed."""
 
 import re
 from typing import NamedTuple
@@ -8,25 +8,25 @@ import torch
 GIB = 2**30
 
 
-class Card(NamedTuple):
-    """A card, found or named."""
+class GPUSpec(NamedTuple):
+    """A GPU: this machine's, or one from the tables below."""
 
     name: str
     memory: float
-    """GiB that programs see in all"""
+    """GiB in total, as programs see it"""
     taken: float
-    """GiB of it that others have: the display, Windows, and what CUDA needs for itself"""
+    """GiB of it that are not available: other programs, the display, the CUDA context"""
     capability: tuple[int, int]
     peak: float | None
-    """FLOP/s in 16 bits, dense, summed up in fp32; None where it is not known"""
-    named: bool = True
-    """Not of this machine, but by its name"""
-    display: bool = False
-    """Whether people look at a desktop that it shows"""
+    """FLOP/s in 16 bits, dense, accumulated in fp32; None if unknown"""
+    is_local: bool = False
+    """Whether it is in this machine"""
+    has_display: bool = False
+    """Whether ``taken`` includes a desktop"""
 
 
-# cores, boost clock in MHz, GB, compute capability: NVIDIA's product pages. A laptop's clock is the lowest that is
-# listed for its power limits. Each core's share of the tensor cores does two multiply-adds in 16 bits per clock.
+# Cores, boost clock in MHz, memory in GB, compute capability, from NVIDIA's product pages. A laptop GPU's clock is the
+# lowest one listed for its power limits. Per core and clock, the tensor cores do two multiply-adds in 16 bits.
 _GEFORCE = {
     "rtx3060": (3584, 1777, 12, (8, 6)),
     "rtx3060ti": (4864, 1665, 8, (8, 6)),
@@ -64,7 +64,8 @@ _GEFORCE = {
     "rtx5080": (10752, 2617, 16, (12, 0)),
     "rtx5090": (21760, 2407, 32, (12, 0)),
 }
-# GiB that the driver shows, TFLOP/s of the data sheet, capability, and what torch calls it (a regular expression).
+# Memory in GiB as the driver reports it, TFLOP/s of the data sheet, compute capability, torch's name for it (a regular
+# expression).
 _OTHERS = {
     "t4": (14.6, 65, (7, 5), "tesla t4"),
     "l4": (22.0, 121, (8, 9), "nvidia l4"),
@@ -80,47 +81,65 @@ _OTHERS = {
 NAMES = [*_GEFORCE, *_OTHERS]
 
 CUDA_CONTEXT = 0.5
-"""GiB that the first call of CUDA takes, libraries and kernels: from some 0.3 to 0.5"""
+"""GiB that the first CUDA call takes for libraries and kernels: about 0.3 to 0.5"""
 DISPLAY = 0.7
-"""GiB that a desktop takes of the card which shows it, Windows' or another, without a browser full of videos"""
+"""GiB that a desktop takes, on Windows or Linux, without a browser full of videos"""
 
 
-def named_card(name: str) -> Card | None:
-    """A card by one of ``NAMES``, in any spelling (``RTX 3060 Laptop``)."""
-    key = next((key for key in NAMES if _plain(key) == _plain(name)), None)
+def gpu_by_name(name: str) -> GPUSpec | None:
+    """Return the GPU with one of ``NAMES``, in any spelling (``RTX 3060 Laptop``), or None."""
+    key = next((key for key in NAMES if _letters(key) == _letters(name)), None)
     if key in _GEFORCE:
         cores, clock, memory, capability = _GEFORCE[key]
-        return Card(key, memory, CUDA_CONTEXT + DISPLAY, capability, 4.0e6 * cores * clock, display=True)
+        # cores * MHz * 1e6 * 2 multiply-adds * 2 operations
+        peak = 4.0e6 * cores * clock
+        # A GeForce is usually the machine's only GPU, so it also shows the desktop.
+        return GPUSpec(key, memory, CUDA_CONTEXT + DISPLAY, capability, peak, has_display=True)
     if key in _OTHERS:
-        memory_shown, peak, capability, _ = _OTHERS[key]
-        return Card(key, memory_shown, CUDA_CONTEXT, capability, peak * 1.0e12)
+        reported_memory, teraflops, capability, _ = _OTHERS[key]
+        return GPUSpec(key, reported_memory, CUDA_CONTEXT, capability, teraflops * 1.0e12)
     return None
 
 
-def found_card() -> Card | None:
-    """This machine's, with the memory that is free now or this process's; None without one."""
+def detect_gpu() -> GPUSpec | None:
+    """Return this machine's current GPU, or None. Memory of this process does not count as taken."""
     if not torch.cuda.is_available():
         return None
-    free, total = torch.cuda.mem_get_info()  # by then the context is there, and among what is taken
+    # This call creates the CUDA context, so that it is part of what is taken.
+    free, total = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved()
-    name = torch.cuda.get_device_name()
-    capability = torch.cuda.get_device_capability()
-    return Card(name, total / GIB, (total - free) / GIB, capability, peak_flops(name), named=False)
+    return GPUSpec(
+        name=torch.cuda.get_device_name(),
+        memory=total / GIB,
+        taken=(total - free) / GIB,
+        capability=torch.cuda.get_device_capability(),
+        peak=peak_flops(torch.cuda.get_device_name()),
+        is_local=True,
+    )
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s in 16 bits of the card that torch calls so; None for an unknown one, and for laptops, whose power limit
-    decides.
+    """Return the FLOP/s in 16 bits of a GPU by torch's name for it. None for unknown GPUs.
 
-    ``lightning``'s own table has half of what GeForce cards do (their rate without tensor cores), twice what an H200
-    does (its rate for sparse matrices), and no H200 under the name that torch has for it.
+    None also for laptop GPUs: their power limit, which differs by model, decides. ``lightning`` has a table too, but it
+    has half of the speed of GeForce GPUs (without tensor cores), twice that of an H200 (for sparse matrices), and does
+    not recognize torch's name of the H200.
     """
-    for _, peak, _, pattern in _OTHERS.values():
+    for _, teraflops, _, pattern in _OTHERS.values():
         if re.fullmatch(pattern, device_name.lower()):
-            return peak * 1.0e12
-    card = named_card(device_name) if "laptop" not in device_name.lower() else None
-    return card.peak if card else None
+            return teraflops * 1.0e12
+    if "laptop" in device_name.lower():
+        return None
+    gpu = gpu_by_name(device_name)
+    return gpu.peak if gpu else None
 
 
-def _plain(name: str) -> str:
+def _letters(name: str) -> str:
+    # "NVIDIA GeForce RTX 3060 Laptop GPU", "RTX 3060 Laptop" and "rtx3060-laptop" become equal.
     return re.sub(r"nvidia|geforce|tesla|gpu|[^a-z0-9]", "", name.lower())
+
+
+# Old names; the coordinator removes them.
+Card = GPUSpec
+found_card = detect_gpu
+named_card = gpu_by_name

@@ -1,8 +1,7 @@
-"""The lock of a run on its ``out_dir``: two runs in one folder would delete each other's checkpoints.
+"""A lock on ``out_dir``: two runs in one folder would delete each other's checkpoints.
 
-The operating system holds the lock and releases it when the process ends, also after a kill or a reboot. A file beside
-it records who holds it, for the message to a second run and for network disks, where such a lock may not reach other
-machines.
+The operating system releases the lock when the process ends, also after a kill or a reboot. A second file records the
+holder, for the error message of a second run and for network disks, where a lock may not be visible on other machines.
 """
 
 import errno
@@ -28,14 +27,13 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds an ``out_dir``."""
+    """The process that holds the lock."""
 
     pid: int
     host: str
     since: str
     boot: str = ""
-    """Identifies the start of the machine's kernel, which all of its containers share, whatever their host names are;
-    empty where the system has none"""
+    """Identifies the running kernel. All containers of a machine share it, with different host names. Only on Linux."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -43,15 +41,15 @@ class Holder:
 
 @contextmanager
 def locked(out_dir: Path) -> Iterator[None]:
-    """Keeps other runs out of ``out_dir`` while open. Only the main process of a run holds the lock.
+    """Hold the lock on ``out_dir``. Only the main process of a run takes it.
 
     Raises:
-        UserError: another run uses it, or ran on another machine and may still use it; or nothing can be written there.
+        UserError: another run holds it, or a run on another machine may hold it, or the folder is not writable.
     """
     if not main_process():
         yield
         return
-    made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    new_folders = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
     check_writable(out_dir)
     lock, holder_file = FileLock(out_dir / LOCK), out_dir / HOLDER
     try:
@@ -63,38 +61,46 @@ def locked(out_dir: Path) -> Iterator[None]:
             raise
         print(f"warning: {out_dir} is on a disk without file locks ({error.strerror}): start no second run there.")
     try:
-        me = _this_process()
+        this_process = _this_process()
         if holder_file.exists():
-            _check_left_behind(out_dir, me)
-        write_json(holder_file, asdict(me))
+            _take_over(out_dir, this_process)
+        write_json(holder_file, asdict(this_process))
         try:
             yield
         finally:
             with suppress(OSError):
                 holder_file.unlink()
     finally:
-        # Windows deletes no open file. Elsewhere the file goes first: once released, it may be another run's.
+        _release(lock, out_dir)
+        # Of a run that could not start nothing remains. Folders with files are not removed.
         with suppress(OSError):
-            if os.name != "nt":
-                (out_dir / LOCK).unlink()
+            for folder in new_folders:
+                folder.rmdir()
+
+
+def _release(lock: FileLock, out_dir: Path) -> None:
+    # Once released, the file may belong to another run, so it is deleted before. Windows can't delete open files.
+    lock_file = out_dir / LOCK
+    if os.name == "nt":
         lock.release()
         with suppress(OSError):
-            if os.name == "nt":
-                (out_dir / LOCK).unlink()
-            for folder in made:  # of a run that could not start
-                folder.rmdir()
+            lock_file.unlink()
+    else:
+        with suppress(OSError):
+            lock_file.unlink()
+        lock.release()
 
 
 def _this_process() -> Holder:
     boot = ""
-    with suppress(OSError):  # Linux alone has it
+    with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     return Holder(os.getpid(), socket.gethostname(), since, boot)
 
 
 def _read_holder(out_dir: Path) -> Holder | None:
-    """Who the file names; None where there is none, or where it can't be read."""
+    """Return the recorded holder, or None if there is none or the file can't be read."""
     try:
         values = read_json(out_dir / HOLDER)
         return Holder(**{field.name: values[field.name] for field in fields(Holder) if field.name in values})
@@ -102,35 +108,38 @@ def _read_holder(out_dir: Path) -> Holder | None:
         return None
 
 
-def _check_left_behind(out_dir: Path, me: Holder) -> None:
-    """Report the run that held the lock before this process took it over.
+def _take_over(out_dir: Path, this_process: Holder) -> None:
+    """Report the killed run that held the lock before.
 
     Raises:
-        UserError: it was on another machine, whose locks may not be seen here.
+        UserError: that run was on another machine, and locks of other machines may not be visible here.
     """
     holder = _read_holder(out_dir)
-    if holder is None or holder.host == me.host or (holder.boot and holder.boot == me.boot):
-        named = harmless(str(holder or "it left no name"))
-        print(f"Taking over {out_dir} from a run that ended without releasing it ({named}).")
-        return
-    raise UserError(
-        f"{out_dir} is marked as used by a run on another machine: {holder}. This machine ({me.host}) can't check"
-        f" whether that run has ended. If it has, delete {out_dir / HOLDER} and start again. If not, use another"
-        " --out_dir."
-    )
+    if holder is not None:
+        is_same_kernel = holder.boot != "" and holder.boot == this_process.boot
+        if holder.host != this_process.host and not is_same_kernel:
+            raise UserError(
+                f"{out_dir} is marked as used by a run on another machine: {holder}. This machine"
+                f" ({this_process.host}) can't check whether that run has ended. If it has, delete {out_dir / HOLDER}"
+                " and start again. If not, use another --out_dir."
+            )
+    description = harmless(str(holder)) if holder else "its process is unknown"
+    print(f"Taking over {out_dir} from a run that ended without releasing it ({description}).")
 
 
 def _in_use(out_dir: Path) -> str:
-    """The message to a second run."""
+    """Return the error message of a second run."""
     holder = _read_holder(out_dir)
-    until = time.monotonic() + 1
-    while holder is None and time.monotonic() < until:  # the other run has just got the lock
+    deadline = time.monotonic() + 1
+    # The other run may just have taken the lock, and writes the holder next.
+    while holder is None and time.monotonic() < deadline:
         time.sleep(0.05)
         holder = _read_holder(out_dir)
     message = (
-        f"{out_dir} is used by another run ({holder or 'it has not named itself yet'}). Two runs in one folder would"
+        f"{out_dir} is used by another run ({holder or 'its process is unknown'}). Two runs in one folder would"
         " delete each other's checkpoints. Wait until that run has ended, stop it, or use another --out_dir."
     )
-    if holder is not None and holder.host != socket.gethostname():  # a network disk may keep a dead machine's lock
-        message += f" If {holder.host} is gone, delete {out_dir / LOCK} and {out_dir / HOLDER}."
+    # A network disk may keep the lock of a machine that crashed.
+    if holder is not None and holder.host != socket.gethostname():
+        message += f" If {holder.host} has crashed, delete {out_dir / LOCK} and {out_dir / HOLDER}."
     return message

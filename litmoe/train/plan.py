@@ -1,9 +1,11 @@
-"""``run_train.py --plan``: what a run needs and how long it would take, and what to change where it won't fit."""
+"""``run_train.py --plan``: memory and duration of a run before it starts, and what to change if it does not fit."""
 
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,373 +17,433 @@ from litmoe.cli import UserError, command, nearest, underscored
 from litmoe.config import FinetuneSettings, ParsedRun, RunSettings, parse_run
 from litmoe.flops import count_parameters, training_flops_per_token
 from litmoe.hardware import choose_precision, processes
-from litmoe.train.gpus import GIB, NAMES, Card, found_card, named_card
+from litmoe.train.gpus import GIB, NAMES, GPUSpec, detect_gpu, gpu_by_name
 from litmoe.train.memory import TrainingMemory, training_memory
 from litmoe.train.optimizers import optimizer_traits
-from litmoe.train.schedule import plan_run
+from litmoe.train.schedule import Plan, plan_run
 from litmoe.validation import check
 
 SHARE_OF_PEAK = {"dense": 0.30, "mixture": 0.22}
-"""How much of the peak training is assumed to reach: with GPT-2 124M, nanoGPT on A100s and plain PyTorch on an H100
-report 30% of the data sheet's; nanochat's mixture reached three quarters of what its dense model did."""
-GAPS = 1.05
-"""What the allocator takes for each byte that is used"""
-COMPUTED = {"none": 1.0, "moe": 1.2, "block": 4 / 3}
-"""How much is computed under activation checkpointing"""
+"""The assumed share of the peak FLOP/s. nanoGPT on A100s and plain PyTorch on an H200 report 30% of the data sheet's
+peak for GPT-2 124M; nanochat's mixture reached three quarters of what its dense model did."""
+ALLOCATOR_OVERHEAD = 1.05
+"""Bytes that the allocator takes for each byte in use"""
+RECOMPUTATION = {"none": 1.0, "moe": 1.2, "block": 4 / 3}
+"""Factor on forward and backward with activation checkpointing"""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run on a GPU or on the CPU."""
+
+    run: ParsedRun
+    gpu: GPUSpec | None
+    """None for the CPU"""
+    precision: str
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence."""
+        return self.run.settings.train.max_seq_length or self.run.settings.model.block_size
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step, over all devices."""
+        return self.run.settings.train.global_batch_size * self.context
+
+    @property
+    def devices(self) -> int:
+        """Devices over all machines."""
+        devices, num_nodes = processes(self.run.settings)
+        if self.gpu is not None and not self.gpu.is_local and self.run.settings.devices == "auto":
+            devices = 1  # the GPUs of this machine say nothing about another one
+        return devices * num_nodes
+
+    @property
+    def optimizer_name(self) -> str:
+        """The class of the optimizer, without its module."""
+        return str(self.run.optimizer["class_path"]).rpartition(".")[2]
+
+    @property
+    def counts_update(self) -> bool:
+        """Whether the optimizer's update takes a noticeable part of a step."""
+        return optimizer_traits(self.run.optimizer).update_flops is not None
+
+    def model_flops(self) -> float:
+        """Operations of forward and backward of a step, over all devices."""
+        settings = self.run.settings
+        per_token = training_flops_per_token(settings.model, self.context)
+        return self.step_tokens * per_token * RECOMPUTATION[settings.activation_checkpointing]
+
+    def update_flops(self) -> float:
+        """Operations of the optimizer's update of a step, over all devices; 0 if they are negligible."""
+        traits = optimizer_traits(self.run.optimizer)
+        if traits.update_flops is None:
+            return 0
+        with torch.device("meta"), use_custom_moe():
+            groups = traits.parameter_groups(GPT(self.run.settings.model))
+        return traits.update_flops(groups) * self.devices  # each device does the complete update
+
+    def length(self) -> Plan | None:
+        """The steps of the run; None if they depend on the size of the data."""
+        train = self.run.settings.train
+        if not (train.max_tokens or train.max_steps):
+            return None
+        # The number of sequences only matters for epochs.
+        return plan_run(
+            replace(train, epochs=None),
+            devices=self.devices,
+            seq_length=self.context,
+            epoch_sequences=train.global_batch_size,
+        )
+
+    def memory(self, hardware: Hardware | None = None) -> TrainingMemory:
+        """The memory of a step on one device.
+
+        Args:
+            hardware: of the GPU, if more is known than its compute capability.
+
+        Raises:
+            UserError: the optimizer can't run on tensors without contents.
+        """
+        if hardware is None and self.gpu is not None:
+            hardware = Hardware(self.gpu.capability, triton=True)
+        try:
+            return training_memory(self.run, self.precision, hardware)
+        except Exception as error:  # optimizers of other packages can do anything
+            raise UserError(
+                f"the memory that {self.run.optimizer['class_path']} needs can't be computed in advance"
+                f" ({type(error).__name__}: {error}). Without --plan, the run reports its memory at the end."
+            ) from None
 
 
 def show_plan(argv: Sequence[str]) -> None:
-    """Prints the plan of a run; reads and writes nothing but settings.
+    """Print the plan of a run. Only reads settings, and writes nothing.
 
     Args:
-        argv: as ``parse_run``, with ``--plan`` or ``--plan CARD`` among it.
+        argv: as for ``parse_run``, with ``--plan`` or ``--plan GPU``.
 
     Raises:
-        UserError: for a card that is not known, and as ``parse_run`` and ``check``.
+        UserError: the GPU is unknown, or as ``parse_run`` and ``check``.
     """
-    flags, name = _without_plan(underscored(argv))
-    if name is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its `devices` are not held against this machine's
-    run = _parsed(flags)
-    card = found_card() if name is None else _known(name)
-    precision, note = _precision(run.settings, card)
-    memory = _memory(run, card)
-    print(f"{describe_size(run.settings)}\n{_length(run, card)}")
-    if optimizer_traits(run.optimizer).update_flops:
-        print(_optimizer_share(run, card))
-    print(f"On {_describe(card)} in {precision}{f' ({note})' if note else ''}, as it is without torch.compile:\n")
-    print("\n".join(_table(run, memory, card)))
-    if card is None or _fits(memory, card):
-        print(f"\n{'It fits. ' if card else ''}{_duration(run, card, precision)}")
-        return
-    print("\nIt does not fit. What to change, the cheapest first, each line with those above it:\n")
-    for line in _ways_to_fit(flags, run, card):
-        print(line, flush=True)
+    flags, name = _split_off_plan(underscored(argv))
+    if name is None:
+        gpu = detect_gpu()
+    else:
+        gpu = _find_gpu(name)
+        # `devices` of another machine must not be compared with the GPUs of this one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    planned, note = _plan(flags, gpu)
+    memory = planned.memory()
+    print(describe_size(planned.run.settings))
+    print(_describe_length(planned))
+    if planned.counts_update:
+        print(_describe_update(planned))
+    place = f"the CPU ({torch.get_num_threads()} threads)" if gpu is None else f"{gpu.name} ({gpu.memory:.0f} GiB)"
+    print(f"On {place} in {planned.precision}{note}, without torch.compile:\n")
+    print("\n".join(_memory_table(planned, memory)))
+    if gpu is None:
+        print(f"\n{_describe_time(planned)}")
+    elif _fits(memory, gpu):
+        print(f"\nIt fits. {_describe_time(planned)}")
+    else:
+        print("\nIt does not fit. What to change, the cheapest first; each line includes those above it:\n")
+        for line in _ways_to_fit(flags, gpu):
+            print(line, flush=True)  # each line takes seconds
 
 
 def describe_size(settings: RunSettings) -> str:
-    """Parameters; and operations for each token, causal attention by half and in full."""
+    """Return a line with the number of parameters and the operations per token."""
     config = settings.model
     sizes = count_parameters(config, tie_embeddings=bool(settings.train.tie_embeddings))
     size = f"{config.name}: {sizes.total / 1e6:,.1f} M parameters, {sizes.active / 1e6:,.1f} M active for each token."
+    # In finetuning, rows have different lengths and frozen weights have no gradient, so no formula is right.
     if isinstance(settings, FinetuneSettings):
-        return size  # rows of different lengths, and weights that are not trained
-    causal, full = (_flop(training_flops_per_token(config, _context(settings), causal)) for causal in (True, False))
-    return f"{size} A token takes {causal} of training ({full} with attention in full)."
+        return size
+    context = settings.train.max_seq_length or config.block_size
+    causal = _format_flops(training_flops_per_token(config, context, True))
+    full = _format_flops(training_flops_per_token(config, context, False))
+    return f"{size} A token takes {causal} of training ({full} if attention is counted in full)."
 
 
-def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, card: Card | None = None) -> Iterator[str]:
-    """What a step needs; and for a card, where that is more than it has left, and how long the run may take.
+def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, gpu: GPUSpec | None = None) -> Iterator[str]:
+    """Yield lines about the memory of a run; with ``gpu``, also whether it fits and how long the run takes.
 
     Args:
-        card: this machine's; of what is taken, this process's part does not count.
+        run: the parsed settings.
+        precision: of the run, in Fabric's names.
+        hardware: for the choice of the experts' backend.
+        gpu: this machine's.
     """
+    planned = PlannedRun(run, gpu, precision)
     try:
-        memory = training_memory(run, precision, hardware)
-    except Exception as error:  # an optimizer of somebody's own need not run on tensors without contents
-        yield f"How much memory it needs can't be worked out beforehand ({type(error).__name__}: {error})."
+        memory = planned.memory(hardware)
+    except UserError as error:
+        yield f"note: {error}"
         return
-    parts = ", ".join(f"{name} {_bytes(part)}" for name, part in memory._asdict().items())
-    yield f"Memory by plan, without torch.compile: {_bytes(memory.peak)} ({parts})."
-    if card is None:
+    parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in memory._asdict().items())
+    yield f"Planned memory, without torch.compile: {_format_bytes(memory.peak)} ({parts})."
+    if gpu is None:
         return
-    if not _fits(memory, card):
-        room = _bytes((card.memory - card.taken) / GAPS * GIB)
-        yield f"That is more than the {room} which are left on this card: --plan says what to change."
-    if isinstance(run.settings, FinetuneSettings):  # whose rows are of different lengths
-        return
-    if optimizer_traits(run.optimizer).update_flops:
-        yield _optimizer_share(run, card)
-    yield _duration(run, card, precision)
+    if not _fits(memory, gpu):
+        available = _format_bytes(_available(gpu))
+        yield f"That is more than the {available} available on this GPU. --plan says what to change."
+    if not isinstance(run.settings, FinetuneSettings):
+        if planned.counts_update:
+            yield _describe_update(planned)
+        yield _describe_time(planned)
 
 
-def _without_plan(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The arguments that remain, and the card's name."""
+def _split_off_plan(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Return the other arguments, and the name of the GPU if one is given."""
     index = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--plan")
+    before, after = arguments[:index], arguments[index + 1 :]
     name = arguments[index].partition("=")[2]
-    after = index + 1
-    if not name and after < len(arguments) and not arguments[after].startswith("-"):
-        name, after = arguments[after], after + 1
-    return arguments[:index] + arguments[after:], name or None
+    if not name and after and not after[0].startswith("-"):
+        name, after = after[0], after[1:]
+    return before + after, name or None
 
 
-def _parsed(flags: Sequence[str]) -> ParsedRun:
+def _find_gpu(name: str) -> GPUSpec:
+    gpu = gpu_by_name(name)
+    if gpu is not None:
+        return gpu
+    similar = nearest(name.lower(), NAMES)
+    hint = f" The nearest name is {similar}." if similar else ""
+    raise UserError(
+        f"no GPU {name!r} is known.{hint} Known are {', '.join(NAMES)}. `--plan` alone plans for this machine."
+    )
+
+
+def _plan(flags: Sequence[str], gpu: GPUSpec | None) -> tuple[PlannedRun, str]:
+    """Parse and check the settings. Return the run, and a note if its precision is not the requested one."""
     run = parse_run(flags)
     check(run.settings, run.optimizer)
-    return run
+    requested = run.settings.precision
+    if gpu is None or gpu.is_local:
+        precision, other_precision = choose_precision(requested)
+        note = f" ({requested} needs other hardware)" if other_precision else ""
+    elif gpu.capability < (8, 0) and (requested is None or requested.startswith("bf16")):
+        precision, note = "16-mixed", " (it has no bf16)"
+    else:
+        precision, note = requested or "bf16-mixed", ""
+    return PlannedRun(run, gpu, precision), note
 
 
-def _known(name: str) -> Card:
-    if card := named_card(name):
-        return card
-    guess = nearest(name.lower(), NAMES)
-    raise UserError(
-        f"no card {name!r} is known{f'; the nearest is {guess}' if guess else ''}. Known are {', '.join(NAMES)}."
-        " `--plan` alone takes the card of this machine."
-    )
+def _available(gpu: GPUSpec) -> float:
+    """Bytes that tensors can take."""
+    return (gpu.memory - gpu.taken) / ALLOCATOR_OVERHEAD * GIB
 
 
-def _precision(settings: RunSettings, card: Card | None) -> tuple[str, str | None]:
-    """What it would compute in, and why not in what was asked for."""
-    asked = settings.precision
-    if card is None or not card.named:
-        precision, note = choose_precision(asked)
-        return precision, note and f"{asked} needs other hardware"
-    if card.capability < (8, 0) and (asked is None or asked.startswith("bf16")):
-        return "16-mixed", "it has no bf16"
-    return asked or "bf16-mixed", None
+def _fits(memory: TrainingMemory, gpu: GPUSpec) -> bool:
+    return memory.peak <= _available(gpu)
 
 
-def _memory(run: ParsedRun, card: Card | None) -> TrainingMemory:
-    hardware = None if card is None else Hardware(card.capability, triton=True)
-    try:
-        return training_memory(run, _precision(run.settings, card)[0], hardware)
-    except Exception as error:  # an optimizer of somebody's own need not run on tensors without contents
-        raise UserError(
-            f"how much memory {run.optimizer['class_path']} needs can't be worked out beforehand"
-            f" ({type(error).__name__}: {error}). Without --plan the run says at its end what it took."
-        ) from None
+# --- What is printed
 
 
-def _fits(memory: TrainingMemory, card: Card) -> bool:
-    return memory.peak * GAPS <= (card.memory - card.taken) * GIB
-
-
-def _context(settings: RunSettings) -> int:
-    return settings.train.max_seq_length or settings.model.block_size
-
-
-def _devices(settings: RunSettings, card: Card | None) -> int:
-    devices, nodes = processes(settings)
-    return nodes * (1 if card is not None and card.named and settings.devices == "auto" else devices)
-
-
-def _tokens(run: ParsedRun, card: Card | None) -> tuple[int, int, str] | None:
-    """Steps, tokens and what ends the run; None where the data alone can tell."""
-    train = run.settings.train
-    if not (train.max_tokens or train.max_steps):
-        return None
-    plan = plan_run(
-        replace(train, epochs=None),
-        devices=_devices(run.settings, card),
-        seq_length=_context(run.settings),
-        epoch_sequences=train.global_batch_size,  # matters to epochs alone
-    )
-    return plan.steps, plan.tokens, plan.ended_by
-
-
-def _length(run: ParsedRun, card: Card | None) -> str:
-    train, found = run.settings.train, _tokens(run, card)
-    per_step = train.global_batch_size * _context(run.settings)
-    if found is None:
-        return f"{train.epochs} epochs in steps of {per_step:,} tokens; how many steps, the data decide."
-    steps, tokens, ended_by = found
-    flops = tokens * training_flops_per_token(run.settings.model, _context(run.settings))
+def _describe_length(planned: PlannedRun) -> str:
+    train, length = planned.run.settings.train, planned.length()
+    if length is None:
+        return f"{train.epochs} epochs of steps of {planned.step_tokens:,} tokens. The data decide how many steps."
+    flops = length.tokens * training_flops_per_token(planned.run.settings.model, planned.context)
+    or_epochs = f" or {train.epochs} epochs" if train.epochs else ""
     return (
-        f"{steps:,} steps of {per_step:,} tokens, {tokens:,} tokens in all, {_flop(flops)};"
-        f" it ends by {ended_by}{f' or {train.epochs} epochs' if train.epochs else ''}."
+        f"{length.steps:,} steps of {planned.step_tokens:,} tokens, {length.tokens:,} tokens in all,"
+        f" {_format_flops(flops)}; limited by {length.ended_by}{or_epochs}."
     )
 
 
-def _flops_of_a_step(run: ParsedRun, card: Card | None) -> tuple[float, int]:
-    """Return the operations of a step over all devices: forward and backward, and the optimizer's update.
-
-    Each device does the complete update. It is 0 for optimizers whose update is negligible.
-    """
-    settings = run.settings
-    tokens = settings.train.global_batch_size * _context(settings)
-    per_token = training_flops_per_token(settings.model, _context(settings))
-    flops = tokens * per_token * COMPUTED[settings.activation_checkpointing]
-    traits = optimizer_traits(run.optimizer)
-    if traits.update_flops is None:
-        return flops, 0
-    with torch.device("meta"), use_custom_moe():
-        groups = traits.parameter_groups(GPT(settings.model))
-    return flops, traits.update_flops(groups) * _devices(settings, card)
-
-
-def _optimizer_share(run: ParsedRun, card: Card | None) -> str:
-    forward_and_backward, update = _flops_of_a_step(run, card)
-    devices = _devices(run.settings, card)
-    on = f" on {devices} devices" if devices > 1 else ""
-    name = run.optimizer["class_path"].rpartition(".")[2]
+def _describe_update(planned: PlannedRun) -> str:
+    update = planned.update_flops()
+    share = update / (planned.model_flops() + update)
+    where = f" on {planned.devices} devices" if planned.devices > 1 else ""
     return (
-        f"{name}'s update adds {_flop(update)} to each step{on}, {update / (forward_and_backward + update):.0%} of the"
-        " step's operations; a larger global batch reduces that share."
+        f"{planned.optimizer_name}'s update adds {_format_flops(update)} to each step{where}, {share:.0%} of the step's"
+        " operations. A larger global batch reduces that share."
     )
 
 
-def _describe(card: Card | None) -> str:
-    if card is None:
-        return f"the CPU ({torch.get_num_threads()} threads)"
-    return f"{card.name} ({card.memory:.0f} GiB)"
-
-
-def _table(run: ParsedRun, memory: TrainingMemory, card: Card | None) -> Iterator[str]:
-    train = run.settings.train
+def _memory_table(planned: PlannedRun, memory: TrainingMemory) -> Iterator[str]:
+    settings = planned.run.settings
     notes = {
-        "gradients": "" if memory.gradients else "not there yet when the most is",
-        "optimizer": f"the state of {run.optimizer['class_path']}",
-        "activations": f"kept for the backward, {train.micro_batch_size} x {_context(run.settings):,} tokens at once",
-        "logits": f"scores of {run.settings.model.padded_vocab_size:,} tokens at each place",
+        "gradients": "" if memory.gradients else "do not exist yet at the peak",
+        "optimizer": f"the state of {planned.run.optimizer['class_path']}",
+        "activations": f"kept for the backward of {settings.train.micro_batch_size} x {planned.context:,} tokens",
+        "logits": f"scores of {settings.model.padded_vocab_size:,} tokens at each position",
         "workspace": "weights cast to 16 bits, temporary results",
+        "peak": "the sum, at the point of a step where it is largest",
     }
-    for name, part in memory._asdict().items():
-        yield f"  {name:<12}{_bytes(part):>12}   {notes.get(name, '')}".rstrip()
-    yield f"  {'peak':<12}{_bytes(memory.peak):>12}   all together, at the moment of a step when the most is there"
-    if card is not None:
-        others = "CUDA and the display" if card.display else "CUDA"
-        taken = f"{card.taken:.1f} for {others}" if card.named else f"{card.taken:.1f} are taken now"
-        yield (
-            f"  {'room':<12}{_bytes((card.memory - card.taken) / GAPS * GIB):>12}   of {card.memory:.1f}: {taken},"
-            f" {GAPS - 1:.0%} for the allocator's gaps"
-        )
+    for name, size in {**memory._asdict(), "peak": memory.peak}.items():
+        yield f"  {name:<12}{_format_bytes(size):>12}   {notes.get(name, '')}".rstrip()
+    gpu = planned.gpu
+    if gpu is None:
+        return
+    if gpu.is_local:
+        taken = f"{gpu.taken:.1f} are taken now"
+    elif gpu.has_display:
+        taken = f"{gpu.taken:.1f} for CUDA and the display"
+    else:
+        taken = f"{gpu.taken:.1f} for CUDA"
+    yield (
+        f"  {'available':<12}{_format_bytes(_available(gpu)):>12}   of {gpu.memory:.1f}: {taken},"
+        f" {ALLOCATOR_OVERHEAD - 1:.0%} for gaps in the allocator"
+    )
 
 
-def _duration(run: ParsedRun, card: Card | None, precision: str) -> str:
-    peak = _cpu_peak() if card is None else card.peak
-    if peak is None:
-        return "This card's speed is not on record, so there is no estimate of the time."
-    if precision != "32-true" if card is None else precision == "32-true":
-        return f"There is no estimate of the time for {precision} here."
-    counts_update = optimizer_traits(run.optimizer).update_flops is not None
-    if counts_update and card is not None and card.capability < (8, 0):
+def _describe_time(planned: PlannedRun) -> str:
+    """Return an estimate of speed and duration, or why there is none."""
+    gpu = planned.gpu
+    # The data sheets list the speed in 16 bits, and the CPU is measured in fp32.
+    if (planned.precision == "32-true") != (gpu is None):
+        return f"There is no estimate of the time for {planned.precision} here."
+    if gpu is None:
+        # The processes of a CPU run share its cores.
+        peak, source, speedup = _measure_cpu_peak(), "measured on this CPU just now", 1
+    elif gpu.peak is None:
+        return "The speed of this GPU is unknown, so there is no estimate of the time."
+    elif planned.counts_update and gpu.capability < (8, 0):
         return "There is no estimate of the time for this optimizer on a GPU without bf16: its update uses fp32 there."
-    settings = run.settings
+    else:
+        peak, source, speedup = gpu.peak, "from NVIDIA's product pages", planned.devices
+    settings = planned.run.settings
     share = SHARE_OF_PEAK["mixture" if settings.model.mlp_class_name == "LLaMAMoE" else "dense"]
-    devices = _devices(settings, card)
-    seconds = sum(_flops_of_a_step(run, card)) / (peak * share * (devices if card else 1))
-    rate = settings.train.global_batch_size * _context(settings) / seconds
-    found = _tokens(run, card)
-    time_needed = f", {_readable(found[1] / rate)}" if found else ""
-    source = "measured on this CPU just now" if card is None else "by NVIDIA's product pages"
-    if card and "laptop" in card.name:
-        source += ", at the lowest clock of its power limits"
-    on = f" on {devices} cards" if card and devices > 1 else ""
+    seconds = (planned.model_flops() + planned.update_flops()) / (peak * share * speedup)
+    rate = planned.step_tokens / seconds
+
+    where = f" on {speedup} GPUs" if speedup > 1 else ""
+    length = planned.length()
+    duration = f", {_format_seconds(length.tokens / rate)}" if length else ""
     counted = ["forward", "backward"]
     if settings.activation_checkpointing != "none":
         counted.append("recomputed activations")
-    if counts_update:
+    if planned.counts_update:
         counted.append("the optimizer's update")
     return (
-        f"Estimated: {rate:,.0f} tokens/s{on}{time_needed}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
-        f" ({source}), the share that others\nreport of models of this size; not measured here, and small batches"
-        f" reach less. Counted: {', '.join(counted)};\nnot counted: validation, HellaSwag, samples, saving,"
-        " compiling."
+        f"Estimated: {rate:,.0f} tokens/s{where}{duration}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
+        f" ({source}), a share that others\nreport for models of this size. It is not measured, and small batches"
+        f" reach less. Counted: {', '.join(counted)};\nnot counted: validation, HellaSwag, samples, saving, compiling."
     )
 
 
-def _cpu_peak() -> float:
-    """FLOP/s of one fp32 product, by the clock."""
+def _measure_cpu_peak() -> float:
+    """Return the FLOP/s of matrix products in fp32."""
     x = torch.rand(1024, 1024)
-    x @ x
-    start, times = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - start) < 0.2:
+    x @ x  # the first product starts the threads
+    start, n_products = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
         x @ x
-        times += 1
-    return times * 2 * 1024**3 / seconds
+        n_products += 1
+    return n_products * 2 * 1024**3 / (time.perf_counter() - start)
 
 
-def _readable(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:,.0f} seconds"
-    hours = seconds / 3600
-    if hours < 2:
+    if seconds < 7200:
         return f"{seconds / 60:,.0f} minutes"
-    return f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.1f} days"
+    if seconds < 72 * 3600:
+        return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 86400:,.1f} days"
 
 
-def _ways_to_fit(flags: list[str], run: ParsedRun, card: Card) -> Iterator[str]:
-    """Tries one change after the other until the run fits, then leaves away what it fits without."""
-    taken: list[tuple[str, ...]] = []
-    strengths: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for choices, cost in _changes(run.settings, run.optimizer, card):
-        for change in choices:
-            memory = _memory(_parsed([*flags, *_joined([*taken, change])]), card)
-            if _fits(memory, card):
-                break
-        taken.append(change)
-        strengths[change] = choices
-        yield f"  {_bytes(memory.peak):>12}   {' '.join(change)}\n{'':17}{cost}"
-        if _fits(memory, card):
+def _format_flops(flops: float) -> str:
+    for name, unit in {"P": 1e15, "T": 1e12, "G": 1e9}.items():
+        if flops >= unit:
+            return f"{flops / unit:,.2f} {name}FLOP"
+    return f"{flops / 1e6:,.2f} MFLOP"
+
+
+def _format_bytes(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+# --- What to change
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of the settings that saves memory."""
+
+    flags: tuple[str, ...]
+    cost: str
+
+
+def _ways_to_fit(flags: list[str], gpu: GPUSpec) -> Iterator[str]:
+    """Yield lines: changes until the run fits, and the command with those of them that are needed."""
+
+    @cache  # a later change of a setting replaces an earlier one, so different lists have the same flags
+    def memory_with(changed_flags: tuple[str, ...]) -> TrainingMemory:
+        return _plan([*flags, *changed_flags], gpu)[0].memory()
+
+    changes: list[_Change] = []
+    for change in _possible_changes(_plan(flags, gpu)[0]):
+        changes.append(change)
+        memory = memory_with(_flags_of(changes))
+        yield f"  {_format_bytes(memory.peak):>12}   {' '.join(change.flags)}\n{'':17}{change.cost}"
+        if _fits(memory, gpu):
             break
     else:
-        yield "\nNothing of this is enough; take a smaller model (configs/models) or another card."
+        yield "\nThese changes are not enough. Take a smaller model (configs/models) or another GPU."
         return
-    for change in reversed(taken[:-1]):  # perhaps without it, or with less of it
-        weaker = [[], *([other] for other in strengths[change] if other != change)]
-        for instead in weaker:
-            others = [new for old in taken for new in (instead if old is change else [old])]
-            fewer = _memory(_parsed([*flags, *_joined(others)]), card)
-            if _fits(fewer, card):
-                taken, memory = others, fewer
-                break
-    final = [*flags, *_joined(taken)]
-    yield f"\nThe least of it that fits, with {_bytes(memory.peak)}:\n"
-    yield f"  {command('run_train.py', *final)}\n"
-    changed = _parsed(final)
-    yield _duration(changed, card, _precision(changed.settings, card)[0])
+    # The last change may make earlier ones unnecessary. Drop the most expensive ones first.
+    for change in reversed(changes[:-1]):
+        fewer = [kept for kept in changes if kept is not change]
+        if _fits(memory_with(_flags_of(fewer)), gpu):
+            changes = fewer
+    final_flags = [*flags, *_flags_of(changes)]
+    yield f"\nThe changes needed to fit, with {_format_bytes(memory_with(_flags_of(changes)).peak)}:\n"
+    yield f"  {command('run_train.py', *final_flags)}\n"
+    yield _describe_time(_plan(final_flags, gpu)[0])
 
 
-def _changes(
-    settings: RunSettings, optimizer: dict[str, Any], card: Card
-) -> Iterator[tuple[list[tuple[str, ...]], str]]:
-    """What could be changed, each in its own strengths, and what it costs."""
-    train, config = settings.train, settings.model
-    if sizes := [size for size in range(train.micro_batch_size - 1, 0, -1) if train.micro_batch_size % size == 0]:
-        yield (
-            [("--micro_batch_size", str(size)) for size in sizes],
-            "no change of the result (more micro batches are summed up); a little slower",
-        )
-    if settings.activation_checkpointing == "none" and config.mlp_class_name == "LLaMAMoE":
-        yield [("--activation_checkpointing", "moe")], "the same result; the experts are computed once more, about +20%"
-    if settings.activation_checkpointing != "block":
-        yield [("--activation_checkpointing", "block")], "the same result; each block is computed once more, about +33%"
-    if not optimizer_traits(optimizer).compiles_step and card.capability >= (8, 0):
-        yield (
-            [_eight_bit(optimizer)],
-            "weights in 16 bits, rounded by chance, and moments in 8: the loss is close, not the same",
-        )
-    if sizes := _halves(_context(settings), 256):
-        yield [("--max_seq_length", str(size)) for size in sizes], "a shorter context: another training"
-    if layers := _halves(config.n_layer, 1):
-        yield [("--model.n_layer", str(size)) for size in layers], "a smaller model"
+def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
+    """Yield changes from the cheapest to the most expensive; a later one of a setting replaces an earlier one."""
+    settings, optimizer, gpu = planned.run.settings, planned.run.optimizer, planned.gpu
+    micro_batch = settings.train.micro_batch_size
+    for size in range(micro_batch - 1, 0, -1):
+        if micro_batch % size == 0:
+            cost = "the same result (more micro batches are accumulated), a little slower"
+            yield _Change(("--micro_batch_size", str(size)), cost)
+    checkpointing = settings.activation_checkpointing
+    if checkpointing == "none" and settings.model.mlp_class_name == "LLaMAMoE":
+        cost = "the same result; the experts are computed once more, about +20%"
+        yield _Change(("--activation_checkpointing", "moe"), cost)
+    if checkpointing != "block":
+        cost = "the same result; each block is computed once more, about +33%"
+        yield _Change(("--activation_checkpointing", "block"), cost)
+    # The 8-bit optimizer compiles its step, which needs bf16.
+    if not optimizer_traits(optimizer).compiles_step and gpu is not None and gpu.capability >= (8, 0):
+        cost = "16-bit weights with stochastic rounding, 8-bit moments: a similar loss, not the same"
+        yield _Change(_eight_bit_flags(optimizer), cost)
+    for size in _halves(planned.context, minimum=256):
+        yield _Change(("--max_seq_length", str(size)), "a shorter context: another training")
+    for size in _halves(settings.model.n_layer, minimum=1):
+        yield _Change(("--model.n_layer", str(size)), "a smaller model")
 
 
-def _eight_bit(optimizer: dict[str, Any]) -> tuple[str, ...]:
-    """The flags of 8-bit Adam in place of another optimizer, whose rate it keeps; of Muon the rate of its Adam."""
-    flags = (
-        *("--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit"),
-        *("--optimizer.init_args.bf16_stochastic_round", "true"),
-    )
-    if "adamw_lr" not in (arguments := optimizer.get("init_args") or {}):
-        return flags
-    return (
-        *flags,
-        *("--optimizer.init_args.lr", str(arguments["adamw_lr"])),
-        *("--optimizer.init_args.weight_decay", str(arguments["weight_decay"])),
-        *("--optimizer.init_args.betas", str(arguments["betas"]).replace(" ", "")),
-    )
+def _eight_bit_flags(optimizer: dict[str, Any]) -> tuple[str, ...]:
+    """Return the flags of 8-bit Adam in place of another optimizer, with the same learning rate."""
+    flags = ["--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit"]
+    flags += ["--optimizer.init_args.bf16_stochastic_round", "true"]
+    arguments = optimizer.get("init_args") or {}
+    # An optimizer that uses Adam for some parameters has another rate for its own; Adam's is the one to keep.
+    if "adamw_lr" in arguments:
+        flags += ["--optimizer.init_args.lr", str(arguments["adamw_lr"])]
+        flags += ["--optimizer.init_args.weight_decay", str(arguments["weight_decay"])]
+        flags += ["--optimizer.init_args.betas", str(arguments["betas"]).replace(" ", "")]
+    return tuple(flags)
 
 
-def _halves(number: int, least: int) -> list[int]:
+def _halves(number: int, minimum: int) -> list[int]:
     halves = []
-    while number % 2 == 0 and number // 2 >= least:
+    while number % 2 == 0 and number // 2 >= minimum:
         number //= 2
         halves.append(number)
     return halves
 
 
-def _joined(changes: Sequence[tuple[str, ...]]) -> list[str]:
-    """All flags; of two changes of one setting the later."""
-    return [flag for change in {change[0]: change for change in changes}.values() for flag in change]
-
-
-def _flop(number: float) -> str:
-    units = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
-    name = next((name for name, unit in units.items() if number >= unit), "M")
-    return f"{number / units[name]:,.2f} {name}FLOP"
-
-
-def _bytes(number: float) -> str:
-    return f"{number / GIB:,.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:,.1f} MiB"
+def _flags_of(changes: Sequence[_Change]) -> tuple[str, ...]:
+    """Return all flags; the last change of a setting wins."""
+    by_setting = {change.flags[0]: change.flags for change in changes}
+    return tuple(chain.from_iterable(by_setting.values()))

@@ -1,4 +1,4 @@
-"""How long a run is and which learning rate each step has: pure functions of the settings."""
+"""The length of a run and the learning rate of each step: pure functions of the settings."""
 
 import math
 from dataclasses import dataclass
@@ -11,37 +11,36 @@ from litmoe.config import ScheduleSettings
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a run, from its beginning or from the checkpoint that it goes on from; one device's micro batches
-    (one forward and backward each)."""
+    """The length of a run from its start, or from the checkpoint it was resumed from."""
 
     micro_batches: int
-    """Still to come"""
+    """Number of micro batches per device that remain. Each is one forward and backward."""
     accumulation: int
-    """In one optimizer step; the last step takes what is left over"""
+    """Micro batches per device in an optimizer step. The last step may have fewer."""
     warmup_steps: int
     tokens_per_micro_batch: int
     """Over all devices"""
     epochs: float
     """Passes over the training set at the end of the run"""
     ended_by: str
-    """The setting that ends the run, in words"""
+    """The setting that limits the run, with its value"""
     first_step: int = 0
-    """Steps that are done"""
+    """Optimizer steps done before"""
     first_tokens: int = 0
-    """Tokens of those, over all devices"""
+    """Tokens of those steps, over all devices"""
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in the whole run."""
+        """Optimizer steps of the complete run."""
         return self.first_step + math.ceil(self.micro_batches / self.accumulation)
 
     @property
     def tokens(self) -> int:
-        """Tokens in the whole run, over all devices."""
+        """Tokens of the complete run, over all devices."""
         return self.first_tokens + self.micro_batches * self.tokens_per_micro_batch
 
     def micro_batches_in(self, step: int) -> int:
-        """Micro batches of optimizer step ``step``, counted from 0."""
+        """Return the number of micro batches of optimizer step ``step``, counted from 0."""
         return min(self.accumulation, self.micro_batches - (step - self.first_step) * self.accumulation)
 
 
@@ -55,23 +54,26 @@ def plan_run(
     tokens: int = 0,
     position: tuple[int, int] = (0, 0),
 ) -> Plan:
-    """Turns ``max_tokens``, ``max_steps`` and ``epochs`` into a number of micro batches; the smallest wins.
+    """Convert ``max_tokens``, ``max_steps`` and ``epochs`` into a number of micro batches. The smallest limit wins.
 
     Args:
-        devices: over all machines.
-        seq_length: tokens that one sequence trains on.
-        epoch_sequences: in the training set.
-        step, tokens: what is done; a run that goes on trains on what is missing, whatever its micro batches were.
-        position: the epoch, and the sequences of it that were given out.
+        train: LitGPT's training settings.
+        devices: number of devices over all machines.
+        seq_length: tokens per sequence that have a target.
+        epoch_sequences: number of sequences in the training set.
+        step, tokens: optimizer steps and tokens done before. A resumed run trains on the remaining tokens, also with
+            another size of micro batches.
+        position: the current epoch, and the number of its sequences that were used.
 
     Raises:
-        UserError: where the run would be shorter than one micro batch.
+        UserError: the run is shorter than one micro batch.
     """
     accumulation = train.gradient_accumulation_iters(devices)
     tokens_per_micro_batch = train.micro_batch_size * seq_length * devices
-    epoch, taken = position
-    per_epoch = epoch_sequences // train.micro_batch_size  # of all devices, which share the epochs' sequence
-    in_this_epoch = (epoch_sequences - taken) // train.micro_batch_size
+    epoch, used_sequences = position
+    # Micro batches over all devices: they share one sequence of micro batches, which an epoch ends for all of them.
+    per_epoch = epoch_sequences // train.micro_batch_size
+    in_this_epoch = (epoch_sequences - used_sequences) // train.micro_batch_size
     limits: dict[str, int] = {}
     if train.max_tokens:
         limits[f"max_tokens {train.max_tokens:,}"] = (train.max_tokens - tokens) // tokens_per_micro_batch
@@ -81,10 +83,11 @@ def plan_run(
         limits[f"epochs {train.epochs}"] = (in_this_epoch + (train.epochs - epoch - 1) * per_epoch) // devices
     ended_by = min(limits, key=lambda name: limits[name])
     micro_batches = max(limits[ended_by], 0)
+    # A resumed run may be at its end already.
     if micro_batches < 1 and not step:
         raise UserError(
             f"{ended_by} is less than one micro batch of {tokens_per_micro_batch:,} tokens"
-            f" (micro_batch_size x sequence length x devices); expected at least that."
+            f" (micro_batch_size x sequence length x devices); expected at least that many tokens."
         )
     steps = step + math.ceil(micro_batches / accumulation)
     warmup_steps = train.lr_warmup_steps or 0
@@ -93,7 +96,7 @@ def plan_run(
     return Plan(
         micro_batches=micro_batches,
         accumulation=accumulation,
-        warmup_steps=min(warmup_steps, steps - 1),
+        warmup_steps=min(warmup_steps, steps - 1),  # the last step has the minimum
         tokens_per_micro_batch=tokens_per_micro_batch,
         epochs=epoch + 1 + (micro_batches * devices - in_this_epoch) / per_epoch,
         ended_by=ended_by,
@@ -105,19 +108,23 @@ def plan_run(
 def learning_rate(
     step: int, *, peak: float, minimum: float, warmup_steps: int, steps: int, schedule: ScheduleSettings
 ) -> float:
-    """The rate of update ``step``, counted from 0: linear warm-up, then as ``schedule`` says down to ``minimum``.
+    """Return the learning rate of update ``step``, counted from 0: linear warm-up, then decay to ``minimum``.
 
-    LitGPT's ``get_lr`` sets the first update's rate to 0 and never reaches ``min_lr``; here update 0 has
-    ``peak / warmup_steps``, update ``warmup_steps - 1`` has ``peak``, and the last one has ``minimum``. Under ``wsd``
-    all up to the last ``decay_fraction`` of the run's updates have ``peak``, and those go down by equal steps.
+    LitGPT's ``get_lr`` starts at 0 and never reaches ``min_lr``. Here update 0 has ``peak / warmup_steps``, update
+    ``warmup_steps - 1`` has ``peak``, and the last one has ``minimum``. With ``wsd`` the rate stays at ``peak``, and
+    then decreases linearly in the last ``decay_fraction`` of the updates.
     """
     if step < warmup_steps:
         return peak * ((step + 1) / warmup_steps)
-    falling = steps - warmup_steps
+    decay_steps = steps - warmup_steps
     if schedule.name == "wsd":
-        falling = min(max(round(schedule.decay_fraction * steps), 1), falling)
-    fallen = min(1.0, (step + 1 - (steps - falling)) / falling)
-    if fallen <= 0:
+        # At least one step, so that the run ends at the minimum, and at most those after the warm-up.
+        decay_steps = min(max(round(schedule.decay_fraction * steps), 1), decay_steps)
+    progress = min(1.0, (step + 1 - (steps - decay_steps)) / decay_steps)
+    if progress <= 0:
         return peak
-    left = 1.0 - fallen if schedule.name == "wsd" else 0.5 * (1.0 + math.cos(math.pi * fallen))
-    return minimum + left * (peak - minimum)
+    if schedule.name == "wsd":
+        remaining = 1.0 - progress
+    else:
+        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return minimum + remaining * (peak - minimum)

@@ -9,13 +9,13 @@ from litmoe.train.allocator import use_expandable_segments
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that what the test sets is taken back
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that the old value is restored after the test
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
 
 
 @pytest.mark.parametrize(
-    ("system", "release", "cuda", "wanted"),
+    ("system", "release", "cuda", "expected"),
     [
         ("linux", "6.8.0-generic", True, "expandable_segments:True"),
         ("linux", "6.8.0-generic", False, None),
@@ -23,15 +23,15 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
         ("win32", "11", True, None),
     ],
 )
-def test_only_where_it_works(system, release, cuda, wanted, monkeypatch):
+def test_only_on_supported_systems(system, release, cuda, expected, monkeypatch):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "release", lambda: release)
     use_expandable_segments(cuda)
-    assert os.environ.get("PYTORCH_ALLOC_CONF") == wanted
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_users_own_setting_stays(name, monkeypatch):
+def test_setting_of_the_user_is_kept(name, monkeypatch):
     monkeypatch.setenv(name, "max_split_size_mb:64")
     use_expandable_segments(True)
     assert {n: v for n, v in os.environ.items() if n.endswith("ALLOC_CONF")} == {name: "max_split_size_mb:64"}

@@ -1,4 +1,4 @@
-"""One run at a time in an ``out_dir``. (A run that is killed while it holds one: tests/test_run_train.py.)"""
+"""The lock on ``out_dir``. A killed run that holds it is tested in tests/test_run_train.py."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def test_lock_names_its_holder(tmp_path):
     here = rf"process {os.getpid()} on {re.escape(socket.gethostname())}, since 20"
     with locked(tmp_path), pytest.raises(UserError, match=here), locked(tmp_path):
         pass
-    with locked(tmp_path):  # the refused run has not released it for the first
+    with locked(tmp_path):  # the second run has not released it
         assert HOLDER in names(tmp_path)
 
 
@@ -68,38 +68,38 @@ def test_lock_of_another_host_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"pid": 7}', '{"pid": 7, "host": "HERE", "since": "then", "new": 1}'])
-def test_lock_left_behind_is_taken_over(tmp_path, capsys, content):
+def test_lock_of_a_killed_run_is_taken_over(tmp_path, capsys, content):
     (tmp_path / HOLDER).write_text(content.replace("HERE", socket.gethostname()), encoding="utf-8")
     with locked(tmp_path):
-        said = capsys.readouterr().out
-    assert said.startswith(f"Taking over {tmp_path}") and said.count("\n") == 1
-    assert ("process 7 on" in said) == ("HERE" in content)
+        output = capsys.readouterr().out
+    assert output.startswith(f"Taking over {tmp_path}") and output.count("\n") == 1
+    assert ("process 7 on" in output) == ("HERE" in content)
     assert names(tmp_path) == []
 
 
 def test_lock_of_a_killed_container(tmp_path, capsys):
-    """Another host name, but the same kernel, whose locks are seen here."""
+    """Its host name differs, but its kernel is the same, so its locks are visible."""
     with locked(tmp_path):
         holder = json.loads((tmp_path / HOLDER).read_text(encoding="utf-8"))
     (tmp_path / HOLDER).write_text(json.dumps(holder | {"host": "0123abcd"}), encoding="utf-8")
     if holder["boot"]:
         with locked(tmp_path):
             assert "0123abcd" in capsys.readouterr().out
-    else:  # no Linux
+    else:  # not on Linux
         with pytest.raises(UserError), locked(tmp_path):
             pass
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
-def test_a_data_worker_does_not_keep_the_lock(tmp_path, capfd):
-    """The forked workers of a killed run live for some seconds more; the next run must not wait for them."""
+def test_data_worker_does_not_hold_the_lock(tmp_path, capfd):
+    """Forked workers survive a killed run for some seconds. The next run must not wait for them."""
     read, write = os.pipe()
     if (run := os.fork()) == 0:
         with locked(tmp_path):
             if os.fork() == 0:
                 os.close(write)
                 os.read(read, 1)  # until the test closes it
-            os._exit(0)  # as a kill: nothing is released
+            os._exit(0)  # releases nothing, like a kill
     os.waitpid(run, 0)
     with locked(tmp_path):
         assert f"process {run} on" in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""``run_train.py --plan`` as a user sees it."""
+"""``run_train.py --plan`` from the command line."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import yaml
 import run_train
 from litmoe.cli import exit_with_message
 from litmoe.config import parse_run
-from litmoe.train.gpus import named_card
+from litmoe.train.gpus import gpu_by_name
 from litmoe.train.memory import training_memory
 from litmoe.train.plan import describe_needs
 from tests.train.test_memory import ADA, KINDS, parsed
@@ -22,7 +22,7 @@ from tests.train.test_memory import ADA, KINDS, parsed
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, moe_fields: dict):
-    """``shown("--flag")``: what ``run_train.py`` prints for a run without data, which must leave nothing behind."""
+    """Return ``shown("--flag")``: the output of ``run_train.py`` without data. It must not write any file."""
     settings = {
         "model": moe_fields,
         "out_dir": str(tmp_path / "out"),
@@ -39,7 +39,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, moe_fields: d
 
     def call(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", ["run_train.py", "--config", str(run_file), *flags])
-        with patch.dict(os.environ):  # a plan for another card hides this machine's from its process
+        with patch.dict(os.environ):  # a plan for another GPU hides those of this machine
             exit_with_message(run_train.main)
         assert list(tmp_path.iterdir()) == [run_file]
         return capsys.readouterr().out
@@ -47,30 +47,29 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, moe_fields: d
     return call
 
 
-def test_a_run_that_fits(shown) -> None:
+def test_run_that_fits(shown) -> None:
     text = shown("--plan", "RTX 3060")
     assert "10 steps of 512 tokens, 5,120 tokens in all" in text
     assert "On rtx3060 (12 GiB) in bf16-mixed" in text
-    for part in ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "peak", "room"):
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "peak", "available"):
         assert f"\n  {part} " in text
     assert "It fits. Estimated: " in text
     assert "22% of 25.5 TFLOP/s" in text
 
 
-def test_devices_of_another_machine(shown) -> None:
-    """A machine with fewer GPUs refused them."""
-    assert "tokens/s on 8 cards" in shown("--plan", "h100", "--devices", "8", "--global-batch-size", "32")
+def test_more_devices_than_this_machine_has(shown) -> None:
+    assert "tokens/s on 8 GPUs" in shown("--plan", "h100", "--devices", "8", "--global-batch-size", "32")
 
 
-def test_this_machine(shown) -> None:
-    """The flag may stand last, or before another."""
+def test_plan_for_this_machine(shown) -> None:
+    """The flag may be the last one, or before another one."""
     assert "tokens/s" in shown("--plan")
     assert "9 steps" in shown("--plan", "--train.max_steps", "9")
 
 
-def test_muons_update_is_part_of_the_time(shown) -> None:
+def test_time_includes_the_update_of_muon(shown) -> None:
     def plan(*flags: str) -> tuple[float, float]:
-        """Muon's share of a step, and tokens/s."""
+        """Return Muon's share of a step, and tokens/s."""
         text = shown("--plan", "h100", *muon, *flags)
         share = re.search(r"Muon's update adds [\d.]+ MFLOP to each step.*, (\d+)% of the step's operations", text)
         rate = re.search(r"Estimated: ([\d,]+) tokens/s", text)
@@ -85,41 +84,40 @@ def test_muons_update_is_part_of_the_time(shown) -> None:
     assert rate == pytest.approx(without * (1 - share), rel=0.01)
     large_batch, faster = plan("--global-batch-size", "64")
     assert large_batch < share and faster > rate
-    # Each device does the whole update, so that devices help its part of the time less.
+    # Each device does the complete update, so its share grows with the number of devices.
     assert plan("--devices", "2")[0] > share
     assert "no estimate of the time for this optimizer" in shown("--plan", "t4", *muon)
 
 
-def test_the_estimate_says_what_it_counts(shown) -> None:
+def test_estimate_lists_what_it_counts(shown) -> None:
     text = shown("--plan", "h100", "--activation_checkpointing", "block")
     assert "Counted: forward, backward, recomputed activations;" in text
     assert "not counted: validation, HellaSwag, samples, saving, compiling" in text
 
 
-def test_a_run_whose_length_the_data_decide(shown) -> None:
-    assert "3 epochs in steps of 512 tokens; how many steps, the data decide." in shown(
-        "--plan=t4", "--train.max_tokens=null", "--train.epochs=3"
-    )
+def test_length_in_epochs(shown) -> None:
+    assert "3 epochs of steps of 512 tokens." in shown("--plan=t4", "--train.max_tokens=null", "--train.epochs=3")
 
 
-def test_it_says_what_to_change(shown, tmp_path: Path) -> None:
-    """The command at the end is one that fits; what it fits without is left away again."""
+def test_changes_to_fit(shown) -> None:
+    """The last command fits, and has only the changes that are needed."""
     large = ("--model.n_embd=1024", "--model.n_layer=2", "--model.padded_vocab_size=50257", "--model.vocab_size=50257")
     text = shown(*large, "--model.moe_intermediate_size=4096", "--plan", "rtx3050-laptop")
-    before, after = text.split("The least of it that fits, with ")
-    assert "It does not fit." in before
-    changes = [line.split("GiB   ")[1] for line in before.split("\n\n")[3].splitlines() if "GiB   --" in line]
-    assert changes[0] == "--micro_batch_size 1"
+    tried, result = text.split("The changes needed to fit, with ")
+    assert "It does not fit." in tried
+    changes = re.findall(r"GiB   (--.*)", tried)
+    assert changes[:2] == ["--micro_batch_size 2", "--micro_batch_size 1"]
     assert "--activation_checkpointing block" in changes
-    command = next(line for line in after.splitlines() if "run_train.py" in line)
+    command = next(line for line in result.splitlines() if "run_train.py" in line)
     run = parse_run(command.split("run_train.py ")[1].split())
     peak = training_memory(run, run.settings.precision or "bf16-mixed", ADA).peak
     assert peak < 2.8 * 2**30
-    assert after.startswith(f"{peak / 2**30:.2f} GiB")
-    assert "Estimated" in after
+    assert result.startswith(f"{peak / 2**30:.2f} GiB")
+    assert "Estimated" in result
 
 
-def test_a_run_by_muon_becomes_one_by_adam_at_the_rate_of_its_adam(shown) -> None:
+def test_8_bit_adam_replaces_muon(shown) -> None:
+    """It gets the learning rate of Muon's own Adam."""
     large = ("--model.n_embd=1024", "--model.n_layer=1", "--model.padded_vocab_size=50257", "--model.vocab_size=50257")
     muon = ("--optimizer=litmoe.train.muon.Muon", "--optimizer.init_args.lr=0.02", "--micro-batch-size=3")
     text = shown(*large, *muon, "--global-batch-size=6", "--model.moe_intermediate_size=8192", "--plan=rtx3050-laptop")
@@ -127,58 +125,55 @@ def test_a_run_by_muon_becomes_one_by_adam_at_the_rate_of_its_adam(shown) -> Non
     run = parse_run(command.split("run_train.py ")[1].split())
     assert run.optimizer["class_path"] == "torchao.optim.AdamW8bit"
     assert run.optimizer["init_args"]["lr"] == 2.0e-3
-    assert "  --micro_batch_size 1\n" in text, "3 has no half, but a divisor"
+    assert "  --micro_batch_size 1\n" in text, "a divisor of 3"
 
 
-def test_nothing_is_enough(shown) -> None:
+def test_changes_are_not_enough(shown) -> None:
     text = shown("--model.n_embd=32768", "--model.n_head=64", "--model.n_layer=1", "--plan=rtx3050-laptop")
-    assert "Nothing of this is enough" in text
+    assert "These changes are not enough" in text
 
 
-def test_an_unknown_card(shown, capsys) -> None:
+def test_unknown_gpu(shown, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         shown("--plan", "rtx4061")
     assert ended.value.code == 1
     message = capsys.readouterr().err
-    assert message.startswith("error: no card 'rtx4061' is known; the nearest is rtx406")
+    assert message.startswith("error: no GPU 'rtx4061' is known. The nearest name is rtx406")
     assert "h200" in message
 
 
-def test_settings_are_checked_first(shown) -> None:
+def test_plan_checks_the_settings(shown) -> None:
     with pytest.raises(SystemExit):
         shown("--plan", "--global-batch-size", "7")
 
 
-def test_the_lines_at_a_runs_start() -> None:
-    """They leave the random numbers of the run as they are."""
+def test_memory_line_keeps_the_random_state() -> None:
     run = parsed(*KINDS["moe"])
-    before = torch.get_rng_state()
+    random_state = torch.get_rng_state()
     (line,) = describe_needs(run, "bf16-mixed", ADA)
-    assert line.startswith("Memory by plan, without torch.compile: ")
-    assert torch.equal(torch.get_rng_state(), before)
-    odd = parsed(*KINDS["moe"], "--optimizer=torch.optim.LBFGS")  # wants a closure
-    (line,) = describe_needs(odd, "bf16-mixed", ADA)
-    assert "can't be worked out beforehand" in line
+    assert line.startswith("Planned memory, without torch.compile: ")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    needs_closure = parsed(*KINDS["moe"], "--optimizer=torch.optim.LBFGS")
+    (line,) = describe_needs(needs_closure, "bf16-mixed", ADA)
+    assert "can't be computed in advance" in line
 
 
-def test_a_start_on_a_card_says_how_long_and_whether_it_fits() -> None:
-    run, card = parsed(*KINDS["moe"]), named_card("rtx4060")
-    assert card is not None
-    _, duration = describe_needs(run, "bf16-mixed", ADA, card)
+def test_lines_of_a_run_on_a_gpu() -> None:
+    run, gpu = parsed(*KINDS["moe"]), gpu_by_name("rtx4060")
+    assert gpu is not None
+    _, duration = describe_needs(run, "bf16-mixed", ADA, gpu)
     assert duration.startswith("Estimated: ")
-    _, too_much, _ = describe_needs(run, "bf16-mixed", ADA, card._replace(taken=card.memory))
-    assert "That is more than the 0.0 MiB which are left on this card: --plan says what to change" in too_much
+    _, too_much, _ = describe_needs(run, "bf16-mixed", ADA, gpu._replace(taken=gpu.memory))
+    assert "That is more than the 0.0 MiB available on this GPU" in too_much
 
 
-def test_an_optimizer_without_a_plan_is_one_message(shown, capsys) -> None:
-    """A traceback."""
+def test_optimizer_that_cannot_be_planned(shown, capsys) -> None:
     with pytest.raises(SystemExit):
         shown("--plan", "rtx4060", "--optimizer", "torch.optim.LBFGS")
-    assert "torch.optim.LBFGS needs can't be worked out beforehand" in capsys.readouterr().err
+    assert "torch.optim.LBFGS needs can't be computed in advance" in capsys.readouterr().err
 
 
-def test_the_command_that_fits_can_be_pasted(shown) -> None:
-    """As JSON or a sentence in a flag could not."""
+def test_command_is_quoted_for_the_shell(shown) -> None:
     flags = ("--sample.prompt", "Once upon a time", "--micro-batch-size", "4096", "--global-batch-size", "4096")
     flags = (*flags, "--train.max_tokens", "100000000")
     text = shown("--plan", "rtx3050-laptop", *flags, "--model.n_embd", "1024")
