@@ -163,6 +163,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out=total)  # FLOP counters do not know addmm_
     else:
         total += a @ b
-
-
-words_at_once = computed_columns  # old name in litmoe/train/memory.py, until that file is merged

@@ -25,7 +25,7 @@ from custom_moe import kernels, use_custom_moe
 from custom_moe.backends import Hardware
 from litmoe.config import ParsedRun
 from litmoe.layers import use_fast_layers
-from litmoe.train.cross_entropy import words_at_once
+from litmoe.train.cross_entropy import computed_columns
 from litmoe.train.model import PretrainingModel, cast_matrices, matrices_to_cast
 from litmoe.train.optimizers import make_optimizer, optimizer_traits
 
@@ -146,7 +146,7 @@ def _simulate_step(
 
 def _vocabulary_widths(run: ParsedRun, model: PretrainingModel) -> set[int]:
     vocabulary = run.settings.model.padded_vocab_size or 0
-    return {vocabulary, words_at_once(vocabulary, model.loss_on)}
+    return {vocabulary, computed_columns(vocabulary, model.loss_on or "cpu")}
 
 
 class _Ledger(TorchDispatchMode):
