@@ -1,117 +1,411 @@
-"""Files to read, here (a ``Path``) or on the Hugging Face Hub (an ``hf://`` address): what they are, how they open."""
+"""Open local, compressed and Hugging Face Hub files, and read the rows of every supported format.
+
+``read_rows`` is the only row reader of the project. Text preparation and instruction data both use it::
+
+    for place, value in read_rows(Path("corpus.jsonl.gz")):
+        if isinstance(value, BadRow):
+            print(f"{place}: {value}")  # the row cannot be read, the rows after it can
+"""
 
 import bz2
 import codecs
+import csv
 import gzip
 import io
+import json
 import lzma
 import os
 import re
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from litmoe.cli import UserError, quoted
 
 Location = Path | str
+"""A local path, or the ``hf://`` address of a file on the Hub."""
+
 HUB = "hf://"
-WAITS = (0.5, 2.0)  # seconds before a broken request is made again
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-BUFFER_BYTES = 8 << 20  # of a file that is read as a stream: on the Hub each block is a request
-BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with the one of UTF-16
+TEXT_SUFFIXES = (".txt", ".md")
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# On the Hub every block is one request.
+BUFFER_BYTES = 8 << 20
+MAX_CSV_FIELD = 2**31 - 1
+PARQUET_ROWS = 256
+# UTF-32 comes first: its little-endian mark begins with the one of UTF-16.
+BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
-UNDECODED = re.compile("[\udc80-\udcff]")  # what ``surrogateescape`` makes of bytes that are not UTF-8
-BROKEN_COMPRESSION = (EOFError, OSError, zlib.error, lzma.LZMAError)
-"""What the decompressors raise for a damaged or truncated file."""
+# The decoder's ``surrogateescape`` turns bytes that are not UTF-8 into these characters.
+UNDECODED = re.compile("[\udc80-\udcff]")
+DECOMPRESSION_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 class Unfinished(UserError):
-    """What ended the work from outside: what was done is kept, and the same command goes on there."""
+    """An outside event ended the work. Finished parts are kept, and the same command resumes."""
+
+
+class BadRow(ValueError):
+    """The reason why a single row cannot be read, while the rows after it can."""
+
+
+# --- names and opening ---
 
 
 def is_remote(location: Location) -> bool:
-    """Whether a file is on the Hub."""
+    """Return whether a file is stored on the Hub."""
     return isinstance(location, str) and location.startswith(HUB)
 
 
-def suffix(location: Location) -> str:
-    """The ending of a file's name, in lower case; of a compressed one that of its content: ``a.jsonl.gz`` is .jsonl."""
-    name = Path(str(location))
-    return Path(name.stem).suffix.lower() if is_compressed(location) else name.suffix.lower()
-
-
 def is_compressed(location: Location) -> bool:
-    """Whether a file's name ends like a compressed one."""
+    """Return whether the name of a file ends with a compression suffix."""
     return Path(str(location)).suffix.lower() in COMPRESSIONS
 
 
+def suffix(location: Location) -> str:
+    """Return the format suffix of a file in lower case: ``.jsonl`` for ``a.jsonl`` and for ``a.JSONL.gz``."""
+    name = Path(str(location))
+    if is_compressed(location):
+        name = Path(name.stem)
+    return name.suffix.lower()
+
+
 def open_file(location: Location) -> BinaryIO:
-    """Opens a file's bytes, decompressed; plain files can be read in any order, and of one on the Hub no more is
-    fetched than is read."""
+    """Open the decompressed bytes of a file. Reading a remote file fetches only the bytes that are read."""
+    if is_remote(location):
+        # Imported here, because reading local files must not wait for it.
+        from huggingface_hub import HfFileSystem
+
+        raw: Any = HfFileSystem().open(location, "rb", cache_type="none")
+    else:
+        raw = open(location, "rb")  # noqa: SIM115 - the caller closes it
     if not is_compressed(location):
-        return _open_raw(location)
-    raw: Any = io.BufferedReader(_open_raw(location), BUFFER_BYTES)
+        return raw
     compression = Path(str(location)).suffix.lower()
-    if compression == ".zst":  # Python has none of its own before 3.14
-        import pyarrow  # here alone: processes that read plain text need none of it
+    buffered = io.BufferedReader(raw, BUFFER_BYTES)
+    if compression == ".zst":
+        # Python's standard library reads zstd only since 3.14.
+        import pyarrow
 
-        return pyarrow.CompressedInputStream(raw, "zstd")
+        return pyarrow.CompressedInputStream(buffered, "zstd")
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers[compression](raw, "rb")
-
-
-def encoding_of(location: Location) -> str:
-    """The encoding of a text file by its byte order mark: ``utf-16``, ``utf-32`` or ``utf-8-sig``; else ``utf-8``.
-
-    Raises:
-        UserError: for UTF-16 or UTF-32 without such a mark, whose ASCII characters are valid UTF-8 between NUL bytes.
-    """
-    with open_file(location) as file, decompressing(location):
-        beginning = file.read(4096)
-    for mark, name in BYTE_ORDER_MARKS.items():
-        if beginning.startswith(mark):
-            return name
-    nuls = beginning.count(0)
-    if 4 * nuls > len(beginning):
-        raise UserError(
-            f"{location} is not text in UTF-8: {nuls:,} of its first {len(beginning):,} bytes are NUL. "
-            f"{conversion_advice(location, beginning)}"
-        )
-    return "utf-8"
+    return openers[compression](buffered, "rb")
 
 
 @contextmanager
 def open_text(location: Location, newline: str | None = "") -> Iterator[TextIO]:
-    """Opens a text file as a stream, decompressed and decoded as its byte order mark says, else from UTF-8.
+    """Open a text file, decompressed and decoded as its byte order mark says, or else as UTF-8.
 
-    Bytes that are not UTF-8 become lone surrogates (``surrogateescape``), so that the reader can name their row.
+    Bytes that are not UTF-8 become lone surrogates, so that the reader can name the row (``undecoded``).
 
     Args:
         location: a plain or compressed file.
-        newline: as in ``open``: None makes every line end ``\\n``, "" keeps them.
+        newline: as in ``open``: None turns every line end into ``\\n``, "" and ``\\n`` keep them.
 
     Raises:
-        UserError: while reading, for a damaged compressed file, or one that is not in the encoding of its mark.
+        UserError: the file is damaged, or does not have the encoding of its byte order mark.
     """
-    encoding = encoding_of(location)
+    encoding = _encoding(location)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-    with open_file(location) as file, decompressing(location):
+    with open_file(location) as file, decompression_errors(location):
         source: Any = file if is_compressed(location) else io.BufferedReader(file, BUFFER_BYTES)
         try:
             yield io.TextIOWrapper(source, encoding, errors, newline)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{location} begins with the byte order mark of {encoding.upper()}, but is not {encoding.upper()} "
-                f"({error.reason}); get the file again, or save it as UTF-8."
+                f"{location} is broken {encoding.upper()} text ({error.reason}); get the file again, or save it as "
+                "UTF-8."
             ) from None
+
+
+def _encoding(location: Location) -> str:
+    """Return the Python encoding that the byte order mark names, ``utf-8`` without one.
+
+    Raises:
+        UserError: the file is binary, or UTF-16 without a mark. Its NUL bytes would be valid UTF-8.
+    """
+    with open_file(location) as file, decompression_errors(location):
+        beginning = file.read(4096)
+    if not beginning and is_compressed(location):
+        raise UserError(f"{location} is damaged or truncated (it is empty); get the file again.")
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if beginning.startswith(mark):
+            return name
+    if 4 * beginning.count(0) > len(beginning):
+        raise UserError(
+            f"{location} is not UTF-8 text: a quarter or more of its first bytes are NUL. If it is UTF-16, convert it: "
+            "`iconv -f UTF-16LE -t UTF-8 OLD > NEW`."
+        )
+    return "utf-8"
+
+
+def undecoded(text: str) -> str | None:
+    """Return why text from ``open_text`` is not UTF-8 and how to convert its file; None for good text."""
+    if text.isascii():
+        return None
+    bad = UNDECODED.search(text)
+    if bad is None:
+        return None
+    return (
+        f"byte 0x{ord(bad[0]) - 0xDC00:02x} is not UTF-8; convert the file, for example with "
+        "`iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW` if it comes from an older Windows program"
+    )
+
+
+@contextmanager
+def decompression_errors(location: Location) -> Iterator[None]:
+    """Turn the errors of the decompressors for a damaged file into a ``UserError``."""
+    try:
+        yield
+    except DECOMPRESSION_ERRORS as error:
+        # An error number comes from the operating system, such as a full disk.
+        if not is_compressed(location) or getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{location} is damaged or truncated ({in_short(error)}); get the file again.") from None
+
+
+@contextmanager
+def connection_errors(location: Location) -> Iterator[None]:
+    """Turn errors while a Hub file is read into ``Unfinished``; the transport raises many kinds of them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_remote(location):
+            raise
+        raise Unfinished(
+            f"the connection was lost while reading {location} ({in_short(error)}). Finished parts are kept; run the "
+            "same command again to resume."
+        ) from None
+
+
+def in_short(error: Exception) -> str:
+    """Return the type and the first line of another library's exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+# --- rows ---
+
+
+def read_rows(
+    location: Location, columns: Sequence[str] | None = None, row_groups: range | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a .jsonl, .json, .csv, .tsv or .parquet file with the place of each.
+
+    - .jsonl: the JSON value on each line.
+    - .json: the elements of a list, or the value on each line, or the only object of the file.
+    - .csv, .tsv and .parquet: a dictionary from column to value.
+
+    Args:
+        location: a plain, compressed or remote file.
+        columns: for .parquet, read only these.
+        row_groups: for .parquet, read only these, such as ``range(0, 4)``.
+
+    Yields:
+        ``("line 3", value)`` or ``("row 3", value)``. A row that cannot be read comes as a ``BadRow``.
+
+    Raises:
+        UserError: the file as a whole cannot be read.
+        Unfinished: the connection to the Hub was lost.
+    """
+    readers: dict[str, Callable[[Location], Iterator[tuple[str, Any]]]] = {
+        ".jsonl": _json_lines,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+    }
+    with connection_errors(location):
+        if suffix(location) == ".parquet":
+            yield from _parquet_rows(location, columns, row_groups)
+        else:
+            yield from readers[suffix(location)](location)
+
+
+def _json_lines(location: Location) -> Iterator[tuple[str, Any]]:
+    with open_text(location, newline="\n") as file:
+        yield from _decode_lines(file)
+
+
+def _decode_lines(lines: Iterator[str] | TextIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        # Concatenated files have byte order marks in the middle.
+        line = line.lstrip("\ufeff").strip()
+        if line:
+            yield f"line {number}", _decode_line(line)
+
+
+def _decode_line(line: str) -> Any:
+    if problem := undecoded(line):
+        return BadRow(problem)
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return BadRow(f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); expected an object")
+    except RecursionError:
+        return BadRow("JSON nested too deeply; expected an object with texts in it")
+    except ValueError as error:
+        # Python limits the number of digits; the rest of its message is advice to programmers.
+        return BadRow(f"a number that can't be read ({str(error).partition(';')[0]})")
+
+
+def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
+    with open_text(location) as file:
+        first_lines = list(islice(file, 20))
+        if _are_json_lines(first_lines):
+            yield from _decode_lines(chain(first_lines, file))
+            return
+        text = "".join(first_lines) + file.read()
+    try:
+        whole = json.loads(text.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{location}, line {error.lineno}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); "
+            "expected a list of rows, or one row on each line (`jq -c . OLD > NEW` writes it like that)."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location} cannot be read as JSON ({str(error).partition(';')[0]}).") from None
+    rows = whole if isinstance(whole, list) else [whole]
+    has_bad_bytes = undecoded(text) is not None
+    for number, row in enumerate(rows, 1):
+        problem = undecoded(json.dumps(row, ensure_ascii=False)) if has_bad_bytes else None
+        yield f"row {number}", BadRow(problem) if problem else row
+
+
+def _are_json_lines(lines: list[str]) -> bool:
+    """Return whether each line holds a row, judged by the first lines of a file; some of them may be broken."""
+    lines = [line for line in lines if line.strip()]
+    if not lines or (len(lines) == 1 and lines[0].lstrip("\ufeff \t").startswith("[")):
+        return False
+    return 2 * sum(map(_is_json_row, lines)) >= len(lines)
+
+
+def _is_json_row(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line.lstrip("\ufeff")), dict | list)
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        # Well-formed, but with a number or a nesting that Python cannot read.
+        return line.lstrip().startswith(("{", "["))
+
+
+def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(MAX_CSV_FIELD)
+    header: list[str] | None = None
+    with open_text(location) as file:
+        lines = csv.reader(file, delimiter="\t" if suffix(location) == ".tsv" else ",", strict=True)
+        while True:
+            place = f"line {lines.line_num + 1}"
+            try:
+                cells = next(lines, None)
+            except csv.Error as error:
+                if "end of data" in str(error):
+                    # All rows after the quote would be one cell, so this is no single bad row.
+                    raise UserError(
+                        f"{location}, {place}: a quote that opens here is never closed; close it, or double the quotes "
+                        "inside a text."
+                    ) from None
+                yield place, BadRow(f"not a row of a {suffix(location)} file ({error})")
+                continue
+            if cells is None:
+                return
+            if header is None:
+                header = _checked_header(location, cells)
+            elif cells:
+                yield place, _csv_row(header, cells)
+
+
+def _checked_header(location: Location, names: list[str]) -> list[str]:
+    if problem := undecoded("".join(names)):
+        raise UserError(f"{location}, line 1: {problem}.")
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UserError(f"{location}, line 1: several columns are called {repeated[0]!r}; give each its own name.")
+    return names
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(header):
+        return BadRow(f"{len(cells)} cells, but the header has {len(header)}")
+    for cell in cells:
+        if problem := undecoded(cell):
+            return BadRow(problem)
+    return dict(zip(header, cells, strict=True))
+
+
+def open_parquet(location: Location) -> Any:
+    """Open a ``pyarrow.parquet.ParquetFile``.
+
+    Raises:
+        UserError: the file is not parquet.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(open_file(location), buffer_size=BUFFER_BYTES)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{location} cannot be read as parquet ({in_short(error)}); get the file again.") from None
+
+
+def _parquet_rows(
+    location: Location, columns: Sequence[str] | None, row_groups: range | None
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    import pyarrow
+
+    with open_parquet(location) as file:
+        groups = range(file.num_row_groups) if row_groups is None else row_groups
+        number = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
+        try:
+            for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
+                for row in _batch_rows(batch):
+                    number += 1
+                    yield f"row {number}", row
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and (is_remote(location) or error.errno is not None):
+                raise
+            raise UserError(f"{location} cannot be read as parquet ({in_short(error)}); get the file again.") from None
+
+
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | BadRow]:
+    names = batch.schema.names
+    try:
+        values = [column.to_pylist() for column in batch.columns]
+    except Exception:
+        # A value that Python cannot hold, such as text that is not UTF-8: find the row.
+        yield from (_single_row(batch, index) for index in range(batch.num_rows))
+        return
+    for row in zip(*values, strict=True):
+        yield dict(zip(names, row, strict=True))
+
+
+def _single_row(batch: Any, index: int) -> dict[str, Any] | BadRow:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            return BadRow(f"byte 0x{error.object[error.start]:02x} in the column {name!r} is not UTF-8")
+        except Exception as error:
+            return BadRow(f"a value in the column {name!r} can't be read ({in_short(error)})")
+    return row
+
+
+# --- used by the current text preparation; removed together with it ---
+
+decompressing = decompression_errors
+reading = connection_errors
+encoding_of = _encoding
 
 
 def read_text(location: Location) -> str:
@@ -135,18 +429,6 @@ def check_utf8(text: str, location: Location, place: str) -> None:
             f"{location} is not UTF-8: byte 0x{ord(undecoded.group()) - 0xDC00:02x} in {place} cannot be read. "
             + conversion_advice(location, beginning)
         )
-
-
-@contextmanager
-def decompressing(location: Location) -> Iterator[None]:
-    """Turns the errors of the decompressors for a damaged file into a ``UserError``."""
-    try:
-        yield
-    except BROKEN_COMPRESSION as error:
-        if not is_compressed(location) or getattr(error, "errno", None) is not None:
-            raise
-        kind = Unfinished if is_remote(location) else UserError  # from the Hub it may come complete the next time
-        raise kind(f"{location} is damaged or truncated ({in_short(error)}); get the file again.") from None
 
 
 UNDEFINED_IN_CP1252 = b"\x81\x8d\x8f\x90\x9d"
@@ -202,50 +484,3 @@ def _decompressed(location: Location) -> tuple[str, str]:
     """The name of a file without its compression ending, and the advice to decompress it first."""
     name = str(location)
     return (name[: name.rindex(".")], "decompress it, then ") if is_compressed(location) else (name, "")
-
-
-def _open_raw(location: Location) -> BinaryIO:
-    if not is_remote(location):
-        return open(location, "rb")
-    from huggingface_hub import HfFileSystem  # here alone: processes that read local files need none of it
-
-    file = _again(HfFileSystem().open)(location, "rb", cache_type="none")
-    file.cache.fetcher = _again(file.cache.fetcher)
-    return file
-
-
-def _again(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls again when the server hangs up in the middle, which huggingface_hub does not for all kinds of it."""
-    import httpx
-
-    def patient(*args: Any, **kwargs: Any) -> Any:
-        for wait in WAITS:
-            try:
-                return call(*args, **kwargs)
-            except httpx.RemoteProtocolError:
-                time.sleep(wait)
-        return call(*args, **kwargs)
-
-    return patient
-
-
-@contextmanager
-def reading(location: Location) -> Iterator[None]:
-    """Whatever goes wrong with a file of the Hub in here is a lost connection: transports have many ways to say so."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not is_remote(location):
-            raise
-        raise Unfinished(
-            f"{location} could not be read on: the connection was lost ({in_short(error)}). What was done is kept; the "
-            "same command goes on where it was."
-        ) from None
-
-
-def in_short(error: Exception) -> str:
-    """An exception of another library in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
