@@ -14,24 +14,33 @@ import gzip
 import io
 import json
 import lzma
-import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from litmoe.cli import UserError, quoted
+from litmoe.cli import UserError
 
 Location = Path | str
 """A local path, or the ``hf://`` address of a file on the Hub."""
 
 HUB = "hf://"
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED_TO_TEXT = 3
+"""About how many bytes of text a byte of a compressed file gives."""
 TEXT_SUFFIXES = (".txt", ".md")
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+READABLE = ".txt, .md, .jsonl, .json, .csv, .tsv (each also as .gz, .bz2, .xz or .zst) or .parquet"
+# Operating systems leave these in folders, in addition to names that begin with a dot.
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
+# The datasets library writes these next to the rows.
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# A cloned Hub dataset has these next to the rows.
+DESCRIPTIONS = ("readme.md", "license.md", "license.txt")
 # On the Hub every block is one request.
 BUFFER_BYTES = 8 << 20
 MAX_CSV_FIELD = 2**31 - 1
@@ -401,86 +410,44 @@ def _single_row(batch: Any, index: int) -> dict[str, Any] | BadRow:
     return row
 
 
-# --- used by the current text preparation; removed together with it ---
-
-decompressing = decompression_errors
-reading = connection_errors
-encoding_of = _encoding
+# --- folders ---
 
 
-def read_text(location: Location) -> str:
-    """All of a text file, its line ends as ``\\n``.
+def text_files(folder: Path) -> list[Path]:
+    """Return the readable files below ``folder`` in a fixed order, without hidden files.
 
-    Raises:
-        UserError: it is not UTF-8, or not in the encoding of its byte order mark.
+    A README.md or licence next to other files describes them and is left out; alone, it is text.
     """
-    with open_text(location, newline=None) as file:
-        text = file.read()
-    check_utf8(text, location, "it")
-    return text
+    readable = [path for path in visible_files(folder) if is_readable(path)]
+    return [path for path in readable if path.name.lower() not in DESCRIPTIONS] or readable
 
 
-def check_utf8(text: str, location: Location, place: str) -> None:
-    """Raises ``UserError`` for text from ``open_text`` that is not UTF-8."""
-    if not text.isascii() and (undecoded := UNDECODED.search(text)):
-        with open_file(location) as file:
-            beginning = file.read(1 << 20)
-        raise UserError(
-            f"{location} is not UTF-8: byte 0x{ord(undecoded.group()) - 0xDC00:02x} in {place} cannot be read. "
-            + conversion_advice(location, beginning)
-        )
+def unread_files(folder: Path) -> list[Path]:
+    """Return the files below ``folder`` that are neither read nor hidden, and broken links."""
+    taken = set(text_files(folder))
+    return [path for path in visible_files(folder) if path not in taken]
 
 
-UNDEFINED_IN_CP1252 = b"\x81\x8d\x8f\x90\x9d"
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files and links below ``folder`` in a fixed order, without hidden ones and those of the system."""
+    found = []
+    for path in folder.rglob("*"):
+        names = path.relative_to(folder).parts
+        is_hidden = any(name.startswith(".") or name.lower() in SYSTEM_FILES for name in names)
+        if not is_hidden and (path.is_file() or path.is_symlink()):
+            found.append(path)
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def conversion_advice(location: Location, data: bytes) -> str:
-    """How to convert a file to UTF-8: a guess at its encoding from bytes of it, which should begin where it begins."""
-    decoded = data.decode("utf-8", "replace")
-    damaged = decoded.count("\ufffd")
-    intact = sum(character > "\x7f" for character in decoded) - damaged
-    c1_controls = bytes(set(data) & set(range(0x80, 0xA0)))
-    if b"\0" in data:
-        little = data[1::2].count(0) > data[::2].count(0)
-        bits = 32 if 2 * data.count(0) > len(data) else 16  # four bytes a character, of which two or three are 0
-        little = data[3::4].count(0) > data[::4].count(0) if bits == 32 else little
-        encoding = f"UTF-{bits}{'LE' if little else 'BE'}"
-        guess = f"It may be UTF-{bits} without a byte order mark"
-    elif intact > 10 * damaged:
-        errors = ", errors='replace'"
-        return (
-            "Most of its characters are UTF-8, so some bytes are damaged: get the file again, or mark the damaged"
-            f" places: {_python_conversion(location, 'utf-8', errors)}"
-        )
-    elif set(c1_controls) & set(UNDEFINED_IN_CP1252) or _is_of_another_script(data):
-        return (
-            "It is neither Windows-1252 nor Latin-1 (perhaps GB18030, Big5, Shift_JIS or Windows-1251): save it as"
-            " UTF-8 in the program that it comes from, or, with the right ENCODING: `iconv -f ENCODING -t UTF-8`."
-        )
-    elif c1_controls:
-        encoding, guess = "CP1252", "If it is a text of Western Europe, it is Windows-1252"
-    else:
-        encoding, guess = "ISO-8859-1", "If it is a text of Western Europe, it is Latin-1"
-    if os.name == "nt":
-        return f"{guess}: {_python_conversion(location, encoding)}"
-    name, first = _decompressed(location)
-    return f"{guess}: {first}`iconv -f {encoding} -t UTF-8 {quoted(name)} > utf8{suffix(location)}`."
+def is_readable(path: Path) -> bool:
+    """Return whether a file has one of the formats of ``READABLE``, by its name."""
+    is_known = suffix(path) in (*TEXT_SUFFIXES, *ROW_SUFFIXES)
+    if suffix(path) == ".parquet" and is_compressed(path):
+        is_known = False
+    return is_known and path.name not in METADATA_FILES and path.is_file()
 
 
-def _is_of_another_script(data: bytes) -> bool:
-    """Whether most letters are outside of ASCII, as in Cyrillic or Chinese; in Western European text few are."""
-    return sum(byte >= 0x80 for byte in data) > sum(chr(byte).isalpha() for byte in data if byte < 0x80)
-
-
-def _python_conversion(location: Location, encoding: str, errors: str = "") -> str:
-    """A command that converts a file on any system."""
-    name, first = _decompressed(location)
-    source = f"open({name!r}, encoding='{encoding.lower()}', newline=''{errors})"
-    target = f"open('utf8{suffix(location)}', 'w', encoding='utf-8', newline='')"
-    return f'{first}`python -c "{target}.write({source}.read())"`.'
-
-
-def _decompressed(location: Location) -> tuple[str, str]:
-    """The name of a file without its compression ending, and the advice to decompress it first."""
-    name = str(location)
-    return (name[: name.rindex(".")], "decompress it, then ") if is_compressed(location) else (name, "")
+def kinds(paths: Iterable[Path]) -> str:
+    """Count files by suffix, the most frequent first: ``.pdf 2, .docx 1``."""
+    endings = Counter("".join(path.suffixes[-2 if is_compressed(path) else -1 :]).lower() for path in paths)
+    return ", ".join(f"{ending or 'without ending'} {number}" for ending, number in endings.most_common())

@@ -4,21 +4,19 @@
 ``ValueError`` with the reason, so that one bad row is named or skipped without ending the others.
 """
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from litgpt.prompts import prompt_styles
 
 from litmoe.cli import UserError
 from litmoe.data.conversations import Message, problem_with
-from litmoe.data.documents import check_decoded, json_list, json_problem, not_utf8, writable
-from litmoe.data.files import Location, decompressing, in_short, is_remote, open_file, reading, suffix
+from litmoe.data.documents import writable
+from litmoe.data.files import Location, read_rows, suffix
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")  # each also compressed: .gz, .bz2, .xz, .zst
 
@@ -100,86 +98,22 @@ class Row(NamedTuple):
 
 
 def rows_of(path: Location) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a file, each with its place; bytes are a line of JSON, a ``ValueError`` an unreadable row.
+    """Yields the rows of a file, each with its place; a ``ValueError`` is an unreadable row.
 
     Raises:
         UserError: the file as a whole can't be read.
     """
-    with reading(path):
-        if suffix(path) == ".parquet":
-            yield from _parquet_rows(path)
+    rows = read_rows(path)
+    first = list(islice(rows, 2))
+    if suffix(path) == ".json" and first:
+        value = first[0][1]
+        if len(first) == 1 and isinstance(value, dict) and (name := _list_of_rows(path, value)):
+            yield from ((f"row {i} of {name!r}", row) for i, row in enumerate(value[name], 1))
             return
-        with open_file(path) as file, decompressing(path):
-            data = file.read()
-    text = _decode(path, data)
-    if suffix(path) in (".csv", ".tsv"):
-        yield from _csv_rows(path, text)
-    else:
-        yield from _json_rows(path, text)
-
-
-def _decode(path: Location, data: bytes) -> str:
-    """The text of a file. A byte that is not UTF-8 becomes half a surrogate pair, an error of its row alone."""
-    encoding = json.detect_encoding(data)  # UTF-16 and UTF-32 by their byte order mark or their zero bytes
-    try:
-        return data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is broken {encoding.upper()} text ({error.reason} at byte {error.start:,}); get the file again, "
-            "or save it as UTF-8."
-        ) from None
-
-
-def _json_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
-    """The rows of one JSON value over the whole file, or of a file with a JSON value on each line."""
-    lines = text.split("\n")
-    begin = text.lstrip()
-    opens_more_lines = begin.partition("\n")[0].rstrip().endswith(("{", "[", ","))
-    try:
-        whole = json.loads(text)  # ends at the second line of JSON lines
-    except (ValueError, RecursionError) as error:
-        if begin.startswith("[") and (opens_more_lines or not _are_rows(lines)):
-            yield from json_list(path, text)
+        if first[0][0] == "row 1" and _is_message(value):  # one conversation, over several lines
+            yield "line 1", [row for _, row in chain(first, rows)]
             return
-        if begin.startswith("{") and opens_more_lines and not _are_rows(lines):
-            raise UserError(_broken_object(path, error)) from None
-        numbered = ((f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
-        yield from ((place, line.encode("utf-8", "surrogateescape")) for place, line in numbered)
-        return
-    if isinstance(whole, list) and not (whole and _is_message(whole[0])):
-        yield from json_list(path, text)
-    elif isinstance(whole, dict) and (name := _list_of_rows(path, whole)):
-        try:
-            check_decoded(text)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}.") from None
-        yield from ((f"row {i} of {name!r}", row) for i, row in enumerate(whole[name], 1))
-    else:
-        yield "line 1", text.encode("utf-8", "surrogateescape")  # one conversation, also over several lines
-
-
-def _broken_object(path: Location, error: Exception) -> str:
-    if not isinstance(error, json.JSONDecodeError):
-        return f"{path}: {json_problem(error)}."
-    if error.msg == "Extra data":
-        return (
-            f"{path}, line 1: JSON objects over several lines; expected one on each line "
-            "(`jq -c . OLD > NEW` writes them so), or a list of them."
-        )
-    return f"{path}, line {error.lineno}: not JSON ({error.msg}); expected an object on each line, or a list of them."
-
-
-def _are_rows(lines: list[str]) -> bool:
-    """Whether each line holds a row, by the first of them; some may be broken."""
-    first = list(islice((line for line in lines if line.strip()), 20))
-    return 2 * sum(map(_is_row, first)) >= len(first)
-
-
-def _is_row(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict | list)
-    except (ValueError, RecursionError):
-        return False
+    yield from chain(first, rows)
 
 
 def _is_message(value: Any) -> bool:
@@ -201,77 +135,11 @@ def _list_of_rows(path: Location, whole: dict[str, Any]) -> str | None:
     return lists[0] if lists else None
 
 
-def _csv_rows(path: Location, text: str) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
-    delimiter = "\t" if suffix(path) == ".tsv" else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    number = 0
-    while True:
-        problem = None
-        try:
-            cells = next(reader, None)
-            check_decoded("\n".join(cells or ()))
-        except csv.Error as error:
-            if "end of data" in str(error):  # the quote would put all later rows into one cell
-                raise UserError(
-                    f"{path}: a quote opens after row {number:,} and never closes; expected a text with quotes in it "
-                    "between quotes, and those inside it doubled."
-                ) from None
-            cells, problem = [], ValueError(str(error))
-        except ValueError as error:
-            problem = error
-        if cells is None:
-            return
-        if header is None:
-            header = cells
-            continue
-        if not cells and problem is None:
-            continue  # an empty line
-        number += 1
-        if problem is None and len(cells) != len(header):
-            problem = ValueError(f"{len(cells)} cells, but the header has {len(header)}")
-        yield f"row {number}", problem or dict(zip(header, cells, strict=True))
-
-
-def _parquet_rows(path: Location) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with open_file(path) as file:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-                try:
-                    rows = batch.to_pylist()
-                except Exception:  # a value that Python can't hold; which one it is shows row by row
-                    rows = [_parquet_row(batch, index) for index in range(batch.num_rows)]
-                for row in rows:
-                    number += 1
-                    yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        if is_remote(path) and not isinstance(error, pyarrow.ArrowException):
-            raise
-        raise UserError(f"{path} cannot be read as parquet ({in_short(error)}); get the file again.") from None
-
-
-def _parquet_row(batch: Any, index: int) -> Any:
-    row: dict[str, Any] = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            row[name] = column[index].as_py()
-        except UnicodeDecodeError as error:
-            return ValueError(f"byte 0x{error.object[error.start]:02x} in the column {name!r} is not UTF-8")
-        except Exception as error:  # a date out of range, an unknown time zone
-            return ValueError(f"a value in the column {name!r} can't be read ({in_short(error)})")
-    return row
-
-
 # --- a row ---
 
 
 def conversation_of(values: Any) -> Row:
-    r"""A conversation from a row in any of the shapes; ``bytes`` are a line of JSON, a list is one of messages.
+    r"""A conversation from a row in any of the shapes; ``bytes`` are .
 
     Texts are kept exactly, white space at their ends too. Two things change, as in text for pretraining: a line end is
     ``\n``, and half a surrogate pair, which UTF-8 can't write, is U+FFFD. A prompt that comes in a template is taken
@@ -283,28 +151,13 @@ def conversation_of(values: Any) -> Row:
     try:
         if isinstance(values, ValueError):
             raise values
-        if isinstance(values, bytes):
-            values = _parse(values)
         if isinstance(values, list):
             values = {"messages": values}
         if not isinstance(values, dict):
             raise ValueError(f"{_type(values)} where an object was expected")
         return _conversation(values)
-    except RecursionError as error:
-        raise ValueError(json_problem(error)) from None
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(not_utf8(line[error.start], f" at column {error.start + 1}")) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); expected an object on a line"
-        ) from None
-    except ValueError as error:
-        raise ValueError(json_problem(error)) from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
 
 
 def _conversation(row: dict[str, Any]) -> Row:
@@ -485,7 +338,7 @@ def _as_list(value: Any, field: str) -> list[Any]:
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = _parse(writable(value).encode())
+            value = json.loads(writable(value))
         except ValueError as error:
             raise ValueError(f"in {field!r}: {error}") from None
     if not isinstance(value, list):

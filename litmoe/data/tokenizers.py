@@ -1,13 +1,15 @@
-"""Tokenizers from the Hub, from a folder or trained here, and the fastest encoder that gives a tokenizer's own ids."""
+"""Load tokenizers from the Hub or a folder, train them, and encode documents with the fastest exact encoder."""
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from litmoe.checksummed_json import write_json
 from litmoe.cli import UserError, quoted
@@ -26,10 +28,14 @@ if TYPE_CHECKING:
 
 DEFAULT = "gpt2"
 DEFAULT_VOCAB_SIZE = 8192
-BLANK_STEP = 1 << 18  # characters
-TRAINING_BYTES = 16 << 20  # of text are enough for the merges of a small vocabulary, and take seconds
-ORIGIN = "prepared_from"  # key in tokenizer_config.json: what prepare_data.py made the folder from
-# Read where they stand, beside tokenizer.json and tokenizer_config.json, which every prepared folder has.
+# So much text is enough for the merges of a small vocabulary, and takes seconds. It is taken in blocks.
+TRAINING_BYTES = 16 << 20
+BLOCK_BYTES = 1 << 20
+DOCUMENT_BREAK = "\ufdd0\ufdd1\ufdd0"
+"""Stands between documents that are encoded in one call. Unicode reserves these characters for internal use."""
+ORIGIN = "prepared_from"
+"""Key in tokenizer_config.json: what prepare_data.py made the folder from."""
+# Copied if they exist, in addition to tokenizer.json and tokenizer_config.json.
 OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -389,24 +395,26 @@ def text_ids(tokenizer: "Tokenizer", text: str, *, begin: bool = True) -> list[i
 
 
 class Encoder:
-    """Text to ids. ``<|endoftext|>`` inside a text is text, never the special id, in both ways of encoding.
+    """Encodes documents. ``<|endoftext|>`` inside a text is ordinary text, never the special id.
 
     Args:
         tokenizer_json: path of the file.
-        fast: through tiktoken, for a tokenizer that ``agrees_with_tiktoken``; else through ``tokenizers``.
+        eos_id: put between two documents.
+        bos_id: put after it; None if texts begin without such a token.
+        fast: encode through tiktoken, for a tokenizer that ``agrees_with_tiktoken``; else through ``tokenizers``.
     """
 
-    def __init__(self, tokenizer_json: Path, fast: bool) -> None:
-        self._path = tokenizer_json
-        self._encode: Callable[[str], list[int]] | None = None
+    def __init__(self, tokenizer_json: Path, eos_id: int, bos_id: int | None = None, *, fast: bool) -> None:
+        self._path, self._eos_id, self._bos_id = tokenizer_json, eos_id, bos_id
+        self._tiktoken: Any = None
         if fast:
             import tiktoken
 
-            found = byte_level_bpe(json.loads(tokenizer_json.read_text(encoding="utf-8")))
-            assert found is not None
-            pattern, ranks = found
-            encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-            self._encode = encoding.encode_ordinary
+            bpe = byte_level_bpe(json.loads(tokenizer_json.read_text(encoding="utf-8")))
+            assert bpe is not None, "the caller has checked that tiktoken can encode it"
+            pattern, ranks = bpe
+            special = {DOCUMENT_BREAK: eos_id}
+            self._tiktoken = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -418,44 +426,50 @@ class Encoder:
         tokenizer.encode_special_tokens = True
         return tokenizer
 
-    def __call__(self, texts: list[str]) -> Iterator[list[int]]:
-        """The ids of each text, without beginning or end tokens."""
-        if self._encode is not None:
-            return map(self._encode_fast, texts)
-        return self._encode_slowly(texts)
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Return the ids ``(n,)`` of all texts, joined by the end-of-text id and the begin-of-text id, if any."""
+        joined = DOCUMENT_BREAK.join(texts)
+        ids = None
+        if self._tiktoken is not None and joined.count(DOCUMENT_BREAK) == len(texts) - 1:
+            ids = self._encode_fast(joined)
+        if ids is None:
+            ids = self._encode_slowly(texts)
+        if self._bos_id is None:
+            return ids
+        # No text contains the end-of-text id, so it marks the places between documents.
+        return np.insert(ids, np.flatnonzero(ids == self._eos_id) + 1, self._bos_id)
 
-    def _encode_fast(self, text: str) -> list[int]:
-        assert self._encode is not None
-        if not _has_long_blank(text):
-            try:
-                return self._encode(text)
-            except BaseException as error:
-                if type(error).__name__ != "PanicException":  # of pyo3, which no module exports
-                    raise
-        return next(self._encode_slowly([text]))
+    def _encode_fast(self, joined: str) -> np.ndarray | None:
+        """Encode all texts in one call, during which other threads run; None if tiktoken's regex engine gave up."""
+        try:
+            ids = self._tiktoken.encode_to_numpy(joined, allowed_special={DOCUMENT_BREAK}, disallowed_special=())
+        except BaseException as error:
+            # Raised for a million white-space characters in a row. No module exports the class.
+            if type(error).__name__ != "PanicException":
+                raise
+            return None
+        return np.asarray(ids)
 
-    def _encode_slowly(self, texts: list[str]) -> Iterator[list[int]]:
-        return (found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-
-
-def _has_long_blank(text: str) -> bool:
-    """Whether a text may hold a million white-space characters in a row, at which tiktoken's regex engine panics.
-
-    True from twice ``BLANK_STEP`` on; such a run fills one of these slices, and most end at their first character.
-    """
-    starts = range(0, len(text) - BLANK_STEP + 1, BLANK_STEP)
-    return any(text[start].isspace() and text[start : start + BLANK_STEP].isspace() for start in starts)
+    def _encode_slowly(self, texts: list[str]) -> np.ndarray:
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = []
+        for encoding in encoded:
+            ids += [*encoding.ids, self._eos_id]
+        return np.array(ids[:-1], dtype=np.uint32)
 
 
 def agrees_with_tiktoken(tokenizer_json: Path, sample: list[str]) -> bool:
-    """Whether tiktoken gives exactly this tokenizer's ids: possible by its kind, and true on ``sample``."""
-    if byte_level_bpe(json.loads(tokenizer_json.read_text(encoding="utf-8"))) is None:
+    """Return whether tiktoken gives exactly this tokenizer's ids: possible for its kind, and true for ``sample``."""
+    values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    if byte_level_bpe(values) is None:
         return False
+    # Any id outside of the vocabulary serves between the texts.
+    end = 1 << 30
     try:
-        fast = Encoder(tokenizer_json, fast=True)
+        fast = Encoder(tokenizer_json, end, fast=True)
     except ValueError:  # a pattern that tiktoken's regex engine does not know
         return False
-    return list(fast(sample)) == list(Encoder(tokenizer_json, fast=False)(sample))
+    return np.array_equal(fast(sample), Encoder(tokenizer_json, end, fast=False)(sample))
 
 
 def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:

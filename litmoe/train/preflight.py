@@ -22,7 +22,7 @@ from litmoe.data.conversations import Message
 from litmoe.data.documents import text_files
 from litmoe.data.instruction_module import longer_context
 from litmoe.data.instructions import conversations as read_conversations
-from litmoe.data.manifest import SPLITS, manifest_path, tokenizer_fingerprint
+from litmoe.data.manifest import SPLITS, flags_to_repeat, manifest_path, tokenizer_fingerprint
 from litmoe.data.manifest import read as read_manifest
 from litmoe.data.prepare import PrepareArgs, check_placed_text, prepare
 from litmoe.data.tokenizers import litgpt_tokenizer
@@ -161,7 +161,7 @@ def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
 
 
 def prepare_data(settings: RunSettings) -> None:
-    """Tokenizes what was never tokenized, and fetches the text where the run file names a source."""
+    """Tokenize the text if that was not done yet, and get the text first if the run file names a source."""
     data = settings.data
     if not isinstance(data, TokenizedText):
         return
@@ -169,26 +169,22 @@ def prepare_data(settings: RunSettings) -> None:
     source = settings.prepare.source
     has_text = _has_text(data)
     if not has_text and manifest_path(data_dir).is_file():
-        return  # tokens whose text was removed to save space
+        return  # the text was removed to save space
     if not has_text:
-        check_placed_text(data_dir)  # the run file's source would take its place
+        # Otherwise the run file's source would replace it.
+        check_placed_text(data_dir)
     if not has_text and source is None:
         raise UserError(
             f"no data: there is no text in {data.train_data_path}."
             f" `{command('prepare_data.py', '--data_dir', data_dir)}` fetches TinyStories;"
             " with --source PATH it takes your own text, with --source sample the built-in stories."
         )
-    # What lies there already is taken as it lies: the run file's `prepare` only fills what is empty.
-    has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
-    prepare(
-        PrepareArgs(
-            source=None if has_text else source,
-            data_dir=data_dir,
-            tokenizer=None if has_tokenizer else settings.prepare.tokenizer,
-            tokenizer_dir=settings.tokenizer_dir,
-            vocab_size=None if has_tokenizer else settings.prepare.vocab_size,
-        )
-    )
+    # The run file's `prepare` only fills what is empty. Existing text is tokenized with the settings of its tokens.
+    found = read_manifest(data_dir)
+    flags = flags_to_repeat(data_dir, found) if has_text and found else {"source": source if not has_text else None}
+    if not (settings.tokenizer_dir / "tokenizer.json").is_file():
+        flags |= {"tokenizer": settings.prepare.tokenizer, "vocab_size": settings.prepare.vocab_size}
+    prepare(PrepareArgs(data_dir=data_dir, tokenizer_dir=settings.tokenizer_dir, **flags))
 
 
 def _has_text(data: TokenizedText) -> bool:
