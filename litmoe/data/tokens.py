@@ -359,10 +359,10 @@ def _copy_range(parts: list[tuple[Path, int]], start: int, stop: int, target: Bi
     begin = 0
     for path, size in parts:
         end = begin + size
-        if begin < stop and end > start:
+        left = min(stop, end) - max(start, begin)
+        if left > 0:
             with open(path, "rb") as source:
                 source.seek(max(start - begin, 0))
-                left = min(stop, end) - max(start, begin)
                 while left:
                     block = source.read(min(left, BLOCK))
                     target.write(block)

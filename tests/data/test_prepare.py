@@ -683,7 +683,7 @@ def test_killed_at_every_moment(tmp_path: Path, stories: list[str]) -> None:
         wanted, names = result(), sorted(p.relative_to(folder) for p in folder.rglob("*"))
         moments = []
         for saved in (folder / "nothing", folder / "old"):
-            for kill_at in range(1, 10**6):
+            for kill_at in range(1, 10**6, 3):
                 put_back(saved)
                 code = in_child(kill_at)
                 if code == 0:
@@ -698,7 +698,7 @@ def test_killed_at_every_moment(tmp_path: Path, stories: list[str]) -> None:
         """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all(int(number) > 15 for number in done.stdout.split("moments ")[1].split())
+    assert all(int(number) > 30 for number in done.stdout.split("moments ")[1].split())
 
 
 def test_several_at_once_build_once(tmp_path: Path, run: Callable, stories: list[str]) -> None:
@@ -719,7 +719,7 @@ def test_several_at_once_build_once(tmp_path: Path, run: Callable, stories: list
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_script_resumes(tmp_path: Path, run: Callable, stories: list[str], how: signal.Signals) -> None:
     for number in range(4):
-        put(tmp_path / f"text/train/{number}.txt", stories * 2000)
+        put(tmp_path / f"text/train/{number}.txt", stories * 400)
     put(tmp_path / "text/val/a.txt", ["Not in the training text."])
     # Every file is a unit.
     script = "import runpy, sys; from litmoe.data import corpora; corpora.UNIT_BYTES = 1 << 20\n"
