@@ -1,4 +1,4 @@
-"""Turns text into tokens that `run_train.py` reads.
+"""Turn text into tokens that `run_train.py` reads.
 
     uv run python prepare_data.py                                          # TinyStories, GPT-2's tokenizer
     uv run python prepare_data.py --source sample --tokenizer train        # built-in stories: no network needed
@@ -8,19 +8,18 @@
 
 Corpora by name, all but the first from the Hugging Face Hub:
 
-    sample         20 MB of short children's stories, made here
+    sample         20 MB of short children's stories, generated here
     tinystories    2.1 million short stories, 1.9 GB
     shakespeare    Shakespeare's plays, 1 MB
     wikitext-103   28,000 articles of Wikipedia, 0.5 GB
     openwebtext    8.0 million web pages, 9.0 B GPT-2 tokens
     fineweb-edu    its sample-10BT: 9.7 million web pages, 10 B GPT-2 tokens, 28 GB of parquet
 
-From the Hub text comes in a stream: tokens go into DATA_DIR/tokens, nothing else (--keep_text keeps the text too). Your
-own text and the sample's go into DATA_DIR/train and DATA_DIR/val beside them, the tokenizer into TOKENIZER_DIR. Text
-that already lies in train/ and val/ is tokenized as it lies. Called again, it builds anew only what changed;
-interrupted, the same command goes on where it was.
+A Hub corpus is streamed: only its tokens are written, to DATA_DIR/tokens (--keep_text also writes the text). Your own
+files and the sample are written to DATA_DIR/train and DATA_DIR/val first. Text that you put there yourself is tokenized
+unchanged. A second call rebuilds only what changed. After an interruption, the same command resumes.
 
-With --instruct it prepares conversations for finetune.py instead (`--instruct stories --help` lists its flags):
+With --instruct, it prepares conversations for finetune.py instead (`--instruct stories --help` lists its flags):
 
     uv run python prepare_data.py --instruct stories                       # 6,000 requests for built-in stories
     uv run python prepare_data.py --instruct alpaca_data.json --data_dir data/alpaca
@@ -28,7 +27,6 @@ With --instruct it prepares conversations for finetune.py instead (`--instruct s
 """
 
 if __name__ == "__main__":
-    # Imported here alone: processes that tokenize do not need it.
     import sys
 
     from litmoe.cli import exit_with_message, run_door

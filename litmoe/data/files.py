@@ -224,7 +224,7 @@ def read_rows(
         ``("line 3", value)`` or ``("row 3", value)``. A row that cannot be read comes as a ``BadRow``.
 
     Raises:
-        UserError: the file as a whole cannot be read.
+        UserError: the file cannot be read.
         Unfinished: the connection to the Hub was lost.
     """
     readers: dict[str, Callable[[Location], Iterator[tuple[str, Any]]]] = {
@@ -275,7 +275,7 @@ def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
             return
         text = "".join(first_lines) + file.read()
     try:
-        whole = json.loads(text.removeprefix("\ufeff"))
+        content = json.loads(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{location}, line {error.lineno}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); "
@@ -283,7 +283,7 @@ def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{location} cannot be read as JSON ({str(error).partition(';')[0]}).") from None
-    rows = whole if isinstance(whole, list) else [whole]
+    rows = content if isinstance(content, list) else [content]
     has_bad_bytes = undecoded(text) is not None
     for number, row in enumerate(rows, 1):
         problem = undecoded(json.dumps(row, ensure_ascii=False)) if has_bad_bytes else None

@@ -48,7 +48,7 @@ OFFLINE_WAYS = """Without a network:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer folder in memory, completed."""
+    """The content of a complete tokenizer folder."""
 
     tokenizer: dict[str, Any]
     """``tokenizer.json``."""
@@ -61,14 +61,14 @@ class TokenizerFiles:
 
     @cached_property
     def sha256(self) -> str:
-        """What ``manifest.tokenizer_fingerprint`` gives for the folder."""
+        """What ``manifest.tokenizer_fingerprint`` returns for the folder."""
         bos_token = self.config["bos_token"] if self.config.get("add_bos_token") else None
         return fingerprint_of(self.tokenizer, self.config["eos_token"], bos_token)
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a prepared tokenizer folder holds."""
+    """A description of a complete tokenizer folder."""
 
     folder: Path
     name: str
@@ -78,7 +78,7 @@ class TokenizerInfo:
     eos_token: str
     eos_id: int
     bos_token: str | None = None
-    """The token that begins every text; None where texts begin without one."""
+    """The token that begins every text; None if texts begin without one."""
     bos_id: int | None = None
 
 
@@ -86,14 +86,14 @@ class TokenizerInfo:
 
 
 def from_folder(folder: Path, name: str | None = None) -> TokenizerFiles:
-    """Reads and completes a tokenizer folder: ``tokenizer.json`` alone will do, or ``vocab.json`` and ``merges.txt``.
+    """Read and complete a tokenizer folder. ``tokenizer.json`` is enough, or ``vocab.json`` and ``merges.txt``.
 
     Args:
-        folder: where the files lie; nothing is written there.
-        name: what messages call it, when not by its path.
+        folder: nothing is written there.
+        name: its name in messages, by default its path.
 
     Raises:
-        UserError: for a missing or broken tokenizer, for an end-of-text token that cannot be told.
+        UserError: the tokenizer is missing or broken, or its end-of-text token is unclear.
     """
     if (folder / "tokenizer.json").is_file():
         tokenizer = _read_json(folder / "tokenizer.json")
@@ -110,17 +110,17 @@ def from_folder(folder: Path, name: str | None = None) -> TokenizerFiles:
 
 
 def from_hub(name: str) -> TokenizerFiles:
-    """Downloads a tokenizer from the Hugging Face Hub, or takes it from the Hub's cache where there is no network.
+    """Download a tokenizer from the Hugging Face Hub, or read it from the Hub's cache without a network.
 
     Raises:
-        UserError: for an unknown name, or without a network.
+        UserError: the name is unknown, or there is neither a network nor a cached copy.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        # One short question first: where the Hub cannot be reached, a download alone would retry for a long time.
+        # One short request first: without a network, a download would retry for a long time.
         huggingface_hub.HfApi().model_info(name, timeout=10)
         reachable, problem = True, ""
     except GatedRepoError:
@@ -130,7 +130,7 @@ def from_hub(name: str) -> TokenizerFiles:
             f"no tokenizer {name!r}: neither a folder here nor a model on the Hub. --tokenizer takes a Hub name such "
             "as gpt2, a folder with a tokenizer.json, or the word train."
         ) from None
-    except Exception as error:  # the transport has many ways to say that there is no network
+    except Exception as error:  # the transport raises many kinds of errors without a network
         reachable, problem = False, in_short(error)
     found: dict[str, str] = {}
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", *OPTIONAL_FILES):
@@ -145,14 +145,16 @@ def from_hub(name: str) -> TokenizerFiles:
                 f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
             ) from None
     if not found and not reachable:
-        raise UserError(f"the tokenizer {name!r} cannot be had from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}")
+        raise UserError(
+            f"the tokenizer {name!r} is not available from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}"
+        )
     if not found.get("tokenizer.json") and not (found.get("vocab.json") and found.get("merges.txt")):
         raise UserError(f"{name!r} on the Hub has no tokenizer.json, nor vocab.json and merges.txt; name another one.")
     return from_folder(Path(next(iter(found.values()))).parent, name)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
-    """Trains a byte-level BPE with ``<|endoftext|>`` as its one special token; the same text gives the same one."""
+    """Train a byte-level BPE with the special token ``<|endoftext|>``. The same text gives the same tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -185,8 +187,8 @@ def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
 def _completed(
     tokenizer: dict[str, Any], config: dict[str, Any], others: dict[str, str], origin: str
 ) -> TokenizerFiles:
-    """Adds what LitGPT and transformers need to know: the end-of-text token, a class, no truncation."""
-    # A limit that somebody else's run left there would cut every document.
+    """Add what LitGPT and transformers need: the end-of-text token, a class, no truncation."""
+    # A limit that an earlier use of the tokenizer left behind would cut every document.
     tokenizer = {key: None if key in ("truncation", "padding") else value for key, value in tokenizer.items()}
     parsed = _parse(tokenizer, origin)
     named = token_text(config.get("eos_token"))
@@ -201,7 +203,7 @@ def _completed(
         key: value for key, value in config.items() if value is not None and key != ORIGIN
     }
     config["bos_token"] = token_text(config["bos_token"])
-    # Written out, so that LitGPT, which does not read the template, follows the same rule.
+    # LitGPT does not read the template, so the rule is written out.
     if config.get("add_bos_token", before is not None or config["tokenizer_class"] == "LlamaTokenizer"):
         config["add_bos_token"] = True
         if parsed.token_to_id(config["bos_token"]) is None:
@@ -214,7 +216,7 @@ def _completed(
 
 
 def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
-    """The token that the post-processor of a ``tokenizer.json`` puts before each text: ``<s>`` of ``<s> $A``."""
+    """Return the token that the template of a ``tokenizer.json`` puts before each text: ``<s>`` of ``<s> $A``."""
     processor = tokenizer.get("post_processor") or {}
     for step in processor.get("processors", [processor]):
         if step.get("type") in ("BertProcessing", "RobertaProcessing"):
@@ -226,7 +228,7 @@ def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
 
 
 def _infer_end_of_text(tokenizer: dict[str, Any], others: dict[str, str], origin: str) -> str:
-    """The one token that can end a text: the one that generation ends at, the one with a usual name, the only one."""
+    """Return the token that can end a text: where generation ends, the one with a usual name, or the only one."""
     special = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or [] if token.get("special")}
     with suppress(KeyError, ValueError):
         return special[json.loads(others["generation_config.json"])["eos_token_id"]]
@@ -236,8 +238,8 @@ def _infer_end_of_text(tokenizer: dict[str, Any], others: dict[str, str], origin
             return candidates[0]
     raise UserError(
         f"the tokenizer of {origin} does not say which token ends a text, and its special tokens "
-        f"({', '.join(map(repr, special.values())) or 'none'}) do not make it clear. Put a tokenizer_config.json "
-        'beside its tokenizer.json: {"eos_token": "<|endoftext|>"}, with the right token.'
+        f"({', '.join(map(repr, special.values())) or 'none'}) do not make it clear. Add a tokenizer_config.json "
+        'next to its tokenizer.json: {"eos_token": "<|endoftext|>"}, with the right token.'
     )
 
 
@@ -247,16 +249,16 @@ def _parse(tokenizer_json: dict[str, Any], origin: str) -> Any:
     try:
         return Tokenizer.from_str(json.dumps(tokenizer_json))
     except Exception as error:  # the tokenizers package raises plain Exception
-        raise UserError(f"the tokenizer.json of {origin} is broken ({error}); get it anew.") from None
+        raise UserError(f"the tokenizer.json of {origin} is broken ({error}); download it again.") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is broken ({error}); get it anew.") from None
+        raise UserError(f"{path} is broken ({error}); download it again.") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} is broken (no JSON object in it); get it anew.")
+        raise UserError(f"{path} is broken (no JSON object in it); download it again.")
     return values
 
 
@@ -264,9 +266,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None:
-    """Writes a tokenizer folder, with a note of where it came from.
+    """Write a tokenizer folder, with a note of where it came from.
 
-    A new ``tokenizer.json`` is written last, after the old one is gone: killed in between, the folder is none.
+    A new ``tokenizer.json`` is written last, after the old one was deleted: a killed call leaves no tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
@@ -287,7 +289,7 @@ def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """What ``prepare_data.py`` made the folder from; empty for one that it did not make, or that was changed since."""
+    """Return what ``prepare_data.py`` made the folder from; empty for a folder from elsewhere or a changed one."""
     try:
         noted = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[ORIGIN])
         return noted if noted.pop("sha256") == tokenizer_fingerprint(folder) else {}
@@ -296,8 +298,7 @@ def origin(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether ``tokenizer_config.json`` holds what LitGPT needs: a class, the token that ends a text, and which one
-    begins it, if any."""
+    """Return whether ``tokenizer_config.json`` says what LitGPT needs: a class and the tokens around texts."""
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}
     if token_text(config.get("eos_token")) is None or config.get("tokenizer_class") is None:
@@ -310,10 +311,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def load(folder: Path) -> TokenizerInfo:
-    """Describes a tokenizer folder.
+    """Describe a tokenizer folder.
 
     Raises:
-        UserError: for a missing or broken tokenizer.
+        UserError: the tokenizer is missing, broken or incomplete.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -327,8 +328,8 @@ def load(folder: Path) -> TokenizerInfo:
     eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
     if eos_token is None or eos_id is None:
         raise UserError(
-            f"the tokenizer at {folder} names no end-of-text token that it has (eos_token in tokenizer_config.json: "
-            f"{eos_token!r}); `--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it where that is clear."
+            f"the tokenizer at {folder} does not have the end-of-text token {eos_token!r} of its tokenizer_config.json; "
+            f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it if the token is clear."
         )
     bos_token = begin_of_text_token(folder)
     bos_id = tokenizer.token_to_id(bos_token) if bos_token is not None else None
@@ -443,10 +444,8 @@ class Encoder:
         """Encode all texts in one call, during which other threads run; None if tiktoken's regex engine gave up."""
         try:
             ids = self._tiktoken.encode_to_numpy(joined, allowed_special={DOCUMENT_BREAK}, disallowed_special=())
-        except BaseException as error:
-            # Raised for a million white-space characters in a row. No module exports the class.
-            if type(error).__name__ != "PanicException":
-                raise
+        except ValueError:
+            # For a million white-space characters in a row.
             return None
         return np.asarray(ids)
 
@@ -473,7 +472,7 @@ def agrees_with_tiktoken(tokenizer_json: Path, sample: list[str]) -> bool:
 
 
 def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:
-    """The pattern and ranks for tiktoken of a byte-level BPE whose ids rise with merge rank; None for other kinds."""
+    """Return pattern and ranks for tiktoken of a byte-level BPE with ids in the order of its merges; else None."""
     model = tokenizer_json.get("model") or {}
     plain = not any(
         model.get(key)
@@ -502,7 +501,7 @@ def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
-    """The regular expression that a byte-level pre-tokenizer divides by; None where it does anything else."""
+    """Return the regular expression of a byte-level pre-tokenizer; None if it does anything else."""
     if pre_tokenizer.get("type") == "ByteLevel":
         plain = not pre_tokenizer.get("add_prefix_space") and pre_tokenizer.get("use_regex", True)
         return GPT2_PATTERN if plain else None
@@ -515,13 +514,13 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
 
 
 def divides_between_words(tokenizer_json: Path) -> bool:
-    """Whether a text cut at a lone blank gives the ids of the whole: true of byte-level pre-tokenizers."""
+    """Return whether a text divided at ``SAFE_CUT`` gives the same ids: true for byte-level pre-tokenizers."""
     values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     return values.get("normalizer") is None and _pattern(values.get("pre_tokenizer") or {}) is not None
 
 
 def byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py: bytes_to_unicode)."""
+    """Return GPT-2's printable character for each byte (openai/gpt-2, encoder.py: bytes_to_unicode)."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}

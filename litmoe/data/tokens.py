@@ -328,14 +328,14 @@ def write_chunks(store: UnitStore, records: list[UnitRecord], split: str, dtype:
         path = folder / f"chunk-0-{number}.bin"
         stop = start + length * item_bytes
         if not path.exists():
-            beside = path.with_suffix(".tmp")
-            with open(beside, "wb") as file:
+            partial = path.with_suffix(".tmp")
+            with open(partial, "wb") as file:
                 # The number of items, where the first one begins and where the last one ends.
                 file.write(np.array([1, 12, 12 + length * item_bytes], "<u4").tobytes())
                 _copy_range(parts, start, stop, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(partial, path)
         _delete_before(parts, stop)
         start = stop
     _write_index(folder, lengths, dtype)

@@ -263,10 +263,10 @@ def test_damaged_tokens_are_made_anew_from_their_source(
     with monkeypatch.context() as patch, pytest.raises(UserError) as error:
         patch.chdir(world.folder.parent)
         manifest.verify(data)
-    assert ("came from own, which is not there" in str(error.value)) is not there
+    assert ("came from own, which is not in" in str(error.value)) is not there
     with pytest.raises(UserError) as error:
         manifest.verify(data)
-    assert "is not there" not in str(error.value)
+    assert "is not in" not in str(error.value)
     mend_as_told(world, str(error.value), data.name)
     manifest.verify(data)
     now = manifest.read(data)

@@ -1,5 +1,7 @@
-"""Preparation of data is killed while it writes text, trains a tokenizer, downloads, tokenizes, writes manifests: the
-same command, called again, gives the same bytes, and nothing else lies there."""
+"""Kill prepare_data.py while it writes text, trains a tokenizer, reads the Hub, tokenizes or writes manifests.
+
+The same command, called again, gives the same bytes, and leaves nothing else behind.
+"""
 
 import io
 import random
@@ -20,22 +22,22 @@ from tests.chaos.lives import Death, Life, Operation, Watched
 from tests.data.hub_server import serve
 
 ALL = "()"
-A_FOLDER = 2
-"""As often a folder's preparation is killed before it may come to its end"""
+KILLS_PER_FOLDER = 2
+"""How often a preparation is killed before it may finish"""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A call of ``prepare_data.py``, in whatever folder."""
+    """A call of ``prepare_data.py``."""
 
     flags: tuple[str, ...]
     text: Path | None = None
-    """Lies in the folder's ``train`` before"""
+    """Text that is put into the folder's ``train`` first"""
     more: dict[str, Any] = field(default_factory=dict)
-    """For ``Life``"""
+    """Arguments of ``Life``"""
 
     def begin(self, folder: Path, place: Path, death: Death | None = None) -> Life:
-        """A process that prepares into ``place``."""
+        """Start a process that prepares into ``place``."""
         if self.text and not place.exists():
             shutil.copytree(self.text, place / "data" / "train")
         command = [*self.flags, "--data_dir", str(place / "data"), "--tokenizer_dir", str(place / "tokenizer")]
@@ -43,26 +45,26 @@ class Preparation:
 
 
 def chaos(folder: Path, preparation: Preparation, kills: int, note: Callable[[Moment], None]) -> None:
-    """Kills preparations ``kills`` times, evenly over their file operations and their time."""
-    whole = preparation.begin(folder / "life", folder / "whole")
-    assert whole.end() == 0, whole.said
-    operations, draw, done = whole.operations, random.Random(f"{folder.name} {kills}"), 0
+    """Kill preparations ``kills`` times, evenly over their file operations and their time."""
+    complete = preparation.begin(folder / "life", folder / "complete")
+    assert complete.end() == 0, complete.said
+    operations, draw, done = complete.operations, random.Random(f"{folder.name} {kills}"), 0
     for number in count():
         if done >= kills:
             return
         place = folder / str(number) / "place"
-        for again in range(A_FOLDER):
+        for again in range(KILLS_PER_FOLDER):
             even = draw.random() if again else (done + draw.random()) / kills
-            death = even_moment(operations, even, by_time=bool(done // A_FOLDER % 2))
+            death = even_moment(operations, even, by_time=bool(done // KILLS_PER_FOLDER % 2))
             life = preparation.begin(place.with_name(f"life-{again}"), place, death)
-            if not life.was_killed:  # less is to do when it goes on
+            if not life.was_killed:  # a resumed call has less to do
                 assert life.end() == 0, life.said
                 break
             note(Moment("preparation", life.operations[-1].number / len(operations), what(life.operations[-1])))
             done += 1
         last = preparation.begin(place.with_name("last"), place)
         assert last.end() == 0, last.said
-        assert contents(place) == contents(folder / "whole")
+        assert contents(place) == contents(folder / "complete")
 
 
 def even_moment(operations: list[Operation], even: float, *, by_time: bool) -> Death:
@@ -75,13 +77,13 @@ def even_moment(operations: list[Operation], even: float, *, by_time: bool) -> D
 
 
 def what(operation: Operation) -> str:
-    """What an operation is about, without its file."""
+    """What an operation belongs to, without its file."""
     parts = operation.what.split()[1].split("/")
     if ".incoming" in parts:
         return "writing text"
     if "tokenizer" in parts:
         return "the tokenizer"
-    if "splits" in parts:
+    if "units" in parts or "cut" in parts:
         return "tokens"
     if parts[-1].endswith((".json", ".tmp")):
         return "manifests"
@@ -89,7 +91,7 @@ def what(operation: Operation) -> str:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All files below a folder, less the times of the text files and the seals, which are taken over them, too."""
+    """The content of all files below a folder, without the times of text files and the checksums over them."""
 
     def untimed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -106,7 +108,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def texts(tmp_path: Path, stories: list[str]) -> Path:
-    """A folder of text files, more of them than are tokenized without other processes."""
+    """A folder of text files."""
     for number in range(6):
         path = tmp_path / "texts" / f"{number}.txt"
         path.parent.mkdir(exist_ok=True)
@@ -127,14 +129,14 @@ def test_own_text(tmp_path: Path, texts: Path, moments: Callable[[Moment], None]
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_text_in_place_by_processes(tmp_path: Path, texts: Path, moments: Callable[[Moment], None]) -> None:
+def test_text_in_place(tmp_path: Path, texts: Path, moments: Callable[[Moment], None]) -> None:
     preparation = Preparation((*TRAINED, "--num_workers", "2"), texts)
     chaos(tmp_path / "in place", preparation, share(2), moments)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, stories: list[str]) -> Iterator[dict[str, str]]:
-    """The environment of processes that read ``org/stories`` of a Hub of this machine."""
+    """The environment of processes that read ``org/stories`` from a Hub on this machine."""
     files = {}
     for number in range(3):
         buffer = io.BytesIO()
@@ -148,7 +150,7 @@ def hub(tmp_path: Path, stories: list[str]) -> Iterator[dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("kept", "kills"), [((), 1), (("--keep_text",), 1)], ids=["tokens alone", "text too"])
-def test_a_corpus_of_the_hub(
+def test_hub_corpus(
     tmp_path: Path,
     hub: dict[str, str],
     tokenizer_dir: Path,
@@ -157,5 +159,5 @@ def test_a_corpus_of_the_hub(
     kills: int,
 ) -> None:
     flags = ("--source", "hf:org/stories", "--tokenizer", str(tokenizer_dir), "--num_workers", "0", *kept)
-    # Not warm: the Hub's client reads its address when it is imported.
+    # A new process for each call: the Hub's client reads its address when it is imported.
     chaos(tmp_path / "hub", Preparation(flags, more={"environment": hub, "warm": False}), share(kills), moments)

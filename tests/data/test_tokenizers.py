@@ -1,4 +1,4 @@
-"""Tokenizers from every kind of folder and from training; and that the fast encoder gives the tokenizer's own ids."""
+"""Tokenizers from folders and from training, and that the fast encoder gives the tokenizer's own ids."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from tokenizers import (
 
 from litmoe.checksummed_json import write_json
 from litmoe.cli import UserError
-from litmoe.data import manifest, tokenizers
+from litmoe.data import documents, manifest, tokenizers
 from litmoe.data.manifest import fingerprint_of
 from litmoe.data.tokenizers import (
     Encoder,
@@ -34,6 +34,7 @@ from litmoe.data.tokenizers import (
 )
 
 END = "<|endoftext|>"
+END_ID = 0
 # What GPT-4's and Llama 3's tokenizers divide by, in the form of a tokenizer.json.
 MODERN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -82,8 +83,19 @@ def strange_texts() -> list[str]:
 # --- encoding ---
 
 
+def assert_same_ids(path: Path, texts: list[str], bos: int | None = None) -> None:
+    """Both encoders give the ids that the tokenizer gives to each text alone, joined by the end-of-text id."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    begin = [] if bos is None else [bos]
+    alone = [[*begin, *encoding.ids, END_ID] for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    expected = [token for ids in alone for token in ids][len(begin) : -1]
+    for fast in (True, False):
+        assert Encoder(path, END_ID, bos, fast=fast)(texts).tolist() == expected
+
+
 @pytest.mark.parametrize("modern", [False, True])
-def test_tiktoken_gives_the_tokenizers_own_ids(tmp_path: Path, stories: list[str], modern: bool) -> None:
+def test_tiktoken_gives_the_tokenizers_ids(tmp_path: Path, stories: list[str], modern: bool) -> None:
     pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(MODERN_PATTERN), behavior="isolated"),
@@ -92,50 +104,51 @@ def test_tiktoken_gives_the_tokenizers_own_ids(tmp_path: Path, stories: list[str
     )
     path = saved(tmp_path, trained(stories, pre_tokenizer if modern else None)) / "tokenizer.json"
     texts = stories + strange_texts()
-    fast, slow = list(Encoder(path, fast=True)(texts)), list(Encoder(path, fast=False)(texts))
-    assert fast == slow
+    assert_same_ids(path, texts)
     assert agrees_with_tiktoken(path, stories)
 
 
+@pytest.mark.parametrize("bos", [None, 0, 5])
+def test_encoded_texts_are_joined(tokenizer_dir: Path, stories: list[str], bos: int | None) -> None:
+    path = tokenizer_dir / "tokenizer.json"
+    assert_same_ids(path, stories, bos)
+    assert_same_ids(path, stories[:1], bos)
+    # A text may contain the characters that separate texts.
+    assert_same_ids(path, [f"a {tokenizers.DOCUMENT_BREAK} b", "c"], bos)
+
+
 @pytest.mark.parametrize("fast", [True, False])
-def test_the_mark_inside_a_text_is_never_the_special_id(tokenizer_dir: Path, fast: bool) -> None:
+def test_end_of_text_in_a_text_is_text(tokenizer_dir: Path, fast: bool) -> None:
     """``tokenizers`` alone turns the literal into the special id, tiktoken does not."""
-    special = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).token_to_id(END)
-    (ids,) = Encoder(tokenizer_dir / "tokenizer.json", fast)([f"a {END} b"])
-    assert special not in ids
+    ids = Encoder(tokenizer_dir / "tokenizer.json", END_ID, fast=fast)([f"a {END} b"]).tolist()
+    assert END_ID not in ids
     assert Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).decode(ids) == f"a {END} b"
 
 
-def test_pieces_of_a_text_give_the_ids_of_the_whole(tmp_path: Path, stories: list[str]) -> None:
-    """What long documents rest on: cut after a lone line end or before a lone space, nothing changes."""
+def test_pieces_give_the_ids_of_the_complete_text(
+    tmp_path: Path, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long documents are divided where every byte-level tokenizer divides them."""
     path = saved(tmp_path, trained(stories)) / "tokenizer.json"
     assert tokenizers.divides_between_words(path)
     text = "\n".join(stories[:40]) + "\n\n  " + " ".join(stories[40:80])
-    encode = Encoder(path, fast=False)
-    (whole,) = encode([text])
-    cuts = [i + 1 for i in range(1, len(text) - 1) if text[i] == "\n" and not (text[i - 1] + text[i + 1]).isspace()]
-    cuts += [i for i in range(1, len(text) - 1) if text[i] == " " and text[i - 1].isalpha() and text[i + 1].isalpha()]
-    cuts = [cut for cut in cuts if not text[cut - 2 : cut + 1].isspace() and "\n\n" not in text[cut - 2 : cut + 1]]
-    assert len(cuts) > 500
-    for cut in random.Random(0).sample(cuts, 200):
-        left, right = encode([text[:cut], text[cut:]])
-        assert left + right == whole, text[cut - 5 : cut + 5]
+    encode = Encoder(path, END_ID, fast=False)
+    complete = encode([text]).tolist()
+    for size in range(1, 60):
+        monkeypatch.setattr(documents, "BATCH_CHARACTERS", size)
+        pieces = documents.divide(text)
+        assert len(pieces) > 40
+        assert [token for piece in pieces for token in encode([piece]).tolist()] == complete
 
 
-@pytest.mark.parametrize("step", [tokenizers.BLANK_STEP, 10_000_000])
-def test_a_million_blanks_are_encoded(tokenizer_dir: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tiktoken's regex engine panics there, with an exception that cannot be pickled; found before or caught."""
-    monkeypatch.setattr(tokenizers, "BLANK_STEP", step)
-    texts = ["before", "x" + "\t\n " * 350_000 + "y", "after"]
-    fast, slow = (list(Encoder(tokenizer_dir / "tokenizer.json", way)(texts)) for way in (True, False))
-    assert fast == slow and len(fast[1]) > 100
+def test_a_million_blanks_are_encoded(tokenizer_dir: Path) -> None:
+    """tiktoken's regex engine panics there."""
+    assert_same_ids(tokenizer_dir / "tokenizer.json", ["before", "x" + "\t\n " * 350_000 + "y", "after"])
 
 
 @pytest.mark.parametrize("repeated", ["a", "1", "!", "=-", "\U0001f469\u200d\U0001f680", "\u4e2d", "e\u0301"])
 def test_long_runs_give_the_same_ids(tokenizer_dir: Path, repeated: str) -> None:
-    texts = ["x" + repeated * (100_000 // len(repeated)) + " y"]
-    fast, slow = (list(Encoder(tokenizer_dir / "tokenizer.json", way)(texts)) for way in (True, False))
-    assert fast == slow
+    assert_same_ids(tokenizer_dir / "tokenizer.json", ["x" + repeated * (100_000 // len(repeated)) + " y"])
 
 
 def _change(tokenizer: Tokenizer, what: str) -> Tokenizer:
@@ -153,7 +166,7 @@ def _change(tokenizer: Tokenizer, what: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("what", ["normalizer", "prefix space", "other pre-tokenizer", "added word", "order", "bytes"])
-def test_any_other_kind_of_tokenizer_is_left_to_tokenizers(tmp_path: Path, stories: list[str], what: str) -> None:
+def test_other_tokenizers_are_not_given_to_tiktoken(tmp_path: Path, stories: list[str], what: str) -> None:
     folder = saved(tmp_path, _change(trained(stories), what))
     values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if what == "order":  # ids that do not rise with merge rank
@@ -165,7 +178,7 @@ def test_any_other_kind_of_tokenizer_is_left_to_tokenizers(tmp_path: Path, stori
     assert not agrees_with_tiktoken(folder / "tokenizer.json", stories)
 
 
-def test_tiktoken_is_not_taken_where_its_ids_differ(tmp_path: Path) -> None:
+def test_tiktoken_is_not_used_if_its_ids_differ(tmp_path: Path) -> None:
     """tiktoken joins any two tokens whose bytes are a token; here ``abc`` comes from ``ab`` and ``c`` alone."""
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]
@@ -195,7 +208,7 @@ def as_stock_tools_read_it(folder: Path) -> None:
     assert max(lit.encode(text)) < info.vocab_size
 
 
-def test_a_tokenizer_json_alone_is_completed_elsewhere(tmp_path: Path, stories: list[str]) -> None:
+def test_tokenizer_json_alone_is_completed(tmp_path: Path, stories: list[str]) -> None:
     source = saved(tmp_path / "source", trained(stories))
     files = from_folder(source)
     assert files.inferred and files.config["eos_token"] == END
@@ -205,17 +218,17 @@ def test_a_tokenizer_json_alone_is_completed_elsewhere(tmp_path: Path, stories: 
     assert tokenizers.origin(tmp_path / "new") == {"name": "source"}
 
 
-def test_vocab_and_merges_alone_give_a_tokenizer(tmp_path: Path, stories: list[str]) -> None:
+def test_vocab_and_merges_give_a_tokenizer(tmp_path: Path, stories: list[str]) -> None:
     tokenizer = trained(stories)
     (tmp_path / "source").mkdir()
     tokenizer.model.save(str(tmp_path / "source"))
     install(from_folder(tmp_path / "source"), {"name": "source"}, tmp_path / "new")
     as_stock_tools_read_it(tmp_path / "new")
-    (ids,) = Encoder(tmp_path / "new" / "tokenizer.json", fast=False)([stories[0]])
-    assert ids == tokenizer.encode(stories[0]).ids
+    ids = Encoder(tmp_path / "new" / "tokenizer.json", END_ID, fast=False)([stories[0]])
+    assert ids.tolist() == tokenizer.encode(stories[0]).ids
 
 
-def test_what_a_folder_says_of_its_tokens_is_kept(tmp_path: Path, stories: list[str]) -> None:
+def test_config_of_a_folder_is_kept(tmp_path: Path, stories: list[str]) -> None:
     tokenizer = trained(stories, special=("<s>", "</s>", "<pad>"))
     tokenizer.enable_truncation(5)
     eos = {"content": "</s>", "__type": "AddedToken"}
@@ -243,7 +256,7 @@ def test_what_a_folder_says_of_its_tokens_is_kept(tmp_path: Path, stories: list[
         (("</s>", END), None, None),
     ],
 )
-def test_the_end_of_text_token_is_inferred_only_where_it_is_clear(
+def test_end_of_text_is_inferred_if_it_is_clear(
     tmp_path: Path, stories: list[str], special: tuple[str, ...], generation: dict | None, found: str | None
 ) -> None:
     source = saved(tmp_path, trained(stories, special=special))
@@ -267,7 +280,7 @@ def test_the_end_of_text_token_is_inferred_only_where_it_is_clear(
         ({"vocab.json": "{", "merges.txt": ""}, "are broken"),
     ],
 )
-def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_missing_or_broken_tokenizer_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
@@ -286,7 +299,7 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path, files: dict[str,
         ({"bos_token": "<s>", "tokenizer_class": "GPT2Tokenizer"}, None, None),
     ],
 )
-def test_what_begins_a_text_is_one_rule(
+def test_begin_of_text_follows_one_rule(
     tmp_path: Path, stories: list[str], config: dict, template: str | None, begins: str | None
 ) -> None:
     """The same for the corpus, for LitGPT's tokenizer, and for the fingerprint that makes tokens stale."""
@@ -309,7 +322,7 @@ def test_what_begins_a_text_is_one_rule(
 
 
 @pytest.mark.parametrize("name", ["Meta-Llama-3-8B", "SmolLM2-135M-Instruct"])
-def test_a_folders_name_adds_no_token(tmp_path: Path, stories: list[str], name: str) -> None:
+def test_folder_name_adds_no_token(tmp_path: Path, stories: list[str], name: str) -> None:
     """Nor does a limit that tokenizer.json holds cut or pad a prompt."""
     tokenizer = trained(stories)
     tokenizer.enable_truncation(3)
@@ -325,7 +338,7 @@ def test_a_folders_name_adds_no_token(tmp_path: Path, stories: list[str], name: 
     ("changes", "complete"),
     [({}, True), ({"tokenizer_class": None}, False), ({"add_bos_token": None}, False), ({"eos_token": None}, False)],
 )
-def test_a_complete_folder_has_what_litgpt_reads(
+def test_complete_folder_has_what_litgpt_reads(
     tmp_path: Path, stories: list[str], changes: dict, complete: bool
 ) -> None:
     """LitGPT needs a class, and takes null for False where a missing line means True."""
@@ -337,29 +350,29 @@ def test_a_complete_folder_has_what_litgpt_reads(
     assert litgpt_tokenizer(folder).use_bos is ("tokenizer_class" not in changes)
 
 
-def test_a_begin_token_that_is_no_token_is_refused(tmp_path: Path, stories: list[str]) -> None:
+def test_unknown_begin_token_is_refused(tmp_path: Path, stories: list[str]) -> None:
     config = {"eos_token": END, "bos_token": "<s>", "add_bos_token": True}
     with pytest.raises(UserError, match=r"no token '<s>'.*add_bos_token"):
         from_folder(saved(tmp_path, trained(stories), config))
 
 
-def test_an_end_of_text_token_that_is_no_token_is_refused(tmp_path: Path, stories: list[str]) -> None:
+def test_unknown_end_of_text_token_is_refused(tmp_path: Path, stories: list[str]) -> None:
     source = saved(tmp_path, trained(stories), {"eos_token": "<|nothing|>"})
     with pytest.raises(UserError, match=r"no token '<\|nothing\|>'"):
         from_folder(source)
 
 
-def test_without_a_network_a_hub_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_network_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     # An address that nobody answers at, on this very machine: as fast as no network at all.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"(?s)'some/tokenizer' cannot be had.*--source sample --tokenizer train"):
+    with pytest.raises(UserError, match=r"(?s)'some/tokenizer' is not available.*--source sample --tokenizer train"):
         tokenizers.from_hub("some/tokenizer")
 
 
 # --- training ---
 
 
-def test_training_is_deterministic_and_says_how_many_tokens_it_found(stories: list[str], tmp_path: Path) -> None:
+def test_training_is_deterministic(stories: list[str], tmp_path: Path) -> None:
     first, second = tokenizers.train(stories, 300), tokenizers.train(stories, 300)
     assert first == second
     assert len(first.tokenizer["model"]["vocab"]) == 300
@@ -373,7 +386,7 @@ def test_training_is_deterministic_and_says_how_many_tokens_it_found(stories: li
 # --- fingerprints ---
 
 
-def test_the_fingerprint_is_of_what_a_tokenizer_does(tmp_path: Path, stories: list[str]) -> None:
+def test_fingerprint_ignores_formatting(tmp_path: Path, stories: list[str]) -> None:
     source = saved(tmp_path / "a", trained(stories), {"eos_token": END})
     fingerprint = manifest.tokenizer_fingerprint(source)
     copy = shutil.copytree(source, tmp_path / "b")
@@ -389,7 +402,7 @@ def test_the_fingerprint_is_of_what_a_tokenizer_does(tmp_path: Path, stories: li
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_list_where_a_mapping_is_expected_is_one_message(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
+def test_list_instead_of_mapping_is_reported(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
     folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
     (folder / name).write_text("[]")
     if name == "tokenizer.json":
@@ -399,7 +412,7 @@ def test_a_list_where_a_mapping_is_expected_is_one_message(tmp_path: Path, token
         assert manifest.tokenizer_fingerprint(folder) != manifest.tokenizer_fingerprint(tokenizer_dir)
 
 
-def test_a_changed_tokenizer_has_no_known_origin(tmp_path: Path, stories: list[str]) -> None:
+def test_changed_tokenizer_has_no_origin(tmp_path: Path, stories: list[str]) -> None:
     """Else ``--tokenizer gpt2`` would take a changed folder for GPT-2's."""
     install(tokenizers.train(stories, 300), {"name": "gpt2"}, tmp_path)
     assert tokenizers.origin(tmp_path) == {"name": "gpt2"}
@@ -408,10 +421,10 @@ def test_a_changed_tokenizer_has_no_known_origin(tmp_path: Path, stories: list[s
     assert tokenizers.origin(tmp_path) == {}
 
 
-def test_an_interrupted_installation_leaves_no_tokenizer(
+def test_interrupted_installation_leaves_none(
     tmp_path: Path, stories: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new config beside the old tokenizer.json would give the old one the new one's name."""
+    """A new config next to the old tokenizer.json would give it a wrong name."""
     install(tokenizers.train(stories, 300), {"name": "one"}, tmp_path)
     written = []
 
