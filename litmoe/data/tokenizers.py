@@ -328,7 +328,7 @@ def load(folder: Path) -> TokenizerInfo:
     eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
     if eos_token is None or eos_id is None:
         raise UserError(
-            f"the tokenizer at {folder} does not have the end-of-text token {eos_token!r} of its tokenizer_config.json; "
+            f"the tokenizer at {folder} lacks the end-of-text token {eos_token!r} of its tokenizer_config.json; "
             f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it if the token is clear."
         )
     bos_token = begin_of_text_token(folder)
