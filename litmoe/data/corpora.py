@@ -87,12 +87,19 @@ class Corpus:
             articles=self.articles,
         )
 
+    def records_of(self, split: str) -> tuple[FileRecord, ...]:
+        """Return the files that a split is made from. Without validation text, both splits come from train."""
+        return self.records.get(split, self.records["train"])
+
     def unit_groups(self, splits: Iterable[str] = SPLITS) -> list[Iterator[Unit]]:
         """Return the units of each split with files, validation first."""
         numbers = count()
         if self.generate is not None:
             return [iter([Unit(next(numbers), None, (), SAMPLE_BYTES, generate=self.generate)])]
-        wanted = [split for split in ("val", "train") if split in self.files and split in splits]
+        # Without validation text both splits come from the same files.
+        wanted = [
+            split for split in ("val", "train") if split in self.files and (split in splits or "val" not in self.files)
+        ]
         return [self._units(split, numbers) for split in wanted]
 
     def _units(self, split: str, numbers: Iterator[int]) -> Iterator[Unit]:

@@ -98,7 +98,17 @@ class Counts:
     eot_in_text: int = 0
     """``<|endoftext|>`` inside a line, which is ordinary text."""
     hashes: list[int] = field(default_factory=list)
-    """``document_hash`` of each validation document, where duplicates of them are dropped."""
+    """``document_hash`` of each validation document, if duplicates of them are dropped."""
+
+    def add(self, other: "Counts") -> None:
+        """Add the counts of another unit."""
+        for split in SPLITS:
+            self.documents[split] += other.documents[split]
+            self.bytes[split] += other.bytes[split]
+        self.empty_documents += other.empty_documents
+        self.dropped_duplicates += other.dropped_duplicates
+        self.broken_rows += other.broken_rows
+        self.eot_in_text += other.eot_in_text
 
 
 class Batch(NamedTuple):

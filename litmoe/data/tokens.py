@@ -13,13 +13,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from litmoe.checksummed_json import read_json, write_json
+from litmoe.data import manifest
+from litmoe.data.corpora import Corpus
 from litmoe.data.documents import END_OF_TEXT, SPLITS, Batch, Counts, Rules, Unit, UnitEnd, read_unit
 from litmoe.data.files import Unfinished, is_remote
 from litmoe.data.tokenizers import Encoder
@@ -36,8 +39,10 @@ BLOCK = 1 << 20
 # Waits before a unit on the Hub is read again after its connection was lost.
 RETRY_SECONDS = (1.0, 5.0)
 
-OnProgress = Callable[[int, int, int, int], None]
-"""Called with the documents, tokens (or bytes of text), text bytes and stored bytes so far."""
+PROGRESS_SECONDS = 10
+
+OnProgress = Callable[[int, int, int], None]
+"""Called with the documents, bytes of text, and stored bytes of the corpus so far."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +54,78 @@ class UnitRecord:
     """Split to bytes of its part file."""
 
 
-@dataclass
-class Totals:
-    """Sums over all units."""
+# --- a corpus ---
 
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    empty_documents: int = 0
-    dropped_duplicates: int = 0
-    broken_rows: int = 0
-    eot_in_text: int = 0
 
-    def add(self, counts: Counts) -> None:
-        """Add the counts of a unit."""
-        for split in SPLITS:
-            self.documents[split] += counts.documents[split]
-            self.bytes[split] += counts.bytes[split]
-        self.empty_documents += counts.empty_documents
-        self.dropped_duplicates += counts.dropped_duplicates
-        self.broken_rows += counts.broken_rows
-        self.eot_in_text += counts.eot_in_text
+def process_corpus(
+    corpus: Corpus,
+    splits: list[str],
+    rules: Rules,
+    encode: Callable[[Batch], bytes],
+    folder: Path,
+    *,
+    inputs: list[str],
+    num_workers: int | None,
+) -> tuple["UnitStore", list[UnitRecord]]:
+    """Process all units of a corpus.
+
+    If the documents are so few that all of them are in one split, each of them is cut in two instead.
+
+    Args:
+        corpus: the text.
+        splits: the splits to make.
+        rules: how the files become documents.
+        encode: makes the stored bytes of a batch.
+        folder: where the units are stored.
+        inputs: what the result depends on, in addition to the corpus.
+        num_workers: threads; None for one for each core.
+
+    Returns:
+        The finished units and their records.
+    """
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = corpus.settings.max_documents
+    contents = {split: manifest.contents(records) for split, records in corpus.records.items()}
+    for cut in (False, True):
+        rules = replace(rules, cut=cut)
+        values = json.dumps([contents, asdict(rules), limit, splits, inputs])
+        # Both attempts have a folder, so that a restarted call does not repeat the first one.
+        store = UnitStore(folder / ("cut" if cut else "units"), sha256(values.encode()).hexdigest())
+        groups = corpus.unit_groups(splits)
+        records = process_units(groups, rules, encode, store, num_workers, limit, _progress(corpus))
+        documents = totals_of(records).documents
+        # With no document at all, cutting does not help.
+        if rules.val_fraction is None or len({bool(number) for number in documents.values()}) == 1:
+            break
+        if not cut:
+            number = sum(documents.values())
+            print(
+                f"{number} document{'s' if number != 1 else ''}: too few to split by document, so the last "
+                f"{100 * rules.val_fraction:g}% of each becomes validation text."
+            )
+    return store, records
+
+
+def _progress(corpus: Corpus) -> OnProgress:
+    """Return a function that prints a line from time to time."""
+    started = last = time.perf_counter()
+    total = sum(record.bytes for records in corpus.records.values() for record in records)
+
+    def report(documents: int, text_bytes: int, stored: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last < PROGRESS_SECONDS:
+            return
+        last = now
+        line = f"  {documents:,} documents, {text_bytes / 1e6:,.1f} MB of text"
+        # How much of the corpus a limited number of documents needs is not known.
+        if stored and corpus.settings.max_documents is None:
+            left = (now - started) * max(total - stored, 0) / stored
+            line += f", {100 * stored / max(total, stored):.0f}%, {left:,.0f} s left"
+        print(line, flush=True)
+
+    return report
 
 
 # --- units ---
@@ -165,8 +222,8 @@ def process_units(
     if finished is not None:
         return finished
     records: list[UnitRecord] = []
-    totals = Totals()
-    stored_bytes = written = 0
+    totals = Counts()
+    stored_bytes = 0
     items = _unfinished_items(groups, rules, store, max_documents, records)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(num_workers)) if num_workers else None
@@ -177,13 +234,12 @@ def process_units(
                     # A part of an interrupted call is replaced.
                     open_parts[item.split] = open(store.part(item.unit.number, item.split), "wb")  # noqa: SIM115
                 open_parts[item.split].write(data)
-                written += len(data)
             else:
                 _close(open_parts)
                 records.append(store.write(item.unit.number, item.counts))
                 totals.add(item.counts)
                 stored_bytes += item.unit.size
-            on_progress(sum(totals.documents.values()), written, sum(totals.bytes.values()), stored_bytes)
+            on_progress(sum(totals.documents.values()), sum(totals.bytes.values()), stored_bytes)
     store.finish(records)
     return records
 
@@ -264,9 +320,9 @@ def _encode_in_order(
         yield item, future.result() if future else b""
 
 
-def totals_of(records: list[UnitRecord]) -> Totals:
+def totals_of(records: list[UnitRecord]) -> Counts:
     """Return the sums over all units."""
-    totals = Totals()
+    totals = Counts()
     for record in records:
         totals.add(record.counts)
     return totals
