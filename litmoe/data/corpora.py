@@ -82,6 +82,7 @@ class Corpus:
             val_fraction=None if "val" in self.files else self.settings.val_fraction,
             skip_broken=self.settings.skip_broken,
             # Text that the user has put in place is tokenized unchanged.
+            # Only here can a document be in both splits; text written by this project has none left.
             drop_duplicates="val" in self.files and self.name != "text" and not self.written_here,
             keep_line_ends=self.written_here,
             articles=self.articles,
@@ -110,6 +111,7 @@ class Corpus:
             # Articles continue across files.
             yield Unit(next(numbers), unit_split, tuple(self.files[split]), sum(sizes))
             return
+        # Many small files would be many small units, each with files of its own.
         small: list[Location] = []
         small_size = 0
         for file, size in zip(self.files[split], sizes, strict=True):
@@ -121,6 +123,7 @@ class Corpus:
             if small:
                 yield Unit(next(numbers), unit_split, tuple(small), small_size)
                 small, small_size = [], 0
+            # Units follow the order of the files, so large files end the group of small ones.
             if suffix(file) == ".parquet":
                 for groups, share in _row_group_ranges(file):
                     yield Unit(next(numbers), unit_split, (file,), round(size * share), groups)
@@ -229,6 +232,7 @@ class HubDataset:
         import huggingface_hub
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+        # "BRANCH@COMMIT" pins a commit of the Hub's own conversion.
         branch, _, pinned = (revision or "").rpartition("@")
         try:
             wanted = pinned or branch or None
@@ -266,18 +270,20 @@ class HubDataset:
         missing = (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError)
         try:
             config = datasets.load_dataset_builder(self.path, self.config, revision=sha).config
-        except ValueError as error:
-            configs = re.search(r"\[.*?\]", str(error))
-            if not configs or "onfig" not in str(error):
-                raise UserError(f"{self.path} cannot be read ({in_short(error)}).") from None
-            raise self._wrong_config(configs.group()) from None
-        except (RuntimeError, *missing):  # RuntimeError: a loading script, which the library no longer runs
+        except (RuntimeError, *missing):
+            # RuntimeError: a loading script, which the library no longer runs.
             return None
+        except ValueError as error:
+            # The message of a missing config contains the list of configs.
+            configs = re.search(r"\[.*?\]", str(error))
+            if configs and "onfig" in str(error):
+                raise self._wrong_config(configs.group()) from None
+            raise UserError(f"{self.path} cannot be read ({in_short(error)}).") from None
         except Exception as error:
             raise UserError(f"{self.path} is not available ({in_short(error)}).\n{OFFLINE_WAYS}") from None
         files: dict[str, list[Location]] = {}
         for split, names in (config.data_files or {}).items():
-            files[str(split)] = [str(name) if is_remote(str(name)) else Path(str(name)) for name in names]
+            files[str(split)] = [_as_location(str(name)) for name in names]
         every = [file for names in files.values() for file in names]
         readable = all(suffix(file) in (".parquet", ".jsonl") and not is_compressed(file) for file in every)
         return files if every and readable else None
@@ -332,6 +338,7 @@ class HubDataset:
         from huggingface_hub import HfApi
 
         prefix = f"{HUB}datasets/{self.path}@{sha}/"
+        # The Hub answers for at most 500 files at once.
         names = [str(file).removeprefix(prefix) for file in files]
         sizes: dict[str, int] = {}
         for start in range(0, len(names), 500):
@@ -343,6 +350,10 @@ class HubDataset:
         return tuple(
             FileRecord(path, sizes[name], 0, sha256(path.encode()).hexdigest()) for name, path in paths.items()
         )
+
+
+def _as_location(name: str) -> Location:
+    return name if is_remote(name) else Path(name)
 
 
 CORPORA: dict[str, Stories | HubDataset] = {
@@ -510,6 +521,7 @@ def sort_files(folder: Path) -> SourceFiles:
     by_name: dict[str | None, list[Path]] = {}
     for path, name in split_names(folder, files).items():
         by_name.setdefault(name, []).append(path)
+    # A folder of test files alone is more likely a mistake than training text.
     if not {"train", None} & set(by_name):
         raise UserError(
             f"--source {folder}: by their names all files are validation or test text, such as {files[0].name};"

@@ -132,6 +132,7 @@ def stale_splits(corpus: Corpus, found: Manifest | None, tokenizer: str) -> dict
     """
     if found is None:
         return {split: ["not tokenized yet"] for split in SPLITS}
+    # The settings of text from a source were applied when it was written.
     common = [] if corpus.written_here else _differences(found.settings, corpus.settings)
     if found.tokenizer.sha256 != tokenizer:
         common.append("another tokenizer")
@@ -198,6 +199,7 @@ def _check_without_source(args: PrepareArgs, data: DataDir) -> None:
         )
     if data.is_empty:
         return
+    # Flags are compared with what was given to the source; without a source they have no effect.
     if data.streamed is not None or data.text_is_as_written:
         _refuse_source_flags(args, data)
     if data.text and args.max_documents is not None:
@@ -227,6 +229,7 @@ def _same_source(source: str, data: DataDir) -> TextOrigin:
     """
     known = data.source
     is_same = known is not None and known.name == source
+    # Files are known by their path, which the manifest does not contain.
     if known is not None and known.name == "files":
         is_same = known.location == str(Path(source).resolve())
     if known is None or not is_same:

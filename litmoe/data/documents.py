@@ -149,6 +149,7 @@ def read_unit(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None 
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
     for text in _texts(unit, rules, counts):
+        # A blank document would be an end-of-text token after another one.
         if is_blank(text):
             counts.empty_documents += 1
             continue
@@ -161,8 +162,10 @@ def read_unit(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None 
             if sizes[split] >= BATCH_CHARACTERS:
                 yield from _as_batches(unit, split, texts[split], rules.divide_long)
                 texts[split], sizes[split] = [], 0
+        # Checked after the document, so that nothing after the last one is read.
         if counts.read == limit:
             break
+    # The rest is no full batch, but the unit ends here.
     for split in SPLITS:
         if texts[split]:
             yield Batch(unit, split, texts[split])
@@ -173,6 +176,7 @@ def _split_document(
     text: str, split: str | None, rules: Rules, counts: Counts, val_hashes: set[int]
 ) -> list[tuple[str, str]]:
     """Return the documents, each with its split, that come from one: none for a duplicate, two if it is cut."""
+    # A split by hash needs no check: copies of a document are always in the same split.
     if split is not None and rules.drop_duplicates:
         identity = document_hash(text)
         if split == "val":
@@ -235,6 +239,7 @@ def _texts(unit: Unit, rules: Rules, counts: Counts) -> Iterator[str]:
 
 
 def _text_file_documents(location: Location, rules: Rules) -> Iterator[str]:
+    # None turns all line ends into "\n".
     with open_text(location, newline="\n" if rules.keep_line_ends else None) as file:
         for document in _divided(file, rules.separator):
             # Checked per document instead of per line, because there are many more lines.
@@ -269,6 +274,7 @@ def _divided(lines: Iterable[str], separator: str | None) -> Iterator[str]:
         if line.rstrip(" \t\n") not in separators:
             document.append(line)
             continue
+        # The line end before the separator belongs to the separator.
         text = "".join(document).removesuffix("\n")
         if not (is_first and is_blank(text)):
             yield text
@@ -282,6 +288,7 @@ def _divided(lines: Iterable[str], separator: str | None) -> Iterator[str]:
 
 def documents_of_row(text: str) -> list[str]:
     """Divide the text of a row at lines ``<|endoftext|>``. The documents are kept exactly."""
+    # Nearly all rows take this way.
     if END_OF_TEXT not in text:
         return [text]
     return re.split(rf"(?:\A|\r?\n|(?<=\n)){re.escape(END_OF_TEXT)}[ \t]*(?:\r?\n|\Z)", text)
@@ -294,6 +301,7 @@ def _articles(rows: Iterator[str]) -> Iterator[str]:
         if article and ARTICLE_HEADING.fullmatch(row):
             yield "".join(article).strip()
             article = []
+        # WikiText stores a blank line as an empty row.
         article.append(row or "\n")
     yield "".join(article).strip()
 
@@ -340,6 +348,7 @@ def _text_of(row: dict[str, Any], column: str) -> str:
 
 def _text_column(location: Location, row: dict[str, Any]) -> str:
     """Return the field with the text: ``text`` if it exists, or else the only one that holds a string."""
+    # The type of null says nothing, but the name does.
     if row.get("text", 0) is None:
         return "text"
     return _choose_column(location, {name: type(value).__name__ for name, value in row.items()}, "str")
@@ -361,6 +370,7 @@ def parquet_text_column(location: Location, column: str | None) -> str:
         schema = file.schema_arrow
     kinds = {}
     for column_field in schema:
+        # A dictionary stores repeated texts once.
         kind = column_field.type.value_type if types.is_dictionary(column_field.type) else column_field.type
         is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
         kinds[column_field.name] = "string" if is_text else str(kind)
@@ -433,6 +443,7 @@ def clean(text: str) -> str:
 
 def document_hash(text: str) -> int:
     """Return 64 bits that identify a document; line ends and white space at the ends do not count."""
+    # Cut twice: first cheaply in characters, then exactly in bytes.
     beginning = clean(text)[:HASHED_BYTES].encode()[:HASHED_BYTES]
     return int.from_bytes(blake2b(beginning, digest_size=8).digest(), "big")
 
@@ -464,6 +475,7 @@ def cut_document(text: str, val_fraction: float) -> tuple[str, str]:
         head, tail = text[:at] + blank.rstrip(), text[at + len(blank) :]
         if blank == "\n":
             head = head.removesuffix("\r")
+        # Each part becomes a document, so none of them may be blank.
         if not (is_blank(head) or is_blank(tail)):
             return head, tail
     return text, ""

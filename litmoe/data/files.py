@@ -123,6 +123,7 @@ def open_text(location: Location, newline: str | None = "") -> Iterator[TextIO]:
         UserError: the file is damaged, or does not have the encoding of its byte order mark.
     """
     encoding = _encoding(location)
+    # UTF-16 and UTF-32 have no way to mark single bad bytes.
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     with open_file(location) as file, decompression_errors(location):
         source: Any = file if is_compressed(location) else io.BufferedReader(file, BUFFER_BYTES)
@@ -158,6 +159,7 @@ def _encoding(location: Location) -> str:
 
 def undecoded(text: str) -> str | None:
     """Return why text from ``open_text`` is not UTF-8 and how to convert its file; None for good text."""
+    # Much faster than the search, and true for most text.
     if text.isascii():
         return None
     bad = UNDECODED.search(text)
@@ -187,6 +189,7 @@ def connection_errors(location: Location) -> Iterator[None]:
     try:
         yield
     except UserError:
+        # Raised here for the content of the file.
         raise
     except Exception as error:
         if not is_remote(location):
@@ -269,6 +272,7 @@ def _decode_line(line: str) -> Any:
 
 def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
     with open_text(location) as file:
+        # A .json may also hold a row on each line: then it is not read into memory at once.
         first_lines = list(islice(file, 20))
         if _are_json_lines(first_lines):
             yield from _decode_lines(chain(first_lines, file))
@@ -293,6 +297,7 @@ def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
 def _are_json_lines(lines: list[str]) -> bool:
     """Return whether each line holds a row, judged by the first lines of a file; some of them may be broken."""
     lines = [line for line in lines if line.strip()]
+    # A list in one line is a list of rows, not one row.
     if not lines or (len(lines) == 1 and lines[0].lstrip("\ufeff \t").startswith("[")):
         return False
     return 2 * sum(map(_is_json_row, lines)) >= len(lines)
@@ -309,6 +314,7 @@ def _is_json_row(line: str) -> bool:
 
 
 def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:
+    # Python's own limit for a cell is 131,072 characters.
     csv.field_size_limit(MAX_CSV_FIELD)
     header: list[str] | None = None
     with open_text(location) as file:
@@ -330,6 +336,7 @@ def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:
                 return
             if header is None:
                 header = _checked_header(location, cells)
+            # An empty line has no cells.
             elif cells:
                 yield place, _csv_row(header, cells)
 
@@ -374,6 +381,7 @@ def _parquet_rows(
 
     with open_parquet(location) as file:
         groups = range(file.num_row_groups) if row_groups is None else row_groups
+        # Rows are counted from the beginning of the file, for messages.
         number = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
         try:
             for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):

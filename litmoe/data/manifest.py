@@ -263,6 +263,7 @@ def _chunk_tokens(folder: Path) -> int:
         chunks = read_json(folder / "index.json")["chunks"]
         for chunk in chunks:
             name = chunk["filename"]
+            # The index may come from somebody else, as in a downloaded data set.
             if not lies_inside(name) or (folder / name).stat().st_size != chunk["chunk_bytes"]:
                 return -1
         return sum(chunk["dim"] for chunk in chunks)
@@ -289,6 +290,7 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
     found = read(data_dir)
     assert found is not None, "the caller has read the manifest"
     wanted = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in found.splits[s].files.items()}
+    # Hashing releases Python's lock, so threads use all cores.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         sums = {path: threads.submit(file_sha256, path) for path in wanted}
         try:
@@ -360,6 +362,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def record(path: Path, folder: Path) -> FileRecord:
     """Read a file for its fingerprint."""
+    # The time is taken before reading: a change during it is noticed by the next call.
     status = path.stat()
     return FileRecord(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns, file_sha256(path))
 
@@ -367,6 +370,7 @@ def record(path: Path, folder: Path) -> FileRecord:
 def refresh(paths: Iterable[Path], folder: Path, known: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
     """Return the records of files. A file with the size and time of a known record is not read again."""
     records = {(entry.path, entry.bytes, entry.mtime_ns): entry for entry in known}
+    # Reading a large corpus for its checksums takes minutes.
     fresh = []
     for path in paths:
         status = path.stat()
@@ -430,6 +434,7 @@ def _tokenizer_fingerprint(
 
 def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None, bos_token: str | None = None) -> str:
     """Return ``tokenizer_fingerprint`` of a loaded tokenizer; ``bos_token`` is None if texts do not begin with one."""
+    # Truncation and padding change no id, since this project switches them off.
     essence = {key: value for key, value in tokenizer_json.items() if key not in ("truncation", "padding")}
     tokens = [eos_token] if bos_token is None else [eos_token, bos_token]
     return hashlib.sha256(json.dumps([essence, *tokens], sort_keys=True).encode()).hexdigest()

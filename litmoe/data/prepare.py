@@ -230,7 +230,7 @@ def _publish_text(data_dir: Path) -> None:
     incoming = data_dir / INCOMING
     if not (incoming / "source.json").is_file():
         return
-    # The manifest goes first, so that tokens of another text never look complete.
+    # The manifest is deleted first, so that tokens of another text never look complete.
     manifest.manifest_path(data_dir).unlink(missing_ok=True)
     for split in SPLITS:
         if (incoming / split).is_dir():
@@ -407,9 +407,11 @@ def _publish_tokens(data_dir: Path, tokenizer_dir: Path) -> None:
     if (building / "tokenizer" / "tokenizer.json").is_file():
         files = tokenizers.from_folder(building / "tokenizer")
         tokenizers.install(files, tokenizers.origin(building / "tokenizer"), tokenizer_dir)
+    # A manifest with streamed tokens means that no text belongs to them.
     if corpora.is_hub(found.source.name):
         _remove_text(data_dir, found)
     for split in SPLITS:
+        # The chunks are in the folder of the units, "units" or "cut".
         for chunks in building.glob(f"*/{split}"):
             manifest.replace_folder(chunks, folder / split)
     os.replace(building / "manifest.json", manifest.manifest_path(data_dir))
@@ -483,6 +485,7 @@ def locked(data_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # After an error nothing is left of folders that did not exist before.
         with suppress(OSError):  # not empty
             (data_dir / "tokens").rmdir()
         is_unused = [entry.name for entry in data_dir.iterdir()] == [LOCK]

@@ -86,7 +86,7 @@ class TokenizerInfo:
 
 
 def from_folder(folder: Path, name: str | None = None) -> TokenizerFiles:
-    """Read and complete a tokenizer folder. ``tokenizer.json`` is enough, or ``vocab.json`` and ``merges.txt``.
+    """Read and complete a tokenizer folder. ``tokenizer.json`` is enough.
 
     Args:
         folder: nothing is written there.
@@ -95,15 +95,13 @@ def from_folder(folder: Path, name: str | None = None) -> TokenizerFiles:
     Raises:
         UserError: the tokenizer is missing or broken, or its end-of-text token is unclear.
     """
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _read_json(folder / "tokenizer.json")
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokenizer = _from_vocab_and_merges(folder)
-    else:
+    if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json and merges.txt. Name another folder or a "
-            "tokenizer of the Hub (--tokenizer gpt2), or train one on your text (--tokenizer train)."
+            f"no tokenizer in {folder}: tokenizer.json is missing. Name another folder or a tokenizer of the Hub "
+            "(--tokenizer gpt2), train one on your text (--tokenizer train), or convert an older tokenizer with "
+            "transformers: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)."
         )
+    tokenizer = _read_json(folder / "tokenizer.json")
     config = folder / "tokenizer_config.json"
     others = {file: (folder / file).read_text("utf-8") for file in OPTIONAL_FILES if (folder / file).is_file()}
     return _completed(tokenizer, _read_json(config) if config.is_file() else {}, others, name or str(folder))
@@ -133,9 +131,7 @@ def from_hub(name: str) -> TokenizerFiles:
     except Exception as error:  # the transport raises many kinds of errors without a network
         reachable, problem = False, in_short(error)
     found: dict[str, str] = {}
-    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", *OPTIONAL_FILES):
-        if file in ("vocab.json", "merges.txt") and "tokenizer.json" in found:
-            continue
+    for file in ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES):
         try:
             found[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=not reachable)
         except EntryNotFoundError:  # also LocalEntryNotFoundError
@@ -148,8 +144,8 @@ def from_hub(name: str) -> TokenizerFiles:
         raise UserError(
             f"the tokenizer {name!r} is not available from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}"
         )
-    if not found.get("tokenizer.json") and not (found.get("vocab.json") and found.get("merges.txt")):
-        raise UserError(f"{name!r} on the Hub has no tokenizer.json, nor vocab.json and merges.txt; name another one.")
+    if "tokenizer.json" not in found:
+        raise UserError(f"{name!r} on the Hub has no tokenizer.json; name another one.")
     return from_folder(Path(next(iter(found.values()))).parent, name)
 
 
@@ -170,26 +166,13 @@ def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
     return _completed(json.loads(tokenizer.to_str()), {"eos_token": END_OF_TEXT}, {}, "train")
 
 
-def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as error:  # the tokenizers package raises plain Exception
-        raise UserError(f"vocab.json and merges.txt in {folder} are broken ({error}).") from None
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    known = [name for name in END_OF_TEXT_NAMES if tokenizer.token_to_id(name) is not None]
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in known])
-    return json.loads(tokenizer.to_str())
-
-
 def _completed(
     tokenizer: dict[str, Any], config: dict[str, Any], others: dict[str, str], origin: str
 ) -> TokenizerFiles:
     """Add what LitGPT and transformers need: the end-of-text token, a class, no truncation."""
     # A limit that an earlier use of the tokenizer left behind would cut every document.
     tokenizer = {key: None if key in ("truncation", "padding") else value for key, value in tokenizer.items()}
+    # The library knows which tokens exist, also those that are only in its template.
     parsed = _parse(tokenizer, origin)
     named = token_text(config.get("eos_token"))
     eos = named if named is not None else _infer_end_of_text(tokenizer, others, origin)
@@ -232,6 +215,7 @@ def _infer_end_of_text(tokenizer: dict[str, Any], others: dict[str, str], origin
     special = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or [] if token.get("special")}
     with suppress(KeyError, ValueError):
         return special[json.loads(others["generation_config.json"])["eos_token_id"]]
+    # Prefer a usual name, because special tokens are also used for padding and chat.
     usual = [content for content in special.values() if content in END_OF_TEXT_NAMES]
     for candidates in (usual, list(special.values())):
         if len(candidates) == 1:
@@ -276,6 +260,7 @@ def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None
         is_new = json.loads(path.read_text(encoding="utf-8")) != files.tokenizer
     except (OSError, ValueError):
         is_new = True
+    # With a new config the old tokenizer.json would look like the new tokenizer.
     if is_new:
         path.unlink(missing_ok=True)
     for file in OPTIONAL_FILES:
@@ -324,6 +309,7 @@ def load(folder: Path) -> TokenizerInfo:
         )
     values = _read_json(path)
     tokenizer = _parse(values, str(folder))
+    # Both come from tokenizer_config.json, as LitGPT reads them.
     eos_token = end_of_text_token(folder)
     eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
     if eos_token is None or eos_id is None:
@@ -429,6 +415,7 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Return the ids ``(n,)`` of all texts, joined by the end-of-text id and the begin-of-text id, if any."""
+        # One call for all texts takes half of the time, and other threads run during it.
         joined = DOCUMENT_BREAK.join(texts)
         ids = None
         if self._tiktoken is not None and joined.count(DOCUMENT_BREAK) == len(texts) - 1:
@@ -473,31 +460,37 @@ def agrees_with_tiktoken(tokenizer_json: Path, sample: list[str]) -> bool:
 
 def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:
     """Return pattern and ranks for tiktoken of a byte-level BPE with ids in the order of its merges; else None."""
-    model = tokenizer_json.get("model") or {}
-    plain = not any(
-        model.get(key)
-        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    )
-    special_only = all(token.get("special") for token in tokenizer_json.get("added_tokens") or [])
     pattern = _pattern(tokenizer_json.get("pre_tokenizer") or {})
-    if model.get("type") != "BPE" or not plain or not special_only or pattern is None:
+    if pattern is None or not _is_plain_bpe(tokenizer_json):
         return None
-    if tokenizer_json.get("normalizer") is not None:
-        return None
+    model = tokenizer_json["model"]
     vocab: dict[str, int] = model["vocab"]
     to_byte = {character: byte for byte, character in byte_characters().items()}
-    if any(character not in vocab for character in to_byte):
+    # tiktoken ends the process for a byte without a token.
+    if not vocab.keys() >= to_byte.keys():
         return None
     ranks = {bytes([byte]): vocab[character] for character, byte in to_byte.items()}
     last = -1
     for merge in model["merges"]:
         token = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
         rank = vocab.get(token, -1)
+        # tiktoken merges in the order of the ids.
         if rank <= last or not to_byte.keys() >= set(token):
             return None
         last = rank
         ranks[bytes(map(to_byte.__getitem__, token))] = rank
     return pattern, ranks
+
+
+def _is_plain_bpe(tokenizer_json: dict[str, Any]) -> bool:
+    """Return whether a tokenizer is a BPE without anything that tiktoken does not have."""
+    model = tokenizer_json.get("model") or {}
+    extras = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if model.get("type") != "BPE" or any(model.get(name) for name in extras):
+        return False
+    # Added tokens that are not special are found in the text before it is divided.
+    added = tokenizer_json.get("added_tokens") or []
+    return tokenizer_json.get("normalizer") is None and all(token.get("special") for token in added)
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:

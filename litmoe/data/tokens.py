@@ -220,6 +220,7 @@ def process_units(
     """
     finished = store.finished()
     if finished is not None:
+        # Their data may be in chunks already.
         return finished
     records: list[UnitRecord] = []
     totals = Counts()
@@ -235,6 +236,7 @@ def process_units(
                     open_parts[item.split] = open(store.part(item.unit.number, item.split), "wb")  # noqa: SIM115
                 open_parts[item.split].write(data)
             else:
+                # The record comes after the data, so a unit with a record is complete.
                 _close(open_parts)
                 records.append(store.write(item.unit.number, item.counts))
                 totals.add(item.counts)
@@ -274,6 +276,7 @@ def _unfinished_items(
                 val_hashes.update(counts.hashes)
                 records.append(record)
             else:
+                # Parts of an interrupted call; a split without documents writes none.
                 for split in SPLITS:
                     store.part(unit.number, split).unlink(missing_ok=True)
                 for item in _read_with_retries(unit, rules, val_hashes, left):
@@ -292,6 +295,7 @@ def _read_with_retries(unit: Unit, rules: Rules, val_hashes: set[int], limit: in
     given = 0
     for wait in (*RETRY_SECONDS, None):
         try:
+            # Reading a unit again gives the same batches.
             for number, item in enumerate(read_unit(unit, rules, val_hashes, limit)):
                 if number >= given:
                     given += 1
@@ -312,6 +316,7 @@ def _encode_in_order(
         if pool is None:
             yield item, encode(item) if isinstance(item, Batch) else b""
             continue
+        # The end of a unit waits in the same queue, behind its batches.
         waiting.append((item, pool.submit(encode, item) if isinstance(item, Batch) else None))
         if len(waiting) > ahead:
             first, future = waiting.popleft()
@@ -376,6 +381,7 @@ def write_chunks(store: UnitStore, records: list[UnitRecord], split: str, dtype:
     folder = store.folder / split
     folder.mkdir(exist_ok=True)
     item_bytes = np.dtype(dtype).itemsize
+    # The sizes come from the records, because used parts are deleted.
     parts = [(store.part(number, split), record.sizes[split]) for number, record in enumerate(records)]
     tokens = sum(size for _, size in parts) // item_bytes
     lengths = _chunk_lengths(tokens)
@@ -403,6 +409,7 @@ def _chunk_lengths(tokens: int) -> list[int]:
     size = min(max(tokens // CHUNKS, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
     full, rest = divmod(tokens, size)
     lengths = [size] * full
+    # A short chunk would lose a larger share of its tokens.
     if full and rest < size // 2:
         lengths[-1] += rest
     elif rest:
@@ -483,6 +490,7 @@ def write_shards(store: UnitStore, records: list[UnitRecord], split: str, folder
         folder.mkdir(parents=True, exist_ok=True)
         with open(store.part(unit_number, split), "rb") as file:
             while block := file.read(BLOCK):
+                # An ending may lie across two blocks.
                 searched = max(len(shard) - len(ending), SHARD_BYTES - len(ending))
                 shard += block
                 end = shard.find(ending, searched) if len(shard) >= SHARD_BYTES else -1

@@ -218,16 +218,6 @@ def test_tokenizer_json_alone_is_completed(tmp_path: Path, stories: list[str]) -
     assert tokenizers.origin(tmp_path / "new") == {"name": "source"}
 
 
-def test_vocab_and_merges_give_a_tokenizer(tmp_path: Path, stories: list[str]) -> None:
-    tokenizer = trained(stories)
-    (tmp_path / "source").mkdir()
-    tokenizer.model.save(str(tmp_path / "source"))
-    install(from_folder(tmp_path / "source"), {"name": "source"}, tmp_path / "new")
-    as_stock_tools_read_it(tmp_path / "new")
-    ids = Encoder(tmp_path / "new" / "tokenizer.json", END_ID, fast=False)([stories[0]])
-    assert ids.tolist() == tokenizer.encode(stories[0]).ids
-
-
 def test_config_of_a_folder_is_kept(tmp_path: Path, stories: list[str]) -> None:
     tokenizer = trained(stories, special=("<s>", "</s>", "<pad>"))
     tokenizer.enable_truncation(5)
@@ -272,12 +262,10 @@ def test_end_of_text_is_inferred_if_it_is_clear(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no tokenizer in .*neither tokenizer.json nor vocab.json"),
+        ({}, "no tokenizer in .*tokenizer.json is missing"),
         ({"tokenizer.json": "{"}, "tokenizer.json is broken"),
         ({"tokenizer.json": "[]"}, "no JSON object"),
         ({"tokenizer.json": '{"model": {}}'}, "is broken"),
-        ({"vocab.json": "{}"}, "no tokenizer in"),
-        ({"vocab.json": "{", "merges.txt": ""}, "are broken"),
     ],
 )
 def test_missing_or_broken_tokenizer_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
