@@ -25,7 +25,7 @@ from litmoe.data.files import Location, suffix
 from litmoe.data.instruction_rows import SUFFIXES, Row, conversation_of, rows_of
 from litmoe.data.manifest import SPLITS, FileRecord, Settings
 from litmoe.data.prepare import DEFAULT_VAL_FRACTION, locked
-from litmoe.data.story_instructions import story_instructions
+from litmoe.data.stories import story_requests
 
 FORMAT = 2
 """Of the folder. 1 had no white space at the ends of texts; finetuning and evaluation read it as it is."""
@@ -359,7 +359,7 @@ def _first_message(row: Row) -> str:
 def _story_rows(source: Source) -> tuple[dict[str, list[Row]], int]:
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     assert source.val_fraction is not None
-    for made in story_instructions(STORY_INSTRUCTIONS, source.val_fraction):
+    for made in story_requests(STORY_INSTRUCTIONS, source.val_fraction):
         asked, told = Message(role="user", content=made.request), Message(role="assistant", content=made.story)
         rows[made.split].append(Row([asked, told], made.names))
     return rows, 0
