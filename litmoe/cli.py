@@ -115,7 +115,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
 
 def current_class_path(text: str) -> str:
     """Replace the module names of 0.1.0 in a class path, alone or within a flag: ``recipe.training.muon.Muon``."""
-    return re.sub(r"\brecipe\.(data|training)\.", lambda found: f"litmoe.{_MOVED[found[1]]}.", text)
+    text = re.sub(r"\brecipe\.(data|training)\.", lambda found: f"litmoe.{_MOVED[found[1]]}.", text)
+    return text.replace("litmoe.data.module.", "litmoe.data.")
 
 
 _MOVED = {"data": "data", "training": "train"}

@@ -1,4 +1,4 @@
-"""From text to batches: corpora, tokenizers, token folders and the reader that training takes its batches from."""
+"""From text to batches: corpora, tokenizers, token folders, conversations, and the data modules that training reads."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ __all__ = ["InstructionData", "TokenizedText"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: the processes that only tokenize text must not import torch.
+    # Lazy: processes that only tokenize text must not import torch.
     if name == "TokenizedText":
-        from litmoe.data.module import TokenizedText
+        from litmoe.data.text_data import TokenizedText
 
         return TokenizedText
     if name == "InstructionData":
-        from litmoe.data.instruction_module import InstructionData
+        from litmoe.data.sft_data import InstructionData
 
         return InstructionData
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

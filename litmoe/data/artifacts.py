@@ -75,7 +75,7 @@ def log_dataset(
         UserError: for tokens that are missing, incomplete, stale or damaged, another tokenizer, a bad name, a missing
             key or network, or when W&B refuses.
     """
-    from litmoe.data.module import checked_manifest
+    from litmoe.data.text_data import checked_manifest
 
     found = checked_manifest(data_dir)
     manifest.verify(data_dir, found.splits)

@@ -94,7 +94,7 @@ def evaluate(
     messages = instructions.conversations(data_dir, "val")
     encoded = EncodedConversations((encode_conversation(each, tokenizer, style) for each in messages), context)
     if len(encoded) == 0:
-        shortest, longest = encoded.counts.prompts
+        shortest, longest = encoded.counts.left_out_prompts
         raise UserError(
             f"no answer of {data_dir} starts within {context} tokens: the first ones start after {shortest:,} to"
             f" {longest:,} tokens. {longer_context(context, checkpoints.load_config(folder).block_size)}"

@@ -32,6 +32,7 @@ from torch import Tensor
 from litmoe import checkpoints
 from litmoe.cli import UserError, quoted
 from litmoe.data import manifest
+from litmoe.data.loader import token_chunks
 from litmoe.data.manifest import Manifest, Split
 from litmoe.data.module import checked_manifest
 from litmoe.data.reader import token_chunks

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom_moe.experts import compute_dtype
-from litmoe.data.instruction_module import IGNORED
+from litmoe.data.sft_data import IGNORE_INDEX
 
 CPU_BLOCK = 2**18
 """Logits per block: they fit into the cache of a core"""
@@ -124,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x, weight = x_NC.to(dtype), weight_VC.to(dtype)
         if W > V:
             weight = F.pad(weight, (0, 0, 0, W - V))
-        target_N, counted_N = targets_N.clamp(min=0), (targets_N != IGNORED).float()
+        target_N, counted_N = targets_N.clamp(min=0), (targets_N != IGNORE_INDEX).float()
         share = 1 / counted_N.sum().clamp(min=1)
         loss = torch.zeros((), device=x.device)
         dx_NC = torch.empty_like(x) if need_x else None

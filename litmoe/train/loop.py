@@ -217,7 +217,7 @@ def micro_batch_weights(fabric: L.Fabric, batches: Sequence[Batch]) -> tuple[lis
     """
     if batches[0].lengths is None:  # windows of text: equally many targets
         return [1.0] * len(batches), sum(batch.input_ids.numel() for batch in batches) * fabric.world_size
-    targets = [int((batch.targets != IGNORED).sum()) for batch in batches]
+    targets = [int((batch.targets != IGNORE_INDEX).sum()) for batch in batches]
     tokens = sum(int(batch.lengths.sum()) for batch in batches if batch.lengths is not None)
     counts = torch.tensor([sum(targets), tokens, len(targets)], device=fabric.device)
     all_targets, all_tokens, all_batches = sum_over_ranks(fabric, counts).tolist()

@@ -18,7 +18,7 @@ from custom_moe import (
     router_z_loss,
 )
 from custom_moe.experts import compute_dtype
-from litmoe.data.instruction_module import IGNORED
+from litmoe.data.sft_data import IGNORE_INDEX
 from litmoe.forward import Recomputed, hidden_states, logits_of, run_block
 from litmoe.train.cross_entropy import linear_cross_entropy, loss_of_rows
 from litmoe.train.optimizers import parameter_groups
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     input_ids: Tensor
     """``(B, T)`` token ids"""
     targets: Tensor
-    """``(B, T)``: the ids one position ahead, or ``IGNORED``"""
+    """``(B, T)``: the ids one position ahead, or ``IGNORE_INDEX``"""
     lengths: Tensor | None = None
     """``(B,)``: how many inputs of each row are no padding; None for rows without any"""
 
@@ -166,8 +166,8 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 def _cross_entropy_of_logits(gpt: GPT, x: Tensor, targets: Tensor) -> Tensor:
     """From hidden states, through all logits."""
     logits_NV = logits_of(gpt, x).flatten(0, 1)
-    total = F.cross_entropy(logits_NV.float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (targets != IGNORED).sum().clamp(min=1)
+    total = F.cross_entropy(logits_NV.float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -> dict[str, nn.Parameter]:

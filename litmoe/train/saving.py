@@ -21,7 +21,7 @@ from torch import Tensor
 from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.config import CheckpointSettings
-from litmoe.data.reader import STOP_SIGNALS
+from litmoe.data.loader import STOP_SIGNALS
 
 
 class CheckpointWriter:

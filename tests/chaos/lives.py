@@ -28,7 +28,7 @@ KILL = signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM  # os.ki
 
 _WARM = (
     *("litmoe.config", "litmoe.train.preflight", "litmoe.train.pretrain", "litmoe.train.finetune"),
-    *("litmoe.data.instruction_module", "litmoe.train.muon", "tests.chaos.lives"),
+    *("litmoe.data.sft_data", "litmoe.train.muon", "tests.chaos.lives"),
 )
 
 

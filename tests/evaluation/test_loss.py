@@ -12,8 +12,8 @@ from litgpt import GPT, Tokenizer
 from litmoe import checkpoints
 from litmoe.cli import UserError, run_door
 from litmoe.data import manifest
-from litmoe.data.module import validation_windows
 from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.data.text_data import validation_windows
 from litmoe.evaluation.loss import batched, evaluate, read_tokens, sum_loss, windows
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
 

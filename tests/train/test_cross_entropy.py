@@ -15,7 +15,7 @@ def tensors(dtype=torch.float32):
     x = torch.randn(N, C, generator=generator).to(dtype).requires_grad_()
     weight = (0.3 * torch.randn(V, C, generator=generator)).to(dtype).requires_grad_()
     targets = torch.randint(0, V, (N,), generator=generator)
-    targets[::7] = IGNORED
+    targets[::7] = IGNORE_INDEX
     return x, weight, targets
 
 
@@ -55,7 +55,7 @@ def test_gradients_add_up_over_micro_batches():
 
 def test_without_any_target_there_is_neither_loss_nor_gradient():
     x, weight, targets = tensors()
-    loss = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED))
+    loss = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORE_INDEX))
     loss.backward()
     assert float(loss) == 0 and not x.grad.any() and not weight.grad.any()
 

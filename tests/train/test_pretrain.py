@@ -67,7 +67,7 @@ def test_the_final_checkpoint_is_stock_litgpts(train):
     assert type(gpt.transformer.h[0].mlp) is litgpt.model.LLaMAMoE
     gpt.load_state_dict(torch.load(out / "final" / "lit_model.pth", weights_only=True))
     from litmoe.config import parse_run
-    from litmoe.data.module import validation_windows
+    from litmoe.data.text_data import validation_windows
 
     run = parse_run(["--config", str(out / "run_config.yaml")])
     windows = validation_windows(Path(run.settings.data.data_dir), "val", 16)

@@ -263,18 +263,6 @@ def test_a_short_last_step_is_made_up_for(train: Call) -> None:
     assert column(out, "total_tokens")[-1] == 512
 
 
-def test_a_position_as_older_checkpoints_have_it(train: Call, tmp_path: Path) -> None:
-    whole = train(*SMALL, "--out_dir", str(tmp_path / "whole"))
-    older = interrupted(whole, 10, tmp_path / "older")
-    folder = older / "step-00000010"
-    state = checkpoints.load_training_state(folder)
-    state["train_dataloader"] = {"epoch": 1, "micro_batches": 20}
-    torch.save(state, folder / "training_state.pth")
-    (folder / checkpoints.MARK).unlink()
-    checkpoints._write_mark(folder, 10, 10 * 256, {})
-    assert_same_run(train(*SMALL, "--out_dir", str(older), "--resume", "auto"), whole)
-
-
 def test_state_of_another_version_is_resumed(train: Call, tmp_path: Path) -> None:
     """With a counter that is not known here, and without a value that a later version compares."""
     whole = train(*SMALL, "--out_dir", str(tmp_path / "whole"))

@@ -1,0 +1,178 @@
+"""The tokens that ``prepare_data.py`` wrote, as a LitGPT data module for any context length."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from litgpt.data import DataModule
+from litgpt.tokenizer import Tokenizer
+
+from litmoe.cli import UserError, command
+from litmoe.data import manifest
+from litmoe.data.documents import text_files
+from litmoe.data.loader import (
+    MicroBatches,
+    TokenLoader,
+    TokenWindows,
+    TrainLoader,
+    count_windows,
+    full_batches,
+    rank_and_world_size,
+)
+from litmoe.data.manifest import Manifest
+
+
+@dataclass
+class TokenizedText(DataModule):
+    """Micro batches ``(B, T + 1)`` int64: windows of ``max_seq_length`` tokens and the next one.
+
+    Training windows are shuffled by the seed, differently in each epoch; validation windows are in the order of the
+    text. Each device reads its share (``MicroBatches``). The paths have the names of ``litgpt.data.TextFiles``.
+    """
+
+    train_data_path: Path = Path("data/custom_text/train")
+    """Folder of the training text; its tokens are in ../tokens/train."""
+    val_data_path: Path = Path("data/custom_text/val")
+    """Folder of the validation text, next to the training text."""
+    num_workers: int = 2
+    """Processes that read training batches ahead; 0 reads in the main process, as validation always does."""
+    seed: int = 42
+    """Determines the training order."""
+
+    tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
+    batch_size: int = field(default=1, init=False, repr=False)
+    max_seq_length: int = field(default=-1, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.train_data_path, self.val_data_path = Path(self.train_data_path), Path(self.val_data_path)
+        self.data_dir = self.train_data_path.parent
+        if self.train_data_path.name != "train" or self.val_data_path != self.data_dir / "val":
+            raise UserError(
+                f"train_data_path {self.train_data_path} and val_data_path {self.val_data_path}: expected the folders "
+                "train and val of one prepared corpus, such as data/custom_text/train and data/custom_text/val."
+            )
+
+    def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int = -1) -> None:
+        """Set the tokenizer that made the tokens, the micro batch size and the context length; LitGPT calls this."""
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_seq_length = max_seq_length
+
+    def prepare_data(self) -> None:
+        """Check the tokens: complete, undamaged, made from today's text and by this tokenizer, enough for a batch.
+
+        Raises:
+            UserError: one of the checks failed.
+        """
+        metadata = checked_manifest(self.data_dir)
+        if self.tokenizer is not None and self.tokenizer.eos_id != metadata.tokenizer.eos_id:
+            raise UserError(
+                f"the tokens of {self.data_dir} were made with the tokenizer {metadata.tokenizer.name}, whose "
+                f"end-of-text id is {metadata.tokenizer.eos_id}; the run's tokenizer has {self.tokenizer.eos_id}. Name "
+                "the folder of the right one (--tokenizer_dir), or tokenize again: "
+                f"`{command('prepare_data.py', '--data_dir', self.data_dir)}`."
+            )
+        # Reading all tokens for their checksums is enough once per machine.
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        if local_rank == "0":
+            manifest.verify(self.data_dir)
+        for split in manifest.SPLITS:
+            self._require_batches(metadata, split, world_size=1)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Return the loader of this device's training batches, shuffled.
+
+        Raises:
+            UserError: there are too few windows for one micro batch per device.
+        """
+        rank, world_size = rank_and_world_size()
+        windows = self._windows("train", world_size)
+        batches = MicroBatches(len(windows), self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
+        return TrainLoader(windows, batches, self.num_workers)
+
+    def val_dataloader(self) -> TokenLoader:
+        """Return the loader of this device's validation batches, always the same ones in the same order.
+
+        Raises:
+            UserError: there are too few windows for one micro batch per device.
+        """
+        rank, world_size = rank_and_world_size()
+        windows = self._windows("val", world_size)
+        # Without workers: starting processes takes longer than reading the windows.
+        return TokenLoader(windows, full_batches(len(windows), self.batch_size, rank, world_size))
+
+    def _windows(self, split: str, world_size: int) -> TokenWindows:
+        self._require_batches(_complete_manifest(self.data_dir), split, world_size)
+        return TokenWindows(self.data_dir, split, self.max_seq_length)
+
+    def _require_batches(self, metadata: Manifest, split: str, world_size: int) -> None:
+        windows, needed = count_windows(self.data_dir, split, self.max_seq_length), self.batch_size * world_size
+        if windows >= needed:
+            return
+        larger_split = " or a larger --val_fraction" if split == "val" else ""
+        devices = f"{world_size} device{'s' if world_size > 1 else ''}"
+        raise UserError(
+            f"{self.data_dir}: {split} has {metadata.splits[split].tokens:,} tokens, {windows} windows of "
+            f"{self.max_seq_length + 1}; expected {needed} or more (micro_batch_size {self.batch_size} on {devices}). "
+            f"Give more text{larger_split}, or a smaller --max-seq-length or --micro-batch-size."
+        )
+
+
+def checked_manifest(data_dir: Path) -> Manifest:
+    """Return the metadata of tokens that are complete and were made from the text as it is now.
+
+    Text that was removed to save space is not an error.
+
+    Raises:
+        UserError: the tokens are missing, incomplete or stale.
+    """
+    metadata = _complete_manifest(data_dir)
+    for split, counts in metadata.splits.items():
+        # The validation split may have been made from files of the training folder.
+        folders = {record.path.split("/")[0] for record in counts.text} | {split}
+        files = [file for name in sorted(folders) for file in text_files(data_dir / name)]
+        if not files:
+            continue
+        changes = manifest.changed_files(counts.text, manifest.refresh(files, data_dir, counts.text))
+        if changes:
+            raise UserError(
+                f"the text of {data_dir} changed since it was tokenized ({'; '.join(changes[:3])}). Tokenize it again: "
+                f"`{command('prepare_data.py', '--data_dir', data_dir)}`"
+            )
+    return metadata
+
+
+def _complete_manifest(data_dir: Path) -> Manifest:
+    metadata = manifest.read(data_dir)
+    if metadata is None:
+        state = "are not complete" if manifest.tokens_dir(data_dir).is_dir() else "do not exist"
+        raise UserError(
+            f"the tokens of {data_dir} {state}. Make them: `{command('prepare_data.py', '--data_dir', data_dir)}`"
+        )
+    return metadata
+
+
+def validation_windows(data_dir: Path, split: str, block_size: int) -> TokenWindows:
+    """Return a split as the windows that training validates on.
+
+    Args:
+        data_dir: a prepared corpus.
+        split: ``train`` or ``val``.
+        block_size: context length T.
+
+    Returns:
+        A dataset; each item is ``(T + 1,)`` int64, in the order of the text.
+
+    Raises:
+        UserError: the tokens are missing, incomplete, stale or damaged, or fewer than one window.
+    """
+    metadata = checked_manifest(data_dir)
+    manifest.verify(data_dir, [split])
+    windows = TokenWindows(data_dir, split, block_size)
+    if len(windows) == 0:
+        raise UserError(
+            f"{data_dir}: {split} has {metadata.splits[split].tokens:,} tokens, fewer than one window of "
+            f"{block_size + 1}; choose a smaller context length or give more text."
+        )
+    return windows
