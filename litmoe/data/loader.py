@@ -225,7 +225,7 @@ class TokenLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(
             dataset,
-            batch_sampler=batches,  # type: ignore[arg-type]  # a list of ranges is enough
+            batch_sampler=batches,  # a list of ranges is enough
             num_workers=num_workers,
             collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available(),

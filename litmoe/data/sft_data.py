@@ -17,7 +17,6 @@ from litmoe.cli import UserError
 from litmoe.data import instructions
 from litmoe.data.conversations import DEFAULT_STYLE, EncodedConversation, encode_conversation, prompt_style
 from litmoe.data.loader import MicroBatches, TokenLoader, TrainLoader, even_batches, rank_and_world_size
-from litmoe.data.manifest import SPLITS
 
 IGNORE_INDEX = -100
 """A target without loss, as in PyTorch's cross-entropy and in LitGPT's finetuning"""
@@ -185,7 +184,7 @@ class InstructionData(DataModule):
         """Encode all conversations, once after each ``connect``."""
         assert self.tokenizer is not None, "connect comes first"
         tokenizer, style = self.tokenizer, self.style
-        for split in SPLITS:
+        for split in instructions.SPLITS:
             if split not in self._encoded:
                 messages = instructions.conversations(self.data_dir, split)
                 encoded = (encode_conversation(one, tokenizer, style) for one in messages)
