@@ -11,7 +11,7 @@ import pytest
 from litmoe.cli import UserError, command, quoted
 from litmoe.data import instructions, tokenizers
 from litmoe.data.manifest import tokenizer_fingerprint
-from litmoe.data.text_data import checked_manifest
+from litmoe.data.token_folder import checked_manifest
 
 
 def test_a_printed_command_can_be_pasted() -> None:

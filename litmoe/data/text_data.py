@@ -9,7 +9,6 @@ from litgpt.tokenizer import Tokenizer
 
 from litmoe.cli import UserError, command
 from litmoe.data import manifest
-from litmoe.data.documents import text_files
 from litmoe.data.loader import (
     MicroBatches,
     TokenLoader,
@@ -20,6 +19,7 @@ from litmoe.data.loader import (
     rank_and_world_size,
 )
 from litmoe.data.manifest import Manifest
+from litmoe.data.token_folder import checked_manifest, complete_manifest
 
 
 @dataclass
@@ -103,7 +103,7 @@ class TokenizedText(DataModule):
         return TokenLoader(windows, full_batches(len(windows), self.batch_size, rank, world_size))
 
     def _windows(self, split: str, world_size: int) -> TokenWindows:
-        self._require_batches(_complete_manifest(self.data_dir), split, world_size)
+        self._require_batches(complete_manifest(self.data_dir), split, world_size)
         return TokenWindows(self.data_dir, split, self.max_seq_length)
 
     def _require_batches(self, metadata: Manifest, split: str, world_size: int) -> None:
@@ -117,40 +117,6 @@ class TokenizedText(DataModule):
             f"{self.max_seq_length + 1}; expected {needed} or more (micro_batch_size {self.batch_size} on {devices}). "
             f"Give more text{larger_split}, or a smaller --max-seq-length or --micro-batch-size."
         )
-
-
-def checked_manifest(data_dir: Path) -> Manifest:
-    """Return the metadata of tokens that are complete and were made from the text as it is now.
-
-    Text that was removed to save space is not an error.
-
-    Raises:
-        UserError: the tokens are missing, incomplete or stale.
-    """
-    metadata = _complete_manifest(data_dir)
-    for split, counts in metadata.splits.items():
-        # The validation split may have been made from files of the training folder.
-        folders = {record.path.split("/")[0] for record in counts.text} | {split}
-        files = [file for name in sorted(folders) for file in text_files(data_dir / name)]
-        if not files:
-            continue
-        changes = manifest.changed_files(counts.text, manifest.refresh(files, data_dir, counts.text))
-        if changes:
-            raise UserError(
-                f"the text of {data_dir} changed since it was tokenized ({'; '.join(changes[:3])}). Tokenize it again: "
-                f"`{command('prepare_data.py', '--data_dir', data_dir)}`"
-            )
-    return metadata
-
-
-def _complete_manifest(data_dir: Path) -> Manifest:
-    metadata = manifest.read(data_dir)
-    if metadata is None:
-        state = "are not complete" if manifest.tokens_dir(data_dir).is_dir() else "do not exist"
-        raise UserError(
-            f"the tokens of {data_dir} {state}. Make them: `{command('prepare_data.py', '--data_dir', data_dir)}`"
-        )
-    return metadata
 
 
 def validation_windows(data_dir: Path, split: str, block_size: int) -> TokenWindows:
