@@ -4,7 +4,7 @@ from pathlib import Path
 
 from litmoe.cli import UserError, command
 from litmoe.data import manifest
-from litmoe.data.documents import text_files
+from litmoe.data.files import text_files
 from litmoe.data.manifest import Manifest
 
 
