@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from litmoe.data.conversations import Message, problem_with
+from litmoe.data.documents import writable
+from litmoe.data.files import BadRow
 
 CHAT_FIELDS = ("messages", "conversations", "conversation", "data")
 # The first of these pairs that a row has is used.
@@ -160,6 +162,8 @@ def unwrap(prompt: str) -> str | None:
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
+    if isinstance(value, BadRow):
+        raise value
     if isinstance(value, list):
         return {"messages": value}
     if not isinstance(value, dict):
@@ -188,7 +192,7 @@ def _turns(fields: dict[str, Any]) -> tuple[list[Message], set[str]]:
         return [], set()
     if _first_present(fields, ROLE_FIELDS) and _first_present(fields, (*CONTENT_FIELDS, "text")):
         raise ValueError("a single message; expected all messages of a conversation in one row")
-    names = [repr(_writable(name)) for name in fields]
+    names = [repr(writable(name)) for name in fields]
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     raise ValueError(f"the fields {', '.join(names[:12]) or '(none)'}{more}; {EXPECTED}")
 
@@ -333,7 +337,7 @@ def _text(value: Any, field: str, place: str | None = None) -> str:
         value = "".join(_text_part(part, place or repr(field)) for part in value)  # the parts of a chat API
     if not isinstance(value, str):
         raise ValueError(f"expected text in {field!r}, found {_type_name(value)}")
-    return _writable(value.replace("\r\n", "\n").replace("\r", "\n"))
+    return writable(value.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _text_part(part: dict[str, Any], place: str) -> str:
@@ -377,20 +381,13 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _writable(text: str) -> str:
-    """Replace halves of surrogate pairs, which UTF-8 cannot represent, by U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _unused_fields(fields: dict[str, Any], used: set[str]) -> Iterator[str]:
     """Yield the names of the fields, and of the keys of messages, that have a value and are not read."""
     known_keys = {*ROLE_FIELDS, *CONTENT_FIELDS, *LOSS_FIELDS, *UNSUPPORTED}
     for name, value in fields.items():
         if name not in used and not _is_empty(value):
-            yield _writable(name)
+            yield writable(name)
         entries = value if name in used and isinstance(value, list) else []
         for message in filter(_is_message, entries):
             unused_keys = [key for key in message if key not in known_keys and not _is_empty(message[key])]
-            yield from (_writable(f"{name}[].{key}") for key in unused_keys)
+            yield from (writable(f"{name}[].{key}") for key in unused_keys)

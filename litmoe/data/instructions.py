@@ -8,26 +8,27 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from litmoe.checksummed_json import file_sha256, known_fields, read_sealed, write_sealed
+from litmoe.checksummed_json import known_fields, read_sealed, write_sealed
 from litmoe.cli import UserError, command, harmless, nearest, quoted
+from litmoe.data import manifest
 from litmoe.data.conversations import Message
 from litmoe.data.corpora import HUB_NAME, HubDataset, split_names
 from litmoe.data.documents import split_of
-from litmoe.data.files import ROW_SUFFIXES, BadRow, Location, read_rows, suffix
+from litmoe.data.files import METADATA_FILES, ROW_SUFFIXES, Location, read_rows, suffix, visible_files
 from litmoe.data.instruction_rows import Row, conversation_of, has_conversation
-from litmoe.data.manifest import Settings
+from litmoe.data.manifest import SPLITS, FileRecord, Settings
 from litmoe.data.stories import story_requests
 
 FORMAT = 2
 """Format of the folder. Format 1 removed white space at the ends of texts; it can still be read."""
 MANIFEST = "instructions.json"
-SPLITS = ("train", "val")
 BUILDING = ".building"
 """Folder in ``data_dir`` for files that are not complete yet"""
 LOCK = ".prepare.lock"
@@ -37,8 +38,7 @@ STORY_REQUESTS = 6000
 DEFAULT_VAL_FRACTION = 0.1
 MAX_NAMES = 5
 """Files or fields that a message names"""
-# Descriptions of a data set, which are not rows of it.
-METADATA_FILES = (MANIFEST, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+NOT_ROWS = (MANIFEST, *METADATA_FILES)
 
 
 @dataclass
@@ -64,15 +64,6 @@ class InstructArgs:
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """A file and its contents at the time of preparation."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Split:
     """``train.jsonl`` or ``val.jsonl``."""
 
@@ -94,32 +85,13 @@ class Instructions:
     skip_broken: bool
     source_files: tuple[FileRecord, ...]
     splits: dict[str, Split]
-    duplicates: int = 0
-    """Conversations left out because they occurred before."""
-    held_out: int = 0
-    """Training conversations left out because a validation conversation begins with the same message."""
-    unwrapped: int = 0
-    """Prompts that were stored in a template, which was removed."""
-    skipped: int = 0
-    """Rows left out because they hold no usable conversation."""
-    unused_fields: tuple[str, ...] = ()
-    """Fields of the rows that do not belong to the conversations."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what was left out or changed."""
 
     def summary(self) -> str:
-        """Return the counts, one line each."""
-        train, val = (self.splits[split].conversations for split in SPLITS)
-        lines = [f"{train:,} training conversations, {val:,} for validation."]
-        if self.duplicates:
-            lines.append(f"{self.duplicates:,} duplicates are left out.")
-        if self.held_out:
-            lines.append(f"{self.held_out:,} that begin like a validation conversation are left out of training.")
-        if self.skipped:
-            lines.append(f"{self.skipped:,} rows that cannot be used are left out.")
-        if self.unwrapped:
-            lines.append(f"{self.unwrapped:,} prompts were taken out of a template; finetuning applies its own.")
-        if self.unused_fields:
-            lines.append(f"Fields not used: {harmless(_some_of(self.unused_fields))}.")
-        return "\n".join(lines)
+        """Return the size of the splits and the notes, one line each."""
+        train, val = self.splits["train"].conversations, self.splits["val"].conversations
+        return "\n".join([f"{train:,} training conversations, {val:,} for validation.", *self.notes])
 
 
 @dataclass(frozen=True)
@@ -134,7 +106,7 @@ class Source:
     files: dict[str | None, list[Location]] = field(default_factory=dict)
     """Files by split; those of None are split by hash"""
     notes: tuple[str, ...] = ()
-    """Messages about files of the source that are not used"""
+    """Sentences about files of the source that are not used"""
 
 
 def prepare_instructions(args: InstructArgs) -> Instructions:
@@ -148,28 +120,30 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
     _publish(args.data_dir)
     existing = None if args.overwrite else _existing(args.data_dir)
     source = _find_source(args, existing)
-    if existing is not None:
-        if reasons := _differences(existing, source):
-            raise UserError(
-                f"{args.data_dir} holds conversations with other settings ({'; '.join(reasons)}); choose another "
-                "--data_dir, or replace them with --overwrite."
-            )
-        print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
-        print("\n".join([existing.summary(), *source.notes]))
-        return existing
-    result = _build(args.data_dir, source)
-    print("\n".join([f"{args.data_dir}: {result.summary()}", *source.notes]))
-    return result
+    if existing is None:
+        result = _build(args.data_dir, source)
+        print("\n".join([f"{args.data_dir}: {result.summary()}", *source.notes]))
+        return result
+    differences = _differences(existing, source)
+    if differences:
+        raise UserError(
+            f"{args.data_dir} holds conversations with other settings ({'; '.join(differences)}); choose another "
+            "--data_dir, or replace them with --overwrite."
+        )
+    print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
+    print("\n".join([existing.summary(), *source.notes]))
+    return existing
 
 
 def _existing(data_dir: Path) -> Instructions | None:
     if (data_dir / MANIFEST).exists():
         return read(data_dir)
     for split in SPLITS:
-        if (data_dir / f"{split}.jsonl").exists():
+        path = data_dir / f"{split}.jsonl"
+        if path.exists():
             raise UserError(
-                f"{data_dir / f'{split}.jsonl'} was not made by this command, which would replace it. Choose another "
-                f"--data_dir (and use this folder as the source: --instruct {quoted(data_dir)}), or --overwrite."
+                f"{path} was not made by this command, which would replace it. Choose another --data_dir (and use this "
+                f"folder as the source: --instruct {quoted(data_dir)}), or --overwrite."
             )
     return None
 
@@ -183,7 +157,7 @@ def _differences(existing: Instructions, source: Source) -> list[str]:
     # No built-in story has white space at its ends, so format 1 makes no difference there.
     if existing.format != FORMAT and source.source != STORIES:
         differences.append("an older version made them, which removed white space at the ends of texts")
-    return differences or _changed_files(existing.source_files, source.source_files)
+    return differences or manifest.changed_files(existing.source_files, source.source_files)
 
 
 # --- finding the source ---
@@ -192,34 +166,17 @@ def _differences(existing: Instructions, source: Source) -> list[str]:
 def _find_source(args: InstructArgs, existing: Instructions | None) -> Source:
     fraction = DEFAULT_VAL_FRACTION if args.val_fraction is None else args.val_fraction
     if args.instruct == STORIES:
-        # The location is part of folders that 0.1.0 made, so its text stays as it is.
+        # The location is compared with the one in folders of 0.1.0, so its text stays the same.
         return Source(STORIES, "story_instructions(seed=1)", fraction, args.skip_broken)
     if HUB_NAME.fullmatch(args.instruct):
         return _hub_source(args, fraction, existing)
-    path = Path(args.instruct)
-    if not path.exists():
+    if not Path(args.instruct).exists():
         hint = "; did you mean stories?" if nearest(args.instruct, [STORIES]) else "."
         raise UserError(
             f"--instruct {args.instruct}: no such file or folder{hint} Expected a {', '.join(ROW_SUFFIXES)} file, a "
             f"folder of them, `{STORIES}` or hf:ORG/NAME."
         )
-    files, notes = _local_files(path, args.data_dir)
-    paths = [file for split_files in files.values() for file in split_files]
-    outputs = [(args.data_dir / f"{split}.jsonl").resolve() for split in SPLITS]
-    if any(file.resolve() in outputs for file in paths):
-        raise UserError(
-            f"--instruct {path}: its files in {args.data_dir} would be replaced; choose another --data_dir."
-        )
-    base = path.parent if path.is_file() else path
-    return Source(
-        "files",
-        str(path.resolve()),
-        None if "val" in files else fraction,
-        args.skip_broken,
-        tuple(_record(file, base) for file in paths),
-        {split: list(split_files) for split, split_files in files.items()},
-        notes,
-    )
+    return _local_source(args, fraction, existing)
 
 
 def _hub_source(args: InstructArgs, fraction: float, existing: Instructions | None) -> Source:
@@ -231,61 +188,72 @@ def _hub_source(args: InstructArgs, fraction: float, existing: Instructions | No
     assert name is not None
     dataset = HubDataset("", name["path"], name["config"], column=None, flag="--instruct")
     opened = dataset.open(Settings(None, None, None, None))
-    records = tuple(
-        FileRecord(**known_fields(FileRecord, asdict(record))) for split in opened.records.values() for record in split
-    )
-    has_val = "val" in opened.files
-    files = {split if has_val else None: locations for split, locations in opened.files.items()}
-    return Source(args.instruct, opened.location, None if has_val else fraction, args.skip_broken, records, files)
+    records = tuple(chain.from_iterable(opened.records.values()))
+    if "val" in opened.files:
+        files: dict[str | None, list[Location]] = {"train": opened.files["train"], "val": opened.files["val"]}
+        return Source(args.instruct, opened.location, None, args.skip_broken, records, files)
+    files = {None: opened.files["train"]}
+    return Source(args.instruct, opened.location, fraction, args.skip_broken, records, files)
 
 
-def _local_files(path: Path, data_dir: Path) -> tuple[dict[str | None, list[Path]], tuple[str, ...]]:
-    """Return the files of each split (None: to be split by hash), and a note on each kind of file that is not used."""
-    if path.is_file():
-        if suffix(path) not in ROW_SUFFIXES:
-            raise UserError(
-                f"--instruct {path}: expected a {', '.join(ROW_SUFFIXES)} file, or a folder with such files."
-            )
-        return {None: [path]}, ()
-    all_files = _visible_files(path, data_dir)
-    row_files = [file for file in all_files if suffix(file) in ROW_SUFFIXES and file.name not in METADATA_FILES]
-    by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
-    for file, split in split_names(path, row_files).items():
-        by_split[split].append(file)
-    train, val, test, unnamed = by_split["train"], by_split["val"], by_split["test"], by_split[None]
-
-    notes = []
-    for files, use in (
-        (val, "Used for validation"),
-        (test, "Left out because it is test data"),
-        ([file for file in all_files if file not in row_files], "Not read because of its type"),
-    ):
-        if files:
-            names = _some_of(file.relative_to(path).as_posix() for file in files)
-            notes.append(f"{use}: {names} ({len(files):,} files).")
-    if unnamed and (train or val):
+def _local_source(args: InstructArgs, fraction: float, existing: Instructions | None) -> Source:
+    path = Path(args.instruct)
+    if path.is_dir():
+        folder = path
+        files, notes = _files_by_split(path, args.data_dir)
+    elif suffix(path) in ROW_SUFFIXES:
+        folder = path.parent
+        files, notes = {None: [path]}, ()
+    else:
+        raise UserError(f"--instruct {path}: expected a {', '.join(ROW_SUFFIXES)} file, or a folder with such files.")
+    paths = list(chain.from_iterable(files.values()))
+    outputs = [(args.data_dir / f"{split}.jsonl").resolve() for split in SPLITS]
+    if any(file.resolve() in outputs for file in paths):
         raise UserError(
-            f"--instruct {path}: {unnamed[0].relative_to(path).as_posix()} is neither train.* nor val.*, while other "
-            "files are; move it elsewhere."
+            f"--instruct {path}: files of it in {args.data_dir} would be replaced; choose another --data_dir."
         )
-    if not (train or unnamed):
-        problem = f"--instruct {path}: expected a {', '.join(ROW_SUFFIXES)} file to train on in that folder."
+    known = existing.source_files if existing is not None else ()
+    return Source(
+        source="files",
+        location=str(path.resolve()),
+        val_fraction=None if "val" in files else fraction,
+        skip_broken=args.skip_broken,
+        source_files=manifest.refresh(paths, folder, known),
+        files={split: list(split_files) for split, split_files in files.items()},
+        notes=notes,
+    )
+
+
+def _files_by_split(folder: Path, data_dir: Path) -> tuple[dict[str | None, list[Path]], tuple[str, ...]]:
+    """Return the files of each split (None: to be split by hash), and notes on the other files."""
+    all_files = visible_files(folder)
+    if folder.resolve() != data_dir.resolve():
+        # A folder inside the source is no part of it after its first preparation.
+        all_files = [file for file in all_files if not file.resolve().is_relative_to(data_dir.resolve())]
+    row_files = [file for file in all_files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
+    by_split: dict[str | None, list[Path]] = {}
+    for file, split in split_names(folder, row_files).items():
+        by_split.setdefault(split, []).append(file)
+
+    train = by_split.get("train") or by_split.get(None, [])
+    val = by_split.get("val", [])
+    notes = []
+    if val:
+        notes.append(f"Used for validation: {_names_of(val, folder)}")
+    unused = [file for file in all_files if file not in train and file not in val]
+    if unused:
+        notes.append(f"Not used, because of name (test data) or type: {_names_of(unused, folder)}")
+    if not train:
+        problem = f"--instruct {folder}: expected a {', '.join(ROW_SUFFIXES)} file to train on in that folder."
         raise UserError("\n".join([problem, *notes]))
     if val:
         return {"train": train, "val": val}, tuple(notes)
-    return {None: train or unnamed}, tuple(notes)
+    return {None: train}, tuple(notes)
 
 
-def _visible_files(folder: Path, data_dir: Path) -> list[Path]:
-    """Return the files below ``folder`` in a fixed order, without hidden ones and what is prepared in ``data_dir``."""
-    has_output_inside = folder.resolve() != data_dir.resolve()
-    files = []
-    for file in folder.rglob("*"):
-        is_hidden = any(name.startswith(".") for name in file.relative_to(folder).parts)
-        is_output = has_output_inside and file.resolve().is_relative_to(data_dir.resolve())
-        if file.is_file() and not is_hidden and not is_output:
-            files.append(file)
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+def _names_of(files: list[Path], folder: Path) -> str:
+    names = ", ".join(file.relative_to(folder).as_posix() for file in files[:MAX_NAMES])
+    return f"{names} and {len(files) - MAX_NAMES:,} more" if len(files) > MAX_NAMES else names
 
 
 # --- reading the rows ---
@@ -297,48 +265,46 @@ def _read_source(source: Source) -> tuple[dict[str, list[Row]], int]:
     Raises:
         UserError: there are such rows, and they are not to be skipped.
     """
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     if source.source == STORIES:
-        assert source.val_fraction is not None
-        for request in story_requests(STORY_REQUESTS, source.val_fraction):
-            question = Message(role="user", content=request.request)
-            answer = Message(role="assistant", content=request.story)
-            rows[request.split].append(Row([question, answer], request.names))
-        return rows, 0
-
+        return _story_rows(source.val_fraction or 0), 0
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     problems: list[tuple[str, str]] = []  # place and reason
-    for split, locations in source.files.items():
-        for location in locations:
-            for place, value in _rows_in(location):
-                try:
-                    row = _row_of(value)
-                except ValueError as error:
-                    problems.append((f"{location}, {place}", str(error)))
-                else:
-                    rows[split or split_of(_first_question(row), source.val_fraction or 0)].append(row)
+    for file_split, location in [(split, location) for split, files in source.files.items() for location in files]:
+        for place, value in _rows_in(location):
+            try:
+                row = conversation_of(value)
+            except ValueError as error:
+                problems.append((f"{location}, {place}", str(error)))
+                continue
+            split = file_split or split_of(_first_question(row), source.val_fraction or 0)
+            rows[split].append(row)
+
     if problems and not source.skip_broken:
         lines = [f"{place}: {reason}" for place, reason in problems[:3]]
         if len(problems) > 3:
             lines.append(f"... and {len(problems) - 3:,} more rows")
         raise UserError("\n".join([*lines, "Correct them, or leave out such rows: --skip_broken"]))
-    for reason, number in Counter(reason for _, reason in problems).most_common(MAX_NAMES):
+    reasons = Counter(reason for _, reason in problems)
+    for reason, number in reasons.most_common(MAX_NAMES):
         print(f"Left out {number:,} row{'s' if number > 1 else ''}: {harmless(reason)}")
     return rows, len(problems)
 
 
-def _row_of(value: Any) -> Row:
-    if isinstance(value, BadRow):
-        raise value
-    return conversation_of(value)
+def _story_rows(val_fraction: float) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for request in story_requests(STORY_REQUESTS, val_fraction):
+        question = Message(role="user", content=request.request)
+        answer = Message(role="assistant", content=request.story)
+        rows[request.split].append(Row([question, answer], request.names))
+    return rows
 
 
 def _rows_in(location: Location) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file with their places, also those of an object such as ``{"data": [...]}``."""
     for place, value in read_rows(location):
-        if suffix(location) != ".json" or not isinstance(value, dict) or has_conversation(value):
-            yield place, value
-            continue
-        lists = [name for name, rows in value.items() if isinstance(rows, list) and _are_objects(rows)]
+        lists = []
+        if suffix(location) == ".json" and isinstance(value, dict) and not has_conversation(value):
+            lists = [name for name, rows in value.items() if _holds_rows(rows)]
         if len(lists) > 1:
             raise UserError(
                 f"{location}: one JSON object with several lists ({', '.join(map(repr, lists))}); expected one list of "
@@ -350,8 +316,8 @@ def _rows_in(location: Location) -> Iterator[tuple[str, Any]]:
             yield place, value
 
 
-def _are_objects(rows: list[Any]) -> bool:
-    return len(rows) > 0 and isinstance(rows[0], dict | list)
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict | list)
 
 
 def _first_question(row: Row) -> str:
@@ -366,19 +332,15 @@ def _build(data_dir: Path, source: Source) -> Instructions:
     from filelock import FileLock
 
     rows, skipped = _read_source(source)
-    unused = {name for split_rows in rows.values() for row in split_rows for name in row.unused}
-
-    # The first message of a conversation occurs in one split only.
+    # The first message of a validation conversation must not occur in training.
     val_questions = {_first_question(row) for row in rows["val"]}
     train = [row for row in rows["train"] if _first_question(row) not in val_questions]
     unique = {"train": _without_duplicates(train), "val": _without_duplicates(rows["val"])}
     for split, split_rows in unique.items():
         if not split_rows:
-            total = sum(map(len, unique.values()))
-            skipped_rows = f" ({skipped:,} rows were left out)" if skipped else ""
             raise UserError(
-                f"--instruct {source.location}: no conversation for {split} among {total}{skipped_rows}; give more, or "
-                "another --val_fraction."
+                f"--instruct {source.location}: no conversation for {split} among {sum(map(len, unique.values()))} "
+                f"({skipped:,} rows were left out); give more, or another --val_fraction."
             )
 
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -394,15 +356,29 @@ def _build(data_dir: Path, source: Source) -> Instructions:
             skip_broken=source.skip_broken,
             source_files=source.source_files,
             splits={split: _write_split(building, split, split_rows) for split, split_rows in unique.items()},
-            duplicates=len(train) + len(rows["val"]) - sum(map(len, unique.values())),
-            held_out=len(rows["train"]) - len(train),
-            unwrapped=sum(row.unwrapped for split_rows in unique.values() for row in split_rows),
-            skipped=skipped,
-            unused_fields=tuple(sorted(unused)),
+            notes=tuple(_notes(rows, train, unique, skipped)),
         )
         write_sealed(building / MANIFEST, asdict(result))  # from here on the build is complete
         _publish(data_dir)
     return result
+
+
+def _notes(rows: dict[str, list[Row]], train: list[Row], unique: dict[str, list[Row]], skipped: int) -> Iterator[str]:
+    """Yield a sentence about each change between the rows that were read and the conversations that are kept."""
+    kept = [*unique["train"], *unique["val"]]
+    counts = {
+        "duplicates are left out": len(train) + len(rows["val"]) - len(kept),
+        "that begin like a validation conversation are left out of training": len(rows["train"]) - len(train),
+        "rows that cannot be used are left out": skipped,
+        "prompts were taken out of a template; finetuning applies its own": sum(row.unwrapped for row in kept),
+    }
+    for what, number in counts.items():
+        if number:
+            yield f"{number:,} {what}."
+    unused = sorted({name for row in [*rows["train"], *rows["val"]] for name in row.unused})
+    if unused:
+        more = f" and {len(unused) - MAX_NAMES:,} more" if len(unused) > MAX_NAMES else ""
+        yield f"Fields not used: {harmless(', '.join(unused[:MAX_NAMES]))}{more}."
 
 
 def _without_duplicates(rows: list[Row]) -> list[Row]:
@@ -417,7 +393,7 @@ def _write_split(folder: Path, split: str, rows: list[Row]) -> Split:
             if row.names is not None:
                 values["names"] = row.names
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
-    return Split(len(rows), _record(path, folder))
+    return Split(len(rows), manifest.record(path, folder))
 
 
 def _publish(data_dir: Path) -> None:
@@ -428,25 +404,6 @@ def _publish(data_dir: Path) -> None:
             if (building / name).exists():
                 os.replace(building / name, data_dir / name)
         building.rmdir()
-
-
-def _record(path: Path, folder: Path) -> FileRecord:
-    return FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
-
-
-def _changed_files(old: Iterable[FileRecord], new: Iterable[FileRecord]) -> list[str]:
-    before, after = ({record.path: record.sha256 for record in records} for records in (old, new))
-    changes = [f"{path} changed" for path in before if path in after and before[path] != after[path]]
-    changes += [f"{path} is missing" for path in before if path not in after]
-    changes += [f"{path} is new" for path in after if path not in before]
-    return changes
-
-
-def _some_of(names: Iterable[str]) -> str:
-    """Return the first names, and the number of the others."""
-    names = list(names)
-    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
 
 
 # --- reading the prepared folder ---
@@ -468,14 +425,11 @@ def read(data_dir: Path) -> Instructions:
         raise UserError(
             f"{data_dir / MANIFEST} cannot be read ({error}). Make it again: `{prepare} --overwrite`"
         ) from None
-    if result.format not in (1, FORMAT):
-        raise UserError(
-            f"{data_dir} has the format {result.format}, expected {FORMAT}. Make it again: `{prepare} --overwrite`"
-        )
     # Checksums and not times: damage on the disk changes no time.
-    files = [path for split in SPLITS if (path := data_dir / f"{split}.jsonl").is_file()]
-    records = [split.file for split in result.splits.values()]
-    if changes := _changed_files(records, [_record(path, data_dir) for path in files]):
+    paths = [data_dir / f"{split}.jsonl" for split in SPLITS]
+    files = [manifest.record(path, data_dir) for path in paths if path.is_file()]
+    changes = manifest.changed_files([split.file for split in result.splits.values()], files)
+    if changes:
         raise UserError(
             f"{data_dir} is not as it was prepared: {'; '.join(changes)}. Restore it, or make it again: `{prepare} "
             "--overwrite`. To add conversations of your own, give them as SOURCE."
@@ -484,14 +438,15 @@ def read(data_dir: Path) -> Instructions:
 
 
 def _parse(values: dict[str, Any]) -> Instructions:
+    if values["format"] not in (1, FORMAT):
+        raise ValueError(f"it has the format {values['format']}, expected {FORMAT}")
     splits = {
         name: Split(split["conversations"], FileRecord(**known_fields(FileRecord, split["file"])))
         for name, split in values["splits"].items()
     }
     records = tuple(FileRecord(**known_fields(FileRecord, record)) for record in values["source_files"])
-    unused = tuple(values.get("unused_fields", ()))
-    fields = known_fields(Instructions, values)
-    return Instructions(**{**fields, "splits": splits, "source_files": records, "unused_fields": unused})
+    known = {**known_fields(Instructions, values), "notes": tuple(values.get("notes", ()))}
+    return Instructions(**{**known, "splits": splits, "source_files": records})
 
 
 def instructions_fingerprint(data_dir: Path) -> str:

@@ -86,7 +86,7 @@ FILES = {
 def test_rows_of_many_kinds_of_files(tmp_path: Path, name: str) -> None:
     data = FILES[name]
     (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    rows = [instructions._row_of(value) for _, value in instructions._rows_in(tmp_path / name)]
+    rows = [instructions.conversation_of(value) for _, value in instructions._rows_in(tmp_path / name)]
     assert [row.messages for row in rows] == [turn("Who?", "Mia é.")] * 2
 
 
@@ -115,7 +115,7 @@ def test_broken_row_is_named_or_skipped(tmp_path: Path, name: str) -> None:
     assert str(raised.value).startswith(f"{source}, line 22: {problem}")
     assert str(raised.value).endswith("--skip_broken")
     assert not (tmp_path / "data").exists()
-    assert prepare(source, tmp_path / "data", skip_broken=True).skipped == 1
+    assert "1 rows that cannot be used are left out." in prepare(source, tmp_path / "data", skip_broken=True).notes
     assert len(both(tmp_path / "data")) == 40
 
 
@@ -157,7 +157,7 @@ def test_unknown_source_and_bad_fraction(tmp_path: Path) -> None:
 def test_summary_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{**row, "prompt": Alpaca().apply(row["prompt"]), "id": i, "note": None} for i, row in enumerate(pairs(40))]
     result = prepare(jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "data")
-    assert result.unused_fields == ("id",) and result.unwrapped == 40
+    assert result.notes[0].startswith("40 prompts were taken out of a template") and len(result.notes) == 2
     assert instructions.read(tmp_path / "data") == result
     output = capsys.readouterr().out
     assert "Fields not used: id." in output and "40 prompts were taken out of a template" in output
@@ -183,7 +183,7 @@ def test_splits_share_no_question(tmp_path: Path) -> None:
     train, val = ({text.strip() for text in questions(tmp_path / "data", split)} for split in ("train", "val"))
     assert not train & val and len(train | val) == 300
     assert 60 <= len(val) <= 120
-    assert result.duplicates == 30 and len(both(tmp_path / "data")) == 900
+    assert result.notes == ("30 duplicates are left out.",) and len(both(tmp_path / "data")) == 900
 
 
 def test_split_of_a_row_does_not_depend_on_others(tmp_path: Path) -> None:
@@ -197,7 +197,8 @@ def test_no_validation_question_in_training(tmp_path: Path) -> None:
     jsonl(tmp_path / "in/train.jsonl", pairs(50))
     jsonl(tmp_path / "in/validation.json", [*pairs(5, start=45), *pairs(5, start=100)])
     result = prepare(tmp_path / "in", tmp_path / "data")
-    assert result.val_fraction is None and result.held_out == 5
+    assert result.val_fraction is None
+    assert result.notes == ("5 that begin like a validation conversation are left out of training.",)
     assert questions(tmp_path / "data", "train") == [row["prompt"] for row in pairs(45)]
     assert len(conversations(tmp_path / "data", "val")) == 10
 
@@ -241,7 +242,7 @@ def test_folder_without_validation_is_split(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_too_few_conversations_for_validation(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no conversation for val among 2; give more, or another --val_fraction"):
+    with pytest.raises(UserError, match=r"no conversation for val among 2 .* another --val_fraction"):
         prepare(jsonl(tmp_path / "rows.jsonl", pairs(2)), tmp_path / "data", val_fraction=0.001)
 
 
@@ -281,11 +282,11 @@ def test_older_and_newer_metadata_is_read(tmp_path: Path) -> None:
     source, data = jsonl(tmp_path / "rows.jsonl", pairs(50)), tmp_path / "data"
     result = prepare(source, data)
     values = read_sealed(data / instructions.MANIFEST)
-    newer = {**values, "new": 1, "source_files": [{**values["source_files"][0], "mtime_ns": 1}]}
+    newer = {**values, "new": 1, "source_files": [{**values["source_files"][0], "new": 1}]}
     write_sealed(data / instructions.MANIFEST, newer)
     assert instructions.read(data) == result
-    older = {name: value for name, value in values.items() if name not in ("unused_fields", "unwrapped")}
-    write_sealed(data / instructions.MANIFEST, {**older, "format": 1})
+    older = {name: value for name, value in values.items() if name != "notes"}
+    write_sealed(data / instructions.MANIFEST, {**older, "format": 1, "unwrapped": 0})
     assert instructions_fingerprint(data)
     with pytest.raises(UserError, match=r"older version.* removed white space.*--overwrite"):
         prepare(source, data)
