@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PROJECT = "litmoe"
 DEFAULT_TOKENIZER = Path("data/tokenizer")
+# Folder of the tokenizer inside an artifact.
 TOKENIZER = "tokenizer"
-"""Folder of the tokenizer inside an artifact"""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

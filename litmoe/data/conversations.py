@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from litgpt import Tokenizer
     from litgpt.prompts import PromptStyle
 
+# ``Instruct: ...`` and ``Output:`` on two lines: few tokens, and plain words that any vocabulary can write.
 DEFAULT_STYLE = "phi-2"
-"""``Instruct: ...`` and ``Output:`` on two lines: few tokens, and plain words that any vocabulary can write"""
 
 
 class Message(TypedDict):

@@ -110,22 +110,19 @@ def conversation_of(value: Any) -> Row:
     fields = _fields_of(value)
     _refuse_unsupported(fields, "the field")
     turns, used = _turns(fields)
-    if not turns:
-        raise ValueError("no messages")
     _check_turns(turns)
     history = _history(fields)
 
-    # A row may give the system message in a field of its own or as a first message.
+    # A row may give the system message in a field of its own, as the first message, or in both places.
     systems = {name: _text(fields.get(name), name) for name in SYSTEM_FIELDS}
-    for place, messages in ((HISTORY, history), ("the first message", turns)):
-        if messages and messages[0]["role"] == "system":
-            systems[place] = messages.pop(0)["content"]
+    if turns[0]["role"] == "system":
+        systems["the first message"] = turns.pop(0)["content"]
     conversation = [*_system_message(systems), *history, *turns]
 
     unwrapped = 0
     for message in conversation:
         instruction = unwrap(message["content"]) if message["role"] == "user" else None
-        if instruction:
+        if instruction is not None:
             message["content"] = instruction
             unwrapped += 1
     unused = tuple(_unused_fields(fields, {*used, HISTORY, *SYSTEM_FIELDS}))
@@ -147,14 +144,15 @@ def unwrap(prompt: str) -> str | None:
     """
     prompt = prompt.strip()
     for before, after in TEMPLATES:
-        after = after.strip()
-        if not (prompt.startswith(before) and prompt.endswith(after)) or len(prompt) <= len(before) + len(after):
+        is_wrapped = prompt.startswith(before) and prompt.endswith(after.strip())
+        inside = prompt[len(before) : -len(after.strip())].strip()
+        if not is_wrapped or not inside:
             continue
-        inside = prompt[len(before) : -len(after)]
-        if after in inside or "<<SYS>>" in inside:
-            return None  # several turns in one text, or a system prompt
+        # A second end means several turns in one text. A system prompt inside is no part of the instruction.
+        if after.strip() in inside or "<<SYS>>" in inside:
+            return None
         instruction, _, context = inside.partition(ALPACA_INPUT)
-        return f"{instruction.strip()}\n\n{context.strip()}".strip() or None
+        return f"{instruction.strip()}\n\n{context.strip()}".strip()
     return None
 
 
@@ -181,23 +179,29 @@ def _turns(fields: dict[str, Any]) -> tuple[list[Message], set[str]]:
     """Return the messages of a row without its history, and the names of their fields."""
     for name in CHAT_FIELDS:
         value = fields.get(name)
-        if name == "data" and not _are_texts(value):
-            continue  # a field of other meaning in many data sets
-        if not _is_empty(value):
-            return _chat(_as_list(value, name), name), {name}
+        # "data" has another meaning in many data sets, so only a list of texts counts.
+        if _is_empty(value) or (name == "data" and not _are_texts(value)):
+            continue
+        return _chat(_as_list(value, name), name), {name}
     pair = _pair_in(fields)
-    if pair is not None:
-        return _pair_turns(fields, *pair)
+    if pair is None:
+        raise ValueError(_unknown_shape(fields))
+    return _pair_turns(fields, *pair)
+
+
+def _unknown_shape(fields: dict[str, Any]) -> str:
+    """Return what a row without a conversation holds instead."""
     if any(fields.get(name) == [] for name in CHAT_FIELDS):
-        return [], set()
+        return "no messages"
     if _first_present(fields, ROLE_FIELDS) and _first_present(fields, (*CONTENT_FIELDS, "text")):
-        raise ValueError("a single message; expected all messages of a conversation in one row")
-    names = [repr(writable(name)) for name in fields]
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    raise ValueError(f"the fields {', '.join(names[:12]) or '(none)'}{more}; {EXPECTED}")
+        return "a single message; expected all messages of a conversation in one row"
+    names = ", ".join(repr(writable(name)) for name in fields)
+    return f"the fields {names[:300] or '(none)'}; {EXPECTED}"
 
 
 def _check_turns(messages: list[Message]) -> None:
+    if not messages:
+        raise ValueError("no messages")
     problem = problem_with(messages, last="assistant")
     if problem:
         raise ValueError(problem)
@@ -207,14 +211,15 @@ def _check_turns(messages: list[Message]) -> None:
 
 
 def _history(fields: dict[str, Any]) -> list[Message]:
+    value = fields.get(HISTORY)
+    if _is_empty(value):
+        return []
     try:
-        value = fields.get(HISTORY)
-        messages = [] if _is_empty(value) else _chat(_as_list(value, HISTORY), HISTORY)
-        if messages:
-            _check_turns(messages)
+        messages = _chat(_as_list(value, HISTORY), HISTORY)
+        _check_turns(messages)
+        return messages
     except ValueError as error:
         raise ValueError(f"in {HISTORY!r}: {error}") from None
-    return messages
 
 
 def _system_message(systems: dict[str, str]) -> list[Message]:
@@ -304,14 +309,19 @@ def _message(entry: Any, number: int) -> Message:
         raise ValueError(f"a message of {entry[role_field]!r}: {NO_TOOLS}")
     if name not in ROLES:
         raise ValueError(f"a message of {entry[role_field]!r}; expected one of {', '.join(ROLES)}")
-    role = ROLES[name]
+    if ROLES[name] == "assistant":
+        _require_loss(entry, number)
+    return _as_message(ROLES[name], _text(entry[content_field], content_field, f"message {number}"))
+
+
+def _require_loss(entry: dict[str, Any], number: int) -> None:
+    """Raise ``ValueError`` for an answer that is not to be trained on, because every answer is."""
     for field in LOSS_FIELDS:
-        if role == "assistant" and entry.get(field) not in (None, 1):
+        if entry.get(field) not in (None, 1):
             raise ValueError(
                 f"message {number} has {field!r} {entry[field]!r}; every answer is trained on, weights and masks are "
                 "not supported: remove the field or the row"
             )
-    return _as_message(role, _text(entry[content_field], content_field, f"message {number}"))
 
 
 def _first_present(entry: dict[str, Any], names: Iterable[str]) -> str | None:
@@ -385,9 +395,10 @@ def _unused_fields(fields: dict[str, Any], used: set[str]) -> Iterator[str]:
     """Yield the names of the fields, and of the keys of messages, that have a value and are not read."""
     known_keys = {*ROLE_FIELDS, *CONTENT_FIELDS, *LOSS_FIELDS, *UNSUPPORTED}
     for name, value in fields.items():
-        if name not in used and not _is_empty(value):
-            yield writable(name)
-        entries = value if name in used and isinstance(value, list) else []
-        for message in filter(_is_message, entries):
-            unused_keys = [key for key in message if key not in known_keys and not _is_empty(message[key])]
-            yield from (writable(f"{name}[].{key}") for key in unused_keys)
+        if name not in used:
+            if not _is_empty(value):
+                yield writable(name)
+        elif isinstance(value, list):
+            for message in filter(_is_message, value):
+                keys = message.keys() - known_keys
+                yield from (writable(f"{name}[].{key}") for key in sorted(keys) if not _is_empty(message[key]))

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -26,18 +26,18 @@ from litmoe.data.instruction_rows import Row, conversation_of, has_conversation
 from litmoe.data.manifest import SPLITS, FileRecord, Settings
 from litmoe.data.stories import story_requests
 
+# Format of the folder. Format 1 removed white space at the ends of texts; it can still be read.
 FORMAT = 2
-"""Format of the folder. Format 1 removed white space at the ends of texts; it can still be read."""
 MANIFEST = "instructions.json"
+# Folder in ``data_dir`` for files that are not complete yet.
 BUILDING = ".building"
-"""Folder in ``data_dir`` for files that are not complete yet"""
 LOCK = ".prepare.lock"
 STORIES = "stories"
+# 1.1 million training tokens: an epoch takes two CPU cores a minute or two.
 STORY_REQUESTS = 6000
-"""1.1 million training tokens: an epoch takes two CPU cores a minute or two"""
 DEFAULT_VAL_FRACTION = 0.1
+# Files or fields that a message names.
 MAX_NAMES = 5
-"""Files or fields that a message names"""
 NOT_ROWS = (MANIFEST, *METADATA_FILES)
 
 
@@ -103,8 +103,8 @@ class Source:
     val_fraction: float | None
     skip_broken: bool
     source_files: tuple[FileRecord, ...] = ()
-    files: dict[str | None, list[Location]] = field(default_factory=dict)
-    """Files by split; those of None are split by hash"""
+    files: tuple[tuple[str | None, Location], ...] = ()
+    """Files with their split; those of None are split by hash"""
     notes: tuple[str, ...] = ()
     """Sentences about files of the source that are not used"""
 
@@ -188,67 +188,72 @@ def _hub_source(args: InstructArgs, fraction: float, existing: Instructions | No
     assert name is not None
     dataset = HubDataset("", name["path"], name["config"], column=None, flag="--instruct")
     opened = dataset.open(Settings(None, None, None, None))
-    records = tuple(chain.from_iterable(opened.records.values()))
-    if "val" in opened.files:
-        files: dict[str | None, list[Location]] = {"train": opened.files["train"], "val": opened.files["val"]}
-        return Source(args.instruct, opened.location, None, args.skip_broken, records, files)
-    files = {None: opened.files["train"]}
-    return Source(args.instruct, opened.location, fraction, args.skip_broken, records, files)
+    has_val = "val" in opened.files
+    files: list[tuple[str | None, Location]] = []
+    for split, locations in opened.files.items():
+        files += [(split if has_val else None, location) for location in locations]
+    return Source(
+        source=args.instruct,
+        location=opened.location,
+        val_fraction=None if has_val else fraction,
+        skip_broken=args.skip_broken,
+        source_files=tuple(chain.from_iterable(opened.records.values())),
+        files=tuple(files),
+    )
 
 
 def _local_source(args: InstructArgs, fraction: float, existing: Instructions | None) -> Source:
     path = Path(args.instruct)
     if path.is_dir():
         folder = path
-        files, notes = _files_by_split(path, args.data_dir)
+        files, notes = _files_in(path, args.data_dir)
     elif suffix(path) in ROW_SUFFIXES:
         folder = path.parent
-        files, notes = {None: [path]}, ()
+        files, notes = [(None, path)], []
     else:
         raise UserError(f"--instruct {path}: expected a {', '.join(ROW_SUFFIXES)} file, or a folder with such files.")
-    paths = list(chain.from_iterable(files.values()))
     outputs = [(args.data_dir / f"{split}.jsonl").resolve() for split in SPLITS]
-    if any(file.resolve() in outputs for file in paths):
+    if any(file.resolve() in outputs for _, file in files):
         raise UserError(
             f"--instruct {path}: files of it in {args.data_dir} would be replaced; choose another --data_dir."
         )
+    # The checksums of unchanged files are known from the last time.
     known = existing.source_files if existing is not None else ()
     return Source(
         source="files",
         location=str(path.resolve()),
-        val_fraction=None if "val" in files else fraction,
+        val_fraction=None if any(split == "val" for split, _ in files) else fraction,
         skip_broken=args.skip_broken,
-        source_files=manifest.refresh(paths, folder, known),
-        files={split: list(split_files) for split, split_files in files.items()},
-        notes=notes,
+        source_files=manifest.refresh([file for _, file in files], folder, known),
+        files=tuple(files),
+        notes=tuple(notes),
     )
 
 
-def _files_by_split(folder: Path, data_dir: Path) -> tuple[dict[str | None, list[Path]], tuple[str, ...]]:
-    """Return the files of each split (None: to be split by hash), and notes on the other files."""
+def _files_in(folder: Path, data_dir: Path) -> tuple[list[tuple[str | None, Path]], list[str]]:
+    """Return the files of a folder with their splits (None: to be split by hash), and notes on the other files."""
     all_files = visible_files(folder)
     if folder.resolve() != data_dir.resolve():
-        # A folder inside the source is no part of it after its first preparation.
+        # The prepared conversations may be in a folder inside the source.
         all_files = [file for file in all_files if not file.resolve().is_relative_to(data_dir.resolve())]
     row_files = [file for file in all_files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
-    by_split: dict[str | None, list[Path]] = {}
+    by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
     for file, split in split_names(folder, row_files).items():
-        by_split.setdefault(split, []).append(file)
+        by_split[split].append(file)
 
-    train = by_split.get("train") or by_split.get(None, [])
-    val = by_split.get("val", [])
+    # Without names, all files are training data.
+    train, val = by_split["train"] or by_split[None], by_split["val"]
+    unused = [file for file in all_files if file not in [*train, *val]]
     notes = []
     if val:
         notes.append(f"Used for validation: {_names_of(val, folder)}")
-    unused = [file for file in all_files if file not in train and file not in val]
     if unused:
         notes.append(f"Not used, because of name (test data) or type: {_names_of(unused, folder)}")
     if not train:
         problem = f"--instruct {folder}: expected a {', '.join(ROW_SUFFIXES)} file to train on in that folder."
         raise UserError("\n".join([problem, *notes]))
-    if val:
-        return {"train": train, "val": val}, tuple(notes)
-    return {None: train}, tuple(notes)
+    train_split = "train" if val else None
+    return [*((train_split, file) for file in train), *(("val", file) for file in val)], notes
 
 
 def _names_of(files: list[Path], folder: Path) -> str:
@@ -269,17 +274,23 @@ def _read_source(source: Source) -> tuple[dict[str, list[Row]], int]:
         return _story_rows(source.val_fraction or 0), 0
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     problems: list[tuple[str, str]] = []  # place and reason
-    for file_split, location in [(split, location) for split, files in source.files.items() for location in files]:
+    for file_split, location in source.files:
         for place, value in _rows_in(location):
             try:
                 row = conversation_of(value)
             except ValueError as error:
                 problems.append((f"{location}, {place}", str(error)))
                 continue
+            # The hash of the question alone: a row keeps its split when rows are added or removed.
             split = file_split or split_of(_first_question(row), source.val_fraction or 0)
             rows[split].append(row)
+    _report(problems, source.skip_broken)
+    return rows, len(problems)
 
-    if problems and not source.skip_broken:
+
+def _report(problems: list[tuple[str, str]], skip_broken: bool) -> None:
+    """Print the reasons of skipped rows, or raise ``UserError`` with the first rows if they are not to be skipped."""
+    if problems and not skip_broken:
         lines = [f"{place}: {reason}" for place, reason in problems[:3]]
         if len(problems) > 3:
             lines.append(f"... and {len(problems) - 3:,} more rows")
@@ -287,7 +298,6 @@ def _read_source(source: Source) -> tuple[dict[str, list[Row]], int]:
     reasons = Counter(reason for _, reason in problems)
     for reason, number in reasons.most_common(MAX_NAMES):
         print(f"Left out {number:,} row{'s' if number > 1 else ''}: {harmless(reason)}")
-    return rows, len(problems)
 
 
 def _story_rows(val_fraction: float) -> dict[str, list[Row]]:
@@ -302,22 +312,26 @@ def _story_rows(val_fraction: float) -> dict[str, list[Row]]:
 def _rows_in(location: Location) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file with their places, also those of an object such as ``{"data": [...]}``."""
     for place, value in read_rows(location):
-        lists = []
-        if suffix(location) == ".json" and isinstance(value, dict) and not has_conversation(value):
-            lists = [name for name, rows in value.items() if _holds_rows(rows)]
-        if len(lists) > 1:
+        lists = _lists_of_rows(value) if suffix(location) == ".json" else []
+        if not lists:
+            yield place, value
+        elif len(lists) == 1:
+            name = lists[0]
+            for number, row in enumerate(value[name], 1):
+                yield f"row {number} of {name!r}", row
+        else:
             raise UserError(
                 f"{location}: one JSON object with several lists ({', '.join(map(repr, lists))}); expected one list of "
                 "rows. Write each into its own file, such as train.json and val.json."
             )
-        if lists:
-            yield from ((f"row {number} of {lists[0]!r}", row) for number, row in enumerate(value[lists[0]], 1))
-        else:
-            yield place, value
 
 
-def _holds_rows(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict | list)
+def _lists_of_rows(value: Any) -> list[str]:
+    """Return the names of the lists of rows in an object that is no row itself."""
+    if not isinstance(value, dict) or has_conversation(value):
+        return []
+    lists = [name for name, rows in value.items() if isinstance(rows, list) and rows]
+    return [name for name in lists if isinstance(value[name][0], dict | list)]
 
 
 def _first_question(row: Row) -> str:

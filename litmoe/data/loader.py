@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from litmoe.cli import UserError
 from litmoe.data import manifest
 
+# Each open chunk takes a file handle, and macOS allows 256 per process.
 MAX_OPEN_CHUNKS = 128
-"""Each open chunk takes a file handle, and macOS allows 256 per process"""
+# The signals that ask a run to stop, on this system.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-"""The signals that ask a run to stop, on this system"""
 
 
 # --- windows of tokens ---

@@ -18,10 +18,10 @@ from litmoe.data import instructions
 from litmoe.data.conversations import DEFAULT_STYLE, EncodedConversation, encode_conversation, prompt_style
 from litmoe.data.loader import MicroBatches, TokenLoader, TrainLoader, even_batches, rank_and_world_size
 
+# A target without loss, as in PyTorch's cross-entropy and in LitGPT's finetuning.
 IGNORE_INDEX = -100
-"""A target without loss, as in PyTorch's cross-entropy and in LitGPT's finetuning"""
+# Micro batches are padded to a multiple of it: few different shapes, and matrices that fill a GPU's tiles.
 LENGTH_MULTIPLE = 8
-"""Micro batches are padded to a multiple of it: few different shapes, and matrices that fill a GPU's tiles"""
 
 
 class Conversations(NamedTuple):

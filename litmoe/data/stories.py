@@ -21,13 +21,13 @@ from litmoe.data.documents import split_of
 
 T = TypeVar("T")
 
+# Size of the built-in corpus.
 SAMPLE_BYTES = 20 << 20
-"""Size of the built-in corpus"""
 PARAGRAPHS = ("beginning", "trouble", "turn", "ending")
+# Share of the requests that mention where the hero lives.
 HOME_SHARE = 0.15
-"""Share of the requests that mention where the hero lives"""
+# Share of the training requests that do not say what happens in the story.
 ANY_STORY_SHARE = 0.1
-"""Share of the training requests that do not say what happens in the story"""
 
 
 class Scene(NamedTuple):
