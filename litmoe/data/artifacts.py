@@ -67,6 +67,7 @@ def log_dataset(
     metadata = checked_manifest(data_dir)
     manifest.verify(data_dir)
     tokenizer = _tokenizer_folder(data_dir, metadata, tokenizer_dir)
+    # W&B allows these characters in names.
     name = name or "dataset-" + re.sub(r"[^\w.-]", "-", data_dir.resolve().name, flags=re.ASCII)
     project = project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
 
@@ -89,6 +90,7 @@ def log_dataset(
         finally:
             # Not `with run`, which prints a traceback for every error.
             run.finish(exit_code=exit_code)
+        # The version is known only after the upload.
         if not is_offline:
             reference = str(logged.qualified_name)
             print(f"Logged {reference}. Train on it: {command('run_train.py', '--wandb-dataset', reference)}")
@@ -118,6 +120,7 @@ def _artifact(data_dir: Path, metadata: Manifest, tokenizer: Path, name: str) ->
     for folder in ("tokens", *manifest.SPLITS):
         if (data_dir / folder).is_dir():
             artifact.add_dir(str((data_dir / folder).absolute()), folder, policy="immutable", skip_cache=True)
+    # Single files, because the folder of a tokenizer may be a checkpoint.
     files = {"source.json": data_dir / "source.json"}
     files |= {f"{TOKENIZER}/{file}": tokenizer / file for file in TOKENIZER_FILES}
     for entry, path in files.items():
@@ -130,6 +133,7 @@ def _tokenizer_folder(data_dir: Path, metadata: Manifest, tokenizer_dir: Path | 
     """Return the folder of the tokenizer that made the tokens."""
     candidates = [tokenizer_dir] if tokenizer_dir else [data_dir / TOKENIZER, DEFAULT_TOKENIZER]
     for folder in candidates:
+        # Another tokenizer in a default folder is no error: the next folder may have the right one.
         if not (folder / "tokenizer.json").is_file():
             continue
         if manifest.tokenizer_fingerprint(folder) == metadata.tokenizer.sha256:
@@ -216,6 +220,7 @@ def fetch_dataset(reference: str, into: Path) -> Path:
         _check_entries(wanted, artifact)
     target = versions / str(artifact.version)
     versions.mkdir(parents=True, exist_ok=True)
+    # The ranks of a run ask for the same dataset at the same time.
     with FileLock(versions / f".{target.name}.lock"):
         if manifest.read(target) is None:
             _download(wanted, artifact, target)

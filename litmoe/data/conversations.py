@@ -101,6 +101,7 @@ def stop_sequences(style: "PromptStyle", tokenizer: "Tokenizer") -> list[list[in
         of_style = [list(tokens) for tokens in style.stop_tokens(tokenizer)]
     except ValueError:  # the style uses a special token of another tokenizer
         of_style = []
+    # Finetuning ends every answer with the end-of-text token, whatever the style says.
     sequences = [] if tokenizer.eos_id is None else [[tokenizer.eos_id]]
     for tokens in of_style:
         if tokens not in sequences and None not in tokens:
@@ -158,6 +159,7 @@ def encode_newest(
     kept, prompt = 0, encode_prompt([*system, messages[-1]], tokenizer, style)
     later: list[int] = []  # everything after the first prompt
     for index in range(len(messages) - 3, -1, -2):
+        # Backwards: the question after this turn's answer, then the answer.
         for message in (messages[index + 2], messages[index + 1]):
             later = _encode_later(without_special_tokens(message, tokenizer), tokenizer, style) + later
         if len(later) >= longest:
@@ -213,6 +215,7 @@ def _encode(
     if problem := problem_with(messages, last):
         raise ValueError(f"not a conversation: {problem}")
     texts = [without_special_tokens(message, tokenizer) for message in messages]
+    # The system message is part of the first prompt: styles have a single template for both.
     n_first = 2 if messages[0]["role"] == "system" else 1  # messages that form the first prompt
     ids = _encode_user_turn(texts[:n_first], tokenizer, style, is_first=True)
     is_answer = [False] * len(ids)
@@ -225,6 +228,7 @@ def _encode(
 
 def _encode_later(message: Message, tokenizer: "Tokenizer", style: "PromptStyle") -> list[int]:
     """Encode a message after the first prompt."""
+    # Every answer ends with the end-of-text token, so that the model learns to stop after each turn.
     if message["role"] == "assistant":
         return [*text_ids(tokenizer, message["content"], begin=False), tokenizer.eos_id]
     return _encode_user_turn([message], tokenizer, style, is_first=False)

@@ -117,6 +117,7 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
     """
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction}: expected a number between 0 and 1, such as 0.1.")
+    # A call that was killed at its very end left a complete build behind.
     _publish(args.data_dir)
     existing = None if args.overwrite else _existing(args.data_dir)
     source = _find_source(args, existing)
@@ -138,6 +139,7 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
 def _existing(data_dir: Path) -> Instructions | None:
     if (data_dir / MANIFEST).exists():
         return read(data_dir)
+    # Without metadata the files may be the user's own.
     for split in SPLITS:
         path = data_dir / f"{split}.jsonl"
         if path.exists():
@@ -236,13 +238,7 @@ def _files_in(folder: Path, data_dir: Path) -> tuple[list[tuple[str | None, Path
     if folder.resolve() != data_dir.resolve():
         # The prepared conversations may be in a folder inside the source.
         all_files = [file for file in all_files if not file.resolve().is_relative_to(data_dir.resolve())]
-    row_files = [file for file in all_files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
-    by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
-    for file, split in split_names(folder, row_files).items():
-        by_split[split].append(file)
-
-    # Without names, all files are training data.
-    train, val = by_split["train"] or by_split[None], by_split["val"]
+    train, val = _files_by_name(folder, all_files)
     unused = [file for file in all_files if file not in [*train, *val]]
     notes = []
     if val:
@@ -254,6 +250,16 @@ def _files_in(folder: Path, data_dir: Path) -> tuple[list[tuple[str | None, Path
         raise UserError("\n".join([problem, *notes]))
     train_split = "train" if val else None
     return [*((train_split, file) for file in train), *(("val", file) for file in val)], notes
+
+
+def _files_by_name(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the files to train on and those for validation, by the names of files and folders."""
+    row_files = [file for file in files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
+    by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
+    for file, split in split_names(folder, row_files).items():
+        by_split[split].append(file)
+    # Without a file that is named train, those without a split in their name are the training data.
+    return by_split["train"] or by_split[None], by_split["val"]
 
 
 def _names_of(files: list[Path], folder: Path) -> str:
@@ -327,7 +333,7 @@ def _rows_in(location: Location) -> Iterator[tuple[str, Any]]:
 
 
 def _lists_of_rows(value: Any) -> list[str]:
-    """Return the names of the lists of rows in an object that is no row itself."""
+    """Return the names of the lists of rows in an object that is not a row."""
     if not isinstance(value, dict) or has_conversation(value):
         return []
     lists = [name for name, rows in value.items() if isinstance(rows, list) and rows]
@@ -346,7 +352,8 @@ def _build(data_dir: Path, source: Source) -> Instructions:
     from filelock import FileLock
 
     rows, skipped = _read_source(source)
-    # The first message of a validation conversation must not occur in training.
+    # The first message of a validation conversation must not occur in training: with another answer to a question that
+    # was trained on, the validation loss would say little about new questions.
     val_questions = {_first_question(row) for row in rows["val"]}
     train = [row for row in rows["train"] if _first_question(row) not in val_questions]
     unique = {"train": _without_duplicates(train), "val": _without_duplicates(rows["val"])}
@@ -357,6 +364,7 @@ def _build(data_dir: Path, source: Source) -> Instructions:
                 f"({skipped:,} rows were left out); give more, or another --val_fraction."
             )
 
+    # Only from here on anything is written, so a mistake in the source leaves the folder as it was.
     data_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(data_dir / LOCK):
         building = data_dir / BUILDING
@@ -396,6 +404,7 @@ def _notes(rows: dict[str, list[Row]], train: list[Row], unique: dict[str, list[
 
 
 def _without_duplicates(rows: list[Row]) -> list[Row]:
+    # White space at the ends makes a difference here, because an answer may be code.
     return list({blake2b(json.dumps(row.messages).encode()).digest(): row for row in rows}.values())
 
 
@@ -403,6 +412,7 @@ def _write_split(folder: Path, split: str, rows: list[Row]) -> Split:
     path = folder / f"{split}.jsonl"
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
+            # "names" lets an evaluation compare the names in a request with those in the answer.
             values: dict[str, Any] = {"messages": row.messages}
             if row.names is not None:
                 values["names"] = row.names
@@ -454,6 +464,7 @@ def read(data_dir: Path) -> Instructions:
 def _parse(values: dict[str, Any]) -> Instructions:
     if values["format"] not in (1, FORMAT):
         raise ValueError(f"it has the format {values['format']}, expected {FORMAT}")
+    # Unknown fields come from other versions, which change the format number if the known fields change their meaning.
     splits = {
         name: Split(split["conversations"], FileRecord(**known_fields(FileRecord, split["file"])))
         for name, split in values["splits"].items()

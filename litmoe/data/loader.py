@@ -82,6 +82,7 @@ class TokenWindows(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
+        # The chunk with this window, and the place of the window in it.
         number = bisect_right(self._ends, index)
         first_index = self._ends[number - 1] if number > 0 else 0
         start = self._size * (index - first_index)
@@ -136,6 +137,7 @@ class MicroBatches(Sampler[list[int]]):
         return self.items // self._batch_size // self._world_size
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Micro batch number n of all devices belongs to device n mod W.
         number = self.taken * self._world_size + self._rank
         epoch, first = self._place_of(number)
         order = self._order(epoch)
@@ -148,6 +150,7 @@ class MicroBatches(Sampler[list[int]]):
     @property
     def position(self) -> tuple[int, int]:
         """The epoch, and the items of it that were used, when every device has taken as many micro batches."""
+        # The end of the last micro batch and not the start of the next one, which may be in the next epoch.
         number = self.taken * self._world_size
         if number == 0:
             return self._start
@@ -161,6 +164,7 @@ class MicroBatches(Sampler[list[int]]):
     def _place_of(self, number: int) -> tuple[int, int]:
         """Return the epoch and the first item of a micro batch, by its number in the sequence of all devices."""
         epoch, item = self._start
+        # A resumed epoch has a rest only. All later epochs have the same number of micro batches.
         left_in_epoch = (self.items - item) // self._batch_size
         if number < left_in_epoch:
             return epoch, item + number * self._batch_size
@@ -190,6 +194,7 @@ def even_batches(items: int, batch_size: int, rank: int = 0, world_size: int = 1
     Sizes differ by at most 1 and are at most ``batch_size`` (2 if ``batch_size`` is 1 and the devices do not divide the
     items). There must be at least one item per device.
     """
+    # As few rounds as the micro batch size allows, but no more than every device has items for.
     rounds = min(-(-items // (batch_size * world_size)), items // world_size)
     count = rounds * world_size
     starts = [number * items // count for number in range(count + 1)]
@@ -267,6 +272,7 @@ class TrainLoader(TokenLoader):
 
     def _counted_batches(self) -> Generator[Any]:
         for batch in super().__iter__():
+            # Counted before it is handed out: a checkpoint after this step must not read it again.
             self.batch_sampler.taken += 1
             yield batch
 

@@ -70,6 +70,7 @@ class EncodedConversations(Dataset[tuple[Tensor, Tensor]]):
         ids, is_answer, prompt_lengths = [], [], []
         for conversation in encoded:
             self.counts.with_special_tokens += conversation.removed_special_tokens
+            # Without a token to train on, a conversation would only take up a place in a micro batch.
             if not any(conversation.is_answer[:size]):
                 prompt_lengths.append(conversation.is_answer.index(True))
                 continue
@@ -96,12 +97,14 @@ class EncodedConversations(Dataset[tuple[Tensor, Tensor]]):
 def collate(items: list[tuple[Tensor, Tensor]], pad_id: int, max_seq_length: int) -> Conversations:
     """Pad items of ``EncodedConversations`` to a micro batch; ``max_seq_length`` limits its width, -1 does not."""
     lengths = torch.tensor([len(ids) - 1 for ids, _ in items])
+    # Rounded up: the longest conversation with its padding.
     width = -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     if max_seq_length > 0:
         width = min(width, max_seq_length)
     input_ids = torch.full((len(items), width), pad_id)
     targets = torch.full((len(items), width), IGNORE_INDEX)
     for row, (ids, is_answer) in enumerate(items):
+        # The target of an input is the token after it, so the last token is no input and the first no target.
         input_ids[row, : lengths[row]] = ids[:-1]
         targets[row, : lengths[row]] = ids[1:].masked_fill(~is_answer[1:], IGNORE_INDEX)
     return Conversations(input_ids, targets, lengths)
@@ -164,6 +167,7 @@ class InstructionData(DataModule):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.max_seq_length = max_seq_length
+        # Tokens and their cut depend on all three.
         self._encoded = {}
 
     def prepare_data(self) -> None:
@@ -183,6 +187,7 @@ class InstructionData(DataModule):
     def setup(self, stage: str = "") -> None:
         """Encode all conversations, once after each ``connect``."""
         assert self.tokenizer is not None, "connect comes first"
+        # In memory, because encoding takes seconds and most data sets for finetuning have a few million tokens.
         tokenizer, style = self.tokenizer, self.style
         for split in instructions.SPLITS:
             if split not in self._encoded:
@@ -223,6 +228,7 @@ class InstructionData(DataModule):
         Raises:
             UserError: there are fewer conversations than devices.
         """
+        # No conversation is left out, even if micro batches become smaller: the loss is over every answer.
         rank, world_size = rank_and_world_size()
         encoded = self._encoded["val"]
         self._require("val", needed=world_size, world_size=world_size)
@@ -237,6 +243,7 @@ class InstructionData(DataModule):
         counts = self._encoded[split].counts
         if counts.conversations >= needed:
             return
+        # Conversations that do not fit the context are the likely reason, so say how much they would need.
         misfits = f"{counts.left_out} do not"
         if counts.left_out:
             shortest, longest = counts.left_out_prompts

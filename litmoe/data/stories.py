@@ -118,6 +118,7 @@ def story_requests(number: int, val_fraction: float, seed: int = 1) -> Iterator[
     for story in generate(seed):
         if number <= 0:
             return
+        # A model may have been pretrained on the corpus and would know the answer by heart.
         if story.text in corpus:
             continue
         split = split_of(f"{story.hero['hero']} {story.scene.name}", val_fraction)
@@ -173,40 +174,44 @@ def _compile_tables() -> tuple[list[list[dict[str, str]]], list[list[Scene]]]:
     Everything that does not depend on a random choice is filled in here once, which makes 20 MB of stories take 0.5 s.
     """
     tables = _tables()
-    houses = _lines(tables["houses"])
-    heroes = []
-    for row in _rows(tables["heroes"]):
-        homes = houses if row["home"] == "in a house" else [row["home"]]
-        heroes.append(
-            [
-                {"hero": row["hero"]} | _with_variants({"kind": row["kind"], **_pronouns(row["he"]), "home": home})
-                for home in homes
-            ]
-        )
-    friends = {}
-    for row in _rows(tables["friends"]):
-        pronouns = {f"pal_{slot}": word for slot, word in _pronouns(row["he"]).items()}
-        friends[row["pal"]] = {"pal": row["pal"], "pal_kind": row["kind"], **pronouns}
+    heroes = [_hero_slots(row, _lines(tables["houses"])) for row in _rows(tables["heroes"])]
+    friends = {row["pal"]: _friend_slots(row) for row in _rows(tables["friends"])}
     plots = []
     for plot_number, plot in enumerate(tables["plots"].values()):
         scenes = []
         for row_number, row in enumerate(_rows(plot["rows"])):
             slots = friends[row["friend"]] | _with_variants(row)
             beats = _beats(plot, tables["openings"], slots)
+            # The name is hashed for the split of a request, so the order of plots and rows must not change.
             scenes.append(Scene(f"{plot_number}.{row_number}", slots, beats, _lines(plot["requests"])))
         plots.append(scenes)
     return heroes, plots
 
 
+def _hero_slots(row: dict[str, str], houses: list[str]) -> list[dict[str, str]]:
+    """Return the slots of a hero in each possible home."""
+    homes = houses if row["home"] == "in a house" else [row["home"]]
+    slots = {"kind": row["kind"], **_pronouns(row["he"])}
+    # A name needs no variants: it has a capital and no article.
+    return [{"hero": row["hero"]} | _with_variants({**slots, "home": home}) for home in homes]
+
+
+def _friend_slots(row: dict[str, str]) -> dict[str, str]:
+    pronouns = {f"pal_{slot}": word for slot, word in _pronouns(row["he"]).items()}
+    return {"pal": row["pal"], "pal_kind": row["kind"], **pronouns}
+
+
 def _beats(plot: dict[str, str], openings: str, slots: dict[str, str]) -> list[list[str]]:
     """Return the groups of a plot, filled in; each sentence ends with the space or newline that follows it."""
     known = _PartialSlots(slots)
+    # The slots of the hero stay open until a hero is chosen.
     beats = []
     for paragraph in PARAGRAPHS:
         groups = [_lines(group) for group in plot[paragraph].split("\n\n")]
         if paragraph == "beginning":
             groups.insert(0, _lines(openings))
         for number, sentences in enumerate(groups, start=1):
+            # The end is part of the sentence, so that a story is a single join.
             end = " "
             if number == len(groups):
                 end = "" if paragraph == "ending" else "\n"

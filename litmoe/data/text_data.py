@@ -66,6 +66,7 @@ class TokenizedText(DataModule):
             UserError: one of the checks failed.
         """
         metadata = checked_manifest(self.data_dir)
+        # The end-of-text id identifies the tokenizer well enough here; preflight compares the complete files.
         if self.tokenizer is not None and self.tokenizer.eos_id != metadata.tokenizer.eos_id:
             raise UserError(
                 f"the tokens of {self.data_dir} were made with the tokenizer {metadata.tokenizer.name}, whose "
@@ -77,6 +78,7 @@ class TokenizedText(DataModule):
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
         if local_rank == "0":
             manifest.verify(self.data_dir)
+        # Checked for one device now, because the number of devices is known only when the loaders are made.
         for split in manifest.SPLITS:
             self._require_batches(metadata, split, world_size=1)
 

@@ -36,6 +36,7 @@ def checked_manifest(data_dir: Path) -> Manifest:
         # The validation split may have been made from files of the training folder.
         folders = {record.path.split("/")[0] for record in counts.text} | {split}
         files = [file for name in sorted(folders) for file in text_files(data_dir / name)]
+        # The text was removed, or never written (a corpus that was streamed from the Hub).
         if not files:
             continue
         changes = manifest.changed_files(counts.text, manifest.refresh(files, data_dir, counts.text))
