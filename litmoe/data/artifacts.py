@@ -34,6 +34,11 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 API_SECONDS = 30
+# The parts of a reference become folder names, so ".." and the like are not allowed.
+PART = r"[\w-](?:[\w .+@()-]*[\w+@()-])?"
+REFERENCE = re.compile(
+    rf"(?:(?:(?P<entity>{PART})/)?(?P<project>{PART})/)?(?P<name>{PART})(?::(?P<alias>[\w-][\w.-]*))?"
+)
 
 
 # --- logging ---
@@ -168,23 +173,18 @@ def parse_reference(reference: str) -> Reference:
     Raises:
         UserError: the reference has another form.
     """
-    path, _, alias = reference.partition(":")
-    alias = alias or "latest"
-    parts = path.split("/")
-    # The parts become folder names, so nothing such as ".." is allowed.
-    are_names = all(re.fullmatch(r"[\w-][\w .+@()-]*", part) and not part.endswith((".", " ")) for part in parts)
-    if len(parts) > 3 or not are_names or not re.fullmatch(r"[\w-][\w.-]*", alias):
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
         raise UserError(
             f"{reference!r} names no W&B dataset; expected entity/project/name:alias, like me/litmoe/dataset-texts:v0."
         )
-    defaults = [os.environ.get("WANDB_ENTITY", ""), os.environ.get("WANDB_PROJECT", "")]
-    entity, project, name = defaults[: 3 - len(parts)] + parts
-    if not entity or not project:
-        missing = "project" if not project else "entity"
-        raise UserError(
-            f"{reference!r} names no {missing}; write entity/project/name:alias, or set WANDB_{missing.upper()}."
-        )
-    return Reference(entity, project, name, alias)
+    entity = match["entity"] or os.environ.get("WANDB_ENTITY")
+    project = match["project"] or os.environ.get("WANDB_PROJECT")
+    if not project:
+        raise UserError(f"{reference!r} names no project; write entity/project/name:alias, or set WANDB_PROJECT.")
+    if not entity:
+        raise UserError(f"{reference!r} names no entity; write entity/project/name:alias, or set WANDB_ENTITY.")
+    return Reference(entity, project, match["name"], match["alias"] or "latest")
 
 
 def fetch_dataset(reference: str, into: Path) -> Path:

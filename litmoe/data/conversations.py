@@ -7,7 +7,7 @@ encoded as by LitGPT's own finetuning and ``litgpt chat``.
 LitGPT is imported inside the functions that need it: preparing conversations uses this file, and does not need torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
@@ -190,21 +190,19 @@ def without_special_tokens(message: Message, tokenizer: "Tokenizer") -> Message:
     They would be encoded as the tokens themselves: an answer with ``<|endoftext|>`` would teach the model to continue
     after the end.
     """
-    content = message["content"]
-    if tokenizer.backend != "huggingface":
-        return message  # sentencepiece encodes them as ordinary text
-    special = _special_tokens(tokenizer)
-    # Removing a token can put the halves of another one together, so repeat until none is left.
-    while present := [token for token in special if token in content]:
-        for token in present:
+    # sentencepiece encodes them as ordinary text.
+    special = _special_tokens(tokenizer) if tokenizer.backend == "huggingface" else []
+    content, previous = message["content"], None
+    # Removing a token can put the halves of another one together, so repeat until nothing changes.
+    while content != previous:
+        previous = content
+        for token in special:
             content = content.replace(token, "")
-    if content == message["content"]:
-        return message
     return Message(role=message["role"], content=content)
 
 
 @lru_cache(maxsize=4)
-def _special_tokens(tokenizer: "Tokenizer") -> Iterable[str]:
+def _special_tokens(tokenizer: "Tokenizer") -> list[str]:
     # Cached: for a tokenizer with hundreds of them this takes longer than encoding a message.
     return [token.content for token in tokenizer.processor.get_added_tokens_decoder().values() if token.special]
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -190,32 +190,28 @@ def _hub_source(args: InstructArgs, fraction: float, existing: Instructions | No
     assert name is not None
     dataset = HubDataset("", name["path"], name["config"], column=None, flag="--instruct")
     opened = dataset.open(Settings(None, None, None, None))
-    has_val = "val" in opened.files
-    files: list[tuple[str | None, Location]] = []
-    for split, locations in opened.files.items():
-        files += [(split if has_val else None, location) for location in locations]
+    files = _with_splits(opened.files["train"], opened.files.get("val", []))
     return Source(
         source=args.instruct,
         location=opened.location,
-        val_fraction=None if has_val else fraction,
+        val_fraction=None if "val" in opened.files else fraction,
         skip_broken=args.skip_broken,
         source_files=tuple(chain.from_iterable(opened.records.values())),
-        files=tuple(files),
+        files=files,
     )
 
 
 def _local_source(args: InstructArgs, fraction: float, existing: Instructions | None) -> Source:
     path = Path(args.instruct)
     if path.is_dir():
-        folder = path
-        files, notes = _files_in(path, args.data_dir)
+        train, val, notes = _files_in(path, args.data_dir)
     elif suffix(path) in ROW_SUFFIXES:
-        folder = path.parent
-        files, notes = [(None, path)], []
+        train, val, notes = [path], [], []
     else:
         raise UserError(f"--instruct {path}: expected a {', '.join(ROW_SUFFIXES)} file, or a folder with such files.")
-    outputs = [(args.data_dir / f"{split}.jsonl").resolve() for split in SPLITS]
-    if any(file.resolve() in outputs for _, file in files):
+
+    outputs = {(args.data_dir / f"{split}.jsonl").resolve() for split in SPLITS}
+    if outputs & {file.resolve() for file in (*train, *val)}:
         raise UserError(
             f"--instruct {path}: files of it in {args.data_dir} would be replaced; choose another --data_dir."
         )
@@ -224,47 +220,52 @@ def _local_source(args: InstructArgs, fraction: float, existing: Instructions | 
     return Source(
         source="files",
         location=str(path.resolve()),
-        val_fraction=None if any(split == "val" for split, _ in files) else fraction,
+        val_fraction=None if val else fraction,
         skip_broken=args.skip_broken,
-        source_files=manifest.refresh([file for _, file in files], folder, known),
-        files=tuple(files),
+        source_files=manifest.refresh([*train, *val], path if path.is_dir() else path.parent, known),
+        files=_with_splits(train, val),
         notes=tuple(notes),
     )
 
 
-def _files_in(folder: Path, data_dir: Path) -> tuple[list[tuple[str | None, Path]], list[str]]:
-    """Return the files of a folder with their splits (None: to be split by hash), and notes on the other files."""
-    all_files = visible_files(folder)
+def _with_splits(train: Sequence[Location], val: Sequence[Location]) -> tuple[tuple[str | None, Location], ...]:
+    """Return files with their splits; without validation files, training files are split by hash (None)."""
+    train_split = "train" if val else None
+    return (*((train_split, file) for file in train), *(("val", file) for file in val))
+
+
+def _files_in(folder: Path, data_dir: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """Return the files of a folder to train on, those for validation, and notes on the other files."""
+    files = visible_files(folder)
     if folder.resolve() != data_dir.resolve():
         # The prepared conversations may be in a folder inside the source.
-        all_files = [file for file in all_files if not file.resolve().is_relative_to(data_dir.resolve())]
-    train, val = _files_by_name(folder, all_files)
-    unused = [file for file in all_files if file not in [*train, *val]]
-    notes = []
-    if val:
-        notes.append(f"Used for validation: {_names_of(val, folder)}")
-    if unused:
-        notes.append(f"Not used, because of name (test data) or type: {_names_of(unused, folder)}")
-    if not train:
-        problem = f"--instruct {folder}: expected a {', '.join(ROW_SUFFIXES)} file to train on in that folder."
-        raise UserError("\n".join([problem, *notes]))
-    train_split = "train" if val else None
-    return [*((train_split, file) for file in train), *(("val", file) for file in val)], notes
-
-
-def _files_by_name(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the files to train on and those for validation, by the names of files and folders."""
+        files = [file for file in files if not file.resolve().is_relative_to(data_dir.resolve())]
     row_files = [file for file in files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
     by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
     for file, split in split_names(folder, row_files).items():
         by_split[split].append(file)
+
     # Without a file that is named train, those without a split in their name are the training data.
-    return by_split["train"] or by_split[None], by_split["val"]
+    train, val = by_split["train"] or by_split[None], by_split["val"]
+    notes = _notes_on_files("Used for validation", val, folder)
+    unused = sorted(set(files) - {*train, *val})
+    notes += _notes_on_files("Not used, because of name (test data) or type", unused, folder)
+    if not train:
+        problem = f"--instruct {folder}: expected a {', '.join(ROW_SUFFIXES)} file to train on in that folder."
+        raise UserError("\n".join([problem, *notes]))
+    return train, val, notes
 
 
-def _names_of(files: list[Path], folder: Path) -> str:
-    names = ", ".join(file.relative_to(folder).as_posix() for file in files[:MAX_NAMES])
-    return f"{names} and {len(files) - MAX_NAMES:,} more" if len(files) > MAX_NAMES else names
+def _notes_on_files(use: str, files: list[Path], folder: Path) -> list[str]:
+    if not files:
+        return []
+    return [f"{use}: {_first_of([file.relative_to(folder).as_posix() for file in files])}."]
+
+
+def _first_of(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 # --- reading the rows ---
@@ -399,8 +400,7 @@ def _notes(rows: dict[str, list[Row]], train: list[Row], unique: dict[str, list[
             yield f"{number:,} {what}."
     unused = sorted({name for row in [*rows["train"], *rows["val"]] for name in row.unused})
     if unused:
-        more = f" and {len(unused) - MAX_NAMES:,} more" if len(unused) > MAX_NAMES else ""
-        yield f"Fields not used: {harmless(', '.join(unused[:MAX_NAMES]))}{more}."
+        yield f"Fields not used: {harmless(_first_of(unused))}."
 
 
 def _without_duplicates(rows: list[Row]) -> list[Row]:

@@ -203,19 +203,17 @@ def _friend_slots(row: dict[str, str]) -> dict[str, str]:
 
 def _beats(plot: dict[str, str], openings: str, slots: dict[str, str]) -> list[list[str]]:
     """Return the groups of a plot, filled in; each sentence ends with the space or newline that follows it."""
-    known = _PartialSlots(slots)
     # The slots of the hero stay open until a hero is chosen.
+    known = _PartialSlots(slots)
     beats = []
     for paragraph in PARAGRAPHS:
-        groups = [_lines(group) for group in plot[paragraph].split("\n\n")]
+        groups = plot[paragraph].split("\n\n")
         if paragraph == "beginning":
-            groups.insert(0, _lines(openings))
-        for number, sentences in enumerate(groups, start=1):
-            # The end is part of the sentence, so that a story is a single join.
-            end = " "
-            if number == len(groups):
-                end = "" if paragraph == "ending" else "\n"
-            beats.append([sentence.format_map(known) + end for sentence in sentences])
+            groups = [openings, *groups]
+        # The end is part of the sentence, so that a story is a single join.
+        ends = [" "] * (len(groups) - 1) + ["" if paragraph == "ending" else "\n"]
+        for group, end in zip(groups, ends, strict=True):
+            beats.append([sentence.format_map(known) + end for sentence in _lines(group)])
     return beats
 
 
