@@ -231,7 +231,7 @@ def test_text_is_kept_if_asked_for(tmp_path: Path, run: Callable, plain: str, ca
 
 
 def test_training_uses_streamed_tokens(tmp_path: Path, run: Callable, plain: str, corpus: Callable) -> None:
-    from litmoe.data.text_data import checked_manifest
+    from litmoe.data.token_folder import checked_manifest
 
     first = run(source=plain)
     assert checked_manifest(tmp_path / "data") == first
