@@ -1,8 +1,8 @@
-"""Logs a prepared data folder (text, tokens and tokenizer) as one dataset artifact on Weights & Biases.
+"""Log a prepared data folder (text, tokens and tokenizer) as one dataset artifact on Weights & Biases.
 
 uv run python wandb_dataset.py --data-dir data/custom_text --wandb-artifact dataset-custom_text
-WANDB_MODE=offline uv run python wandb_dataset.py            # no network, no account: `wandb sync` sends it later
-uv run python run_train.py --wandb-dataset ENTITY/PROJECT/dataset-custom_text:latest    # trains on it, anywhere
+WANDB_MODE=offline uv run python wandb_dataset.py            # no network, no account: `wandb sync` uploads it later
+uv run python run_train.py --wandb-dataset ENTITY/PROJECT/dataset-custom_text:latest    # train on it
 """
 
 from pathlib import Path
@@ -17,14 +17,14 @@ def main(
     wandb_project: str | None = None,
     wandb_entity: str | None = None,
 ) -> None:
-    """Logs a prepared data folder (text, tokens and tokenizer) as one dataset artifact on Weights & Biases.
+    """Log a prepared data folder (text, tokens and tokenizer) as one dataset artifact on Weights & Biases.
 
     Args:
-        data_dir: Folder of the corpus, as prepare_data.py made it.
-        tokenizer_dir: The tokenizer that made its tokens (default: DATA_DIR/tokenizer or data/tokenizer).
-        wandb_artifact: Name of the artifact (default: dataset-FOLDER).
-        wandb_project: Its project (default: WANDB_PROJECT, else litmoe).
-        wandb_entity: Its user or team (default: WANDB_ENTITY, else the account's own).
+        data_dir: Folder of the corpus, prepared by prepare_data.py.
+        tokenizer_dir: Tokenizer of its tokens (default: DATA_DIR/tokenizer or data/tokenizer).
+        wandb_artifact: Artifact name (default: dataset-FOLDER).
+        wandb_project: W&B project (default: WANDB_PROJECT, else litmoe).
+        wandb_entity: W&B user or team (default: WANDB_ENTITY, else the account's default).
     """
     from litmoe.data.artifacts import log_dataset
 

@@ -69,9 +69,9 @@ class TokenizedText(DataModule):
         # The end-of-text id identifies the tokenizer well enough here; preflight compares the complete files.
         if self.tokenizer is not None and self.tokenizer.eos_id != metadata.tokenizer.eos_id:
             raise UserError(
-                f"the tokens of {self.data_dir} were made with the tokenizer {metadata.tokenizer.name}, whose "
-                f"end-of-text id is {metadata.tokenizer.eos_id}; the run's tokenizer has {self.tokenizer.eos_id}. Name "
-                "the folder of the right one (--tokenizer_dir), or tokenize again: "
+                f"the tokens of {self.data_dir} were made with the tokenizer {metadata.tokenizer.name} (end-of-text id "
+                f"{metadata.tokenizer.eos_id}); the run's tokenizer has the end-of-text id {self.tokenizer.eos_id}. "
+                "Name the folder of the right one (--tokenizer_dir), or tokenize again: "
                 f"`{command('prepare_data.py', '--data_dir', self.data_dir)}`."
             )
         # Reading all tokens for their checksums is enough once per machine.

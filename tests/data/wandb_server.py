@@ -1,7 +1,7 @@
-"""A W&B server as far as datasets go: takes a logged artifact and gives it back, over HTTP on 127.0.0.1.
+"""A W&B server for datasets only: accepts a logged artifact and returns it, over HTTP on 127.0.0.1.
 
-W&B's own client talks to it (``WANDB_BASE_URL``), so what is tested is what goes over the wire; what it does not know
-it refuses. Its replies have the shape that the client of the pinned version asks for.
+W&B's own client talks to it (``WANDB_BASE_URL``), so the tests cover what goes over the wire. Unknown operations are
+refused. Replies have the shape that the client of the pinned version expects.
 """
 
 import json
@@ -32,7 +32,7 @@ class Version:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Holds versions in memory; ``projects`` are those that exist."""
+    """Stores versions in memory. ``projects`` are the existing projects."""
 
     daemon_threads = True
 
@@ -42,10 +42,10 @@ class WandbServer(ThreadingHTTPServer):
         self.projects: set[tuple[str, str]] = set()
         self.versions: list[Version] = []
         self.downloads: list[str] = []
-        """Names of the files that were fetched."""
+        """Names of downloaded files."""
 
     def find(self, entity: str, project: str, name: str) -> Version | None:
-        """The version that ``name:alias`` names; ``latest`` is the newest."""
+        """Return the version for ``name:alias``; ``latest`` is the newest."""
         name, _, alias = name.partition(":")
         found = [v for v in self.versions if (v.entity, v.project, v.name) == (entity, project, name)]
         found = [v for v in found if v.state == "COMMITTED" and alias in ("latest", f"v{v.index}")]
@@ -54,7 +54,7 @@ class WandbServer(ThreadingHTTPServer):
 
 @contextmanager
 def serve() -> Iterator[WandbServer]:
-    """Runs a server for as long as the context is open."""
+    """Run a server while the context is open."""
     with WandbServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -62,7 +62,7 @@ def serve() -> Iterator[WandbServer]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One method for each GraphQL operation, named as the client names it; files by GET and PUT."""
+    """Has one method per GraphQL operation, with the name that the client uses; files by GET and PUT."""
 
     protocol_version = "HTTP/1.1"
     server: WandbServer
@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
     def file_url(self, version: Version, name: str, kind: str = "file") -> str:
         return f"{self.server.url}/{kind}/{self.server.versions.index(version)}/{name}"
 
-    # ------------------------------------------------------------------------------------------------ who, and a run
+    # --- account and run ---
 
     def Viewer(self) -> dict[str, Any]:
         viewer = {"id": "user", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         urls = [{"name": name, "uploadUrl": f"{self.server.url}/run/0/{name}"} for name in files]
         return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": urls}}
 
-    # ------------------------------------------------------------------------------------------------------- logging
+    # --- logging ---
 
     def ArtifactType(self, **_: Any) -> dict[str, Any]:
         return {"project": {"artifact": None}}
@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         version.state = "COMMITTED"
         return {"commitArtifact": {"artifact": {"id": artifactID, "digest": version.digest}}}
 
-    # ------------------------------------------------------------------------------------------------------ fetching
+    # --- downloading ---
 
     def ArtifactByID(self, id: str) -> dict[str, Any]:
         return {"artifact": self.artifact(self.server.versions[int(id)], id)}
