@@ -119,28 +119,3 @@ class TokenizedText(DataModule):
             f"{self.max_seq_length + 1}; expected {needed} or more (micro_batch_size {self.batch_size} on {devices}). "
             f"Give more text{larger_split}, or a smaller --max-seq-length or --micro-batch-size."
         )
-
-
-def validation_windows(data_dir: Path, split: str, block_size: int) -> TokenWindows:
-    """Return a split as the windows that training validates on.
-
-    Args:
-        data_dir: a prepared corpus.
-        split: ``train`` or ``val``.
-        block_size: context length T.
-
-    Returns:
-        A dataset; each item is ``(T + 1,)`` int64, in the order of the text.
-
-    Raises:
-        UserError: the tokens are missing, incomplete, stale or damaged, or fewer than one window.
-    """
-    metadata = checked_manifest(data_dir)
-    manifest.verify(data_dir, [split])
-    windows = TokenWindows(data_dir, split, block_size)
-    if len(windows) == 0:
-        raise UserError(
-            f"{data_dir}: {split} has {metadata.splits[split].tokens:,} tokens, fewer than one window of "
-            f"{block_size + 1}; choose a smaller context length or give more text."
-        )
-    return windows

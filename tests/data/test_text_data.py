@@ -18,7 +18,7 @@ from litmoe.cli import UserError
 from litmoe.data import tokenizers
 from litmoe.data.loader import count_windows
 from litmoe.data.prepare import PrepareArgs, prepare
-from litmoe.data.text_data import TokenizedText, validation_windows
+from litmoe.data.text_data import TokenizedText
 from tests.data.token_helpers import T, endless, rows_of, take, windows_of
 
 
@@ -152,10 +152,3 @@ def test_paths_of_two_corpora_are_refused() -> None:
     assert litmoe.data.TokenizedText is TokenizedText
     with pytest.raises(UserError, match="expected the folders train and val of one prepared corpus"):
         TokenizedText(Path("a/train"), Path("b/val"))
-
-
-def test_validation_windows(chunked: Path) -> None:
-    windows = validation_windows(chunked, "val", T)
-    assert [tuple(windows[i].tolist()) for i in range(len(windows))] == windows_of(chunked, "val")
-    with pytest.raises(UserError, match="fewer than one window"):
-        validation_windows(chunked, "val", 10**6)

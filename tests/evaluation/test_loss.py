@@ -12,8 +12,8 @@ from litgpt import GPT, Tokenizer
 from litmoe import checkpoints
 from litmoe.cli import UserError, run_door
 from litmoe.data import manifest
+from litmoe.data.loader import TokenWindows
 from litmoe.data.prepare import PrepareArgs, prepare
-from litmoe.data.text_data import validation_windows
 from litmoe.evaluation.loss import batched, evaluate, read_tokens, sum_loss, windows
 from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
 
@@ -92,7 +92,7 @@ def test_tokens_equal_those_of_training(corpus: Path, stories: list[str]) -> Non
     texts = tokenizer.processor.decode(tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")
     assert texts == [*stories[:2], "Mia saw a 🦊.", ""]
     assert split.bytes == sum(len(text.encode()) for text in texts)
-    seen = torch.cat([validation_windows(corpus, "val", 7)[index] for index in range(3)])
+    seen = torch.cat([TokenWindows(corpus, "val", 7)[index] for index in range(3)])
     assert torch.equal(seen, tokens[: 3 * 8])
 
 

@@ -67,10 +67,10 @@ def test_the_final_checkpoint_is_stock_litgpts(train):
     assert type(gpt.transformer.h[0].mlp) is litgpt.model.LLaMAMoE
     gpt.load_state_dict(torch.load(out / "final" / "lit_model.pth", weights_only=True))
     from litmoe.config import parse_run
-    from litmoe.data.text_data import validation_windows
+    from litmoe.data.loader import TokenWindows
 
     run = parse_run(["--config", str(out / "run_config.yaml")])
-    windows = validation_windows(Path(run.settings.data.data_dir), "val", 16)
+    windows = TokenWindows(Path(run.settings.data.data_dir), "val", 16)
     tokens = torch.stack([windows[index].long() for index in range(6)])  # 3 batches of 2
     with torch.no_grad():
         logits = gpt(tokens[:, :-1])
