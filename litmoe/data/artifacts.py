@@ -82,6 +82,7 @@ def log_dataset(
     if mode == "disabled":
         raise UserError(f"W&B is disabled (WANDB_MODE), so {name} was not logged; use WANDB_MODE=online or offline.")
     is_offline = mode == "offline"
+    # The run exists only to log the artifact, so it needs no output, statistics or code.
     settings = wandb.Settings(console="off", x_disable_stats=True, disable_code=True, disable_git=True)
     with _wandb_errors(f"W&B did not accept {name} in the project {project!r}"):
         artifact = _artifact(data_dir, metadata, tokenizer, name)
@@ -216,6 +217,7 @@ def fetch_dataset(reference: str, into: Path) -> Path:
         raise UserError(f"W&B is offline (WANDB_MODE) and {wanted} is not in {into}; set WANDB_MODE=online.")
     with _wandb_errors(f"{wanted} could not be fetched"):
         api = wandb.Api(overrides={"entity": wanted.entity, "project": wanted.project}, timeout=API_SECONDS)
+        # Only the metadata and the list of files; the files follow if they are not there yet.
         artifact = api.artifact(str(wanted))
         _check_entries(wanted, artifact)
     target = versions / str(artifact.version)

@@ -302,16 +302,21 @@ def _message(entry: Any, number: int) -> Message:
     if not _is_message(entry):
         shown = json.dumps(entry, default=str)[:80]
         raise ValueError(f"a message {shown}; expected an object with 'role' and 'content'")
-    role_field, content_field = _first_present(entry, ROLE_FIELDS), _first_present(entry, CONTENT_FIELDS)
-    assert role_field is not None and content_field is not None
-    name = str(entry[role_field]).strip().lower()
-    if name in TOOL_ROLES:
-        raise ValueError(f"a message of {entry[role_field]!r}: {NO_TOOLS}")
-    if name not in ROLES:
-        raise ValueError(f"a message of {entry[role_field]!r}; expected one of {', '.join(ROLES)}")
-    if ROLES[name] == "assistant":
+    role = _role(entry)
+    if role == "assistant":
         _require_loss(entry, number)
-    return _as_message(ROLES[name], _text(entry[content_field], content_field, f"message {number}"))
+    content_field = str(_first_present(entry, CONTENT_FIELDS))
+    return _as_message(role, _text(entry[content_field], content_field, f"message {number}"))
+
+
+def _role(entry: dict[str, Any]) -> str:
+    name = entry[str(_first_present(entry, ROLE_FIELDS))]
+    key = str(name).strip().lower()
+    if key in TOOL_ROLES:
+        raise ValueError(f"a message of {name!r}: {NO_TOOLS}")
+    if key not in ROLES:
+        raise ValueError(f"a message of {name!r}; expected one of {', '.join(ROLES)}")
+    return ROLES[key]
 
 
 def _require_loss(entry: dict[str, Any], number: int) -> None:

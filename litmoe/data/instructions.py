@@ -151,6 +151,7 @@ def _existing(data_dir: Path) -> Instructions | None:
 
 
 def _differences(existing: Instructions, source: Source) -> list[str]:
+    # Settings first: with another source, all files would be reported as changed.
     differences = []
     for name in ("source", "location", "val_fraction", "skip_broken"):
         old, new = getattr(existing, name), getattr(source, name)
@@ -210,6 +211,7 @@ def _local_source(args: InstructArgs, fraction: float, existing: Instructions | 
     else:
         raise UserError(f"--instruct {path}: expected a {', '.join(ROW_SUFFIXES)} file, or a folder with such files.")
 
+    # With --overwrite, the source would be replaced by a part of itself.
     outputs = {(args.data_dir / f"{split}.jsonl").resolve() for split in SPLITS}
     if outputs & {file.resolve() for file in (*train, *val)}:
         raise UserError(
@@ -236,10 +238,7 @@ def _with_splits(train: Sequence[Location], val: Sequence[Location]) -> tuple[tu
 
 def _files_in(folder: Path, data_dir: Path) -> tuple[list[Path], list[Path], list[str]]:
     """Return the files of a folder to train on, those for validation, and notes on the other files."""
-    files = visible_files(folder)
-    if folder.resolve() != data_dir.resolve():
-        # The prepared conversations may be in a folder inside the source.
-        files = [file for file in files if not file.resolve().is_relative_to(data_dir.resolve())]
+    files = _source_files(folder, data_dir)
     row_files = [file for file in files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
     by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
     for file, split in split_names(folder, row_files).items():
@@ -247,13 +246,21 @@ def _files_in(folder: Path, data_dir: Path) -> tuple[list[Path], list[Path], lis
 
     # Without a file that is named train, those without a split in their name are the training data.
     train, val = by_split["train"] or by_split[None], by_split["val"]
-    notes = _notes_on_files("Used for validation", val, folder)
     unused = sorted(set(files) - {*train, *val})
+    notes = _notes_on_files("Used for validation", val, folder)
     notes += _notes_on_files("Not used, because of name (test data) or type", unused, folder)
     if not train:
         problem = f"--instruct {folder}: expected a {', '.join(ROW_SUFFIXES)} file to train on in that folder."
         raise UserError("\n".join([problem, *notes]))
     return train, val, notes
+
+
+def _source_files(folder: Path, data_dir: Path) -> list[Path]:
+    files = visible_files(folder)
+    if folder.resolve() == data_dir.resolve():
+        return files
+    # The prepared conversations may be in a folder inside the source, and are no source themselves.
+    return [file for file in files if not file.resolve().is_relative_to(data_dir.resolve())]
 
 
 def _notes_on_files(use: str, files: list[Path], folder: Path) -> list[str]:
@@ -280,6 +287,7 @@ def _read_source(source: Source) -> tuple[dict[str, list[Row]], int]:
     if source.source == STORIES:
         return _story_rows(source.val_fraction or 0), 0
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    # All problems are collected before the first is reported: a data set often has several kinds of them.
     problems: list[tuple[str, str]] = []  # place and reason
     for file_split, location in source.files:
         for place, value in _rows_in(location):
@@ -368,6 +376,7 @@ def _build(data_dir: Path, source: Source) -> Instructions:
     # Only from here on anything is written, so a mistake in the source leaves the folder as it was.
     data_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(data_dir / LOCK):
+        # What a killed call left behind is incomplete: _publish has moved complete builds.
         building = data_dir / BUILDING
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
@@ -440,8 +449,22 @@ def read(data_dir: Path) -> Instructions:
         UserError: the folder is missing or incomplete, or a file changed.
     """
     prepare = command("prepare_data.py", "--instruct", "SOURCE", "--data_dir", data_dir)
+    metadata = _read_metadata(data_dir, prepare)
+    # Checksums and not times: damage on the disk changes no time.
+    paths = [data_dir / f"{split}.jsonl" for split in SPLITS]
+    files = [manifest.record(path, data_dir) for path in paths if path.is_file()]
+    changes = manifest.changed_files([split.file for split in metadata.splits.values()], files)
+    if changes:
+        raise UserError(
+            f"{data_dir} is not as it was prepared: {'; '.join(changes)}. Restore it, or make it again: `{prepare} "
+            "--overwrite`. To add conversations of your own, give them as SOURCE."
+        )
+    return metadata
+
+
+def _read_metadata(data_dir: Path, prepare: str) -> Instructions:
     try:
-        result = _parse(read_sealed(data_dir / MANIFEST))
+        return _parse(read_sealed(data_dir / MANIFEST))
     except FileNotFoundError:
         state = f"holds no {MANIFEST}" if data_dir.is_dir() else "does not exist"
         raise UserError(f"{data_dir} {state}; expected prepared instructions. Make them: `{prepare}`") from None
@@ -449,16 +472,6 @@ def read(data_dir: Path) -> Instructions:
         raise UserError(
             f"{data_dir / MANIFEST} cannot be read ({error}). Make it again: `{prepare} --overwrite`"
         ) from None
-    # Checksums and not times: damage on the disk changes no time.
-    paths = [data_dir / f"{split}.jsonl" for split in SPLITS]
-    files = [manifest.record(path, data_dir) for path in paths if path.is_file()]
-    changes = manifest.changed_files([split.file for split in result.splits.values()], files)
-    if changes:
-        raise UserError(
-            f"{data_dir} is not as it was prepared: {'; '.join(changes)}. Restore it, or make it again: `{prepare} "
-            "--overwrite`. To add conversations of your own, give them as SOURCE."
-        )
-    return result
 
 
 def _parse(values: dict[str, Any]) -> Instructions:

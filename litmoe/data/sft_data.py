@@ -65,6 +65,7 @@ class EncodedConversations(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, encoded: Iterable[EncodedConversation], max_seq_length: int) -> None:
+        # Counted here, because conversations that do not fit are not kept.
         self.counts = SplitCounts()
         size = max_seq_length + 1 if max_seq_length > 0 else None  # the last token is a target only
         ids, is_answer, prompt_lengths = [], [], []
@@ -176,6 +177,7 @@ class InstructionData(DataModule):
         Raises:
             UserError: one of the checks failed.
         """
+        # Both raise for a mistake, which is reported before the model is loaded.
         instructions.read(self.data_dir)
         prompt_style(self.prompt_style)
         if self.tokenizer is not None and self.tokenizer.eos_id is None:

@@ -81,6 +81,7 @@ def generate(seed: int = 0) -> Iterator[Story]:
     random = Random(seed).random
     generated: set[bytes] = set()
     while True:
+        # The hero first, then the home: a child with eight possible homes is as frequent as the others.
         homes = _choose(heroes, random)
         hero = _choose(homes, random)
         scene = _choose(_choose(plots, random), random)

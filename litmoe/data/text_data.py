@@ -47,6 +47,7 @@ class TokenizedText(DataModule):
         super().__init__()
         self.train_data_path, self.val_data_path = Path(self.train_data_path), Path(self.val_data_path)
         self.data_dir = self.train_data_path.parent
+        # The tokens of both splits are in one folder next to them, as prepare_data.py writes them.
         if self.train_data_path.name != "train" or self.val_data_path != self.data_dir / "val":
             raise UserError(
                 f"train_data_path {self.train_data_path} and val_data_path {self.val_data_path}: expected the folders "
