@@ -15,7 +15,7 @@ from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.data import instructions
 from litmoe.data.conversations import DEFAULT_STYLE, encode_conversation, is_tuned, load_prompt_style, prompt_style
-from litmoe.data.instruction_module import IGNORED, EncodedConversations, collate, longer_context
+from litmoe.data.sft_data import IGNORE_INDEX, EncodedConversations, collate, longer_context
 from litmoe.evaluation.common import LoadedModel, Precision, Result, as_table, check_finite, load_model, with_progress
 from litmoe.forward import hidden_states, logits_of
 
@@ -130,11 +130,11 @@ def _sum_loss(
         input_ids, targets, _ = collate(batch, padding, context)
         with model.autocast:
             logits_BTV = logits_of(model.gpt, hidden_states(model.gpt, input_ids.to(device))[0])
-        # Tokens of prompts and padding are IGNORED in the targets.
+        # Tokens of prompts and padding are IGNORE_INDEX in the targets.
         targets = targets.flatten().to(device)
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
         nats += float(loss)
-        tokens += int((targets != IGNORED).sum())
+        tokens += int((targets != IGNORE_INDEX).sum())
     check_finite(torch.tensor(nats))
     return nats, tokens
 

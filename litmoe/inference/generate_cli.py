@@ -94,12 +94,17 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: the file does not exist, has no prompts, or is not text.
     """
-    from litmoe.data.files import read_text
+    from litmoe.data.files import open_text, undecoded
 
     try:
-        lines = read_text(path).split("\n")
+        with open_text(path, newline=None) as file:
+            lines = file.read().split("\n")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"found no file {path}; expected a text file with one prompt per line.") from None
+    for number, line in enumerate(lines, 1):
+        reason = undecoded(line)
+        if reason:
+            raise UserError(f"{path}, line {number}: {reason}.")
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path} is empty; expected one prompt per line.")

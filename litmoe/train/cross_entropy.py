@@ -60,7 +60,7 @@ def linear_cross_entropy(
     device_type: str | None = None,
     loss_of_rows: Callable[..., tuple[Tensor, Tensor | None]] = loss_of_rows,
 ) -> Tensor:
-    """Return ``cross_entropy(x @ weight.T, targets)``, the mean over targets other than ``IGNORED``, in nats.
+    """Return ``cross_entropy(x @ weight.T, targets)``, the mean over targets other than ``IGNORE_INDEX``, in nats.
 
     Products use autocast's type if it is on, else the type of ``x``. Everything between them, and the sums over blocks,
     is fp32. (``torch.nn.functional.linear_cross_entropy``, new in torch 2.15, ignores autocast.)

@@ -11,7 +11,7 @@ from lightning.fabric.wrappers import _FabricModule
 from litgpt import GPT, Tokenizer
 
 from litmoe.config import RunSettings
-from litmoe.data.instruction_module import IGNORED
+from litmoe.data.sft_data import IGNORE_INDEX
 from litmoe.evaluation import hellaswag
 from litmoe.inference.generate import sample_text
 from litmoe.train.distributed import sum_over_ranks
@@ -124,7 +124,7 @@ def validate(fabric: L.Fabric, model: _FabricModule, batches: Iterable[Any], max
             break
         micro_batch = as_batch(batch, gpt_of(model).max_seq_length)
         losses.append(model(*micro_batch).cross_entropy)
-        tokens.append((micro_batch.targets != IGNORED).sum())
+        tokens.append((micro_batch.targets != IGNORE_INDEX).sum())
     model.train()
     # Weighted by tokens, because batches of conversations have different numbers of targets.
     loss_B = torch.stack(losses)

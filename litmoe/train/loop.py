@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from litmoe.cli import UserError
 from litmoe.config import MoESettings
-from litmoe.data.instruction_module import IGNORED
+from litmoe.data.sft_data import IGNORE_INDEX
 from litmoe.hardware import is_sharded
 from litmoe.train.distributed import any_rank, sum_over_ranks
 from litmoe.train.evaluate import evaluate_and_log, evaluations_due

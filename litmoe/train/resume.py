@@ -10,8 +10,8 @@ import torch
 from litmoe import checkpoints
 from litmoe.cli import UserError, quoted
 from litmoe.config import FinetuneSettings, RunSettings
+from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import SPLITS, read_file
-from litmoe.data.reader import TokenLoader
 from litmoe.train.schedule import Plan
 from litmoe.train.state import (
     TrainingRun,
@@ -32,7 +32,7 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     # First, because the state of another optimizer may need a package to be loaded that is not installed.
     check_same_optimizer(folder, run)
     state = checkpoints.load_training_state(folder)
-    is_relocatable = isinstance(stateful_loader(run.train_dataloader), TokenLoader)
+    is_relocatable = isinstance(stateful_loader(run.train_dataloader), TrainLoader)
     other_division = check_same_batches(folder, state["layout"], batch_layout(fabric, run), is_relocatable, run)
     check_same_provenance(fabric, folder, state.get("made_from", {}), run)
     check_same_tokens(folder, run.settings)

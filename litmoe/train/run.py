@@ -25,8 +25,8 @@ from custom_moe.backends import hardware_of
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, harmless
 from litmoe.config import FinetuneSettings, MoESettings, ParsedRun
-from litmoe.data.instruction_module import InstructionData
-from litmoe.data.reader import TokenLoader
+from litmoe.data.loader import TokenLoader
+from litmoe.data.sft_data import InstructionData
 from litmoe.flops import training_flops_per_token
 from litmoe.hardware import is_sharded
 from litmoe.train.compiling import compiler_settings, should_compile

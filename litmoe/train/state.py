@@ -24,8 +24,8 @@ from litmoe import checkpoints
 from litmoe.checksummed_json import known_fields
 from litmoe.cli import UserError
 from litmoe.config import FinetuneSettings, RunSettings
+from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import manifest_path
-from litmoe.data.reader import TokenLoader
 from litmoe.evaluation import hellaswag
 from litmoe.hardware import is_sharded
 from litmoe.train.distributed import gather_state, gather_weights, mean_over_ranks, shard_state
@@ -162,8 +162,8 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
         run.expert_counts.copy_(state["expert_counts"])
 
     loader = stateful_loader(run.train_dataloader)
-    if isinstance(loader, TokenLoader):  # its position does not depend on ranks and micro batches
-        loader.load_state_dict(state["train_dataloader"], saved_layout["micro_batch_size"])
+    if isinstance(loader, TrainLoader):  # its position does not depend on ranks and micro batches
+        loader.load_state_dict(state["train_dataloader"])
         run.progress.epoch = loader.position[0]  # the last rank's; the first may still have been in the epoch before
     else:
         loader.load_state_dict(state["train_dataloader"])
@@ -295,7 +295,7 @@ def make_plan(fabric: L.Fabric, run: TrainingRun) -> Plan:
 def plan_from(train: TrainArgs, loader: DataLoader, seq_length: int, devices: int, progress: Progress) -> Plan:
     """Plan a run from ``progress`` and the position of its loader."""
     loader = stateful_loader(loader)
-    if isinstance(loader, TokenLoader):
+    if isinstance(loader, TrainLoader):
         sequences, position = loader.items, loader.position
     else:
         sequences = len(loader) * train.micro_batch_size * devices

@@ -5,7 +5,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from litmoe.train.cross_entropy import IGNORED, computed_columns, linear_cross_entropy, loss_of_rows, rows_per_block
+from litmoe.train.cross_entropy import (
+    IGNORE_INDEX,
+    computed_columns,
+    linear_cross_entropy,
+    loss_of_rows,
+    rows_per_block,
+)
 
 N, C, V = 300, 24, 3000  # more than two blocks
 
