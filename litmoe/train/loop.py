@@ -28,7 +28,7 @@ from litmoe.train.nonfinite import find_first_nonfinite, find_nonfinite_weights
 from litmoe.train.optimizers import set_learning_rate
 from litmoe.train.saving import StopSignals
 from litmoe.train.schedule import learning_rate
-from litmoe.train.state import TrainingRun, save_after_error, save_checkpoint, scaler_of, take_snapshot
+from litmoe.train.state import Progress, TrainingRun, save_after_error, save_checkpoint, scaler_of, take_snapshot
 
 Ending = Literal["finished", "out of time", "stopped"]
 
@@ -60,6 +60,21 @@ class NonFiniteError(UserError):
     """The loss or the gradient of a step is NaN or infinite. Raised on all ranks, before the update."""
 
 
+class _Session:
+    """Where and when this session of the run began: time and steps of earlier sessions do not count for its speed."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.first_step = progress.step
+        self.earlier_seconds = progress.seconds
+        self.start = time.perf_counter()
+        self.loop_start = self.start
+        """Set again after an evaluation before the first step"""
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
 def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: RunDisplay) -> Ending:
     """Train from ``run.progress`` to the end of ``run.plan``.
 
@@ -69,65 +84,34 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
     Raises:
         NonFiniteError: a loss or gradient is not finite.
     """
-    settings, plan, progress = run.settings, run.plan, run.progress
+    plan, progress = run.plan, run.progress
+    session = _Session(progress)
     batches = CycleIterator(run.train_dataloader)
     batches.epoch = progress.epoch
-    first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
 
-    if settings.eval.initial_validation and first_step == 0:
-        evaluate_and_log(fabric, run, display, signals)
-    # A run that was asked to stop at an evaluation left it out; the resumed run makes up for it.
-    if any(evaluations_due(run)):
-        run.snapshot = take_snapshot(fabric, run)
-        if not _evaluate_if_due(fabric, run, display, signals):
-            return "stopped"
-
+    if not _evaluate_before_first_step(fabric, run, display, signals):
+        return "stopped"
     run.metrics.start_clock()
-    loop_start = time.perf_counter()
+    session.loop_start = time.perf_counter()
     while progress.step < plan.steps:
         taken = [next(batches) for _ in range(plan.micro_batches_in(progress.step))]
         micro_batches = [as_batch(batch, run.gpt.max_seq_length) for batch in taken]
-        own_requests = Requests(
-            stop=signals.received is not None,
-            end=time.perf_counter() - start >= (settings.train.max_time or math.inf),
-            save=fabric.global_rank == 0 and run.writer.is_due(),
-        )
-        result = train_step(fabric, run, micro_batches, own_requests)
+        result = train_step(fabric, run, micro_batches, _own_requests(fabric, run, signals, session))
 
         progress.step += 1
         progress.tokens += result.tokens
         progress.epoch = batches.epoch
-        session = time.perf_counter() - start
-        progress.seconds = seconds_before + session
-        is_last = progress.step == plan.steps
-
-        if run.compiled and progress.step == first_step + 1:
-            seconds = time.perf_counter() - loop_start
-            display.print(f"The first step took {seconds:,.0f} s, including compilation.")
-            run.metrics.reset_throughput()
-        seconds_left = session / (progress.step - first_step) * (plan.steps - progress.step)
-        if progress.step % settings.train.log_interval == 0 or is_last:
-            log_step(fabric, run, result, display, seconds_left)
-        else:
-            display.step(progress.step, {}, seconds_left)
+        progress.seconds = session.earlier_seconds + session.seconds
+        log_step(fabric, run, result, display, session)
         run.snapshot = take_snapshot(fabric, run)
 
-        # A stop request does not wait for an evaluation, which can take minutes. A run of one rank also checks for a
-        # signal that came during the step or the evaluation.
-        stop, end = result.requests.stop, result.requests.end
-        if is_last or not (stop or end):
-            stop = not _evaluate_if_due(fabric, run, display, signals)
-        if is_last:
-            break
-        if stop or (fabric.world_size == 1 and signals.received is not None):
+        # A stop request does not wait for an evaluation, which can take minutes.
+        ending = _ending_of(fabric, run, signals, result.requests)
+        if ending is not None:
+            return ending
+        if not _evaluate_if_due(fabric, run, display, signals):
             return "stopped"
-        if end:
-            return "out of time"
-        save_interval = settings.train.save_interval
-        if result.requests.save or (save_interval and progress.step % save_interval == 0):
-            with run.metrics.paused():
-                save_checkpoint(fabric, run, settings.out_dir / f"step-{progress.step:08d}")
-        run.writer.report_failure()
+        _save_if_due(fabric, run, result.requests)
     return "finished"
 
 
@@ -224,9 +208,21 @@ def micro_batch_weights(fabric: L.Fabric, batches: Sequence[Batch]) -> tuple[lis
     return [count * all_batches / all_targets for count in targets], all_tokens
 
 
-def log_step(fabric: L.Fabric, run: TrainingRun, result: StepResult, display: RunDisplay, seconds_left: float) -> None:
-    """Log the means since the last log line, show them, and start the next interval."""
-    progress = run.progress
+def log_step(fabric: L.Fabric, run: TrainingRun, result: StepResult, display: RunDisplay, session: _Session) -> None:
+    """Show the step. At a log interval also log the means since the last log line, and start the next interval."""
+    progress, plan = run.progress, run.plan
+    session_steps = progress.step - session.first_step
+    seconds_left = session.seconds / session_steps * (plan.steps - progress.step)
+    is_due = progress.step % run.settings.train.log_interval == 0 or progress.step == plan.steps
+    is_compilation_step = run.compiled and session_steps == 1
+    if is_compilation_step:
+        seconds = time.perf_counter() - session.loop_start
+        display.print(f"The first step took {seconds:,.0f} s, including compilation.")
+    if not is_due:
+        if is_compilation_step:
+            run.metrics.reset_throughput()
+        display.step(progress.step, {}, seconds_left)
+        return
     row = training_row(
         fabric,
         run.metrics,
@@ -241,6 +237,51 @@ def log_step(fabric: L.Fabric, run: TrainingRun, result: StepResult, display: Ru
     run.metrics = MetricAccumulator()
     display.step(progress.step, row, seconds_left)
     fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
+
+
+def _own_requests(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, session: _Session) -> Requests:
+    max_time = run.settings.train.max_time or math.inf
+    return Requests(
+        stop=signals.received is not None,
+        end=session.seconds >= max_time,
+        save=fabric.global_rank == 0 and run.writer.is_due(),
+    )
+
+
+def _ending_of(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, requests: Requests) -> Ending | None:
+    """Return why the run ends after this step; None to continue. The last step ends it in any case."""
+    if run.progress.step == run.plan.steps:
+        return None
+    # One rank can act on a signal that came during the step. Several ranks must agree, at the next step.
+    came_during_step = fabric.world_size == 1 and signals.received is not None
+    if requests.stop or came_during_step:
+        return "stopped"
+    return "out of time" if requests.end else None
+
+
+def _save_if_due(fabric: L.Fabric, run: TrainingRun, requests: Requests) -> None:
+    """Save in the background. After the last step ``final/`` is saved instead."""
+    step, settings = run.progress.step, run.settings
+    if step == run.plan.steps:
+        return
+    save_interval = settings.train.save_interval
+    is_interval = save_interval is not None and step % save_interval == 0
+    if requests.save or is_interval:
+        with run.metrics.paused():
+            save_checkpoint(fabric, run, settings.out_dir / f"step-{step:08d}")
+    run.writer.report_failure()
+
+
+def _evaluate_before_first_step(fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals) -> bool:
+    """Evaluate a new run if the settings say so. Returns False if a signal stopped the evaluation.
+
+    A run that was asked to stop at an evaluation left it out; the resumed run makes up for it here.
+    """
+    if run.progress.step == 0 and run.settings.eval.initial_validation:
+        evaluate_and_log(fabric, run, display, signals)
+    if any(evaluations_due(run)):
+        run.snapshot = take_snapshot(fabric, run)
+    return _evaluate_if_due(fabric, run, display, signals)
 
 
 def _evaluate_if_due(fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals) -> bool:
