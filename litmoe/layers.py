@@ -202,8 +202,12 @@ class RMSNorm(litgpt.model.RMSNorm):
     def for_inference(self) -> Callable[[Tensor], Tensor]:
         """Return ``forward`` without gradients, as a function that has its parameters at hand."""
         weight = (1 + self.weight if self.add_unit_offset else self.weight).detach().float()
-        eps = self.eps
-        return lambda x: _rms_norm(x, weight, eps)[0]
+        eps, n = self.eps, self.weight.size(0)
+        if not self.weight.is_cpu or self.weight.dtype != torch.float32:
+            return lambda x: _rms_norm(x, weight, eps)[0]
+        # With one token per row, the number of operations counts: root(|x|^2 + n * eps) is a hypotenuse.
+        scaled, root = weight * n**0.5, torch.tensor((n * eps) ** 0.5)
+        return lambda x: x * (scaled / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), root))
 
 
 class _RMSNorm(torch.autograd.Function):
