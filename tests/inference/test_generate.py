@@ -522,16 +522,9 @@ def test_file_of_prompts(tmp_path: Path) -> None:
     assert read(file) == ["Once", "Mia\u2028was\fhappy "]
     file.write_bytes("Once\r\n\r\nMia \r\n".encode("utf-16"))
     assert read(file) == ["Once", "Mia "]
-    for content, message in (
-        (b"", r"prompts\.txt is empty; expected one prompt per line"),
-        (b"\n \n", "is empty"),
-        ("Once".encode("utf-16-le"), r"prompts\.txt is not text in UTF-8: .*UTF-16 without a byte order mark"),
-        ("\nnaïve".encode("latin-1"), r"prompts\.txt is not UTF-8: byte 0xef .*ISO-8859-1"),
-        ("\n“naïve”".encode("cp1252"), r"prompts\.txt is not UTF-8: byte 0x93 .*CP1252"),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            read(file)
+    file.write_bytes(b"\n \n")
+    with pytest.raises(UserError, match=r"prompts\.txt is empty; expected one prompt per line"):
+        read(file)
     with pytest.raises(UserError, match="found no file "):
         read(tmp_path / "nowhere")
 
