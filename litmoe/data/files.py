@@ -37,8 +37,8 @@ ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 READABLE = ".txt, .md, .jsonl, .json, .csv, .tsv (each also as .gz, .bz2, .xz or .zst) or .parquet"
 # Operating systems leave these in folders, in addition to names that begin with a dot.
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
-# The datasets library writes these next to the rows.
-METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# The datasets library writes these next to the rows, and litdata (LitGPT's TextFiles) an index.json next to its chunks.
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "index.json")
 # A cloned Hub dataset has these next to the rows.
 DESCRIPTIONS = ("readme.md", "license.md", "license.txt")
 # On the Hub every block is one request.

@@ -151,10 +151,16 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_files_of_a_folder(tmp_path: Path) -> None:
-    names = ["a.jsonl", "b.md", "c.pdf", "state.json", "README.md", "data/LICENSE.txt", "d/e.TXT"]
+    names = ["a.jsonl", "b.md", "c.pdf", "state.json", "train/index.json", "README.md", "data/LICENSE.txt", "d/e.TXT"]
     hidden = [".DS_Store", "Thumbs.db", ".ipynb_checkpoints/f-checkpoint.txt"]
     folder = lay(tmp_path, names + hidden)
     assert [path.name for path in text_files(folder)] == ["a.jsonl", "b.md", "e.TXT"]
-    assert {path.name for path in unread_files(folder)} == {"c.pdf", "state.json", "README.md", "LICENSE.txt"}
+    assert {path.name for path in unread_files(folder)} == {
+        "c.pdf",
+        "state.json",
+        "index.json",
+        "README.md",
+        "LICENSE.txt",
+    }
     # A README alone is text.
     assert len(text_files(lay(tmp_path / "alone", ["README.md"]))) == 1
