@@ -769,7 +769,7 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     # Only files that the metadata lists: others were added later and have no checksum.
     files = read_metadata(folder).files.keys() & set(TOKENIZER_FILES)
     if not files:
-        raise UserError(f"{folder} has no tokenizer: it was trained without a tokenizer_dir. Use `litgpt generate`.")
+        raise UserError(f"{folder} holds no tokenizer: it was trained without a tokenizer_dir. Use `litgpt generate`.")
     verify(folder, files)
     return litgpt_tokenizer(folder)
 

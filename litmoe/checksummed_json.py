@@ -62,6 +62,7 @@ def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(values: dict[str, Any]) -> str:
+    # Sorted, so that the order of keys in the file does not matter.
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -71,6 +72,7 @@ def file_sha256(path: Path) -> str:
     Raises:
         OSError: the file can't be read, or is a device or a pipe, which may never end.
     """
+    # A checkpoint from elsewhere may contain a link to /dev/zero.
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with open(path, "rb") as file:

@@ -67,6 +67,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
     Raises:
         UserError: with a line for each problem.
     """
+    # Each check also runs if others fail: users see all problems at once.
     problems = [
         *_check_rules(settings, RULES),
         *_check_paths(settings),
@@ -122,6 +123,7 @@ def _check_paths(settings: RunSettings) -> list[str]:
 
 def _check_model(config: Config) -> list[str]:
     problems = []
+    # Training, decoding and export replace LitGPT's standard attention only.
     if config.latent_attention:
         problems.append("the model has latent_attention (DeepSeek's), which is not supported; expected none.")
     if config.mlp_class_name != "LLaMAMoE":
@@ -158,6 +160,7 @@ def _check_routing(config: Config) -> list[str]:
         return []
     problems = []
     groups, chosen = config.n_expert_groups, config.n_topk_groups
+    # Without groups the router is a softmax router, and LitGPT ignores the other two fields.
     if groups is None:
         for name in ("n_topk_groups", "n_topk_scores_per_group"):
             if getattr(config, name) is not None:
@@ -195,7 +198,7 @@ def _check_router_learns(settings: RunSettings) -> list[str]:
     flags = "--model.n_expert_per_token 2" if settings.upcycle else f"--model.n_expert_per_token 2, or {alternative}"
     return [
         f"n_expert_per_token is 1 with {kind}, which divides the weights of a token's experts by their sum: the one"
-        f" weight is always 1, so the loss gives the router no gradient, and it does not learn where to send a token."
+        " weight is always 1, so the loss gives the router no gradient, and it does not learn where to send a token."
         f" {flags}."
     ]
 
@@ -214,6 +217,7 @@ def _sigmoid_router_flags(config: Config) -> str:
 def _check_moe(settings: RunSettings) -> list[str]:
     config, moe, problems = settings.model, settings.moe, []
     is_moe = config.mlp_class_name == "LLaMAMoE"
+    # The setting would have no effect, and users set it to compare backends.
     if moe.backend != "auto" and not is_moe:
         problems.append(f"moe.backend is {moe.backend}, but this model has no experts; --moe.backend auto")
     if not moe.bias_update_rate > 0:
@@ -246,6 +250,7 @@ def _check_batches(settings: RunSettings) -> list[str]:
     train, block_size = settings.train, settings.model.block_size
     devices, num_nodes = processes(settings)
     ranks = devices * num_nodes
+    # All ranks have the same number of micro batches in a step, so the smallest batch is one of each.
     smallest = train.micro_batch_size * ranks
     if train.micro_batch_size < 1 or train.global_batch_size < smallest or train.global_batch_size % smallest:
         per_device = f"micro_batch_size {train.micro_batch_size}"
@@ -293,6 +298,7 @@ def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> list[st
 def _check_schedule(settings: RunSettings) -> list[str]:
     problems = []
     train, schedule = settings.train, settings.schedule
+    # A changed value would have no effect.
     if schedule.name != "wsd" and schedule.decay_fraction != ScheduleSettings.decay_fraction:
         problems.append(
             f"schedule.decay_fraction is {schedule.decay_fraction}, but the schedule {schedule.name} decays during the"
@@ -322,6 +328,7 @@ def _check_learning_rate(settings: RunSettings, optimizer: dict[str, Any]) -> li
 
 def _check_checkpoints(settings: RunSettings) -> list[str]:
     keep_every, interval = settings.checkpoint.keep_every, settings.train.save_interval
+    # Other multiples are never saved, or only by chance (every_minutes).
     if keep_every is None or (interval and keep_every >= 1 and keep_every % interval == 0):
         return []
     return [
@@ -360,6 +367,7 @@ def _check_start(settings: RunSettings) -> list[str]:
 
 def _check_finetuning(settings: FinetuneSettings) -> list[str]:
     problems = _check_rules(settings, FINETUNE_RULES)
+    # Conversations have different lengths, so a number of tokens is no number of steps.
     if settings.train.max_tokens:
         problems.append("train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps.")
     parts = ("query", "key", "value", "projection", "mlp", "head")

@@ -330,9 +330,9 @@ def test_precision_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--optimizer", "litmoe.train.muon.Muon"), "litmoe.train.muon.Muon is not known to work on parts"),
-        (("--eval.hellaswag", "questions.jsonl"), "no HellaSwag while it trains"),
-        (("--compile", "true"), "runs uncompiled"),
+        (("--optimizer", "litmoe.train.muon.Muon"), "litmoe.train.muon.Muon needs complete ones"),
+        (("--eval.hellaswag", "questions.jsonl"), "can't score HellaSwag during training"),
+        (("--compile", "true"), "does not support torch.compile"),
     ],
 )
 def test_what_fsdp_can_not_do_is_refused(refusal, flags, message):

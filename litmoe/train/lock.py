@@ -46,6 +46,7 @@ def locked(out_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it, or a run on another machine may hold it, or the folder is not writable.
     """
+    # The other ranks belong to the same run and must not wait for its lock.
     if not main_process():
         yield
         return
@@ -57,6 +58,7 @@ def locked(out_dir: Path) -> Iterator[None]:
     except Timeout:
         raise UserError(_in_use(out_dir)) from None
     except OSError as error:
+        # A run on such a disk (some network disks) is still useful, so it only warns.
         if error.errno not in NO_LOCKS:
             raise
         print(f"warning: {out_dir} is on a disk without file locks ({error.strerror}): start no second run there.")

@@ -71,7 +71,7 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
         optimizer = _build_optimizer(run, precision, hardware, model)
         tokens = torch.zeros(train.micro_batch_size, context, dtype=torch.int64)
         # CUDA's allocator rounds sizes up to multiples of 512 bytes.
-        ledger = _Ledger(_vocabulary_widths(run, model), unit=512 if hardware else 1)
+        ledger = _Ledger(_vocabulary_widths(run, hardware), unit=512 if hardware else 1)
         _simulate_step(run, precision, model, optimizer, tokens, ledger)
     memory = TrainingMemory(**{part: ledger.at_peak[part] for part in TrainingMemory._fields})
     if optimizer_traits(run.optimizer).compiles_step:
@@ -144,9 +144,10 @@ def _simulate_step(
             optimizer.step()
 
 
-def _vocabulary_widths(run: ParsedRun, model: PretrainingModel) -> set[int]:
+def _vocabulary_widths(run: ParsedRun, hardware: Hardware | None) -> set[int]:
+    # The last dimension of logits: the complete vocabulary, or the part that the fused loss computes at a time.
     vocabulary = run.settings.model.padded_vocab_size or 0
-    return {vocabulary, computed_columns(vocabulary, model.loss_on or "cpu")}
+    return {vocabulary, computed_columns(vocabulary, "cuda" if hardware else "cpu")}
 
 
 class _Ledger(TorchDispatchMode):
@@ -191,7 +192,8 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _LOOP_OPERATORS:
-            with self:  # counts what the operator allocates internally
+            # To the dispatcher a custom operator is one operation; its Python function shows its temporary buffers.
+            with self:
                 results = _run_loop(_LOOP_OPERATORS[func], args)
         else:
             results = func(*args, **kwargs)
@@ -241,6 +243,7 @@ class _Ends(list[int]):
 def _run_loop(body: Callable[..., Any], args: Any) -> Any:
     """Run an operator as if each expert had the same number of tokens, with half of the possible padding."""
     named = dict(zip(inspect.signature(body).parameters, args, strict=True))
+    # The real numbers depend on the router. Even ones are the typical case in a balanced model.
     rows, n_experts = named.get("token_R", args[0]).size(0), named["ends_E"].size(0)
     if "token_R" in named:
         rows -= n_experts * (kernels.row_multiple(named["x_NC"]) - 1) // 2

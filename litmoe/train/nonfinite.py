@@ -44,9 +44,11 @@ def find_first_nonfinite(
         recomputed: the activation checkpointing of the run.
     """
     try:
+        # A compiled model would hide the outputs of its layers.
         result = _first_nonfinite_here(fabric, PretrainingModel(gpt, recomputed), batches, loss_of)
     except torch.OutOfMemoryError:
         result = "there was not enough memory to find out where"
+    # All ranks raise the same error, whichever of them has the cause.
     if fabric.world_size > 1:
         results: list[Any] = [None] * fabric.world_size
         torch.distributed.all_gather_object(results, result)
@@ -62,6 +64,7 @@ def _first_nonfinite_here(
         place = f"in micro batch {number} of {len(batches)}"
         with _OutputCheck(model.gpt) as outputs, fabric.autocast():
             loss = loss_of(model(*batch))
+        # Checked before the loss, because it names the layer.
         if outputs.first_nonfinite:
             return f"the first output that went bad was that of {outputs.first_nonfinite}, {place}"
         if not _is_finite(loss):

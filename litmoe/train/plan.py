@@ -54,6 +54,7 @@ class PlannedRun:
     @property
     def devices(self) -> int:
         """Devices over all machines."""
+        # As many as torchrun started, or as the settings ask for.
         devices, num_nodes = processes(self.run.settings)
         if self.gpu is not None and not self.gpu.is_local and self.run.settings.devices == "auto":
             devices = 1  # the GPUs of this machine say nothing about another one
@@ -80,6 +81,7 @@ class PlannedRun:
         traits = optimizer_traits(self.run.optimizer)
         if traits.update_flops is None:
             return 0
+        # The operations depend on the shapes only, so the model needs no storage.
         with torch.device("meta"), use_custom_moe():
             groups = traits.parameter_groups(GPT(self.run.settings.model))
         return traits.update_flops(groups) * self.devices  # each device does the complete update
@@ -197,6 +199,7 @@ def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, gpu: GPUS
 def _split_off_plan(arguments: list[str]) -> tuple[list[str], str | None]:
     """Return the other arguments, and the name of the GPU if one is given."""
     index = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--plan")
+    # Removed before parsing: it is no setting of the run.
     before, after = arguments[:index], arguments[index + 1 :]
     name = arguments[index].partition("=")[2]
     if not name and after and not after[0].startswith("-"):
@@ -220,6 +223,7 @@ def _plan(flags: Sequence[str], gpu: GPUSpec | None) -> tuple[PlannedRun, str]:
     run = parse_run(flags)
     check(run.settings, run.optimizer)
     requested = run.settings.precision
+    # The same choice as in training; for another machine's GPU it can only depend on the compute capability.
     if gpu is None or gpu.is_local:
         precision, other_precision = choose_precision(requested)
         note = f" ({requested} needs other hardware)" if other_precision else ""
@@ -267,6 +271,7 @@ def _describe_update(planned: PlannedRun) -> str:
 def _memory_table(planned: PlannedRun, memory: TrainingMemory) -> Iterator[str]:
     settings = planned.run.settings
     notes = {
+        # Without accumulation, the peak may be in the forward.
         "gradients": "" if memory.gradients else "do not exist yet at the peak",
         "optimizer": f"the state of {planned.run.optimizer['class_path']}",
         "activations": f"kept for the backward of {settings.train.micro_batch_size} x {planned.context:,} tokens",
@@ -424,6 +429,7 @@ def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
 
 def _eight_bit_flags(optimizer: dict[str, Any]) -> tuple[str, ...]:
     """Return the flags of 8-bit Adam in place of another optimizer, with the same learning rate."""
+    # Weights in 16 bits need stochastic rounding: an update is often smaller than half of their precision.
     flags = ["--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit"]
     flags += ["--optimizer.init_args.bf16_stochastic_round", "true"]
     arguments = optimizer.get("init_args") or {}

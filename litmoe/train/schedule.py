@@ -74,6 +74,7 @@ def plan_run(
     # Micro batches over all devices: they share one sequence of micro batches, which an epoch ends for all of them.
     per_epoch = epoch_sequences // train.micro_batch_size
     in_this_epoch = (epoch_sequences - used_sequences) // train.micro_batch_size
+    # The number of micro batches that remain under each limit.
     limits: dict[str, int] = {}
     if train.max_tokens:
         limits[f"max_tokens {train.max_tokens:,}"] = (train.max_tokens - tokens) // tokens_per_micro_batch
