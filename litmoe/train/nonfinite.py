@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from litmoe.forward import Recomputed
 from litmoe.train.model import Batch, Losses, PretrainingModel
 
-_NOT_FOUND = "each micro batch alone is finite; only their sum, or the sum over devices, is not"
+_NOT_FOUND = "computed again, each micro batch alone is finite; only their sum, or the sum over devices, is not"
 
 
 def find_nonfinite_weights(gpt: GPT) -> str | None:
