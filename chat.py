@@ -9,8 +9,8 @@
 `/help` lists the commands of the terminal. By default, only this computer can open the page. It needs no network.
 """
 
-from litmoe.cli import run_door
+from litmoe.cli import run_cli
 from litmoe.inference.chat_cli import main
 
 if __name__ == "__main__":
-    run_door(main, optional_positional="checkpoint")
+    run_cli(main, optional_positional="checkpoint")

@@ -13,8 +13,8 @@
 A table goes to stderr, and the same as JSON to stdout. The files in litmoe/evaluation define the numbers.
 """
 
-from litmoe.cli import run_door
+from litmoe.cli import run_cli
 from litmoe.evaluation.cli import main
 
 if __name__ == "__main__":
-    run_door(main, optional_positional="checkpoint")
+    run_cli(main, optional_positional="checkpoint")

@@ -10,7 +10,7 @@ Both models are run and compared before the new folder is complete. litmoe/expor
 
 import sys
 
-from litmoe.cli import run_door
+from litmoe.cli import run_cli
 from litmoe.export.cli import import_folder, main
 
 if __name__ == "__main__":
@@ -18,6 +18,6 @@ if __name__ == "__main__":
     words = [word for argument in sys.argv[1:] for word in argument.split("=", argument.startswith("--import="))]
     if "--import" in words:
         words.remove("--import")
-        run_door(import_folder, words)
+        run_cli(import_folder, words)
     else:
-        run_door(main)
+        run_cli(main)

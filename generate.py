@@ -8,8 +8,8 @@
 The text goes to stdout as it is written, all messages to stderr.
 """
 
-from litmoe.cli import run_door
+from litmoe.cli import run_cli
 from litmoe.inference.generate_cli import main
 
 if __name__ == "__main__":
-    run_door(main, optional_positional="checkpoint")
+    run_cli(main, optional_positional="checkpoint")

@@ -29,14 +29,14 @@ With --instruct, it prepares conversations for finetune.py instead (`--instruct 
 if __name__ == "__main__":
     import sys
 
-    from litmoe.cli import exit_with_message, run_door
+    from litmoe.cli import exit_with_message, run_cli
     from litmoe.data.prepare import PrepareArgs, prepare
 
     if any(argument.partition("=")[0] == "--instruct" for argument in sys.argv[1:]):
         from litmoe.data.instructions import InstructArgs, prepare_instructions
 
-        instruct_args = run_door(InstructArgs)
+        instruct_args = run_cli(InstructArgs)
         exit_with_message(lambda: prepare_instructions(instruct_args))
     else:
-        args = run_door(PrepareArgs)
+        args = run_cli(PrepareArgs)
         exit_with_message(lambda: prepare(args))

@@ -7,7 +7,7 @@ uv run python run_train.py --wandb-dataset ENTITY/PROJECT/dataset-custom_text:la
 
 from pathlib import Path
 
-from litmoe.cli import run_door
+from litmoe.cli import run_cli
 
 
 def main(
@@ -32,4 +32,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

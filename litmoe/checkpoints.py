@@ -823,12 +823,3 @@ def _load_torch(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected a mapping of names to tensors.")
     return content
-
-
-# Old names; the coordinator removes them.
-MARK = COMPLETE_FILE
-FileMark = FileRecord
-CheckpointMark = CheckpointMetadata
-read_mark = read_metadata
-is_whole = is_complete
-_write_mark = _write_metadata

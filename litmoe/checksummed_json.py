@@ -77,8 +77,3 @@ def file_sha256(path: Path) -> str:
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Old names; the coordinator removes them.
-read_sealed = read_checksummed
-write_sealed = write_checksummed

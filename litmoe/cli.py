@@ -28,7 +28,7 @@ class UserError(ValueError):
     """
 
 
-def run_door(
+def run_cli(
     function: Callable[..., Any], argv: Sequence[str] | None = None, *, optional_positional: str | None = None
 ) -> Any:
     """Parses the command line for ``function``'s signature, calls it, and turns a user's mistake into one message.
@@ -62,11 +62,11 @@ def exit_with_message(call: Callable[[], Any]) -> Any:
         message = _describe_os_error(error)
         if not message:
             raise
-    print(f"error: {harmless(message)}", file=sys.stderr)
+    print(f"error: {strip_control_chars(message)}", file=sys.stderr)
     raise SystemExit(1)
 
 
-def harmless(text: str) -> str:
+def strip_control_chars(text: str) -> str:
     """A text that others wrote (a model may write any byte), as it may go to a terminal."""
     return text.translate(_CONTROL)
 

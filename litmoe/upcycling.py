@@ -115,7 +115,7 @@ def _has_tied_embeddings(folder: Path) -> bool:
 def check_same_tokenizer(folder: Path, tokenizer_dir: Path) -> None:
     """Raise UserError if a checkpoint has a tokenizer that differs from the one of the run."""
     folder = checkpoints.as_folder(folder)
-    if not (folder / checkpoints.MARK).is_file() or not (folder / "tokenizer.json").is_file():
+    if not (folder / checkpoints.COMPLETE_FILE).is_file() or not (folder / "tokenizer.json").is_file():
         return  # a checkpoint of LitGPT, with a tokenizer that ours may extend; or one without a tokenizer
     if tokenizer_fingerprint(folder) != tokenizer_fingerprint(tokenizer_dir):
         raise UserError(

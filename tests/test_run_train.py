@@ -1,4 +1,4 @@
-"""The door of training as a user knows it: whole processes, a kill, and every mistake that a user can make."""
+"""The script of training as a user knows it: whole processes, a kill, and every mistake that a user can make."""
 
 import csv
 import os
@@ -174,14 +174,14 @@ def test_wandb_dataset_that_is_no_reference(refusal):
     assert "wandb" in refusal("--wandb-dataset", "nonsense").lower()
 
 
-def run_door(run_file: Path, *flags: str) -> subprocess.Popen:
+def run_cli(run_file: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
 
 
 def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_path, refusal):
     steps = ("--train.max_steps", "200", "--train.save_interval", "5", "--eval.interval", "50")
-    killed = run_door(run_file, *steps, "--out_dir", str(tmp_path / "killed"))
+    killed = run_cli(run_file, *steps, "--out_dir", str(tmp_path / "killed"))
     try:
         until = time.monotonic() + 120
         while not (tmp_path / "killed" / "step-00000010").exists():
@@ -196,9 +196,9 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_pat
     finally:
         killed.kill()
         killed.communicate()
-    stopped_at = checkpoints.read_mark(checkpoints.newest_undamaged(tmp_path / "killed")[0]).step
+    stopped_at = checkpoints.read_metadata(checkpoints.newest_undamaged(tmp_path / "killed")[0]).step
     assert 10 <= stopped_at < 200
-    resumed = run_door(run_file, *steps, "--out_dir", str(tmp_path / "killed"), "--resume", "auto")
+    resumed = run_cli(run_file, *steps, "--out_dir", str(tmp_path / "killed"), "--resume", "auto")
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
     assert f"Taking over {tmp_path / 'killed'} from a run that ended without releasing it" in output
@@ -234,38 +234,38 @@ FSDP = ("--strategy", "fsdp")
 
 def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
     """Trains in two processes on the CPU; what they say."""
-    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
+    script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
     environments: list[dict[str, str]] = [{}, {}]
     if launcher == "two nodes":
-        commands = two_nodes(door, door)
+        commands = two_nodes(script, script)
     elif launcher == "num_nodes":
         with socket.create_server(("127.0.0.1", 0)) as free:
             main = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         environments = [main | {"NODE_RANK": rank} for rank in ("0", "1")]
-        commands = [[sys.executable, *door, "--devices", "1", "--num_nodes", "2"]] * 2
+        commands = [[sys.executable, *script, "--devices", "1", "--num_nodes", "2"]] * 2
     else:
-        commands = [two_processes(launcher, door)]
+        commands = [two_processes(launcher, script)]
     codes, outputs = run_together(commands, environments)
     assert not any(codes), "\n".join(outputs)
     return "\n".join(outputs)
 
 
-def two_processes(launcher: str, door: list[str]) -> list[str]:
+def two_processes(launcher: str, script: list[str]) -> list[str]:
     """The command of a run of two on this machine."""
     if launcher == "torchrun":
-        return [*TORCHRUN, "--standalone", "--nproc_per_node=2", *door]
-    return [sys.executable, *door, "--devices", "2"]
+        return [*TORCHRUN, "--standalone", "--nproc_per_node=2", *script]
+    return [sys.executable, *script, "--devices", "2"]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def two_nodes(*doors: list[str]) -> list[list[str]]:
+def two_nodes(*scripts: list[str]) -> list[list[str]]:
     """The command of each node, all on this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     node = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}")
-    return [[*TORCHRUN, *node, *door] for door in doors]
+    return [[*TORCHRUN, *node, *script] for script in scripts]
 
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
@@ -335,7 +335,7 @@ def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, f
     said = run_twice(launcher, run_file, *ONE_RUN, *flags, "--out_dir", str(tmp_path / "two"))
     # fabric.print prints on each machine
     assert said.count("12 steps of 256 tokens") == (2 if "nodes" in launcher else 1)
-    assert checkpoints.read_mark(tmp_path / "two" / "final").tokens == 2944
+    assert checkpoints.read_metadata(tmp_path / "two" / "final").tokens == 2944
     assert_same_run(train(*ONE_RUN, *flags, "--out_dir", str(tmp_path / "one")), tmp_path / "two")
     states = [checkpoints.load_training_state(tmp_path / name / "final") for name in ("one", "two")]
     assert torch.equal(states[0]["expert_counts"], states[1]["expert_counts"])
@@ -390,14 +390,14 @@ def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatc
     """After the same step, with a checkpoint of it; a spot machine tells its own process alone."""
     (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
     flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
-    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
+    script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
     environment = {"PYTHONPATH": str(tmp_path), "FAILS": rank, "HOW": "asked to stop"}
-    (code,), (said,) = run_together([two_processes("devices", door)], [environment])
+    (code,), (said,) = run_together([two_processes("devices", script)], [environment])
     assert code == 143, said
     assert "Traceback" not in said
     step = checkpoints.newest_undamaged(tmp_path / "run")[0]
     assert step and f"--resume auto goes on from {step}" in said
-    assert checkpoints.read_mark(step).step == 9
+    assert checkpoints.read_metadata(step).step == 9
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("FAILS", "nobody")
     train(*flags, "--resume", "auto")
@@ -409,8 +409,8 @@ def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatc
 def test_a_loss_that_is_not_finite_stops_two_processes(run_file, tmp_path, strategy):
     """What was trained before is kept, also where no process alone has all of it."""
     flags = (*strategy, "--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null")
-    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, *flags]
-    (code,), (said,) = run_together([two_processes("devices", [*door, "--out_dir", str(tmp_path / "run")])])
+    script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, *flags]
+    (code,), (said,) = run_together([two_processes("devices", [*script, "--out_dir", str(tmp_path / "run")])])
     assert code == 1, said
     assert "is no longer finite at step 2" in said and "Traceback" not in said
     assert ("went bad was that of" in said) == (not strategy)
@@ -427,9 +427,9 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
     """It died, and the other waited for half an hour, or showed what c10d has to say."""
     (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
     flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
-    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
+    script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "FAILS": rank, "HOW": how}
-    run = subprocess.Popen(two_processes(launcher, door), env=environment, **PIPES)
+    run = subprocess.Popen(two_processes(launcher, script), env=environment, **PIPES)
     try:
         lines = []
         assert run.stdout is not None
@@ -457,8 +457,8 @@ def test_machines_that_do_not_share_a_disk_are_told(train, run_file, tmp_path):
     """One found the checkpoint, the other began anew; they averaged the gradients of different steps."""
     train(*ONE_RUN, "--out_dir", str(tmp_path / "here"))
     (tmp_path / "here" / "final").rename(tmp_path / "final")
-    door = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, "--resume", "auto", "--out_dir"]
-    codes, outputs = run_together(two_nodes([*door, str(tmp_path / "here")], [*door, str(tmp_path / "there")]))
+    script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, "--resume", "auto", "--out_dir"]
+    codes, outputs = run_together(two_nodes([*script, str(tmp_path / "here")], [*script, str(tmp_path / "there")]))
     assert all(codes)
     assert all("do not agree on the step that it starts from" in output for output in outputs), "\n".join(outputs)
     assert not list((tmp_path / "there").glob("step-*"))
@@ -468,6 +468,6 @@ def test_the_settings_that_are_saved_run_again(train, tmp_path):
     out = train("--train.max_steps", "3")
     saved = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text(encoding="utf-8"))
     again = train("--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "again"))
-    one, other = (checkpoints.read_mark(path / "final").files["lit_model.pth"] for path in (out, again))
+    one, other = (checkpoints.read_metadata(path / "final").files["lit_model.pth"] for path in (out, again))
     assert saved["train"]["max_steps"] == 3
     assert one == other

@@ -112,7 +112,7 @@ def test_run_continues_from_the_dense_model(train, tmp_path: Path, run_file: Pat
 
     same = ("--resume", "auto", "--optimizer.init_args.lr", "3.0e-3", "--train.max_steps", "24")
     train(*flags, *same)
-    assert checkpoints.read_mark(out / "final").step == 24
+    assert checkpoints.read_metadata(out / "final").step == 24
     shutil.rmtree(first)
     again = parse_run(["--config", str(out / "run_config.yaml"), "--train.max_steps", "26"])
     assert again.settings.model == checkpoints.load_config(out / "final"), "the settings of a run contain its model"

@@ -48,13 +48,13 @@ def save_tiny(folder: Path, gpt: GPT, tokenizer_dir: Path | None, *, step: int =
 
 def mark_anew(folder: Path) -> Path:
     """The checksums of the files as they lie there now: a stranger's checkpoint has right ones."""
-    mark = checkpoints.read_mark(folder)
-    (folder / checkpoints.MARK).unlink()
-    checkpoints._write_mark(folder, mark.step, mark.tokens, {})
+    mark = checkpoints.read_metadata(folder)
+    (folder / checkpoints.COMPLETE_FILE).unlink()
+    checkpoints._write_metadata(folder, mark.step, mark.tokens, {})
     return folder
 
 
-def door(name: str) -> ModuleType:
+def load_script(name: str) -> ModuleType:
     """A script of the project as a module, by its path: packages of the same name exist (``evaluate``)."""
     path = Path(__file__).parent.parent / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"door_{name}", path)

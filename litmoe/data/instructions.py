@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from litmoe.checksummed_json import known_fields, read_sealed, write_sealed
-from litmoe.cli import UserError, command, harmless, nearest, quoted
+from litmoe.checksummed_json import known_fields, read_checksummed, write_checksummed
+from litmoe.cli import UserError, command, nearest, quoted, strip_control_chars
 from litmoe.data import manifest
 from litmoe.data.conversations import Message
 from litmoe.data.corpora import HUB_NAME, HubDataset, split_names
@@ -312,7 +312,7 @@ def _report(problems: list[tuple[str, str]], skip_broken: bool) -> None:
         raise UserError("\n".join([*lines, "Correct them, or leave out such rows: --skip_broken"]))
     reasons = Counter(reason for _, reason in problems)
     for reason, number in reasons.most_common(MAX_NAMES):
-        print(f"Left out {number:,} row{'s' if number > 1 else ''}: {harmless(reason)}")
+        print(f"Left out {number:,} row{'s' if number > 1 else ''}: {strip_control_chars(reason)}")
 
 
 def _story_rows(val_fraction: float) -> dict[str, list[Row]]:
@@ -390,7 +390,7 @@ def _build(data_dir: Path, source: Source) -> Instructions:
             splits={split: _write_split(building, split, split_rows) for split, split_rows in unique.items()},
             notes=tuple(_notes(rows, train, unique, skipped)),
         )
-        write_sealed(building / MANIFEST, asdict(result))  # from here on the build is complete
+        write_checksummed(building / MANIFEST, asdict(result))  # from here on the build is complete
         _publish(data_dir)
     return result
 
@@ -409,7 +409,7 @@ def _notes(rows: dict[str, list[Row]], train: list[Row], unique: dict[str, list[
             yield f"{number:,} {what}."
     unused = sorted({name for row in [*rows["train"], *rows["val"]] for name in row.unused})
     if unused:
-        yield f"Fields not used: {harmless(_first_of(unused))}."
+        yield f"Fields not used: {strip_control_chars(_first_of(unused))}."
 
 
 def _without_duplicates(rows: list[Row]) -> list[Row]:
@@ -464,7 +464,7 @@ def read(data_dir: Path) -> Instructions:
 
 def _read_metadata(data_dir: Path, prepare: str) -> Instructions:
     try:
-        return _parse(read_sealed(data_dir / MANIFEST))
+        return _parse(read_checksummed(data_dir / MANIFEST))
     except FileNotFoundError:
         state = f"holds no {MANIFEST}" if data_dir.is_dir() else "does not exist"
         raise UserError(f"{data_dir} {state}; expected prepared instructions. Make them: `{prepare}`") from None

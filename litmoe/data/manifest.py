@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from litmoe.checksummed_json import file_sha256, known_fields, read_json, read_sealed, write_sealed
+from litmoe.checksummed_json import file_sha256, known_fields, read_checksummed, read_json, write_checksummed
 from litmoe.cli import UserError, command, quoted
 
 FORMAT = 1
@@ -186,7 +186,7 @@ def read(data_dir: Path) -> Manifest | None:
 def read_file(path: Path) -> Manifest | None:
     """Return the manifest in a file, such as the copy in a checkpoint; None if it cannot be read."""
     try:
-        return from_dict(read_sealed(path))
+        return from_dict(read_checksummed(path))
     except UNREADABLE:
         return None
 
@@ -228,13 +228,13 @@ def write(data_dir: Path, manifest: Manifest) -> None:
 
 def write_file(path: Path, manifest: Manifest) -> None:
     """Write a manifest atomically."""
-    write_sealed(path, asdict(manifest))
+    write_checksummed(path, asdict(manifest))
 
 
 def read_origin(data_dir: Path) -> TextOrigin | None:
     """Return where the text came from, None for text that the user put in place."""
     try:
-        values = read_sealed(data_dir / "source.json")
+        values = read_checksummed(data_dir / "source.json")
         parts = {
             "settings": Settings(**_fields(Settings, values["settings"])),
             "source_files": _records(values["source_files"]),
@@ -247,7 +247,7 @@ def read_origin(data_dir: Path) -> TextOrigin | None:
 
 def write_origin(folder: Path, origin: TextOrigin) -> None:
     """Write ``source.json`` into a folder atomically."""
-    write_sealed(folder / "source.json", asdict(origin))
+    write_checksummed(folder / "source.json", asdict(origin))
 
 
 def lies_inside(name: str) -> bool:

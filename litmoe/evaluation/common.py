@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from litmoe import checkpoints
-from litmoe.cli import UserError, harmless
+from litmoe.cli import UserError, strip_control_chars
 from litmoe.forward import hidden_states, logits_of
 from litmoe.inference.generate import supports_bf16
 
@@ -60,7 +60,7 @@ def load_model(folder: Path, device: str, precision: Precision, context: int) ->
     Raises:
         UserError: the checkpoint is missing or damaged, or there is no such device.
     """
-    step = checkpoints.read_mark(folder).step
+    step = checkpoints.read_metadata(folder).step
     torch_device = checkpoints.choose_device(device)
     if precision == "auto":
         precision = "bf16-mixed" if supports_bf16(torch_device) else "32-true"
@@ -199,5 +199,5 @@ def as_table(result: Result, rows: dict[str, str], speed: str = "") -> Table:
         "computed": f"on {result.device} in {result.precision}{speed}",
     }
     for name, value in rows.items():
-        table.add_row(Text(harmless(name)), Text(harmless(value)))
+        table.add_row(Text(strip_control_chars(name)), Text(strip_control_chars(value)))
     return table

@@ -118,7 +118,7 @@ def open_validation(
     folder: Path, data_dir: Path | None, *, max_iters: int | None, batch_size: int | None, max_seq_length: int | None
 ) -> ValidationText:
     """Open the validation text for a checkpoint; arguments and errors as `evaluate`."""
-    mark = checkpoints.read_mark(folder)
+    mark = checkpoints.read_metadata(folder)
     vocab_size = checkpoints.load_config(folder).padded_vocab_size
     if data_dir is None:
         data_dir = trained_on(checkpoints.load_hyperparameters(folder), folder)
@@ -257,7 +257,7 @@ def trained_on(settings: dict[str, Any], folder: Path) -> Path:
     return data_dir
 
 
-def _training_manifest(folder: Path, mark: checkpoints.CheckpointMark) -> Manifest | None:
+def _training_manifest(folder: Path, mark: checkpoints.CheckpointMetadata) -> Manifest | None:
     """Return the manifest of the training data, which a checkpoint of 0.1.0 or of another program may lack."""
     if checkpoints.MANIFEST not in mark.files:
         return None
@@ -267,7 +267,7 @@ def _training_manifest(folder: Path, mark: checkpoints.CheckpointMark) -> Manife
 
 def _check_tokenizer(
     folder: Path,
-    mark: checkpoints.CheckpointMark,
+    mark: checkpoints.CheckpointMetadata,
     training_data: Manifest | None,
     data: Manifest,
     data_dir: Path,

@@ -116,7 +116,7 @@ def _model_rows(config: Config, described: dict[str, Any], total: int, active: i
 
 def _training_rows(folder: Path, imported: str | None, style: str | None) -> dict[str, str | None]:
     """Return what is known about the training; None for what is unknown."""
-    mark = checkpoints.read_mark(folder)
+    mark = checkpoints.read_metadata(folder)
     duration = f"{mark.step:,} steps, {mark.tokens:,} tokens" if mark.step else None
     loss = _validation_loss(folder, mark.step)
     conversations = _conversations(folder)

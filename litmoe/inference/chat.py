@@ -212,7 +212,7 @@ def describe(model: Model) -> str:
     size = f"{counts.total / 1e6:,.1f} M parameters"
     if counts.active < counts.total:
         size += f", {counts.active / 1e6:,.1f} M active"
-    return f"{config.name}: {size}, step {checkpoints.read_mark(model.folder).step:,}"
+    return f"{config.name}: {size}, step {checkpoints.read_metadata(model.folder).step:,}"
 
 
 def _encodable(text: str) -> str:

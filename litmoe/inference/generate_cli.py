@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from litmoe.cli import UserError, harmless
+from litmoe.cli import UserError, strip_control_chars
 from litmoe.inference.console import discard_output, use_utf8
 
 
@@ -46,7 +46,7 @@ def main(
     texts = ["Once upon a time" if prompt is None else prompt] if prompts is None else read_prompts(prompts)
     # Print the checkpoint before the slow imports, so that a wrong one is noticed early.
     folder = checkpoints.resolve(checkpoint)
-    step = checkpoints.read_mark(folder).step
+    step = checkpoints.read_metadata(folder).step
     print(
         f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}, step {step:,}", file=sys.stderr
     )
@@ -68,7 +68,7 @@ def main(
         top_p=top_p,
     )
     # A model may write control characters: a terminal would execute them, a file gets them unchanged.
-    clean = harmless if sys.stdout.isatty() else str
+    clean = strip_control_chars if sys.stdout.isatty() else str
     sample, n_samples, n_full = -1, len(texts) * num_samples, 0
     try:
         for piece in pieces:

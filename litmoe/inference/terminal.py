@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from litmoe.cli import UserError, harmless, nearest
+from litmoe.cli import UserError, nearest, strip_control_chars
 from litmoe.inference.chat import NOT_TUNED, Chat, describe
 from litmoe.inference.generate import Sampling, check_sampling, check_seed
 
@@ -62,13 +62,13 @@ class Terminal:
 
     def say(self, text: str, style: str = "dim") -> None:
         """Print a message about the chat to stderr."""
-        self.console.print(harmless(text), style=style, markup=False, soft_wrap=True)
+        self.console.print(strip_control_chars(text), style=style, markup=False, soft_wrap=True)
 
     def answer(self, question: str) -> None:
         """Stream the answer to stdout. Ctrl-C stops it; the text so far stays in the conversation."""
         reply = self.chat.ask(question, **self.sampling)
         # A model may write control characters: a terminal would execute them, a file gets them unchanged.
-        clean = harmless if sys.stdout.isatty() else str
+        clean = strip_control_chars if sys.stdout.isatty() else str
         try:
             # closing() stops the model at Ctrl-C and adds the text so far to the conversation.
             with closing(reply.__iter__()) as pieces:

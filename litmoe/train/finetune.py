@@ -41,7 +41,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     use_expandable_segments(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
-    resume_step = checkpoints.read_mark(resume_from).step if resume_from else None
+    resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
     module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full
     arguments: dict[str, Any] = {
         "checkpoint_dir": settings.checkpoint_dir,
@@ -97,7 +97,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     provenance = {"the conversations": instructions_fingerprint(data.data_dir)}
     if settings.lora_r:
         provenance["the checkpoint that it starts from"] = (
-            checkpoints.read_mark(folder).files[checkpoints.WEIGHTS].sha256
+            checkpoints.read_metadata(folder).files[checkpoints.WEIGHTS].sha256
         )
     run_training(
         fabric,

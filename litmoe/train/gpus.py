@@ -137,9 +137,3 @@ def peak_flops(device_name: str) -> float | None:
 def _letters(name: str) -> str:
     # "NVIDIA GeForce RTX 3060 Laptop GPU", "RTX 3060 Laptop" and "rtx3060-laptop" become equal.
     return re.sub(r"nvidia|geforce|tesla|gpu|[^a-z0-9]", "", name.lower())
-
-
-# Old names; the coordinator removes them.
-Card = GPUSpec
-found_card = detect_gpu
-named_card = gpu_by_name

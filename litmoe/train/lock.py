@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from litmoe.checksummed_json import read_json, write_json
-from litmoe.cli import UserError, harmless
+from litmoe.cli import UserError, strip_control_chars
 from litmoe.train.preflight import check_writable, main_process
 
 LOCK = ".run.lock"
@@ -125,7 +125,7 @@ def _take_over(out_dir: Path, this_process: Holder) -> None:
                 f" ({this_process.host}) can't check whether that run has ended. If it has, delete {out_dir / HOLDER}"
                 " and start again. If not, use another --out_dir."
             )
-    description = harmless(str(holder)) if holder else "its process is unknown"
+    description = strip_control_chars(str(holder)) if holder else "its process is unknown"
     print(f"Taking over {out_dir} from a run that ended without releasing it ({description}).")
 
 

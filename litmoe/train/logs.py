@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from litmoe import checkpoints
-from litmoe.cli import UserError, harmless
+from litmoe.cli import UserError, strip_control_chars
 
 METRICS_FILE = "metrics.csv"
 COLUMNS = (
@@ -369,7 +369,7 @@ class RunDisplay:
 
     def print(self, text: str) -> None:
         """Print a line above the progress bar."""
-        self.console.print(harmless(text), markup=False)
+        self.console.print(strip_control_chars(text), markup=False)
 
     def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:
         """Show that ``step`` steps are done, and the numbers of ``row`` unless it is empty."""

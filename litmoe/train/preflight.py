@@ -263,7 +263,7 @@ def find_checkpoint(settings: RunSettings) -> Path | None:
     if found is None and resume is True:
         raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
     if found is None:
-        if whole := [path.parent.name for path in out_dir.glob(f"*/{checkpoints.MARK}")]:
+        if whole := [path.parent.name for path in out_dir.glob(f"*/{checkpoints.COMPLETE_FILE}")]:
             raise UserError(
                 f"{out_dir} holds {whole[0]}, which no training can go on from (an imported checkpoint, say) and which"
                 " a fresh start would replace. Put the run elsewhere with --out_dir, or start with --overwrite in place"
@@ -281,7 +281,7 @@ def _warn(line: str) -> None:
 def check_unoccupied(settings: RunSettings) -> None:
     """Raises ``UserError`` where ``out_dir`` holds another run that may not be deleted."""
     out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
-    inside = [path for path in (out_dir, *out_dir.parents) if (path / checkpoints.MARK).is_file()]
+    inside = [path for path in (out_dir, *out_dir.parents) if (path / checkpoints.COMPLETE_FILE).is_file()]
     if inside:
         elsewhere = quoted(f"{inside[0].parent}-2")
         raise UserError(f"{inside[0]} is a checkpoint; put the run elsewhere: --out_dir {elsewhere}")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from custom_moe import set_backend
 from custom_moe.backends import hardware_of
 from litmoe import checkpoints
-from litmoe.cli import UserError, command, harmless
+from litmoe.cli import UserError, command, strip_control_chars
 from litmoe.config import FinetuneSettings, MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
 from litmoe.data.sft_data import InstructionData
@@ -32,7 +32,7 @@ from litmoe.hardware import is_sharded
 from litmoe.train.compiling import compiler_settings, should_compile
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
-from litmoe.train.gpus import found_card, peak_flops
+from litmoe.train.gpus import detect_gpu, peak_flops
 from litmoe.train.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
 from litmoe.train.loop import Ending, train
 from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
@@ -281,7 +281,7 @@ def describe_run(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun
         # Takes seconds, so only where memory is scarce. The estimate does not cover FSDP.
         if fabric.device.type == "cuda" and fabric.global_rank == 0 and not is_sharded(settings):
             yield from describe_needs(
-                parsed, str(fabric._precision.precision), hardware_of(fabric.device), found_card()
+                parsed, str(fabric._precision.precision), hardware_of(fabric.device), detect_gpu()
             )
         step_tokens = plan.accumulation * plan.tokens_per_micro_batch
         size = f"{plan.steps:,} steps of {step_tokens:,} tokens, {plan.tokens:,} tokens in all"
@@ -343,7 +343,7 @@ def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> 
     fabric.print(f"Metrics     {settings.out_dir / METRICS_FILE}")
     if not isinstance(settings, FinetuneSettings):
         prompt = settings.sample.prompt or "Once upon a time"
-        fabric.print(f"Write       {harmless(command('generate.py', final, '--prompt', prompt))}")
+        fabric.print(f"Write       {strip_control_chars(command('generate.py', final, '--prompt', prompt))}")
         fabric.print(f"Evaluate    {command('evaluate.py', final)}")
     fabric.print(f"Chat        {command('chat.py', final)}")
 

@@ -70,7 +70,7 @@ class Life:
 
     Args:
         folder: new; for what the life leaves.
-        door: the script in the project's folder, such as ``run_train.py``.
+        script: the script in the project's folder, such as ``run_train.py``.
         argv: its arguments.
         warm: a fork of the process that has imported training; else everything is imported anew.
     """
@@ -78,7 +78,7 @@ class Life:
     def __init__(
         self,
         folder: Path,
-        door: str,
+        script: str,
         argv: list[str],
         *,
         watched: Watched | None = None,
@@ -93,7 +93,7 @@ class Life:
         context.set_forkserver_preload(list(_WARM))
         self.process = context.Process(
             target=_live,
-            args=(PROJECT / door, argv, self._output, watched, self._operations, death, environment or {}),
+            args=(PROJECT / script, argv, self._output, watched, self._operations, death, environment or {}),
         )
         self.helpers: list[psutil.Process] = []
         """Data workers and others that it had when it was killed"""
@@ -159,7 +159,7 @@ def end_all() -> None:
 
 
 def _live(
-    door: Path,
+    script: Path,
     argv: list[str],
     output: Path,
     watched: Watched | None,
@@ -167,17 +167,17 @@ def _live(
     death: Death | None,
     environment: dict[str, str],
 ) -> None:
-    """In the new process: runs the script as ``python door argv`` does."""
+    """In the new process: runs the script as ``python script argv`` does."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", **environment}  # to the last bit the same: on a CPU
-    sys.argv = [str(door), *argv]
+    sys.argv = [str(script), *argv]
     multiprocessing.set_start_method(None, force=True)  # its data workers start as in any process, not as this one did
     if watched is not None:
         _watch(watched, operations, death)
     try:
-        runpy.run_path(str(door), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     finally:
         # As at the end of any Python; multiprocessing's own end of a process would wait for data workers first.
         atexit._run_exitfuncs()

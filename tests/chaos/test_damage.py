@@ -20,8 +20,8 @@ import yaml
 from litgpt import Tokenizer
 
 from litmoe import checkpoints, load
-from litmoe.checksummed_json import file_sha256, read_sealed, write_json, write_sealed
-from litmoe.cli import UserError, run_door
+from litmoe.checksummed_json import file_sha256, read_checksummed, write_checksummed, write_json
+from litmoe.cli import UserError, run_cli
 from litmoe.config import parse_run
 from litmoe.data import InstructionData, manifest
 from litmoe.data.instructions import InstructArgs, prepare_instructions
@@ -159,7 +159,11 @@ def resumed(world: World) -> str:
     state = (checkpoints.load_weights(folder), checkpoints.load_training_state(folder))
     settings = (checkpoints.load_config(folder), checkpoints.load_hyperparameters(folder))
     return hashed(
-        state, settings, checkpoints.read_mark(folder).step, list(data.train_dataloader()), list(data.val_dataloader())
+        state,
+        settings,
+        checkpoints.read_metadata(folder).step,
+        list(data.train_dataloader()),
+        list(data.val_dataloader()),
     )
 
 
@@ -237,7 +241,7 @@ def mend_as_told(world: World, message: str, data: str = "data") -> None:
     assert f"Remove {world.folder / data / 'tokens'}" in message
     shutil.rmtree(world.folder / data / "tokens")
     (command,) = re.findall(r"`uv run python prepare_data\.py (.*?)`", message)
-    prepare(run_door(PrepareArgs, [*shlex.split(command, posix=os.name != "nt"), "--num_workers", "0"]))
+    prepare(run_cli(PrepareArgs, [*shlex.split(command, posix=os.name != "nt"), "--num_workers", "0"]))
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["its text is there", "its text is gone"])
@@ -280,9 +284,9 @@ def test_tokens_that_can_not_be_read_are_damaged(world: World) -> None:
     world.mend()
     data = world.folder / "data"
     index = manifest.tokens_dir(data, "train") / "index.json"
-    values = read_sealed(manifest.manifest_path(data))
+    values = read_checksummed(manifest.manifest_path(data))
     values["splits"]["train"]["files"]["circle"] = "0" * 64
-    write_sealed(manifest.manifest_path(data), values)
+    write_checksummed(manifest.manifest_path(data), values)
     (index.parent / "circle").symlink_to("circle")
     with pytest.raises(UserError, match=r"circle \(it can't be read: "):
         manifest.verify(data)
@@ -306,9 +310,9 @@ def test_json_of_a_stranger_is_one_message(text: str, below: str, world: World) 
         assert resumed(world) == whole
     else:
         if path.name == checkpoints.MANIFEST:
-            mark = read_sealed(path.with_name(checkpoints.MARK))
+            mark = read_checksummed(path.with_name(checkpoints.COMPLETE_FILE))
             mark["files"][path.name] = {"size": len(text), "sha256": file_sha256(path)}
-            write_sealed(path.with_name(checkpoints.MARK), mark)
+            write_checksummed(path.with_name(checkpoints.COMPLETE_FILE), mark)
         with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
             resumed(world)
     world.mend()
@@ -327,7 +331,7 @@ def test_tokens_of_an_older_version(world: World, capsys: pytest.CaptureFixture[
     whole = resumed(world)
     assert "without checksums" not in capsys.readouterr().out
     path = manifest.manifest_path(world.folder / "data")
-    values = read_sealed(path)
+    values = read_checksummed(path)
     for split in values["splits"].values():
         del split["files"]
     write_json(path, values)

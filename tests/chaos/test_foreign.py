@@ -15,7 +15,7 @@ import yaml
 from litgpt import Tokenizer
 
 from litmoe import checkpoints, load
-from litmoe.checksummed_json import read_sealed, write_sealed
+from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError, exit_with_message
 from litmoe.config import parse_finetuning, parse_run
 from litmoe.data import manifest
@@ -23,7 +23,7 @@ from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.inference.chat import Chat
 from litmoe.train.preflight import ready_to_finetune
 from litmoe.validation import check
-from tests.tiny_checkpoint import door, mark_anew, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import load_script, mark_anew, save_tiny, tiny_gpt
 
 HARM = "harm-done"
 
@@ -112,15 +112,15 @@ def test_no_door_runs_a_pickle(
         "doc_to_choice": "endings",
     }
     (tmp_path / "tasks" / "t.yaml").write_text(yaml.safe_dump({**task, "doc_to_target": "label"}), encoding="utf-8")
-    evaluate = door("evaluate").main
+    evaluate = load_script("evaluate").main
     calls: dict[str, Callable[[], Any]] = {
-        "generate": lambda: door("generate").main(checkpoint=stranger, device="cpu"),
-        "chat": lambda: door("chat").main(checkpoint=stranger, device="cpu"),
+        "generate": lambda: load_script("generate").main(checkpoint=stranger, device="cpu"),
+        "chat": lambda: load_script("chat").main(checkpoint=stranger, device="cpu"),
         "loss": lambda: evaluate(checkpoint=stranger, data_dir=prepared / "data", device="cpu", max_seq_length=16),
         "hellaswag": lambda: evaluate(checkpoint=stranger, hellaswag=str(questions), device="cpu"),
         "tasks": lambda: evaluate(checkpoint=stranger, tasks="t", tasks_dir=tmp_path / "tasks", device="cpu"),
         "experts": lambda: evaluate(checkpoint=stranger, experts=True, data_dir=prepared / "data", device="cpu"),
-        "export_hf": lambda: door("export_hf").main(stranger, tmp_path / "exported"),
+        "export_hf": lambda: load_script("export_hf").main(stranger, tmp_path / "exported"),
         "initial": lambda: train("--initial_checkpoint_dir", str(stranger), "--model", str(model)),
         "upcycle": lambda: train("--upcycle", str(stranger), "--train.tie_embeddings=true"),
         "finetune": lambda: finetune_on(tmp_path, stranger),
@@ -191,7 +191,7 @@ def test_no_yaml_of_a_checkpoint_is_run(name: str, text: str, stranger: Path, pr
     """Each reader takes it for damaged, or for one that does not read this file."""
     (stranger / name).write_text(text, encoding="utf-8")
     mark_anew(stranger)
-    evaluate = door("evaluate").main
+    evaluate = load_script("evaluate").main
     calls: list[Callable[[], Any]] = [
         lambda: Chat(load(stranger, device="cpu")),
         lambda: evaluate(checkpoint=stranger, device="cpu", max_seq_length=16, data_dir=prepared / "data"),
@@ -200,7 +200,7 @@ def test_no_yaml_of_a_checkpoint_is_run(name: str, text: str, stranger: Path, pr
     ]
     if name == "model_config.yaml":  # what the others read of it as well
         calls += [
-            lambda: door("export_hf").main(stranger, tmp_path / "exported"),
+            lambda: load_script("export_hf").main(stranger, tmp_path / "exported"),
             lambda: parse_run(["--upcycle", str(stranger)]),
         ]
     for call in calls:
@@ -220,7 +220,7 @@ def test_a_checkpoint_chooses_no_class(
     settings[setting] = {"class_path": "evil.Evil", "init_args": {}}
     (stranger / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     mark_anew(stranger)
-    door("evaluate").main(checkpoint=stranger, device="cpu", max_seq_length=16, data_dir=prepared / "data")
+    load_script("evaluate").main(checkpoint=stranger, device="cpu", max_seq_length=16, data_dir=prepared / "data")
     finetune_on(tmp_path, stranger)
     flags = ("--model", str(stranger / "model_config.yaml"), "--train.max_steps", "1")
     train("--initial_checkpoint_dir", str(stranger), *flags)
@@ -264,7 +264,9 @@ def test_no_control_character_of_a_model_reaches_the_terminal(
     folder = save_tiny(tmp_path / "control" / "final", gpt, tokenizer_dir)
     for terminal in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
-        door("generate").main(checkpoint=folder, prompt="Mia\x1b[2J", temperature=0.0, max_new_tokens=5, device="cpu")
+        load_script("generate").main(
+            checkpoint=folder, prompt="Mia\x1b[2J", temperature=0.0, max_new_tokens=5, device="cpu"
+        )
         shown = capsys.readouterr().out
         assert any(character in shown for character in "\x1b\x07") is not terminal
         assert len(shown.rstrip("\n")) == len("Mia\x1b[2J") + 5
@@ -297,31 +299,31 @@ def test_a_data_folder_names_no_file_outside_of_it(name: str, prepared: Path, tm
     shutil.copy(prepared / "data" / "tokens" / "train" / "index.json", index)
     assert manifest.read(data) is not None
     for place in ("text", "files"):
-        values = read_sealed(manifest.manifest_path(prepared / "data"))
+        values = read_checksummed(manifest.manifest_path(prepared / "data"))
         split = values["splits"]["train"]
         if place == "text":
             split["text"][0]["path"] = name
         else:
             split["files"][name] = "0" * 64
-        write_sealed(manifest.manifest_path(data), values)
+        write_checksummed(manifest.manifest_path(data), values)
         assert manifest.read(data) is None, place
 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "..", "", "a/b", "/dev/zero"])
 def test_a_checkpoint_names_no_file_outside_of_it(name: str, stranger: Path) -> None:
     """Its checksum would be taken, and a device has no end."""
-    values = read_sealed(stranger / checkpoints.MARK)
+    values = read_checksummed(stranger / checkpoints.COMPLETE_FILE)
     values["files"][name] = {"size": 0, "sha256": "0" * 64}
-    write_sealed(stranger / checkpoints.MARK, values)
+    write_checksummed(stranger / checkpoints.COMPLETE_FILE, values)
     with pytest.raises(UserError, match=r"complete\.json is damaged"):
         checkpoints.verify(stranger)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
 def test_no_device_is_read_through_a_link(stranger: Path) -> None:
-    values = read_sealed(stranger / checkpoints.MARK)
+    values = read_checksummed(stranger / checkpoints.COMPLETE_FILE)
     values["files"]["zeros"] = {"size": 0, "sha256": "0" * 64}
-    write_sealed(stranger / checkpoints.MARK, values)
+    write_checksummed(stranger / checkpoints.COMPLETE_FILE, values)
     (stranger / "zeros").symlink_to("/dev/zero")
     with pytest.raises(UserError, match=r"zeros can't be read"):
         checkpoints.verify(stranger)

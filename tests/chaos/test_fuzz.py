@@ -19,12 +19,12 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from litmoe import config as settings_module
-from litmoe.cli import UserError, exit_with_message, run_door
+from litmoe.cli import UserError, exit_with_message, run_cli
 from litmoe.config import ParsedRun, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
 from litmoe.data.instructions import InstructArgs
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.validation import check
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
 
 ROOT = Path(__file__).parent.parent.parent
 RUN_FILES = sorted(
@@ -46,7 +46,7 @@ def fuzz(case: Callable[..., None], examples: int, **strategies: st.SearchStrate
 
 
 def outcome(call: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> Any:
-    """What ``call`` returns, or None where it ended as a door does: with a message and 1, or a text and 0."""
+    """What ``call`` returns, or None where it ended as a script does: with a message and 1, or a text and 0."""
     try:
         return exit_with_message(call)
     except SystemExit as ended:
@@ -338,16 +338,16 @@ DOORS = {
     ],
 )
 def test_command_lines_of_the_doors(name: str, examples: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """As far as the door's function gets without a checkpoint or data."""
+    """As far as the script's function gets without a checkpoint or data."""
     if name in ("prepare_data", "instruct"):
         function: Any = PrepareArgs if name == "prepare_data" else InstructArgs
         positional = None
     else:
-        function, positional = getattr(door(name), DOORS[name][0]), DOORS[name][1]
+        function, positional = getattr(load_script(name), DOORS[name][0]), DOORS[name][1]
     names = tuple(re.findall(r"--(\w+)", _help(function)))
 
     def case(argv: list[str]) -> None:
-        outcome(lambda: run_door(function, argv, optional_positional=positional), capsys)
+        outcome(lambda: run_cli(function, argv, optional_positional=positional), capsys)
 
     fuzz(case, examples, argv=arguments(names))
 
@@ -376,7 +376,7 @@ def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: py
             "--num_workers=0",
         ]
         given = ["--source", str(tmp_path / "text" / source), "--tokenizer=train", "--vocab_size=300", *argv, *target]
-        outcome(lambda: prepare(run_door(PrepareArgs, given)), capsys)
+        outcome(lambda: prepare(run_cli(PrepareArgs, given)), capsys)
 
     flags = (
         "val_fraction",
@@ -393,7 +393,7 @@ def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: py
 @pytest.mark.parametrize("examples", many(200))
 def test_what_a_model_is_asked(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a real model: any text, any sampling."""
-    generate = door("generate").main
+    generate = load_script("generate").main
     numbers = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**63, 2**70]))
     rates = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, 1e-40, 1e308]))
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from litmoe.checksummed_json import read_sealed
+from litmoe.checksummed_json import read_checksummed
 from tests.chaos.conftest import Moment, share
 from tests.chaos.lives import Death, Life, Operation, Watched
 from tests.data.hub_server import serve
@@ -100,7 +100,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {
-        name: untimed(read_sealed(path)) if path.suffix == ".json" else path.read_bytes()
+        name: untimed(read_checksummed(path)) if path.suffix == ".json" else path.read_bytes()
         for name, path in found.items()
         if path.name != ".prepare.lock"
     }

@@ -52,8 +52,8 @@ class Whole:
 
 def begin(folder: Path, out: Path, command: tuple[str, ...], *flags: str, death: Death | None = None) -> Life:
     """A process of the run in ``out``."""
-    door, *arguments = command
-    return Life(folder, door, [*arguments, *flags, "--out_dir", str(out)], watched=Watched(out, SAVES), death=death)
+    script, *arguments = command
+    return Life(folder, script, [*arguments, *flags, "--out_dir", str(out)], watched=Watched(out, SAVES), death=death)
 
 
 def run_whole(folder: Path, *command: str) -> Whole:
@@ -90,7 +90,7 @@ def last_step(life: Life) -> int:
 def saved_step(out: Path) -> int:
     """The step that ``--resume auto`` goes on from."""
     newest = checkpoints.newest_undamaged(out)[0]
-    return checkpoints.read_mark(newest).step if newest else 0
+    return checkpoints.read_metadata(newest).step if newest else 0
 
 
 def chaos(whole: Whole, folder: Path, kills: int, note: Callable[[Moment], None]) -> None:

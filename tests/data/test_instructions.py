@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from litgpt.prompts import Alpaca
 
-from litmoe.checksummed_json import read_sealed, write_sealed
+from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
 from litmoe.data import instructions
 from litmoe.data.instructions import (
@@ -281,12 +281,12 @@ def test_other_settings_need_overwrite(tmp_path: Path) -> None:
 def test_older_and_newer_metadata_is_read(tmp_path: Path) -> None:
     source, data = jsonl(tmp_path / "rows.jsonl", pairs(50)), tmp_path / "data"
     result = prepare(source, data)
-    values = read_sealed(data / instructions.MANIFEST)
+    values = read_checksummed(data / instructions.MANIFEST)
     newer = {**values, "new": 1, "source_files": [{**values["source_files"][0], "new": 1}]}
-    write_sealed(data / instructions.MANIFEST, newer)
+    write_checksummed(data / instructions.MANIFEST, newer)
     assert instructions.read(data) == result
     older = {name: value for name, value in values.items() if name != "notes"}
-    write_sealed(data / instructions.MANIFEST, {**older, "format": 1, "unwrapped": 0})
+    write_checksummed(data / instructions.MANIFEST, {**older, "format": 1, "unwrapped": 0})
     assert instructions_fingerprint(data)
     with pytest.raises(UserError, match=r"older version.* removed white space.*--overwrite"):
         prepare(source, data)

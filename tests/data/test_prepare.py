@@ -21,7 +21,7 @@ import pytest
 from litgpt import Tokenizer as LitTokenizer
 from tokenizers import Tokenizer
 
-from litmoe.checksummed_json import read_sealed, write_sealed
+from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
 from litmoe.data import corpora, documents, manifest, tokenizers, tokens
 from litmoe.data.documents import END_OF_TEXT, split_of
@@ -181,13 +181,13 @@ def test_overwrite_builds_again(prepared: Path, run: Callable) -> None:
 
 def test_unknown_manifest_fields_are_ignored(prepared: Path, run: Callable, capsys) -> None:
     found = manifest.read(prepared)
-    values = read_sealed(manifest.manifest_path(prepared))
+    values = read_checksummed(manifest.manifest_path(prepared))
     for place in (values, values["source"], values["tokenizer"], values["settings"], values["splits"]["train"]):
         place["new"] = 1
     values["splits"]["train"]["text"][0]["new"] = 1
     # As version 0.1.0 wrote it.
     values["source"]["held_out"] = values["source"].pop("dropped_duplicates")
-    write_sealed(manifest.manifest_path(prepared), values)
+    write_checksummed(manifest.manifest_path(prepared), values)
     assert manifest.read(prepared) == found
     run()
     assert NOTHING_TO_DO in capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_unknown_manifest_fields_are_ignored(prepared: Path, run: Callable, caps
 
 def test_tokens_of_a_newer_format_are_kept(prepared: Path, run: Callable) -> None:
     path = manifest.manifest_path(prepared)
-    write_sealed(path, read_sealed(path) | {"format": manifest.FORMAT + 1, "splits": 5})
+    write_checksummed(path, read_checksummed(path) | {"format": manifest.FORMAT + 1, "splits": 5})
     before = state(prepared)
     with pytest.raises(UserError, match=r"manifest\.json has format 2, but"):
         run()

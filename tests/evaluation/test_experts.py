@@ -12,11 +12,11 @@ from litgpt import GPT, Config, Tokenizer
 
 from custom_moe import use_custom_moe
 from litmoe import checkpoints
-from litmoe.cli import UserError, run_door
+from litmoe.cli import UserError, run_cli
 from litmoe.data import manifest
 from litmoe.evaluation.experts import count, describe, draw, evaluate, visible
 from litmoe.evaluation.loss import batched, read_tokens, windows
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
 
 CPU = {"device": "cpu", "precision": "32-true"}
 SIGMOID = {
@@ -182,13 +182,13 @@ def test_heat_map_has_every_expert(
     assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
 
 
-# ---------------------------------------------------------------------------------------------------------------- door
+# --- script
 
 
 def test_script(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--experts", "--plot", "experts.png", "--device=cpu", "--json-file", "result.json"]
-    run_door(door("evaluate").main, flags, optional_positional="checkpoint")
+    run_cli(load_script("evaluate").main, flags, optional_positional="checkpoint")
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
@@ -212,6 +212,6 @@ def test_script(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_script_refuses_flags(checkpoint: Path, flags: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_door(door("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
+        run_cli(load_script("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
     assert ended.value.code == 1
     assert message in capsys.readouterr().err

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from custom_moe import use_custom_moe
 from litmoe import checkpoints
-from litmoe.cli import UserError, run_door
+from litmoe.cli import UserError, run_cli
 from litmoe.config import PROJECT
 from litmoe.data import TokenizedText
 from litmoe.evaluation import common, hellaswag
@@ -31,7 +31,7 @@ from litmoe.evaluation.hellaswag import (
     log_probabilities,
     read_questions,
 )
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
 
 CPU = {"device": "cpu", "precision": "32-true"}
 DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
@@ -290,7 +290,7 @@ def test_numbers_equal_lm_eval(
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- script
+# --- script
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def checkpoint(tmp_path: Path, fields: dict, tokenizer_dir: Path) -> Path:
 def test_script(checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--hellaswag", file.name, "--device=cpu", "--limit", "30", "--json-file", "result.json"]
-    run_door(door("evaluate").main, flags, optional_positional="checkpoint")
+    run_cli(load_script("evaluate").main, flags, optional_positional="checkpoint")
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
@@ -325,7 +325,7 @@ def test_script(checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: pytes
 )
 def test_script_refuses_flags(checkpoint: Path, flags: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_door(door("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
+        run_cli(load_script("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
     assert ended.value.code == 1
     assert message in capsys.readouterr().err
 
@@ -382,7 +382,7 @@ def test_scoring_does_not_change_a_run(train, tmp_path: Path, file: Path, capsys
     assert [int(row["step"]) for row in rows_of(out) if row["val_loss"]] == [0, 4, 8, 12]
     at_the_end = evaluate(out / "final", str(file), limit=20, **CPU)
     assert (at_the_end.acc, at_the_end.acc_norm) == scores[12]
-    one, other = (checkpoints.read_mark(path / "final").files["lit_model.pth"] for path in (without, out))
+    one, other = (checkpoints.read_metadata(path / "final").files["lit_model.pth"] for path in (without, out))
     assert one == other
 
 
@@ -391,7 +391,7 @@ def test_resumed_run_has_the_same_scores(train, tmp_path: Path, file: Path) -> N
     complete = train(*flags, "--out_dir", str(tmp_path / "complete"))
     resumed = train(*flags, "--out_dir", str(tmp_path / "resumed"))
     train(*flags, "--out_dir", str(resumed), "--resume", str(resumed / "step-00000004"), "--overwrite")
-    one, other = (checkpoints.read_mark(path / "final").files["lit_model.pth"] for path in (complete, resumed))
+    one, other = (checkpoints.read_metadata(path / "final").files["lit_model.pth"] for path in (complete, resumed))
     assert one == other
     same = ("step", "train_loss", "val_loss", "grad_norm", "hellaswag_acc", "hellaswag_acc_norm")
     assert [[row[name] for name in same] for row in rows_of(complete)] == [

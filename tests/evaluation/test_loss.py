@@ -10,12 +10,12 @@ import torch
 from litgpt import GPT, Tokenizer
 
 from litmoe import checkpoints
-from litmoe.cli import UserError, run_door
+from litmoe.cli import UserError, run_cli
 from litmoe.data import manifest
 from litmoe.data.loader import TokenWindows
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.evaluation.loss import batched, evaluate, read_tokens, sum_loss, windows
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
 
 CPU = {"device": "cpu", "precision": "32-true"}
 
@@ -198,14 +198,14 @@ def test_refuses_a_diverged_model(tmp_path: Path, gpt: GPT, corpus: Path) -> Non
         evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU)
 
 
-# ---------------------------------------------------------------------------------------------------------------- door
+# --- script
 
 
 def test_script(checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The newest checkpoint and its training data; a table on stderr, JSON on stdout and in a file."""
     monkeypatch.chdir(tmp_path)
-    main = door("evaluate").main
-    run_door(main, ["--device=cpu", "--json-file", "result.json"], optional_positional="checkpoint")
+    main = load_script("evaluate").main
+    run_cli(main, ["--device=cpu", "--json-file", "result.json"], optional_positional="checkpoint")
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
@@ -215,7 +215,7 @@ def test_script(checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pyt
     for part in ("nats per token", "perplexity", "bits per byte", f"{shown['tokens']:,}"):
         assert part in captured.err
     with pytest.raises(SystemExit) as exit_:
-        run_door(main, ["--max_iters", "0"], optional_positional="checkpoint")
+        run_cli(main, ["--max_iters", "0"], optional_positional="checkpoint")
     assert exit_.value.code == 1
     assert "max_iters is 0" in capsys.readouterr().err
     assert checkpoints.verify(checkpoint).step == 1

@@ -15,12 +15,12 @@ from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
 from litmoe import checkpoints, load
-from litmoe.cli import UserError, run_door
+from litmoe.cli import UserError, run_cli
 from litmoe.evaluation import tasks
 from litmoe.evaluation.common import Continuation, batches_by_length
 from litmoe.evaluation.tasks import Harness, evaluate, find_tasks, load_tasks
 from tests.test_stock_litgpt import convert
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
+from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt, wordy_gpt
 
 CPU = {"device": "cpu", "precision": "32-true"}
 QUESTIONS = [
@@ -244,7 +244,7 @@ def test_batches_contain_each_row_once() -> None:
 def test_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--tasks", "places, perplexity", "--tasks-dir", "tasks", "--device=cpu", "--limit=3", "--num-fewshot=0"]
-    run_door(door("evaluate").main, [*flags, "--json-file", "result.json"], optional_positional="checkpoint")
+    run_cli(load_script("evaluate").main, [*flags, "--json-file", "result.json"], optional_positional="checkpoint")
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
@@ -270,7 +270,7 @@ def test_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pyt
 )
 def test_script_refuses_flags(checkpoint: Path, flags: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_door(door("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
+        run_cli(load_script("evaluate").main, [str(checkpoint), *flags], optional_positional="checkpoint")
     assert ended.value.code == 1
     assert message in capsys.readouterr().err
 

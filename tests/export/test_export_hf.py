@@ -13,7 +13,7 @@ from litmoe import checkpoints, load
 from litmoe.cli import UserError
 from litmoe.config import PROJECT
 from tests.export.push_server import serve
-from tests.tiny_checkpoint import door, litgpts_finetuning, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import litgpts_finetuning, load_script, save_tiny, tiny_gpt
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def run(*arguments: object, cwd: Path) -> str:
 
 
 def test_script_shows_the_checks(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    door("export_hf").main(folder, tmp_path / "out")
+    load_script("export_hf").main(folder, tmp_path / "out")
     shown = capsys.readouterr().out
     assert "differ by" in shown and "the same after 4 prompts" in shown
 
@@ -48,7 +48,7 @@ def test_missing_token_is_an_early_error(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(UserError, match="hf auth login"):
-        door("export_hf").main(folder, tmp_path / "out", push="org/name")
+        load_script("export_hf").main(folder, tmp_path / "out", push="org/name")
     assert not (tmp_path / "out").exists()
 
 
@@ -112,7 +112,7 @@ def test_imported_model_can_be_finetuned(tmp_path: Path, tokenizer_dir: Path) ->
     from tests.export.test_huggingface import hf_folder
 
     source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama", max_position_embeddings=256)
-    door("export_hf").import_folder(source, tmp_path / "in")
+    load_script("export_hf").import_folder(source, tmp_path / "in")
     command = [sys.executable, "-m", "litgpt", "finetune_full", str(tmp_path / "in")]
     subprocess.run([*command, *litgpts_finetuning(tmp_path)], check=True, timeout=280)
     assert checkpoints.load_weights(tmp_path / "finetuned" / "final").keys()
@@ -124,7 +124,7 @@ def test_import_warns_of_constant_routers(tmp_path: Path, tokenizer_dir: Path, c
     experts = {"num_local_experts": 4, "head_dim": 8}
     for k, has_warning in ((1, True), (2, False)):
         source = hf_folder(tmp_path / f"hf{k}", tokenizer_dir, "mixtral", num_experts_per_tok=k, **experts)
-        door("export_hf").import_folder(source, tmp_path / f"in{k}")
+        load_script("export_hf").import_folder(source, tmp_path / f"in{k}")
         assert ("warning: this model sends each token to 1 expert" in capsys.readouterr().out) == has_warning
 
 
@@ -140,7 +140,7 @@ def test_export_works_without_this_repository(folder: Path, tmp_path: Path) -> N
     """With only torch and transformers, the folder loads and gives the same text."""
     uv = _uv()
     assert uv is not None
-    door("export_hf").main(folder, tmp_path / "out")
+    load_script("export_hf").main(folder, tmp_path / "out")
     fresh = tmp_path / "fresh"
     subprocess.run([uv, "venv", "--python", sys.executable, str(fresh)], check=True, cwd=tmp_path)
     python = fresh / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

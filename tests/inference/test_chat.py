@@ -16,13 +16,13 @@ import torch
 from litgpt import GPT, Tokenizer
 from litgpt.prompts import Phi2
 
-from litmoe.cli import UserError, run_door
+from litmoe.cli import UserError, run_cli
 from litmoe.data.conversations import Message, encode_newest, encode_prompt, prompt_style
 from litmoe.inference.chat import Chat, describe
 from litmoe.inference.generate import Model, Sampling, generate_tokens, load, stream_pieces
 from litmoe.inference.terminal import Terminal
 from litmoe.inference.text_stream import StopSequences
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
+from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt, wordy_gpt
 
 ROOT = Path(__file__).parent.parent.parent
 GREEDY = {"temperature": 0.0}
@@ -375,7 +375,7 @@ def test_script_errors_are_one_line(
         ([folder, "--device", "warp"], "warp"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            run_door(door("chat").main, argv, optional_positional="checkpoint")
+            run_cli(load_script("chat").main, argv, optional_positional="checkpoint")
         captured = capsys.readouterr()
         assert exit_.value.code == 1
         assert message in captured.err and captured.err.splitlines()[-1].startswith("error: ")

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from custom_moe import use_custom_moe
 from litmoe import checkpoints
-from litmoe.cli import UserError, run_door
+from litmoe.cli import UserError, run_cli
 from litmoe.data.tokenizers import text_ids
 from litmoe.inference.generate import (
     Model,
@@ -34,7 +34,7 @@ from litmoe.inference.generate import (
 )
 from litmoe.inference.generate_cli import read_prompts
 from litmoe.inference.text_stream import TextStream
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt, wordy_gpt
+from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt, wordy_gpt
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -479,7 +479,7 @@ def test_load_refuses_damaged_folders(tmp_path: Path, gpt: GPT, tokenizer_dir: P
         load(save_tiny(tmp_path / "bare", gpt, None))
 
 
-# ---------------------------------------------------------------------------------------------------------------- door
+# --- script
 
 
 def test_script(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
@@ -506,12 +506,12 @@ def test_script_with_several_prompts(
     folder, file = save_tiny(tmp_path / "final", gpt, tokenizer_dir), tmp_path / "prompts.txt"
     file.write_text("Once\nMia was happy\n", encoding="utf-8")
     argv = [str(folder), "--prompts", str(file), "--device", "cpu", "--max_new_tokens", "9"]
-    run_door(door("generate").main, argv, optional_positional="checkpoint")
+    run_cli(load_script("generate").main, argv, optional_positional="checkpoint")
     texts = sample_text(gpt, Tokenizer(tokenizer_dir), ["Once", "Mia was happy"], max_new_tokens=9)
     expected = "".join(f"--- sample {number} of 2 ---\n{text}\n" for number, text in enumerate(texts, start=1))
     assert capsys.readouterr().out == expected
     with pytest.raises(SystemExit):
-        run_door(door("generate").main, [*argv, "--prompt", ""], optional_positional="checkpoint")
+        run_cli(load_script("generate").main, [*argv, "--prompt", ""], optional_positional="checkpoint")
     assert "got both --prompt and --prompts" in capsys.readouterr().err
 
 
@@ -538,7 +538,7 @@ def test_script_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--prompt=caf\udce9"], r"the argument '--prompt=caf\udce9' holds bytes that are not UTF-8"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            run_door(door("generate").main, argv, optional_positional="checkpoint")
+            run_cli(load_script("generate").main, argv, optional_positional="checkpoint")
         captured = capsys.readouterr()
         assert exit_.value.code == 1
         assert captured.err.startswith(f"error: {message}")

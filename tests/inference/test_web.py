@@ -23,7 +23,7 @@ from litmoe.data.conversations import Message
 from litmoe.inference.chat import Chat
 from litmoe.inference.generate import Model, Sampling, load
 from tests.no_skips import find_browser
-from tests.tiny_checkpoint import door, save_tiny, tiny_gpt
+from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLING = Sampling(max_new_tokens=30, temperature=0.8, top_k=50, top_p=1.0)
@@ -144,7 +144,7 @@ def test_sliders_reach_the_given_settings() -> None:
 def test_serves_only_this_computer_by_default() -> None:
     from litmoe.inference.web import listen
 
-    defaults = {name: found.default for name, found in inspect.signature(door("chat").main).parameters.items()}
+    defaults = {name: found.default for name, found in inspect.signature(load_script("chat").main).parameters.items()}
     with listen(defaults["host"], 0) as sock:
         assert sock.getsockname()[0] == "127.0.0.1"
 

@@ -247,7 +247,7 @@ def test_a_long_first_question_is_no_obstacle(tune, tmp_path):
 def test_the_settings_that_are_saved_run_again(tune, tmp_path):
     out = tune("--lora_r", "2", "--train.max_steps", "2")
     again = tune("--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "again"))
-    one, other = (checkpoints.read_mark(path / "final").files["lit_model.pth"] for path in (out, again))
+    one, other = (checkpoints.read_metadata(path / "final").files["lit_model.pth"] for path in (out, again))
     assert one == other
 
 

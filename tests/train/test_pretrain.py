@@ -57,7 +57,7 @@ def test_a_run_from_the_first_step_to_the_last(train):
     assert sorted(path.name for path in out.glob("step-*")) == ["step-00000032", "step-00000036"], (
         "3 with the final one"
     )
-    assert checkpoints.read_mark(out / "final").step == 40
+    assert checkpoints.read_metadata(out / "final").step == 40
 
 
 def test_the_final_checkpoint_is_stock_litgpts(train):
@@ -107,14 +107,14 @@ def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
 def test_resume_auto(train, capsys):
     out = train("--resume", "auto")
     assert "fresh start" in capsys.readouterr().out
-    before = checkpoints.read_mark(out / "final").files["lit_model.pth"].sha256
+    before = checkpoints.read_metadata(out / "final").files["lit_model.pth"].sha256
     train("--resume", "auto")
     assert "This run is finished" in capsys.readouterr().out
-    assert checkpoints.read_mark(out / "final").files["lit_model.pth"].sha256 == before
+    assert checkpoints.read_metadata(out / "final").files["lit_model.pth"].sha256 == before
     train("--resume", "auto", "--train.max_steps", "16")
     assert "step 12 of 16" in capsys.readouterr().out
     assert training_steps(out) == list(range(1, 17))
-    assert checkpoints.read_mark(out / "final").step == 16
+    assert checkpoints.read_metadata(out / "final").step == 16
 
 
 def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_a_backend_that_can_not_be_had_is_refused(train, capsys):
 def test_a_used_up_time_ends_in_a_checkpoint_to_resume_from(train, capsys):
     out = train("--train.max_time", "0.001")
     assert not (out / "final").exists()
-    assert checkpoints.read_mark(out / "step-00000001").step == 1
+    assert checkpoints.read_metadata(out / "step-00000001").step == 1
     assert "--resume auto" in capsys.readouterr().out
     train("--resume", "auto")
     assert training_steps(out) == list(range(1, 13))
@@ -358,7 +358,7 @@ def test_a_run_that_cannot_start_deletes_nothing(train, tmp_path):
             train("--overwrite", *mistake)
     with pytest.raises(UserError, match="which this run starts from"):
         train("--overwrite", "--initial_checkpoint_dir", str(out / "final"))
-    assert checkpoints.read_mark(out / "final").step == 12
+    assert checkpoints.read_metadata(out / "final").step == 12
 
 
 def test_resuming_into_the_folder_of_another_run_is_refused(train, tmp_path):

@@ -76,7 +76,7 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
         return [{name: value for name, value in row.items() if name not in timed} for row in rows(out_dir)]
 
     assert logged(resumed) == logged(whole)
-    one, other = (checkpoints.read_mark(folder / "final").files["lit_model.pth"] for folder in (resumed, whole))
+    one, other = (checkpoints.read_metadata(folder / "final").files["lit_model.pth"] for folder in (resumed, whole))
     assert one == other
     states = [checkpoints.load_training_state(folder / "final") for folder in (resumed, whole)]
     for state in states:
@@ -163,7 +163,7 @@ def test_interrupted_at_any_step_of_two_epochs(
     flags = (*SMALL, *flags, "--data.init_args.num_workers", workers, "--train.log_interval", "4")
     flags += ("--eval.interval", "3", "--train.max_steps", "null", "--train.epochs", "2")
     whole = train(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
-    for step in range(1, checkpoints.read_mark(whole / "final").step):
+    for step in range(1, checkpoints.read_metadata(whole / "final").step):
         assert_same_run(resume(train, whole, step, *flags), whole)
 
 
@@ -172,7 +172,7 @@ def test_interrupted_at_any_step_of_two_epochs(
 def test_finetuning_interrupted_at_any_step(tune_case: Call, tmp_path: Path) -> None:
     flags = ("--train.max_steps", "null", "--train.epochs", "2")
     whole = tune_case(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
-    for step in range(1, checkpoints.read_mark(whole / "final").step):
+    for step in range(1, checkpoints.read_metadata(whole / "final").step):
         assert_same_run(resume(tune_case, whole, step, *flags), whole)
 
 

@@ -108,7 +108,7 @@ def test_background_save_is_not_changed_by_training(train, monkeypatch, tmp_path
     on_step(monkeypatch, 8, go.set)
     out = train("--out_dir", str(tmp_path / "out"))
     for name in ("step-00000004", "step-00000008", "final"):
-        one, other = (checkpoints.read_mark(folder / name).files for folder in (whole, out))
+        one, other = (checkpoints.read_metadata(folder / name).files for folder in (whole, out))
         assert one["lit_model.pth"] == other["lit_model.pth"]
     one, other = (checkpoints.load_training_state(folder / "step-00000004") for folder in (whole, out))
     assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
@@ -269,7 +269,7 @@ def test_resume_within_log_interval(train, tmp_path):
 
 
 def assert_same_run(whole, other):
-    one, two = (checkpoints.read_mark(out / "final").files["lit_model.pth"] for out in (whole, other))
+    one, two = (checkpoints.read_metadata(out / "final").files["lit_model.pth"] for out in (whole, other))
     assert one == two
     tables = []
     for out in (whole, other):
@@ -316,7 +316,7 @@ def test_overwrite_deletes_newer_checkpoints(train):
     assert steps_in(out) == ["final", "step-00000004", "step-00000008"]
     train("--resume", older, "--overwrite", "--train.max_steps", "6")
     assert steps_in(out) == ["final", "step-00000004"]
-    assert checkpoints.read_mark(out / "final").step == 6
+    assert checkpoints.read_metadata(out / "final").step == 6
 
 
 def test_resume_from_other_folder_keeps_it(train, tmp_path):
@@ -373,7 +373,7 @@ def test_nan_weights_are_not_saved(train, tmp_path):
     state = checkpoints.load_training_state(whole / "step-00000004")
     weights["transformer.h.1.norm_1.weight"][0] = float("nan")
     out = tmp_path / "out"
-    saved = checkpoints.read_mark(whole / "step-00000004")
+    saved = checkpoints.read_metadata(whole / "step-00000004")
     checkpoints.save(
         out / "step-00000004",
         weights=weights,
