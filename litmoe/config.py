@@ -355,6 +355,8 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
 
         run["model"] = upcycled_model(dense)
     resolved, values = _parse(run_parser(), RunSettings, run_file, run, flags)
+    # LitGPT's own class, so that it equals the config of a checkpoint.
+    values["model"] = Config(**{field.name: getattr(values["model"], field.name) for field in fields(Config)})
     settings = RunSettings(**{field.name: values[field.name] for field in fields(RunSettings)})
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
 

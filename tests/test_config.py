@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import litgpt.args
@@ -57,7 +57,7 @@ def test_each_shipped_run_file_parses_and_passes_the_checks(path):
 def test_the_default_run_value_for_value():
     run = parse_run([])
     settings = run.settings
-    assert asdict(settings.model) == asdict(Config.from_file(PROJECT / "model_config.yaml"))
+    assert settings.model == Config.from_file(PROJECT / "model_config.yaml")
     expected = dict(
         name="MoE-200M",
         block_size=2048,

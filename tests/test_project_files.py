@@ -48,7 +48,9 @@ def test_issue_forms_are_valid() -> None:
 def test_versions_agree() -> None:
     version = tomllib.loads(read("pyproject.toml"))["project"]["version"]
     assert yaml.safe_load(read("CITATION.cff"))["version"] == version
-    assert re.search(rf"^## {re.escape(version)} - \d{{4}}-\d\d-\d\d$", read("CHANGELOG.md"), re.MULTILINE)
+    assert re.search(
+        rf"^## {re.escape(version)} - (\d{{4}}-\d\d-\d\d|in preparation)$", read("CHANGELOG.md"), re.MULTILINE
+    )
 
 
 def test_pre_commit_config_names_ruff() -> None:

@@ -170,7 +170,7 @@ def test_refuses_other_models(train, tmp_path: Path, dense_fields: dict, changes
         (["--train.tie_embeddings", "true"], "its embedding and output matrix differ"),
         (["--initial_checkpoint_dir", "x"], "both `initial_checkpoint_dir` and `upcycle` are set"),
         (["--model.n_expert", "0"], "n_expert is 0"),
-        (["--model.n_expert_per_token", "1"], r"would not learn .* --model\.n_expert_per_token 2\.$"),
+        (["--model.n_expert_per_token", "1"], r"does not learn .* --model\.n_expert_per_token 2\.$"),
     ],
 )
 def test_refuses_flags_that_change_the_model(train, dense: Path, flags: list[str], message: str) -> None:

@@ -20,6 +20,7 @@ from litmoe.train.state import (
     plan_from,
     stateful_loader,
     tokens_manifest,
+    unwrap_loader,
 )
 
 
@@ -109,8 +110,8 @@ def check_same_tokens(folder: Path, settings: RunSettings) -> None:
     if tokens_provenance(saved, "train") != tokens_provenance(present, "train"):
         raise UserError(
             f"{folder} was trained on other tokens than those in {present.parent.parent}: the text, its split into"
-            " documents or the tokenizer changed. Restore the old ones, or start a new run from its weights:"
-            f" {new_run_flags(folder, settings)}"
+            f" documents or {settings.tokenizer_dir / 'tokenizer.json'} changed. Restore the old ones, or start a new"
+            f" run from its weights: {new_run_flags(folder, settings)}"
         )
 
 
@@ -190,7 +191,7 @@ def _validation_changes(run: TrainingRun, saved_micro_batch: int) -> bool:
     micro_batch = run.settings.train.micro_batch_size
     if run.val_dataloader is None or micro_batch == saved_micro_batch:
         return False
-    return run.settings.eval.max_iters * min(micro_batch, saved_micro_batch) < stateful_loader(run.val_dataloader).items
+    return run.settings.eval.max_iters * min(micro_batch, saved_micro_batch) < unwrap_loader(run.val_dataloader).items
 
 
 def _describe_end(plan: Plan, is_finetuning: bool) -> str:

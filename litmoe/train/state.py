@@ -328,13 +328,18 @@ def stateful_loader(loader: DataLoader) -> Any:
     Raises:
         UserError: it has none.
     """
-    loader = getattr(loader, "_dataloader", loader)
+    loader = unwrap_loader(loader)
     if not hasattr(loader, "state_dict"):
         raise UserError(
             f"{type(loader).__name__} has no state_dict, so a run on it could not be resumed; use"
             " litmoe.data.TokenizedText or a LitGPT data module based on litdata."
         )
     return loader
+
+
+def unwrap_loader(loader: DataLoader) -> Any:
+    """Return the loader inside Fabric's wrapper."""
+    return getattr(loader, "_dataloader", loader)
 
 
 def tokens_manifest(settings: RunSettings) -> Path | None:

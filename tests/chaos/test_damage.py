@@ -20,7 +20,7 @@ import yaml
 from litgpt import Tokenizer
 
 from litmoe import checkpoints, load
-from litmoe.checksummed_json import file_sha256, read_checksummed, write_checksummed, write_json
+from litmoe.checksummed_json import file_sha256, read_checksummed, write_checksummed
 from litmoe.cli import UserError, run_cli
 from litmoe.config import parse_run
 from litmoe.data import InstructionData, manifest
@@ -322,21 +322,6 @@ def test_an_index_that_is_nested_too_deeply_is_no_traceback(world: World) -> Non
     world.mend()
     (manifest.tokens_dir(world.folder / "data", "train") / "index.json").write_text("[" * 200_000, encoding="utf-8")
     assert manifest.read(world.folder / "data") is None
-    world.mend()
-
-
-def test_tokens_of_an_older_version(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without checksums they are read, and it is said that damage to them can't be seen."""
-    world.mend()
-    whole = resumed(world)
-    assert "without checksums" not in capsys.readouterr().out
-    path = manifest.manifest_path(world.folder / "data")
-    values = read_checksummed(path)
-    for split in values["splits"].values():
-        del split["files"]
-    write_json(path, values)
-    assert resumed(world) == whole
-    assert "made by an older version, without checksums" in capsys.readouterr().out
     world.mend()
 
 

@@ -294,7 +294,7 @@ def test_a_null_where_a_value_is_expected(line: str, named: str, base: Path, tmp
     values = yaml.safe_load(FINETUNE_FILES[0].read_text(encoding="utf-8"))
     ((key, value),) = yaml.safe_load(line).items()
     path.write_text(yaml.safe_dump(values | {key: (values[key] | value if key == "data" else value)}), encoding="utf-8")
-    with pytest.raises(UserError, match=rf"^{named} can't be null; expected a value"):
+    with pytest.raises(UserError, match=rf"^{named} must not be null: set a value"):
         parse_finetuning([str(base), "--config", str(path)])
 
 

@@ -89,7 +89,7 @@ def test_routers_that_can_not_learn_are_named(tune, tmp_path, moe_fields, tokeni
 def test_lora_leaves_selection_biases_as_they_are(tune, tmp_path, moe_fields, tokenizer_dir):
     """They are no part of the updates that are saved by themselves; a base with them would be another one."""
     base = save_tiny(tmp_path / "other", tiny_gpt(moe_fields | {"block_size": 48} | SIGMOID), tokenizer_dir)
-    with pytest.raises(UserError, match=r"LoRA leaves the routers' selection bias.*--lora_r 0"):
+    with pytest.raises(UserError, match=r"LoRA does not change the routers' selection bias.*--lora_r 0"):
         tune("--checkpoint_dir", str(base), "--lora_r", "4", "--moe.bias_update_rate", "0.01")
 
 
