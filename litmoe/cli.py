@@ -1,4 +1,4 @@
-"""What every script's command line has in common: one parser, one kind of error, one spelling of flags."""
+"""Shared by all command-line scripts: one parser, one kind of user error, one spelling of flags."""
 
 import difflib
 import errno
@@ -14,24 +14,24 @@ from typing import Any, Optional
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-# What the system says of paths that nobody but the user can have named.
+# Errors of the operating system for paths that only the user can have named.
 _NO_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
-# What a terminal would obey instead of showing it, but for line breaks and tabs.
+# Control characters, except line breaks and tabs: a terminal would obey them instead of showing them.
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: what was found, what was expected, and the command that mends it.
+    """A mistake that the user can fix.
 
-    A script prints it as one message and ends with exit code 1; every other exception is a bug and keeps its traceback.
+    The message says what was found, what was expected, and the command that fixes it. Scripts print it as one message and exit with code 1. Every other exception is a bug and keeps its traceback.
     """
 
 
 def run_cli(
     function: Callable[..., Any], argv: Sequence[str] | None = None, *, optional_positional: str | None = None
 ) -> Any:
-    """Parses the command line for ``function``'s signature, calls it, and turns a user's mistake into one message.
+    """Parse the command line for the signature of ``function``, call it, and turn user mistakes into one message.
 
     Args:
         function: its parameters (annotated; dataclasses allowed) become flags, their docstrings the help texts; those
@@ -46,10 +46,10 @@ def run_cli(
 
 
 def exit_with_message(call: Callable[[], Any]) -> Any:
-    """Runs ``call`` and turns a user's mistake, a full disk or a refused file into one message and exit code 1."""
+    """Run ``call``. A user mistake, a full disk or a refused file becomes one message and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Lines arrive as they are written, also in a file or a pipe; and no console's code page ends a run.
+            # Write line by line, also into files and pipes, and never fail on a console's code page.
             stream.reconfigure(line_buffering=True, errors="replace")
     try:
         return call()
@@ -67,27 +67,26 @@ def exit_with_message(call: Callable[[], Any]) -> Any:
 
 
 def strip_control_chars(text: str) -> str:
-    """A text that others wrote (a model may write any byte), as it may go to a terminal."""
+    """Replace control characters, so that text from a model or a file can be printed to a terminal."""
     return text.translate(_CONTROL)
 
 
 def command(script: str, *arguments: object) -> str:
-    """A command line of one of the project's scripts that can be pasted into a shell.
+    """Return a command line of one of the scripts that can be pasted into a shell.
 
     Args:
-        script: as ``generate.py``.
-        arguments: flags and values, each of them one; quoted where the shell needs it.
+        script: such as ``generate.py``.
+        arguments: flags and values, one each; they are quoted if the shell needs it.
     """
     return " ".join(["uv run python", script, *map(quoted, arguments)])
 
 
 def quoted(argument: object, *, windows: bool = os.name == "nt") -> str:
-    """A path or another value as one word of a command line: for POSIX shells, or for Windows in the double quotes that
-    both cmd and PowerShell read."""
+    """Quote a value as one argument: for POSIX shells, or for Windows in double quotes (cmd and PowerShell)."""
     text = str(argument)
     if not windows:
         return shlex.quote(text)
-    escaped = subprocess.list2cmdline([text])  # quotes blanks alone, and no other character that shells act on
+    escaped = subprocess.list2cmdline([text])  # quotes spaces only, no other special characters
     if escaped.startswith('"') or re.fullmatch(r"[\w.:/\\=+-]+", text):
         return escaped
     backslashes = len(escaped) - len(escaped.rstrip("\\"))  # they would escape the closing quote
@@ -95,16 +94,17 @@ def quoted(argument: object, *, windows: bool = os.name == "nt") -> str:
 
 
 def make_parser(**kwargs: Any) -> ArgumentParser:
-    """A jsonargparse parser that raises ``ArgumentError`` and reads field docstrings as help texts."""
+    """Return a jsonargparse parser that raises ``ArgumentError`` and uses field docstrings as help texts."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(exit_on_error=False, **kwargs)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
-    """Parses ``argv`` with dashes and underscores as one spelling; an unknown key names the nearest known one.
+    """Parse ``argv``; dashes and underscores in flags are equal.
 
     Raises:
-        UserError: for anything that the parser refuses, and as `underscored`.
+        UserError: for anything that the parser rejects (an unknown flag names the nearest known one), and as
+            ``underscored``.
     """
     arguments = with_bare_switches(parser, underscored(sys.argv[1:] if argv is None else argv))
     try:
@@ -135,14 +135,14 @@ def with_current_class_paths(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def underscored(argv: Iterable[str]) -> list[str]:
-    """Writes ``--micro-batch-size=4`` as ``--micro_batch_size=4``; values and positional arguments stay as they are.
+    """Replace dashes in flags: ``--micro-batch-size=4`` becomes ``--micro_batch_size=4``. Values do not change.
 
     Raises:
-        UserError: an argument is not UTF-8, as in a Latin-1 terminal. The name of a file that exists may be so.
+        UserError: an argument is not UTF-8, as in a Latin-1 terminal, and not the name of an existing file.
     """
     result, only_values = [], False
     for argument in argv:
-        if any(0xD800 <= ord(character) < 0xE000 for character in argument):  # what Python makes of such bytes
+        if any(0xD800 <= ord(character) < 0xE000 for character in argument):  # Python's surrogates for such bytes
             name, equals, value = argument.partition("=")
             if not Path(value if equals else name).exists():
                 raise UserError(
@@ -158,7 +158,7 @@ def underscored(argv: Iterable[str]) -> list[str]:
 
 
 def with_bare_switches(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """Reads a yes-or-no flag without a value as yes: ``--overwrite`` as ``--overwrite=true``."""
+    """Give switches without a value the value true: ``--overwrite`` becomes ``--overwrite=true``."""
     switches = {
         option
         for action in parser._actions
@@ -173,13 +173,13 @@ def with_bare_switches(parser: ArgumentParser, argv: Sequence[str]) -> list[str]
 
 
 def known_flags(parser: ArgumentParser) -> list[str]:
-    """The names of all flags of a parser, without their dashes."""
+    """Return the names of all flags of a parser, without their dashes."""
     flags = (option for action in parser._actions for option in action.option_strings)
     return [flag.lstrip("-") for flag in flags if flag.startswith("--")]
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like ``name`` (also by its last part alone), or None where nothing is."""
+    """Return the known name most similar to ``name`` or to its last part; None if none is similar."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:
@@ -190,7 +190,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def explain(message: str, known: Iterable[str]) -> str:
-    """Shortens jsonargparse's message and adds the nearest known name where it complains about an unknown one."""
+    """Shorten a message of jsonargparse. For an unknown name, add the nearest known one."""
     message = re.sub(r"\n\s*\n+", "\n", message.strip())
     name = ""
     if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
@@ -202,7 +202,7 @@ def explain(message: str, known: Iterable[str]) -> str:
         name = f"{parent.group(1)}.{found.group(1)}" if parent else found.group(1)
     if name:
         suggestion = nearest(name, known)
-        hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is like it"
+        hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is similar"
         return f"unknown setting {name!r}; {hint}. `--help` lists all of them."
     return message + "\n`--help` lists all flags and their types."
 

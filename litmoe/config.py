@@ -51,7 +51,7 @@ SHORT_FLAGS = {
     "global_batch_size": "train.global_batch_size",
     "max_seq_length": "train.max_seq_length",
 }
-"""Flags that people reach for most, and the settings that they stand for."""
+"""Short flags, and the settings that they set."""
 
 FINETUNE_SHORT_FLAGS = SHORT_FLAGS | {
     "data_dir": "data.init_args.data_dir",
@@ -124,29 +124,29 @@ class EvalArgs(litgpt_args.EvalArgs):
     final_validation: bool = True
     """Whether to evaluate after the last step"""
     evaluate_example: str | int = "first"
-    """LitGPT's; means nothing here"""
+    """LitGPT's; not used here"""
     hellaswag: str | None = None
-    """HellaSwag's questions to score: a file in its JSONL, or a name on the Hub (Rowan/hellaswag); null for none"""
+    """HellaSwag questions to score: a JSONL file, or a name on the Hub (Rowan/hellaswag); null for none"""
     hellaswag_interval: int | None = None
-    """Optimizer steps between two scores; null: those of `interval`"""
+    """Optimizer steps between two scores; null: `interval`"""
     hellaswag_limit: int | None = None
-    """Only the first so many questions"""
+    """Score only the first N questions"""
 
 
 @dataclass
 class MoESettings:
-    """How the experts are computed and balanced; the layer itself is described by the model's config."""
+    """How the experts are computed and balanced; the model's config describes the layer itself."""
 
     load_balancing_loss: float = 0.01
     """Weight of the load-balancing loss, a mean over layers (Switch Transformer, arXiv 2101.03961); 0 turns it off"""
     z_loss: float = 0.001
     """Weight of the router z-loss, a mean over layers (ST-MoE, arXiv 2202.08906); 0 turns it off"""
     bias_update_rate: float = 0.0
-    """How far the selection bias of a sigmoid router (model.n_expert_groups) moves at each step towards an even load
-    (DeepSeek-V3, arXiv 2408.15664); usual is 0.001 with a small load_balancing_loss, or none"""
+    """Step size of the selection bias of a sigmoid router (model.n_expert_groups) towards an even load (DeepSeek-V3,
+    arXiv 2408.15664); usual: 0.001, with a small load_balancing_loss or none"""
     backend: Literal["auto", "grouped_mm", "triton", "loop"] = "auto"
-    """What computes the experts (custom_moe/backends.py); auto goes by card, type and widths. A checkpoint is
-    the same for all"""
+    """What computes the experts (custom_moe/backends.py); auto chooses by GPU, type and widths. Checkpoints do not
+    depend on it"""
 
 
 @dataclass
@@ -154,22 +154,22 @@ class ScheduleSettings:
     """The learning rate after its warm-up (`train.lr_warmup_steps`), from the optimizer's lr to `train.min_lr`."""
 
     name: Literal["cosine", "wsd"] = "cosine"
-    """cosine: half a cosine down. wsd (warmup-stable-decay; MiniCPM, arXiv 2404.06395): lr itself, then linearly down
-    at the end (arXiv 2405.18392), so that a longer run can go on from any checkpoint before that"""
+    """cosine: half a cosine down. wsd (warmup-stable-decay; MiniCPM, arXiv 2404.06395): constant, then linearly down
+    at the end (arXiv 2405.18392), so that a longer run can continue from any checkpoint before the decay"""
     decay_fraction: float = 0.2
-    """The part of all optimizer steps in which wsd goes down"""
+    """Fraction of all optimizer steps in which wsd decays"""
 
 
 @dataclass
 class CheckpointSettings:
-    """When a run saves, beside `train.save_interval` (in optimizer steps), and what it keeps."""
+    """When a run saves, in addition to `train.save_interval` (optimizer steps), and what it keeps."""
 
     every_minutes: float | None = 10.0
-    """Minutes between two saves at most, and so what a power cut may cost; null saves by `train.save_interval` alone"""
+    """Most minutes between two saves, so the most that a power cut costs; null: only by `train.save_interval`"""
     keep_last: int | None = 3
-    """How many checkpoints stay, the newest; an older one is deleted when its successor is whole. null keeps all"""
+    """Number of newest checkpoints to keep; an older one is deleted when the new one is complete. null keeps all"""
     keep_every: int | None = None
-    """Those whose step is a multiple of this stay, too (a multiple of `train.save_interval`)"""
+    """Also keep checkpoints with a step that is a multiple of this (a multiple of `train.save_interval`)"""
 
 
 @dataclass
@@ -177,32 +177,32 @@ class SampleSettings:
     """The text that the model writes at each evaluation."""
 
     prompt: str | None = "Once upon a time"
-    """What it continues; null for no samples"""
+    """The text to continue; null for no samples"""
     max_new_tokens: int = 64
-    """Tokens at most; it stops by itself at the end-of-text token (`eval.max_new_tokens` overrides it)"""
+    """Most tokens; a sample ends earlier at the end-of-text token (`eval.max_new_tokens` overrides this)"""
     temperature: float = 0.8
-    """0 takes the most probable token each time"""
+    """0 always takes the most probable token"""
     top_k: int | None = 50
-    """Only the k most probable tokens may be drawn"""
+    """Draw from the k most probable tokens"""
     seed: int = 1234
-    """The sample has a random generator of its own, so that the run's random state stays as it is"""
+    """Seed of the sample's own random generator; the random state of the run does not change"""
 
 
 @dataclass
 class PrepareSettings:
-    """What `prepare_data.py` is told where the run's data folder is still empty (the same names as its flags)."""
+    """Flags of `prepare_data.py` for a data folder that is still empty."""
 
     source: str | None = None
-    """A corpus by name, or a file or folder of text; null: the text that lies in the data folder"""
+    """A corpus by name, or a file or folder of text; null: the text in the data folder"""
     tokenizer: str | None = None
-    """A name on the Hugging Face Hub, a folder, or `train`; null: the one that lies in tokenizer_dir, else gpt2"""
+    """A name on the Hugging Face Hub, a folder, or `train`; null: the one in tokenizer_dir, else gpt2"""
     vocab_size: int | None = None
     """Vocabulary size for `tokenizer: train`"""
 
 
 @dataclass
 class RunSettings:
-    """Everything that `run_train.py` can be told. Names and meanings up to `seed` are `litgpt.pretrain.setup`'s."""
+    """All settings of `run_train.py`. Names and meanings up to `seed` are those of `litgpt.pretrain.setup`."""
 
     model: ModelConfig
     """The model, in LitGPT's fields; in a run file also the path of a YAML file with them"""
@@ -215,29 +215,29 @@ class RunSettings:
     optimizer: Any
     """A function from parameter groups to an optimizer; see `CLASS_SETTINGS`"""
     log: LogArgs = field(default_factory=LogArgs)
-    """Names for the loggers that want them"""
+    """Names for W&B"""
     out_dir: Path = Path("checkpoints")
-    """Where checkpoints and metrics go"""
+    """Folder for checkpoints and metrics"""
     precision: Precision | None = None
-    """Numbers that the model computes in; null picks what the hardware does well"""
+    """Number format of the computation; null picks a fast one for this hardware"""
     initial_checkpoint_dir: Path | None = None
-    """A checkpoint folder whose weights the run starts from"""
+    """Start from the weights of this checkpoint folder"""
     upcycle: Path | None = None
-    """A dense (SwiGLU) checkpoint folder: each expert starts as a copy of its feed-forward. Without --model the run's
-    model is that checkpoint's with 8 experts, 2 for each token"""
+    """A dense (SwiGLU) checkpoint folder: each expert starts as a copy of its feed-forward. Without --model the model
+    is that of the checkpoint with 8 experts, 2 per token"""
     resume: bool | Literal["auto"] | Path = False
-    """`auto` goes on with the run in out_dir, or starts it where there is none; a checkpoint folder goes on from it"""
+    """`auto` resumes the run in out_dir, or starts it if there is none; a checkpoint folder resumes from it"""
     devices: int | str = "auto"
-    """How many GPUs (or CPU processes); `auto` takes all GPUs, or one CPU process"""
+    """Number of GPUs (or CPU processes); `auto`: all GPUs, or one CPU process"""
     num_nodes: int = 1
-    """How many machines"""
+    """Number of machines"""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several devices share the work: ddp (auto, too) keeps the whole model on each; fsdp keeps a part of each
-    parameter, gradient and moment, for models too large for one. Checkpoints are the same"""
+    """How several devices share the work: ddp (and auto) keeps the complete model on each; fsdp shards parameters,
+    gradients and moments, for models too large for one device. Checkpoints are the same"""
     tokenizer_dir: Path = Path("data/tokenizer")
     """Folder of the tokenizer"""
     logger_name: LoggerName = "csv"
-    """One more logger beside the CSV file"""
+    """One logger in addition to the CSV file"""
     seed: int = 42
     """Seed of weights and data order"""
     loggers: list[LoggerName] | None = None
@@ -245,32 +245,32 @@ class RunSettings:
     run_name: str | None = None
     """Name of the run for W&B and in the settings that are saved"""
     compile: bool | None = None
-    """torch.compile; null turns it on where a CUDA GPU and a compiler are there"""
+    """torch.compile; null turns it on if there is a CUDA GPU and a compiler"""
     activation_checkpointing: Recomputed = "none"
-    """What is computed twice to save memory, with the same results: nothing, whole blocks, or their feed-forwards"""
+    """What is computed twice to save memory, with the same results: nothing, complete blocks, or their experts"""
     progress: bool | None = None
-    """A progress bar; null shows one in a terminal and plain lines elsewhere"""
+    """Show a progress bar; null: in a terminal, and plain lines elsewhere"""
     overwrite: bool = False
-    """Delete the run that lies in out_dir and start anew"""
+    """Delete the existing run in out_dir and start a new one"""
     moe: MoESettings = field(default_factory=MoESettings)
     """Balance of the experts"""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    """The learning rate's curve; optimizer groups with rates of their own keep their ratio to the first"""
+    """Learning-rate curve; optimizer groups with their own rates keep their ratio to the first group"""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     """When the run saves and which checkpoints it keeps"""
     sample: SampleSettings = field(default_factory=SampleSettings)
-    """Text that is generated at each evaluation"""
+    """Text generated at each evaluation"""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
-    """Where text and tokenizer come from when they are not there yet"""
+    """Where text and tokenizer come from if the folders are empty"""
     wandb_dataset: str | None = None
     """A W&B dataset artifact to train on: `entity/project/name:alias`, or `project/name:alias` with WANDB_ENTITY"""
     wandb_artifacts_dir: Path = Path("data/wandb_artifacts")
-    """Where W&B dataset artifacts are kept"""
+    """Folder for W&B dataset artifacts"""
 
 
 @dataclass
 class FinetuneSettings(RunSettings):
-    """Everything that `finetune.py` can be told; the LoRA fields are `litgpt.finetune.lora.setup`'s."""
+    """All settings of `finetune.py`; the LoRA fields are those of `litgpt.finetune.lora.setup`."""
 
     compile: bool | None = False
     """torch.compile; conversations of all lengths share their graphs"""
