@@ -24,7 +24,8 @@ _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(cod
 class UserError(ValueError):
     """A mistake that the user can fix.
 
-    The message says what was found, what was expected, and the command that fixes it. Scripts print it as one message and exit with code 1. Every other exception is a bug and keeps its traceback.
+    The message says what was found, what was expected, and the command that fixes it. Scripts print it as one message
+    and exit with code 1. Every other exception is a bug and keeps its traceback.
     """
 
 
