@@ -165,7 +165,7 @@ def test_refuses_other_models(train, tmp_path: Path, dense_fields: dict, changes
             "n_expert_groups selects a sigmoid router",
         ),
         (["--model.mlp_class_name=LLaMAMLP", "--model.n_expert=0"], "mlp_class_name is LLaMAMLP, expected LLaMAMoE"),
-        (["--model.n_layer", "3"], "n_layer: 2 there, 3 here. Leave --model away"),
+        (["--model.n_layer", "3"], "n_layer: 2 there, 3 here. Omit --model"),
         (["--model.first_k_dense_replace=1", "--model.intermediate_size=32"], "intermediate_size is 32, expected 40"),
         (["--train.tie_embeddings", "true"], "its embedding and output matrix differ"),
         (["--initial_checkpoint_dir", "x"], "both `initial_checkpoint_dir` and `upcycle` are set"),
@@ -207,7 +207,7 @@ def test_does_not_resume_another_run(train, tmp_path: Path, dense: Path, dense_f
     shape = ("--train.max_steps", "5")
     out = train("--upcycle", str(dense), *shape)
     other = save_tiny(tmp_path / "other", tiny_gpt(dense_fields, seed=1), None)
-    with pytest.raises(UserError, match=r"is of a run that began from .*dense, not from .*other"):
+    with pytest.raises(UserError, match=r"is from a run that started from .*dense, not from .*other"):
         train("--upcycle", str(other), *shape, "--resume", "auto")
     train("--upcycle", str(dense), *shape, "--resume", str(out / "step-00000004"), "--overwrite")
     with pytest.raises(UserError, match="--overwrite would delete"):

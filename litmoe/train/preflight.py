@@ -1,4 +1,4 @@
-"""What must be there before the first step: data, a tokenizer that fits the model, a place to write, a checkpoint."""
+"""Checks before the first step: data, a tokenizer that fits the model, a folder to write to, a checkpoint."""
 
 import glob
 import json
@@ -35,38 +35,30 @@ from litmoe.validation import check
 
 
 def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
-    """Brings everything into place that training needs; every process of a run may call it.
+    """Prepare everything that pretraining needs. Every rank of a run may call it.
 
     Returns:
-        The run, its data paths those of the W&B dataset where it asks for one, and the checkpoint folder to resume from
-        (None for a fresh start).
+        The run, with the data paths of its W&B dataset or of moved data, and the checkpoint folder to resume from (None
+        for a new run).
 
     Raises:
-        UserError: for what is missing or does not fit. Nothing is lost then.
+        UserError: something is missing or does not fit. Nothing is lost then.
     """
     run = _with_wandb_dataset(run)
     settings = run.settings
     resume_from = find_checkpoint(settings)
-    if settings.resume and resume_from is None:  # `auto` starts a new run where there is none to resume
+    if settings.resume and resume_from is None:  # `auto` starts a new run, which has stricter checks
         check(replace(settings, resume=False), run.optimizer)
-    if settings.initial_checkpoint_dir is not None:
-        refuse_openai_gpt2(settings.initial_checkpoint_dir)
-    if settings.upcycle is not None and resume_from is not None:
-        check_same_start(resume_from, settings.upcycle)
-    elif settings.upcycle is not None:
-        check_experts(settings.upcycle, settings.model, tie_embeddings=bool(settings.train.tie_embeddings))
-        check_same_model(settings.upcycle, settings.model, apart_from=MOE_FIELDS)
-    for folder in (resume_from, settings.initial_checkpoint_dir):
-        if folder is not None:
-            check_same_model(folder, settings.model)
+    _check_start(settings, resume_from)
     if settings.eval.hellaswag is not None and main_process():
-        read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before text is tokenized for hours
+        read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before hours of tokenizing
     if resume_from is not None:
         run = _with_moved_data(run, resume_from)
         settings = run.settings
     prepare_data(settings)
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
-    if (start := settings.initial_checkpoint_dir or settings.upcycle) is not None:
+    start = settings.initial_checkpoint_dir or settings.upcycle
+    if start is not None:
         check_same_tokenizer(start, settings.tokenizer_dir)
     check_sample(settings, tokenizer)
     if main_process():
@@ -74,28 +66,37 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     return run, resume_from
 
 
+def _check_start(settings: RunSettings, resume_from: Path | None) -> None:
+    """Check that the checkpoints that a run starts or resumes from have its model."""
+    if settings.initial_checkpoint_dir is not None:
+        refuse_openai_gpt2(settings.initial_checkpoint_dir)
+        check_same_model(settings.initial_checkpoint_dir, settings.model)
+    if resume_from is not None:
+        if settings.upcycle is not None:
+            check_same_start(resume_from, settings.upcycle)
+        check_same_model(resume_from, settings.model)
+    elif settings.upcycle is not None:
+        check_experts(settings.upcycle, settings.model, tie_embeddings=bool(settings.train.tie_embeddings))
+        check_same_model(settings.upcycle, settings.model, apart_from=MOE_FIELDS)
+
+
 def ready_to_finetune(settings: RunSettings) -> Path | None:
-    """The same for finetuning: the checkpoint folder to resume from, or None.
+    """Prepare everything that finetuning needs, and return the checkpoint folder to resume from, or None.
 
     Raises:
-        UserError: for what is missing or does not fit. Nothing is lost then.
+        UserError: something is missing or does not fit. Nothing is lost then.
     """
     assert isinstance(settings, FinetuneSettings)
     if not isinstance(settings.data, InstructionData):
         raise UserError(
-            f"finetuning wants conversations, and the run's data is {type(settings.data).__name__}; expected"
+            f"finetuning needs conversations, and the run's data is {type(settings.data).__name__}; expected"
             " litmoe.data.InstructionData."
         )
     resume_from = find_checkpoint(settings)
     if resume_from is not None:
         check_same_model(resume_from, settings.model)
         check_same_tuning(resume_from, settings)
-        kept = resume_from / checkpoints.INSTRUCTIONS
-        if not settings.data.manifest_path.is_file() and kept.is_file():
-            then = kept.read_bytes()
-            name = settings.data.manifest_path.name
-            found = _moved_to(settings.data.data_dir, lambda folder: (folder / name).read_bytes() == then)
-            settings.data.data_dir = found or settings.data.data_dir  # where there is none, that is said below
+        _find_moved_instructions(settings, resume_from)
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
     settings.data.connect(tokenizer, settings.train.micro_batch_size, settings.model.block_size)
     settings.data.prepare_data()
@@ -106,19 +107,38 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
     return resume_from
 
 
+def _find_moved_instructions(settings: FinetuneSettings, resume_from: Path) -> None:
+    """Point ``data_dir`` to where the conversations of the checkpoint are now, if they were moved nearby.
+
+    Otherwise ``prepare_data`` reports that there are none.
+    """
+    data = settings.data
+    saved = resume_from / checkpoints.INSTRUCTIONS
+    if data.manifest_path.is_file() or not saved.is_file():
+        return
+    content, name = saved.read_bytes(), data.manifest_path.name
+    moved_to = _moved_to(data.data_dir, lambda folder: (folder / name).read_bytes() == content)
+    if moved_to is not None:
+        data.data_dir = moved_to
+
+
 def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
-    """Raises ``UserError`` where a run would go on with other LoRA weights or another prompt style."""
+    """Raise ``UserError`` if a resumed run would have other LoRA weights or another prompt style."""
     saved = checkpoints.load_hyperparameters(folder)
     if "lora_r" not in saved:
         raise UserError(
-            f"{folder} is of a pretraining run, which finetuning can't resume; start from its weights:"
+            f"{folder} is from a pretraining run, which finetuning can't resume; start from its weights:"
             f" {new_run_flags(folder, settings)}"
         )
-    now = {name: getattr(settings, name) for name in LORA_FIELDS} | {"prompt_style": settings.data.prompt_style}
-    then = saved | saved["data"].get("init_args", {})
-    meant = now if then["lora_r"] or now["lora_r"] else {"prompt_style"}
-    compared = [name for name in meant if name in then]  # an older version may not have had all of these settings
-    if changed := [f"{name} was {then[name]} and is now {now[name]}" for name in compared if then[name] != now[name]]:
+    saved |= saved["data"].get("init_args", {})
+    present = {name: getattr(settings, name) for name in LORA_FIELDS}
+    has_lora = saved["lora_r"] or present["lora_r"]
+    present = (present if has_lora else {}) | {"prompt_style": settings.data.prompt_style}
+    changed = []
+    for name, value in present.items():
+        if name in saved and saved[name] != value:  # older versions did not have all of these settings
+            changed.append(f"{name} was {saved[name]} and is now {value}")
+    if changed:
         raise UserError(
             f"{folder} can't be resumed with other settings: {'; '.join(changed)}. Resume with the old ones, or start a"
             f" new run from its weights: {new_run_flags(folder, settings)}"
@@ -126,20 +146,20 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
 
 
 def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
-    """What the sample at each evaluation answers: ``sample.prompt``, or the first held-out question that leaves room.
+    """Return the prompt of the sample at each evaluation, in the run's style.
 
-    Returns:
-        The prompt in the run's style.
+    It is ``sample.prompt``, or the first validation question that leaves room for an answer.
 
     Raises:
-        UserError: the prompt is too long, or all held-out ones are.
+        UserError: the prompt is too long, or all validation questions are.
     """
     data = settings.data
     style = conversations.prompt_style(data.prompt_style)
     context = settings.train.max_seq_length or settings.model.block_size
     if settings.sample.prompt is None:
-        held_out = read_conversations(data.data_dir, "val")
-        prompts = [list(takewhile(lambda message: message["role"] != "assistant", one)) for one in held_out]
+        prompts = []
+        for conversation in read_conversations(data.data_dir, "val"):
+            prompts.append(list(takewhile(lambda message: message["role"] != "assistant", conversation)))
     else:
         prompts = [[Message(role="user", content=settings.sample.prompt)]]
     lengths = []
@@ -192,20 +212,24 @@ def _has_text(data: TokenizedText) -> bool:
 
 
 def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
-    """The run's tokenizer, whose ids the model can hold.
+    """Return the run's tokenizer.
 
-    An id beyond the embedding dies in an IndexError at some step, or is read from foreign memory on a GPU.
+    Raises:
+        UserError: there is none, or it has ids beyond the model's embedding. Those would raise an IndexError at some
+            step, or read other memory on a GPU.
     """
     try:
         tokenizer = litgpt_tokenizer(tokenizer_dir)
-    except Exception as error:  # whatever the tokenizers library says of a broken file
+    except Exception as error:  # any error of the tokenizers library for a broken file
         brings_one = command("prepare_data.py", "--tokenizer", "gpt2", "--tokenizer_dir", tokenizer_dir)
         raise UserError(
             f"no usable tokenizer in {tokenizer_dir} ({error or type(error).__name__}); expected a tokenizer.json:"
             f" `{brings_one}` brings one."
         ) from None
-    fast = tokenizer.backend == "huggingface"
-    size = max(tokenizer.processor.get_vocab().values()) + 1 if fast else tokenizer.vocab_size
+    if tokenizer.backend == "huggingface":
+        size = max(tokenizer.processor.get_vocab().values()) + 1  # ids may have gaps
+    else:
+        size = tokenizer.vocab_size
     if size > (config.padded_vocab_size or 0):
         raise UserError(
             f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary holds"
@@ -215,7 +239,7 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
 
 
 def check_sample(settings: RunSettings, tokenizer: Tokenizer) -> None:
-    """A setting of the samples that can't be would end the run at its first evaluation."""
+    """Check the settings of the samples now, not at the first evaluation."""
     sample = settings.sample
     if sample.prompt is None:
         return
@@ -231,46 +255,58 @@ def check_sample(settings: RunSettings, tokenizer: Tokenizer) -> None:
 
 
 def find_checkpoint(settings: RunSettings) -> Path | None:
-    """The folder that ``resume`` means, its contents verified, or None for a fresh start.
+    """Return the verified checkpoint folder that ``resume`` names, or None for a new run.
 
     Raises:
-        UserError: where there is none at the path named, or it is damaged, or the run would go over other checkpoints.
+        UserError: there is none, it is damaged, or the run would replace other checkpoints.
     """
-    out_dir, resume = settings.out_dir, settings.resume
-    if isinstance(resume, Path):
-        folder = checkpoints.resolve(resume)
-        checkpoints.verify(folder)
-        if folder.resolve().parent != out_dir.resolve():
-            check_unoccupied(settings)
-        elif (newer := checkpoints.newer(folder)) and not settings.overwrite:
-            raise UserError(
-                f"{out_dir} holds checkpoints of later steps than {folder.name}:"
-                f" {', '.join(path.name for path in newer[:4])}. Delete them with --overwrite, or keep them and go on"
-                " from this one elsewhere with --out_dir."
-            )
-        return folder
-    if not resume:
+    if isinstance(settings.resume, Path):
+        return _named_checkpoint(settings, settings.resume)
+    if settings.resume:
+        return _newest_checkpoint(settings)
+    check_unoccupied(settings)
+    return None
+
+
+def _named_checkpoint(settings: RunSettings, path: Path) -> Path:
+    folder = checkpoints.resolve(path)
+    checkpoints.verify(folder)
+    if folder.resolve().parent != settings.out_dir.resolve():
         check_unoccupied(settings)
-        return None
-    found, damages = checkpoints.newest_undamaged(out_dir)
-    for damage in damages:
-        _warn(f"warning: {damage}; it is passed over.")
-    if found is None and damages:
+        return folder
+    newer = checkpoints.newer(folder)
+    if newer and not settings.overwrite:
         raise UserError(
-            f"no checkpoint in {out_dir} is whole. Start anew with --overwrite in place of --resume, or elsewhere with"
-            " --out_dir."
+            f"{settings.out_dir} holds checkpoints of later steps than {folder.name}:"
+            f" {', '.join(path.name for path in newer[:4])}. Delete them with --overwrite, or keep them and continue"
+            " from this one elsewhere with --out_dir."
         )
-    if found is None and resume is True:
-        raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts fresh where there is none.")
-    if found is None:
-        if whole := [path.parent.name for path in out_dir.glob(f"*/{checkpoints.COMPLETE_FILE}")]:
-            raise UserError(
-                f"{out_dir} holds {whole[0]}, which no training can go on from (an imported checkpoint, say) and which"
-                " a fresh start would replace. Put the run elsewhere with --out_dir, or start with --overwrite in place"
-                " of --resume."
-            )
-        _warn(f"Nothing to resume in {out_dir}: this is a fresh start.")
-    return found
+    return folder
+
+
+def _newest_checkpoint(settings: RunSettings) -> Path | None:
+    out_dir = settings.out_dir
+    folder, damages = checkpoints.newest_undamaged(out_dir)
+    for damage in damages:
+        _warn(f"warning: {damage}; it is skipped.")
+    if folder is not None:
+        return folder
+    if damages:
+        raise UserError(
+            f"no checkpoint in {out_dir} is complete. Start again with --overwrite instead of --resume, or elsewhere"
+            " with --out_dir."
+        )
+    if settings.resume is True:
+        raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts a new run if there is none.")
+    not_resumable = [path.parent.name for path in out_dir.glob(f"*/{checkpoints.COMPLETE_FILE}")]
+    if not_resumable:
+        raise UserError(
+            f"{out_dir} holds {not_resumable[0]}, which can't be resumed (an imported checkpoint, for example) and"
+            " which a new run would replace. Put the run elsewhere with --out_dir, or start with --overwrite instead of"
+            " --resume."
+        )
+    _warn(f"Nothing to resume in {out_dir}: this is a new run.")
+    return None
 
 
 def _warn(line: str) -> None:
@@ -279,7 +315,7 @@ def _warn(line: str) -> None:
 
 
 def check_unoccupied(settings: RunSettings) -> None:
-    """Raises ``UserError`` where ``out_dir`` holds another run that may not be deleted."""
+    """Raise ``UserError`` if ``out_dir`` holds another run that must not be deleted."""
     out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
     inside = [path for path in (out_dir, *out_dir.parents) if (path / checkpoints.COMPLETE_FILE).is_file()]
     if inside:
@@ -298,32 +334,36 @@ def check_unoccupied(settings: RunSettings) -> None:
 
 
 def check_same_model(folder: Path, config: Config, apart_from: Collection[str] = ()) -> None:
-    """Raises ``UserError`` with the fields in which the checkpoint's model differs from the run's."""
+    """Raise ``UserError`` with the fields in which the checkpoint's model differs from the run's."""
     saved, wanted = asdict(checkpoints.load_config(folder)), asdict(config)
     ignored = ("name", "hf_config", "vocab_size", "padding_multiple")  # they change neither weights nor computation
-    different = [f"{name}: {saved[name]} there, {wanted[name]} here" for name in wanted if saved[name] != wanted[name]]
-    different = [line for line in different if line.split(":")[0] not in (*ignored, *apart_from)]
-    if different:
-        own = f"Take its own config: --model {quoted(folder / 'model_config.yaml')}"
-        raise UserError(
-            f"{folder} holds another model than this run's: {'; '.join(different)}."
-            f" {'Leave --model away and its own config is taken.' if apart_from else own}"
-        )
+    different = []
+    for name in wanted.keys() - {*ignored, *apart_from}:
+        if saved[name] != wanted[name]:
+            different.append(f"{name}: {saved[name]} there, {wanted[name]} here")
+    if not different:
+        return
+    if apart_from:
+        advice = "Omit --model to use its own config."
+    else:
+        advice = f"Use its own config: --model {quoted(folder / 'model_config.yaml')}"
+    raise UserError(f"{folder} holds another model than this run's: {'; '.join(sorted(different))}. {advice}")
 
 
 def check_same_start(folder: Path, upcycle: Path) -> None:
-    """Raises ``UserError`` where the run of a checkpoint to resume did not begin as the dense one asked for."""
-    began = checkpoints.load_hyperparameters(folder).get("upcycle")
-    if began is None or Path(began).resolve() != upcycle.resolve():
-        raise UserError(
-            f"{folder} is of a run that began {f'from {began}' if began else 'without --upcycle'}, not from {upcycle}."
-            f" Leave --upcycle away to go on with it (--config {quoted(folder.parent / 'run_config.yaml')}), or start"
-            " another run with another --out_dir."
-        )
+    """Raise ``UserError`` if the run of a checkpoint to resume started from another dense checkpoint."""
+    start = checkpoints.load_hyperparameters(folder).get("upcycle")
+    if start is not None and Path(start).resolve() == upcycle.resolve():
+        return
+    raise UserError(
+        f"{folder} is from a run that started {f'from {start}' if start else 'without --upcycle'}, not from {upcycle}."
+        f" Omit --upcycle to continue it (--config {quoted(folder.parent / 'run_config.yaml')}), or start another run"
+        " with another --out_dir."
+    )
 
 
 def refuse_openai_gpt2(folder: Path) -> None:
-    """Raises ``UserError`` for OpenAI's GPT-2 from the Hub, by name or as a folder: no LitGPT model can hold it."""
+    """Raise ``UserError`` for OpenAI's GPT-2 from the Hub, by name or as a folder: LitGPT has no such model."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
@@ -352,10 +392,10 @@ def _with_wandb_dataset(run: ParsedRun) -> ParsedRun:
 
 
 def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
-    """A run that goes on, its data where the tokens of its checkpoint lie now, if not where they did.
+    """Return the run with the paths where the tokens of its checkpoint are now, if they were moved nearby.
 
     Raises:
-        UserError: they lie nowhere near, and there is nothing to make them anew from.
+        UserError: they are not nearby, and there is nothing to make them from.
     """
     settings, data = run.settings, run.settings.data
     saved = resume_from / checkpoints.MANIFEST
@@ -363,41 +403,41 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
         return run
     if _has_text(data):
         return run
-    then = tokens_provenance(saved, *SPLITS)
+    provenance = tokens_provenance(saved, *SPLITS)
     data_dir = _moved_to(
         data.data_dir,
-        lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == then,
+        lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == provenance,
     )
     if data_dir is not None:
         tokenizer_dir = settings.tokenizer_dir
         for folder in (tokenizer_dir, data_dir / tokenizer_dir.name, data_dir.parent / tokenizer_dir.name):
-            if (folder / "tokenizer.json").is_file() and tokenizer_fingerprint(folder) == then[0]:
+            if (folder / "tokenizer.json").is_file() and tokenizer_fingerprint(folder) == provenance[0]:
                 return _with_data(run, data_dir, folder)
         return _with_data(run, data_dir, tokenizer_dir)
     if settings.prepare.source is not None:
         return run
     raise UserError(
-        f"{resume_from} was trained on tokens in {data.data_dir} that are no longer there, nor do the same ones lie"
-        " beside it, beside the folder that it was in, or under data. Say where they are:"
+        f"{resume_from} was trained on tokens in {data.data_dir}, which is gone. The same tokens are not in a folder"
+        " next to it, next to its parent, or in data/. Give their place:"
         " --data.init_args.train_data_path FOLDER/train --data.init_args.val_data_path FOLDER/val"
     )
 
 
 def _moved_to(old: Path, same: Callable[[Path], bool]) -> Path | None:
-    """The folder near ``old``, which is gone, that holds the same data; said in a line. None where there is none."""
+    """Return the folder near ``old`` that contains the same data now, and print that; None if there is none."""
     parent, outer = old.absolute().parent, old.absolute().parent.parent
     places = ((parent, "*"), (outer, "*"), (outer, f"*/{glob.escape(old.name)}"), (Path("data"), "*"))
     for folder in (folder for place, pattern in places for folder in sorted(place.glob(pattern))):
-        with suppress(OSError, UserError):  # of a newer version's tokens
+        with suppress(OSError, UserError):  # tokens of a newer version
             if same(folder):
                 if main_process():
-                    print(f"The data that lay in {old} lies in {folder} now, and is taken from there.")
+                    print(f"The data of {old} is in {folder} now and is used from there.")
                 return folder
     return None
 
 
 def _with_data(run: ParsedRun, data_dir: Path, tokenizer_dir: Path) -> ParsedRun:
-    """The run with the tokens and the tokenizer of these folders."""
+    """Return the run with the tokens and the tokenizer of these folders."""
     settings = run.settings
     assert isinstance(settings.data, TokenizedText)
     paths = {"train_data_path": data_dir / "train", "val_data_path": data_dir / "val"}
@@ -409,7 +449,7 @@ def _with_data(run: ParsedRun, data_dir: Path, tokenizer_dir: Path) -> ParsedRun
 
 
 def check_writable(out_dir: Path) -> None:
-    """Makes ``out_dir``; raises ``UserError`` where nothing can be written to it."""
+    """Create ``out_dir``. Raise ``UserError`` if it can't be written to."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         probe = out_dir / f".writable.{os.getpid()}"
@@ -422,8 +462,10 @@ def check_writable(out_dir: Path) -> None:
 
 
 def main_process() -> bool:
-    """Whether this is the first process of those that torchrun, srun or Fabric started; one process alone has none of
-    these variables."""
+    """Return whether this is rank 0 of the processes that torchrun, srun or Fabric started.
+
+    A single process has none of these environment variables.
+    """
     names = ["NODE_RANK", "LOCAL_RANK"]
     if "RANK" in os.environ:
         names = ["RANK"]

@@ -168,7 +168,7 @@ def test_other_lora_weights_are_not_resumed(tune):
 
 def test_a_pretraining_run_is_not_resumed(tune, base):
     """KeyError: 'prompt_style'."""
-    with pytest.raises(UserError, match=r"is of a pretraining run.*finetune\.py .* --out_dir NEW"):
+    with pytest.raises(UserError, match=r"is from a pretraining run.*finetune\.py .* --out_dir NEW"):
         tune("--resume", str(base))
 
 

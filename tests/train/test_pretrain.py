@@ -106,7 +106,7 @@ def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
 
 def test_resume_auto(train, capsys):
     out = train("--resume", "auto")
-    assert "fresh start" in capsys.readouterr().out
+    assert "this is a new run" in capsys.readouterr().out
     before = checkpoints.read_metadata(out / "final").files["lit_model.pth"].sha256
     train("--resume", "auto")
     assert "This run is finished" in capsys.readouterr().out

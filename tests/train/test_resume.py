@@ -339,7 +339,7 @@ def test_data_that_is_gone_is_asked_for(moving: tuple[Path, Call]) -> None:
     for path in (place / "corpora" / "stories" / "tokens" / "train").glob("*.bin"):
         os.truncate(path, 8)  # half a copy is none
     shutil.move(place / "corpora" / "stories", place / "corpora" / "renamed")
-    with pytest.raises(UserError, match=r"no longer there, nor .* Say where they are: --data\.init_args\.train_data"):
+    with pytest.raises(UserError, match=r"which is gone.* Give their place: --data\.init_args\.train_data"):
         train("--resume", str(out / "step-00000002"), "--overwrite")
 
 

@@ -303,7 +303,7 @@ def test_only_damaged_checkpoints(train, tmp_path):
     out = train()
     for mark in out.glob("*/complete.json"):
         mark.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole\. Start anew with --overwrite"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is complete\. Start again with --overwrite"):
         train("--resume", "auto")
     assert len(steps_in(out)) == 3
 
