@@ -217,5 +217,5 @@ def test_does_not_resume_another_run(train, tmp_path: Path, dense: Path, dense_f
 def test_does_not_resume_a_run_from_scratch(train, dense: Path) -> None:
     scratch = ("--model.moe_intermediate_size", "40", "--model.n_expert", "8")
     out = train(*scratch, "--train.max_steps", "5")
-    with pytest.raises(UserError, match=r"began without --upcycle, not from .*dense\. Leave --upcycle away"):
+    with pytest.raises(UserError, match=r"started without --upcycle, not from .*dense\. Omit --upcycle"):
         train("--upcycle", str(dense), "--resume", str(out / "step-00000004"), "--overwrite")

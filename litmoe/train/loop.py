@@ -5,7 +5,8 @@ Both replace ``litgpt.pretrain.fit``.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import lightning as L
@@ -96,7 +97,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
     while progress.step < plan.steps:
         taken = [next(batches) for _ in range(plan.micro_batches_in(progress.step))]
         micro_batches = [as_batch(batch, run.gpt.max_seq_length) for batch in taken]
-        result = train_step(fabric, run, micro_batches, _own_requests(fabric, run, signals, session))
+        result = train_step(fabric, run, micro_batches, partial(_own_requests, fabric, run, signals, session))
 
         progress.step += 1
         progress.tokens += result.tokens
@@ -116,13 +117,14 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
 
 
 def train_step(
-    fabric: L.Fabric, run: TrainingRun, micro_batches: Sequence[Batch], own_requests: Requests
+    fabric: L.Fabric, run: TrainingRun, micro_batches: Sequence[Batch], own_requests: Callable[[], Requests]
 ) -> StepResult:
     """Take one optimizer step: forward and backward of each micro batch, clipping, NaN check, update, expert balance.
 
     Args:
         micro_batches: this rank's; their gradients are accumulated.
-        own_requests: this rank's. They travel with the NaN check, because each exchange makes the CPU wait.
+        own_requests: returns this rank's requests. They are exchanged together with the NaN check, because each
+            exchange makes the CPU wait.
 
     Raises:
         NonFiniteError: the loss or gradient is not finite. Weights and optimizer are unchanged.
@@ -155,7 +157,7 @@ def train_step(
 
     # Check. With a GradScaler, infinite gradients are expected while it adjusts its scale, so check the loss instead.
     checked = norm if scaler_of(fabric) is None else step_loss
-    is_bad, *requests = any_rank(fabric, ~torch.isfinite(checked), *own_requests)
+    is_bad, *requests = any_rank(fabric, ~torch.isfinite(checked), *own_requests())
     if is_bad:
         optimizer.zero_grad()
         message = _describe_nonfinite(fabric, run, micro_batches)

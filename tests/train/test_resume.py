@@ -249,7 +249,7 @@ def test_a_fresh_start_by_resume_auto_goes_over_nothing(train: Call) -> None:
     out = train("--train.max_steps", "1")
     (out / "final" / "training_state.pth").unlink()
     mark_anew(out / "final")
-    with pytest.raises(UserError, match="holds final, which no training can go on from"):
+    with pytest.raises(UserError, match="holds final, which can't be resumed"):
         train("--resume", "auto")
 
 
@@ -326,7 +326,7 @@ def test_moved_data_is_found_by_its_manifest(
         lies = place / there
         train("--resume", str(out / "step-00000002"), "--overwrite")
         found = Path("data", "any") if there == "work/data/any" else lies
-        assert f"lies in {found} now, and is taken from there" in capsys.readouterr().out
+        assert f"is in {found} now and is used from there" in capsys.readouterr().out
         assert (out / "final" / "lit_model.pth").read_bytes() == before
         settings = checkpoints.load_hyperparameters(out / "final")
         assert Path(settings["tokenizer_dir"]) == found / "tokenizer"
@@ -352,5 +352,5 @@ def test_moved_conversations_are_found_too(
     before = (out / "final" / "lit_model.pth").read_bytes()
     shutil.move(data_dir, tmp_path / "place" / "moved")
     tune(*flags, "--resume", str(out / "step-00000002"), "--overwrite")
-    assert f"lies in {tmp_path / 'place' / 'moved'} now" in capsys.readouterr().out
+    assert f"is in {tmp_path / 'place' / 'moved'} now" in capsys.readouterr().out
     assert (out / "final" / "lit_model.pth").read_bytes() == before
