@@ -396,7 +396,7 @@ def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatc
     assert code == 143, said
     assert "Traceback" not in said
     step = checkpoints.newest_undamaged(tmp_path / "run")[0]
-    assert step and f"--resume auto goes on from {step}" in said
+    assert step and f"--resume auto continues from {step}" in said
     assert checkpoints.read_metadata(step).step == 9
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("FAILS", "nobody")

@@ -161,6 +161,11 @@ class MicroBatches(Sampler[list[int]]):
     def position(self, position: tuple[int, int]) -> None:
         self._start, self.taken = position, 0
 
+    @property
+    def next_epoch(self) -> int:
+        """The epoch of this device's next micro batch."""
+        return self._place_of(self.taken * self._world_size + self._rank)[0]
+
     def _place_of(self, number: int) -> tuple[int, int]:
         """Return the epoch and the first item of a micro batch, by its number in the sequence of all devices."""
         epoch, item = self._start

@@ -164,7 +164,8 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
     loader = stateful_loader(run.train_dataloader)
     if isinstance(loader, TrainLoader):  # its position does not depend on ranks and micro batches
         loader.load_state_dict(state["train_dataloader"])
-        run.progress.epoch = loader.position[0]  # the last rank's; the first may still have been in the epoch before
+        # A checkpoint at the end of an epoch continues with the next one, which no pass over the loader announces.
+        run.progress.epoch = loader.batch_sampler.next_epoch
     else:
         loader.load_state_dict(state["train_dataloader"])
     run.plan = make_plan(fabric, run)
