@@ -48,11 +48,11 @@ def evaluate_and_log(
 
     Returns:
         False if a signal stopped it; then nothing is logged, and a resumed run evaluates first. Only a run of one rank
-        stops, because ranks do not learn of each other's signals in time; and not after the last step, which would
-        leave nothing to resume for.
+        stops, because ranks do not learn of each other's signals in time; and neither before the first step nor after
+        the last one, where no resumed run would evaluate.
     """
-    is_last = run.progress.step == run.plan.steps
-    stop_on = None if is_last or fabric.world_size > 1 else signals
+    can_resume = 0 < run.progress.step < run.plan.steps
+    stop_on = signals if can_resume and fabric.world_size == 1 else None
     row: dict[str, float] = {}
     try:
         with run.metrics.paused():

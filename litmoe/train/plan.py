@@ -24,7 +24,7 @@ from litmoe.train.schedule import Plan, plan_run
 from litmoe.validation import check
 
 SHARE_OF_PEAK = {"dense": 0.30, "mixture": 0.22}
-"""The assumed share of the peak FLOP/s. nanoGPT on A100s and plain PyTorch on an H200 report 30% of the data sheet's
+"""The assumed share of the peak FLOP/s. nanoGPT on A100s and plain PyTorch on an H100 report 30% of the data sheet's
 peak for GPT-2 124M; nanochat's mixture reached three quarters of what its dense model did."""
 ALLOCATOR_OVERHEAD = 1.05
 """Bytes that the allocator takes for each byte in use"""

@@ -218,6 +218,17 @@ def test_stop_skips_evaluation_until_resume(train, monkeypatch, tmp_path, moment
     assert_same_run(whole, out)
 
 
+def test_signal_does_not_stop_initial_validation(train, monkeypatch, tmp_path):
+    """No resumed run would make up for it."""
+    evaluate = evaluation.evaluate
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(evaluation, "evaluate", lambda *run: signal.raise_signal(signal.SIGTERM) or evaluate(*run))
+        train("--eval.initial_validation", "true")
+    first = rows(tmp_path / "out")[0]
+    assert first["step"] == "0" and float(first["val_loss"]) > 0
+    assert steps_in(tmp_path / "out") == ["step-00000001"]
+
+
 def test_max_time_skips_evaluation_until_resume(train, tmp_path):
     whole = train("--out_dir", str(tmp_path / "whole"), "--eval.interval", "1")
     out = train("--eval.interval", "1", "--train.save_interval", "null", "--train.max_time", "1.0e-6")
