@@ -11,7 +11,7 @@ backend         how                                                             
 With biases or LoRA the loop waits for each product. If ``grouped_mm`` is requested where torch has no fast kernel for
 it (see ``backend_for``), torch runs a loop of its own, which waits too; torch 2.10 compiles that loop in bf16 only.
 
-Experimental: ``triton``, and the choice for GPUs. Only the loop on CPUs has been timed (docs/PERFORMANCE.md). The rest
+Experimental: ``triton``, and the choice for GPUs. Only the loop on CPUs has been timed (docs/performance.md). The rest
 of ``backend_for`` follows what torch and others report about their kernels.
 
 To add a backend, subclass ``ExpertBackend`` and add an instance to ``BACKENDS``.

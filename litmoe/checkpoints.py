@@ -775,7 +775,7 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
 
 
 def choose_device(device: str) -> "torch.device":
-    """Return the device of that name. "auto" is a GPU if there is one (CUDA, then Apple's), else the CPU.
+    """Return a torch device by its name. "auto" is a GPU if there is one (CUDA, then Apple's), else the CPU.
 
     Raises:
         UserError: torch does not know the device, or this machine does not have it.

@@ -116,11 +116,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
 
 def current_class_path(text: str) -> str:
     """Replace the module names of 0.1.0 in a class path, alone or within a flag: ``recipe.training.muon.Muon``."""
-    text = re.sub(r"\brecipe\.(data|training)\.", lambda found: f"litmoe.{_MOVED[found[1]]}.", text)
-    return text.replace("litmoe.data.module.", "litmoe.data.")
-
-
-_MOVED = {"data": "data", "training": "train"}
+    text = re.sub(r"\brecipe\.data\.(module\.)?", "litmoe.data.", text)
+    return re.sub(r"\brecipe\.training\.", "litmoe.train.", text)
 
 
 def with_current_class_paths(settings: dict[str, Any]) -> dict[str, Any]:

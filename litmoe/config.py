@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import yaml
-from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
 from litmoe import checkpoints, fast_imports
 from litmoe.cli import (
@@ -416,17 +416,8 @@ def _check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], 
     """
     if any(flag.split("=")[0] in ("--data.help", "--optimizer.help", "--print_config") for flag in flags):
         return  # these show the classes
-    without_classes = {name: value for name, value in run.items() if name not in ("data", "optimizer")}
-    remaining = _without_class_flags(flags)
-    try:
-        # First the file alone, so that a message about a key can say where the key is.
-        parser.parse_object(without_classes)
-    except Exception as error:
-        raise UserError(f"in {run_file}: {explain(str(error), known_flags(parser))}") from None
-    try:
-        parser.parse_args(["--config", yaml.safe_dump(without_classes), *with_bare_switches(parser, remaining)])
-    except ArgumentError as error:
-        raise UserError(explain(str(error), known_flags(parser))) from None
+    without_classes = {name: value for name, value in run.items() if name not in CLASS_SETTINGS}
+    _parse_file_and_flags(parser, run_file, without_classes, _without_class_flags(flags))
 
 
 def _without_class_flags(flags: list[str]) -> list[str]:
@@ -438,11 +429,28 @@ def _without_class_flags(flags: list[str]) -> list[str]:
             skips_value = False
             continue
         group = flag.removeprefix("--").split("=")[0].split(".")[0]
-        is_class_flag = flag.startswith("--") and group in ("data", "optimizer")
+        is_class_flag = flag.startswith("--") and group in CLASS_SETTINGS
         skips_value = is_class_flag and "=" not in flag
         if not is_class_flag:
             remaining.append(flag)
     return remaining
+
+
+def _parse_file_and_flags(parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]) -> Namespace:
+    """Parse the contents of the run file, and the flags that override it.
+
+    Raises:
+        UserError: an unknown key or a value of the wrong type.
+    """
+    try:
+        # First the file alone, so that a message about a key can say where the key is.
+        parser.parse_object(run)
+    except Exception as error:
+        raise UserError(f"in {run_file}: {explain(str(error), _known_names(parser, run))}") from None
+    try:
+        return parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
+    except ArgumentError as error:
+        raise UserError(explain(str(error), _known_names(parser, run))) from None
 
 
 def _parse(
@@ -452,12 +460,7 @@ def _parse(
     # Importing torchao for one of its optimizers prints a message for torch's developers.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
-        # First the file alone, so that a message about a key can say where the key is.
-        parser.parse_object(run)
-    except Exception as error:
-        raise UserError(f"in {run_file}: {explain(str(error), _known_names(parser, run))}") from None
-    try:
-        namespace = parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
+        namespace = _parse_file_and_flags(parser, run_file, run, flags)
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
         _check_nulls(kind, resolved)
         with warnings.catch_warnings():
@@ -493,8 +496,9 @@ def _find_nulls(kind: type, values: dict[str, Any], path: str = "") -> Iterator[
     for setting in fields(kind):
         value = values.get(setting.name)
         hint = hints[setting.name]
-        accepts_null = setting.default is None or hint is Any or type(None) in get_args(hint)
-        if value is None and setting.name in values and (not accepts_null or setting.name in CLASS_SETTINGS):
+        is_optional = setting.default is None or hint is Any or type(None) in get_args(hint)
+        accepts_null = is_optional and setting.name not in CLASS_SETTINGS
+        if value is None and setting.name in values and not accepts_null:
             yield path + setting.name
         elif is_dataclass(value):
             yield from _find_nulls(type(value), vars(value), f"{path}{setting.name}.")

@@ -10,7 +10,6 @@ The text of a document is kept exactly, including white space at its ends. These
 - Documents that are empty or only white space are left out and counted.
 """
 
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,13 +23,13 @@ from litmoe.data.files import (
     BadRow,
     Location,
     connection_errors,
+    first_bad_line,
     open_parquet,
     open_text,
     read_rows,
     suffix,
     undecoded,
 )
-from litmoe.data.files import text_files as text_files  # imported from here by other modules
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val")
@@ -244,25 +243,8 @@ def _text_file_documents(location: Location, rules: Rules) -> Iterator[str]:
         for document in _divided(file, rules.separator):
             # Checked per document instead of per line, because there are many more lines.
             if undecoded(document):
-                raise UserError(_first_bad_line(location))
+                raise UserError(first_bad_line(location))
             yield document
-
-
-def _first_bad_line(location: Location) -> str:
-    with open_text(location, newline=None) as file:
-        problems = ((number, undecoded(line)) for number, line in enumerate(file, 1))
-        number, problem = next((number, problem) for number, problem in problems if problem)
-    return f"{location}, line {number}: {problem}."
-
-
-def documents_of(text: str, separator: str | None = None) -> Iterator[str]:
-    """Yield the documents in the content of a text file.
-
-    Args:
-        text: with any line ends.
-        separator: see ``Rules``.
-    """
-    return _divided(io.StringIO(text, newline=None), separator)
 
 
 def _divided(lines: Iterable[str], separator: str | None) -> Iterator[str]:

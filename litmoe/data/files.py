@@ -171,6 +171,14 @@ def undecoded(text: str) -> str | None:
     )
 
 
+def first_bad_line(location: Location) -> str:
+    """Return the message for a file with text that is not UTF-8, with the number of the line."""
+    with open_text(location, newline=None) as file:
+        problems = ((number, undecoded(line)) for number, line in enumerate(file, 1))
+        number, problem = next((number, problem) for number, problem in problems if problem)
+    return f"{location}, line {number}: {problem}."
+
+
 @contextmanager
 def decompression_errors(location: Location) -> Iterator[None]:
     """Turn the errors of the decompressors for a damaged file into a ``UserError``."""

@@ -32,7 +32,6 @@ from litmoe.data.choose_tokenizer import (
     train_origin,
     train_tokenizer,
 )
-from litmoe.data.corpora import DEFAULT_VAL_FRACTION as DEFAULT_VAL_FRACTION
 from litmoe.data.corpora import Corpus, HubDataset
 from litmoe.data.data_dir import (
     BUILDING,
@@ -43,11 +42,10 @@ from litmoe.data.data_dir import (
     settings_of,
     stale_splits,
 )
-from litmoe.data.data_dir import check_placed_text as check_placed_text
 from litmoe.data.documents import END_OF_TEXT, SPLITS
 from litmoe.data.files import Unfinished, text_files, unread_files, visible_files
 from litmoe.data.manifest import Manifest, Settings, Source, Split, TextOrigin, TokenizerRecord
-from litmoe.data.prepare_args import PrepareArgs as PrepareArgs
+from litmoe.data.prepare_args import PrepareArgs
 from litmoe.data.tokenizers import TokenizerFiles, TokenizerInfo
 
 LOCK = ".prepare.lock"
@@ -72,14 +70,15 @@ def prepare(args: PrepareArgs) -> Manifest:
     if not any(folder.exists() for folder in unfinished):
         # Without the lock, so that a read-only folder can be used. If another process is writing, ask again below.
         with suppress(UserError, OSError):
-            found = _if_up_to_date(args)
+            found = _if_up_to_date(args, DataDir.read(args.data_dir))
     if found is None:
         with locked(args.data_dir):
             _publish_text(args.data_dir)
             _publish_tokens(args.data_dir, args.tokenizer_dir)
-            found = _if_up_to_date(args)
+            data = DataDir.read(args.data_dir)
+            found = _if_up_to_date(args, data)
             try:
-                found = found or _build(args)
+                found = found or _build(args, data)
             except KeyboardInterrupt:
                 print("\nStopped. Finished parts are kept; run the same command again to resume.")
                 raise
@@ -90,9 +89,8 @@ def prepare(args: PrepareArgs) -> Manifest:
     return found
 
 
-def _if_up_to_date(args: PrepareArgs) -> Manifest | None:
+def _if_up_to_date(args: PrepareArgs, data: DataDir) -> Manifest | None:
     """Return the manifest if nothing must be done, and print that."""
-    data = DataDir.read(args.data_dir)
     found = data.manifest
     if found is None or args.overwrite or tokenizer_to_install(args, data.training_text) is not None:
         return None
@@ -114,10 +112,9 @@ def _if_up_to_date(args: PrepareArgs) -> Manifest | None:
 # --- building ---
 
 
-def _build(args: PrepareArgs) -> Manifest:
+def _build(args: PrepareArgs, data: DataDir) -> Manifest:
     """Build everything that is missing or out of date, then move it into place."""
     started = time.perf_counter()
-    data = DataDir.read(args.data_dir)
     # The tokenizer comes first: it may not be available, and reading the text may take long.
     name = tokenizer_to_install(args, data.training_text)
     files = load_tokenizer(args, name)

@@ -129,16 +129,6 @@ def story_requests(number: int, val_fraction: float, seed: int = 1) -> Iterator[
         number -= 1
 
 
-def hero_names() -> list[str]:
-    """Return the names of all heroes."""
-    return [row["hero"] for row in _rows(_tables()["heroes"])]
-
-
-def friend_names() -> list[str]:
-    """Return the names of all friends."""
-    return [row["pal"] for row in _rows(_tables()["friends"])]
-
-
 def _request_for(story: Story, random: Callable[[], float], is_training: bool) -> str:
     tables = _tables()
     # The random number is drawn for both splits: otherwise val_fraction would change the training requests.

@@ -1,7 +1,7 @@
 """Process a corpus unit by unit, and write the results as litdata chunks of tokens or as text files.
 
 One thread reads documents, a pool of threads encodes them, and the reading thread writes the results in order. Threads
-are enough, because both encoders release Python's lock. Every unit becomes own files, and its record is written last.
+are enough, because both encoders release Python's lock. Every unit is written to its own files, its record last.
 A restarted call skips the units that have a record, so an interrupted preparation resumes and gives the same bytes.
 """
 

@@ -32,7 +32,7 @@ _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What every result of an evaluation says."""
+    """Fields that every result of an evaluation has."""
 
     checkpoint: str
     step: int

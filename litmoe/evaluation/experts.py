@@ -92,7 +92,7 @@ def evaluate(
     """Observe the routers of a checkpoint over the validation text; arguments as `litmoe.evaluation.loss.evaluate`.
 
     Raises:
-        UserError: the model has no experts, or as there.
+        UserError: the model has no experts, or as `litmoe.evaluation.loss.evaluate`.
     """
     config = checkpoints.load_config(folder)
     if config.mlp_class_name != "LLaMAMoE":

@@ -86,7 +86,7 @@ def evaluate(
         batch_size: windows in a batch; as many as give 2^28 logits if None.
         max_seq_length: tokens in a window; as many as in training if None.
         device: see `load_model`.
-        precision: see there.
+        precision: see `load_model`.
 
     Raises:
         UserError: the checkpoint is missing or damaged, there are no tokens, they were made by another tokenizer, the

@@ -94,18 +94,16 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: the file does not exist, has no prompts, or is not text.
     """
-    from litmoe.data.files import open_text, undecoded
+    from litmoe.data.files import first_bad_line, open_text, undecoded
 
     try:
         with open_text(path, newline=None) as file:
-            lines = file.read().split("\n")
+            text = file.read()
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"found no file {path}; expected a text file with one prompt per line.") from None
-    for number, line in enumerate(lines, 1):
-        reason = undecoded(line)
-        if reason:
-            raise UserError(f"{path}, line {number}: {reason}.")
-    prompts = [line for line in lines if line.strip()]
+    if undecoded(text):
+        raise UserError(first_bad_line(path))
+    prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{path} is empty; expected one prompt per line.")
     return prompts

@@ -19,7 +19,6 @@ from torch.func import functional_call
 from litmoe.cli import UserError
 from litmoe.config import MoESettings
 from litmoe.data.sft_data import IGNORE_INDEX
-from litmoe.hardware import is_sharded
 from litmoe.train.distributed import any_rank, sum_over_ranks
 from litmoe.train.evaluate import evaluate_and_log, evaluations_due
 from litmoe.train.logs import RunDisplay
@@ -140,7 +139,7 @@ def train_step(
     for index, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
         is_accumulating = index < len(micro_batches) - 1
         # FSDP shards gradients after each micro batch, so there is nothing to postpone.
-        with fabric.no_backward_sync(model, enabled=is_accumulating and not is_sharded(settings)):
+        with fabric.no_backward_sync(model, enabled=is_accumulating and not run.sharded):
             losses: Losses = functional_call(model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
             losses = losses._replace(cross_entropy=losses.cross_entropy * weight)
             fabric.backward(total_loss(losses, settings.moe) / len(micro_batches))
@@ -318,7 +317,7 @@ def _describe_nonfinite(fabric: L.Fabric, run: TrainingRun, batches: Sequence[Ba
         run.snapshot = None
         cause = f"the weights{f' of {bad_weights}' if bad_weights else ''} were not before it"
         advice = "saves nothing. Continue from a checkpoint that was saved before"
-    elif is_sharded(settings):
+    elif run.sharded:
         cause = "where it began can't be found in a sharded model"
     else:
         cause = find_first_nonfinite(

@@ -19,11 +19,12 @@ from litmoe.cli import UserError, command, quoted
 from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings
 from litmoe.data import InstructionData, TokenizedText, conversations
 from litmoe.data.conversations import Message
-from litmoe.data.documents import text_files
+from litmoe.data.data_dir import check_placed_text
+from litmoe.data.files import text_files
 from litmoe.data.instructions import conversations as read_conversations
 from litmoe.data.manifest import SPLITS, flags_to_repeat, manifest_path, tokenizer_fingerprint
 from litmoe.data.manifest import read as read_manifest
-from litmoe.data.prepare import PrepareArgs, check_placed_text, prepare
+from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.data.sft_data import longer_context
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions

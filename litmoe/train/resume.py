@@ -104,7 +104,7 @@ def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
 
 def check_same_tokens(folder: Path, settings: RunSettings) -> None:
     """Raise ``UserError`` if the data position saved in ``folder`` would point to other tokens."""
-    saved, present = folder / "manifest.json", tokens_manifest(settings)
+    saved, present = folder / checkpoints.MANIFEST, tokens_manifest(settings)
     if present is None or not saved.is_file():
         return
     if tokens_provenance(saved, "train") != tokens_provenance(present, "train"):

@@ -76,9 +76,10 @@ def run_training(
     """
     settings = parsed.settings
     experts_backend = choose_experts_backend(fabric, gpt, settings.moe)
-    compiled, compile_note = should_compile(False if is_sharded(settings) else settings.compile, fabric.device.type)
-    run = _build_run(fabric, gpt, parsed, data, tokenizer, compiled)
-    run.sample_prompt = None if is_sharded(settings) else sample_prompt
+    sharded = is_sharded(settings)
+    compiled, compile_note = should_compile(False if sharded else settings.compile, fabric.device.type)
+    run = _build_run(fabric, gpt, parsed, data, tokenizer, compiled, sharded)
+    run.sample_prompt = None if sharded else sample_prompt
     run.prompt_style = prompt_style
     run.provenance = provenance or {}
     if resume_from:
@@ -162,7 +163,13 @@ def make_dataloaders(
 
 
 def _build_run(
-    fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, data: DataModule, tokenizer: Tokenizer | None, compiled: bool
+    fabric: L.Fabric,
+    gpt: GPT,
+    parsed: ParsedRun,
+    data: DataModule,
+    tokenizer: Tokenizer | None,
+    compiled: bool,
+    sharded: bool,
 ) -> TrainingRun:
     """Wrap the model, and make optimizer, loaders and plan of a new run."""
     settings = parsed.settings
@@ -181,7 +188,7 @@ def _build_run(
     optimizer = fabric.setup_optimizers(make_optimizer(parsed.optimizer, model, fused=fused))
     train_dataloader, val_dataloader = make_dataloaders(fabric, parsed, data, tokenizer, gpt.max_seq_length)
     # FSDP casts parameters on its own.
-    cast_once = {} if is_sharded(settings) else matrices_to_cast(model, precision, settings.activation_checkpointing)
+    cast_once = {} if sharded else matrices_to_cast(model, precision, settings.activation_checkpointing)
     # Conversations differ in length, and frozen weights skip part of the backward: no formula for their FLOPs.
     has_mfu = not isinstance(settings, FinetuneSettings)
     return TrainingRun(
@@ -189,6 +196,7 @@ def _build_run(
         hyperparameters=parsed.resolved,
         model=model,
         compiled=compiled,
+        sharded=sharded,
         optimizer=cast(_FabricOptimizer, optimizer),
         loggers=cast(Loggers, fabric.logger),  # made by `logger_factory`
         train_dataloader=train_dataloader,
@@ -198,7 +206,6 @@ def _build_run(
         flops_per_token=training_flops_per_token(gpt.config, gpt.max_seq_length),
         peak_flops=_peak_flops(fabric) if has_mfu else None,
         questions=encode_hellaswag(settings, tokenizer, gpt),
-        sample_prompt=None,
         expert_counts=even_counts(gpt, fabric.device),
         matrices_to_cast=cast_once,
         writer=CheckpointWriter(settings.checkpoint, fabric.print),
@@ -279,7 +286,7 @@ def describe_run(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun
         size = f"{plan.steps:,} steps of {settings.train.global_batch_size:,} conversations"
     else:
         # Takes seconds, so only where memory is scarce. The estimate does not cover FSDP.
-        if fabric.device.type == "cuda" and fabric.global_rank == 0 and not is_sharded(settings):
+        if fabric.device.type == "cuda" and fabric.global_rank == 0 and not run.sharded:
             yield from describe_needs(
                 parsed, str(fabric._precision.precision), hardware_of(fabric.device), detect_gpu()
             )
@@ -300,11 +307,10 @@ def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | 
 def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun, data: DataModule) -> Iterator[str | None]:
     """Yield what the user should know about the settings before the run starts."""
     settings = parsed.settings
-    sharded = is_sharded(settings)
-    yield rounding_note(parsed.optimizer, fabric._precision.precision, sharded=sharded)
+    yield rounding_note(parsed.optimizer, fabric._precision.precision, sharded=run.sharded)
     if run.plan.warmup_steps < (settings.train.lr_warmup_steps or 0):
         yield f"The run is shorter than its warm-up, which ends at step {run.plan.warmup_steps:,} instead."
-    if sharded:
+    if run.sharded:
         yield "Sharded by FSDP: no samples are written during training."
     routers_are_frozen = isinstance(settings, FinetuneSettings) and settings.lora_r and not settings.lora_mlp
     if not routers_are_frozen:

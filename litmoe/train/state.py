@@ -27,7 +27,6 @@ from litmoe.config import FinetuneSettings, RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import manifest_path
 from litmoe.evaluation import hellaswag
-from litmoe.hardware import is_sharded
 from litmoe.train.distributed import gather_state, gather_weights, mean_over_ranks, shard_state
 from litmoe.train.logs import Loggers
 from litmoe.train.lora import divide_weights
@@ -76,6 +75,8 @@ class TrainingRun:
     hyperparameters: dict[str, Any]
     model: _FabricModule
     compiled: bool
+    sharded: bool
+    """FSDP shards parameters and optimizer state"""
     optimizer: _FabricOptimizer
     loggers: Loggers
     train_dataloader: DataLoader
@@ -88,14 +89,14 @@ class TrainingRun:
     """Of one device, from its datasheet; None where unknown"""
     questions: hellaswag.Encoded | None
     """HellaSwag's questions; None where they are not scored"""
-    sample_prompt: str | None
-    """The prompt of the sample at each evaluation; None for no samples"""
     expert_counts: Tensor
     """``(MoE layers, n_expert)``: assignments to each expert in the last step, over all micro batches and ranks"""
     matrices_to_cast: dict[str, nn.Parameter]
     """Parameters that are cast once per step in mixed precision, by name"""
     writer: CheckpointWriter
     """Writes this run's checkpoints on rank 0"""
+    sample_prompt: str | None = None
+    """The prompt of the sample at each evaluation; None for no samples"""
     prompt_style: PromptStyle | None = None
     """Format of the prompts of a model that is finetuned to answer"""
     provenance: dict[str, str] = field(default_factory=dict)
@@ -152,7 +153,7 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
     _load_unlogged_row(run, state)
 
     optimizer = run.optimizer.optimizer
-    if is_sharded(run.settings):
+    if run.sharded:
         state["optimizer"]["state"] = shard_state(state["optimizer"]["state"], optimizer)
     load_optimizer_state(optimizer, state["optimizer"])
     scaler = scaler_of(fabric)
@@ -223,16 +224,15 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
     sums = run.snapshot.metrics["sums"]
     if sums is not None and fabric.world_size > 1:
         run.snapshot.metrics["sums"] = [mean_over_ranks(fabric, value) for value in sums]
-    sharded = is_sharded(run.settings)
     content: dict[str, Any] = {}
-    if fabric.global_rank == 0 or sharded:  # all ranks take part in gathering
+    if fabric.global_rank == 0 or run.sharded:  # all ranks take part in gathering
         fabric.print(f"Saving {folder}")
         run.loggers.save()  # metrics up to this step must be on disk before the checkpoint
         content = checkpoint_content(fabric, run)
     if fabric.global_rank == 0 and last:
         run.writer.write_now(folder, content)
     elif fabric.global_rank == 0:
-        run.writer.write(folder, content, copy=not sharded)  # gathered tensors are copies already
+        run.writer.write(folder, content, copy=not run.sharded)  # gathered tensors are copies already
     if last:
         fabric.barrier()
 
@@ -247,10 +247,9 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
             save, because a launcher kills the other ranks soon after one ends.
     """
     folder = run.settings.out_dir / f"step-{run.progress.step:08d}"
-    sharded = is_sharded(run.settings)
-    can_save = run.snapshot is not None and run.progress.step > 0 and (on_all_ranks or not sharded)
+    can_save = run.snapshot is not None and run.progress.step > 0 and (on_all_ranks or not run.sharded)
     try:
-        content = checkpoint_content(fabric, run) if can_save and sharded else None
+        content = checkpoint_content(fabric, run) if can_save and run.sharded else None
         if fabric.global_rank == 0:
             run.writer.report_failure(wait=True)
             if can_save and run.writer.saved != folder:
@@ -269,7 +268,7 @@ def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
     settings = run.settings
     optimizer_state = run.optimizer.state_dict()
     lora_weights = None
-    if is_sharded(settings):
+    if run.sharded:
         weights, optimizer_state = gather_weights(run.gpt), gather_state(optimizer_state)
     else:
         weights, lora_weights = divide_weights(run.gpt)

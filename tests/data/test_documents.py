@@ -1,6 +1,7 @@
 """Documents: their exact text, their split, broken rows, duplicates, and long documents in pieces."""
 
 import gzip
+import io
 import json
 import re
 from itertools import pairwise
@@ -18,10 +19,10 @@ from litmoe.data.documents import (
     Counts,
     Rules,
     Unit,
+    _divided,
     cut_document,
     divide,
     document_hash,
-    documents_of,
     read_unit,
     split_of,
 )
@@ -84,7 +85,7 @@ def test_separator_lines_divide_text(tmp_path: Path, line_end: str, encoding: st
     ):
         data = text.replace("\n", line_end).encode(encoding)
         assert texts(write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)) == wanted
-        assert [document for document in documents_of(text) if document.strip()] == wanted
+        assert [document for document in _divided(io.StringIO(text, newline=None), None) if document.strip()] == wanted
 
 
 def test_own_separator(tmp_path: Path) -> None:

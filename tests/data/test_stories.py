@@ -12,10 +12,8 @@ from litmoe.data import stories
 from litmoe.data.stories import (
     SAMPLE_BYTES,
     StoryRequest,
-    friend_names,
     generate,
     generate_stories,
-    hero_names,
     stories_until,
     story_requests,
 )
@@ -132,7 +130,8 @@ def test_articles(sample: list[str]) -> None:
 
 def test_names_stay_the_same_in_a_story(sample: list[str]) -> None:
     assert not set(HEROES) & set(FRIENDS)
-    assert hero_names() == list(HEROES) and friend_names() == list(FRIENDS)
+    assert [row["hero"] for row in stories._rows(TABLES["heroes"])] == list(HEROES)  # no name is there twice
+    assert [row["pal"] for row in stories._rows(TABLES["friends"])] == list(FRIENDS)
     for story in sample:
         beginning, _, turn, ending = story.split("\n")
         heroes, friends = names_in(story, HEROES), names_in(story, FRIENDS)
