@@ -30,9 +30,9 @@ from litmoe.data.files import (
     suffix,
     undecoded,
 )
+from litmoe.data.manifest import SPLITS
 
 END_OF_TEXT = "<|endoftext|>"
-SPLITS = ("train", "val")
 BATCH_CHARACTERS = 1 << 20
 # A longer document is encoded in several pieces, so that all threads work on it.
 LONG_DOCUMENT = 4 << 20
@@ -58,8 +58,6 @@ class Rules:
     """Leave out rows that cannot be read, and count them."""
     drop_duplicates: bool = False
     """Leave training documents out that also occur in the validation text."""
-    keep_line_ends: bool = False
-    """The text files were written by this project, and their line ends are part of the documents."""
     articles: bool = False
     """Rows are lines of WikiText articles."""
     divide_long: bool = True
@@ -238,8 +236,8 @@ def _texts(unit: Unit, rules: Rules, counts: Counts) -> Iterator[str]:
 
 
 def _text_file_documents(location: Location, rules: Rules) -> Iterator[str]:
-    # None turns all line ends into "\n".
-    with open_text(location, newline="\n" if rules.keep_line_ends else None) as file:
+    # newline=None turns all line ends into "\n".
+    with open_text(location, newline=None) as file:
         for document in _divided(file, rules.separator):
             # Checked per document instead of per line, because there are many more lines.
             if undecoded(document):

@@ -155,8 +155,7 @@ def test_validation_documents_are_dropped_from_train(
     assert decoded(tmp_path / "data", "val") == val
     wanted = [text for text in stories + stories[:40] if text not in {text.strip() for text in val}]
     assert decoded(tmp_path / "data", "train") == wanted
-    dropped = found.source.dropped_duplicates + sum(split.dropped_duplicates for split in found.splits.values())
-    assert dropped == 184 - len(wanted)
+    assert sum(split.dropped_duplicates for split in found.splits.values()) == 184 - len(wanted)
 
 
 def test_max_documents_opens_no_more_files(tmp_path: Path, run: Callable, corpus: Callable, stories: list[str]) -> None:
@@ -181,7 +180,7 @@ def test_second_call_does_not_ask_the_hub(
             run(**settings)
             assert NOTHING_TO_DO in capsys.readouterr().out
         for settings, message in (
-            ({"source": "sample"}, r"already contains tinystories .*which --source sample would replace"),
+            ({"source": "sample"}, r"already contains the tokens of tinystories .*which --source sample would replace"),
             ({"max_documents": 5}, r"--max_documents can only be applied.*--source tinystories"),
             ({"overwrite": True}, "name a --source"),
         ):
@@ -231,7 +230,7 @@ def test_text_is_kept_if_asked_for(tmp_path: Path, run: Callable, plain: str, ca
 
 
 def test_training_uses_streamed_tokens(tmp_path: Path, run: Callable, plain: str, corpus: Callable) -> None:
-    from litmoe.data.token_folder import checked_manifest
+    from litmoe.data.manifest import checked_manifest
 
     first = run(source=plain)
     assert checked_manifest(tmp_path / "data") == first
@@ -334,9 +333,9 @@ def test_unfinished_stream_is_not_replaced(
         run(source=plain)
     before = state(tmp_path / "data")
     own = str(put(tmp_path / "own.txt", stories))
-    for settings in ({}, {"source": own}):
+    for source in ("shakespeare", own):
         with pytest.raises(UserError, match=f"unfinished preparation of {plain}.*--source {plain}.*--overwrite"):
-            run(**settings)
+            run(source=source)
     assert state(tmp_path / "data") == before
     complete = run(source=own, overwrite=True)
     # A given-up replacement does not change what is complete.
