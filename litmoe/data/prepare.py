@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from litmoe.checksummed_json import known_fields, read_checksummed, read_json, write_checksummed, write_json
+from litmoe.checksummed_json import read_json, write_json
 from litmoe.cli import UserError, quoted
 from litmoe.data import corpora, manifest, tokenizers, tokens
 from litmoe.data.choose_tokenizer import (
@@ -34,10 +34,12 @@ from litmoe.data.choose_tokenizer import (
 )
 from litmoe.data.corpora import DEFAULT_VAL_FRACTION, FILES, TEXT, Corpus, HubDataset
 from litmoe.data.documents import END_OF_TEXT
-from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_files, unread_files, visible_files
-from litmoe.data.manifest import SPLITS, FileRecord, Manifest, Settings, Source, Split, TokenizerRecord
+from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_files, unread_files
+from litmoe.data.manifest import SPLITS, Manifest, Settings, Source, Split, TokenizerRecord
 from litmoe.data.tokenizers import TokenizerInfo
 
+TOKENS = "tokens"
+"""The source of a call that uses finished tokens as they are."""
 BUILDING = ".building"
 """Folder for tokens that are being made, below DATA_DIR/tokens."""
 LOCK = ".prepare.lock"
@@ -86,7 +88,7 @@ class PrepareArgs:
     skip_broken: bool = False
     """Leave out rows that cannot be read, such as a line of a .jsonl that is not JSON, and count them."""
     keep_text: bool = False
-    """Also write the documents of the source as text to DATA_DIR/train and DATA_DIR/val, not only its tokens."""
+    """Also write the documents as text files, to DATA_DIR/tokens/text."""
     overwrite: bool = False
     """Replace another corpus or tokenizer, and build everything again."""
     num_workers: int | None = None
@@ -161,21 +163,22 @@ def prepare(args: PrepareArgs) -> Manifest:
     with locked(args.data_dir):
         _publish(args.data_dir, args.tokenizer_dir)
         found = manifest.read(args.data_dir)
-        source = _choose_source(args, found)
+        source = args.source or _source_in_place(args, found)
+        _refuse_replacing(args, source, found)
         corpus = _open_local(args, source, found)
         tokenizer = _choose_tokenizer(args, corpus, found)
         changes = _changes(args, source, corpus, tokenizer, found)
-        if found is not None and not changes:
-            _remove_rest(args.data_dir, source)
-            if tokenizer.files is not None:
-                tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
-            print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
-            print(_summary(found))
-        elif source is None:
-            raise _no_source(args, found, tokenizer)
-        else:
+        if found is None or changes:
             # The Hub is asked only now: an unchanged folder needs no network.
             found = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
+        else:
+            if tokenizer.files is not None:
+                tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
+            # What a call left that was killed after its tokens were complete.
+            if _read_started(args.data_dir).get("source") in (None, _label(source)):
+                shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
+            print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
+            print(_summary(found))
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
         _log_to_wandb(args)
     return found
@@ -184,72 +187,54 @@ def prepare(args: PrepareArgs) -> Manifest:
 # --- what to do ---
 
 
-def _choose_source(args: PrepareArgs, found: Manifest | None) -> str | None:
-    """Return the source of the tokens: ``--source``, ``TEXT`` for text in place, or None for the tokens as they are.
+def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
+    """Return the source of a call without ``--source``: ``TEXT``, the tokens as they are, or the default.
 
     Raises:
-        UserError: the source would replace something else, or the text is in a wrong place.
+        UserError: the text is in a wrong place, or the tokens must be made again and their text is not there.
     """
-    source = args.source
-    if source is None:
-        check_placed_text(args.data_dir)
-        if any(text_files(args.data_dir / split) for split in SPLITS):
-            source = TEXT
-        elif found is None:
-            _refuse_damaged_tokens(args.data_dir)
-            source = corpora.DEFAULT
-    if args.source is None and found is not None and found.source.name != TEXT and not args.overwrite:
-        if _own_text(args.data_dir):
-            print(
-                f"The text in {args.data_dir} is not part of its tokens, which were made from {found.source.name}. To "
-                "tokenize this text instead: --overwrite"
-            )
-        return None
-    if source is not None and not args.overwrite:
-        _refuse_replacing(args, source, found)
-    if args.keep_text and source != TEXT and _own_text(args.data_dir):
-        raise UserError(f"--keep_text would mix its text with yours in {args.data_dir}; choose another --data_dir.")
-    return source
+    check_placed_text(args.data_dir)
+    has_text = any(text_files(args.data_dir / split) for split in SPLITS)
+    # 0.1.0 wrote the text of every source to train/ and val/, and said so in source.json.
+    was_written = found is not None and found.source.name != TEXT and (args.data_dir / "source.json").exists()
+    if has_text and not was_written:
+        return TEXT
+    recorded = found or manifest.read_file(manifest.manifest_path(args.data_dir))
+    if recorded is None:
+        return corpora.DEFAULT
+    if found is None or args.overwrite:
+        raise UserError(
+            f"the tokens of {args.data_dir} must be made again, and their text is not there. Name its --source: "
+            f"{manifest.command_to_repeat(args.data_dir, recorded)}"
+        )
+    return TOKENS
 
 
 def _refuse_replacing(args: PrepareArgs, source: str, found: Manifest | None) -> None:
-    """Raise ``UserError`` if a source would replace another one, or finished units of an interrupted call."""
-    own_text = _own_text(args.data_dir) if source != TEXT else []
-    existing = ""
-    if found is not None and not _is_same(source, found.source):
-        what = f"{found.source.name} ({found.source.location})" if found.source.location else found.source.name
-        existing = f"the tokens of {what}, which --source {source} would replace"
-    elif found is None and own_text:
-        existing = f"files of your own ({', '.join(own_text[:3])}), which --source {source} would leave out"
-    if existing:
+    """Raise ``UserError`` if a source would replace the tokens of another one, finished or not."""
+    if args.overwrite:
+        return
+    if found is None:
+        unfinished = _read_started(args.data_dir).get("source")
+        if unfinished not in (None, _label(source)):
+            raise UserError(
+                f"{args.data_dir} contains the unfinished preparation of {unfinished}. Resume it with --source "
+                f"{quoted(unfinished)}, choose another --data_dir, or delete it with --overwrite."
+            )
+    elif source != TOKENS and not _is_same(source, found.source):
+        existing = f"{found.source.name} ({found.source.location})" if found.source.location else found.source.name
+        new = f"the text in {args.data_dir}" if source == TEXT else f"--source {source}"
         raise UserError(
-            f"{args.data_dir} already contains {existing}. Choose another --data_dir, leave out --source to use what "
-            "is there, or make the tokens of this source with --overwrite (no text of yours is deleted)."
-        )
-    interrupted = _read_started(args.data_dir).get("source")
-    if found is None and interrupted not in (None, _label(source)):
-        flag = "" if interrupted == TEXT else f" with --source {quoted(str(interrupted))}"
-        raise UserError(
-            f"{args.data_dir} contains the unfinished preparation of {interrupted}. Resume it{flag}, choose another "
-            "--data_dir, or delete it with --overwrite."
+            f"{args.data_dir} already contains the tokens of {existing}, which {new} would replace. Choose another "
+            "--data_dir, or replace them with --overwrite."
         )
 
 
 def _is_same(source: str, recorded: Source) -> bool:
+    # Only the name of a path is recorded: token folders are shared.
     if recorded.name == FILES:
-        # Only the name of the path is recorded: token folders are shared.
         return Path(source).exists() and Path(source).resolve().name == recorded.location
     return source == recorded.name
-
-
-def _refuse_damaged_tokens(data_dir: Path) -> None:
-    """Raise ``UserError`` for tokens with missing chunks and no text, which the default source would replace."""
-    damaged = manifest.read_file(manifest.manifest_path(data_dir))
-    if damaged is not None:
-        raise UserError(
-            f"the tokens of {data_dir} are damaged: a chunk is missing or has another size. Make them again: "
-            f"{manifest.command_to_repeat(data_dir, damaged)}"
-        )
 
 
 def _settings(args: PrepareArgs, source: str) -> Settings:
@@ -264,9 +249,9 @@ def _settings(args: PrepareArgs, source: str) -> Settings:
     return Settings(fraction, args.separator, args.text_column, args.max_documents, args.skip_broken)
 
 
-def _open_local(args: PrepareArgs, source: str | None, found: Manifest | None) -> Corpus | None:
+def _open_local(args: PrepareArgs, source: str, found: Manifest | None) -> Corpus | None:
     """Open a source on this machine; None for the Hub, which is asked only if something changed."""
-    if source is None or corpora.is_hub(source):
+    if source == TOKENS or corpora.is_hub(source):
         return None
     known = found.text if found is not None else []
     if source != TEXT:
@@ -285,59 +270,47 @@ def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, found: Manifest 
 
 
 def _changes(
-    args: PrepareArgs, source: str | None, corpus: Corpus | None, tokenizer: TokenizerChoice, found: Manifest | None
+    args: PrepareArgs, source: str, corpus: Corpus | None, tokenizer: TokenizerChoice, found: Manifest | None
 ) -> list[str]:
-    """Name what differs between the manifest and this call; nothing if the tokens are up to date."""
+    """Name what differs between the manifest and this call; nothing if the tokens are up to date.
+
+    Raises:
+        UserError: finished tokens were to be used as they are, and that is not possible.
+    """
     if found is None:
         return ["not tokenized yet"]
     if args.overwrite:
         return ["--overwrite"]
     changes = []
-    if source is None:
-        _refuse_source_flags(args, found)
-    else:
-        settings = corpus.settings if corpus is not None else _settings(args, source)
-        if corpus is None and found.settings.val_fraction is None:
-            # A Hub dataset with its own validation text.
-            settings = replace(settings, val_fraction=None)
-        old = asdict(found.settings)
-        changes += [
-            f"{name} {old[name]!r} became {new!r}" for name, new in asdict(settings).items() if old[name] != new
-        ]
-        if corpus is not None and corpus.generate is None:
-            changes += manifest.changed_files(found.text, corpus.all_records)
-        if args.keep_text and source != TEXT and not found.keeps_text:
-            changes.append("--keep_text")
+    if source != TOKENS:
+        changes += _changed_settings(found.settings, corpus.settings if corpus else _settings(args, source))
+    if corpus is not None and corpus.generate is None:
+        changes += manifest.changed_files(found.text, corpus.all_records)
+    if args.keep_text and not found.keeps_text:
+        changes.append("--keep_text")
     if tokenizer.sha256 != found.tokenizer.sha256:
         changes.append("another tokenizer")
+    if source == TOKENS:
+        _require_source(args, found, changes)
     return changes
 
 
-def _refuse_source_flags(args: PrepareArgs, found: Manifest) -> None:
-    """Raise ``UserError`` for flags that cannot be applied to finished tokens."""
-    given = [name for name in SOURCE_FLAGS if getattr(args, name) not in (None, False, "")]
-    if given and found.source.name != TEXT:
-        source = str(found.source.location if found.source.name == FILES else found.source.name)
+def _require_source(args: PrepareArgs, found: Manifest, changes: list[str]) -> None:
+    """Raise ``UserError`` if finished tokens cannot be used as they are."""
+    given = [f"--{name}" for name in SOURCE_FLAGS if getattr(args, name) not in (None, False, "")]
+    if changes or given:
         raise UserError(
-            f"the tokens of {args.data_dir} were made from {source}, so {' and '.join(f'--{name}' for name in given)} "
-            f"can only be applied by reading it again: add --source {quoted(source)}."
+            f"the tokens of {args.data_dir} were made from {found.source.name}, and must be made again for this call "
+            f"({', '.join(given + changes)}). Name that --source: {manifest.command_to_repeat(args.data_dir, found)}"
         )
 
 
-def _no_source(args: PrepareArgs, found: Manifest | None, tokenizer: TokenizerChoice) -> UserError:
-    """Return the error of a change that needs the text, which is not there."""
-    assert found is not None, "without tokens a source is read"
-    if tokenizer.name == TRAIN:
-        return UserError(f"there is no text in {args.data_dir} to train a tokenizer on; name a --source.")
-    if args.overwrite:
-        return UserError(f"there is no text in {args.data_dir} to make its tokens from; name a --source.")
-    return UserError(
-        f"the tokens of {args.data_dir} were made with another tokenizer ({found.tokenizer.name}), and their text is "
-        "not there. Bring back the text or that tokenizer (--tokenizer), or name a --source."
-    )
-
-
-# --- text in the data folder ---
+def _changed_settings(old: Settings, new: Settings) -> list[str]:
+    # A corpus with its own validation text has no fraction, which its flags can't tell.
+    if old.val_fraction is None:
+        new = replace(new, val_fraction=None)
+    before = asdict(old)
+    return [f"{name} {before[name]!r} became {value!r}" for name, value in asdict(new).items() if before[name] != value]
 
 
 def check_placed_text(data_dir: Path) -> None:
@@ -351,39 +324,26 @@ def check_placed_text(data_dir: Path) -> None:
             )
     # A folder with a tokenizer has text files such as merges.txt.
     complete = ("train", "tokenizer.json", "tokens/manifest.json")
-    if any((data_dir / name).exists() for name in complete):
-        return
+    misplaced = None if any((data_dir / name).exists() for name in complete) else _misplaced_text(data_dir)
+    if misplaced is not None:
+        named = corpora.split_name(misplaced.name.split(".")[0])
+        folder = data_dir / (named if named in SPLITS else "train")
+        raise UserError(
+            f"{misplaced} is not read: move it to {folder}, or name it: --source {quoted(misplaced)} --data_dir "
+            "ANOTHER."
+        )
+
+
+def _misplaced_text(data_dir: Path) -> Path | None:
+    """Return a text file, or a folder of them with the name of a split, that is next to train/ and val/."""
     for path in sorted(data_dir.glob("*")):
         # A .md or .json may be a description of the data.
-        is_text = is_readable(path) and path.suffix not in (".md", ".json")
+        if is_readable(path) and path.suffix not in (".md", ".json"):
+            return path
         is_split = path.is_dir() and path.name not in SPLITS and corpora.split_name(path.name) in SPLITS
-        if is_text or (is_split and text_files(path)):
-            named = corpora.split_name(path.name.split(".")[0])
-            folder = data_dir / (named if named in SPLITS else "train")
-            raise UserError(
-                f"{path} is not read: move it to {folder}, or name it: --source {quoted(path)} --data_dir ANOTHER."
-            )
-
-
-def _kept_text(folder: Path) -> list[FileRecord]:
-    """Return the files in train/ and val/ that ``--keep_text`` wrote (0.1.0 wrote every source), by ``source.json``."""
-    try:
-        text = read_checksummed(folder / "source.json")["text"]
-        return [FileRecord(**known_fields(FileRecord, entry)) for entries in text.values() for entry in entries]
-    except manifest.UNREADABLE:
-        return []
-
-
-def _own_text(data_dir: Path) -> list[str]:
-    """Return the files in the place of the text that this project did not write, or that were changed since."""
-    kept = _kept_text(data_dir)
-    paths = [path for split in SPLITS for path in visible_files(data_dir / split)]
-    own = set(manifest.refresh(paths, data_dir, kept)) - set(kept)
-    contents = manifest.contents(kept)
-    names = sorted(record.path for record in own if contents.get(record.path) != record.sha256)
-    if not kept and (data_dir / "source.json").exists():
-        names.append("source.json")
-    return names
+        if is_split and text_files(path):
+            return path
+    return None
 
 
 # --- building ---
@@ -391,7 +351,7 @@ def _own_text(data_dir: Path) -> list[str]:
 
 def _label(source: str) -> str:
     """Return what identifies a source on this machine."""
-    is_path = source != TEXT and not corpora.is_hub(source) and source not in corpora.CORPORA
+    is_path = source not in (TEXT, TOKENS, *corpora.CORPORA) and not corpora.is_hub(source)
     return str(Path(source).resolve()) if is_path else source
 
 
@@ -401,12 +361,6 @@ def _read_started(data_dir: Path) -> dict[str, Any]:
         return dict(read_json(manifest.tokens_dir(data_dir) / BUILDING / "started.json"))
     except manifest.UNREADABLE:
         return {}
-
-
-def _remove_rest(data_dir: Path, source: str | None) -> None:
-    """Remove what a call left that was killed after its tokens were complete."""
-    if source is not None and _read_started(data_dir).get("source") in (None, _label(source)):
-        shutil.rmtree(manifest.tokens_dir(data_dir) / BUILDING, ignore_errors=True)
 
 
 def _open_stream(args: PrepareArgs, source: str) -> Corpus:
@@ -422,10 +376,8 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
     """Tokenize a corpus with the right tokenizer, and move both into place."""
     started = time.perf_counter()
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-    print(f"Tokenizing {'the text in ' + str(args.data_dir) if source == TEXT else source}: ", end="")
-    print("; ".join(changes[:3]) + more)
-    for note in corpus.notes:
-        print(note)
+    print(f"Tokenizing {args.data_dir if source == TEXT else source}: {'; '.join(changes[:3])}{more}")
+    print("".join(f"{note}\n" for note in corpus.notes), end="")
     building = manifest.tokens_dir(args.data_dir) / BUILDING
     try:
         building.mkdir(parents=True, exist_ok=True)
@@ -482,9 +434,8 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
     dtype = tokens.dtype_for(info.vocab_size)
     encoder = tokenizers.Encoder(tokenizer_json, info.eos_id, info.bos_id, fast=fast)
     encode = tokens.TokenEncoder(encoder, dtype, info.bos_id, info.eos_id)
-    keeps_text = args.keep_text and corpus.name != TEXT
     store, records = tokens.tokenize_corpus(
-        corpus, rules, encode, building, inputs=[info.sha256], keep_text=keeps_text, num_workers=args.num_workers
+        corpus, rules, encode, building, inputs=[info.sha256], keep_text=args.keep_text, num_workers=args.num_workers
     )
     totals = tokens.totals_of(records)
     if totals.eot_in_text:
@@ -508,13 +459,8 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
             text=corpus.records_of(split),
             files=manifest.checksums(store.folder / split),
         )
-    if keeps_text:
+    if args.keep_text:
         tokens.move_text(store, records, building / "text")
-        text = {
-            split: manifest.refresh(text_files(building / "text" / split), building / "text", ()) for split in SPLITS
-        }
-        kept = {split: [asdict(record) for record in records] for split, records in text.items()}
-        write_checksummed(building / "source.json", {"text": kept})
     return Manifest(
         format=manifest.FORMAT,
         source=Source(corpus.name, corpus.location or None, manifest.text_fingerprint(corpus.all_records)),
@@ -522,7 +468,7 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
         settings=corpus.settings,
         splits=splits,
         versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        keeps_text=keeps_text,
+        keeps_text=args.keep_text,
     )
 
 
@@ -545,37 +491,16 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
     if (building / "tokenizer" / "tokenizer.json").is_file():
         files = tokenizers.from_folder(building / "tokenizer")
         tokenizers.install(files, tokenizers.origin(building / "tokenizer"), tokenizer_dir)
-    _publish_text(data_dir, building, found)
+    if (building / "text").is_dir():
+        manifest.replace_folder(building / "text", folder / "text")
+    elif not found.keeps_text:
+        shutil.rmtree(folder / "text", ignore_errors=True)
     for split in SPLITS:
         # The chunks are in the folder of the units, "units" or "cut".
         for chunks in building.glob(f"*/{split}/index.json"):
             manifest.replace_folder(chunks.parent, folder / split)
     os.replace(building / "manifest.json", manifest.manifest_path(data_dir))
     shutil.rmtree(building)
-
-
-def _publish_text(data_dir: Path, building: Path, found: Manifest) -> None:
-    """Move kept text into place, and remove that of the tokens that are replaced."""
-    listing = building / "source.json"
-    if found.keeps_text and not listing.exists():
-        return  # a killed call has moved everything
-    new = {record.path for record in _kept_text(building)}
-    if found.source.name != TEXT:
-        own = _own_text(data_dir)
-        for record in _kept_text(data_dir):
-            if record.path not in new and record.path not in own:
-                (data_dir / record.path).unlink(missing_ok=True)
-    for name in sorted(new):
-        if (building / "text" / name).exists():
-            (data_dir / name).parent.mkdir(exist_ok=True)
-            os.replace(building / "text" / name, data_dir / name)
-    if new:
-        os.replace(listing, data_dir / "source.json")
-    elif _kept_text(data_dir):
-        (data_dir / "source.json").unlink()
-        for split in SPLITS:
-            with suppress(OSError):  # not empty, or not there
-                (data_dir / split).rmdir()
 
 
 def _summary(found: Manifest) -> str:
@@ -618,10 +543,10 @@ def locked(data_dir: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     parents = (data_dir, *data_dir.parents)
-    made = [folder for folder in parents if not folder.exists()]
     for folder in parents:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--data_dir {data_dir}: {folder} is a file; expected a folder.")
+    made = [folder for folder in parents if not folder.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(data_dir, os.W_OK):
         # Prepared tokens can be used from a read-only folder.
@@ -636,16 +561,20 @@ def locked(data_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # After an error nothing is left of folders that did not exist before.
-        with suppress(OSError):  # not empty
+        with suppress(OSError):  # not empty, or not there
             (data_dir / "tokens").rmdir()
-        is_unused = [entry.name for entry in data_dir.iterdir()] == [LOCK]
-        # Windows can't delete an open file, and POSIX must delete it before another process locks it.
+        is_unused = bool(made) and [entry.name for entry in data_dir.iterdir()] == [LOCK]
+        # POSIX must delete the lock file before another process locks it; Windows cannot delete an open file.
         if is_unused and os.name != "nt":
             (data_dir / LOCK).unlink()
         lock.release()
-        with suppress(OSError):
-            if is_unused and os.name == "nt":
-                (data_dir / LOCK).unlink()
-            for folder in made:
-                folder.rmdir()
+        if is_unused:
+            _remove_folders(data_dir, made)
+
+
+def _remove_folders(data_dir: Path, made: list[Path]) -> None:
+    """Remove the empty folders that a failed call made, unless another process has come to use them."""
+    with suppress(OSError):
+        (data_dir / LOCK).unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()

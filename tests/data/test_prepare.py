@@ -153,7 +153,7 @@ def test_tokens_outlive_their_text(prepared: Path, run: Callable, tokenizer_dir:
     assert NOTHING_TO_DO in capsys.readouterr().out
     # A lost tokenizer is brought back, but only the right one.
     shutil.rmtree(prepared.parent / "tokenizer")
-    with pytest.raises(UserError, match=r"no text in .* to train a tokenizer on"):
+    with pytest.raises(UserError, match=r"made again for this call \(another tokenizer\)"):
         run(tokenizer="train", vocab_size=300)
     assert run(tokenizer=str(tokenizer_dir)).splits == manifest.read(prepared).splits
     assert (prepared.parent / "tokenizer/tokenizer.json").is_file()
@@ -298,7 +298,7 @@ def test_changed_source_or_setting_is_read_again(tmp_path: Path, run: Callable, 
     run(source=str(source), max_documents=40)
     assert "max_documents None became 40" in capsys.readouterr().out
     assert both(tmp_path / "data") == sorted(stories[:40])
-    with pytest.raises(UserError, match=r"--max_documents can only be applied by reading it again.*--source"):
+    with pytest.raises(UserError, match=r"made again for this call \(--max_documents\).*--source"):
         run(max_documents=5)
 
 
@@ -338,45 +338,37 @@ def test_another_corpus_needs_overwrite(prepared: Path, run: Callable, stories: 
     assert both(prepared) == sorted(text.upper() for text in stories)
     with pytest.raises(UserError, match=r"already contains the tokens of files .*other\.txt"):
         run(source=str(put(prepared.parent / "another.txt", stories)))
-    # The user's text stays, and is used again if that is said.
-    run()
-    assert "is not part of its tokens, which were made from files" in capsys.readouterr().out
-    assert both(prepared) == sorted(text.upper() for text in stories)
+    # The user's text stays, and replaces the tokens if that is said.
+    with pytest.raises(UserError, match=r"already contains the tokens of files .*which the text in .* would replace"):
+        run()
     run(overwrite=True)
     assert both(prepared) == sorted(stories)
 
 
-def test_kept_text_gives_the_same_tokens(tmp_path: Path, run: Callable, stories: list[str]) -> None:
+def test_kept_text_is_the_text_of_the_tokens(tmp_path: Path, run: Callable, stories: list[str]) -> None:
     texts = [*stories, " \r\nwhite space\r\n ", "\n", ""]
-    source = str(put_rows(tmp_path / "x.jsonl", texts))
-    run(source=source, keep_text=True, val_fraction=0.2)
-    wanted = decoded(tmp_path / "data", "train")
-    kept = (tmp_path / "data/train/train-00000.txt").read_bytes().decode()
-    assert kept.split(f"\n{END_OF_TEXT}\n") == [*wanted, ""]
-    # Text that the user edited is not replaced.
-    put(tmp_path / "data/train/train-00000.txt", ["Mine."])
-    with pytest.raises(UserError, match="--keep_text would mix its text with yours"):
-        run(source=source, keep_text=True, val_fraction=0.3)
-    run(source=source, val_fraction=0.3)
-    assert (tmp_path / "data/train/train-00000.txt").read_text() == "Mine."
-    assert not (tmp_path / "data/val").exists() and not (tmp_path / "data/source.json").exists()
+    run(source=str(put_rows(tmp_path / "x.jsonl", texts)), keep_text=True, val_fraction=0.2)
+    kept = (tmp_path / "data/tokens/text/train/train-00000.txt").read_bytes().decode()
+    assert kept.split(f"\n{END_OF_TEXT}\n") == [*decoded(tmp_path / "data", "train"), ""]
 
 
-@pytest.mark.parametrize("foreign", ["train/notes.pdf", "val/model.py", "source.json"])
-def test_foreign_files_are_never_removed(tmp_path: Path, run: Callable, stories: list[str], foreign: str) -> None:
-    put(tmp_path / "a.txt", stories)
+@pytest.mark.parametrize("foreign", ["train/notes.pdf", "val/model.txt", "source.json"])
+def test_files_of_the_user_are_never_removed(tmp_path: Path, run: Callable, stories: list[str], foreign: str) -> None:
+    source = str(put(tmp_path / "a.txt", stories))
     (tmp_path / "data" / foreign).parent.mkdir(parents=True)
     (tmp_path / "data" / foreign).write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match=f"contains files of your own.*{foreign}"):
-        run(source=str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match="--keep_text would mix"):
-        run(source=str(tmp_path / "a.txt"), overwrite=True, keep_text=True)
-    run(source=str(tmp_path / "a.txt"), overwrite=True)
-    assert (tmp_path / "data" / foreign).read_text(encoding="utf-8") == "mine"
-    # Files of the operating system do not count.
-    shutil.rmtree(tmp_path / "data")
-    lay(tmp_path / "data", ["train/.DS_Store", "val/Thumbs.db"])
-    run(source=str(tmp_path / "a.txt"))
+    for settings in ({}, {"keep_text": True}, {"overwrite": True}):
+        run(source=source, **settings)
+        assert (tmp_path / "data" / foreign).read_text(encoding="utf-8") == "mine"
+
+
+def test_text_of_version_0_1_0_is_not_the_users(tmp_path: Path, run: Callable, stories: list[str], capsys) -> None:
+    """It wrote the text of every source to train/ and val/, and a source.json that said so."""
+    run(source=str(put(tmp_path / "x.txt", stories)))
+    put(tmp_path / "data/train/train-00000.txt", stories[:100])
+    (tmp_path / "data/source.json").write_text("{}", encoding="utf-8")
+    run()
+    assert NOTHING_TO_DO in capsys.readouterr().out
 
 
 def test_source_and_data_dir_must_differ(prepared: Path, run: Callable) -> None:
