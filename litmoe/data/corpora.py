@@ -116,33 +116,40 @@ class Corpus:
         return [self._units(split, numbers) for split in ("val", "train") if split in self.files]
 
     def _units(self, split: str, numbers: Iterator[int]) -> Iterator[Unit]:
-        """Yield the units of a split. A .parquet is opened only when its first unit is asked for."""
+        """Yield the units of a split in the order of its files."""
         unit_split = split if "val" in self.files else None
+        for files, size in self._file_groups(split):
+            if suffix(files[0]) != ".parquet" or self.articles:
+                yield Unit(next(numbers), unit_split, files, size)
+                continue
+            # A .parquet is opened only when its first unit is asked for.
+            for groups, share in _row_group_ranges(files[0]):
+                yield Unit(next(numbers), unit_split, files, round(size * share), groups)
+
+    def _file_groups(self, split: str) -> Iterator[tuple[tuple[Location, ...], int]]:
+        """Yield the files that are read together, with their bytes: a large file or .parquet alone, small ones joined.
+
+        Many small files would be many small units, each with part files of its own.
+        """
         sizes = [record.bytes for record in self.records[split]]
         if self.articles:
             # Articles continue across files.
-            yield Unit(next(numbers), unit_split, tuple(self.files[split]), sum(sizes))
+            yield tuple(self.files[split]), sum(sizes)
             return
-        # Many small files would be many small units, each with files of its own.
-        small: list[Location] = []
-        small_size = 0
+        group: list[Location] = []
+        group_size = 0
         for file, size in zip(self.files[split], sizes, strict=True):
-            if suffix(file) != ".parquet" and size < UNIT_BYTES:
-                small.append(file)
-                small_size += size
-                if small_size < UNIT_BYTES:
-                    continue
-            if small:
-                yield Unit(next(numbers), unit_split, tuple(small), small_size)
-                small, small_size = [], 0
-            # Units follow the order of the files, so large files end the group of small ones.
-            if suffix(file) == ".parquet":
-                for groups, share in _row_group_ranges(file):
-                    yield Unit(next(numbers), unit_split, (file,), round(size * share), groups)
-            elif size >= UNIT_BYTES:
-                yield Unit(next(numbers), unit_split, (file,), size)
-        if small:
-            yield Unit(next(numbers), unit_split, tuple(small), small_size)
+            is_alone = size >= UNIT_BYTES or suffix(file) == ".parquet"
+            if group and (is_alone or group_size >= UNIT_BYTES):
+                yield tuple(group), group_size
+                group, group_size = [], 0
+            if is_alone:
+                yield (file,), size
+            else:
+                group.append(file)
+                group_size += size
+        if group:
+            yield tuple(group), group_size
 
 
 def _row_group_ranges(location: Location) -> Iterator[tuple[range, float]]:
@@ -211,33 +218,39 @@ class HubDataset:
             UserError: without a network, or for a dataset that does not exist or cannot be read.
         """
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        sha = None
         if Path(self.path).is_dir():
-            found = self._find_files(None)
-            if found is None:
-                raise UserError(
-                    f"{self.path} is a local folder without .parquet or plain .jsonl files, the only ones that hf: "
-                    f"reads. Name the folder without hf: {self.flag} {quoted(self.path)}"
-                )
+            found, sha, location = self._find_in_folder(), None, Path(self.path).name
         else:
-            sha = self._commit(revision)
-            # A pinned revision of the Hub's conversion contains parquet files in the conversion's own layout.
-            found = None if (revision or "").startswith(PARQUET_BRANCH) else self._find_files(sha)
-            if found is None:
-                if not (revision or "").startswith(PARQUET_BRANCH):
-                    sha = self._commit(PARQUET_BRANCH)
-                    revision = f"{PARQUET_BRANCH}@{sha}"
-                with connection_errors(f"{HUB}datasets/{self.path}"):
-                    found = self._find_converted_files(sha)
-            else:
-                revision = sha
+            found, sha, revision = self._find_on_hub(revision)
+            location = f"{self.path}@{sha}"
         files = self._splits(found)
         with connection_errors(f"{HUB}datasets/{self.path}" if sha else Path(self.path)):
             records = {split: self._records(paths, sha) for split, paths in files.items()}
-        location = f"{self.path}@{sha}" if sha else Path(self.path).name
         if "val" in files:
             settings = replace(settings, val_fraction=None)
         return Corpus(self.name, location, files, records, settings, self.column, self.articles, revision)
+
+    def _find_in_folder(self) -> dict[str, list[Location]]:
+        found = self._find_files(None)
+        if found is None:
+            raise UserError(
+                f"{self.path} is a local folder without .parquet or plain .jsonl files, the only ones that hf: "
+                f"reads. Name the folder without hf: {self.flag} {quoted(self.path)}"
+            )
+        return found
+
+    def _find_on_hub(self, revision: str | None) -> tuple[dict[str, list[Location]], str, str]:
+        """Return the files of each split, their commit, and the revision that finds them again."""
+        if revision is None or not revision.startswith(PARQUET_BRANCH):
+            sha = self._commit(revision)
+            found = self._find_files(sha)
+            if found is not None:
+                return found, sha, sha
+            revision = PARQUET_BRANCH
+        # A dataset with a loading script or in another format: the Hub has converted it to parquet.
+        sha = self._commit(revision)
+        with connection_errors(f"{HUB}datasets/{self.path}"):
+            return self._find_converted_files(sha), sha, f"{PARQUET_BRANCH}@{sha}"
 
     def _commit(self, revision: str | None) -> str:
         """Return the commit of a branch, or check a commit of an earlier call; None is the main branch."""
@@ -277,28 +290,31 @@ class HubDataset:
         The datasets library knows these conventions. It takes 0.9 s to import, so only this method imports it.
         """
         import datasets
+        from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
         datasets.disable_progress_bars()
-        missing = (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError)
         try:
-            config = datasets.load_dataset_builder(self.path, self.config, revision=sha).config
-        except (RuntimeError, *missing):
+            data_files = datasets.load_dataset_builder(self.path, self.config, revision=sha).config.data_files or {}
+        except (RuntimeError, DatasetNotFoundError, DataFilesNotFoundError):
             # RuntimeError: a loading script, which the library no longer runs.
             return None
-        except ValueError as error:
-            # The message of a missing config contains the list of configs.
-            configs = re.search(r"\[.*?\]", str(error))
-            if configs and "onfig" in str(error):
-                raise self._wrong_config(configs.group()) from None
-            raise UserError(f"{self.path} cannot be read ({in_short(error)}).") from None
         except Exception as error:
-            raise UserError(f"{self.path} is not available ({in_short(error)}).\n{OFFLINE_WAYS}") from None
+            raise self._load_error(error) from None
         files: dict[str, list[Location]] = {}
-        for split, names in (config.data_files or {}).items():
-            files[str(split)] = [_as_location(str(name)) for name in names]
+        for split, names in data_files.items():
+            files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
         every = [file for names in files.values() for file in names]
         readable = all(suffix(file) in (".parquet", ".jsonl") and not is_compressed(file) for file in every)
         return files if every and readable else None
+
+    def _load_error(self, error: Exception) -> UserError:
+        # The message of a missing config contains the list of configs.
+        configs = re.search(r"\[.*?\]", str(error))
+        if isinstance(error, ValueError) and configs and "onfig" in str(error):
+            return self._wrong_config(configs.group())
+        if isinstance(error, ValueError):
+            return UserError(f"{self.path} cannot be read ({in_short(error)}).")
+        return UserError(f"{self.path} is not available ({in_short(error)}).\n{OFFLINE_WAYS}")
 
     def _wrong_config(self, configs: str) -> UserError:
         problem = f"but no {self.config!r}" if self.config else "and none is named"
@@ -362,10 +378,6 @@ class HubDataset:
         return tuple(
             FileRecord(path, sizes[name], 0, sha256(path.encode()).hexdigest()) for name, path in paths.items()
         )
-
-
-def _as_location(name: str) -> Location:
-    return name if is_remote(name) else Path(name)
 
 
 CORPORA: dict[str, Stories | HubDataset] = {
