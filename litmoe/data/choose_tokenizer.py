@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from litmoe.cli import UserError
 from litmoe.data import manifest, tokenizers
 from litmoe.data.corpora import Corpus
-from litmoe.data.documents import END_OF_TEXT, Batch, Rules, Unit, read_unit
+from litmoe.data.documents import Batch, Rules, Unit, read_unit
 from litmoe.data.files import is_remote
 from litmoe.data.manifest import FileRecord, Settings
 from litmoe.data.tokenizers import TokenizerFiles
@@ -76,23 +76,23 @@ def choose_tokenizer(args: "PrepareArgs", text: tuple[FileRecord, ...], settings
 
 def _name_to_install(args: "PrepareArgs", text: tuple[FileRecord, ...], settings: Settings | None) -> str | None:
     """Return the tokenizer to put into ``tokenizer_dir``, None if the right one is there."""
+    wanted = args.tokenizer
     if not (args.tokenizer_dir / "tokenizer.json").is_file():
-        return args.tokenizer or tokenizers.DEFAULT
-    if args.tokenizer is None:
+        return wanted or tokenizers.DEFAULT
+    if wanted is None:
         # A tokenizer.json from elsewhere may not say which tokens begin and end a text: complete it.
         return None if tokenizers.is_complete(args.tokenizer_dir) else str(args.tokenizer_dir)
     if args.overwrite:
-        return args.tokenizer
+        return wanted
     origin = tokenizers.origin(args.tokenizer_dir)
-    if args.tokenizer == TRAIN:
+    if wanted == TRAIN:
         is_right = settings is not None and origin == train_origin(args, text, settings)
-    elif Path(args.tokenizer).is_dir():
-        wanted = tokenizers.from_folder(Path(args.tokenizer)).sha256
-        is_right = wanted == manifest.tokenizer_fingerprint(args.tokenizer_dir)
+    elif Path(wanted).is_dir():
+        is_right = tokenizers.from_folder(Path(wanted)).sha256 == manifest.tokenizer_fingerprint(args.tokenizer_dir)
     else:
         # The Hub is not asked again for a tokenizer with this name.
-        is_right = origin.get("name") == args.tokenizer
-    return None if is_right else args.tokenizer
+        is_right = origin.get("name") == wanted
+    return None if is_right else wanted
 
 
 def _may_replace(args: "PrepareArgs", name: str, files: TokenizerFiles | None) -> bool:
@@ -142,31 +142,45 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> TokenizerFiles:
 
 
 def _training_sample(corpus: Corpus) -> Iterator[str]:
-    """Yield text to train on: from everywhere in the user's files, or the beginning of a stream or of the stories."""
-    limit = STORY_BYTES if corpus.generate is not None else tokenizers.TRAINING_BYTES
-    # Reading all of a stream only for a tokenizer would take as long as tokenizing it.
-    only_beginning = corpus.generate is not None or any(is_remote(file) for file in corpus.files["train"])
+    """Yield the text to train on."""
+    is_empty = True
+    for text in _sample(corpus, corpus.rules):
+        is_empty = False
+        yield text
+    if is_empty:
+        # Few documents may all be validation text. Then the beginning of each is training text, as in the tokens.
+        yield from _sample(corpus, replace(corpus.rules, cut=True))
+
+
+def _sample(corpus: Corpus, rules: Rules) -> Iterator[str]:
+    """Return documents from everywhere in the user's files, or the first ones of a stream or of the stories."""
+    documents = _train_documents(corpus.unit_groups()[-1], rules, corpus.settings.max_documents)
+    if corpus.generate is not None:
+        return _first(documents, STORY_BYTES)
+    if any(is_remote(file) for file in corpus.files["train"]):
+        # Reading all of a stream only for a tokenizer would take as long as tokenizing it.
+        return _first(documents, tokenizers.TRAINING_BYTES)
     # One block of so many: rounded up, so that no more than the limit is taken.
-    every = 1 if only_beginning else max(1, -(-corpus.training_bytes // limit))
-    # Few documents may all be validation text. Then the beginnings of the documents are used, as in the tokens.
-    for cut in (False, True):
-        size = 0
-        for text in _every_block(corpus, replace(corpus.rules, cut=cut), every):
-            yield text
-            size += len(text)
-            if only_beginning and size >= limit:
-                return
-        if size:
+    every = max(1, -(-corpus.training_bytes // tokenizers.TRAINING_BYTES))
+    return _every_block(documents, every)
+
+
+def _first(texts: Iterator[str], limit: int) -> Iterator[str]:
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text)
+        if size >= limit:
             return
 
 
-def _every_block(corpus: Corpus, rules: Rules, every: int) -> Iterator[str]:
-    """Yield the training documents of the first of every ``every`` blocks of about 1 MB."""
+def _every_block(texts: Iterator[str], every: int) -> Iterator[str]:
+    """Yield the texts of the first of every ``every`` blocks of about 1 MB."""
     block = size = 0
-    for text in _train_documents(corpus.unit_groups()[-1], rules, corpus.settings.max_documents):
+    for text in texts:
         if block % every == 0:
             yield text
-        size += len(text.encode()) + len(f"\n{END_OF_TEXT}\n")
+        size += len(text)
         if size >= tokenizers.BLOCK_BYTES:
             block, size = block + 1, 0
 

@@ -286,6 +286,18 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
     """
     found = read(data_dir)
     assert found is not None, "the caller has read the manifest"
+    damaged = _damaged_files(data_dir, found, splits)
+    if damaged:
+        paths = [str(path) for path, _ in damaged[:3]]
+        raise UserError(
+            f"damaged since it was made: {', '.join(paths)} ({damaged[0][1]}). Remove {tokens_dir(data_dir)} and make "
+            f"the tokens again: {command_to_repeat(data_dir, found)}. (A dataset of W&B: remove {data_dir}; it is "
+            "downloaded again.)"
+        )
+
+
+def _damaged_files(data_dir: Path, found: Manifest, splits: Collection[str]) -> list[tuple[Path, str]]:
+    """Return the files that differ from their checksum or cannot be read, each with the reason."""
     wanted = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in found.splits[s].files.items()}
     # Hashing releases Python's lock, so threads use all cores.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -298,15 +310,13 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
         except KeyboardInterrupt:
             threads.shutdown(cancel_futures=True)
             raise
-    damaged = [path for path, digest in sums.items() if digest.exception() or digest.result() != wanted[path]]
-    if damaged:
-        error = sums[damaged[0]].exception()
-        why = f"it can't be read: {error}" if error else f"its checksum differs from {manifest_path(data_dir)}"
-        raise UserError(
-            f"damaged since it was made: {', '.join(map(str, damaged[:3]))} ({why}). Remove {tokens_dir(data_dir)} and "
-            f"make the tokens again: {command_to_repeat(data_dir, found)}. (A dataset of W&B: remove {data_dir}; it "
-            "is downloaded again.)"
-        )
+    damaged = []
+    for path, digest in sums.items():
+        if error := digest.exception():
+            damaged.append((path, f"it can't be read: {error}"))
+        elif digest.result() != wanted[path]:
+            damaged.append((path, f"its checksum differs from {manifest_path(data_dir)}"))
+    return damaged
 
 
 def flags_to_repeat(found: Manifest) -> dict[str, Any]:
