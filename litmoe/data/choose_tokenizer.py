@@ -188,7 +188,7 @@ def _every_block(texts: Iterator[str], every: int) -> Iterator[str]:
 def _train_documents(units: Iterable[Unit], rules: Rules, limit: int | None) -> Iterator[str]:
     left = limit
     for unit in units:
-        for item in read_unit(unit, replace(rules, divide_long=False), set(), left):
+        for item in read_unit(unit, rules, set(), left):
             if isinstance(item, Batch):
                 yield from item.texts if item.split == "train" else []
             elif left is not None:
@@ -198,7 +198,7 @@ def _train_documents(units: Iterable[Unit], rules: Rules, limit: int | None) -> 
             return
 
 
-def proof_documents(corpus: Corpus, rules: Rules) -> list[str]:
+def proof_documents(corpus: Corpus) -> list[str]:
     """Return some documents of the first, the middle and the last file, to compare two encoders on them."""
     if corpus.generate is not None or corpus.settings.max_documents is not None:
         # Later files may never be opened otherwise.
@@ -209,5 +209,5 @@ def proof_documents(corpus: Corpus, rules: Rules) -> list[str]:
         units = [Unit(0, "train", (files[number],), 0, range(1)) for number in chosen]
     sample: list[str] = []
     for unit in units:
-        sample += islice(_train_documents([unit], rules, PROOF_DOCUMENTS), PROOF_DOCUMENTS)
+        sample += islice(_train_documents([unit], corpus.rules, PROOF_DOCUMENTS), PROOF_DOCUMENTS)
     return [text[:PROOF_CHARACTERS] for text in sample]

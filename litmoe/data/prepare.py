@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from litmoe.checksummed_json import read_json, write_json
 from litmoe.cli import UserError, quoted
 from litmoe.data import corpora, manifest, tokenizers, tokens
@@ -429,13 +431,16 @@ def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerCh
 def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: Path) -> Manifest:
     """Write the chunks of both splits, and with ``--keep_text`` the text, below ``building``."""
     tokenizer_json = info.folder / "tokenizer.json"
-    rules = replace(corpus.rules, divide_long=tokenizers.divides_between_words(tokenizer_json))
-    fast = tokenizers.agrees_with_tiktoken(tokenizer_json, proof_documents(corpus, rules))
-    dtype = tokens.dtype_for(info.vocab_size)
+    fast = tokenizers.agrees_with_tiktoken(tokenizer_json, proof_documents(corpus))
     encoder = tokenizers.Encoder(tokenizer_json, info.eos_id, info.bos_id, fast=fast)
-    encode = tokens.TokenEncoder(encoder, dtype, info.bos_id, info.eos_id)
+    dtype = tokens.dtype_for(info.vocab_size)
+
+    def encode(texts: list[str]) -> bytes:
+        # Little-endian on every machine.
+        return encoder(texts).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+
     store, records = tokens.tokenize_corpus(
-        corpus, rules, encode, building, inputs=[info.sha256], keep_text=args.keep_text, num_workers=args.num_workers
+        corpus, encode, building, inputs=[info.sha256], keep_text=args.keep_text, num_workers=args.num_workers
     )
     totals = tokens.totals_of(records)
     if totals.eot_in_text:

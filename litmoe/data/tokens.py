@@ -26,7 +26,6 @@ from litmoe.data.corpora import Corpus
 from litmoe.data.documents import END_OF_TEXT, Batch, Counts, Rules, Unit, UnitEnd, read_unit
 from litmoe.data.files import Unfinished, is_remote
 from litmoe.data.manifest import SPLITS
-from litmoe.data.tokenizers import Encoder
 
 # The last tokens of a chunk that fill no window are not used, so chunks are long. litdata's own reader shuffles chunks,
 # so there are about 16 of them if the corpus is large enough.
@@ -60,8 +59,7 @@ class UnitRecord:
 
 def tokenize_corpus(
     corpus: Corpus,
-    rules: Rules,
-    encode: Callable[[Batch], bytes],
+    encode: Callable[[list[str]], bytes],
     folder: Path,
     *,
     inputs: list[str],
@@ -74,10 +72,9 @@ def tokenize_corpus(
 
     Args:
         corpus: the text.
-        rules: how the files become documents.
-        encode: makes the stored bytes of a batch.
+        encode: makes the stored tokens of documents.
         folder: where the units are stored.
-        inputs: what the tokens depend on, in addition to the corpus and the rules.
+        inputs: what the tokens depend on, in addition to the corpus.
         keep_text: also store the text of the documents.
         num_workers: threads; None for one for each core.
 
@@ -89,7 +86,7 @@ def tokenize_corpus(
     limit = corpus.settings.max_documents
     contents = {split: manifest.contents(records) for split, records in corpus.records.items()}
     for cut in (False, True):
-        rules = replace(rules, cut=cut)
+        rules = replace(corpus.rules, cut=cut)
         values = json.dumps([contents, asdict(rules), limit, keep_text, inputs])
         # Both attempts have a folder, so that a restarted call does not repeat the first one.
         store = UnitStore(folder / ("cut" if cut else "units"), sha256(values.encode()).hexdigest())
@@ -194,7 +191,7 @@ class UnitStore:
 def process_units(
     groups: Iterable[Iterable[Unit]],
     rules: Rules,
-    encode: Callable[[Batch], bytes],
+    encode: Callable[[list[str]], bytes],
     store: UnitStore,
     num_workers: int,
     max_documents: int | None,
@@ -207,7 +204,7 @@ def process_units(
         groups: the units of the corpus, one group for each split with files of its own; validation comes first if its
             documents are dropped from the training text.
         rules: how files become documents.
-        encode: makes the stored bytes of a batch; runs in the threads.
+        encode: makes the stored tokens of documents; runs in the threads.
         store: where the results go.
         num_workers: threads; 0 encodes in the calling thread.
         max_documents: read at most so many documents of each group.
@@ -314,16 +311,16 @@ def _read_with_retries(unit: Unit, rules: Rules, val_hashes: set[int], limit: in
 
 
 def _encode_in_order(
-    items: Iterable[Batch | UnitEnd], encode: Callable[[Batch], bytes], pool: ThreadPoolExecutor | None, ahead: int
+    items: Iterable[Batch | UnitEnd], encode: Callable[[list[str]], bytes], pool: ThreadPoolExecutor | None, ahead: int
 ) -> Iterator[tuple[Batch | UnitEnd, bytes]]:
     """Yield each item with the encoded bytes of a batch, at most ``ahead`` batches encoded in advance."""
     waiting: deque[tuple[Batch | UnitEnd, Future[bytes] | None]] = deque()
     for item in items:
         if pool is None:
-            yield item, encode(item) if isinstance(item, Batch) else b""
+            yield item, encode(item.texts) if isinstance(item, Batch) else b""
             continue
         # The end of a unit waits in the same queue, behind its batches.
-        waiting.append((item, pool.submit(encode, item) if isinstance(item, Batch) else None))
+        waiting.append((item, pool.submit(encode, item.texts) if isinstance(item, Batch) else None))
         if len(waiting) > ahead:
             first, future = waiting.popleft()
             yield first, future.result() if future else b""
@@ -340,27 +337,6 @@ def totals_of(records: list[UnitRecord]) -> Counts:
 
 
 # --- tokens ---
-
-
-@dataclass(frozen=True)
-class TokenEncoder:
-    """Makes the stored bytes of a batch: its tokens in little-endian order."""
-
-    encoder: Encoder
-    dtype: str
-    bos_id: int | None
-    """Begins each document; None if texts begin without such a token."""
-    eos_id: int
-    """Ends each document."""
-
-    def __call__(self, batch: Batch) -> bytes:
-        """Encode documents, with the ids that begin and end each of them."""
-        ids = self.encoder(batch.texts)
-        if self.bos_id is not None and batch.begins:
-            ids = np.insert(ids, 0, self.bos_id)
-        if batch.ends:
-            ids = np.append(ids, self.eos_id)
-        return ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -473,8 +449,7 @@ def _write_index(folder: Path, lengths: list[int], dtype: str) -> None:
 
 def encode_text(batch: Batch) -> bytes:
     """Make the stored text of a batch: UTF-8, every document followed by a line ``<|endoftext|>``."""
-    ending = f"\n{END_OF_TEXT}\n" if batch.ends else ""
-    return "".join(text + ending for text in batch.texts).encode()
+    return "".join(f"{text}\n{END_OF_TEXT}\n" for text in batch.texts).encode()
 
 
 def move_text(store: UnitStore, records: list[UnitRecord], folder: Path) -> None:

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from litgpt import Tokenizer as LitTokenizer
-from tokenizers import Tokenizer
 
 from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
@@ -547,22 +546,6 @@ def test_incomplete_tokenizer_is_completed(
     run()
     assert LitTokenizer(tmp_path / "tokenizer").use_bos
     assert token_ids(tmp_path / "data", "val")[0] == 1
-
-
-def test_pieces_of_a_long_document_are_one_document(
-    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "BATCH_CHARACTERS", 1000)
-    monkeypatch.setattr(documents, "LONG_DOCUMENT", 2000)
-    long = " ".join(stories)
-    put(tmp_path / "data/train/a.txt", [stories[0], long, stories[1]])
-    put(tmp_path / "data/val/a.txt", stories[:3])
-    config = tmp_path / "tokenizer/tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
-    assert run(num_workers=2).splits["train"].documents == 3
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer/tokenizer.json"))
-    expected = [id for text in (stories[0], long, stories[1]) for id in [0, *tokenizer.encode(text).ids, 0]]
-    assert token_ids(tmp_path / "data", "train").tolist() == expected
 
 
 # --- threads and chunks ---
