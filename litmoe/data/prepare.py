@@ -40,8 +40,9 @@ from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_fil
 from litmoe.data.manifest import SPLITS, Manifest, Settings, Source, Split, TokenizerRecord
 from litmoe.data.tokenizers import TokenizerInfo
 
-TOKENS = "tokens"
-"""The source of a call that uses finished tokens as they are."""
+# What a call without --source uses. No file has these names.
+IN_PLACE = "(text in place)"
+TOKENS = "(finished tokens)"
 BUILDING = ".building"
 """Folder for tokens that are being made, below DATA_DIR/tokens."""
 LOCK = ".prepare.lock"
@@ -190,7 +191,7 @@ def prepare(args: PrepareArgs) -> Manifest:
 
 
 def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
-    """Return the source of a call without ``--source``: ``TEXT``, the tokens as they are, or the default.
+    """Return the source of a call without ``--source``: ``IN_PLACE``, ``TOKENS`` as they are, or the default.
 
     Raises:
         UserError: the text is in a wrong place, or the tokens must be made again and their text is not there.
@@ -200,7 +201,7 @@ def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
     # 0.1.0 wrote the text of every source to train/ and val/, and said so in source.json.
     was_written = found is not None and found.source.name != TEXT and (args.data_dir / "source.json").exists()
     if has_text and not was_written:
-        return TEXT
+        return IN_PLACE
     recorded = found or manifest.read_file(manifest.manifest_path(args.data_dir))
     if recorded is None:
         return corpora.DEFAULT
@@ -225,7 +226,7 @@ def _refuse_replacing(args: PrepareArgs, source: str, found: Manifest | None) ->
             )
     elif source != TOKENS and not _is_same(source, found.source):
         existing = f"{found.source.name} ({found.source.location})" if found.source.location else found.source.name
-        new = f"the text in {args.data_dir}" if source == TEXT else f"--source {source}"
+        new = f"the text in {args.data_dir}" if source == IN_PLACE else f"--source {source}"
         raise UserError(
             f"{args.data_dir} already contains the tokens of {existing}, which {new} would replace. Choose another "
             "--data_dir, or replace them with --overwrite."
@@ -233,6 +234,8 @@ def _refuse_replacing(args: PrepareArgs, source: str, found: Manifest | None) ->
 
 
 def _is_same(source: str, recorded: Source) -> bool:
+    if source == IN_PLACE or recorded.name == TEXT:
+        return source == IN_PLACE and recorded.name == TEXT
     # Only the name of a path is recorded: token folders are shared.
     if recorded.name == FILES:
         return Path(source).exists() and Path(source).resolve().name == recorded.location
@@ -256,7 +259,7 @@ def _open_local(args: PrepareArgs, source: str, found: Manifest | None) -> Corpu
     if source == TOKENS or corpora.is_hub(source):
         return None
     known = found.text if found is not None else []
-    if source != TEXT:
+    if source != IN_PLACE:
         return corpora.open_local(source, _settings(args, source), known)
     if args.max_documents is not None:
         raise UserError("--max_documents needs a --source; text in place is taken completely.")
@@ -283,17 +286,15 @@ def _changes(
         return ["not tokenized yet"]
     if args.overwrite:
         return ["--overwrite"]
-    changes = []
-    if source != TOKENS:
-        changes += _changed_settings(found.settings, corpus.settings if corpus else _settings(args, source))
+    changes = [] if tokenizer.sha256 == found.tokenizer.sha256 else ["another tokenizer"]
+    if source == TOKENS:
+        _require_source(args, found, changes)
+        return []
+    changes += _changed_settings(found.settings, corpus.settings if corpus else _settings(args, source))
     if corpus is not None and corpus.generate is None:
         changes += manifest.changed_files(found.text, corpus.all_records)
     if args.keep_text and not found.keeps_text:
         changes.append("--keep_text")
-    if tokenizer.sha256 != found.tokenizer.sha256:
-        changes.append("another tokenizer")
-    if source == TOKENS:
-        _require_source(args, found, changes)
     return changes
 
 
@@ -353,7 +354,7 @@ def _misplaced_text(data_dir: Path) -> Path | None:
 
 def _label(source: str) -> str:
     """Return what identifies a source on this machine."""
-    is_path = source not in (TEXT, TOKENS, *corpora.CORPORA) and not corpora.is_hub(source)
+    is_path = source not in (IN_PLACE, TOKENS, *corpora.CORPORA) and not corpora.is_hub(source)
     return str(Path(source).resolve()) if is_path else source
 
 
@@ -378,7 +379,7 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
     """Tokenize a corpus with the right tokenizer, and move both into place."""
     started = time.perf_counter()
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-    print(f"Tokenizing {args.data_dir if source == TEXT else source}: {'; '.join(changes[:3])}{more}")
+    print(f"Tokenizing {args.data_dir if source == IN_PLACE else source}: {'; '.join(changes[:3])}{more}")
     print("".join(f"{note}\n" for note in corpus.notes), end="")
     building = manifest.tokens_dir(args.data_dir) / BUILDING
     try:

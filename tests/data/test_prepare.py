@@ -361,6 +361,14 @@ def test_files_of_the_user_are_never_removed(tmp_path: Path, run: Callable, stor
         assert (tmp_path / "data" / foreign).read_text(encoding="utf-8") == "mine"
 
 
+def test_source_may_be_called_text(prepared: Path, run: Callable, stories: list[str], monkeypatch) -> None:
+    monkeypatch.chdir(put(prepared.parent / "text/a.txt", stories).parents[1])
+    with pytest.raises(UserError, match="which --source text would replace"):
+        run(source="text")
+    run(source="text", overwrite=True)
+    assert both(prepared) == sorted(stories) and manifest.read(prepared).source.name == "files"
+
+
 def test_text_of_version_0_1_0_is_not_the_users(tmp_path: Path, run: Callable, stories: list[str], capsys) -> None:
     """It wrote the text of every source to train/ and val/, and a source.json that said so."""
     run(source=str(put(tmp_path / "x.txt", stories)))
