@@ -198,7 +198,10 @@ def test_no_validation_question_in_training(tmp_path: Path) -> None:
     jsonl(tmp_path / "in/validation.json", [*pairs(5, start=45), *pairs(5, start=100)])
     result = prepare(tmp_path / "in", tmp_path / "data")
     assert result.val_fraction is None
-    assert result.notes == ("5 that begin like a validation conversation are left out of training.",)
+    assert result.notes == (
+        "Used for validation: validation.json.",
+        "5 that begin like a validation conversation are left out of training.",
+    )
     assert questions(tmp_path / "data", "train") == [row["prompt"] for row in pairs(45)]
     assert len(conversations(tmp_path / "data", "val")) == 10
 
