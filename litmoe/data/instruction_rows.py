@@ -131,13 +131,6 @@ def conversation_of(value: Any) -> Row:
     return Row(messages, unwrapped=unwrapped, unused=tuple(unused))
 
 
-def has_conversation(value: Any) -> bool:
-    """Return whether a value has the fields of a single conversation."""
-    if not isinstance(value, dict):
-        return False
-    return _pair_in(value) is not None or any(isinstance(value.get(name), list) for name in CHAT_FIELDS)
-
-
 def unwrap(prompt: str) -> str | None:
     """Return the instruction inside a prompt that is stored in a template; None without a template."""
     prompt = prompt.strip()
@@ -179,23 +172,26 @@ def _take_turns(fields: dict[str, Any]) -> list[Any]:
     if chat is not None:
         return _as_list(fields.pop(chat), chat)
     pair = _pair_in(fields)
-    if pair is None:
-        found = ", ".join(repr(writable(name)) for name in fields)
-        raise ValueError(f"the fields {found[:300] or '(none)'}; {EXPECTED}")
+    if pair is not None:
+        return _take_pair(fields, *pair)
+    found = ", ".join(repr(writable(name)) for name in fields)
+    raise ValueError(f"the fields {found[:300] or '(none)'}; {EXPECTED}")
 
-    prompt, answer = map(fields.pop, pair)
-    history = _as_list(fields.pop(HISTORY, ""), HISTORY)
-    if isinstance(prompt, list) and isinstance(answer, list):
+
+def _take_pair(fields: dict[str, Any], prompt: str, answer: str) -> list[Any]:
+    turns = _as_list(fields.pop(HISTORY, ""), HISTORY)
+    if isinstance(fields[prompt], list) and isinstance(fields[answer], list):
         # TRL stores a list of messages in both fields.
-        return [*history, *prompt, *answer]
-    question = _text(prompt, repr(pair[0]))
+        return [*turns, *fields.pop(prompt), *fields.pop(answer)]
+    question = _text(fields.pop(prompt), repr(prompt))
     for name in CONTEXT_FIELDS:
         context = _text(fields.pop(name, ""), repr(name))
         if not NO_INPUT.fullmatch(context):
             question = f"{question}\n\n{context}" if question else context
-    if pair[1] == "answers":
-        answer = _first_answer(answer)
-    return [*history, [question, _text(answer, repr(pair[1]))]]
+    value = fields.pop(answer)
+    if answer == "answers":
+        value = _first_answer(value)
+    return [*turns, [question, _text(value, repr(answer))]]
 
 
 def _pair_in(fields: dict[str, Any]) -> tuple[str, str] | None:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice
@@ -21,8 +20,8 @@ from litmoe.data import manifest
 from litmoe.data.conversations import Message
 from litmoe.data.corpora import DEFAULT_VAL_FRACTION, HUB_NAME, HubDataset, split_names
 from litmoe.data.documents import split_of
-from litmoe.data.files import METADATA_FILES, ROW_SUFFIXES, BadRow, Location, read_rows, suffix, visible_files
-from litmoe.data.instruction_rows import Row, conversation_of, has_conversation
+from litmoe.data.files import METADATA_FILES, ROW_SUFFIXES, Location, read_rows, suffix, visible_files
+from litmoe.data.instruction_rows import Row, conversation_of
 from litmoe.data.manifest import SPLITS, FileRecord, Settings
 from litmoe.data.stories import story_requests
 
@@ -38,6 +37,7 @@ STORIES = "stories"
 STORY_REQUESTS = 6000
 # Files, fields or reasons that a message names.
 MAX_NAMES = 5
+NOT_ROWS = (MANIFEST, *METADATA_FILES)
 ROW_FILE = f"{', '.join(ROW_SUFFIXES)} file"
 
 
@@ -100,9 +100,13 @@ class Source(NamedTuple):
     name: str
     """``Instructions.source``"""
     location: str
+    """``Instructions.location``"""
+    has_val: bool
+    """Whether it has validation rows of its own. Otherwise all rows are split by hash."""
     files: dict[str, list[Location]]
-    """Files of ``train``, and of ``val`` if the source has validation rows of its own"""
+    """The files of each split"""
     records: tuple[FileRecord, ...]
+    """The same files as ``instructions.json`` stores them"""
     notes: tuple[str, ...] = ()
     """Sentences about files that are used for validation, or not at all"""
 
@@ -119,23 +123,24 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
     _publish(args.data_dir)
     existing = None if args.overwrite else _existing(args.data_dir)
     source = _find_source(args, existing)
-    val_fraction = None if "val" in source.files else args.val_fraction
+    val_fraction = None if source.has_val else args.val_fraction
     wanted = Instructions(FORMAT, source.name, source.location, val_fraction, args.skip_broken, source.records)
     if existing is not None:
         _require_same(args.data_dir, existing, wanted)
         print(f"{args.data_dir} is prepared and nothing changed; nothing to do.\n{existing.summary()}")
         return existing
 
-    rows, notes = _read_rows(source, wanted)
-    conversations, more_notes = _without_repetitions(rows)
-    notes = [*source.notes, *more_notes, *notes]
+    rows, problems = _read_rows(source, args.val_fraction)
+    if problems and not args.skip_broken:
+        raise UserError(_first_problems(problems))
+    rows, counts = _without_repetitions(rows)
+    notes = [*source.notes, *counts, *_counts_of(problems)]
     for split in SPLITS:
-        if not conversations[split]:
-            total = sum(map(len, conversations.values()))
-            problem = f"--instruct {args.instruct}: no conversation for {split} among {total} that can be used"
-            raise UserError("\n".join([f"{problem}; give more, or another --val_fraction.", *notes]))
+        if not rows[split]:
+            problem = f"--instruct {args.instruct}: no conversation for {split} among {sum(map(len, rows.values()))}"
+            raise UserError("\n".join([f"{problem} that can be used; give more, or another --val_fraction.", *notes]))
     # Only from here on anything is written, so a mistake in the source leaves the folder as it was.
-    result = _write(args.data_dir, replace(wanted, notes=tuple(notes)), conversations)
+    result = _write(args.data_dir, replace(wanted, notes=tuple(notes)), rows)
     print(f"{args.data_dir}: {result.summary()}")
     return result
 
@@ -155,9 +160,11 @@ def _existing(data_dir: Path) -> Instructions | None:
 
 def _require_same(data_dir: Path, existing: Instructions, wanted: Instructions) -> None:
     """Raise ``UserError`` if the folder was made from other files or with other settings."""
-    names = ("source", "location", "val_fraction", "skip_broken")
-    changes = {name: (getattr(existing, name), getattr(wanted, name)) for name in names}
-    differences = [f"{name} {old!r} became {new!r}" for name, (old, new) in changes.items() if old != new]
+    differences = []
+    for name in ("source", "location", "val_fraction", "skip_broken"):
+        old, new = getattr(existing, name), getattr(wanted, name)
+        if old != new:
+            differences.append(f"{name} {old!r} became {new!r}")
     # No built-in story has white space at its ends, so format 1 makes no difference there.
     if existing.format != FORMAT and existing.source != STORIES:
         differences.append("an older version made them, which removed white space at the ends of texts")
@@ -176,65 +183,70 @@ def _require_same(data_dir: Path, existing: Instructions, wanted: Instructions) 
 def _find_source(args: InstructArgs, existing: Instructions | None) -> Source:
     if args.instruct == STORIES:
         # The location is compared with the one in folders of 0.1.0, so its text stays the same.
-        return Source(STORIES, "story_instructions(seed=1)", {}, ())
+        return Source(STORIES, "story_instructions(seed=1)", False, {}, ())
     hub_name = HUB_NAME.fullmatch(args.instruct)
     if hub_name and existing is not None and existing.source == args.instruct:
         # The folder holds a fixed revision of the dataset, so there is nothing to ask the Hub.
-        files: dict[str, list[Location]] = {"val": []} if existing.val_fraction is None else {}
-        return Source(args.instruct, existing.location, files, existing.source_files)
+        return Source(args.instruct, existing.location, existing.val_fraction is None, {}, existing.source_files)
     if hub_name:
         dataset = HubDataset("", hub_name["path"], hub_name["config"], column=None, flag="--instruct")
         opened = dataset.open(Settings(None, None, None, None))
         records = tuple(chain.from_iterable(opened.records.values()))
-        return Source(args.instruct, opened.location, opened.files, records)
+        return Source(args.instruct, opened.location, "val" in opened.files, opened.files, records)
     # The checksums of unchanged files are known from the last time.
     return _local_source(args, known=() if existing is None else existing.source_files)
 
 
 def _local_source(args: InstructArgs, known: tuple[FileRecord, ...]) -> Source:
     path = Path(args.instruct)
+    outputs = [(args.data_dir / name).resolve() for name in OUTPUTS]
+    _check_path(path, args.data_dir, outputs)
+    if path.is_dir():
+        # The prepared conversations may be in a folder inside the source, and are no source themselves.
+        files = [file for file in visible_files(path) if file.resolve() not in outputs]
+        train, val, notes = _sort_files(path, files)
+    else:
+        train, val, notes = [path], [], []
+    records = manifest.refresh([*train, *val], path if path.is_dir() else path.parent, known)
+    by_split: dict[str, list[Location]] = {"train": [*train], "val": [*val]}
+    return Source("files", str(path.resolve()), bool(val), by_split, records, tuple(notes))
+
+
+def _check_path(path: Path, data_dir: Path, outputs: list[Path]) -> None:
+    """Raise ``UserError`` if a file or folder of the user cannot be a source."""
     if not path.exists():
-        hint = "; did you mean stories?" if nearest(args.instruct, [STORIES]) else "."
+        hint = "; did you mean stories?" if nearest(str(path), [STORIES]) else "."
         raise UserError(
             f"--instruct {path}: no such file or folder{hint} Expected a {ROW_FILE}, a folder of them, `{STORIES}` or "
             "hf:ORG/NAME."
         )
-    outputs = {(args.data_dir / name).resolve() for name in OUTPUTS}
-    # With --overwrite, the source would be replaced by a part of itself.
-    if path.resolve() in {args.data_dir.resolve(), *outputs}:
-        raise UserError(
-            f"--instruct {path}: files of it in {args.data_dir} would be replaced; choose another --data_dir."
-        )
-    if path.is_dir():
-        # The prepared conversations may be in a folder inside the source, and are no source themselves.
-        files, notes = _sort_files(path, [file for file in visible_files(path) if file.resolve() not in outputs])
-    elif suffix(path) in ROW_SUFFIXES:
-        files, notes = {"train": [path]}, []
-    else:
+    if path.is_file() and suffix(path) not in ROW_SUFFIXES:
         raise UserError(f"--instruct {path}: expected a {ROW_FILE}, or a folder with such files.")
-    records = manifest.refresh(chain.from_iterable(files.values()), path if path.is_dir() else path.parent, known)
-    return Source("files", str(path.resolve()), {split: [*files[split]] for split in files}, records, tuple(notes))
+    # With --overwrite, the source would be replaced by a part of itself.
+    if path.resolve() in (data_dir.resolve(), *outputs):
+        raise UserError(f"--instruct {path}: files of it in {data_dir} would be replaced; choose another --data_dir.")
 
 
-def _sort_files(folder: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return the files of each split, and notes on the other files."""
-    row_files = [
-        file for file in files if suffix(file) in ROW_SUFFIXES and file.name not in (MANIFEST, *METADATA_FILES)
-    ]
-    splits = split_names(folder, row_files)
+def _sort_files(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path], list[str]]:
+    """Return the files to train on, those for validation, and notes on the files that are not for training."""
+    row_files = [file for file in files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
+    by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
+    for file, split in split_names(folder, row_files).items():
+        by_split[split].append(file)
+
     # Without a file that is named train, those without a split in their name are the training data.
-    train_name = "train" if "train" in splits.values() else None
-    train = [file for file in row_files if splits[file] == train_name]
-    val = [file for file in row_files if splits[file] == "val"]
-    unused = sorted(set(files) - {*train, *val})
-    notes = []
-    for use, group in (("Used for validation", val), ("Not used, because of name (test data) or type", unused)):
-        if group:
-            notes.append(f"{use}: {_first_of([file.relative_to(folder).as_posix() for file in group])}.")
+    train, val = by_split["train"] or by_split[None], by_split["val"]
+    unused = sorted({*files} - {*train, *val})
+    notes = _note_on("Used for validation", val, folder)
+    notes += _note_on("Not used, because of name (test data) or type", unused, folder)
     if not train:
         problem = f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder."
         raise UserError("\n".join([problem, *notes]))
-    return {"train": train, "val": val} if val else {"train": train}, notes
+    return train, val, notes
+
+
+def _note_on(use: str, files: list[Path], folder: Path) -> list[str]:
+    return [f"{use}: {_first_of([file.relative_to(folder).as_posix() for file in files])}."] if files else []
 
 
 def _first_of(names: list[str]) -> str:
@@ -246,38 +258,25 @@ def _first_of(names: list[str]) -> str:
 # --- reading the rows ---
 
 
-def _read_rows(source: Source, wanted: Instructions) -> tuple[dict[str, list[Row]], list[str]]:
-    """Return the conversations of each split, and notes on the rows without one.
-
-    Raises:
-        UserError: there are such rows, and they are not to be skipped.
-    """
+def _read_rows(source: Source, val_fraction: float) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Return the conversations of each split, and the rows without one: the place of each row and the reason."""
     if source.name == STORIES:
-        return _story_rows(wanted.val_fraction or 0), []
+        return _story_rows(val_fraction), {}
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     # All problems are collected before the first is reported: a data set often has several kinds of them.
-    reasons: dict[str, str] = {}  # by the place of the row
+    problems: dict[str, str] = {}
     files = [(split, location) for split, locations in source.files.items() for location in locations]
     for file_split, location in files:
-        for place, value in _rows_in(location):
+        for place, value in read_rows(location):
             try:
                 row = conversation_of(value)
             except ValueError as error:
-                reasons[f"{location}, {place}"] = strip_control_chars(str(error))
+                problems[f"{location}, {place}"] = strip_control_chars(str(error))
                 continue
-            split = file_split
-            if wanted.val_fraction is not None:
-                # The hash of the question alone: a row keeps its split when rows are added or removed.
-                split = split_of(_first_question(row), wanted.val_fraction)
+            # The hash of the question alone: a row keeps its split when rows are added or removed.
+            split = file_split if source.has_val else split_of(_first_question(row), val_fraction)
             rows[split].append(row)
-
-    if reasons and not wanted.skip_broken:
-        lines = [f"{place}: {reason}" for place, reason in islice(reasons.items(), 3)]
-        more = [f"... and {len(reasons) - 3:,} more rows"] if len(reasons) > 3 else []
-        raise UserError("\n".join([*lines, *more, "Correct them, or leave out such rows: --skip_broken"]))
-    counts = Counter(reasons.values()).most_common(MAX_NAMES)
-    notes = [f"{len(reasons):,} rows that cannot be used are left out."] if reasons else []
-    return rows, notes + [f"Left out {number:,} row{'s' if number > 1 else ''}: {reason}" for reason, number in counts]
+    return rows, problems
 
 
 def _story_rows(val_fraction: float) -> dict[str, list[Row]]:
@@ -289,31 +288,25 @@ def _story_rows(val_fraction: float) -> dict[str, list[Row]]:
     return rows
 
 
-def _rows_in(location: Location) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file with their places, also those of an object such as ``{"data": [...]}``."""
-    for place, value in read_rows(location):
-        lists = _lists_of_rows(value) if suffix(location) == ".json" else []
-        if not lists:
-            yield place, value
-        elif len(lists) == 1:
-            for number, row in enumerate(value[lists[0]], 1):
-                yield f"row {number} of {lists[0]!r}", row
-        else:
-            names = ", ".join(map(repr, lists))
-            yield place, BadRow(f"an object with several lists ({names}); expected one. Write each into its own file")
-
-
-def _lists_of_rows(value: Any) -> list[str]:
-    """Return the names of the lists of rows in an object that is not a row."""
-    if not isinstance(value, dict) or has_conversation(value):
-        return []
-    lists = [name for name, rows in value.items() if isinstance(rows, list) and rows]
-    return [name for name in lists if isinstance(value[name][0], dict | list)]
-
-
 def _first_question(row: Row) -> str:
     """Return the first user's message without white space at its ends, which decides the split."""
     return next(message["content"] for message in row.messages if message["role"] == "user").strip()
+
+
+def _first_problems(problems: dict[str, str]) -> str:
+    lines = [f"{place}: {reason}" for place, reason in islice(problems.items(), 3)]
+    if len(problems) > 3:
+        lines.append(f"... and {len(problems) - 3:,} more rows")
+    return "\n".join([*lines, "Correct them, or leave out such rows: --skip_broken"])
+
+
+def _counts_of(problems: dict[str, str]) -> list[str]:
+    """Return how many rows are left out, and the most frequent reasons."""
+    if not problems:
+        return []
+    reasons = Counter(problems.values()).most_common(MAX_NAMES)
+    counts = [f"Left out {number:,} row{'s' if number > 1 else ''}: {reason}" for reason, number in reasons]
+    return [f"{len(problems):,} rows that cannot be used are left out.", *counts]
 
 
 def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
@@ -322,18 +315,18 @@ def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row
     # was trained on, the validation loss would say little about new questions.
     val_questions = {_first_question(row) for row in rows["val"]}
     train = [row for row in rows["train"] if _first_question(row) not in val_questions]
-    unique = {"train": _unique(train), "val": _unique(rows["val"])}
-    kept = [*unique["train"], *unique["val"]]
+    kept = {"train": _unique(train), "val": _unique(rows["val"])}
+    kept_rows = [*kept["train"], *kept["val"]]
     counts = {
-        "duplicates are left out": len(train) + len(rows["val"]) - len(kept),
+        "duplicates are left out": len(train) + len(rows["val"]) - len(kept_rows),
         "that begin like a validation conversation are left out of training": len(rows["train"]) - len(train),
-        "prompts were taken out of a template; finetuning applies its own": sum(row.unwrapped for row in kept),
+        "prompts were taken out of a template; finetuning applies its own": sum(row.unwrapped for row in kept_rows),
     }
     notes = [f"{number:,} {what}." for what, number in counts.items() if number]
-    unused = sorted({name for row in chain(rows["train"], rows["val"]) for name in row.unused})
+    unused = set().union(*(row.unused for row in kept_rows))
     if unused:
-        notes.append(f"Fields not used: {_first_of(unused)}.")
-    return unique, notes
+        notes.append(f"Fields not used: {_first_of(sorted(unused))}.")
+    return kept, notes
 
 
 def _unique(rows: list[Row]) -> list[Row]:

@@ -20,6 +20,8 @@ from litgpt.prompts import Alpaca
 from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
 from litmoe.data import instructions
+from litmoe.data.files import read_rows
+from litmoe.data.instruction_rows import conversation_of
 from litmoe.data.instructions import (
     InstructArgs,
     Instructions,
@@ -71,8 +73,6 @@ FILES = {
     "list.json": f"\ufeff[{ROW},\n{ROW}]",
     "list of lists.json": f"[{CHAT},\n{CHAT}]",
     "two pairs.json": '[["Who?", "Mia é."], ["Who?", "Mia é."]]',
-    "data.json": f'{{"version": 2, "data": [{ROW}, {ROW}]}}',
-    "train.json": f'{{"train": [\n{CHAT},\n{CHAT}\n]}}',
     "lines.json": f"{ROW}\n{ROW}\n",
     "windows.jsonl": f"\ufeff{ROW}\r\n{ROW}\r\n",
     "utf-16.csv": "prompt,response\r\nWho?,Mia é.\r\nWho?,Mia é.\r\n".encode("utf-16"),
@@ -86,7 +86,7 @@ FILES = {
 def test_rows_of_many_kinds_of_files(tmp_path: Path, name: str) -> None:
     data = FILES[name]
     (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    rows = [instructions.conversation_of(value) for _, value in instructions._rows_in(tmp_path / name)]
+    rows = [conversation_of(value) for _, value in read_rows(tmp_path / name)]
     assert [row.messages for row in rows] == [turn("Who?", "Mia é.")] * 2
 
 
@@ -134,7 +134,7 @@ def test_broken_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("name", "data", "message"),
     [
         ("a.json", b'[{"prompt": 1},\n\n{]', "a.json, line 3: not JSON"),
-        ("a.json", f'{{"train": [{ROW}], "test": [{ROW}]}}'.encode(), "several lists ('train', 'test')"),
+        ("a.json", f'{{"version": 2, "data": [{ROW}]}}'.encode(), "line 1: the fields 'version', 'data'; expected"),
         ("a.parquet", b"PAR1 not", "a.parquet cannot be read as parquet"),
         ("a.txt", b"Who?", "expected a .jsonl, .json, .csv, .tsv, .parquet file"),
         ("a.jsonl", b"", "no conversation for train among 0"),

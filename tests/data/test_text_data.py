@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import litmoe.data
 from litmoe.cli import UserError
 from litmoe.data import tokenizers
-from litmoe.data.loader import count_windows
+from litmoe.data.loader import TokenWindows
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.data.text_data import TokenizedText
 from tests.data.token_helpers import T, endless, rows_of, take, windows_of
@@ -92,13 +92,13 @@ def test_ranks_share_the_windows(chunked: Path, rank: int) -> None:
     windows = windows_of(chunked, "val")
     share = [row for i, row in enumerate(windows[: len(windows) // 4 * 4]) if i // 2 % 2 == rank]
     assert rows_of(module(chunked, batch_size=2).val_dataloader()) == share
-    size = count_windows(chunked, "val", T)
+    size = len(TokenWindows(chunked, "val", T))
     with pytest.raises(UserError, match=rf"expected {2 * size} or more .*on 2 devices"):
         module(chunked, batch_size=size).val_dataloader()
 
 
 def test_too_few_windows(chunked: Path) -> None:
-    size = count_windows(chunked, "val", T)
+    size = len(TokenWindows(chunked, "val", T))
     (batch,) = module(chunked, batch_size=size).val_dataloader()
     assert rows_of([batch]) == windows_of(chunked, "val")
     with pytest.raises(UserError, match=rf"{size} windows of {T + 1}; expected {size + 1} or more"):
