@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice
@@ -109,6 +110,13 @@ class Source(NamedTuple):
     """The same files as ``instructions.json`` stores them"""
     notes: tuple[str, ...] = ()
     """Sentences about files that are used for validation, or not at all"""
+
+    def rows(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield the split of the file, the place and the content of each row."""
+        for split, locations in self.files.items():
+            for location in locations:
+                for place, value in read_rows(location):
+                    yield split, f"{location}, {place}", value
 
 
 def prepare_instructions(args: InstructArgs) -> Instructions:
@@ -265,17 +273,15 @@ def _read_rows(source: Source, val_fraction: float) -> tuple[dict[str, list[Row]
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     # All problems are collected before the first is reported: a data set often has several kinds of them.
     problems: dict[str, str] = {}
-    files = [(split, location) for split, locations in source.files.items() for location in locations]
-    for file_split, location in files:
-        for place, value in read_rows(location):
-            try:
-                row = conversation_of(value)
-            except ValueError as error:
-                problems[f"{location}, {place}"] = strip_control_chars(str(error))
-                continue
-            # The hash of the question alone: a row keeps its split when rows are added or removed.
-            split = file_split if source.has_val else split_of(_first_question(row), val_fraction)
-            rows[split].append(row)
+    for file_split, place, value in source.rows():
+        try:
+            row = conversation_of(value)
+        except ValueError as error:
+            problems[place] = strip_control_chars(str(error))
+            continue
+        # The hash of the question alone: a row keeps its split when rows are added or removed.
+        split = file_split if source.has_val else split_of(_first_question(row), val_fraction)
+        rows[split].append(row)
     return rows, problems
 
 
