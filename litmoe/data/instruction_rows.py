@@ -180,8 +180,8 @@ def _take_turns(fields: dict[str, Any]) -> list[Any]:
 
 def _take_pair(fields: dict[str, Any], prompt: str, answer: str) -> list[Any]:
     turns = _as_list(fields.pop(HISTORY, ""), HISTORY)
-    if isinstance(fields[prompt], list) and isinstance(fields[answer], list):
-        # TRL stores a list of messages in both fields.
+    # TRL stores a list of messages in both fields. Lists of texts are several rows in one, which are refused below.
+    if all(isinstance(fields[name], list) and isinstance(fields[name][0], dict) for name in (prompt, answer)):
         return [*turns, *fields.pop(prompt), *fields.pop(answer)]
     question = _text(fields.pop(prompt), repr(prompt))
     for name in CONTEXT_FIELDS:

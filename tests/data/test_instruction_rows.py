@@ -8,11 +8,7 @@ import pytest
 from litgpt.prompts import Alpaca, prompt_styles
 
 from litmoe.data.instruction_rows import conversation_of, unwrap
-
-
-def turn(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
+from tests.data.instruction_helpers import turn
 
 MIA, SYSTEM = turn("Who?", "Mia."), {"role": "system", "content": "Be kind."}
 HERMES = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Mia."}]
@@ -85,7 +81,7 @@ def test_unused_fields_are_reported(row: Any, unused: str) -> None:
         ([1], "message 1 is 1; expected an object with 'role' and 'content'"),
         ({}, "the fields (none)"),
         ({"text": "Who?", "id": 1}, "the fields 'text', 'id'; expected {\"messages\""),
-        ({"prompt": ["Who?"], "response": "Mia."}, "expected text in 'prompt', found list"),
+        ({"prompt": ["Who?", "Where?"], "response": ["Mia.", "Here."]}, "expected text in 'prompt', found list"),
         ({"question": "Who?", "answer": 42}, "expected text in 'answer', found a number"),
         ({"prompt": "Who?", "response": " \n"}, "message 2, the assistant's, is empty"),
         ({"prompt": "Who?", "response": None}, "message 2, the assistant's, is empty"),

@@ -20,8 +20,6 @@ from litgpt.prompts import Alpaca
 from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
 from litmoe.data import instructions
-from litmoe.data.files import read_rows
-from litmoe.data.instruction_rows import conversation_of
 from litmoe.data.instructions import (
     InstructArgs,
     Instructions,
@@ -30,22 +28,9 @@ from litmoe.data.instructions import (
     prepare_instructions,
 )
 from tests.data.hub_server import serve
+from tests.data.instruction_helpers import jsonl, pairs, turn
 
 PROJECT = Path(__file__).resolve().parents[2]
-
-
-def turn(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def pairs(number: int, start: int = 0) -> list[dict[str, str]]:
-    return [{"prompt": f"What is {i} + 1?", "response": f"{i + 1}."} for i in range(start, start + number)]
-
-
-def jsonl(path: Path, rows: list[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def prepare(source: Path | str, data_dir: Path, **settings: Any) -> Instructions:
@@ -66,35 +51,20 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 # --- files ---
 
-ROW = '{"prompt": "Who?", "response": "Mia é."}'
-CHAT = '[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Mia é."}]'
-FILES = {
-    "lines of lists.jsonl": f"{CHAT}\n{CHAT}\n",
-    "list.json": f"\ufeff[{ROW},\n{ROW}]",
-    "list of lists.json": f"[{CHAT},\n{CHAT}]",
-    "two pairs.json": '[["Who?", "Mia é."], ["Who?", "Mia é."]]',
-    "lines.json": f"{ROW}\n{ROW}\n",
-    "windows.jsonl": f"\ufeff{ROW}\r\n{ROW}\r\n",
-    "utf-16.csv": "prompt,response\r\nWho?,Mia é.\r\nWho?,Mia é.\r\n".encode("utf-16"),
-    "rows.tsv": "id\tprompt\tresponse\n1\tWho?\tMia é.\n2\tWho?\tMia é.",
-    "rows.CSV.gz": gzip.compress('prompt,response\n"Who?","Mia é."\n\nWho?,Mia é.\n'.encode()),
-    "rows.jsonl.xz": lzma.compress(f"{ROW}\n{ROW}\n".encode()),
-}
 
-
-@pytest.mark.parametrize("name", FILES)
-def test_rows_of_many_kinds_of_files(tmp_path: Path, name: str) -> None:
-    data = FILES[name]
-    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    rows = [conversation_of(value) for _, value in read_rows(tmp_path / name)]
-    assert [row.messages for row in rows] == [turn("Who?", "Mia é.")] * 2
-
-
-def test_rows_of_a_parquet_file(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(pairs(60)), tmp_path / "rows.parquet")
-    prepare(jsonl(tmp_path / "rows.jsonl", pairs(60)), tmp_path / "lines")
-    prepare(tmp_path / "rows.parquet", tmp_path / "table")
-    assert instructions_fingerprint(tmp_path / "lines") == instructions_fingerprint(tmp_path / "table")
+def test_files_of_all_kinds_in_one_folder(tmp_path: Path) -> None:
+    """Each file has other rows; the formats themselves are tested in test_files.py."""
+    chats = [turn(row["prompt"], row["response"]) for row in pairs(20)]
+    cells = ["prompt,response\r\n", *(f"{row['prompt']},{row['response']}\r\n" for row in pairs(20, start=20))]
+    table = pa.Table.from_pylist([{"messages": turn(row["prompt"], row["response"])} for row in pairs(20, start=60)])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.json").write_text(json.dumps(chats))
+    (tmp_path / "in/b.CSV.gz").write_bytes(gzip.compress("".join(cells).encode("utf-16")))
+    (tmp_path / "in/c.jsonl.xz").write_bytes(lzma.compress(jsonl(tmp_path / "c", pairs(20, start=40)).read_bytes()))
+    pq.write_table(table, tmp_path / "in/d.parquet")
+    prepare(tmp_path / "in", tmp_path / "data")
+    expected = [turn(row["prompt"], row["response"]) for row in pairs(80)]
+    assert sorted(both(tmp_path / "data"), key=str) == sorted(expected, key=str)
 
 
 BROKEN_ROWS = {
@@ -134,7 +104,7 @@ def test_broken_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("name", "data", "message"),
     [
         ("a.json", b'[{"prompt": 1},\n\n{]', "a.json, line 3: not JSON"),
-        ("a.json", f'{{"version": 2, "data": [{ROW}]}}'.encode(), "line 1: the fields 'version', 'data'; expected"),
+        ("a.json", b'{"version": 2, "data": [{"prompt": "Who?"}]}', "line 1: the fields 'version', 'data'; expected"),
         ("a.parquet", b"PAR1 not", "a.parquet cannot be read as parquet"),
         ("a.txt", b"Who?", "expected a .jsonl, .json, .csv, .tsv, .parquet file"),
         ("a.jsonl", b"", "no conversation for train among 0"),

@@ -3,15 +3,12 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from litgpt.tokenizer import Tokenizer
-from torch import distributed
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import litmoe.data
 from litmoe.cli import UserError
@@ -78,14 +75,6 @@ def test_resume_with_other_workers(chunked: Path, num_workers: int, batches: int
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     assert rows_of(take(resumed, len(loader) + 2)) == rest
-
-
-@pytest.fixture(params=[0, 1])
-def rank(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The number of this process of two; the fake backend needs no second one, because nothing is sent."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
-    yield request.param
-    distributed.destroy_process_group()
 
 
 def test_ranks_share_the_windows(chunked: Path, rank: int) -> None:
