@@ -63,6 +63,10 @@ class InstructArgs:
     overwrite: bool = False
     """Replace other conversations in DATA_DIR."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--val_fraction {self.val_fraction}: expected a number between 0 and 1, such as 0.1.")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -95,6 +99,13 @@ class Instructions:
         return "\n".join([f"{train:,} training conversations, {val:,} for validation.", *self.notes])
 
 
+class Note(NamedTuple):
+    """How many files, rows or fields were left out or changed; not reported if there are none."""
+
+    number: int
+    what: str
+
+
 class Source(NamedTuple):
     """Where the rows come from."""
 
@@ -108,8 +119,8 @@ class Source(NamedTuple):
     """The files of each split"""
     records: tuple[FileRecord, ...]
     """The same files as ``instructions.json`` stores them"""
-    notes: tuple[str, ...] = ()
-    """Sentences about files that are used for validation, or not at all"""
+    notes: tuple[Note, ...] = ()
+    """On files that are used for validation, or not at all"""
 
     def rows(self) -> Iterator[tuple[str, str, Any]]:
         """Yield the split of the file, the place and the content of each row."""
@@ -125,8 +136,6 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
     Raises:
         UserError: a mistake in the source or the settings. ``data_dir`` is unchanged then.
     """
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"--val_fraction {args.val_fraction}: expected a number between 0 and 1, such as 0.1.")
     # A call that was killed at its very end left a complete build behind.
     _publish(args.data_dir)
     existing = None if args.overwrite else _existing(args.data_dir)
@@ -141,14 +150,14 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
     rows, problems = _read_rows(source, args.val_fraction)
     if problems and not args.skip_broken:
         raise UserError(_first_problems(problems))
-    rows, counts = _without_repetitions(rows)
-    notes = [*source.notes, *counts, *_counts_of(problems)]
-    for split in SPLITS:
-        if not rows[split]:
-            problem = f"--instruct {args.instruct}: no conversation for {split} among {sum(map(len, rows.values()))}"
-            raise UserError("\n".join([f"{problem} that can be used; give more, or another --val_fraction.", *notes]))
+    rows, changes = _without_repetitions(rows)
+    left_out = Note(len(problems), "rows that cannot be used are left out")
+    reasons = [Note(number, f"rows: {reason}") for reason, number in Counter(problems.values()).most_common(MAX_NAMES)]
+    notes = [note for note in (*source.notes, *changes, left_out, *reasons) if note.number]
+    wanted = replace(wanted, notes=tuple(f"{number:,} {what}." for number, what in notes))
+    _require_rows(rows, wanted)
     # Only from here on anything is written, so a mistake in the source leaves the folder as it was.
-    result = _write(args.data_dir, replace(wanted, notes=tuple(notes)), rows)
+    result = _write(args.data_dir, wanted, rows)
     print(f"{args.data_dir}: {result.summary()}")
     return result
 
@@ -192,30 +201,36 @@ def _find_source(args: InstructArgs, existing: Instructions | None) -> Source:
     if args.instruct == STORIES:
         # The location is compared with the one in folders of 0.1.0, so its text stays the same.
         return Source(STORIES, "story_instructions(seed=1)", False, {}, ())
-    hub_name = HUB_NAME.fullmatch(args.instruct)
-    if hub_name and existing is not None and existing.source == args.instruct:
+    if HUB_NAME.fullmatch(args.instruct):
+        return _hub_source(args.instruct, existing)
+    return _local_source(args, existing)
+
+
+def _hub_source(name: str, existing: Instructions | None) -> Source:
+    if existing is not None and existing.source == name:
         # The folder holds a fixed revision of the dataset, so there is nothing to ask the Hub.
-        return Source(args.instruct, existing.location, existing.val_fraction is None, {}, existing.source_files)
-    if hub_name:
-        dataset = HubDataset("", hub_name["path"], hub_name["config"], column=None, flag="--instruct")
-        opened = dataset.open(Settings(None, None, None, None))
-        records = tuple(chain.from_iterable(opened.records.values()))
-        return Source(args.instruct, opened.location, "val" in opened.files, opened.files, records)
-    # The checksums of unchanged files are known from the last time.
-    return _local_source(args, known=() if existing is None else existing.source_files)
+        return Source(name, existing.location, existing.val_fraction is None, {}, existing.source_files)
+    parts = HUB_NAME.fullmatch(name)
+    assert parts is not None
+    dataset = HubDataset("", parts["path"], parts["config"], column=None, flag="--instruct")
+    opened = dataset.open(Settings(None, None, None, None))
+    records = tuple(chain.from_iterable(opened.records.values()))
+    return Source(name, opened.location, "val" in opened.files, opened.files, records)
 
 
-def _local_source(args: InstructArgs, known: tuple[FileRecord, ...]) -> Source:
+def _local_source(args: InstructArgs, existing: Instructions | None) -> Source:
     path = Path(args.instruct)
     outputs = [(args.data_dir / name).resolve() for name in OUTPUTS]
     _check_path(path, args.data_dir, outputs)
     if path.is_dir():
         # The prepared conversations may be in a folder inside the source, and are no source themselves.
-        files = [file for file in visible_files(path) if file.resolve() not in outputs]
-        train, val, notes = _sort_files(path, files)
+        folder, files = path, [file for file in visible_files(path) if file.resolve() not in outputs]
+        train, val, notes = _sort_files(folder, files)
     else:
-        train, val, notes = [path], [], []
-    records = manifest.refresh([*train, *val], path if path.is_dir() else path.parent, known)
+        folder, train, val, notes = path.parent, [path], [], []
+    # The checksums of unchanged files are known from the last time.
+    known = existing.source_files if existing is not None else ()
+    records = manifest.refresh([*train, *val], folder, known)
     by_split: dict[str, list[Location]] = {"train": [*train], "val": [*val]}
     return Source("files", str(path.resolve()), bool(val), by_split, records, tuple(notes))
 
@@ -235,7 +250,7 @@ def _check_path(path: Path, data_dir: Path, outputs: list[Path]) -> None:
         raise UserError(f"--instruct {path}: files of it in {data_dir} would be replaced; choose another --data_dir.")
 
 
-def _sort_files(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path], list[str]]:
+def _sort_files(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path], list[Note]]:
     """Return the files to train on, those for validation, and notes on the files that are not for training."""
     row_files = [file for file in files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
     by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
@@ -244,17 +259,14 @@ def _sort_files(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path]
 
     # Without a file that is named train, those without a split in their name are the training data.
     train, val = by_split["train"] or by_split[None], by_split["val"]
-    unused = sorted({*files} - {*train, *val})
-    notes = _note_on("Used for validation", val, folder)
-    notes += _note_on("Not used, because of name (test data) or type", unused, folder)
+    names = {file: file.relative_to(folder).as_posix() for file in files}
+    unused = sorted(names[file] for file in {*files} - {*train, *val})
     if not train:
-        problem = f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder."
-        raise UserError("\n".join([problem, *notes]))
-    return train, val, notes
-
-
-def _note_on(use: str, files: list[Path], folder: Path) -> list[str]:
-    return [f"{use}: {_first_of([file.relative_to(folder).as_posix() for file in files])}."] if files else []
+        raise UserError(
+            f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {_first_of(unused)}."
+        )
+    used = Note(len(val), f"files are used for validation: {_first_of([names[file] for file in val])}")
+    return train, val, [used, Note(len(unused), f"files are not used, test data by name or type: {_first_of(unused)}")]
 
 
 def _first_of(names: list[str]) -> str:
@@ -306,38 +318,37 @@ def _first_problems(problems: dict[str, str]) -> str:
     return "\n".join([*lines, "Correct them, or leave out such rows: --skip_broken"])
 
 
-def _counts_of(problems: dict[str, str]) -> list[str]:
-    """Return how many rows are left out, and the most frequent reasons."""
-    if not problems:
-        return []
-    reasons = Counter(problems.values()).most_common(MAX_NAMES)
-    counts = [f"Left out {number:,} row{'s' if number > 1 else ''}: {reason}" for reason, number in reasons]
-    return [f"{len(problems):,} rows that cannot be used are left out.", *counts]
-
-
-def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
+def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[Note]]:
     """Return the rows to keep, and notes on what was left out or changed."""
     # The first message of a validation conversation must not occur in training: with another answer to a question that
     # was trained on, the validation loss would say little about new questions.
     val_questions = {_first_question(row) for row in rows["val"]}
     train = [row for row in rows["train"] if _first_question(row) not in val_questions]
     kept = {"train": _unique(train), "val": _unique(rows["val"])}
-    kept_rows = [*kept["train"], *kept["val"]]
-    counts = {
-        "duplicates are left out": len(train) + len(rows["val"]) - len(kept_rows),
-        "that begin like a validation conversation are left out of training": len(rows["train"]) - len(train),
-        "prompts were taken out of a template; finetuning applies its own": sum(row.unwrapped for row in kept_rows),
-    }
-    notes = [f"{number:,} {what}." for what, number in counts.items() if number]
-    unused = set().union(*(row.unused for row in kept_rows))
-    if unused:
-        notes.append(f"Fields not used: {_first_of(sorted(unused))}.")
+    all_kept = [*kept["train"], *kept["val"]]
+    unwrapped = sum(row.unwrapped for row in all_kept)
+    unused = sorted(set().union(*(row.unused for row in all_kept)))
+    notes = [
+        Note(len(train) + len(rows["val"]) - len(all_kept), "duplicates are left out"),
+        Note(len(rows["train"]) - len(train), "that begin like a validation conversation are left out of training"),
+        Note(unwrapped, "prompts were taken out of a template; finetuning applies its own"),
+        Note(len(unused), f"fields are not used: {_first_of(unused)}"),
+    ]
     return kept, notes
 
 
 def _unique(rows: list[Row]) -> list[Row]:
     # White space at the ends makes a difference here, because an answer may be code.
     return list({blake2b(json.dumps(row.messages).encode()).digest(): row for row in rows}.values())
+
+
+def _require_rows(rows: dict[str, list[Row]], wanted: Instructions) -> None:
+    for split in SPLITS:
+        if not rows[split]:
+            problem = f"--instruct {wanted.location}: no conversation for {split} among {sum(map(len, rows.values()))}"
+            raise UserError(
+                "\n".join([f"{problem} that can be used; give more, or another --val_fraction.", *wanted.notes])
+            )
 
 
 # --- writing ---
