@@ -26,7 +26,7 @@ from litmoe.data.instruction_rows import Row, conversation_of
 from litmoe.data.manifest import SPLITS, FileRecord, Settings
 from litmoe.data.stories import story_requests
 
-# Format of the folder. Format 1 removed white space at the ends of texts; it can still be read.
+# Format of the folder, since 0.1.0.
 FORMAT = 2
 MANIFEST = "instructions.json"
 OUTPUTS = ("train.jsonl", "val.jsonl", MANIFEST)
@@ -38,7 +38,6 @@ STORIES = "stories"
 STORY_REQUESTS = 6000
 # Files, fields or reasons that a message names.
 MAX_NAMES = 5
-NOT_ROWS = (MANIFEST, *METADATA_FILES)
 ROW_FILE = f"{', '.join(ROW_SUFFIXES)} file"
 
 
@@ -151,10 +150,8 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
     if problems and not args.skip_broken:
         raise UserError(_first_problems(problems))
     rows, changes = _without_repetitions(rows)
-    left_out = Note(len(problems), "rows that cannot be used are left out")
-    reasons = [Note(number, f"rows: {reason}") for reason, number in Counter(problems.values()).most_common(MAX_NAMES)]
-    notes = [note for note in (*source.notes, *changes, left_out, *reasons) if note.number]
-    wanted = replace(wanted, notes=tuple(f"{number:,} {what}." for number, what in notes))
+    notes = (*source.notes, *changes, *_notes_on_problems(problems))
+    wanted = replace(wanted, notes=tuple(f"{number:,} {what}." for number, what in notes if number))
     _require_rows(rows, wanted)
     # Only from here on anything is written, so a mistake in the source leaves the folder as it was.
     result = _write(args.data_dir, wanted, rows)
@@ -182,9 +179,6 @@ def _require_same(data_dir: Path, existing: Instructions, wanted: Instructions) 
         old, new = getattr(existing, name), getattr(wanted, name)
         if old != new:
             differences.append(f"{name} {old!r} became {new!r}")
-    # No built-in story has white space at its ends, so format 1 makes no difference there.
-    if existing.format != FORMAT and existing.source != STORIES:
-        differences.append("an older version made them, which removed white space at the ends of texts")
     # With another source, all files would be reported as changed.
     differences = differences or manifest.changed_files(existing.source_files, wanted.source_files)
     if differences:
@@ -252,21 +246,28 @@ def _check_path(path: Path, data_dir: Path, outputs: list[Path]) -> None:
 
 def _sort_files(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path], list[Note]]:
     """Return the files to train on, those for validation, and notes on the files that are not for training."""
-    row_files = [file for file in files if suffix(file) in ROW_SUFFIXES and file.name not in NOT_ROWS]
     by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
-    for file, split in split_names(folder, row_files).items():
+    for file, split in split_names(folder, [*filter(_has_rows, files)]).items():
         by_split[split].append(file)
 
     # Without a file that is named train, those without a split in their name are the training data.
     train, val = by_split["train"] or by_split[None], by_split["val"]
-    names = {file: file.relative_to(folder).as_posix() for file in files}
-    unused = sorted(names[file] for file in {*files} - {*train, *val})
+    unused = _names(sorted({*files} - {*train, *val}), folder)
     if not train:
-        raise UserError(
-            f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {_first_of(unused)}."
-        )
-    used = Note(len(val), f"files are used for validation: {_first_of([names[file] for file in val])}")
-    return train, val, [used, Note(len(unused), f"files are not used, test data by name or type: {_first_of(unused)}")]
+        raise UserError(f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {unused}.")
+    notes = [
+        Note(len(val), f"files are used for validation: {_names(val, folder)}"),
+        Note(len(files) - len(train) - len(val), f"files are not used, because of name (test data) or type: {unused}"),
+    ]
+    return train, val, notes
+
+
+def _has_rows(file: Path) -> bool:
+    return suffix(file) in ROW_SUFFIXES and file.name not in (MANIFEST, *METADATA_FILES)
+
+
+def _names(files: list[Path], folder: Path) -> str:
+    return _first_of([file.relative_to(folder).as_posix() for file in files])
 
 
 def _first_of(names: list[str]) -> str:
@@ -311,6 +312,12 @@ def _first_question(row: Row) -> str:
     return next(message["content"] for message in row.messages if message["role"] == "user").strip()
 
 
+def _notes_on_problems(problems: dict[str, str]) -> list[Note]:
+    reasons = Counter(problems.values()).most_common(MAX_NAMES)
+    total = Note(len(problems), "rows that cannot be used are left out")
+    return [total, *(Note(number, f"rows: {reason}") for reason, number in reasons)]
+
+
 def _first_problems(problems: dict[str, str]) -> str:
     lines = [f"{place}: {reason}" for place, reason in islice(problems.items(), 3)]
     if len(problems) > 3:
@@ -343,12 +350,11 @@ def _unique(rows: list[Row]) -> list[Row]:
 
 
 def _require_rows(rows: dict[str, list[Row]], wanted: Instructions) -> None:
+    total = sum(map(len, rows.values()))
     for split in SPLITS:
         if not rows[split]:
-            problem = f"--instruct {wanted.location}: no conversation for {split} among {sum(map(len, rows.values()))}"
-            raise UserError(
-                "\n".join([f"{problem} that can be used; give more, or another --val_fraction.", *wanted.notes])
-            )
+            problem = f"--instruct {wanted.location}: no conversation for {split} among {total} that can be used"
+            raise UserError("\n".join([f"{problem}; give more, or another --val_fraction.", *wanted.notes]))
 
 
 # --- writing ---
@@ -422,7 +428,7 @@ def read(data_dir: Path) -> Instructions:
 
 
 def _parse(values: dict[str, Any]) -> Instructions:
-    if values["format"] not in (1, FORMAT):
+    if values["format"] != FORMAT:
         raise ValueError(f"it has the format {values['format']}, expected {FORMAT}")
     # Unknown fields come from other versions, which change the format number if the known fields change their meaning.
     known = known_fields(Instructions, values)

@@ -248,7 +248,7 @@ def test_other_settings_need_overwrite(tmp_path: Path) -> None:
     assert len(both(data)) == 60 and instructions.read(data) != result
 
 
-def test_older_and_newer_metadata_is_read(tmp_path: Path) -> None:
+def test_metadata_of_another_version(tmp_path: Path) -> None:
     source, data = jsonl(tmp_path / "rows.jsonl", pairs(50)), tmp_path / "data"
     result = prepare(source, data)
     values = read_checksummed(data / instructions.MANIFEST)
@@ -256,9 +256,10 @@ def test_older_and_newer_metadata_is_read(tmp_path: Path) -> None:
     write_checksummed(data / instructions.MANIFEST, newer)
     assert instructions.read(data) == result
     older = {name: value for name, value in values.items() if name != "notes"}
-    write_checksummed(data / instructions.MANIFEST, {**older, "format": 1, "unwrapped": 0})
-    assert instructions_fingerprint(data)
-    with pytest.raises(UserError, match=r"older version.* removed white space.*--overwrite"):
+    write_checksummed(data / instructions.MANIFEST, older)
+    assert prepare(source, data) == result
+    write_checksummed(data / instructions.MANIFEST, {**values, "format": 3})
+    with pytest.raises(UserError, match=r"it has the format 3, expected 2.*--overwrite"):
         prepare(source, data)
     assert prepare(source, data, overwrite=True).format == 2
 
