@@ -126,14 +126,33 @@ def problem_with(messages: Sequence[Message], last: Literal["user", "assistant"]
 
 
 def encode_conversation(
-    messages: Sequence[Message], tokenizer: "Tokenizer", style: "PromptStyle"
+    messages: Sequence[Message],
+    tokenizer: "Tokenizer",
+    style: "PromptStyle",
+    last: Literal["user", "assistant"] = "assistant",
 ) -> EncodedConversation:
-    """Encode a complete conversation, which ends with the assistant's message.
+    """Encode a conversation that ends with a message of ``last``.
 
     Raises:
         ValueError: the roles do not alternate, see ``problem_with``.
     """
-    return _encode(messages, tokenizer, style, last="assistant")
+    problem = problem_with(messages, last)
+    if problem:
+        raise ValueError(f"not a conversation: {problem}")
+    texts = [without_special_tokens(message, tokenizer) for message in messages]
+    # The system message is part of the first prompt: styles have a single template for both.
+    n_first = 2 if messages[0]["role"] == "system" else 1  # messages that form the first prompt
+    ids = _encode_question(texts[:n_first], tokenizer, style, is_first=True)
+    is_answer = [False] * len(ids)
+    for message in texts[n_first:]:
+        if message["role"] == "assistant":
+            # Every answer ends with the end-of-text token, so that the model learns to stop after each turn.
+            new_ids = [*text_ids(tokenizer, message["content"], begin=False), tokenizer.eos_id]
+        else:
+            new_ids = _encode_question([message], tokenizer, style, is_first=False)
+        ids += new_ids
+        is_answer += [message["role"] == "assistant"] * len(new_ids)
+    return EncodedConversation(ids, is_answer, removed_special_tokens=texts != list(messages))
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: "Tokenizer", style: "PromptStyle") -> list[int]:
@@ -142,7 +161,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: "Tokenizer", style: "P
     Raises:
         ValueError: the roles do not alternate, see ``problem_with``.
     """
-    return _encode(messages, tokenizer, style, last="user").input_ids
+    return encode_conversation(messages, tokenizer, style, last="user").input_ids
 
 
 def encode_newest(
@@ -200,27 +219,6 @@ def without_special_tokens(message: Message, tokenizer: "Tokenizer") -> Message:
 def _special_tokens(tokenizer: "Tokenizer") -> list[str]:
     # Cached: for a tokenizer with hundreds of them this takes longer than encoding a message.
     return [token.content for token in tokenizer.processor.get_added_tokens_decoder().values() if token.special]
-
-
-def _encode(
-    messages: Sequence[Message], tokenizer: "Tokenizer", style: "PromptStyle", last: Literal["user", "assistant"]
-) -> EncodedConversation:
-    if problem := problem_with(messages, last):
-        raise ValueError(f"not a conversation: {problem}")
-    texts = [without_special_tokens(message, tokenizer) for message in messages]
-    # The system message is part of the first prompt: styles have a single template for both.
-    n_first = 2 if messages[0]["role"] == "system" else 1  # messages that form the first prompt
-    ids = _encode_question(texts[:n_first], tokenizer, style, is_first=True)
-    is_answer = [False] * len(ids)
-    for message in texts[n_first:]:
-        if message["role"] == "assistant":
-            # Every answer ends with the end-of-text token, so that the model learns to stop after each turn.
-            new_ids = [*text_ids(tokenizer, message["content"], begin=False), tokenizer.eos_id]
-        else:
-            new_ids = _encode_question([message], tokenizer, style, is_first=False)
-        ids += new_ids
-        is_answer += [message["role"] == "assistant"] * len(new_ids)
-    return EncodedConversation(ids, is_answer, removed_special_tokens=texts != list(messages))
 
 
 def _encode_question(
