@@ -5,8 +5,9 @@ A row is one of these, possibly with a system message in another field:
 - a chat: a list of messages, of question-answer pairs, or of texts that alternate between user and assistant
 - a pair: one field with a prompt and one with its answer, possibly with earlier pairs in ``history``
 
-Both become a list of turns, which ``_messages`` reads in all of these forms. The tables list the names of fields and
-roles. A row that cannot be used raises ``ValueError`` with the reason, so that the caller can name or skip the row.
+Both become a list of turns, and each turn a dictionary: a message, or a question with its answer. The tables list the
+names of fields and roles. A row that cannot be used raises ``ValueError`` with the reason, so that the caller can name
+or skip the row.
 """
 
 import json
@@ -75,6 +76,8 @@ EXPECTED = (
     '..., "value": ...}]}, or the fields ' + ", ".join("/".join(pair) for pair in PAIRS)
 )
 
+EXPECTED_MESSAGE = "expected an object with 'role' and 'content'"
+
 # Templates that data sets store as part of the prompt: the text before the instruction, and the text after it.
 ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
 WITH_INPUT = ", paired with an input that provides further context"
@@ -115,7 +118,7 @@ def conversation_of(value: Any) -> Row:
     fields = _fields_of(value)
     _refuse_unsupported(fields, "the field")
     # Each step removes the fields that it uses, so the fields that are left at the end are the unused ones.
-    turns = _take_turns(fields)
+    turns = [_turn_fields(turn, number) for number, turn in enumerate(_take_turns(fields), 1)]
     messages = _messages(turns)
     _check(messages)
     _add_system_message(fields, messages)
@@ -167,7 +170,7 @@ def _refuse_unsupported(fields: dict[str, Any], what: str) -> None:
 
 
 def _take_turns(fields: dict[str, Any]) -> list[Any]:
-    """Remove the conversation from the fields of a row, and return it as turns that ``_messages`` can read."""
+    """Remove the conversation from the fields of a row, and return it as a list of turns."""
     chat = next(filter(fields.get, CHAT_FIELDS), None)
     if chat is not None:
         return _as_list(fields.pop(chat), chat)
@@ -223,30 +226,33 @@ def _as_list(value: Any, name: str) -> list[Any]:
 # --- from turns to messages ---
 
 
-def _messages(turns: list[Any]) -> list[Message]:
+def _turn_fields(turn: Any, number: int) -> dict[str, Any]:
+    """Return a turn of any form as a dictionary: a message, or a question with its answer."""
+    if isinstance(turn, dict):
+        return _fields_of(turn)
+    if isinstance(turn, list) and len(turn) == 2:
+        return {"user": turn[0], "assistant": turn[1]}
+    if isinstance(turn, str):
+        # LIMA lists the texts alone.
+        return {"role": ("assistant", "user")[number % 2], "content": turn}
+    raise ValueError(f"message {number} is {_shown(turn)}; {EXPECTED_MESSAGE}")
+
+
+def _messages(turns: list[dict[str, Any]]) -> list[Message]:
     messages: list[Message] = []
     for turn in turns:
         place = f"message {len(messages) + 1}"
-        for role, content in _roles_and_contents(turn, place, is_question=len(messages) % 2 == 0):
-            messages.append(Message(role=role, content=_text(content, place)))  # type: ignore[typeddict-item]
-    return messages
-
-
-def _roles_and_contents(turn: Any, place: str, is_question: bool) -> list[tuple[str, Any]]:
-    """Return the roles and contents of a turn: a text, a question with its answer, or a message."""
-    if isinstance(turn, str):  # LIMA
-        return [("user" if is_question else "assistant", turn)]
-    if isinstance(turn, list) and len(turn) == 2:
-        return [("user", turn[0]), ("assistant", turn[1])]
-    if isinstance(turn, dict):
-        fields = _fields_of(turn)
-        _refuse_unsupported(fields, f"{place} has")
-        role, content = _first_of(fields, ROLE_FIELDS), _first_of(fields, CONTENT_FIELDS)
+        _refuse_unsupported(turn, f"{place} has")
+        role, content, pair = _first_of(turn, ROLE_FIELDS), _first_of(turn, CONTENT_FIELDS), _pair_in(turn)
         if role is not None and content is not None:
-            return [(_role(str(role), fields, place), content)]
-        if pair := _pair_in(fields):  # Capybara
-            return [("user", fields[pair[0]]), ("assistant", fields[pair[1]])]
-    raise ValueError(f"{place} is {json.dumps(turn, default=str)[:80]}; expected an object with 'role' and 'content'")
+            contents = {_role(str(role), turn, place): content}
+        elif pair is not None:
+            contents = {"user": turn[pair[0]], "assistant": turn[pair[1]]}
+        else:
+            raise ValueError(f"{place} is {_shown(turn)}; {EXPECTED_MESSAGE}")
+        for name, value in contents.items():
+            messages.append(Message(role=name, content=_text(value, place)))  # type: ignore[typeddict-item]
+    return messages
 
 
 def _first_of(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -288,10 +294,9 @@ def _add_system_message(fields: dict[str, Any], messages: list[Message]) -> None
         messages.insert(0, Message(role="system", content=_text(fields.pop(name), repr(name))))
 
 
-def _unused_keys(turns: list[Any]) -> list[str]:
+def _unused_keys(turns: list[dict[str, Any]]) -> list[str]:
     """Return the keys of messages that have a value and are not read."""
-    messages = [_fields_of(turn) for turn in turns if isinstance(turn, dict)]
-    keys = {key for message in messages for key in filter(message.get, message)}
+    keys = {key for turn in turns for key in filter(turn.get, turn)}
     return [f"messages[].{key}" for key in sorted(keys - KNOWN_KEYS)]
 
 
@@ -318,6 +323,10 @@ def _is_empty(value: Any) -> bool:
         return not value.strip()
     # pandas writes a missing value as NaN, the only value that differs from itself.
     return value in (None, [], {}) or value != value
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)[:80]
 
 
 def _type_name(value: Any) -> str:

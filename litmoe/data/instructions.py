@@ -315,7 +315,7 @@ def _first_question(row: Row) -> str:
 def _notes_on_problems(problems: dict[str, str]) -> list[Note]:
     reasons = Counter(problems.values()).most_common(MAX_NAMES)
     total = Note(len(problems), "rows that cannot be used are left out")
-    return [total, *(Note(number, f"rows: {reason}") for reason, number in reasons)]
+    return [total, *(Note(number, f"of these: {reason}") for reason, number in reasons)]
 
 
 def _first_problems(problems: dict[str, str]) -> str:

@@ -96,8 +96,8 @@ def test_broken_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
         prepare(source, tmp_path / "data")
     prepare(source, tmp_path / "data", skip_broken=True)
     output = capsys.readouterr().out
-    assert "4 rows: the field 'tools': tool calls are not supported" in output
-    assert "1 rows: the field 'chosen': preference data is not supported" in output
+    assert "4 of these: the field 'tools': tool calls are not supported" in output
+    assert "1 of these: the field 'chosen': preference data is not supported" in output
 
 
 @pytest.mark.parametrize(
