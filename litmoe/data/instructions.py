@@ -254,7 +254,9 @@ def _sort_files(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path]
     train, val = by_split["train"] or by_split[None], by_split["val"]
     unused = _names(sorted({*files} - {*train, *val}), folder)
     if not train:
-        raise UserError(f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {unused}.")
+        raise UserError(
+            f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {unused or 'no files'}."
+        )
     notes = [
         Note(len(val), f"files are used for validation: {_names(val, folder)}"),
         Note(len(files) - len(train) - len(val), f"files are not used, because of name (test data) or type: {unused}"),
