@@ -6,6 +6,7 @@ and other tuning libraries read too. ``instructions.json`` is written last: with
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -195,18 +196,18 @@ def _find_source(args: InstructArgs, existing: Instructions | None) -> Source:
     if args.instruct == STORIES:
         # The location is compared with the one in folders of 0.1.0, so its text stays the same.
         return Source(STORIES, "story_instructions(seed=1)", False, {}, ())
-    if HUB_NAME.fullmatch(args.instruct):
-        return _hub_source(args.instruct, existing)
+    hub_name = HUB_NAME.fullmatch(args.instruct)
+    if hub_name:
+        return _hub_source(hub_name, existing)
     return _local_source(args, existing)
 
 
-def _hub_source(name: str, existing: Instructions | None) -> Source:
+def _hub_source(match: re.Match[str], existing: Instructions | None) -> Source:
+    name = match.group()
     if existing is not None and existing.source == name:
         # The folder holds a fixed revision of the dataset, so there is nothing to ask the Hub.
         return Source(name, existing.location, existing.val_fraction is None, {}, existing.source_files)
-    parts = HUB_NAME.fullmatch(name)
-    assert parts is not None
-    dataset = HubDataset("", parts["path"], parts["config"], column=None, flag="--instruct")
+    dataset = HubDataset("", match["path"], match["config"], column=None, flag="--instruct")
     opened = dataset.open(Settings(None, None, None, None))
     records = tuple(chain.from_iterable(opened.records.values()))
     return Source(name, opened.location, "val" in opened.files, opened.files, records)
