@@ -19,12 +19,12 @@ from litmoe.cli import UserError, command, quoted
 from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings
 from litmoe.data import InstructionData, TokenizedText, conversations
 from litmoe.data.conversations import Message
-from litmoe.data.data_dir import check_placed_text
+from litmoe.data.corpora import TEXT
 from litmoe.data.files import text_files
 from litmoe.data.instructions import conversations as read_conversations
 from litmoe.data.manifest import SPLITS, flags_to_repeat, manifest_path, tokenizer_fingerprint
 from litmoe.data.manifest import read as read_manifest
-from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.data.prepare import PrepareArgs, check_placed_text, prepare
 from litmoe.data.sft_data import longer_context
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
@@ -187,29 +187,25 @@ def prepare_data(settings: RunSettings) -> None:
     if not isinstance(data, TokenizedText):
         return
     data_dir = Path(data.train_data_path).parent
+    found = read_manifest(data_dir)
+    if found is not None and found.source.name not in (TEXT, "sample"):
+        return  # only these two can always be made again here
+    has_text = bool(text_files(data_dir / "train"))
     source = settings.prepare.source
-    has_text = _has_text(data)
-    if not has_text and manifest_path(data_dir).is_file():
-        return  # the text was removed to save space
-    if not has_text:
+    if found is None and not has_text:
         # Otherwise the run file's source would replace it.
         check_placed_text(data_dir)
-    if not has_text and source is None:
-        raise UserError(
-            f"no data: there is no text in {data.train_data_path}."
-            f" `{command('prepare_data.py', '--data_dir', data_dir)}` fetches TinyStories;"
-            " with --source PATH it takes your own text, with --source sample the built-in stories."
-        )
-    # The run file's `prepare` only fills what is empty. Existing text is tokenized with the settings of its tokens.
-    found = read_manifest(data_dir)
-    flags = flags_to_repeat(data_dir, found) if has_text and found else {"source": source if not has_text else None}
+        if source is None:
+            raise UserError(
+                f"no data: there is no text in {data.train_data_path}."
+                f" `{command('prepare_data.py', '--data_dir', data_dir)}` fetches TinyStories;"
+                " with --source PATH it takes your own text, with --source sample the built-in stories."
+            )
+    # The run file's `prepare` only fills what is empty. Existing tokens keep their settings.
+    flags = flags_to_repeat(found) if found is not None else {"source": None if has_text else source}
     if not (settings.tokenizer_dir / "tokenizer.json").is_file():
         flags |= {"tokenizer": settings.prepare.tokenizer, "vocab_size": settings.prepare.vocab_size}
     prepare(PrepareArgs(data_dir=data_dir, tokenizer_dir=settings.tokenizer_dir, **flags))
-
-
-def _has_text(data: TokenizedText) -> bool:
-    return bool(text_files(data.train_data_path))
 
 
 def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
@@ -402,7 +398,7 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
     saved = resume_from / checkpoints.MANIFEST
     if not isinstance(data, TokenizedText) or not saved.is_file() or manifest_path(data.data_dir).is_file():
         return run
-    if _has_text(data):
+    if text_files(data.data_dir / "train"):
         return run
     provenance = tokens_provenance(saved, *SPLITS)
     data_dir = _moved_to(
