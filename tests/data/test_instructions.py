@@ -104,7 +104,7 @@ def test_broken_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("name", "data", "message"),
     [
         ("a.json", b'[{"prompt": 1},\n\n{]', "a.json, line 3: not JSON"),
-        ("a.json", b'{"version": 2, "data": [{"prompt": "Who?"}]}', "line 1: the fields 'version', 'data'; expected"),
+        ("a.json", b'{"version": 2, "data": [{"prompt": "Who?"}]}', "row 1: the fields 'version', 'data'; expected"),
         ("a.parquet", b"PAR1 not", "a.parquet cannot be read as parquet"),
         ("a.txt", b"Who?", "expected a .jsonl, .json, .csv, .tsv, .parquet file"),
         ("a.jsonl", b"", "no conversation for train among 0"),
