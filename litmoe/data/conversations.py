@@ -102,8 +102,8 @@ def stop_sequences(style: "PromptStyle", tokenizer: "Tokenizer") -> list[list[in
     except ValueError:  # the style uses a special token of another tokenizer
         of_style = []
     # Finetuning ends every answer with the end-of-text token, whatever the style says.
-    sequences = [] if tokenizer.eos_id is None else [[tokenizer.eos_id]]
-    for tokens in of_style:
+    sequences: list[list[int]] = []
+    for tokens in ([tokenizer.eos_id], *of_style):
         if tokens not in sequences and None not in tokens:
             sequences.append(tokens)
     return sequences
@@ -126,14 +126,33 @@ def problem_with(messages: Sequence[Message], last: Literal["user", "assistant"]
 
 
 def encode_conversation(
-    messages: Sequence[Message], tokenizer: "Tokenizer", style: "PromptStyle"
+    messages: Sequence[Message],
+    tokenizer: "Tokenizer",
+    style: "PromptStyle",
+    last: Literal["user", "assistant"] = "assistant",
 ) -> EncodedConversation:
-    """Encode a complete conversation, which ends with the assistant's message.
+    """Encode a conversation that ends with a message of ``last``.
 
     Raises:
         ValueError: the roles do not alternate, see ``problem_with``.
     """
-    return _encode(messages, tokenizer, style, last="assistant")
+    problem = problem_with(messages, last)
+    if problem:
+        raise ValueError(f"not a conversation: {problem}")
+    texts = [without_special_tokens(message, tokenizer) for message in messages]
+    # The system message is part of the first prompt: styles have a single template for both.
+    n_first = 2 if messages[0]["role"] == "system" else 1  # messages that form the first prompt
+    ids = _encode_question(texts[:n_first], tokenizer, style, is_first=True)
+    is_answer = [False] * len(ids)
+    for message in texts[n_first:]:
+        if message["role"] == "assistant":
+            # Every answer ends with the end-of-text token, so that the model learns to stop after each turn.
+            new_ids = [*text_ids(tokenizer, message["content"], begin=False), tokenizer.eos_id]
+        else:
+            new_ids = _encode_question([message], tokenizer, style, is_first=False)
+        ids += new_ids
+        is_answer += [message["role"] == "assistant"] * len(new_ids)
+    return EncodedConversation(ids, is_answer, removed_special_tokens=texts != list(messages))
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: "Tokenizer", style: "PromptStyle") -> list[int]:
@@ -142,7 +161,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: "Tokenizer", style: "P
     Raises:
         ValueError: the roles do not alternate, see ``problem_with``.
     """
-    return _encode(messages, tokenizer, style, last="user").input_ids
+    return encode_conversation(messages, tokenizer, style, last="user").input_ids
 
 
 def encode_newest(
@@ -150,38 +169,33 @@ def encode_newest(
 ) -> tuple[int, list[int]]:
     """Encode the system message and as many of the newest turns as fit into ``longest`` tokens.
 
-    Only the turns that fit and one more are encoded, so a long history costs no time. The last user's message is always
-    included, even if it alone is longer than ``longest``.
+    The last user's message is always included, even if it alone is longer than ``longest``.
 
     Returns:
         The number of earlier turns that fit, and the tokens as of ``encode_prompt``.
     """
     kept, prompt = 0, encode_prompt([*system, messages[-1]], tokenizer, style)
-    later: list[int] = []  # everything after the first prompt
-    for index in range(len(messages) - 3, -1, -2):
-        # Backwards: the question after this turn's answer, then the answer.
-        for message in (messages[index + 2], messages[index + 1]):
-            later = _encode_later(without_special_tokens(message, tokenizer), tokenizer, style) + later
-        if len(later) >= longest:
+    later: list[int] = []  # everything after the first question
+    for start in range(len(messages) - 3, -1, -2):
+        # Turns do not depend on each other, so a long history costs no time: only the turn that is added is encoded.
+        question = encode_prompt([*system, messages[start]], tokenizer, style)
+        later = encode_prompt([*system, *messages[start : start + 3]], tokenizer, style)[len(question) :] + later
+        if len(question) + len(later) > longest:
             break
-        longer = encode_prompt([*system, messages[index]], tokenizer, style) + later
-        if len(longer) > longest:
-            break
-        kept, prompt = kept + 1, longer
+        kept, prompt = kept + 1, question + later
     return kept, prompt
 
 
 def prompt_text(messages: Sequence[Message], style: "PromptStyle") -> str:
     """Return the text of a first turn: the user's message in its style, possibly after a system message."""
-    user: str = messages[-1]["content"]
+    user = messages[-1]["content"]
     text: str = style.apply(user)
-    if messages[0]["role"] == "system":
-        with_system: str = style.apply(user, sys_prompt=messages[0]["content"])
-        if with_system != text:
-            return with_system
-        # The style has no place for a system message, so it becomes the beginning of the user's.
-        return str(style.apply(f"{messages[0]['content']}\n\n{user}"))
-    return text
+    if messages[0]["role"] != "system":
+        return text
+    system = messages[0]["content"]
+    with_system: str = style.apply(user, sys_prompt=system)
+    # Some styles have no place for a system message, so it becomes the beginning of the user's.
+    return with_system if with_system != text else str(style.apply(f"{system}\n\n{user}"))
 
 
 def without_special_tokens(message: Message, tokenizer: "Tokenizer") -> Message:
@@ -207,32 +221,7 @@ def _special_tokens(tokenizer: "Tokenizer") -> list[str]:
     return [token.content for token in tokenizer.processor.get_added_tokens_decoder().values() if token.special]
 
 
-def _encode(
-    messages: Sequence[Message], tokenizer: "Tokenizer", style: "PromptStyle", last: Literal["user", "assistant"]
-) -> EncodedConversation:
-    if problem := problem_with(messages, last):
-        raise ValueError(f"not a conversation: {problem}")
-    texts = [without_special_tokens(message, tokenizer) for message in messages]
-    # The system message is part of the first prompt: styles have a single template for both.
-    n_first = 2 if messages[0]["role"] == "system" else 1  # messages that form the first prompt
-    ids = _encode_user_turn(texts[:n_first], tokenizer, style, is_first=True)
-    is_answer = [False] * len(ids)
-    for message in texts[n_first:]:
-        new_ids = _encode_later(message, tokenizer, style)
-        ids += new_ids
-        is_answer += [message["role"] == "assistant"] * len(new_ids)
-    return EncodedConversation(ids, is_answer, removed_special_tokens=texts != list(messages))
-
-
-def _encode_later(message: Message, tokenizer: "Tokenizer", style: "PromptStyle") -> list[int]:
-    """Encode a message after the first prompt."""
-    # Every answer ends with the end-of-text token, so that the model learns to stop after each turn.
-    if message["role"] == "assistant":
-        return [*text_ids(tokenizer, message["content"], begin=False), tokenizer.eos_id]
-    return _encode_user_turn([message], tokenizer, style, is_first=False)
-
-
-def _encode_user_turn(
+def _encode_question(
     messages: Sequence[Message], tokenizer: "Tokenizer", style: "PromptStyle", *, is_first: bool
 ) -> list[int]:
     ids = text_ids(tokenizer, prompt_text(messages, style), begin=is_first)

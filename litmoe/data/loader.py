@@ -102,11 +102,6 @@ class TokenWindows(Dataset[Tensor]):
         return {**self.__dict__, "_opened": {}}
 
 
-def count_windows(data_dir: Path, split: str, block_size: int) -> int:
-    """Return the number of windows of ``block_size`` + 1 tokens in a split."""
-    return len(TokenWindows(data_dir, split, block_size))
-
-
 # --- micro batches ---
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from litgpt.data import DataModule
-from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -65,27 +64,26 @@ class EncodedConversations(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, encoded: Iterable[EncodedConversation], max_seq_length: int) -> None:
-        # Counted here, because conversations that do not fit are not kept.
-        self.counts = SplitCounts()
         size = max_seq_length + 1 if max_seq_length > 0 else None  # the last token is a target only
-        ids, is_answer, prompt_lengths = [], [], []
+        self.counts = SplitCounts()
+        ids, is_answer, left_out_prompts = [], [], []
         for conversation in encoded:
             self.counts.with_special_tokens += conversation.removed_special_tokens
             # Without a token to train on, a conversation would only take up a place in a micro batch.
             if not any(conversation.is_answer[:size]):
-                prompt_lengths.append(conversation.is_answer.index(True))
+                left_out_prompts.append(conversation.is_answer.index(True))
                 continue
             ids.append(torch.tensor(conversation.input_ids[:size], dtype=torch.int32))
             is_answer.append(torch.tensor(conversation.is_answer[:size]))
             self.counts.cut += len(ids[-1]) < len(conversation.input_ids)
         # One tensor for all: thousands of small ones would take more memory for their headers than for the tokens.
-        self._ids = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32)
-        self._is_answer = torch.cat(is_answer) if ids else torch.empty(0, dtype=torch.bool)
+        self._ids = torch.cat([torch.empty(0, dtype=torch.int32), *ids])
+        self._is_answer = torch.cat([torch.empty(0, dtype=torch.bool), *is_answer])
         self._ends = torch.tensor([0, *map(len, ids)]).cumsum(0).tolist()
         self.counts.conversations = len(ids)
         self.counts.tokens, self.counts.answer_tokens = len(self._ids), int(self._is_answer.sum())
-        self.counts.left_out = len(prompt_lengths)
-        self.counts.left_out_prompts = min(prompt_lengths, default=0), max(prompt_lengths, default=0)
+        self.counts.left_out = len(left_out_prompts)
+        self.counts.left_out_prompts = min(left_out_prompts, default=0), max(left_out_prompts, default=0)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -154,11 +152,6 @@ class InstructionData(DataModule):
         return self.data_dir / instructions.MANIFEST
 
     @property
-    def style(self) -> PromptStyle:
-        """The prompt style."""
-        return prompt_style(self.prompt_style)
-
-    @property
     def counts(self) -> dict[str, SplitCounts]:
         """The counts of each split, after ``setup``."""
         return {split: encoded.counts for split, encoded in self._encoded.items()}
@@ -190,7 +183,7 @@ class InstructionData(DataModule):
         """Encode all conversations, once after each ``connect``."""
         assert self.tokenizer is not None, "connect comes first"
         # In memory, because encoding takes seconds and most data sets for finetuning have a few million tokens.
-        tokenizer, style = self.tokenizer, self.style
+        tokenizer, style = self.tokenizer, prompt_style(self.prompt_style)
         for split in instructions.SPLITS:
             if split not in self._encoded:
                 messages = instructions.conversations(self.data_dir, split)
@@ -242,25 +235,21 @@ class InstructionData(DataModule):
         return partial(collate, pad_id=self.tokenizer.eos_id, max_seq_length=self.max_seq_length)
 
     def _require(self, split: str, needed: int, world_size: int) -> None:
+        """Raise ``UserError`` if a split has fewer conversations than needed."""
         counts = self._encoded[split].counts
         if counts.conversations >= needed:
             return
         # Conversations that do not fit the context are the likely reason, so say how much they would need.
-        misfits = f"{counts.left_out} do not"
+        misfits, advice = "", "Give more conversations, a smaller micro batch or fewer devices."
         if counts.left_out:
             shortest, longest = counts.left_out_prompts
-            misfits += (
-                f": {shortest:,} to {longest:,} tokens come before their first answer, and the context has "
-                f"{self.max_seq_length:,}"
+            misfits = (
+                f" ({counts.left_out} do not: {shortest:,} to {longest:,} tokens come before their first answer, and "
+                f"the context has {self.max_seq_length:,})"
             )
-        if counts.conversations + counts.left_out >= needed:
             advice = longer_context(self.max_seq_length)
-        elif split == "val":
-            advice = "Give more conversations, or a larger --val_fraction."
-        else:
-            advice = "Give more conversations, or a smaller micro batch."
         devices = f"micro batch {self.batch_size} on {world_size} device{'s' if world_size > 1 else ''}"
         raise UserError(
-            f"{self.data_dir}: {split} has {counts.conversations} conversations that fit ({misfits}); expected "
-            f"{needed} or more ({devices}). {advice}"
+            f"{self.data_dir}: {split} has {counts.conversations} conversations that fit{misfits}; expected {needed} "
+            f"or more ({devices}). {advice}"
         )

@@ -28,6 +28,11 @@ PARAGRAPHS = ("beginning", "trouble", "turn", "ending")
 HOME_SHARE = 0.15
 # Share of the training requests that do not say what happens in the story.
 ANY_STORY_SHARE = 0.1
+# A table says "he" or "she" for each hero and friend. "he", "him", ... are also the names of the slots.
+PRONOUNS = {
+    "he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
+    "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"},
+}
 
 
 class Scene(NamedTuple):
@@ -182,13 +187,13 @@ def _compile_tables() -> tuple[list[list[dict[str, str]]], list[list[Scene]]]:
 def _hero_slots(row: dict[str, str], houses: list[str]) -> list[dict[str, str]]:
     """Return the slots of a hero in each possible home."""
     homes = houses if row["home"] == "in a house" else [row["home"]]
-    slots = {"kind": row["kind"], **_pronouns(row["he"])}
+    slots = {"kind": row["kind"], **PRONOUNS[row["he"]]}
     # A name needs no variants: it has a capital and no article.
     return [{"hero": row["hero"]} | _with_variants({**slots, "home": home}) for home in homes]
 
 
 def _friend_slots(row: dict[str, str]) -> dict[str, str]:
-    pronouns = {f"pal_{slot}": word for slot, word in _pronouns(row["he"]).items()}
+    pronouns = {f"pal_{slot}": word for slot, word in PRONOUNS[row["he"]].items()}
     return {"pal": row["pal"], "pal_kind": row["kind"], **pronouns}
 
 
@@ -237,9 +242,3 @@ def _with_variants(slots: dict[str, str]) -> dict[str, str]:
         result[slot[0].upper() + slot[1:]] = capitalized
         result[f"A {slot}"] = f"{article.capitalize()} {text}"
     return result
-
-
-def _pronouns(he: str) -> dict[str, str]:
-    if he == "he":
-        return {"he": "he", "him": "him", "his": "his", "himself": "himself"}
-    return {"he": "she", "him": "her", "his": "her", "himself": "herself"}

@@ -14,11 +14,10 @@ from litmoe.data.loader import (
     TokenLoader,
     TokenWindows,
     TrainLoader,
-    count_windows,
     full_batches,
     rank_and_world_size,
 )
-from litmoe.data.manifest import Manifest, checked_manifest, complete_manifest
+from litmoe.data.manifest import checked_manifest, complete_manifest
 
 
 @dataclass
@@ -80,7 +79,7 @@ class TokenizedText(DataModule):
             manifest.verify(self.data_dir)
         # Checked for one device now, because the number of devices is known only when the loaders are made.
         for split in manifest.SPLITS:
-            self._require_batches(metadata, split, world_size=1)
+            self._windows(split, world_size=1)
 
     def train_dataloader(self) -> TrainLoader:
         """Return the loader of this device's training batches, shuffled.
@@ -105,17 +104,15 @@ class TokenizedText(DataModule):
         return TokenLoader(windows, full_batches(len(windows), self.batch_size, rank, world_size))
 
     def _windows(self, split: str, world_size: int) -> TokenWindows:
-        self._require_batches(complete_manifest(self.data_dir), split, world_size)
-        return TokenWindows(self.data_dir, split, self.max_seq_length)
-
-    def _require_batches(self, metadata: Manifest, split: str, world_size: int) -> None:
-        windows, needed = count_windows(self.data_dir, split, self.max_seq_length), self.batch_size * world_size
-        if windows >= needed:
-            return
+        """Return the windows of a split, which are enough for a micro batch on each device."""
+        metadata = complete_manifest(self.data_dir)
+        windows, needed = TokenWindows(self.data_dir, split, self.max_seq_length), self.batch_size * world_size
+        if len(windows) >= needed:
+            return windows
         larger_split = " or a larger --val_fraction" if split == "val" else ""
         devices = f"{world_size} device{'s' if world_size > 1 else ''}"
         raise UserError(
-            f"{self.data_dir}: {split} has {metadata.splits[split].tokens:,} tokens, {windows} windows of "
+            f"{self.data_dir}: {split} has {metadata.splits[split].tokens:,} tokens, {len(windows)} windows of "
             f"{self.max_seq_length + 1}; expected {needed} or more (micro_batch_size {self.batch_size} on {devices}). "
             f"Give more text{larger_split}, or a smaller --max-seq-length or --micro-batch-size."
         )

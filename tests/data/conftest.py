@@ -1,14 +1,18 @@
 """Fixtures of prepared data."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from litmoe.data import tokens
 from litmoe.data.manifest import Manifest
 from litmoe.data.prepare import PrepareArgs, prepare
+
+if TYPE_CHECKING:
+    from litgpt import Tokenizer
 
 
 @pytest.fixture
@@ -35,3 +39,23 @@ def chunked(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokeni
         metadata = prepare(PrepareArgs(data_dir=folder, tokenizer_dir=tokenizer_dir, num_workers=0))
     assert metadata.splits["train"].chunks > 4 and metadata.splits["val"].chunks == 1
     return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: Path) -> "Tokenizer":
+    # Imported here, because most tests of this folder need no torch.
+    from litgpt import Tokenizer
+
+    return Tokenizer(tokenizer_dir)
+
+
+@pytest.fixture(params=[0, 1])
+def rank(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The number of this process of two; the fake backend needs no second one, because nothing is sent."""
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
+    yield request.param
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

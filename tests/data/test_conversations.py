@@ -12,18 +12,12 @@ from litmoe.data.conversations import (
     EncodedConversation,
     Message,
     encode_conversation,
-    encode_newest,
     encode_prompt,
     is_tuned,
     load_prompt_style,
     prompt_style,
     stop_sequences,
 )
-
-
-@pytest.fixture
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_dir)
 
 
 def _messages(*texts: str, system: str | None = None) -> list[Message]:
@@ -128,11 +122,3 @@ def test_special_tokens_in_a_message_are_removed(tokenizer: Tokenizer) -> None:
     assert "say  now" in tokenizer.processor.decode(encoded.input_ids)
     assert encoded.removed_special_tokens
     assert not encode_conversation(_messages("a", "b"), tokenizer, prompt_style("phi-2")).removed_special_tokens
-
-
-def test_special_tokens_in_newest_turns_are_removed(tokenizer: Tokenizer) -> None:
-    """A chat encodes its history turn by turn, in another function than a complete conversation."""
-    messages = _messages("a <|endoftext|> b", "c <|endoftext|> d", "e <|endoftext|> f")
-    kept, prompt = encode_newest([], messages, tokenizer, prompt_style("phi-2"), longest=10_000)
-    assert kept == 1 and prompt == encode_prompt(messages, tokenizer, prompt_style("phi-2"))
-    assert prompt.count(tokenizer.eos_id) == 1  # the end of the answer

@@ -8,11 +8,7 @@ import pytest
 from litgpt.prompts import Alpaca, prompt_styles
 
 from litmoe.data.instruction_rows import conversation_of, unwrap
-
-
-def turn(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
+from tests.data.instruction_helpers import turn
 
 MIA, SYSTEM = turn("Who?", "Mia."), {"role": "system", "content": "Be kind."}
 HERMES = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Mia."}]
@@ -43,7 +39,6 @@ HERMES = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Mia."}]
         ({"messages": HERMES}, MIA),
         ({"conversation": [{"input": "Who?", "output": "Mia."}]}, MIA),
         ({"conversations": ["Who?", "Mia."]}, MIA),
-        ({"data": ["Who?", "Mia."]}, MIA),
         ({"conversations": [["Who?", "Mia."]]}, MIA),
         ({"messages": json.dumps(MIA)}, MIA),  # as in a cell of a .csv
         ({"messages": [{**MIA[0], "role": "Human"}, {**MIA[1], "role": "bot", "weight": 1.0}]}, MIA),
@@ -54,7 +49,8 @@ HERMES = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Mia."}]
         ({"instruction": "Who?", "output": "Mia.", "history": [], "system": "Be kind."}, [SYSTEM, *MIA]),
         ({"system_prompt": "Be kind.", "question": "Who?", "response": "Mia."}, [SYSTEM, *MIA]),
         ({"conversations": HERMES, "system": "Be kind.", "tools": "[]"}, [SYSTEM, *MIA]),
-        ({"messages": [SYSTEM, *MIA], "system": " Be kind.\n"}, [SYSTEM, *MIA]),
+        ({"messages": [SYSTEM, *MIA], "system": "Be rude."}, [SYSTEM, *MIA]),  # "system" is reported as unused
+        ({"messages": [{**SYSTEM, "content": ""}, *MIA], "system": "Be kind."}, [SYSTEM, *MIA]),
     ],
 )
 def test_row_shapes(row: Any, expected: list[dict[str, str]]) -> None:
@@ -68,6 +64,8 @@ def test_row_shapes(row: Any, expected: list[dict[str, str]]) -> None:
         ({"query": "Who?", "response": "Mia.", "original_question": "Who", "note": None}, "original_question"),
         ({"prompt": "Who?", "text": "Mia.", "audience": "all"}, "audience"),
         ({"conversation": MIA, "language": "English"}, "language"),
+        ({"messages": [SYSTEM, *MIA], "system": "Be rude."}, "system"),
+        ({"messages": MIA, "history": [["Hi", "Yes?"]]}, "history"),
         ({"messages": [{**SYSTEM, "role": "developer"}, {**MIA[0], "name": "Tom"}, MIA[1]]}, "messages[].name"),
     ],
 )
@@ -80,10 +78,10 @@ def test_unused_fields_are_reported(row: Any, unused: str) -> None:
     [
         (1, "a number where an object was expected"),
         (None, "null where an object was expected"),
-        ([1], "a message 1; expected an object with 'role' and 'content'"),
+        ([1], "message 1 is 1; expected an object with 'role' and 'content'"),
         ({}, "the fields (none)"),
         ({"text": "Who?", "id": 1}, "the fields 'text', 'id'; expected {\"messages\""),
-        ({"prompt": ["Who?"], "response": "Mia."}, "expected text in 'prompt', found list"),
+        ({"prompt": ["Who?", "Where?"], "response": ["Mia.", "Here."]}, "expected text in 'prompt', found list"),
         ({"question": "Who?", "answer": 42}, "expected text in 'answer', found a number"),
         ({"prompt": "Who?", "response": " \n"}, "message 2, the assistant's, is empty"),
         ({"prompt": "Who?", "response": None}, "message 2, the assistant's, is empty"),
@@ -91,19 +89,26 @@ def test_unused_fields_are_reported(row: Any, unused: str) -> None:
         ({"instruction": "", "input": "", "output": "Mia."}, "message 1, the user's, is empty"),
         ({"messages": MIA + MIA[1:]}, "message 3 is the assistant's, expected user's"),
         ({"messages": MIA[:1]}, "it does not end with a message of the assistant"),
-        ({"messages": []}, "no messages"),
+        ({"messages": []}, "the fields 'messages'; expected {\"messages\""),
         ({"messages": 5}, "expected a list of messages in 'messages', found a number"),
-        ({"messages": [{"role": "narrator", "content": "1"}]}, "a message of 'narrator'; expected one of system"),
-        ({"conversations": [{"from": "human"}]}, 'a message {"from": "human"}; expected an object with'),
-        ({"messages": [{"role": "user", "content": [1]}]}, "expected text in 'content', found list"),
-        ({"text": "Who?", "role": "prompter", "message_id": "1"}, "a single message; expected all messages"),
-        ({"system": "Be kind.", "messages": [{**SYSTEM, "content": "Be rude."}, *MIA]}, "different system messages"),
+        (
+            {"messages": [{"role": "narrator", "content": "1"}]},
+            "message 1 has the role 'narrator'; expected one of system",
+        ),
+        ({"conversations": [{"from": "human"}]}, 'message 1 is {"from": "human"}; expected an object'),
+        ({"messages": [{"role": "user", "content": [1]}]}, "expected text in message 1, found list"),
+        ({"text": "Who?", "role": "prompter"}, "the fields 'text', 'role'; expected {\"messages\""),
+        ({"data": ["Who?", "Mia."]}, "the fields 'data'; expected {\"messages\""),
+        ({"conversation": "Who?"}, "expected a list of messages in 'conversation', found text"),
         ({"system": "Be kind.", "conversations": HERMES[1:]}, "message 1 is the assistant's, expected user's"),
-        ({"instruction": "Who?", "output": "Mia.", "history": [["Hi"]]}, "in 'history': "),
+        ({"instruction": "Who?", "output": "Mia.", "history": [["Hi"]]}, 'message 1 is ["Hi"]; expected an object'),
         # Fields that change the meaning of the answer
         ({"messages": MIA, "tools": [{"name": "f"}]}, "the field 'tools': tool calls are not supported"),
         ({"messages": [MIA[0], {"role": "assistant", "tool_calls": [{}]}]}, "message 2 has 'tool_calls'"),
-        ({"messages": [{"role": "tool", "content": "1"}]}, "a message of 'tool': tool calls are not supported"),
+        (
+            {"messages": [{"role": "tool", "content": "1"}]},
+            "message 1 has the role 'tool'; tool calls are not supported",
+        ),
         ({"chosen": "Human: Who?", "rejected": "Human: Who?"}, "'chosen': preference data is not supported"),
         ({"image": "mia.jpg", "conversations": HERMES}, "'image': only text is supported"),
         (

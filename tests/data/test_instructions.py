@@ -28,22 +28,9 @@ from litmoe.data.instructions import (
     prepare_instructions,
 )
 from tests.data.hub_server import serve
+from tests.data.instruction_helpers import jsonl, pairs, turn
 
 PROJECT = Path(__file__).resolve().parents[2]
-
-
-def turn(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def pairs(number: int, start: int = 0) -> list[dict[str, str]]:
-    return [{"prompt": f"What is {i} + 1?", "response": f"{i + 1}."} for i in range(start, start + number)]
-
-
-def jsonl(path: Path, rows: list[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def prepare(source: Path | str, data_dir: Path, **settings: Any) -> Instructions:
@@ -64,37 +51,20 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 # --- files ---
 
-ROW = '{"prompt": "Who?", "response": "Mia é."}'
-CHAT = '[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Mia é."}]'
-FILES = {
-    "lines of lists.jsonl": f"{CHAT}\n{CHAT}\n",
-    "list.json": f"\ufeff[{ROW},\n{ROW}]",
-    "list of lists.json": f"[{CHAT},\n{CHAT}]",
-    "two pairs.json": '[["Who?", "Mia é."], ["Who?", "Mia é."]]',
-    "data.json": f'{{"version": 2, "data": [{ROW}, {ROW}]}}',
-    "train.json": f'{{"train": [\n{CHAT},\n{CHAT}\n]}}',
-    "lines.json": f"{ROW}\n{ROW}\n",
-    "windows.jsonl": f"\ufeff{ROW}\r\n{ROW}\r\n",
-    "utf-16.csv": "prompt,response\r\nWho?,Mia é.\r\nWho?,Mia é.\r\n".encode("utf-16"),
-    "rows.tsv": "id\tprompt\tresponse\n1\tWho?\tMia é.\n2\tWho?\tMia é.",
-    "rows.CSV.gz": gzip.compress('prompt,response\n"Who?","Mia é."\n\nWho?,Mia é.\n'.encode()),
-    "rows.jsonl.xz": lzma.compress(f"{ROW}\n{ROW}\n".encode()),
-}
 
-
-@pytest.mark.parametrize("name", FILES)
-def test_rows_of_many_kinds_of_files(tmp_path: Path, name: str) -> None:
-    data = FILES[name]
-    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    rows = [instructions.conversation_of(value) for _, value in instructions._rows_in(tmp_path / name)]
-    assert [row.messages for row in rows] == [turn("Who?", "Mia é.")] * 2
-
-
-def test_rows_of_a_parquet_file(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(pairs(60)), tmp_path / "rows.parquet")
-    prepare(jsonl(tmp_path / "rows.jsonl", pairs(60)), tmp_path / "lines")
-    prepare(tmp_path / "rows.parquet", tmp_path / "table")
-    assert instructions_fingerprint(tmp_path / "lines") == instructions_fingerprint(tmp_path / "table")
+def test_files_of_all_kinds_in_one_folder(tmp_path: Path) -> None:
+    """Each file has other rows; the formats themselves are tested in test_files.py."""
+    chats = [turn(row["prompt"], row["response"]) for row in pairs(20)]
+    cells = ["prompt,response\r\n", *(f"{row['prompt']},{row['response']}\r\n" for row in pairs(20, start=20))]
+    table = pa.Table.from_pylist([{"messages": turn(row["prompt"], row["response"])} for row in pairs(20, start=60)])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.json").write_text(json.dumps(chats))
+    (tmp_path / "in/b.CSV.gz").write_bytes(gzip.compress("".join(cells).encode("utf-16")))
+    (tmp_path / "in/c.jsonl.xz").write_bytes(lzma.compress(jsonl(tmp_path / "c", pairs(20, start=40)).read_bytes()))
+    pq.write_table(table, tmp_path / "in/d.parquet")
+    prepare(tmp_path / "in", tmp_path / "data")
+    expected = [turn(row["prompt"], row["response"]) for row in pairs(80)]
+    assert sorted(both(tmp_path / "data"), key=str) == sorted(expected, key=str)
 
 
 BROKEN_ROWS = {
@@ -126,15 +96,15 @@ def test_broken_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
         prepare(source, tmp_path / "data")
     prepare(source, tmp_path / "data", skip_broken=True)
     output = capsys.readouterr().out
-    assert "Left out 4 rows: the field 'tools': tool calls are not supported" in output
-    assert "Left out 1 row: the field 'chosen': preference data is not supported" in output
+    assert "4 of these: the field 'tools': tool calls are not supported" in output
+    assert "1 of these: the field 'chosen': preference data is not supported" in output
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
         ("a.json", b'[{"prompt": 1},\n\n{]', "a.json, line 3: not JSON"),
-        ("a.json", f'{{"train": [{ROW}], "test": [{ROW}]}}'.encode(), "several lists ('train', 'test')"),
+        ("a.json", b'{"version": 2, "data": [{"prompt": "Who?"}]}', "row 1: the fields 'version', 'data'; expected"),
         ("a.parquet", b"PAR1 not", "a.parquet cannot be read as parquet"),
         ("a.txt", b"Who?", "expected a .jsonl, .json, .csv, .tsv, .parquet file"),
         ("a.jsonl", b"", "no conversation for train among 0"),
@@ -160,7 +130,7 @@ def test_summary_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert result.notes[0].startswith("40 prompts were taken out of a template") and len(result.notes) == 2
     assert instructions.read(tmp_path / "data") == result
     output = capsys.readouterr().out
-    assert "Fields not used: id." in output and "40 prompts were taken out of a template" in output
+    assert "1 fields are not used: id." in output and "40 prompts were taken out of a template" in output
     assert {first["content"] for first, _ in both(tmp_path / "data")} == {row["prompt"] for row in pairs(40)}
 
 
@@ -198,7 +168,10 @@ def test_no_validation_question_in_training(tmp_path: Path) -> None:
     jsonl(tmp_path / "in/validation.json", [*pairs(5, start=45), *pairs(5, start=100)])
     result = prepare(tmp_path / "in", tmp_path / "data")
     assert result.val_fraction is None
-    assert result.notes == ("5 that begin like a validation conversation are left out of training.",)
+    assert result.notes == (
+        "1 files are used for validation: validation.json.",
+        "5 that begin like a validation conversation are left out of training.",
+    )
     assert questions(tmp_path / "data", "train") == [row["prompt"] for row in pairs(45)]
     assert len(conversations(tmp_path / "data", "val")) == 10
 
@@ -206,11 +179,8 @@ def test_no_validation_question_in_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("train.jsonl", "dev.jsonl", "test.jsonl"),
         ("TRAIN/a.jsonl", "Valid/b.jsonl", "Test/c.jsonl"),
         ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
-        ("my_train.jsonl", "my_val.jsonl", "my_test.jsonl"),
-        ("training_data/train/a.jsonl", "training_data/val/a.jsonl", "training_data/test/a.jsonl"),
     ],
 )
 def test_names_of_files_and_folders_give_the_split(
@@ -236,7 +206,7 @@ def test_folder_without_validation_is_split(tmp_path: Path, capsys: pytest.Captu
         assert "README.md" in output and "dataset_info.json" in output and "test.jsonl" in output
     assert len(both(tmp_path / "in/data")) == 60
     os.remove(tmp_path / "in/a.jsonl"), os.remove(tmp_path / "in/b.json")
-    with pytest.raises(UserError, match=r"(?s)file to train on.*test\.jsonl"):
+    with pytest.raises(UserError, match=r"file to train on.* It has .*test\.jsonl"):
         prepare(tmp_path / "in", tmp_path / "in/data", overwrite=True)
     assert len(both(tmp_path / "in/data")) == 60
 
@@ -278,7 +248,7 @@ def test_other_settings_need_overwrite(tmp_path: Path) -> None:
     assert len(both(data)) == 60 and instructions.read(data) != result
 
 
-def test_older_and_newer_metadata_is_read(tmp_path: Path) -> None:
+def test_metadata_of_another_version(tmp_path: Path) -> None:
     source, data = jsonl(tmp_path / "rows.jsonl", pairs(50)), tmp_path / "data"
     result = prepare(source, data)
     values = read_checksummed(data / instructions.MANIFEST)
@@ -286,9 +256,10 @@ def test_older_and_newer_metadata_is_read(tmp_path: Path) -> None:
     write_checksummed(data / instructions.MANIFEST, newer)
     assert instructions.read(data) == result
     older = {name: value for name, value in values.items() if name != "notes"}
-    write_checksummed(data / instructions.MANIFEST, {**older, "format": 1, "unwrapped": 0})
-    assert instructions_fingerprint(data)
-    with pytest.raises(UserError, match=r"older version.* removed white space.*--overwrite"):
+    write_checksummed(data / instructions.MANIFEST, older)
+    assert prepare(source, data) == result
+    write_checksummed(data / instructions.MANIFEST, {**values, "format": 3})
+    with pytest.raises(UserError, match=r"it has the format 3, expected 2.*--overwrite"):
         prepare(source, data)
     assert prepare(source, data, overwrite=True).format == 2
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,13 @@ import torch
 from litgpt import Tokenizer
 from litgpt.data import SFTDataset
 from torch import distributed
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from litmoe.cli import UserError
 from litmoe.data import InstructionData
 from litmoe.data.conversations import DEFAULT_STYLE, EncodedConversation, encode_conversation, prompt_style
 from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
 from litmoe.data.sft_data import Conversations
+from tests.data.instruction_helpers import jsonl, turn
 from tests.data.token_helpers import endless, take
 
 T = 64
@@ -28,22 +28,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[str]) -> Pa
     """91 training and 30 validation conversations of one to three turns; tests must not write there."""
     folder = tmp_path_factory.mktemp("instruct")
     for split, texts in (("train", stories[:91]), ("val", stories[100:130])):
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            for i, story in enumerate(texts):
-                turns = [(f"{split} {i}: a story", story), *((f"And {turn}?", "The end.") for turn in range(i % 3))]
-                messages = [
-                    {"role": role, "content": text}
-                    for question, answer in turns
-                    for role, text in (("user", question), ("assistant", answer))
-                ]
-                file.write(json.dumps({"messages": messages}) + "\n")
+        chats = [turn(f"{split} {i}: a story", story) for i, story in enumerate(texts)]
+        for i, messages in enumerate(chats):
+            messages += [message for number in range(i % 3) for message in turn(f"And {number}?", "The end.")]
+        jsonl(folder / f"{split}.jsonl", chats)
     prepare_instructions(InstructArgs(str(folder), folder / "data"))
     return folder / "data"
-
-
-@pytest.fixture
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_dir)
 
 
 def module(
@@ -194,15 +184,6 @@ def test_resume(prepared: Path, tokenizer: Tokenizer, taken: int) -> None:
     resumed = module(prepared, tokenizer).train_dataloader()
     resumed.load_state_dict(state)
     assert rows(take(resumed, 30)) == rest
-
-
-@pytest.fixture(params=[0, 1])
-def rank(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The number of this process of two; the fake backend needs no second one, because nothing is sent."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
-    yield request.param
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def test_ranks_share_one_sequence(prepared: Path, tokenizer: Tokenizer, rank: int) -> None:

@@ -3,20 +3,17 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from litgpt.tokenizer import Tokenizer
-from torch import distributed
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import litmoe.data
 from litmoe.cli import UserError
 from litmoe.data import tokenizers
-from litmoe.data.loader import count_windows
+from litmoe.data.loader import TokenWindows
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.data.text_data import TokenizedText
 from tests.data.token_helpers import T, endless, rows_of, take, windows_of
@@ -80,25 +77,17 @@ def test_resume_with_other_workers(chunked: Path, num_workers: int, batches: int
     assert rows_of(take(resumed, len(loader) + 2)) == rest
 
 
-@pytest.fixture(params=[0, 1])
-def rank(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The number of this process of two; the fake backend needs no second one, because nothing is sent."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
-    yield request.param
-    distributed.destroy_process_group()
-
-
 def test_ranks_share_the_windows(chunked: Path, rank: int) -> None:
     windows = windows_of(chunked, "val")
     share = [row for i, row in enumerate(windows[: len(windows) // 4 * 4]) if i // 2 % 2 == rank]
     assert rows_of(module(chunked, batch_size=2).val_dataloader()) == share
-    size = count_windows(chunked, "val", T)
+    size = len(TokenWindows(chunked, "val", T))
     with pytest.raises(UserError, match=rf"expected {2 * size} or more .*on 2 devices"):
         module(chunked, batch_size=size).val_dataloader()
 
 
 def test_too_few_windows(chunked: Path) -> None:
-    size = count_windows(chunked, "val", T)
+    size = len(TokenWindows(chunked, "val", T))
     (batch,) = module(chunked, batch_size=size).val_dataloader()
     assert rows_of([batch]) == windows_of(chunked, "val")
     with pytest.raises(UserError, match=rf"{size} windows of {T + 1}; expected {size + 1} or more"):
