@@ -32,9 +32,9 @@ from litmoe.data.files import (
     unread_files,
 )
 from litmoe.data.manifest import FileRecord, Settings
+from litmoe.data.stories import SAMPLE_BYTES, stories_until
 from litmoe.data.tokenizers import OFFLINE_WAYS
 
-SAMPLE_BYTES = 20 << 20
 DEFAULT_VAL_FRACTION = 0.1
 FILES = "files"
 """Name of the corpus of ``--source PATH``."""
@@ -178,14 +178,7 @@ class Stories:
 
     def documents(self) -> Iterator[str]:
         """Yield stories up to ``SAMPLE_BYTES``."""
-        from litmoe.data.stories import generate_stories
-
-        size = 0
-        for story in generate_stories():
-            yield story
-            size += len(story.encode())
-            if size >= SAMPLE_BYTES:
-                return
+        return stories_until(SAMPLE_BYTES)
 
 
 @dataclass(frozen=True)
