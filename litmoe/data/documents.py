@@ -310,16 +310,7 @@ def parquet_text_column(location: Location, column: str | None) -> str:
     Raises:
         UserError: there is no such column, or it does not hold text.
     """
-    import pyarrow.types as types
-
-    with open_parquet(location) as file:
-        schema = file.schema_arrow
-    kinds = {}
-    for column_field in schema:
-        # A dictionary stores repeated texts once.
-        kind = column_field.type.value_type if types.is_dictionary(column_field.type) else column_field.type
-        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-        kinds[column_field.name] = "string" if is_text else str(kind)
+    kinds = _parquet_types(location)
     if column is None:
         try:
             return _choose_column(location, kinds, "string")
@@ -330,6 +321,21 @@ def parquet_text_column(location: Location, column: str | None) -> str:
         texts = [name for name, kind in kinds.items() if kind == "string"]
         raise UserError(f"{location}: {found}; its columns with text: {_names(texts)} (--text_column).")
     return column
+
+
+def _parquet_types(location: Location) -> dict[str, str]:
+    """Return the type of each column, ``string`` for all kinds of text."""
+    import pyarrow.types as types
+
+    with open_parquet(location) as file:
+        schema = file.schema_arrow
+    kinds = {}
+    for column in schema:
+        # A dictionary stores repeated texts once.
+        kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        kinds[column.name] = "string" if is_text else str(kind)
+    return kinds
 
 
 def _choose_column(location: Location, kinds: dict[str, str], text_kind: str) -> str:

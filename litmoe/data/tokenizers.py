@@ -182,9 +182,9 @@ def _completed(
             "the token that ends a text there."
         )
     before = _token_before_texts(tokenizer)
-    config = {"bos_token": before or eos, "tokenizer_class": "PreTrainedTokenizerFast"} | {
-        key: value for key, value in config.items() if value is not None and key != ORIGIN
-    }
+    defaults = {"bos_token": before or eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    given = {key: value for key, value in config.items() if value is not None and key != ORIGIN}
+    config = defaults | given | {"eos_token": eos}
     config["bos_token"] = token_text(config["bos_token"])
     # LitGPT does not read the template, so the rule is written out.
     if config.get("add_bos_token", before is not None or config["tokenizer_class"] == "LlamaTokenizer"):
@@ -195,7 +195,7 @@ def _completed(
                 "before each text (bos_token, add_bos_token); name the token that begins a text there, or "
                 'set "add_bos_token": false.'
             )
-    return TokenizerFiles(tokenizer, {**config, "eos_token": eos}, others, inferred=named is None)
+    return TokenizerFiles(tokenizer, config, others, inferred=named is None)
 
 
 def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
@@ -497,14 +497,20 @@ def _is_plain_bpe(tokenizer_json: dict[str, Any]) -> bool:
 def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
     """Return the regular expression of a byte-level pre-tokenizer; None if it does anything else."""
     if pre_tokenizer.get("type") == "ByteLevel":
-        plain = not pre_tokenizer.get("add_prefix_space") and pre_tokenizer.get("use_regex", True)
-        return GPT2_PATTERN if plain else None
-    if pre_tokenizer.get("type") != "Sequence" or len(pre_tokenizer["pretokenizers"]) != 2:
+        # GPT-2's kind divides by a pattern of its own.
+        return GPT2_PATTERN if _is_byte_level(pre_tokenizer, use_regex=True) else None
+    steps = pre_tokenizer.get("pretokenizers", [])
+    if len(steps) != 2:
         return None
-    split, level = pre_tokenizer["pretokenizers"]
-    byte_level = level["type"] == "ByteLevel" and not level.get("add_prefix_space") and not level.get("use_regex", True)
-    isolated = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
-    return split["pattern"].get("Regex") if byte_level and isolated else None
+    # GPT-4's and Llama 3's kind: a pattern, then bytes.
+    split, level = steps
+    isolates = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
+    return split["pattern"].get("Regex") if isolates and _is_byte_level(level, use_regex=False) else None
+
+
+def _is_byte_level(step: dict[str, Any], *, use_regex: bool) -> bool:
+    is_plain = step["type"] == "ByteLevel" and not step.get("add_prefix_space")
+    return is_plain and bool(step.get("use_regex", True)) is use_regex
 
 
 def byte_characters() -> dict[int, str]:
