@@ -301,11 +301,14 @@ def _changes(
 def _require_source(args: PrepareArgs, found: Manifest, changes: list[str]) -> None:
     """Raise ``UserError`` if finished tokens cannot be used as they are."""
     given = [f"--{name}" for name in SOURCE_FLAGS if getattr(args, name) not in (None, False, "")]
-    if changes or given:
-        raise UserError(
-            f"the tokens of {args.data_dir} were made from {found.source.name}, and must be made again for this call "
-            f"({', '.join(given + changes)}). Name that --source: {manifest.command_to_repeat(args.data_dir, found)}"
-        )
+    if not changes and not given:
+        return
+    source = found.source.location if found.source.name == FILES else found.source.name
+    where = f"put its text back into {args.data_dir}" if found.source.name == TEXT else f"add --source {source}"
+    raise UserError(
+        f"the tokens of {args.data_dir} were made from {source}, which this call does not name. For "
+        f"{' and '.join(given + changes)} they must be made again: {where}."
+    )
 
 
 def _changed_settings(old: Settings, new: Settings) -> list[str]:

@@ -41,9 +41,6 @@ PROGRESS_SECONDS = 10
 PARTS = (*SPLITS, *(f"{split}.txt" for split in SPLITS))
 """The names of a unit's files."""
 
-OnProgress = Callable[[int, int, int], None]
-"""Called with the documents, bytes of text, and stored bytes of the corpus so far."""
-
 
 @dataclass(frozen=True)
 class UnitRecord:
@@ -91,7 +88,7 @@ def tokenize_corpus(
         # Both attempts have a folder, so that a restarted call does not repeat the first one.
         store = UnitStore(folder / ("cut" if cut else "units"), sha256(values.encode()).hexdigest())
         groups = corpus.unit_groups()
-        records = process_units(groups, rules, encode, store, num_workers, limit, keep_text, _progress(corpus))
+        records = process_units(groups, rules, encode, store, num_workers, limit, keep_text, Progress(corpus))
         documents = totals_of(records).documents
         # With no document at all, cutting does not help.
         if rules.val_fraction is None or len({bool(number) for number in documents.values()}) == 1:
@@ -105,25 +102,39 @@ def tokenize_corpus(
     return store, records
 
 
-def _progress(corpus: Corpus) -> OnProgress:
-    """Return a function that prints a line from time to time."""
-    started = last = time.perf_counter()
-    total = sum(record.bytes for records in corpus.records.values() for record in records)
+class Progress:
+    """Prints a line every ten seconds: what was tokenized, and how long the rest takes."""
 
-    def report(documents: int, text_bytes: int, stored: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if now - last < PROGRESS_SECONDS:
-            return
-        last = now
-        line = f"  {documents:,} documents, {text_bytes / 1e6:,.1f} MB of text"
+    def __init__(self, corpus: Corpus) -> None:
+        self._started = self._last = time.perf_counter()
         # How much of the corpus a limited number of documents needs is not known.
-        if stored and corpus.settings.max_documents is None:
-            left = (now - started) * max(total - stored, 0) / stored
-            line += f", {100 * stored / max(total, stored):.0f}%, {left:,.0f} s left"
-        print(line, flush=True)
+        self._total = sum(record.bytes for record in corpus.all_records) if not corpus.settings.max_documents else 0
+        self._documents = self._text = 0
+        self._finished_units = self._text_of_unit = 0
 
-    return report
+    def add(self, item: Batch | UnitEnd) -> None:
+        """Count a batch or a finished unit."""
+        if isinstance(item, Batch):
+            size = sum(map(len, item.texts))
+            self._documents += len(item.texts)
+            self._text += size
+            self._text_of_unit += size
+        else:
+            self._finished_units += item.unit.size
+            self._text_of_unit = 0
+        now = time.perf_counter()
+        if now - self._last >= PROGRESS_SECONDS:
+            self._last = now
+            # A compressed file has more text than bytes.
+            done = self._finished_units + min(self._text_of_unit, item.unit.size)
+            print(self._line(done, now - self._started), flush=True)
+
+    def _line(self, done: int, seconds: float) -> str:
+        line = f"  {self._documents:,} documents, {self._text / 1e6:,.1f} MB of text"
+        if not done or not self._total:
+            return line
+        share = min(done / self._total, 1.0)
+        return f"{line}, {100 * share:.0f}%, {seconds * (1 - share) / share:,.0f} s left"
 
 
 # --- units ---
@@ -196,7 +207,7 @@ def process_units(
     num_workers: int,
     max_documents: int | None,
     keep_text: bool,
-    on_progress: OnProgress,
+    progress: Progress,
 ) -> list[UnitRecord]:
     """Read, encode and store the units that are not finished yet.
 
@@ -209,7 +220,7 @@ def process_units(
         num_workers: threads; 0 encodes in the calling thread.
         max_documents: read at most so many documents of each group.
         keep_text: also store the text of the documents.
-        on_progress: see ``OnProgress``.
+        progress: counts what was done.
 
     Returns:
         The records of all units in order.
@@ -223,8 +234,6 @@ def process_units(
         # Their data may be in chunks already.
         return finished
     records: list[UnitRecord] = []
-    totals = Counts()
-    stored_bytes = 0
     items = _unfinished_items(groups, rules, store, max_documents, records)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(num_workers)) if num_workers else None
@@ -242,9 +251,7 @@ def process_units(
                 # The record comes after the data, so a unit with a record is complete.
                 _close(open_parts)
                 records.append(store.write(item.unit.number, item.counts))
-                totals.add(item.counts)
-                stored_bytes += item.unit.size
-            on_progress(sum(totals.documents.values()), sum(totals.bytes.values()), stored_bytes)
+            progress.add(item)
     store.finish(records)
     return records
 

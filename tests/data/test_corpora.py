@@ -181,7 +181,7 @@ def test_second_call_does_not_ask_the_hub(
             assert NOTHING_TO_DO in capsys.readouterr().out
         for settings, message in (
             ({"source": "sample"}, r"already contains the tokens of tinystories .*which --source sample would replace"),
-            ({"max_documents": 5}, r"made again for this call \(--max_documents\).*--source tinystories"),
+            ({"max_documents": 5}, r"For --max_documents they .* again: add --source tinystories"),
             ({"overwrite": True}, "Name its --source"),
         ):
             with pytest.raises(UserError, match=message):
@@ -198,7 +198,7 @@ def test_other_settings_and_tokenizers_stream_again(
     assert decoded(tmp_path / "data", "train") == stories[:7]
     shutil.rmtree(tmp_path / "tokenizer")
     tokenizers.install(tokenizers.train(stories, 300), {"name": "new"}, tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"another tokenizer.*Name that --source"):
+    with pytest.raises(UserError, match=r"For another tokenizer they .* again: add --source tinystories"):
         run()
     assert run(source=plain, max_documents=7).tokenizer.vocab_size == 300
     assert "another tokenizer" in capsys.readouterr().out

@@ -152,7 +152,7 @@ def test_tokens_outlive_their_text(prepared: Path, run: Callable, tokenizer_dir:
     assert NOTHING_TO_DO in capsys.readouterr().out
     # A lost tokenizer is brought back, but only the right one.
     shutil.rmtree(prepared.parent / "tokenizer")
-    with pytest.raises(UserError, match=r"made again for this call \(another tokenizer\)"):
+    with pytest.raises(UserError, match=r"For another tokenizer they must be made again: put its text back"):
         run(tokenizer="train", vocab_size=300)
     assert run(tokenizer=str(tokenizer_dir)).splits == manifest.read(prepared).splits
     assert (prepared.parent / "tokenizer/tokenizer.json").is_file()
@@ -297,7 +297,7 @@ def test_changed_source_or_setting_is_read_again(tmp_path: Path, run: Callable, 
     run(source=str(source), max_documents=40)
     assert "max_documents None became 40" in capsys.readouterr().out
     assert both(tmp_path / "data") == sorted(stories[:40])
-    with pytest.raises(UserError, match=r"made again for this call \(--max_documents\).*--source"):
+    with pytest.raises(UserError, match=r"For --max_documents they must be made again: add --source"):
         run(max_documents=5)
 
 
