@@ -112,7 +112,7 @@ class Manifest:
     splits: dict[str, Split]
     versions: dict[str, str]
     keeps_text: bool = False
-    """The text is also in train/ and val/ (``--keep_text``)."""
+    """The text of the tokens is in tokens/text (``--keep_text``)."""
 
     @property
     def text(self) -> list[FileRecord]:
@@ -162,6 +162,7 @@ def read(data_dir: Path) -> Manifest | None:
         )
     if found is None or found.format != FORMAT:
         return None
+    # Sizes only, because this is asked often. ``verify`` compares the checksums.
     complete = all(_chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in found.splits.items())
     return found if complete else None
 
@@ -322,6 +323,7 @@ def _damaged_files(data_dir: Path, found: Manifest, splits: Collection[str]) -> 
 def flags_to_repeat(found: Manifest) -> dict[str, Any]:
     """Return the flags of ``prepare_data.py`` that decide which text becomes which documents."""
     flags = {name: value for name, value in asdict(found.settings).items() if value not in (None, False)}
+    # An empty value on the command line means no separator.
     if flags.get("document_separator") == "":
         flags["document_separator"] = r"\n"
     if found.source.name != "text":
@@ -331,6 +333,7 @@ def flags_to_repeat(found: Manifest) -> dict[str, Any]:
 
 def command_to_repeat(data_dir: Path, found: Manifest) -> str:
     """Return the command that makes the same tokens again after their folder was removed."""
+    # The manifest does not contain the path of the tokenizer: token folders are shared.
     places = (Path("data/tokenizer"), data_dir / "tokenizer", data_dir.parent / "tokenizer")
     same = [folder for folder in places if _has_fingerprint(folder, found.tokenizer.sha256)]
     arguments: list[object] = ["--data_dir", data_dir]
