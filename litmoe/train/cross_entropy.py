@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom_moe.experts import compute_dtype
-from litmoe.data.sft_data import IGNORE_INDEX
 
+IGNORE_INDEX = -100
+"""A target without loss, as in PyTorch's cross-entropy"""
 CPU_BLOCK = 2**18
 """Logits per block: they fit into the cache of a core"""
 GPU_BLOCK = 2**25

@@ -11,9 +11,9 @@ from lightning.fabric.wrappers import _FabricModule
 from litgpt import GPT, Tokenizer
 
 from litmoe.config import RunSettings
-from litmoe.data.sft_data import IGNORE_INDEX
 from litmoe.evaluation import hellaswag
 from litmoe.inference.generate import sample_text
+from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import sum_over_ranks
 from litmoe.train.logs import RunDisplay
 from litmoe.train.model import as_batch

@@ -18,13 +18,20 @@ from torch.func import functional_call
 
 from litmoe.cli import UserError
 from litmoe.config import MoESettings
-from litmoe.data.sft_data import IGNORE_INDEX
+from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import any_rank, sum_over_ranks
 from litmoe.train.evaluate import evaluate_and_log, evaluations_due
 from litmoe.train.logs import RunDisplay
 from litmoe.train.metrics import MetricAccumulator, training_row
-from litmoe.train.model import Batch, Losses, as_batch, cast_matrices, update_selection_biases
-from litmoe.train.nonfinite import find_first_nonfinite, find_nonfinite_weights
+from litmoe.train.model import (
+    Batch,
+    Losses,
+    as_batch,
+    cast_matrices,
+    find_first_nonfinite,
+    find_nonfinite_weights,
+    update_selection_biases,
+)
 from litmoe.train.optimizers import set_learning_rate
 from litmoe.train.saving import StopSignals
 from litmoe.train.schedule import learning_rate

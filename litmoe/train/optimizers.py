@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from custom_moe import MoE
 from litmoe.cli import UserError
-from litmoe.train.compiling import missing_for_compile
+from litmoe.hardware import missing_for_compile
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from custom_moe.backends import Hardware
 from litmoe.cli import UserError, command, nearest, underscored
 from litmoe.config import FinetuneSettings, ParsedRun, RunSettings, parse_run
 from litmoe.flops import count_parameters, training_flops_per_token
-from litmoe.hardware import choose_precision, processes
-from litmoe.train.gpus import GIB, NAMES, GPUSpec, detect_gpu, gpu_by_name
+from litmoe.hardware import GIB, NAMES, GPUSpec, choose_precision, detect_gpu, gpu_by_name, processes
 from litmoe.train.memory import TrainingMemory, training_memory
 from litmoe.train.optimizers import optimizer_traits
 from litmoe.train.schedule import Plan, plan_run

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,18 @@ from litgpt import Config, Tokenizer
 
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, quoted
-from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings
-from litmoe.data import InstructionData, TokenizedText, conversations
-from litmoe.data.conversations import Message
+from litmoe.config import ParsedRun, RunSettings
 from litmoe.data.data_dir import check_placed_text
 from litmoe.data.files import text_files
-from litmoe.data.instructions import conversations as read_conversations
 from litmoe.data.manifest import SPLITS, flags_to_repeat, manifest_path, tokenizer_fingerprint
 from litmoe.data.manifest import read as read_manifest
 from litmoe.data.prepare import PrepareArgs, prepare
-from litmoe.data.sft_data import longer_context
+from litmoe.data.text_data import TokenizedText
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
 from litmoe.train.logs import METRICS_FILE, run_files
-from litmoe.train.resume import new_run_flags, tokens_provenance
+from litmoe.train.resume import tokens_provenance
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 from litmoe.validation import check
 
@@ -79,106 +75,6 @@ def _check_start(settings: RunSettings, resume_from: Path | None) -> None:
     elif settings.upcycle is not None:
         check_experts(settings.upcycle, settings.model, tie_embeddings=bool(settings.train.tie_embeddings))
         check_same_model(settings.upcycle, settings.model, apart_from=MOE_FIELDS)
-
-
-def ready_to_finetune(settings: RunSettings) -> Path | None:
-    """Prepare everything that finetuning needs, and return the checkpoint folder to resume from, or None.
-
-    Raises:
-        UserError: something is missing or does not fit. Nothing is lost then.
-    """
-    assert isinstance(settings, FinetuneSettings)
-    if not isinstance(settings.data, InstructionData):
-        raise UserError(
-            f"finetuning needs conversations, and the run's data is {type(settings.data).__name__}; expected"
-            " litmoe.data.InstructionData."
-        )
-    resume_from = find_checkpoint(settings)
-    if resume_from is not None:
-        check_same_model(resume_from, settings.model)
-        check_same_tuning(resume_from, settings)
-        _find_moved_instructions(settings, resume_from)
-    tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
-    settings.data.connect(tokenizer, settings.train.micro_batch_size, settings.model.block_size)
-    settings.data.prepare_data()
-    check_sampling(1, settings.sample.max_new_tokens, settings.sample.temperature, settings.sample.top_k, 1.0)
-    question(settings, tokenizer)
-    if main_process():
-        check_writable(settings.out_dir)
-    return resume_from
-
-
-def _find_moved_instructions(settings: FinetuneSettings, resume_from: Path) -> None:
-    """Point ``data_dir`` to where the conversations of the checkpoint are now, if they were moved nearby.
-
-    Otherwise ``prepare_data`` reports that there are none.
-    """
-    data = settings.data
-    saved = resume_from / checkpoints.INSTRUCTIONS
-    if data.manifest_path.is_file() or not saved.is_file():
-        return
-    content, name = saved.read_bytes(), data.manifest_path.name
-    moved_to = _moved_to(data.data_dir, lambda folder: (folder / name).read_bytes() == content)
-    if moved_to is not None:
-        data.data_dir = moved_to
-
-
-def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
-    """Raise ``UserError`` if a resumed run would have other LoRA weights or another prompt style."""
-    saved = checkpoints.load_hyperparameters(folder)
-    if "lora_r" not in saved:
-        raise UserError(
-            f"{folder} is from a pretraining run, which finetuning can't resume; start from its weights:"
-            f" {new_run_flags(folder, settings)}"
-        )
-    saved |= saved["data"].get("init_args", {})
-    present = {name: getattr(settings, name) for name in LORA_FIELDS}
-    has_lora = saved["lora_r"] or present["lora_r"]
-    present = (present if has_lora else {}) | {"prompt_style": settings.data.prompt_style}
-    changed = []
-    for name, value in present.items():
-        if name in saved and saved[name] != value:  # older versions did not have all of these settings
-            changed.append(f"{name} was {saved[name]} and is now {value}")
-    if changed:
-        raise UserError(
-            f"{folder} can't be resumed with other settings: {'; '.join(changed)}. Resume with the old ones, or start a"
-            f" new run from its weights: {new_run_flags(folder, settings)}"
-        )
-
-
-def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
-    """Return the prompt of the sample at each evaluation, in the run's style.
-
-    It is ``sample.prompt``, or the first validation question that leaves room for an answer.
-
-    Raises:
-        UserError: the prompt is too long, or all validation questions are.
-    """
-    data = settings.data
-    style = conversations.prompt_style(data.prompt_style)
-    context = settings.train.max_seq_length or settings.model.block_size
-    if settings.sample.prompt is None:
-        prompts = []
-        for conversation in read_conversations(data.data_dir, "val"):
-            prompts.append(list(takewhile(lambda message: message["role"] != "assistant", conversation)))
-    else:
-        prompts = [[Message(role="user", content=settings.sample.prompt)]]
-    lengths = []
-    for messages in prompts:
-        messages = [conversations.without_special_tokens(message, tokenizer) for message in messages]
-        lengths.append(len(conversations.encode_prompt(messages, tokenizer, style)))
-        if lengths[-1] < context:
-            return conversations.prompt_text(messages, style)
-    if settings.sample.prompt is not None:
-        raise UserError(
-            f"the sample's prompt has {lengths[0]} tokens, but the context has {context};"
-            " give a shorter one with --sample.prompt."
-        )
-    raise UserError(
-        f"none of the {len(lengths):,} held-out conversations of {data.data_dir} fits: {min(lengths):,} to"
-        f" {max(lengths):,} tokens come before their first answer, and the context has {context:,}."
-        f" {longer_context(context, settings.model.block_size)}"
-    )
 
 
 def prepare_data(settings: RunSettings) -> None:
@@ -405,7 +301,7 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
     if _has_text(data):
         return run
     provenance = tokens_provenance(saved, *SPLITS)
-    data_dir = _moved_to(
+    data_dir = find_moved_data(
         data.data_dir,
         lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == provenance,
     )
@@ -424,7 +320,7 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
     )
 
 
-def _moved_to(old: Path, same: Callable[[Path], bool]) -> Path | None:
+def find_moved_data(old: Path, same: Callable[[Path], bool]) -> Path | None:
     """Return the folder near ``old`` that contains the same data now, and print that; None if there is none."""
     parent, outer = old.absolute().parent, old.absolute().parent.parent
     places = ((parent, "*"), (outer, "*"), (outer, f"*/{glob.escape(old.name)}"), (Path("data"), "*"))
@@ -441,7 +337,7 @@ def _with_data(run: ParsedRun, data_dir: Path, tokenizer_dir: Path) -> ParsedRun
     """Return the run with the tokens and the tokenizer of these folders."""
     settings = run.settings
     assert isinstance(settings.data, TokenizedText)
-    paths = {"train_data_path": data_dir / "train", "val_data_path": data_dir / "val"}
+    paths: dict[str, Any] = {"train_data_path": data_dir / "train", "val_data_path": data_dir / "val"}
     data = replace(settings.data, **paths)
     resolved: dict[str, Any] = {**run.resolved, "tokenizer_dir": str(tokenizer_dir)}
     texts = {name: str(path) for name, path in paths.items()}

@@ -21,8 +21,7 @@ from torch import nn
 from litmoe import checkpoints
 from litmoe.config import ParsedRun
 from litmoe.data.tokenizers import litgpt_tokenizer
-from litmoe.hardware import choose_precision, is_sharded, processes
-from litmoe.train.allocator import use_expandable_segments
+from litmoe.hardware import choose_precision, is_sharded, processes, use_expandable_segments
 from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import logger_factory
 from litmoe.train.patches import patched_pretraining

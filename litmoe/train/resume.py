@@ -35,7 +35,8 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     state = checkpoints.load_training_state(folder)
     is_relocatable = isinstance(stateful_loader(run.train_dataloader), TrainLoader)
     other_division = check_same_batches(folder, state["layout"], batch_layout(fabric, run), is_relocatable, run)
-    check_same_provenance(fabric, folder, state.get("made_from", {}), run)
+    if run.finetuning is not None:
+        check_same_provenance(fabric, folder, state.get("made_from", {}), run.finetuning.provenance, run.settings)
     check_same_tokens(folder, run.settings)
     load_training_state(fabric, run, state)
     if other_division:
@@ -73,15 +74,17 @@ def check_same_batches(
     return accepted
 
 
-def check_same_provenance(fabric: L.Fabric, folder: Path, saved: dict[str, str], run: TrainingRun) -> None:
+def check_same_provenance(
+    fabric: L.Fabric, folder: Path, saved: dict[str, str], present: dict[str, str], settings: RunSettings
+) -> None:
     """Raise ``UserError`` if an input of the run (the conversations, the base checkpoint) changed."""
-    for name, fingerprint in run.provenance.items():
+    for name, fingerprint in present.items():
         if name not in saved:
             fabric.print(f"{folder} has no record of {name}, so changes there can't be detected.")
         elif saved[name] != fingerprint:
             raise UserError(
                 f"{name} changed since {folder} was saved. Restore the old version, or start a new run from its"
-                f" weights: {new_run_flags(folder, run.settings)}"
+                f" weights: {new_run_flags(folder, settings)}"
             )
 
 
@@ -124,7 +127,9 @@ def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
         return
     path = tokens_manifest(run.settings)
     tokens = tokens_provenance(path, *SPLITS) if path else None
-    own = {"the step that it starts from": run.progress.step, "the tokens": tokens, **run.provenance}
+    own: dict[str, Any] = {"the step that it starts from": run.progress.step, "the tokens": tokens}
+    if run.finetuning is not None:
+        own |= run.finetuning.provenance
     by_rank: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(by_rank, own)
     different = [name for name in own if any(other[name] != by_rank[0][name] for other in by_rank)]

@@ -16,7 +16,6 @@ import yaml
 from lightning.fabric.wrappers import _FabricOptimizer
 from litgpt import GPT, Tokenizer
 from litgpt.data import DataModule
-from litgpt.prompts import PromptStyle
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import DataLoader
 
@@ -26,13 +25,10 @@ from litmoe import checkpoints
 from litmoe.cli import UserError, command, strip_control_chars
 from litmoe.config import FinetuneSettings, MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
-from litmoe.data.sft_data import InstructionData
 from litmoe.flops import training_flops_per_token
-from litmoe.hardware import is_sharded
-from litmoe.train.compiling import compiler_settings, should_compile
+from litmoe.hardware import compiler_settings, detect_gpu, is_sharded, peak_flops, should_compile
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
-from litmoe.train.gpus import detect_gpu, peak_flops
 from litmoe.train.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
 from litmoe.train.loop import Ending, train
 from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
@@ -41,6 +37,7 @@ from litmoe.train.plan import describe_needs, describe_size
 from litmoe.train.resume import check_same_on_all_machines, resume_training
 from litmoe.train.saving import CheckpointWriter, StopSignals, tolerate_closed_stdout
 from litmoe.train.state import (
+    Finetuning,
     Progress,
     TrainingRun,
     plan_from,
@@ -63,8 +60,7 @@ def run_training(
     resume_from: Path | None,
     precision_note: str | None,
     sample_prompt: str | None,
-    prompt_style: PromptStyle | None = None,
-    provenance: dict[str, str] | None = None,
+    finetuning: Finetuning | None = None,
 ) -> None:
     """Train ``gpt`` as the settings say and save ``final/``.
 
@@ -72,7 +68,7 @@ def run_training(
         gpt: on the device, with its initial weights and ``max_seq_length``. Frozen parameters require no gradient.
         resume_from: the checkpoint of its weights, to restore optimizer, position and counters from as well.
         precision_note: a line for the user, or None.
-        sample_prompt, prompt_style, provenance: see ``TrainingRun``.
+        sample_prompt, finetuning: see ``TrainingRun``.
     """
     settings = parsed.settings
     experts_backend = choose_experts_backend(fabric, gpt, settings.moe)
@@ -80,8 +76,7 @@ def run_training(
     compiled, compile_note = should_compile(False if sharded else settings.compile, fabric.device.type)
     run = _build_run(fabric, gpt, parsed, data, tokenizer, compiled, sharded)
     run.sample_prompt = None if sharded else sample_prompt
-    run.prompt_style = prompt_style
-    run.provenance = provenance or {}
+    run.finetuning = finetuning
     if resume_from:
         resume_training(fabric, run, resume_from)
     check_same_on_all_machines(fabric, run)
@@ -94,7 +89,7 @@ def run_training(
     for line in describe_run(fabric, gpt, parsed, run):
         fabric.print(line)
     fabric.print(_describe_hardware(fabric, compiled, experts_backend))
-    for note in (precision_note, compile_note, *_notes(fabric, gpt, parsed, run, data)):
+    for note in (precision_note, compile_note, *_notes(fabric, gpt, parsed, run)):
         if note:
             fabric.print(note)
     if resume_from:
@@ -304,7 +299,7 @@ def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | 
     return f"On {device} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}{experts}."
 
 
-def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun, data: DataModule) -> Iterator[str | None]:
+def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str | None]:
     """Yield what the user should know about the settings before the run starts."""
     settings = parsed.settings
     yield rounding_note(parsed.optimizer, fabric._precision.precision, sharded=run.sharded)
@@ -315,8 +310,8 @@ def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun, data
     routers_are_frozen = isinstance(settings, FinetuneSettings) and settings.lora_r and not settings.lora_mlp
     if not routers_are_frozen:
         yield constant_weights_note(gpt.config)
-    if isinstance(data, InstructionData):
-        yield data.summary()
+    if isinstance(settings, FinetuneSettings):
+        yield settings.data.summary()
 
 
 def _report_finished(fabric: L.Fabric, run: TrainingRun, resume_from: Path) -> None:

@@ -5,6 +5,7 @@ weights are a file of their own, which every LitGPT command reads.
 """
 
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,10 +27,9 @@ from litmoe.cli import UserError
 from litmoe.config import FinetuneSettings, RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import manifest_path
-from litmoe.evaluation import hellaswag
+from litmoe.evaluation.hellaswag import Encoded
 from litmoe.train.distributed import gather_state, gather_weights, mean_over_ranks, shard_state
 from litmoe.train.logs import Loggers
-from litmoe.train.lora import divide_weights
 from litmoe.train.metrics import MetricAccumulator
 from litmoe.train.optimizers import load_optimizer_state
 from litmoe.train.saving import CheckpointWriter
@@ -67,6 +67,20 @@ class Snapshot:
     """States of all random generators"""
 
 
+@dataclass(frozen=True)
+class Finetuning:
+    """What finetuning adds to a run."""
+
+    prompt_style: PromptStyle
+    """Format of the prompts, saved with each checkpoint"""
+    provenance: dict[str, str]
+    """Fingerprints of further inputs that a resumed run must share, by their name in messages"""
+    instructions_path: Path
+    """Metadata file of the conversations"""
+    merge_weights: Callable[[GPT], tuple[dict[str, Tensor], dict[str, Tensor] | None]]
+    """Returns the complete weights, with LoRA's updates merged, and the LoRA parameters or None"""
+
+
 @dataclass
 class TrainingRun:
     """What ``run_training`` builds and the training loop works with."""
@@ -87,7 +101,7 @@ class TrainingRun:
     """Forward and backward; causal attention counts half"""
     peak_flops: float | None
     """Of one device, from its datasheet; None where unknown"""
-    questions: hellaswag.Encoded | None
+    questions: Encoded | None
     """HellaSwag's questions; None where they are not scored"""
     expert_counts: Tensor
     """``(MoE layers, n_expert)``: assignments to each expert in the last step, over all micro batches and ranks"""
@@ -97,10 +111,8 @@ class TrainingRun:
     """Writes this run's checkpoints on rank 0"""
     sample_prompt: str | None = None
     """The prompt of the sample at each evaluation; None for no samples"""
-    prompt_style: PromptStyle | None = None
-    """Format of the prompts of a model that is finetuned to answer"""
-    provenance: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of further inputs that a resumed run must share, by their name in messages"""
+    finetuning: Finetuning | None = None
+    """None for pretraining"""
     progress: Progress = field(default_factory=Progress)
     metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
     """Sums since the last log line"""
@@ -123,7 +135,7 @@ def take_snapshot(fabric: L.Fabric, run: TrainingRun) -> Snapshot:
 
 
 def training_state(fabric: L.Fabric, run: TrainingRun, optimizer_state: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that resuming needs besides the weights.
+    """Return everything that resuming needs in addition to the weights.
 
     Args:
         optimizer_state: the optimizer's ``state_dict``, gathered if it is sharded.
@@ -133,7 +145,7 @@ def training_state(fabric: L.Fabric, run: TrainingRun, optimizer_state: dict[str
     return {
         "progress": asdict(run.progress),
         "layout": batch_layout(fabric, run),
-        "made_from": run.provenance,
+        "made_from": run.finetuning.provenance if run.finetuning else {},
         "optimizer": optimizer_state,
         "scaler": scaler.state_dict() if scaler else {},
         "expert_counts": run.expert_counts,
@@ -265,19 +277,21 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
 
 def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
     """Return the arguments of ``checkpoints.save``, with the run's own tensors or gathered copies."""
-    settings = run.settings
+    settings, finetuning = run.settings, run.finetuning
     optimizer_state = run.optimizer.state_dict()
     lora_weights = None
     if run.sharded:
         weights, optimizer_state = gather_weights(run.gpt), gather_state(optimizer_state)
+    elif finetuning is not None:
+        weights, lora_weights = finetuning.merge_weights(run.gpt)
     else:
-        weights, lora_weights = divide_weights(run.gpt)
+        weights = run.gpt.state_dict()
     return {
         "weights": weights,
         "lora_weights": lora_weights,
         "config": settings.model,
-        "prompt_style": run.prompt_style,
-        "instructions_path": settings.data.manifest_path if isinstance(settings, FinetuneSettings) else None,
+        "prompt_style": finetuning.prompt_style if finetuning else None,
+        "instructions_path": finetuning.instructions_path if finetuning else None,
         "hyperparameters": run.hyperparameters,
         "step": run.progress.step,
         "tokens": run.progress.tokens,

@@ -14,7 +14,7 @@ import yaml
 import run_train
 from litmoe.cli import exit_with_message
 from litmoe.config import parse_run
-from litmoe.train.gpus import gpu_by_name
+from litmoe.hardware import gpu_by_name
 from litmoe.train.memory import training_memory
 from litmoe.train.plan import describe_needs
 from tests.train.test_memory import ADA, KINDS, parsed

@@ -16,8 +16,7 @@ from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.train import evaluate as evaluation
 from litmoe.train import loop
-from litmoe.train.model import Batch
-from litmoe.train.nonfinite import find_first_nonfinite, find_nonfinite_weights
+from litmoe.train.model import Batch, find_first_nonfinite, find_nonfinite_weights
 from litmoe.train.saving import StopSignals, copy_to_cpu
 from tests.training_fixtures import column, rows
 
