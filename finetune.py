@@ -22,7 +22,7 @@ def main() -> None:
     run = parse_finetuning(sys.argv[1:])  # before the imports below, which take seconds
 
     from litmoe.train.finetune import finetune, ready_to_finetune
-    from litmoe.train.lock import locked
+    from litmoe.train.saving import locked
     from litmoe.validation import check
 
     check(run.settings, run.optimizer)

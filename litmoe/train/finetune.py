@@ -29,16 +29,10 @@ from litmoe.inference.generate import check_sampling
 from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import logger_factory
 from litmoe.train.patches import patched_finetuning
-from litmoe.train.preflight import (
-    check_same_model,
-    check_vocabulary,
-    check_writable,
-    find_checkpoint,
-    find_moved_data,
-    main_process,
-)
+from litmoe.train.preflight import check_same_model, check_vocabulary, find_checkpoint, find_moved_data
 from litmoe.train.resume import new_run_flags
 from litmoe.train.run import run_training
+from litmoe.train.saving import check_writable, main_process
 from litmoe.train.state import Finetuning
 
 

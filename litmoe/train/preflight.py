@@ -2,7 +2,6 @@
 
 import glob
 import json
-import os
 import re
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -10,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from litgpt import Config, Tokenizer
 
 from litmoe import checkpoints
@@ -27,6 +25,7 @@ from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
 from litmoe.train.logs import METRICS_FILE, run_files
 from litmoe.train.resume import tokens_provenance
+from litmoe.train.saving import check_writable, main_process
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 from litmoe.validation import check
 
@@ -343,29 +342,3 @@ def _with_data(run: ParsedRun, data_dir: Path, tokenizer_dir: Path) -> ParsedRun
     texts = {name: str(path) for name, path in paths.items()}
     resolved["data"] = {**resolved["data"], "init_args": {**resolved["data"]["init_args"], **texts}}
     return replace(run, settings=replace(settings, data=data, tokenizer_dir=tokenizer_dir), resolved=resolved)
-
-
-def check_writable(out_dir: Path) -> None:
-    """Create ``out_dir``. Raise ``UserError`` if it can't be written to."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        probe = out_dir / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with --out_dir."
-        ) from None
-
-
-def main_process() -> bool:
-    """Return whether this is rank 0 of the processes that torchrun, srun or Fabric started.
-
-    A single process has none of these environment variables.
-    """
-    names = ["NODE_RANK", "LOCAL_RANK"]
-    if "RANK" in os.environ:
-        names = ["RANK"]
-    elif SLURMEnvironment.detect():
-        names = ["SLURM_PROCID"]
-    return all(os.environ.get(name, "0") == "0" for name in names)
