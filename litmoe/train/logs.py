@@ -21,6 +21,8 @@ from litmoe import checkpoints
 from litmoe.cli import UserError, strip_control_chars
 
 METRICS_FILE = "metrics.csv"
+RUN_CONFIG = "run_config.yaml"
+"""The settings of a run, in ``out_dir``"""
 COLUMNS = (
     *("step", "train_loss", "val_loss", "learning_rate", "epoch", "time", "iter_tokens", "total_tokens"),
     *("tokens_per_second", "mfu", "grad_norm", "load_balancing_loss", "z_loss", "val_perplexity"),
@@ -394,7 +396,7 @@ def run_files(out_dir: Path) -> list[Path]:
 
     W&B's folder is not included, because it can contain offline runs that were not uploaded yet.
     """
-    own = [out_dir / name for name in (METRICS_FILE, "logs", "final", "run_config.yaml") if (out_dir / name).exists()]
+    own = [out_dir / name for name in (METRICS_FILE, "logs", "final", RUN_CONFIG) if (out_dir / name).exists()]
     return [*sorted(out_dir.glob("step-*")), *own, *checkpoints.leftovers(out_dir)]
 
 

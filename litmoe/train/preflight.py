@@ -1,10 +1,7 @@
 """Checks before the first step: data, a tokenizer that fits the model, a folder to write to, a checkpoint."""
 
 import glob
-import json
-import re
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from litmoe.data.text_data import TokenizedText
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
-from litmoe.train.logs import METRICS_FILE, run_files
+from litmoe.train.logs import RUN_CONFIG, run_files
 from litmoe.train.resume import tokens_provenance
 from litmoe.train.saving import check_writable, main_process
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
@@ -65,7 +62,6 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
 def _check_start(settings: RunSettings, resume_from: Path | None) -> None:
     """Check that the checkpoints that a run starts or resumes from have its model."""
     if settings.initial_checkpoint_dir is not None:
-        refuse_openai_gpt2(settings.initial_checkpoint_dir)
         check_same_model(settings.initial_checkpoint_dir, settings.model)
     if resume_from is not None:
         if settings.upcycle is not None:
@@ -78,33 +74,29 @@ def _check_start(settings: RunSettings, resume_from: Path | None) -> None:
 
 def prepare_data(settings: RunSettings) -> None:
     """Tokenize the text if that was not done yet, and get the text first if the run file names a source."""
-    data = settings.data
-    if not isinstance(data, TokenizedText):
+    if not isinstance(settings.data, TokenizedText):
         return
-    data_dir = Path(data.train_data_path).parent
-    source = settings.prepare.source
-    has_text = _has_text(data)
-    if not has_text and manifest_path(data_dir).is_file():
-        return  # the text was removed to save space
-    if not has_text:
-        # Otherwise the run file's source would replace it.
-        check_placed_text(data_dir)
-    if not has_text and source is None:
-        raise UserError(
-            f"no data: there is no text in {data.train_data_path}."
-            f" `{command('prepare_data.py', '--data_dir', data_dir)}` fetches TinyStories;"
-            " with --source PATH it takes your own text, with --source sample the built-in stories."
-        )
-    # The run file's `prepare` only fills what is empty. Existing text is tokenized with the settings of its tokens.
-    found = read_manifest(data_dir)
-    flags = flags_to_repeat(data_dir, found) if has_text and found else {"source": source if not has_text else None}
+    data_dir = settings.data.data_dir
+    flags: dict[str, Any] = {}
+    if text_files(settings.data.train_data_path):
+        # The `prepare` section only fills an empty folder. Existing text keeps the settings of its tokens.
+        tokens = read_manifest(data_dir)
+        if tokens is not None:
+            flags = flags_to_repeat(data_dir, tokens)
+    elif manifest_path(data_dir).is_file():
+        return  # the text was removed to save space, and its tokens are complete
+    else:
+        check_placed_text(data_dir)  # text in another place of the folder, which the source would replace
+        if settings.prepare.source is None:
+            raise UserError(
+                f"no data: there is no text in {settings.data.train_data_path}."
+                f" `{command('prepare_data.py', '--data_dir', data_dir)}` downloads TinyStories. Add --source PATH for"
+                " your own text, or --source sample for the built-in stories."
+            )
+        flags = {"source": settings.prepare.source}
     if not (settings.tokenizer_dir / "tokenizer.json").is_file():
         flags |= {"tokenizer": settings.prepare.tokenizer, "vocab_size": settings.prepare.vocab_size}
     prepare(PrepareArgs(data_dir=data_dir, tokenizer_dir=settings.tokenizer_dir, **flags))
-
-
-def _has_text(data: TokenizedText) -> bool:
-    return bool(text_files(data.train_data_path))
 
 
 def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
@@ -117,19 +109,18 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
     try:
         tokenizer = litgpt_tokenizer(tokenizer_dir)
     except Exception as error:  # any error of the tokenizers library for a broken file
-        brings_one = command("prepare_data.py", "--tokenizer", "gpt2", "--tokenizer_dir", tokenizer_dir)
+        download = command("prepare_data.py", "--tokenizer", "gpt2", "--tokenizer_dir", tokenizer_dir)
         raise UserError(
-            f"no usable tokenizer in {tokenizer_dir} ({error or type(error).__name__}); expected a tokenizer.json:"
-            f" `{brings_one}` brings one."
+            f"no usable tokenizer in {tokenizer_dir} ({error or type(error).__name__}); expected a tokenizer.json."
+            f" `{download}` downloads one."
         ) from None
+    size = tokenizer.vocab_size
     if tokenizer.backend == "huggingface":
         size = max(tokenizer.processor.get_vocab().values()) + 1  # ids may have gaps
-    else:
-        size = tokenizer.vocab_size
     if size > (config.padded_vocab_size or 0):
         raise UserError(
-            f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary holds"
-            f" {config.padded_vocab_size:,}; give it room: --model.vocab_size {size} --model.padded_vocab_size {size}"
+            f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary has"
+            f" {config.padded_vocab_size:,}; enlarge it: --model.vocab_size {size} --model.padded_vocab_size {size}"
         )
     return tokenizer
 
@@ -145,8 +136,8 @@ def check_sample(settings: RunSettings, tokenizer: Tokenizer) -> None:
     length = len(encode_prompt(tokenizer, sample.prompt))
     if length >= context:
         raise UserError(
-            f"sample.prompt has {length} tokens, but the context has {context};"
-            " give a shorter one, or --sample.prompt null."
+            f"sample.prompt has {length} tokens, but the context has {context}; use a shorter --sample.prompt, or null"
+            " for no samples."
         )
 
 
@@ -184,7 +175,7 @@ def _newest_checkpoint(settings: RunSettings) -> Path | None:
     out_dir = settings.out_dir
     folder, damages = checkpoints.newest_undamaged(out_dir)
     for damage in damages:
-        _warn(f"warning: {damage}; it is skipped.")
+        _print_once(f"warning: {damage}; it is skipped.")
     if folder is not None:
         return folder
     if damages:
@@ -201,11 +192,12 @@ def _newest_checkpoint(settings: RunSettings) -> Path | None:
             " which a new run would replace. Put the run elsewhere with --out_dir, or start with --overwrite instead of"
             " --resume."
         )
-    _warn(f"Nothing to resume in {out_dir}: this is a new run.")
+    _print_once(f"Nothing to resume in {out_dir}: this is a new run.")
     return None
 
 
-def _warn(line: str) -> None:
+def _print_once(line: str) -> None:
+    """Print on the main process only."""
     if main_process():
         print(line)
 
@@ -213,11 +205,12 @@ def _warn(line: str) -> None:
 def check_unoccupied(settings: RunSettings) -> None:
     """Raise ``UserError`` if ``out_dir`` holds another run that must not be deleted."""
     out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
-    inside = [path for path in (out_dir, *out_dir.parents) if (path / checkpoints.COMPLETE_FILE).is_file()]
-    if inside:
-        elsewhere = quoted(f"{inside[0].parent}-2")
-        raise UserError(f"{inside[0]} is a checkpoint; put the run elsewhere: --out_dir {elsewhere}")
-    occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
+    for folder in (out_dir, *out_dir.parents):
+        if (folder / checkpoints.COMPLETE_FILE).is_file():
+            elsewhere = quoted(f"{folder.parent}-2")
+            raise UserError(f"{folder} is a checkpoint; put the run elsewhere: --out_dir {elsewhere}")
+    # A settings file alone is not worth protecting.
+    occupied = [path for path in run_files(out_dir) if path.name != RUN_CONFIG]
     if not occupied or not main_process():
         return
     if not settings.overwrite:
@@ -258,23 +251,6 @@ def check_same_start(folder: Path, upcycle: Path) -> None:
     )
 
 
-def refuse_openai_gpt2(folder: Path) -> None:
-    """Raise ``UserError`` for OpenAI's GPT-2 from the Hub, by name or as a folder: LitGPT has no such model."""
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        kind = None
-    named = not folder.exists() and re.fullmatch(
-        r"((openai-community|openai)/)?gpt2(-(medium|large|xl))?", folder.as_posix()
-    )
-    if kind == "gpt2" or named:
-        raise UserError(
-            f"--initial_checkpoint_dir {folder}: OpenAI's gpt2 weights can't be used. They come with learned positions,"
-            " which LitGPT does not have; the gpt2 models here have rotary ones. Train one from scratch"
-            " (configs/runs/fineweb-edu-gpt2-124m.yaml), or start from a checkpoint of this project."
-        )
-
-
 def _with_wandb_dataset(run: ParsedRun) -> ParsedRun:
     settings = run.settings
     if settings.wandb_dataset is None:
@@ -282,7 +258,7 @@ def _with_wandb_dataset(run: ParsedRun) -> ParsedRun:
     from litmoe.data.artifacts import fetch_dataset
 
     if not isinstance(settings.data, TokenizedText):
-        raise UserError("--wandb_dataset brings tokens, so the run's data must be litmoe.data.TokenizedText.")
+        raise UserError("--wandb_dataset downloads tokens, which only litmoe.data.TokenizedText reads; omit --data.")
     data_dir = fetch_dataset(settings.wandb_dataset, settings.wandb_artifacts_dir)
     return _with_data(run, data_dir, data_dir / "tokenizer")
 
@@ -293,42 +269,57 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
     Raises:
         UserError: they are not nearby, and there is nothing to make them from.
     """
-    settings, data = run.settings, run.settings.data
+    data, tokenizer_dir = run.settings.data, run.settings.tokenizer_dir
     saved = resume_from / checkpoints.MANIFEST
     if not isinstance(data, TokenizedText) or not saved.is_file() or manifest_path(data.data_dir).is_file():
         return run
-    if _has_text(data):
-        return run
+    if text_files(data.train_data_path):
+        return run  # the tokens can be made again
     provenance = tokens_provenance(saved, *SPLITS)
-    data_dir = find_moved_data(
-        data.data_dir,
-        lambda folder: (found := read_manifest(folder)) is not None and found.made_from(*SPLITS) == provenance,
-    )
-    if data_dir is not None:
-        tokenizer_dir = settings.tokenizer_dir
-        for folder in (tokenizer_dir, data_dir / tokenizer_dir.name, data_dir.parent / tokenizer_dir.name):
-            if (folder / "tokenizer.json").is_file() and tokenizer_fingerprint(folder) == provenance[0]:
-                return _with_data(run, data_dir, folder)
-        return _with_data(run, data_dir, tokenizer_dir)
-    if settings.prepare.source is not None:
+
+    def has_same_tokens(folder: Path) -> bool:
+        manifest = read_manifest(folder)
+        return manifest is not None and manifest.made_from(*SPLITS) == provenance
+
+    data_dir = find_moved_data(data.data_dir, has_same_tokens)
+    if data_dir is None and run.settings.prepare.source is not None:
         return run
-    raise UserError(
-        f"{resume_from} was trained on tokens in {data.data_dir}, which is gone. The same tokens are not in a folder"
-        " next to it, next to its parent, or in data/. Give their place:"
-        " --data.init_args.train_data_path FOLDER/train --data.init_args.val_data_path FOLDER/val"
-    )
+    if data_dir is None:
+        raise UserError(
+            f"{resume_from} was trained on tokens in {data.data_dir}, which is gone. No folder next to it, next to its"
+            " parent or in data/ contains the same tokens. Give their place:"
+            " --data.init_args.train_data_path FOLDER/train --data.init_args.val_data_path FOLDER/val"
+        )
+    # The tokenizer was usually moved together with the data.
+    for folder in (tokenizer_dir, data_dir / tokenizer_dir.name, data_dir.parent / tokenizer_dir.name):
+        if (folder / "tokenizer.json").is_file() and tokenizer_fingerprint(folder) == provenance[0]:
+            tokenizer_dir = folder
+            break
+    return _with_data(run, data_dir, tokenizer_dir)
 
 
-def find_moved_data(old: Path, same: Callable[[Path], bool]) -> Path | None:
-    """Return the folder near ``old`` that contains the same data now, and print that; None if there is none."""
+def find_moved_data(old: Path, is_same: Callable[[Path], bool]) -> Path | None:
+    """Return the folder near ``old`` that contains the same data now, and print that; None if there is none.
+
+    Args:
+        old: where the data was.
+        is_same: whether a folder contains the same data.
+    """
     parent, outer = old.absolute().parent, old.absolute().parent.parent
-    places = ((parent, "*"), (outer, "*"), (outer, f"*/{glob.escape(old.name)}"), (Path("data"), "*"))
-    for folder in (folder for place, pattern in places for folder in sorted(place.glob(pattern))):
-        with suppress(OSError, UserError):  # tokens of a newer version
-            if same(folder):
-                if main_process():
-                    print(f"The data of {old} is in {folder} now and is used from there.")
-                return folder
+    candidates = [
+        *sorted(parent.glob("*")),  # renamed
+        *sorted(outer.glob("*")),  # moved one level up
+        *sorted(outer.glob(f"*/{glob.escape(old.name)}")),  # moved to a folder next to its parent
+        *sorted(Path("data").glob("*")),
+    ]
+    for folder in candidates:
+        try:
+            found = is_same(folder)
+        except (OSError, UserError):  # not a data folder, or one of a newer version
+            continue
+        if found:
+            _print_once(f"The data of {old} is in {folder} now and is used from there.")
+            return folder
     return None
 
 
