@@ -119,7 +119,7 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
         size = max(tokenizer.processor.get_vocab().values()) + 1  # ids may have gaps
     if size > (config.padded_vocab_size or 0):
         raise UserError(
-            f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary has"
+            f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary holds"
             f" {config.padded_vocab_size:,}; enlarge it: --model.vocab_size {size} --model.padded_vocab_size {size}"
         )
     return tokenizer
