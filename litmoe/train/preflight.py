@@ -246,7 +246,7 @@ def check_same_start(folder: Path, upcycle: Path) -> None:
         return
     raise UserError(
         f"{folder} is from a run that started {f'from {start}' if start else 'without --upcycle'}, not from {upcycle}."
-        f" Omit --upcycle to continue it (--config {quoted(folder.parent / 'run_config.yaml')}), or start another run"
+        f" Omit --upcycle to continue it (--config {quoted(folder.parent / RUN_CONFIG)}), or start another run"
         " with another --out_dir."
     )
 

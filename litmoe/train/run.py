@@ -29,7 +29,7 @@ from litmoe.flops import training_flops_per_token
 from litmoe.hardware import compiler_settings, detect_gpu, is_sharded, peak_flops, should_compile
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
-from litmoe.train.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
+from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, Loggers, RunDisplay, remove_run
 from litmoe.train.loop import Ending, train
 from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
 from litmoe.train.optimizers import check_optimizer, make_optimizer, rounding_note
@@ -71,12 +71,15 @@ def run_training(
         sample_prompt, finetuning: see ``TrainingRun``.
     """
     settings = parsed.settings
+    # Set up. FSDP supports neither compilation nor generation in the middle of a run.
     experts_backend = choose_experts_backend(fabric, gpt, settings.moe)
     sharded = is_sharded(settings)
     compiled, compile_note = should_compile(False if sharded else settings.compile, fabric.device.type)
     run = _build_run(fabric, gpt, parsed, data, tokenizer, compiled, sharded)
     run.sample_prompt = None if sharded else sample_prompt
     run.finetuning = finetuning
+
+    # Resume.
     if resume_from:
         resume_training(fabric, run, resume_from)
     check_same_on_all_machines(fabric, run)
@@ -84,17 +87,22 @@ def run_training(
         _report_finished(fabric, run, resume_from)
         return
 
+    # From here on the run changes out_dir.
     _prepare_out_dir(fabric, run, resume_from)
     run.loggers.log_hyperparams(run.hyperparameters)
-    for line in describe_run(fabric, gpt, parsed, run):
+    lines = [
+        *describe_run(fabric, gpt, parsed, run),
+        _describe_hardware(fabric, compiled, experts_backend),
+        precision_note,
+        compile_note,
+        *_notes(fabric, gpt, parsed, run),
+    ]
+    for line in filter(None, lines):
         fabric.print(line)
-    fabric.print(_describe_hardware(fabric, compiled, experts_backend))
-    for note in (precision_note, compile_note, *_notes(fabric, gpt, parsed, run)):
-        if note:
-            fabric.print(note)
     if resume_from:
         fabric.print(f"Resuming from {resume_from}: step {run.progress.step:,} of {run.plan.steps:,}.")
 
+    # Train, and save the last step, whatever ends the loop.
     tokens_before, start = run.progress.tokens, time.perf_counter()
     is_main = fabric.global_rank == 0
     display = RunDisplay(enabled=is_main, bar=settings.progress, steps=run.plan.steps, first_step=run.progress.step)
@@ -102,13 +110,16 @@ def run_training(
         with _save_after_errors(fabric, run), display:
             ending = train(fabric, run, signals, display)
         _save_final(fabric, run, ending)
+
+    # Report.
     run.loggers.finalize("success")
     if ending == "stopped":
         fabric.print(
             f"Stopped after step {run.progress.step:,} of {run.plan.steps:,}. The same command with --resume auto"
             f" continues from {_final_folder(run, ending)}."
         )
-        if is_main:  # one rank is enough: launchers take the exit code of another one for a failure
+        # Rank 0 alone: launchers report the exit code of another rank as a failure.
+        if is_main:
             sys.exit(signals.exit_code)
         return
     _report(fabric, run, time.perf_counter() - start, run.progress.tokens - tokens_before)
@@ -218,15 +229,16 @@ def _prepare_out_dir(fabric: L.Fabric, run: TrainingRun, resume_from: Path | Non
     out_dir = settings.out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
     checkpoints.finish_interrupted_saves(out_dir)
-    if settings.overwrite:
-        if resume_from is None or resume_from.resolve().parent != out_dir.resolve():
-            remove_run(out_dir)
-        elif resume_from.exists():  # an interrupted save has just got its final name; then nothing newer exists
-            checkpoints.remove_newer(resume_from)
+    is_own_checkpoint = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
+    if settings.overwrite and not is_own_checkpoint:
+        remove_run(out_dir)
+    elif settings.overwrite and resume_from is not None and resume_from.exists():
+        # If it does not exist, it was an interrupted save that has just got its final name. Nothing is newer then.
+        checkpoints.remove_newer(resume_from)
     # Replaced in one operation, so that a killed run leaves the old file or the new one.
-    partial_file = out_dir / ".run_config.yaml.partial"
+    partial_file = out_dir / f".{RUN_CONFIG}.partial"
     partial_file.write_text(yaml.safe_dump(run.hyperparameters, sort_keys=False), encoding="utf-8")
-    os.replace(partial_file, out_dir / "run_config.yaml")
+    os.replace(partial_file, out_dir / RUN_CONFIG)
 
 
 @contextmanager
@@ -292,7 +304,12 @@ def describe_run(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun
 
 
 def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | None) -> str:
-    device = _device_name(fabric)
+    if fabric.device.type == "cuda":
+        device = torch.cuda.get_device_name(fabric.device)
+    elif fabric.device.type == "cpu":
+        device = f"the CPU ({torch.get_num_threads()} threads)"
+    else:
+        device = f"the {fabric.device.type} device"
     if fabric.world_size > 1:
         device = f"{fabric.world_size} x {device}"
     experts = f", experts by {experts_backend}" if experts_backend else ""
@@ -335,8 +352,8 @@ def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> 
         fabric.print(f"Peak memory {torch.cuda.max_memory_reserved(fabric.device) / 2**30:.2f} GiB.")
     if run.progress.step < run.plan.steps:
         fabric.print(
-            f"The time limit of {settings.train.max_time:g} s is used up at step {run.progress.step:,} of"
-            f" {run.plan.steps:,}. The same command with --resume auto continues from here."
+            f"The time limit of {settings.train.max_time:g} s was reached at step {run.progress.step:,} of"
+            f" {run.plan.steps:,}. The same command with --resume auto continues from this step."
         )
         return
     final = settings.out_dir / "final"
@@ -353,11 +370,3 @@ def _peak_flops(fabric: L.Fabric) -> float | None:
     if fabric.device.type != "cuda" or fabric._precision.precision == "32-true":
         return None
     return peak_flops(torch.cuda.get_device_name(fabric.device))
-
-
-def _device_name(fabric: L.Fabric) -> str:
-    if fabric.device.type == "cuda":
-        return torch.cuda.get_device_name(fabric.device)
-    if fabric.device.type == "cpu":
-        return f"the CPU ({torch.get_num_threads()} threads)"
-    return f"the {fabric.device.type} device"

@@ -121,8 +121,8 @@ class TrainingRun:
 
     @property
     def gpt(self) -> GPT:
-        """LitGPT's model inside the wrappers."""
-        return gpt_of(self.model)
+        """LitGPT's model inside the wrappers of Fabric and the strategy."""
+        return self.model.module.gpt
 
 
 def take_snapshot(fabric: L.Fabric, run: TrainingRun) -> Snapshot:
@@ -175,13 +175,14 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
         run.expert_counts.copy_(state["expert_counts"])
 
     loader = stateful_loader(run.train_dataloader)
-    if isinstance(loader, TrainLoader):  # its position does not depend on ranks and micro batches
-        loader.load_state_dict(state["train_dataloader"])
+    loader.load_state_dict(state["train_dataloader"])
+    if isinstance(loader, TrainLoader):
         # A checkpoint at the end of an epoch continues with the next one, which no pass over the loader announces.
         run.progress.epoch = loader.batch_sampler.next_epoch
-    else:
-        loader.load_state_dict(state["train_dataloader"])
-    run.plan = make_plan(fabric, run)
+    # The steps that remain depend on the position in the data, which is now the saved one.
+    run.plan = plan_from(
+        run.settings.train, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, run.progress
+    )
     if "interval" in state:
         run.metrics.load_state_dict(
             state["interval"],
@@ -197,7 +198,7 @@ def _load_unlogged_row(run: TrainingRun, state: dict[str, Any]) -> None:
     row = state.get("row")
     if row is None:
         return
-    run.progress.evaluated_step = 0
+    run.progress.evaluated_step = 0  # the resumed run evaluates this step
     if row:
         run.loggers.log_metrics({**row, "time": round(run.progress.seconds, 3)}, run.progress.step)
 
@@ -236,15 +237,17 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
     sums = run.snapshot.metrics["sums"]
     if sums is not None and fabric.world_size > 1:
         run.snapshot.metrics["sums"] = [mean_over_ranks(fabric, value) for value in sums]
-    content: dict[str, Any] = {}
-    if fabric.global_rank == 0 or run.sharded:  # all ranks take part in gathering
+    if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
         run.loggers.save()  # metrics up to this step must be on disk before the checkpoint
         content = checkpoint_content(fabric, run)
-    if fabric.global_rank == 0 and last:
-        run.writer.write_now(folder, content)
-    elif fabric.global_rank == 0:
-        run.writer.write(folder, content, copy=not run.sharded)  # gathered tensors are copies already
+        if last:
+            run.writer.write_now(folder, content)
+        else:
+            run.writer.write(folder, content, copy=not run.sharded)  # gathered tensors are copies already
+    elif run.sharded:
+        checkpoint_content(fabric, run)  # sends the shards of this rank to rank 0
+    # A rank that ends early would look like a lost one.
     if last:
         fabric.barrier()
 
@@ -259,14 +262,15 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
             save, because a launcher kills the other ranks soon after one ends.
     """
     folder = run.settings.out_dir / f"step-{run.progress.step:08d}"
+    # A sharded model can't be gathered if only this rank failed.
     can_save = run.snapshot is not None and run.progress.step > 0 and (on_all_ranks or not run.sharded)
     try:
-        content = checkpoint_content(fabric, run) if can_save and run.sharded else None
+        content = checkpoint_content(fabric, run) if can_save else None
         if fabric.global_rank == 0:
-            run.writer.report_failure(wait=True)
-            if can_save and run.writer.saved != folder:
+            run.writer.report_failure(wait=True)  # the save in progress may be the last one
+            if content is not None and run.writer.saved != folder:
                 run.loggers.save()
-                run.writer.write_now(folder, content or checkpoint_content(fabric, run))
+                run.writer.write_now(folder, content)
                 fabric.print(f"Saved {folder}")
     except Exception as error:
         with suppress(OSError):  # the terminal may be closed
@@ -299,11 +303,6 @@ def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
         "manifest_path": tokens_manifest(settings),
         "training_state": training_state(fabric, run, optimizer_state),
     }
-
-
-def make_plan(fabric: L.Fabric, run: TrainingRun) -> Plan:
-    """Plan the run from its progress and its position in the data."""
-    return plan_from(run.settings.train, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, run.progress)
 
 
 def plan_from(train: TrainArgs, loader: DataLoader, seq_length: int, devices: int, progress: Progress) -> Plan:
@@ -366,11 +365,6 @@ def tokens_manifest(settings: RunSettings) -> Path | None:
             return None
         path = manifest_path(Path(train_data_path).parent)
     return path if path.is_file() else None
-
-
-def gpt_of(model: _FabricModule) -> GPT:
-    """Return LitGPT's model inside the wrappers of Fabric and the strategy."""
-    return model.module.gpt
 
 
 def scaler_of(fabric: L.Fabric) -> Any:
