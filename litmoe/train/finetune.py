@@ -30,7 +30,7 @@ from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import logger_factory
 from litmoe.train.patches import patched_finetuning
 from litmoe.train.preflight import check_same_model, check_vocabulary, find_checkpoint, find_moved_data
-from litmoe.train.resume import new_run_flags
+from litmoe.train.resume import refusal
 from litmoe.train.run import run_training
 from litmoe.train.saving import check_writable, main_process
 from litmoe.train.state import Finetuning
@@ -82,10 +82,8 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
     """Raise ``UserError`` if a resumed run would have other LoRA weights or another prompt style."""
     saved = checkpoints.load_hyperparameters(folder)
     if "lora_r" not in saved:
-        raise UserError(
-            f"{folder} is from a pretraining run, which finetuning can't resume; start from its weights:"
-            f" {new_run_flags(folder, settings)}"
-        )
+        problem = f"{folder} is from a pretraining run, which finetuning can't resume"
+        raise refusal(folder, settings, problem, "Resume a finetuning run")
     saved |= saved["data"].get("init_args", {})
     present = {name: getattr(settings, name) for name in LORA_FIELDS}
     has_lora = saved["lora_r"] or present["lora_r"]
@@ -95,10 +93,8 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
         if name in saved and saved[name] != value:  # older versions did not have all of these settings
             changed.append(f"{name} was {saved[name]} and is now {value}")
     if changed:
-        raise UserError(
-            f"{folder} can't be resumed with other settings: {'; '.join(changed)}. Resume with the old ones, or start a"
-            f" new run from its weights: {new_run_flags(folder, settings)}"
-        )
+        problem = f"{folder} can't be resumed with other settings: {'; '.join(changed)}"
+        raise refusal(folder, settings, problem, "Resume with the old ones")
 
 
 def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
@@ -127,7 +123,7 @@ def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
     if settings.sample.prompt is not None:
         raise UserError(
             f"the sample's prompt has {lengths[0]} tokens, but the context has {context};"
-            " give a shorter one with --sample.prompt."
+            " use a shorter --sample.prompt."
         )
     raise UserError(
         f"none of the {len(lengths):,} held-out conversations of {data.data_dir} fits: {min(lengths):,} to"
