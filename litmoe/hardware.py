@@ -24,10 +24,15 @@ def processes(settings: RunSettings) -> tuple[int, int]:
         UserError: this machine has fewer GPUs.
     """
     gpus = torch.cuda.device_count()
+    # Without a GPU, devices are CPU processes, of which any number can run.
+    limit = gpus or sys.maxsize
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        if gpus and local > gpus:
-            raise UserError(f"torchrun started {local} processes, but this machine has {gpus} GPU(s); start no more.")
+        if local > limit:
+            raise UserError(
+                f"torchrun started {local} processes, but this machine has {gpus} GPU(s); expected --nproc_per_node"
+                f" {gpus} or less."
+            )
         return local, int(os.environ["WORLD_SIZE"]) // local
     if settings.devices == "auto":
         return max(gpus, 1), settings.num_nodes
@@ -35,9 +40,9 @@ def processes(settings: RunSettings) -> tuple[int, int]:
         devices = int(settings.devices)
     except ValueError:
         devices = 0
-    if devices < 1 or (gpus and devices > gpus):
-        there = f"this machine has {gpus} GPU(s)" if gpus else "this machine has no GPU, so devices are CPU processes"
-        raise UserError(f"--devices {settings.devices}: {there}; expected `auto` or a number from 1.")
+    if not 1 <= devices <= limit:
+        expected = f"`auto` or 1 to {gpus}, the GPUs of this machine" if gpus else "`auto` or a number of CPU processes"
+        raise UserError(f"--devices is {settings.devices}; expected {expected}.")
     return devices, settings.num_nodes
 
 
@@ -62,14 +67,7 @@ def choose_precision(requested: str | None) -> tuple[str, str | None]:
     for small models and gives the same results on every machine; ``bf16-true`` is kept if requested.
     """
     if not torch.cuda.is_available():
-        if requested == "bf16-true" and not cpu_has_bf16():
-            return (
-                requested,
-                "this CPU has no instructions for bf16: 32-true is many times faster on it than bf16-true.",
-            )
-        if requested in (None, "32-true", "bf16-true"):
-            return requested or "32-true", None
-        return "32-true", f"precision {requested} needs a GPU; this run uses 32-true on the CPU."
+        return _choose_cpu_precision(requested)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if requested is None:
         return ("bf16-mixed" if has_bf16 else "16-mixed"), None
@@ -77,6 +75,17 @@ def choose_precision(requested: str | None) -> tuple[str, str | None]:
         name = torch.cuda.get_device_name()
         return "16-mixed", f"{name} has no bf16, so this run uses 16-mixed instead of {requested}."
     return requested, None
+
+
+def _choose_cpu_precision(requested: str | None) -> tuple[str, str | None]:
+    if requested is None or requested == "32-true":
+        return "32-true", None
+    if requested != "bf16-true":
+        return "32-true", f"precision {requested} needs a GPU; this run uses 32-true on the CPU."
+    note = None
+    if not cpu_has_bf16():
+        note = "this CPU has no instructions for bf16: 32-true is many times faster on it than bf16-true."
+    return requested, note
 
 
 def use_expandable_segments(cuda: bool) -> None:
@@ -131,10 +140,10 @@ def missing_for_compile(device_type: str) -> str | None:
 
     Without this check it would fail in the first step.
     """
+    is_windows = sys.platform == "win32"
     if device_type == "cuda" and importlib.util.find_spec("triton") is None:
-        package = "triton-windows" if sys.platform == "win32" else "triton"
-        return f"the package {package} is not installed"
-    if device_type == "cuda" and sys.platform == "win32":
+        return f"the package {'triton-windows' if is_windows else 'triton'} is not installed"
+    if device_type == "cuda" and is_windows:
         return None  # triton-windows includes a compiler
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
