@@ -145,17 +145,19 @@ def shard_state(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimiz
     for group in optimizer.param_groups:
         parameters += group["params"]
 
-    def local(parameter: Tensor, value: Any) -> Any:
-        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
-            return value
-        value = value.to(parameter.device)
-        sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        return sharded.clone()  # a view would keep the full tensor alive
-
-    result = {}
+    result: dict[int, dict[str, Any]] = {}
     for index, values in state.items():
-        result[index] = {name: local(parameters[index], value) for name, value in values.items()}
+        result[index] = {name: _shard_like(parameters[index], value) for name, value in values.items()}
     return result
+
+
+def _shard_like(parameter: Tensor, value: Any) -> Any:
+    # Step counters and unsharded parameters stay complete on every rank.
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return sharded.clone()  # a view would keep the full tensor alive
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class CheckpointWriter:
         self._thread.join()
         failure = self._failure
         self._thread, self._failure = None, None
-        if isinstance(failure, UserError):
+        if isinstance(failure, UserError):  # a full disk; there may be space for the next checkpoint
             self._warn(f"warning: {failure} The run continues without this checkpoint.")
         elif failure is not None:
             raise failure
@@ -114,7 +114,7 @@ class CheckpointWriter:
             checkpoints.save(folder, **content)
             self.saved = folder
             self.remove_old(folder)
-        except BaseException as error:  # the training thread shows or raises it
+        except BaseException as error:  # `report_failure` shows or raises it in the training thread
             self._failure = error
 
 
@@ -164,9 +164,11 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread may set handlers
         for number in STOP_SIGNALS:
-            ignored_by_nohup = number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
-            if not ignored_by_nohup:
-                self._previous_handlers[number] = signal.signal(number, self._handle)
+            # nohup ignores SIGHUP, so that the run survives a closed terminal.
+            is_hangup = number == getattr(signal, "SIGHUP", None)
+            if is_hangup and signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -230,7 +232,8 @@ class _TolerantStream:
         try:
             yield
         except OSError as error:
-            if error.errno == errno.ENOSPC:  # the disk of a redirected output; space may become free
+            # The disk of a redirected output is full. The stream stays, because space may become free.
+            if error.errno == errno.ENOSPC:
                 return
             # Point the descriptor to the null device, also for what is still buffered.
             with suppress(OSError, ValueError), open(os.devnull, "wb") as null_device:
@@ -289,7 +292,7 @@ def locked(out_dir: Path) -> Iterator[None]:
                 holder_file.unlink()
     finally:
         _release(lock, out_dir)
-        # Of a run that could not start nothing remains. Folders with files are not removed.
+        # A run that could not start leaves nothing behind. Folders with files are not removed.
         with suppress(OSError):
             for folder in new_folders:
                 folder.rmdir()
@@ -333,6 +336,7 @@ def _take_over(out_dir: Path, this_process: Holder) -> None:
     """
     holder = _read_holder(out_dir)
     if holder is not None:
+        # The lock of a killed run is free on this kernel. On another machine it may only look free.
         is_same_kernel = holder.boot != "" and holder.boot == this_process.boot
         if holder.host != this_process.host and not is_same_kernel:
             raise UserError(
