@@ -148,7 +148,7 @@ def show_plan(argv: Sequence[str]) -> None:
     elif _fits(memory, gpu):
         print(f"\nIt fits. {_describe_time(planned)}")
     else:
-        print("\nIt does not fit. What to change, the cheapest first; each line includes those above it:\n")
+        print("\nIt does not fit. Possible changes, cheapest first; each line includes the changes above it:\n")
         for line in _ways_to_fit(flags, gpu):
             print(line, flush=True)  # each line takes seconds
 
@@ -188,7 +188,7 @@ def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, gpu: GPUS
         return
     if not _fits(memory, gpu):
         available = _format_bytes(_available(gpu))
-        yield f"That is more than the {available} available on this GPU. --plan says what to change."
+        yield f"That is more than the {available} available on this GPU. The same command with --plan lists changes."
     if not isinstance(run.settings, FinetuneSettings):
         if planned.counts_update:
             yield _describe_update(planned)
@@ -197,7 +197,8 @@ def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, gpu: GPUS
 
 def _split_off_plan(arguments: list[str]) -> tuple[list[str], str | None]:
     """Return the other arguments, and the name of the GPU if one is given."""
-    index = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--plan")
+    names = [argument.partition("=")[0] for argument in arguments]
+    index = names.index("--plan")
     # Removed before parsing: it is no setting of the run.
     before, after = arguments[:index], arguments[index + 1 :]
     name = arguments[index].partition("=")[2]
@@ -248,7 +249,7 @@ def _fits(memory: TrainingMemory, gpu: GPUSpec) -> bool:
 def _describe_length(planned: PlannedRun) -> str:
     train, length = planned.run.settings.train, planned.length()
     if length is None:
-        return f"{train.epochs} epochs of steps of {planned.step_tokens:,} tokens. The data decide how many steps."
+        return f"{train.epochs} epochs of steps of {planned.step_tokens:,} tokens; the data decides how many."
     flops = length.tokens * training_flops_per_token(planned.run.settings.model, planned.context)
     or_epochs = f" or {train.epochs} epochs" if train.epochs else ""
     return (
@@ -303,19 +304,21 @@ def _describe_time(planned: PlannedRun) -> str:
         return f"There is no estimate of the time for {planned.precision} here."
     if gpu is None:
         # The processes of a CPU run share its cores.
-        peak, source, speedup = _measure_cpu_peak(), "measured on this CPU just now", 1
-    elif gpu.peak is None:
+        return _describe_speed(planned, _measure_cpu_peak(), "measured on this CPU just now", devices=1)
+    if gpu.peak is None:
         return "The speed of this GPU is unknown, so there is no estimate of the time."
-    elif planned.counts_update and gpu.capability < (8, 0):
+    if planned.counts_update and gpu.capability < (8, 0):
         return "There is no estimate of the time for this optimizer on a GPU without bf16: its update uses fp32 there."
-    else:
-        peak, source, speedup = gpu.peak, "from NVIDIA's product pages", planned.devices
+    return _describe_speed(planned, gpu.peak, "from NVIDIA's product pages", planned.devices)
+
+
+def _describe_speed(planned: PlannedRun, peak: float, source: str, devices: int) -> str:
     settings = planned.run.settings
     share = SHARE_OF_PEAK["mixture" if settings.model.mlp_class_name == "LLaMAMoE" else "dense"]
-    seconds = (planned.model_flops() + planned.update_flops()) / (peak * share * speedup)
+    seconds = (planned.model_flops() + planned.update_flops()) / (peak * share * devices)
     rate = planned.step_tokens / seconds
 
-    where = f" on {speedup} GPUs" if speedup > 1 else ""
+    where = f" on {devices} GPUs" if devices > 1 else ""
     length = planned.length()
     duration = f", {_format_seconds(length.tokens / rate)}" if length else ""
     counted = ["forward", "backward"]
@@ -409,6 +412,7 @@ def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
         if micro_batch % size == 0:
             cost = "the same result (more micro batches are accumulated), a little slower"
             yield _Change(("--micro_batch_size", str(size)), cost)
+    # Recomputation keeps the results and costs time.
     checkpointing = settings.activation_checkpointing
     if checkpointing == "none" and settings.model.mlp_class_name == "LLaMAMoE":
         cost = "the same result; the experts are computed once more, about +20%"
@@ -420,8 +424,9 @@ def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
     if not optimizer_traits(optimizer).compiles_step and gpu is not None and gpu.capability >= (8, 0):
         cost = "16-bit weights with stochastic rounding, 8-bit moments: a similar loss, not the same"
         yield _Change(_eight_bit_flags(optimizer), cost)
+    # Everything from here on changes the result.
     for size in _halves(planned.context, minimum=256):
-        yield _Change(("--max_seq_length", str(size)), "a shorter context: another training")
+        yield _Change(("--max_seq_length", str(size)), "a shorter context, so a different model")
     for size in _halves(settings.model.n_layer, minimum=1):
         yield _Change(("--model.n_layer", str(size)), "a smaller model")
 

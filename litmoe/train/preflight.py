@@ -20,7 +20,7 @@ from litmoe.data.text_data import TokenizedText
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
-from litmoe.train.logs import RUN_CONFIG, run_files
+from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, run_files
 from litmoe.train.resume import tokens_provenance
 from litmoe.train.saving import check_writable, main_process
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
@@ -210,7 +210,7 @@ def check_unoccupied(settings: RunSettings) -> None:
             elsewhere = quoted(f"{folder.parent}-2")
             raise UserError(f"{folder} is a checkpoint; put the run elsewhere: --out_dir {elsewhere}")
     # A settings file alone is not worth protecting.
-    occupied = [path for path in run_files(out_dir) if path.name != RUN_CONFIG]
+    occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
     if not occupied or not main_process():
         return
     if not settings.overwrite:
