@@ -25,7 +25,7 @@ import re
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
@@ -116,7 +116,7 @@ def save(
 
     Args:
         weights: the complete state dict in LitGPT's keys, on any device. Tied embeddings are under both their keys.
-        hyperparameters: the settings of the run. Paths are saved as text, dataclasses as mappings.
+        hyperparameters: the settings of the run, as plain values that YAML can hold.
         step, tokens: optimizer steps done, and tokens trained on over all devices.
         tokenizer_dir: its tokenizer files are copied.
         training_state: tensors, numbers, strings, lists, tuples and dicts only (`torch.load(weights_only=True)`).
@@ -242,18 +242,7 @@ def _write_descriptions(
     # Without a saved style LitGPT chooses a chat format by the model's name ("Llama-3-small-Instruct", "R1").
     save_prompt_style(prompt_style or Default(), folder)
     with open(folder / HYPERPARAMETERS, "w", encoding="utf-8", newline="\n") as file:
-        yaml.safe_dump(_yaml_values(hyperparameters), file, sort_keys=False)
-
-
-def _yaml_values(value: Any) -> Any:
-    """Return settings as mappings, lists and plain values."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _yaml_values(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _yaml_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_yaml_values(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+        yaml.safe_dump(hyperparameters, file, sort_keys=False)
 
 
 def _copy_files(
@@ -720,7 +709,7 @@ def context_of(folder: Path, max_seq_length: int | None = None) -> int:
 
 
 def _trained_context(hyperparameters: dict[str, Any], block_size: int) -> int:
-    train = _yaml_values(hyperparameters.get("train"))
+    train = hyperparameters.get("train")
     length = train.get("max_seq_length") if isinstance(train, dict) else None
     # Hyperparameters may come from elsewhere, so they can contain anything.
     if isinstance(length, int) and 1 <= length <= block_size:

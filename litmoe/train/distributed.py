@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from litmoe.cli import UserError
 from litmoe.config import RunSettings
@@ -132,11 +133,7 @@ def gather_weights(gpt: GPT) -> dict[str, Tensor]:
 
 def gather_state(state: Any) -> Any:
     """Replace sharded tensors in an optimizer's ``state_dict`` by full ones on rank 0. Every rank must call this."""
-    if isinstance(state, dict):
-        return {key: gather_state(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(gather_state(value) for value in state)
-    return _gather(state) if isinstance(state, Tensor) else state
+    return tree_map_only(Tensor, _gather, state)
 
 
 def shard_state(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:

@@ -274,13 +274,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
     """Return a replacement of ``litgpt.utils.choose_logger`` that makes the CSV file and the loggers named."""
 
     def choose_logger(
-        logger_name: str,
-        out_dir: Path,
-        name: str,
-        log_interval: int = 1,
-        log_args: dict[str, Any] | None = None,
-        resume: bool | None = None,
-        **kwargs: Any,
+        logger_name: str, out_dir: Path, name: str, log_args: dict[str, Any] | None = None, **kwargs: Any
     ) -> Loggers:
         loggers: list[Logger] = [MetricsCSV(out_dir / METRICS_FILE, resume_step)]
         for wanted in dict.fromkeys(names):

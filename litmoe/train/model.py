@@ -1,6 +1,8 @@
 """GPT with its losses: the training loop calls the forward of ``PretrainingModel``. Also finds where a NaN began."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from litgpt import GPT
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_leaves
 
 from custom_moe import (
     MoE,
@@ -278,49 +280,40 @@ def _first_nonfinite_here(
 ) -> str | None:
     for number, batch in enumerate(batches, 1):
         place = f"in micro batch {number} of {len(batches)}"
-        with _OutputCheck(model.gpt) as outputs, fabric.autocast():
+        with _nonfinite_outputs(model.gpt) as layers, fabric.autocast():
             loss = loss_of(model(*batch))
         # Checked before the loss, because it names the layer.
-        if outputs.first_nonfinite:
-            return f"the first output that went bad was that of {outputs.first_nonfinite}, {place}"
+        if layers:
+            return f"the first non-finite output was that of {layers[0]}, {place}"
         if not _is_finite(loss):
             return f"the outputs of all layers are finite, but the loss is not, {place}"
         loss.backward()
         # The backward runs from the last layer to the first.
         for name, parameter in reversed(list(model.gpt.named_parameters())):
             if parameter.grad is not None and not _is_finite(parameter.grad):
-                return f"the first gradient that went bad was that of {name}, {place}"
+                return f"the first non-finite gradient was that of {name}, {place}"
     return None
 
 
-class _OutputCheck:
-    """Context manager that records the name of the first layer with an output that is not finite."""
+@contextmanager
+def _nonfinite_outputs(gpt: GPT) -> Iterator[list[str]]:
+    """Collect the names of layers with an output that is not finite, in the order of their calls."""
+    names: list[str] = []
 
-    def __init__(self, gpt: GPT) -> None:
-        self.first_nonfinite: str | None = None
-        self._gpt = gpt
-        self._handles: list[RemovableHandle] = []
+    def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not all(_is_finite(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+            names.append(name)
 
-    def __enter__(self) -> "_OutputCheck":
-        for name, module in self._gpt.named_modules():
-            # Containers are not called, and the output of the model itself is that of its last layer.
-            if not isinstance(module, GPT | nn.ModuleDict | nn.ModuleList):
-                self._handles.append(module.register_forward_hook(self._hook(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+    handles = []
+    for name, module in gpt.named_modules():
+        # Containers are not called, and the output of the model itself is that of its last layer.
+        if not isinstance(module, GPT | nn.ModuleDict | nn.ModuleList):
+            handles.append(module.register_forward_hook(partial(check, name)))
+    try:
+        yield names
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self.first_nonfinite is not None:
-                return
-            for tensor in output if isinstance(output, tuple | list) else [output]:
-                if isinstance(tensor, Tensor) and not _is_finite(tensor):
-                    self.first_nonfinite = name
-
-        return check
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -20,20 +20,18 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import DataLoader
 
 from custom_moe import set_backend
-from custom_moe.backends import hardware_of
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, strip_control_chars
 from litmoe.config import FinetuneSettings, MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
-from litmoe.flops import training_flops_per_token
-from litmoe.hardware import compiler_settings, detect_gpu, is_sharded, peak_flops, should_compile
+from litmoe.flops import describe_size, training_flops_per_token
+from litmoe.hardware import compiler_settings, is_sharded, peak_flops, should_compile
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
 from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, Loggers, RunDisplay, remove_run
 from litmoe.train.loop import Ending, train
 from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
 from litmoe.train.optimizers import check_optimizer, make_optimizer, rounding_note
-from litmoe.train.plan import describe_needs, describe_size
 from litmoe.train.resume import check_same_on_all_machines, resume_training
 from litmoe.train.saving import CheckpointWriter, StopSignals, tolerate_closed_stdout
 from litmoe.train.state import (
@@ -91,7 +89,7 @@ def run_training(
     _prepare_out_dir(fabric, run, resume_from)
     run.loggers.log_hyperparams(run.hyperparameters)
     lines = [
-        *describe_run(fabric, gpt, parsed, run),
+        *describe_run(gpt, parsed, run),
         _describe_hardware(fabric, compiled, experts_backend),
         precision_note,
         compile_note,
@@ -282,24 +280,20 @@ def _save_final(fabric: L.Fabric, run: TrainingRun, ending: Ending) -> None:
 # --- What is printed
 
 
-def describe_run(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]:
-    """Yield the size of the run, much of it as ``run_train.py --plan`` prints it."""
-    settings, plan = parsed.settings, run.plan
-    yield describe_size(settings)
-    if isinstance(settings, FinetuneSettings):
-        if settings.lora_r:
-            trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
-            yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
-        size = f"{plan.steps:,} steps of {settings.train.global_batch_size:,} conversations"
+def describe_run(gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]:
+    """Yield the size of the run, as ``run_train.py --plan`` prints it."""
+    train, plan = parsed.settings.train, run.plan
+    is_finetuning = run.finetuning is not None
+    yield describe_size(gpt.config, None if is_finetuning else gpt.max_seq_length, bool(train.tie_embeddings))
+    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
+    if isinstance(parsed.settings, FinetuneSettings) and parsed.settings.lora_r:
+        yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
+    if is_finetuning:  # conversations differ in length
+        size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
     else:
-        # Takes seconds, so only where memory is scarce. The estimate does not cover FSDP.
-        if fabric.device.type == "cuda" and fabric.global_rank == 0 and not run.sharded:
-            yield from describe_needs(
-                parsed, str(fabric._precision.precision), hardware_of(fabric.device), detect_gpu()
-            )
         step_tokens = plan.accumulation * plan.tokens_per_micro_batch
         size = f"{plan.steps:,} steps of {step_tokens:,} tokens, {plan.tokens:,} tokens in all"
-    limit = f" or after {settings.train.max_time:g} s" if settings.train.max_time else ""
+    limit = f" or after {train.max_time:g} s" if train.max_time else ""
     yield f"{size}, {plan.epochs:.2f} epochs; limited by {plan.ended_by}{limit}."
 
 

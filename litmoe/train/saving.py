@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from litmoe import checkpoints
 from litmoe.checksummed_json import read_json, write_json
@@ -123,25 +124,17 @@ def copy_to_cpu(value: Any) -> Any:
     copies: dict[tuple[int, ...], Tensor] = {}
 
     def copy_tensor(tensor: Tensor) -> Tensor:
-        if hasattr(tensor, "__tensor_flatten__"):  # a tensor subclass around others, such as torchao's 8-bit state
+        # A tensor subclass around others, such as torchao's 8-bit state, shares their memory when it is copied.
+        if hasattr(tensor, "__tensor_flatten__"):
             names, context = tensor.__tensor_flatten__()
-            inner = {name: copy(getattr(tensor, name)) for name in names}
+            inner = {name: copy_tensor(getattr(tensor, name)) for name in names}
             return cast(Any, type(tensor)).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
         key = (tensor.data_ptr() or id(tensor), *tensor.shape, *tensor.stride())
         if key not in copies:
             copies[key] = tensor.detach().to("cpu", copy=True)
         return copies[key]
 
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return copy_tensor(value)
-        if isinstance(value, dict):
-            return {key: copy(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)([copy(item) for item in value])
-        return value
-
-    return copy(value)
+    return tree_map_only(Tensor, copy_tensor, value)
 
 
 # --- Signals and stdout

@@ -371,7 +371,7 @@ def test_names_first_layer_with_nan(tiny):
     with torch.no_grad():
         gpt.transformer.h[1].norm_1.weight.fill_(1e30)  # queries times keys overflow
     found = find_first_nonfinite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
-    assert found == "the first output that went bad was that of transformer.h.1.attn.proj, in micro batch 1 of 1"
+    assert found == "the first non-finite output was that of transformer.h.1.attn.proj, in micro batch 1 of 1"
     with torch.no_grad():
         gpt.transformer.h[0].norm_1.weight.fill_(float("nan"))
     assert find_nonfinite_weights(gpt) == "transformer.h.0.norm_1.weight"
@@ -413,6 +413,4 @@ def test_names_first_gradient_with_nan(tiny):
     gpt.transformer.h[1].attn.register_forward_hook(lambda _module, _inputs, output: Explodes.apply(output))
     gpt.zero_grad()
     found = find_first_nonfinite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
-    assert (
-        found == "the first gradient that went bad was that of transformer.h.1.attn.proj.weight, in micro batch 1 of 1"
-    )
+    assert found == "the first non-finite gradient was that of transformer.h.1.attn.proj.weight, in micro batch 1 of 1"
