@@ -17,7 +17,7 @@ from litmoe.cli import exit_with_message
 
 def main() -> None:
     """Read the settings, find conversations and checkpoint, train."""
-    from litmoe.config import parse_finetuning
+    from litmoe.finetune_config import parse_finetuning
 
     run = parse_finetuning(sys.argv[1:])  # before the imports below, which take seconds
 

@@ -12,7 +12,7 @@ from litgpt.args import LogArgs
 
 from custom_moe import weights_are_constant
 from litmoe.cli import UserError
-from litmoe.config import FinetuneSettings, RunSettings, ScheduleSettings
+from litmoe.config import RunSettings, ScheduleSettings
 from litmoe.hardware import choose_precision, is_sharded, processes
 from litmoe.train.optimizers import optimizer_traits
 
@@ -50,11 +50,6 @@ RULES = (
     Rule("eval.hellaswag_interval", lambda value: value >= 1, "at least 1, or null"),
     Rule("eval.hellaswag_limit", lambda value: value >= 1, "at least 1, or null"),
 )
-FINETUNE_RULES = (
-    Rule("lora_r", lambda value: value >= 0, "a rank from 1, or 0 to train all weights"),
-    Rule("lora_alpha", lambda value: value >= 1, "at least 1"),
-    Rule("lora_dropout", lambda value: 0 <= value < 1, "a probability from 0 to below 1"),
-)
 
 
 def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
@@ -83,9 +78,8 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_evaluation(settings),
         *_check_start(settings),
         *_check_log(settings),
+        *settings.own_problems(),
     ]
-    if isinstance(settings, FinetuneSettings):
-        problems += _check_finetuning(settings)
     if problems:
         raise UserError("\n  ".join(["the settings do not fit together:", *problems]))
 
@@ -216,17 +210,16 @@ def _check_moe(settings: RunSettings) -> Iterator[str]:
         yield f"moe.backend is {moe.backend}, but this model has no experts; --moe.backend auto"
     if not moe.bias_update_rate > 0:
         return
-    is_finetuning = isinstance(settings, FinetuneSettings)
     if not is_moe or not config.n_expert_groups:
         flags = "--moe.bias_update_rate 0"
         # Finetuning can't change the router, and a single expert has nothing to route.
-        if is_moe and config.n_expert >= 2 and not is_finetuning:
+        if is_moe and config.n_expert >= 2 and not settings.is_finetuning:
             flags += f", or train a model with sigmoid routers: {_sigmoid_router_flags(config)}"
         yield (
             f"moe.bias_update_rate is {moe.bias_update_rate}, but only a sigmoid router has a selection bias and this"
             f" model has none; {flags}"
         )
-    elif isinstance(settings, FinetuneSettings) and settings.lora_r:
+    elif settings.uses_lora:
         yield (
             f"moe.bias_update_rate is {moe.bias_update_rate}, but LoRA does not change the routers' selection bias;"
             " --moe.bias_update_rate 0, or train all weights: --lora_r 0"
@@ -243,7 +236,7 @@ def _check_batches(settings: RunSettings) -> Iterator[str]:
         yield from _check_batch_sizes(train.micro_batch_size, train.global_batch_size, devices * num_nodes)
     if train.max_seq_length is not None and not 1 <= train.max_seq_length <= block_size:
         # The model of a finetuned checkpoint is fixed.
-        larger = "" if isinstance(settings, FinetuneSettings) else ", or a larger --model.block_size"
+        larger = "" if settings.is_finetuning else ", or a larger --model.block_size"
         yield (
             f"max_seq_length is {train.max_seq_length} but the model's block_size is {block_size}; expected 1 to"
             f" {block_size}: --max-seq-length {block_size}{larger}."
@@ -278,7 +271,7 @@ def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> Iterato
         yield "strategy fsdp can't score HellaSwag during training; --eval.hellaswag null, and evaluate.py afterwards."
     if settings.compile:
         yield "strategy fsdp does not support torch.compile; --compile false, or --strategy ddp."
-    if isinstance(settings, FinetuneSettings) and settings.lora_r:
+    if settings.uses_lora:
         yield "strategy fsdp does not support LoRA, which needs little memory: --strategy ddp, or --lora_r 0."
     if choose_precision(settings.precision)[0] == "16-mixed":
         yield "strategy fsdp has no gradient scaler for fp16; --precision 32-true, or --strategy ddp."
@@ -340,21 +333,11 @@ def _check_start(settings: RunSettings) -> Iterator[str]:
             " same model, the second makes experts of a dense one."
         )
     # Finetuning sets initial_checkpoint_dir itself.
-    if settings.initial_checkpoint_dir and settings.resume and not isinstance(settings, FinetuneSettings):
+    if settings.initial_checkpoint_dir and settings.resume and not settings.is_finetuning:
         yield (
             "both `initial_checkpoint_dir` and `resume` are set; choose one: the first starts a new run from weights,"
             " the second continues an old one."
         )
-
-
-def _check_finetuning(settings: FinetuneSettings) -> Iterator[str]:
-    yield from _check_rules(settings, FINETUNE_RULES)
-    # Conversations have different lengths, so a number of tokens is no number of steps.
-    if settings.train.max_tokens:
-        yield "train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps."
-    parts = ("query", "key", "value", "projection", "mlp", "head")
-    if settings.lora_r and not any(getattr(settings, f"lora_{part}") for part in parts):
-        yield "lora_r is set but no part of the model gets LoRA; turn one on: --lora_query true"
 
 
 def _check_log(settings: RunSettings) -> Iterator[str]:

@@ -11,9 +11,10 @@ import jsonargparse._optionals
 import pytest
 import yaml
 
-from litmoe.config import parse_finetuning, parse_run
+from litmoe.config import parse_run
 from litmoe.data.instructions import InstructArgs, prepare_instructions
 from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.finetune_config import parse_finetuning
 from litmoe.train.finetune import finetune, ready_to_finetune
 from litmoe.train.preflight import ready
 from litmoe.train.pretrain import pretrain

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from custom_moe.litgpt import LoRAExperts, LoRARouter
 from litmoe import checkpoints
 from litmoe.cli import UserError
-from litmoe.config import LORA_FIELDS, FinetuneSettings, ParsedRun, RunSettings
+from litmoe.config import ParsedRun, RunSettings
 from litmoe.data import InstructionData, conversations
 from litmoe.data.conversations import Message, prompt_style
 from litmoe.data.instructions import conversations as read_conversations
 from litmoe.data.instructions import instructions_fingerprint
 from litmoe.data.sft_data import longer_context
 from litmoe.data.tokenizers import litgpt_tokenizer
+from litmoe.finetune_config import LORA_FIELDS, FinetuneSettings
 from litmoe.hardware import choose_precision, is_sharded, processes, use_expandable_segments
 from litmoe.inference.generate import check_sampling
 from litmoe.train.distributed import make_strategy, report_lost_ranks

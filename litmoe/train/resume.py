@@ -9,7 +9,7 @@ import torch
 
 from litmoe import checkpoints
 from litmoe.cli import UserError, quoted
-from litmoe.config import FinetuneSettings, RunSettings
+from litmoe.config import RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import SPLITS, read_file
 from litmoe.train.schedule import Plan
@@ -44,7 +44,7 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
 
 def refusal(folder: Path, settings: RunSettings, problem: str, fix: str) -> UserError:
     """Return the error for a checkpoint that can't be resumed: ``problem``, ``fix``, or a new run from its weights."""
-    if isinstance(settings, FinetuneSettings):
+    if settings.is_finetuning:
         flags = f"finetune.py {quoted(folder)} --out_dir NEW"
     else:
         flags = f"--initial_checkpoint_dir {quoted(folder)} --out_dir NEW"

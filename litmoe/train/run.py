@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from custom_moe import set_backend
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, strip_control_chars
-from litmoe.config import FinetuneSettings, MoESettings, ParsedRun
+from litmoe.config import MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
 from litmoe.flops import describe_size, training_flops_per_token
 from litmoe.hardware import compiler_settings, is_sharded, peak_flops, should_compile
@@ -194,7 +194,7 @@ def _build_run(
     # FSDP casts parameters on its own.
     cast_once = {} if sharded else matrices_to_cast(model, precision, settings.activation_checkpointing)
     # Conversations differ in length, and frozen weights skip part of the backward: no formula for their FLOPs.
-    has_mfu = not isinstance(settings, FinetuneSettings)
+    has_mfu = not settings.is_finetuning
     return TrainingRun(
         settings=settings,
         hyperparameters=parsed.resolved,
@@ -286,7 +286,7 @@ def describe_run(gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]
     is_finetuning = run.finetuning is not None
     yield describe_size(gpt.config, None if is_finetuning else gpt.max_seq_length, bool(train.tie_embeddings))
     trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
-    if isinstance(parsed.settings, FinetuneSettings) and parsed.settings.lora_r:
+    if parsed.settings.uses_lora:
         yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
     if is_finetuning:  # conversations differ in length
         size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
@@ -318,10 +318,10 @@ def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> I
         yield f"The run is shorter than its warm-up, which ends at step {run.plan.warmup_steps:,} instead."
     if run.sharded:
         yield "Sharded by FSDP: no samples are written during training."
-    routers_are_frozen = isinstance(settings, FinetuneSettings) and settings.lora_r and not settings.lora_mlp
-    if not routers_are_frozen:
+    routers = [parameter for layer in moe_layers(gpt) for parameter in layer.gate.parameters()]
+    if any(parameter.requires_grad for parameter in routers):
         yield constant_weights_note(gpt.config)
-    if isinstance(settings, FinetuneSettings):
+    if settings.is_finetuning:
         yield settings.data.summary()
 
 
@@ -353,7 +353,7 @@ def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> 
     final = settings.out_dir / "final"
     fabric.print(f"Checkpoint  {final}")
     fabric.print(f"Metrics     {settings.out_dir / METRICS_FILE}")
-    if not isinstance(settings, FinetuneSettings):
+    if not settings.is_finetuning:
         prompt = settings.sample.prompt or "Once upon a time"
         fabric.print(f"Write       {strip_control_chars(command('generate.py', final, '--prompt', prompt))}")
         fabric.print(f"Evaluate    {command('evaluate.py', final)}")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from litmoe import checkpoints
 from litmoe.checksummed_json import known_fields
 from litmoe.cli import UserError
-from litmoe.config import FinetuneSettings, RunSettings
+from litmoe.config import RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import manifest_path
 from litmoe.evaluation.hellaswag import Encoded
@@ -357,8 +357,8 @@ def unwrap_loader(loader: DataLoader) -> Any:
 
 def tokens_manifest(settings: RunSettings) -> Path | None:
     """Return the metadata file of the tokens that the model was pretrained on; None where there is none."""
-    if isinstance(settings, FinetuneSettings):
-        path = settings.checkpoint_dir / checkpoints.MANIFEST
+    if settings.is_finetuning and settings.initial_checkpoint_dir is not None:
+        path = settings.initial_checkpoint_dir / checkpoints.MANIFEST
     else:
         train_data_path = getattr(settings.data, "train_data_path", None)
         if train_data_path is None:

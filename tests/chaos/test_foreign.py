@@ -17,9 +17,10 @@ from litgpt import Tokenizer
 from litmoe import checkpoints, load
 from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError, exit_with_message
-from litmoe.config import parse_finetuning, parse_run
+from litmoe.config import parse_run
 from litmoe.data import manifest
 from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.finetune_config import parse_finetuning
 from litmoe.inference.chat import Chat
 from litmoe.validation import check
 from tests.tiny_checkpoint import load_script, mark_anew, save_tiny, tiny_gpt

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from litmoe import config as settings_module
 from litmoe.cli import UserError, exit_with_message, run_cli
-from litmoe.config import ParsedRun, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
+from litmoe.config import ParsedRun, known_flags, parse_run, run_parser
 from litmoe.data.instructions import InstructArgs
 from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.finetune_config import finetuning_parser, parse_finetuning
 from litmoe.validation import check
 from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
 
