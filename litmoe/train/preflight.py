@@ -39,23 +39,27 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     """
     run = _with_wandb_dataset(run)
     settings = run.settings
+    # What can fail in seconds comes first, because tokenizing can take hours.
     resume_from = find_checkpoint(settings)
     if settings.resume and resume_from is None:  # `auto` starts a new run, which has stricter checks
         check(replace(settings, resume=False), run.optimizer)
     _check_start(settings, resume_from)
     if settings.eval.hellaswag is not None and main_process():
-        read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)  # before hours of tokenizing
+        read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)
+    if main_process():
+        check_writable(settings.out_dir)
+
     if resume_from is not None:
         run = _with_moved_data(run, resume_from)
         settings = run.settings
     prepare_data(settings)
+
+    # These need the tokenizer, which may have been trained just now.
     tokenizer = check_vocabulary(settings.tokenizer_dir, settings.model)
     start = settings.initial_checkpoint_dir or settings.upcycle
     if start is not None:
         check_same_tokenizer(start, settings.tokenizer_dir)
     check_sample(settings, tokenizer)
-    if main_process():
-        check_writable(settings.out_dir)
     return run, resume_from
 
 
@@ -161,6 +165,7 @@ def _named_checkpoint(settings: RunSettings, path: Path) -> Path:
     if folder.resolve().parent != settings.out_dir.resolve():
         check_unoccupied(settings)
         return folder
+    # The run would write checkpoints of the same steps again, next to those of the old one.
     newer = checkpoints.newer(folder)
     if newer and not settings.overwrite:
         raise UserError(
@@ -183,7 +188,7 @@ def _newest_checkpoint(settings: RunSettings) -> Path | None:
             f"no checkpoint in {out_dir} is complete. Start again with --overwrite instead of --resume, or elsewhere"
             " with --out_dir."
         )
-    if settings.resume is True:
+    if settings.resume is True:  # else it is `auto`
         raise UserError(f"no checkpoint to resume in {out_dir}; --resume auto starts a new run if there is none.")
     not_resumable = [path.parent.name for path in out_dir.glob(f"*/{checkpoints.COMPLETE_FILE}")]
     if not_resumable:
@@ -225,18 +230,17 @@ def check_unoccupied(settings: RunSettings) -> None:
 def check_same_model(folder: Path, config: Config, apart_from: Collection[str] = ()) -> None:
     """Raise ``UserError`` with the fields in which the checkpoint's model differs from the run's."""
     saved, wanted = asdict(checkpoints.load_config(folder)), asdict(config)
-    ignored = ("name", "hf_config", "vocab_size", "padding_multiple")  # they change neither weights nor computation
-    different = []
-    for name in wanted.keys() - {*ignored, *apart_from}:
-        if saved[name] != wanted[name]:
-            different.append(f"{name}: {saved[name]} there, {wanted[name]} here")
-    if not different:
+    # These fields change neither weights nor computation.
+    ignored = {"name", "hf_config", "vocab_size", "padding_multiple", *apart_from}
+    names = sorted(name for name in wanted.keys() - ignored if saved[name] != wanted[name])
+    if not names:
         return
+    different = [f"{name}: {saved[name]} there, {wanted[name]} here" for name in names]
     if apart_from:
         advice = "Omit --model to use its own config."
     else:
         advice = f"Use its own config: --model {quoted(folder / 'model_config.yaml')}"
-    raise UserError(f"{folder} holds another model than this run's: {'; '.join(sorted(different))}. {advice}")
+    raise UserError(f"{folder} holds another model than this run's: {'; '.join(different)}. {advice}")
 
 
 def check_same_start(folder: Path, upcycle: Path) -> None:

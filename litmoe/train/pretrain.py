@@ -41,7 +41,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             a lost rank.
     """
     settings = run.settings
-    use_expandable_segments(torch.cuda.is_available())
+    use_expandable_segments(torch.cuda.is_available())  # before the first allocation
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir
@@ -70,7 +70,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             devices=devices,
             num_nodes=num_nodes,
             tokenizer_dir=settings.tokenizer_dir,
-            logger_name="csv",
+            logger_name="csv",  # has no effect: `choose_logger` is replaced
             seed=settings.seed,
         )
 
