@@ -33,7 +33,6 @@ from litmoe.train.patches import patched_finetuning
 from litmoe.train.preflight import check_same_model, check_vocabulary, find_checkpoint, find_moved_data
 from litmoe.train.resume import refusal
 from litmoe.train.run import run_training
-from litmoe.train.saving import check_writable, main_process
 from litmoe.train.state import Finetuning
 
 
@@ -59,8 +58,6 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
     settings.data.prepare_data()
     check_sampling(1, settings.sample.max_new_tokens, settings.sample.temperature, settings.sample.top_k, 1.0)
     question(settings, tokenizer)
-    if main_process():
-        check_writable(settings.out_dir)
     return resume_from
 
 

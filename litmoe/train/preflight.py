@@ -22,7 +22,7 @@ from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
 from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, run_files
 from litmoe.train.resume import tokens_provenance
-from litmoe.train.saving import check_writable, main_process
+from litmoe.train.saving import main_process
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 from litmoe.validation import check
 
@@ -46,8 +46,6 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     _check_start(settings, resume_from)
     if settings.eval.hellaswag is not None and main_process():
         read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)
-    if main_process():
-        check_writable(settings.out_dir)
 
     if resume_from is not None:
         run = _with_moved_data(run, resume_from)

@@ -262,17 +262,19 @@ def locked(out_dir: Path) -> Iterator[None]:
         yield
         return
     new_folders = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-    check_writable(out_dir)
     lock, holder_file = FileLock(out_dir / LOCK), out_dir / HOLDER
     try:
+        out_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(_in_use(out_dir)) from None
     except OSError as error:
-        # A run on such a disk (some network disks) is still useful, so it only warns.
         if error.errno not in NO_LOCKS:
-            raise
-        print(f"warning: {out_dir} is on a disk without file locks ({error.strerror}): start no second run there.")
+            raise UserError(
+                f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with --out_dir."
+            ) from None
+        # A run on such a disk (some network disks) is still useful, so it only warns.
+        print(f"warning: {out_dir} has no file locks ({error.strerror}). Do not start a second run there.")
     try:
         this_process = _this_process()
         if holder_file.exists():
@@ -352,19 +354,6 @@ def _in_use(out_dir: Path) -> str:
     if holder is not None and holder.host != socket.gethostname():
         message += f" If {holder.host} has crashed, delete {out_dir / LOCK} and {out_dir / HOLDER}."
     return message
-
-
-def check_writable(out_dir: Path) -> None:
-    """Create ``out_dir``. Raise ``UserError`` if it can't be written to."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        probe = out_dir / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with --out_dir."
-        ) from None
 
 
 def main_process() -> bool:
