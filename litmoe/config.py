@@ -305,6 +305,7 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         UserError: an unknown key, a value of the wrong type, a missing file, or a file that is no YAML mapping.
         SystemExit: after ``--help`` and ``--print_config``.
     """
+    # Flags that name files come first, because the contents of these files decide the defaults of all others.
     files, flags = extract_files(underscored(argv), ("config", "model", "upcycle"), SHORT_FLAGS)
     run_file = files["config"] or DEFAULT_RUN
     run = read_run_file(run_file, files["model"])
@@ -336,6 +337,7 @@ def check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], f
     """
     if any(flag.split("=")[0] in ("--data.help", "--optimizer.help", "--print_config") for flag in flags):
         return  # these show the classes
+    # Checking `data` and `optimizer` would import their classes, and with them torch.
     without_classes = {name: value for name, value in run.items() if name not in CLASS_SETTINGS}
     _parse_file_and_flags(parser, run_file, without_classes, _without_class_flags(flags))
 
@@ -381,6 +383,7 @@ def parse_settings(
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         namespace = _parse_file_and_flags(parser, run_file, run, flags)
+        # Plain values before the classes are instantiated: these are saved with each checkpoint.
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
         _check_nulls(kind, resolved)
         with warnings.catch_warnings():
@@ -398,6 +401,7 @@ def parse_settings(
 
 
 def _describe_failed_check(error: Exception) -> str:
+    # LitGPT checks some values with a bare assert, or not at all. Then the line of code says what failed.
     failed_line = traceback.extract_tb(error.__traceback__)[-1].line
     if isinstance(error, ArithmeticError | LookupError):
         return f"{type(error).__name__} in `{failed_line}`"
@@ -488,6 +492,7 @@ def read_run_file(path: Path, model_file: Path | None = None) -> dict[str, Any]:
     model: Any = model_file or run.get("model")
     if not isinstance(model, (str, Path)):
         return run
+    # A run file and its model file can be moved together.
     next_to_run_file = path.parent / model
     if model_file is None and next_to_run_file.is_file():
         run["model"] = read_yaml(next_to_run_file)

@@ -48,6 +48,7 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
             f"finetuning needs conversations, and the run's data is {type(settings.data).__name__}; expected"
             " litmoe.data.InstructionData."
         )
+    # What can fail in seconds comes first: the conversations take longer to read.
     resume_from = find_checkpoint(settings)
     if resume_from is not None:
         check_same_model(resume_from, settings.model)
@@ -83,9 +84,10 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
         problem = f"{folder} is from a pretraining run, which finetuning can't resume"
         raise refusal(folder, settings, problem, "Resume a finetuning run")
     saved |= saved["data"].get("init_args", {})
-    present = {name: getattr(settings, name) for name in LORA_FIELDS}
-    has_lora = saved["lora_r"] or present["lora_r"]
-    present = (present if has_lora else {}) | {"prompt_style": settings.data.prompt_style}
+    present = {"prompt_style": settings.data.prompt_style}
+    # Without LoRA before and now, its other settings have no effect.
+    if saved["lora_r"] or settings.lora_r:
+        present |= {name: getattr(settings, name) for name in LORA_FIELDS}
     changed = []
     for name, value in present.items():
         if name in saved and saved[name] != value:  # older versions did not have all of these settings
@@ -106,12 +108,13 @@ def question(settings: FinetuneSettings, tokenizer: Tokenizer) -> str:
     data = settings.data
     style = conversations.prompt_style(data.prompt_style)
     context = settings.train.max_seq_length or settings.model.block_size
-    if settings.sample.prompt is None:
+    if settings.sample.prompt is not None:
+        prompts = [[Message(role="user", content=settings.sample.prompt)]]
+    else:
+        # A prompt is everything before the first answer: a system message, if there is one, and the question.
         prompts = []
         for conversation in read_conversations(data.data_dir, "val"):
             prompts.append(list(takewhile(lambda message: message["role"] != "assistant", conversation)))
-    else:
-        prompts = [[Message(role="user", content=settings.sample.prompt)]]
     lengths = []
     for messages in prompts:
         messages = [conversations.without_special_tokens(message, tokenizer) for message in messages]
@@ -184,6 +187,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     assert isinstance(settings, FinetuneSettings)
     folder, data = settings.checkpoint_dir, settings.data
     fabric.seed_everything(settings.seed, verbose=False)
+    # A checkpoint of a LoRA run has merged weights, so LoRA resumes from the base weights and the saved updates.
     weights = checkpoints.load_weights(resume_from if resume_from and not settings.lora_r else folder)
     with fabric.init_module(empty_init=not is_sharded(settings)):
         gpt = litgpt.lora.GPT(lora_config(settings)) if settings.lora_r else GPT(settings.model)
@@ -198,6 +202,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     gpt.max_seq_length = settings.train.max_seq_length or settings.model.block_size
 
     tokenizer = litgpt_tokenizer(folder)
+    # A resumed run must see the same conversations, and with LoRA the same base weights.
     provenance = {"the conversations": instructions_fingerprint(data.data_dir)}
     if settings.lora_r:
         provenance["the checkpoint that it starts from"] = (

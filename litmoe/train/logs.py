@@ -91,6 +91,7 @@ class MetricsCSV(Logger):
         self._is_failing = False
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        # A column that the header lacks needs a new file: rows of more cells than the header are unreadable.
         names = list(dict.fromkeys(name for row in rows for name in row))
         can_append = self._columns and self.path.is_file() and set(names) <= set(self._columns)
         if can_append:
@@ -276,6 +277,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
     def choose_logger(
         logger_name: str, out_dir: Path, name: str, log_args: dict[str, Any] | None = None, **kwargs: Any
     ) -> Loggers:
+        # The CSV file comes first and always: other loggers may miss rows, for example on a full disk.
         loggers: list[Logger] = [MetricsCSV(out_dir / METRICS_FILE, resume_step)]
         for wanted in dict.fromkeys(names):
             if wanted == "tensorboard":
@@ -288,6 +290,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
 
 
 def _tensorboard(out_dir: Path, resume_step: int | None) -> Logger:
+    # Steps after the checkpoint are taken again.
     purge = None if resume_step is None else resume_step + 1
     return TensorBoardLogger(root_dir=out_dir / "logs", name="tensorboard", version="", purge_step=purge)
 
@@ -339,6 +342,7 @@ class RunDisplay:
         self._enabled = enabled
         self._steps = steps
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        # In a file or a CI log, each refresh of a bar would be a line of its own.
         show = enabled and (self.console.is_terminal if bar is None else bar)
         self._progress = Progress(
             TextColumn("step"),
@@ -390,11 +394,15 @@ def run_files(out_dir: Path) -> list[Path]:
 
     W&B's folder is not included, because it can contain offline runs that were not uploaded yet.
     """
-    own = [out_dir / name for name in (METRICS_FILE, "logs", "final", RUN_CONFIG) if (out_dir / name).exists()]
-    return [*sorted(out_dir.glob("step-*")), *own, *checkpoints.leftovers(out_dir)]
+    fixed = [out_dir / name for name in (METRICS_FILE, "logs", "final", RUN_CONFIG)]
+    existing = [path for path in fixed if path.exists()]
+    return [*sorted(out_dir.glob("step-*")), *existing, *checkpoints.leftovers(out_dir)]
 
 
 def remove_run(out_dir: Path) -> None:
     """Remove the files of another run from ``out_dir``, and nothing else."""
     for path in run_files(out_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

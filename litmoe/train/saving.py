@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from litmoe import checkpoints
-from litmoe.checksummed_json import read_json, write_json
+from litmoe.checksummed_json import known_fields, read_json, write_json
 from litmoe.cli import UserError, strip_control_chars
 from litmoe.config import CheckpointSettings
 from litmoe.data.loader import STOP_SIGNALS
@@ -317,8 +317,7 @@ def _this_process() -> Holder:
 def _read_holder(out_dir: Path) -> Holder | None:
     """Return the recorded holder, or None if there is none or the file can't be read."""
     try:
-        values = read_json(out_dir / HOLDER)
-        return Holder(**{field.name: values[field.name] for field in fields(Holder) if field.name in values})
+        return Holder(**known_fields(Holder, read_json(out_dir / HOLDER)))
     except (OSError, ValueError, TypeError):
         return None
 

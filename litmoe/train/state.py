@@ -183,6 +183,7 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
     run.plan = plan_from(
         run.settings.train, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, run.progress
     )
+    # The sums since the last log line are means over the old ranks and micro batches, so they are scaled to the new.
     if "interval" in state:
         run.metrics.load_state_dict(
             state["interval"],
@@ -205,6 +206,7 @@ def _load_unlogged_row(run: TrainingRun, state: dict[str, Any]) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the states of torch's, Python's and NumPy's generators in types that ``weights_only`` loads."""
+    # NumPy's state holds an array, which torch.load(weights_only=True) refuses, so it becomes a list.
     numpy_state: Any = np.random.get_state(legacy=True)
     algorithm, keys, *rest = numpy_state
     return {
@@ -235,6 +237,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
     """
     assert run.snapshot is not None, "a save during an update"
     sums = run.snapshot.metrics["sums"]
+    # Rank 0 writes, so its sums must be those of all ranks.
     if sums is not None and fabric.world_size > 1:
         run.snapshot.metrics["sums"] = [mean_over_ranks(fabric, value) for value in sums]
     if fabric.global_rank == 0:
@@ -310,7 +313,7 @@ def plan_from(train: TrainArgs, loader: DataLoader, seq_length: int, devices: in
     loader = stateful_loader(loader)
     if isinstance(loader, TrainLoader):
         sequences, position = loader.items, loader.position
-    else:
+    else:  # a loader of LitGPT: full micro batches on each device, and no position
         sequences = len(loader) * train.micro_batch_size * devices
         position = 0, progress.step * train.global_batch_size
     return plan_run(
