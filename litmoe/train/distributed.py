@@ -204,9 +204,9 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 def _lost_rank_message() -> str:
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     return (
-        f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} lost the connection to another rank of this run, which"
-        " crashed, or its machine is unreachable. See the log above for the cause. The same command with --resume auto"
-        " continues from the newest checkpoint, also on another number of devices."
+        f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} lost the connection to another rank of this run: that"
+        " rank crashed, or its machine is unreachable. See the log above for the cause. The same command with"
+        " --resume auto continues from the newest checkpoint, also on another number of devices."
     )
 
 

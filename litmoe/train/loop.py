@@ -327,10 +327,10 @@ def _describe_nonfinite(fabric: L.Fabric, run: TrainingRun, batches: Sequence[Ba
     advice = "keeps what was trained so far. Continue with --resume auto, or from an older checkpoint"
     if any_rank(fabric, bad_weights is not None)[0]:
         run.snapshot = None
-        cause = f"the weights{f' of {bad_weights}' if bad_weights else ''} were not before it"
+        cause = f"the weights{f' of {bad_weights}' if bad_weights else ''} were already not finite before this step"
         advice = "saves nothing. Continue from a checkpoint that was saved before"
     elif run.sharded:
-        cause = "where it began can't be found in a sharded model"
+        cause = "the layer can't be found in a sharded model"
     else:
         cause = find_first_nonfinite(
             fabric, run.gpt, batches, lambda losses: total_loss(losses, settings.moe), settings.activation_checkpointing

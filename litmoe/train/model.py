@@ -231,7 +231,7 @@ def update_selection_biases(gpt: GPT, counts: Tensor, rate: float | Tensor) -> N
 
 # --- Find NaN
 
-_NOT_FOUND = "computed again, each micro batch alone is finite; only their sum, or the sum over devices, is not"
+_NOT_FOUND = "each micro batch is finite when it is computed alone; only their sum, or the sum over devices, is not"
 
 
 def find_nonfinite_weights(gpt: GPT) -> str | None:

@@ -148,7 +148,7 @@ def tokens_provenance(path: Path, *splits: str) -> tuple[Any, ...]:
     manifest = read_file(path)
     if manifest is None:
         raise UserError(
-            f"{path} is damaged, or from another version, so it is unknown which tokens the run continues on."
+            f"{path} is damaged, or from another version, so the tokens that the run continues on are unknown."
             " Start a new run from the checkpoint's weights (--initial_checkpoint_dir), on newly prepared tokens."
         )
     return manifest.made_from(*splits)

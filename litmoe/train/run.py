@@ -315,7 +315,8 @@ def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> I
     settings = parsed.settings
     yield rounding_note(parsed.optimizer, fabric._precision.precision, sharded=run.sharded)
     if run.plan.warmup_steps < (settings.train.lr_warmup_steps or 0):
-        yield f"The run is shorter than its warm-up, which ends at step {run.plan.warmup_steps:,} instead."
+        steps = run.plan.warmup_steps
+        yield f"The run is shorter than its warm-up (train.lr_warmup_steps), so the warm-up ends at step {steps:,}."
     if run.sharded:
         yield "Sharded by FSDP: no samples are written during training."
     routers = [parameter for layer in moe_layers(gpt) for parameter in layer.gate.parameters()]
