@@ -187,24 +187,16 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     assert isinstance(settings, FinetuneSettings)
     folder, data = settings.checkpoint_dir, settings.data
     fabric.seed_everything(settings.seed, verbose=False)
-    # A checkpoint of a LoRA run has merged weights, so LoRA resumes from the base weights and the saved updates.
-    weights = checkpoints.load_weights(resume_from if resume_from and not settings.lora_r else folder)
-    with fabric.init_module(empty_init=not is_sharded(settings)):
-        gpt = litgpt.lora.GPT(lora_config(settings)) if settings.lora_r else GPT(settings.model)
-    # Tied embeddings stay tied, unless LoRA changes the head only.
-    settings.train.tie_embeddings = checkpoints.is_tied(weights) and not (settings.lora_r and settings.lora_head)
-    if settings.train.tie_embeddings:
-        head = gpt.lm_head.linear if settings.lora_r else gpt.lm_head
-        gpt.transformer.wte.weight = head.weight
-    load_base_weights(gpt, weights)
-    if settings.lora_r and resume_from:
-        load_lora_weights(gpt, checkpoints.load_lora_weights(resume_from))
+    if settings.uses_lora:
+        gpt = _build_lora_model(fabric, settings, resume_from)
+    else:
+        gpt = _build_model(fabric, settings, resume_from or folder)
     gpt.max_seq_length = settings.train.max_seq_length or settings.model.block_size
 
     tokenizer = litgpt_tokenizer(folder)
     # A resumed run must see the same conversations, and with LoRA the same base weights.
     provenance = {"the conversations": instructions_fingerprint(data.data_dir)}
-    if settings.lora_r:
+    if settings.uses_lora:
         provenance["the checkpoint that it starts from"] = (
             checkpoints.read_metadata(folder).files[checkpoints.WEIGHTS].sha256
         )
@@ -221,7 +213,35 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     )
 
 
+def _build_model(fabric: L.Fabric, settings: FinetuneSettings, folder: Path) -> GPT:
+    """Return the model with the weights of the checkpoint ``folder``, all of which are trained."""
+    weights = checkpoints.load_weights(folder)
+    with fabric.init_module(empty_init=not is_sharded(settings)):
+        gpt = GPT(settings.model)
+    settings.train.tie_embeddings = checkpoints.is_tied(weights)
+    if settings.train.tie_embeddings:
+        gpt.transformer.wte.weight = gpt.lm_head.weight
+    gpt.load_state_dict(weights)
+    return gpt
+
+
 # --- LoRA
+
+
+def _build_lora_model(fabric: L.Fabric, settings: FinetuneSettings, resume_from: Path | None) -> GPT:
+    """Return LitGPT's LoRA model with the weights of the base checkpoint, and the updates of a run to resume."""
+    # The checkpoints of a LoRA run have merged weights, so a resumed run starts from the base weights as well.
+    weights = checkpoints.load_weights(settings.checkpoint_dir)
+    with fabric.init_module(empty_init=True):
+        gpt = litgpt.lora.GPT(lora_config(settings))
+    # Tied embeddings stay tied, unless LoRA changes the head only.
+    settings.train.tie_embeddings = checkpoints.is_tied(weights) and not settings.lora_head
+    if settings.train.tie_embeddings:
+        gpt.transformer.wte.weight = gpt.lm_head.linear.weight
+    load_base_weights(gpt, weights)
+    if resume_from is not None:
+        load_lora_weights(gpt, checkpoints.load_lora_weights(resume_from))
+    return gpt
 
 
 def lora_config(settings: FinetuneSettings) -> litgpt.lora.Config:
@@ -231,14 +251,11 @@ def lora_config(settings: FinetuneSettings) -> litgpt.lora.Config:
 
 
 def load_base_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:
-    """Load a checkpoint's weights into a model with or without LoRA. The LoRA updates start at zero.
+    """Load a checkpoint's weights into a LoRA model. The LoRA updates start at zero.
 
     Raises:
         RuntimeError: the weights belong to another model.
     """
-    if not isinstance(gpt, litgpt.lora.GPT):
-        gpt.load_state_dict(weights)
-        return
     # Only the LoRA parameters may be missing in the checkpoint.
     missing, unexpected = gpt.load_state_dict(weights, strict=False)
     wrong = [key for key in missing if not litgpt.lora.lora_filter(key, None)] + unexpected

@@ -160,24 +160,27 @@ def _read_table(text: str, numeric: Collection[str]) -> _Table:
     """
     header, *lines = text.splitlines() or [""]
     columns = _cells(header)
-    is_header = "step" in columns and "" not in columns and len(set(columns)) == len(columns)
-    if not is_header or "\n" not in text:
+    if "\n" not in text or not _are_column_names(columns):
         return _Table([], [], "its first line has no column names")
     # A kill can leave a part of the last row, which ends without a line break.
     is_cut_off = bool(lines) and not text.endswith("\n") and lines[-1].isprintable()
     if is_cut_off and _parse_row(lines[-1], columns, numeric) is None:
         lines.pop()
     rows: list[dict[str, str]] = []
-    unreadable = last_step = 0
-    for line in filter(None, lines):
+    last_step = 0
+    for line in lines:
         row = _parse_row(line, columns, numeric)
         # Rows are in the order of their steps, so a smaller step is a damaged one.
         if row is not None and int(row["step"]) >= last_step:
             rows.append(row)
             last_step = int(row["step"])
-        else:
-            unreadable += 1
+    unreadable = len(lines) - lines.count("") - len(rows)
     return _Table(columns, rows, f"{unreadable} rows can't be read" if unreadable else "")
+
+
+def _are_column_names(cells: list[str]) -> bool:
+    is_unique = len(set(cells)) == len(cells)
+    return is_unique and "step" in cells and "" not in cells
 
 
 def _parse_row(line: str, columns: list[str], numeric: Collection[str]) -> dict[str, str] | None:

@@ -208,10 +208,7 @@ def _print_once(line: str) -> None:
 def check_unoccupied(settings: RunSettings) -> None:
     """Raise ``UserError`` if ``out_dir`` holds another run that must not be deleted."""
     out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
-    for folder in (out_dir, *out_dir.parents):
-        if (folder / checkpoints.COMPLETE_FILE).is_file():
-            elsewhere = quoted(f"{folder.parent}-2")
-            raise UserError(f"{folder} is a checkpoint; put the run elsewhere: --out_dir {elsewhere}")
+    _check_not_in_checkpoint(out_dir)
     # A settings file alone is not worth protecting.
     occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
     if not occupied or not main_process():
@@ -223,6 +220,14 @@ def check_unoccupied(settings: RunSettings) -> None:
         )
     if initial is not None and initial.resolve().is_relative_to(out_dir.resolve()):
         raise UserError(f"--overwrite would delete {initial}, which this run starts from; choose another --out_dir.")
+
+
+def _check_not_in_checkpoint(out_dir: Path) -> None:
+    # The next save of the checkpoint's own run would delete a run inside it.
+    for folder in (out_dir, *out_dir.parents):
+        if (folder / checkpoints.COMPLETE_FILE).is_file():
+            elsewhere = quoted(f"{folder.parent}-2")
+            raise UserError(f"{folder} is a checkpoint; put the run elsewhere: --out_dir {elsewhere}")
 
 
 def check_same_model(folder: Path, config: Config, apart_from: Collection[str] = ()) -> None:
