@@ -123,6 +123,7 @@ def validate(fabric: L.Fabric, run: TrainingRun, batches: Iterable[Any]) -> floa
         if index >= max_iters:
             break
         micro_batch = as_batch(batch, run.gpt.max_seq_length)
+        # Tensors stay on the device, so that the CPU does not wait for each batch.
         losses.append(run.model(*micro_batch).cross_entropy)
         tokens.append((micro_batch.targets != IGNORE_INDEX).sum())
     run.model.train()

@@ -149,6 +149,7 @@ def _expert_columns(means: Losses) -> dict[str, float]:
         "dead_experts": load.dead,
         "router_confidence": means.router_confidence,
     }
+    # One column for each layer, because a mean over layers would hide a layer with dead experts.
     by_layer = torch.stack(list(statistics.values()), dim=1).tolist()  # one transfer from the device
     columns = {}
     for layer, values in enumerate(by_layer):

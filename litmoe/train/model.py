@@ -262,7 +262,7 @@ def find_first_nonfinite(
         recomputed: the activation checkpointing of the run.
     """
     try:
-        # A compiled model would hide the outputs of its layers.
+        # Not the run's model: a compiled one would hide the outputs of its layers.
         result = _first_nonfinite_here(fabric, PretrainingModel(gpt, recomputed), batches, loss_of)
     except torch.OutOfMemoryError:
         result = "there was not enough memory to find out where"

@@ -122,6 +122,7 @@ def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
     if fabric.world_size == 1:
         return
     path = tokens_manifest(run.settings)
+    # A checkpoint may exist on one machine only, and data may have been prepared on each with other settings.
     own: dict[str, Any] = {
         "the step that it starts from": run.progress.step,
         "the tokens": tokens_provenance(path, *SPLITS) if path else None,
