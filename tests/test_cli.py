@@ -10,8 +10,7 @@ import pytest
 
 from litmoe.cli import UserError, command, quoted
 from litmoe.data import instructions, tokenizers
-from litmoe.data.manifest import tokenizer_fingerprint
-from litmoe.data.token_folder import checked_manifest
+from litmoe.data.manifest import checked_manifest, tokenizer_fingerprint
 
 
 def test_a_printed_command_can_be_pasted() -> None:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from litmoe.cli import UserError, command, quoted
 from litmoe.data import manifest
-from litmoe.data.manifest import Manifest
-from litmoe.data.token_folder import checked_manifest
+from litmoe.data.manifest import Manifest, checked_manifest
 
 if TYPE_CHECKING:
     import wandb

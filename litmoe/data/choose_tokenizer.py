@@ -1,59 +1,125 @@
-"""Choose the tokenizer of a preparation by its flags, train it on the corpus, and check the fast encoder on it."""
+"""Choose the tokenizer of a preparation by its flags, and train one on the corpus."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litmoe.cli import UserError
 from litmoe.data import manifest, tokenizers
 from litmoe.data.corpora import Corpus
-from litmoe.data.documents import END_OF_TEXT, Batch, Rules, Unit, read_unit
-from litmoe.data.files import COMPRESSED_TO_TEXT, is_compressed, is_remote
-from litmoe.data.manifest import FileRecord
-from litmoe.data.prepare_args import PrepareArgs
+from litmoe.data.documents import Batch, Rules, Unit, read_unit
+from litmoe.data.files import is_remote
+from litmoe.data.manifest import FileRecord, Settings
 from litmoe.data.tokenizers import TokenizerFiles
 
+if TYPE_CHECKING:
+    from litmoe.data.prepare import PrepareArgs
+
+TRAIN = "train"
+"""The value of ``--tokenizer`` that trains one on the text."""
+# The built-in stories use few words: 4 MB give nearly the same tokens as all of them, in a quarter of the time.
+STORY_BYTES = 4 << 20
 PROOF_DOCUMENTS = 64
 PROOF_CHARACTERS = 1 << 16
 
 
-def tokenizer_to_install(args: PrepareArgs, training_text: tuple[FileRecord, ...]) -> str | None:
-    """Return the tokenizer to put into ``tokenizer_dir``, None if the right one is there.
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """The tokenizer that a preparation uses."""
+
+    name: str | None
+    """A Hub name, a folder or ``TRAIN``, to be put into ``tokenizer_dir``; None: the right one is there."""
+    files: TokenizerFiles | None
+    """What to put there; None if the right one is there, or it will be trained."""
+    sha256: str | None
+    """Its fingerprint; None if it will be trained."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What is stored in the folder of the tokenizer."""
+        name = str(self.name)
+        # The name of a folder without its path: token folders are shared.
+        return {"name": Path(name).resolve().name if Path(name).is_dir() else name}
+
+
+def choose_tokenizer(args: "PrepareArgs", text: tuple[FileRecord, ...], settings: Settings | None) -> TokenizerChoice:
+    """Return the tokenizer for the flags, downloaded if it must be.
 
     Args:
         args: the flags.
-        training_text: the files that a trained tokenizer depends on.
+        text: the training files, and
+        settings: how they are read: what a trained tokenizer depends on. None: not known yet.
+
+    Raises:
+        UserError: the tokenizer does not exist, is broken, or would replace another one.
     """
+    name = _name_to_install(args, text, settings)
+    if name is None:
+        return TokenizerChoice(None, None, tokenizers.load(args.tokenizer_dir).sha256)
+    files = None
+    if name != TRAIN:
+        files = tokenizers.from_folder(Path(name)) if Path(name).is_dir() else tokenizers.from_hub(name)
+    exists = (args.tokenizer_dir / "tokenizer.json").is_file()
+    if exists and not args.overwrite and not _may_replace(args, name, files):
+        existing = tokenizers.origin(args.tokenizer_dir).get("name", "of unknown origin")
+        what = "a newly trained one" if name == TRAIN else name
+        raise UserError(
+            f"{args.tokenizer_dir} already contains another tokenizer ({existing}), which {what} would replace. Choose "
+            "another --tokenizer_dir, leave out --tokenizer to use the existing one, or replace it with --overwrite."
+        )
+    return TokenizerChoice(name, files, files.sha256 if files else None)
+
+
+def _name_to_install(args: "PrepareArgs", text: tuple[FileRecord, ...], settings: Settings | None) -> str | None:
+    """Return the tokenizer to put into ``tokenizer_dir``, None if the right one is there."""
+    wanted = args.tokenizer
     if not (args.tokenizer_dir / "tokenizer.json").is_file():
-        return args.tokenizer or tokenizers.DEFAULT
-    if args.tokenizer is None:
+        return wanted or tokenizers.DEFAULT
+    if wanted is None:
         # A tokenizer.json from elsewhere may not say which tokens begin and end a text: complete it.
         return None if tokenizers.is_complete(args.tokenizer_dir) else str(args.tokenizer_dir)
     if args.overwrite:
-        return args.tokenizer
+        return wanted
     origin = tokenizers.origin(args.tokenizer_dir)
-    if args.tokenizer == "train":
-        is_right = origin == train_origin(args, training_text)
-    elif Path(args.tokenizer).is_dir():
-        wanted = tokenizers.from_folder(Path(args.tokenizer)).sha256
-        is_right = wanted == manifest.tokenizer_fingerprint(args.tokenizer_dir)
+    if wanted == TRAIN:
+        is_right = settings is not None and origin == train_origin(args, text, settings)
+    elif Path(wanted).is_dir():
+        is_right = tokenizers.from_folder(Path(wanted)).sha256 == manifest.tokenizer_fingerprint(args.tokenizer_dir)
     else:
         # The Hub is not asked again for a tokenizer with this name.
-        is_right = origin.get("name") == args.tokenizer
-    return None if is_right else args.tokenizer
+        is_right = origin.get("name") == wanted
+    return None if is_right else wanted
 
 
-def train_origin(args: PrepareArgs, training_text: tuple[FileRecord, ...]) -> dict[str, Any]:
+def _may_replace(args: "PrepareArgs", name: str, files: TokenizerFiles | None) -> bool:
+    """Return whether the existing tokenizer is the same one, or was trained on an earlier state of the same text."""
+    if files is None:
+        # A tokenizer trained on the text of another folder may be in use by other data and models.
+        existing = tokenizers.origin(args.tokenizer_dir)
+        own_folder = _relative(args.tokenizer_dir, args.data_dir)
+        return existing.get("name") == TRAIN and existing.get("data_dir") == own_folder
+    if Path(name) == args.tokenizer_dir:
+        return True
+    with suppress(UserError):
+        return manifest.tokenizer_fingerprint(args.tokenizer_dir) == files.sha256
+    return False
+
+
+# --- training ---
+
+
+def train_origin(args: "PrepareArgs", text: tuple[FileRecord, ...], settings: Settings) -> dict[str, Any]:
     """Return everything that a trained tokenizer depends on; it is stored in the tokenizer's folder."""
     return {
-        "name": "train",
+        "name": TRAIN,
         "vocab_size": args.vocab_size or tokenizers.DEFAULT_VOCAB_SIZE,
         "data_dir": _relative(args.tokenizer_dir, args.data_dir),
-        "text": manifest.text_fingerprint(training_text),
+        "text": manifest.text_fingerprint(text),
+        "settings": asdict(settings),
     }
 
 
@@ -65,111 +131,76 @@ def _relative(folder: Path, other: Path) -> str:
         return other.name
 
 
-def load_tokenizer(args: PrepareArgs, name: str | None) -> TokenizerFiles | None:
-    """Load the tokenizer to install; None if it will be trained, or is in its place.
-
-    Raises:
-        UserError: it does not exist, or would replace another one.
-    """
-    if name is None:
-        # Raises an error if the existing one is broken.
-        tokenizers.load(args.tokenizer_dir)
-        return None
-    files = None
-    if name != "train":
-        files = tokenizers.from_folder(Path(name)) if Path(name).is_dir() else tokenizers.from_hub(name)
-    exists = (args.tokenizer_dir / "tokenizer.json").is_file()
-    if exists and not args.overwrite and not _may_replace(args, name, files):
-        existing = tokenizers.origin(args.tokenizer_dir).get("name", "of unknown origin")
-        what = "a newly trained one" if name == "train" else name
-        raise UserError(
-            f"{args.tokenizer_dir} already contains another tokenizer ({existing}), which {what} would replace. Choose "
-            "another --tokenizer_dir, leave out --tokenizer to use the existing one, or replace it with --overwrite."
-        )
-    return files
-
-
-def _may_replace(args: PrepareArgs, name: str, files: TokenizerFiles | None) -> bool:
-    """Return whether the existing tokenizer is the same one, or was trained on an earlier state of the same text."""
-    if files is None:
-        # A tokenizer trained on the text of another folder may be in use by other data and models.
-        existing = tokenizers.origin(args.tokenizer_dir)
-        own_folder = _relative(args.tokenizer_dir, args.data_dir)
-        return existing.get("name") == "train" and existing.get("data_dir") == own_folder
-    if Path(name) == args.tokenizer_dir:
-        return True
-    with suppress(UserError):
-        return manifest.tokenizer_fingerprint(args.tokenizer_dir) == files.sha256
-    return False
-
-
-# --- text of the corpus ---
-
-
-def train_tokenizer(corpus: Corpus, folder: Path, origin: dict[str, Any]) -> TokenizerFiles:
-    """Train a tokenizer on a corpus.
-
-    Args:
-        corpus: the text.
-        folder: may contain the tokenizer already, from an interrupted call.
-        origin: ``train_origin``.
-    """
-    if tokenizers.origin(folder) == origin:
-        return tokenizers.from_folder(folder)
-    wanted = origin["vocab_size"]
-    print(f"Training a tokenizer of {wanted:,} tokens on the training text")
-    files = tokenizers.train(_training_sample(corpus), wanted)
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> TokenizerFiles:
+    """Train a tokenizer on a corpus."""
+    print(f"Training a tokenizer of {vocab_size:,} tokens on the training text")
+    files = tokenizers.train(_training_sample(corpus), vocab_size)
     size = len(files.tokenizer["model"]["vocab"])
-    if size < wanted:
+    if size < vocab_size:
         print(f"  This text gives no more than {size:,} tokens.")
     return files
 
 
 def _training_sample(corpus: Corpus) -> Iterator[str]:
-    """Yield about ``TRAINING_BYTES`` of training text, from everywhere in local text, or the beginning of a stream."""
-    # Reading all of a stream only for a tokenizer would take as long as tokenizing it.
-    is_stream = any(is_remote(file) for file in corpus.files["train"])
-    stored = 0
-    for record in corpus.records["train"]:
-        stored += record.bytes * (COMPRESSED_TO_TEXT if is_compressed(record.path) else 1)
-    every = 1 if is_stream else max(1, -(-stored // tokenizers.TRAINING_BYTES))
-    # Few documents may all be validation text. Then the beginnings of the documents are used, as in the tokens.
-    for cut in (False, True):
-        size = 0
-        for text in _every_block(corpus, replace(corpus.rules, cut=cut), every):
-            yield text
-            size += len(text)
-            if is_stream and size >= tokenizers.TRAINING_BYTES:
-                return
-        if size:
+    """Yield the text to train on."""
+    is_empty = True
+    for text in _sample(corpus, corpus.rules):
+        is_empty = False
+        yield text
+    if is_empty:
+        # Few documents may all be validation text. Then the beginning of each is training text, as in the tokens.
+        yield from _sample(corpus, replace(corpus.rules, cut=True))
+
+
+def _sample(corpus: Corpus, rules: Rules) -> Iterator[str]:
+    """Return documents from everywhere in the user's files, or the first ones of a stream or of the stories."""
+    documents = _train_documents(corpus.unit_groups()[-1], rules, corpus.settings.max_documents)
+    if corpus.generate is not None:
+        return _first(documents, STORY_BYTES)
+    if any(is_remote(file) for file in corpus.files["train"]):
+        # Reading all of a stream only for a tokenizer would take as long as tokenizing it.
+        return _first(documents, tokenizers.TRAINING_BYTES)
+    # One block of so many: rounded up, so that no more than the limit is taken.
+    every = max(1, -(-corpus.training_bytes // tokenizers.TRAINING_BYTES))
+    return _every_block(documents, every)
+
+
+def _first(texts: Iterator[str], limit: int) -> Iterator[str]:
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text)
+        if size >= limit:
             return
 
 
-def _every_block(corpus: Corpus, rules: Rules, every: int) -> Iterator[str]:
-    """Yield the training documents of the first of every ``every`` blocks of about 1 MB."""
-    block = 0
-    for unit in corpus.unit_groups(["train"])[0]:
-        size = 0
-        for text in _train_documents(unit, rules, corpus.settings.max_documents):
-            if block % every == 0:
-                yield text
-            size += len(text.encode())
-            if size >= tokenizers.BLOCK_BYTES - 1:
-                block, size = block + 1, 0
-            else:
-                size += len(f"\n{END_OF_TEXT}\n")
-        block += size > 0
+def _every_block(texts: Iterator[str], every: int) -> Iterator[str]:
+    """Yield the texts of the first of every ``every`` blocks of about 1 MB."""
+    block = size = 0
+    for text in texts:
+        if block % every == 0:
+            yield text
+        size += len(text)
+        if size >= tokenizers.BLOCK_BYTES:
+            block, size = block + 1, 0
 
 
-def _train_documents(unit: Unit, rules: Rules, limit: int | None) -> Iterator[str]:
-    for item in read_unit(unit, replace(rules, divide_long=False), set(), limit):
-        if isinstance(item, Batch) and item.split == "train":
-            yield from item.texts
+def _train_documents(units: Iterable[Unit], rules: Rules, limit: int | None) -> Iterator[str]:
+    left = limit
+    for unit in units:
+        for item in read_unit(unit, rules, set(), left):
+            if isinstance(item, Batch):
+                yield from item.texts if item.split == "train" else []
+            elif left is not None:
+                left -= item.counts.read
+        # Asking for the next unit would open the next file.
+        if left == 0:
+            return
 
 
-def proof_documents(corpus: Corpus, rules: Rules) -> list[str]:
-    """Return some documents of the first, the middle and the last file, to compare the encoders on them."""
-    if corpus.settings.max_documents is not None:
+def proof_documents(corpus: Corpus) -> list[str]:
+    """Return some documents of the first, the middle and the last file, to compare two encoders on them."""
+    if corpus.generate is not None or corpus.settings.max_documents is not None:
         # Later files may never be opened otherwise.
         units = [next(corpus.unit_groups()[-1])]
     else:
@@ -178,5 +209,5 @@ def proof_documents(corpus: Corpus, rules: Rules) -> list[str]:
         units = [Unit(0, "train", (files[number],), 0, range(1)) for number in chosen]
     sample: list[str] = []
     for unit in units:
-        sample += islice(_train_documents(unit, rules, PROOF_DOCUMENTS), PROOF_DOCUMENTS)
+        sample += islice(_train_documents([unit], corpus.rules, PROOF_DOCUMENTS), PROOF_DOCUMENTS)
     return [text[:PROOF_CHARACTERS] for text in sample]

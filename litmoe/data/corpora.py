@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from litmoe.cli import UserError, nearest, quoted
 from litmoe.data import manifest
-from litmoe.data.documents import SPLITS, Rules, Unit
+from litmoe.data.documents import Rules, Unit
 from litmoe.data.files import (
+    COMPRESSED_TO_TEXT,
     HUB,
     READABLE,
     Location,
@@ -35,6 +36,10 @@ from litmoe.data.tokenizers import OFFLINE_WAYS
 
 SAMPLE_BYTES = 20 << 20
 DEFAULT_VAL_FRACTION = 0.1
+FILES = "files"
+"""Name of the corpus of ``--source PATH``."""
+TEXT = "text"
+"""Name of the corpus that the user put into DATA_DIR/train and DATA_DIR/val."""
 # Small files, and small row groups of a .parquet, are joined to units of this size.
 UNIT_BYTES = 16 << 20
 VALIDATION_FOLDERS = ("val", "validation", "valid", "dev")
@@ -55,9 +60,9 @@ class Corpus:
     """Text that was found: its files, and how they become documents."""
 
     name: str
-    """Name of a corpus, ``files`` for ``--source PATH``, ``text`` for text in place."""
+    """Name of a corpus, ``FILES`` for ``--source PATH``, ``TEXT`` for text in place."""
     location: str
-    """Path, or dataset and revision; empty for text in place."""
+    """Name of the file or folder, or dataset and revision; empty for text in place."""
     files: dict[str, list[Location]]
     """``train``, and ``val`` if the corpus has its own validation text."""
     records: dict[str, tuple[FileRecord, ...]]
@@ -68,10 +73,15 @@ class Corpus:
     articles: bool = False
     revision: str | None = None
     """Given to ``HubDataset.open``, finds the same files again."""
-    written_here: bool = False
-    """The text files were written by this project."""
     generate: Callable[[], Iterator[str]] | None = None
     """Source of generated documents, in place of files."""
+    notes: tuple[str, ...] = ()
+    """Sentences about files that are left out, or become validation text by their name."""
+
+    @property
+    def all_records(self) -> list[FileRecord]:
+        """The files of both splits."""
+        return [record for records in self.records.values() for record in records]
 
     @property
     def rules(self) -> Rules:
@@ -81,56 +91,65 @@ class Corpus:
             text_column=self.settings.text_column or self.column,
             val_fraction=None if "val" in self.files else self.settings.val_fraction,
             skip_broken=self.settings.skip_broken,
-            # Text that the user has put in place is tokenized unchanged.
-            # Only here can a document be in both splits; text written by this project has none left.
-            drop_duplicates="val" in self.files and self.name != "text" and not self.written_here,
-            keep_line_ends=self.written_here,
+            # Text that the user has put in place is tokenized unchanged. Without validation files the hash of a
+            # document decides its split, so its copies are in the same one.
+            drop_duplicates="val" in self.files and self.name != TEXT,
             articles=self.articles,
         )
+
+    @property
+    def training_bytes(self) -> int:
+        """About the bytes of its training text, decompressed."""
+        factors = [COMPRESSED_TO_TEXT if is_compressed(record.path) else 1 for record in self.records["train"]]
+        return sum(f * record.bytes for f, record in zip(factors, self.records["train"], strict=True))
 
     def records_of(self, split: str) -> tuple[FileRecord, ...]:
         """Return the files that a split is made from. Without validation text, both splits come from train."""
         return self.records.get(split, self.records["train"])
 
-    def unit_groups(self, splits: Iterable[str] = SPLITS) -> list[Iterator[Unit]]:
-        """Return the units of each split with files, validation first."""
+    def unit_groups(self) -> list[Iterator[Unit]]:
+        """Return the units of the validation files, if there are any, and those of the training files."""
         numbers = count()
         if self.generate is not None:
             return [iter([Unit(next(numbers), None, (), SAMPLE_BYTES, generate=self.generate)])]
-        # Without validation text both splits come from the same files.
-        wanted = [
-            split for split in ("val", "train") if split in self.files and (split in splits or "val" not in self.files)
-        ]
-        return [self._units(split, numbers) for split in wanted]
+        # Validation comes first: its documents are dropped from the training text.
+        return [self._units(split, numbers) for split in ("val", "train") if split in self.files]
 
     def _units(self, split: str, numbers: Iterator[int]) -> Iterator[Unit]:
-        """Yield the units of a split. A .parquet is opened only when its first unit is asked for."""
+        """Yield the units of a split in the order of its files."""
         unit_split = split if "val" in self.files else None
+        for files, size in self._file_groups(split):
+            if suffix(files[0]) != ".parquet" or self.articles:
+                yield Unit(next(numbers), unit_split, files, size)
+                continue
+            # A .parquet is opened only when its first unit is asked for.
+            for groups, share in _row_group_ranges(files[0]):
+                yield Unit(next(numbers), unit_split, files, round(size * share), groups)
+
+    def _file_groups(self, split: str) -> Iterator[tuple[tuple[Location, ...], int]]:
+        """Yield the files that are read together, with their bytes: a large file or .parquet alone, small ones joined.
+
+        Many small files would be many small units, each with part files of its own.
+        """
         sizes = [record.bytes for record in self.records[split]]
         if self.articles:
             # Articles continue across files.
-            yield Unit(next(numbers), unit_split, tuple(self.files[split]), sum(sizes))
+            yield tuple(self.files[split]), sum(sizes)
             return
-        # Many small files would be many small units, each with files of its own.
-        small: list[Location] = []
-        small_size = 0
+        group: list[Location] = []
+        group_size = 0
         for file, size in zip(self.files[split], sizes, strict=True):
-            if suffix(file) != ".parquet" and size < UNIT_BYTES:
-                small.append(file)
-                small_size += size
-                if small_size < UNIT_BYTES:
-                    continue
-            if small:
-                yield Unit(next(numbers), unit_split, tuple(small), small_size)
-                small, small_size = [], 0
-            # Units follow the order of the files, so large files end the group of small ones.
-            if suffix(file) == ".parquet":
-                for groups, share in _row_group_ranges(file):
-                    yield Unit(next(numbers), unit_split, (file,), round(size * share), groups)
-            elif size >= UNIT_BYTES:
-                yield Unit(next(numbers), unit_split, (file,), size)
-        if small:
-            yield Unit(next(numbers), unit_split, tuple(small), small_size)
+            is_alone = size >= UNIT_BYTES or suffix(file) == ".parquet"
+            if group and (is_alone or group_size >= UNIT_BYTES):
+                yield tuple(group), group_size
+                group, group_size = [], 0
+            if is_alone:
+                yield (file,), size
+            else:
+                group.append(file)
+                group_size += size
+        if group:
+            yield tuple(group), group_size
 
 
 def _row_group_ranges(location: Location) -> Iterator[tuple[range, float]]:
@@ -199,33 +218,39 @@ class HubDataset:
             UserError: without a network, or for a dataset that does not exist or cannot be read.
         """
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        sha = None
         if Path(self.path).is_dir():
-            found = self._find_files(None)
-            if found is None:
-                raise UserError(
-                    f"{self.path} is a local folder without .parquet or plain .jsonl files, the only ones that hf: "
-                    f"reads. Name the folder without hf: {self.flag} {quoted(self.path)}"
-                )
+            found, sha, location = self._find_in_folder(), None, Path(self.path).name
         else:
-            sha = self._commit(revision)
-            # A pinned revision of the Hub's conversion contains parquet files in the conversion's own layout.
-            found = None if (revision or "").startswith(PARQUET_BRANCH) else self._find_files(sha)
-            if found is None:
-                if not (revision or "").startswith(PARQUET_BRANCH):
-                    sha = self._commit(PARQUET_BRANCH)
-                    revision = f"{PARQUET_BRANCH}@{sha}"
-                with connection_errors(f"{HUB}datasets/{self.path}"):
-                    found = self._find_converted_files(sha)
-            else:
-                revision = sha
+            found, sha, revision = self._find_on_hub(revision)
+            location = f"{self.path}@{sha}"
         files = self._splits(found)
         with connection_errors(f"{HUB}datasets/{self.path}" if sha else Path(self.path)):
             records = {split: self._records(paths, sha) for split, paths in files.items()}
-        location = f"{self.path}@{sha}" if sha else Path(self.path).name
         if "val" in files:
             settings = replace(settings, val_fraction=None)
         return Corpus(self.name, location, files, records, settings, self.column, self.articles, revision)
+
+    def _find_in_folder(self) -> dict[str, list[Location]]:
+        found = self._find_files(None)
+        if found is None:
+            raise UserError(
+                f"{self.path} is a local folder without .parquet or plain .jsonl files, the only ones that hf: "
+                f"reads. Name the folder without hf: {self.flag} {quoted(self.path)}"
+            )
+        return found
+
+    def _find_on_hub(self, revision: str | None) -> tuple[dict[str, list[Location]], str, str]:
+        """Return the files of each split, their commit, and the revision that finds them again."""
+        if revision is None or not revision.startswith(PARQUET_BRANCH):
+            sha = self._commit(revision)
+            found = self._find_files(sha)
+            if found is not None:
+                return found, sha, sha
+            revision = PARQUET_BRANCH
+        # A dataset with a loading script or in another format: the Hub has converted it to parquet.
+        sha = self._commit(revision)
+        with connection_errors(f"{HUB}datasets/{self.path}"):
+            return self._find_converted_files(sha), sha, f"{PARQUET_BRANCH}@{sha}"
 
     def _commit(self, revision: str | None) -> str:
         """Return the commit of a branch, or check a commit of an earlier call; None is the main branch."""
@@ -265,28 +290,31 @@ class HubDataset:
         The datasets library knows these conventions. It takes 0.9 s to import, so only this method imports it.
         """
         import datasets
+        from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
         datasets.disable_progress_bars()
-        missing = (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError)
         try:
-            config = datasets.load_dataset_builder(self.path, self.config, revision=sha).config
-        except (RuntimeError, *missing):
+            data_files = datasets.load_dataset_builder(self.path, self.config, revision=sha).config.data_files or {}
+        except (RuntimeError, DatasetNotFoundError, DataFilesNotFoundError):
             # RuntimeError: a loading script, which the library no longer runs.
             return None
-        except ValueError as error:
-            # The message of a missing config contains the list of configs.
-            configs = re.search(r"\[.*?\]", str(error))
-            if configs and "onfig" in str(error):
-                raise self._wrong_config(configs.group()) from None
-            raise UserError(f"{self.path} cannot be read ({in_short(error)}).") from None
         except Exception as error:
-            raise UserError(f"{self.path} is not available ({in_short(error)}).\n{OFFLINE_WAYS}") from None
+            raise self._load_error(error) from None
         files: dict[str, list[Location]] = {}
-        for split, names in (config.data_files or {}).items():
-            files[str(split)] = [_as_location(str(name)) for name in names]
+        for split, names in data_files.items():
+            files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
         every = [file for names in files.values() for file in names]
         readable = all(suffix(file) in (".parquet", ".jsonl") and not is_compressed(file) for file in every)
         return files if every and readable else None
+
+    def _load_error(self, error: Exception) -> UserError:
+        # The message of a missing config contains the list of configs.
+        configs = re.search(r"\[.*?\]", str(error))
+        if isinstance(error, ValueError) and configs and "onfig" in str(error):
+            return self._wrong_config(configs.group())
+        if isinstance(error, ValueError):
+            return UserError(f"{self.path} cannot be read ({in_short(error)}).")
+        return UserError(f"{self.path} is not available ({in_short(error)}).\n{OFFLINE_WAYS}")
 
     def _wrong_config(self, configs: str) -> UserError:
         problem = f"but no {self.config!r}" if self.config else "and none is named"
@@ -352,10 +380,6 @@ class HubDataset:
         )
 
 
-def _as_location(name: str) -> Location:
-    return name if is_remote(name) else Path(name)
-
-
 CORPORA: dict[str, Stories | HubDataset] = {
     "sample": Stories("20 MB of short children's stories, generated without a network"),
     "tinystories": HubDataset("2.1 million short stories, 1.9 GB (Eldan & Li 2023)", "roneneldan/TinyStories"),
@@ -413,8 +437,13 @@ def is_hub(source: str) -> bool:
     return source.startswith("hf:") or isinstance(CORPORA.get(source), HubDataset)
 
 
-def open_local(source: str, settings: Settings) -> Corpus:
+def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()) -> Corpus:
     """Open the built-in corpus or the user's own files.
+
+    Args:
+        source: a name in ``CORPORA``, or a path.
+        settings: how the text is read.
+        known: records of files; those that did not change are not read again for their checksum.
 
     Raises:
         UserError: there is no readable text.
@@ -425,11 +454,40 @@ def open_local(source: str, settings: Settings) -> Corpus:
     assert isinstance(found, Path), "Hub corpora are opened by HubDataset.open"
     files = source_files(found)
     base = found.parent if found.is_file() else found
-    records = {split: tuple(manifest.record(path, base) for path in paths) for split, paths in files.items()}
-    if "val" in files:
-        settings = replace(settings, val_fraction=None)
-    locations: dict[str, list[Location]] = {split: list(paths) for split, paths in files.items()}
-    return Corpus("files", str(found.resolve()), locations, records, settings)
+    # Only the name of the path is stored: token folders are shared.
+    corpus = _open_files(FILES, found.resolve().name, files, base, settings, known)
+    return replace(corpus, notes=files.notes(base))
+
+
+def open_text(data_dir: Path, settings: Settings, known: Iterable[FileRecord] = ()) -> Corpus:
+    """Open the text in DATA_DIR/train and DATA_DIR/val; the arguments are those of ``open_local``.
+
+    Raises:
+        UserError: there is no training text.
+    """
+    train, val = text_files(data_dir / "train"), text_files(data_dir / "val")
+    if not train:
+        raise UserError(
+            f"{data_dir / 'val'} contains text and {data_dir / 'train'} none; put the training text there, or name a "
+            "--source."
+        )
+    unread = unread_files(data_dir / "train") + unread_files(data_dir / "val")
+    corpus = _open_files(TEXT, "", SourceFiles(train, val), data_dir, settings, known)
+    return replace(corpus, notes=SourceFiles([], unread=unread).notes(data_dir))
+
+
+def _open_files(
+    name: str, location: str, files: "SourceFiles", base: Path, settings: Settings, known: Iterable[FileRecord]
+) -> Corpus:
+    paths = {"train": files.train, "val": files.val} if files.val else {"train": files.train}
+    known = list(known)
+    return Corpus(
+        name,
+        location,
+        files={split: list(some) for split, some in paths.items()},
+        records={split: manifest.refresh(some, base, known) for split, some in paths.items()},
+        settings=replace(settings, val_fraction=None) if files.val else settings,
+    )
 
 
 # --- the user's own files ---
@@ -439,33 +497,24 @@ class SourceFiles(NamedTuple):
     """The files of a user's folder, sorted by their names."""
 
     train: list[Path]
-    val: list[Path]
-    test: list[Path]
+    val: list[Path] = []  # noqa: RUF012 - a tuple's default is never changed
+    test: list[Path] = []  # noqa: RUF012
     """Left out."""
-    unnamed: list[Path]
+    unnamed: list[Path] = []  # noqa: RUF012
     """Left out, since other files are named train."""
-    unread: list[Path]
+    unread: list[Path] = []  # noqa: RUF012
     """Files of formats that are not read."""
 
-    def report(self, folder: Path) -> str:
-        """Return a line for each group of files that is not training text; empty without such files."""
-        lines = []
-        if self.val:
-            lines.append(f"Validation text, by name: {_listed(folder, self.val)}")
-        if self.test:
-            lines.append(f"Left out as test text, by name: {_listed(folder, self.test)}")
-        if self.unnamed:
-            lines.append(f"Left out, named neither train nor validation: {_listed(folder, self.unnamed)}")
-        if self.unread:
-            lines.append(not_read(folder, self.unread))
-        return "\n".join(lines)
-
-
-def not_read(folder: Path, paths: list[Path]) -> str:
-    """Return a line that counts and names the files below ``folder`` that are left out because of their format."""
-    if not paths:
-        return ""
-    return f"Not read: {len(paths):,} file{'s' if len(paths) > 1 else ''} ({kinds(paths)}): {_listed(folder, paths)}"
+    def notes(self, folder: Path) -> tuple[str, ...]:
+        """Return a sentence for each group of files that is not training text."""
+        number = f"{len(self.unread):,} file{'s' if len(self.unread) > 1 else ''}"
+        groups = {
+            "Validation text, by name": self.val,
+            "Left out as test text, by name": self.test,
+            "Left out, named neither train nor validation": self.unnamed,
+            f"Not read: {number} ({kinds(self.unread)})": self.unread,
+        }
+        return tuple(f"{what}: {_listed(folder, paths)}" for what, paths in groups.items() if paths)
 
 
 def _listed(folder: Path, paths: list[Path]) -> str:
@@ -529,22 +578,21 @@ def sort_files(folder: Path) -> SourceFiles:
         )
     test_folder = any("test" in map(split_name, path.relative_to(folder).parts[:-1]) for path in files)
     if "val" not in by_name and not {"train", "test"} <= set(by_name) and not test_folder:
-        return SourceFiles(files, [], [], [], unread)
+        return SourceFiles(files, unread=unread)
     unnamed = by_name.get(None, [])
     train = by_name.get("train", unnamed)
     left_out = unnamed if "train" in by_name else []
     return SourceFiles(train, by_name.get("val", []), by_name.get("test", []), left_out, unread)
 
 
-def source_files(path: Path) -> dict[str, list[Path]]:
-    """Return the user's files by split: ``train``, and ``val`` if names say so (``sort_files``).
+def source_files(path: Path) -> SourceFiles:
+    """Return the user's files by split.
 
     Raises:
         UserError: there is no file to read.
     """
-    if path.is_file():
-        if not is_readable(path):
-            raise UserError(f"--source {path}: a {path.suffix or 'nameless'} file; expected {READABLE}.")
-        return {"train": [path]}
-    found = sort_files(path)
-    return {"train": found.train, "val": found.val} if found.val else {"train": found.train}
+    if path.is_dir():
+        return sort_files(path)
+    if not is_readable(path):
+        raise UserError(f"--source {path}: a {path.suffix or 'nameless'} file; expected {READABLE}.")
+    return SourceFiles([path])

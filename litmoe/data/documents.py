@@ -30,18 +30,14 @@ from litmoe.data.files import (
     suffix,
     undecoded,
 )
+from litmoe.data.manifest import SPLITS
 
 END_OF_TEXT = "<|endoftext|>"
-SPLITS = ("train", "val")
 BATCH_CHARACTERS = 1 << 20
-# A longer document is encoded in several pieces, so that all threads work on it.
-LONG_DOCUMENT = 4 << 20
 # The beginning of a document decides its split. 64 KiB are enough to tell documents apart.
 HASHED_BYTES = 1 << 16
 # WikiText: ` = Title = ` begins an article, ` = = Section = = ` does not.
 ARTICLE_HEADING = re.compile(r" = (?!= )(?:.*[^=] )?= \s*")
-# Byte-level tokenizers always divide here: after a single line end, and before a single space between two letters.
-SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
 
 
 @dataclass(frozen=True)
@@ -58,12 +54,8 @@ class Rules:
     """Leave out rows that cannot be read, and count them."""
     drop_duplicates: bool = False
     """Leave training documents out that also occur in the validation text."""
-    keep_line_ends: bool = False
-    """The text files were written by this project, and their line ends are part of the documents."""
     articles: bool = False
     """Rows are lines of WikiText articles."""
-    divide_long: bool = True
-    """The tokenizer gives the same tokens if a long document is divided at ``SAFE_CUT``."""
     cut: bool = False
     """Split each document instead of the corpus: its end becomes validation text."""
 
@@ -111,15 +103,11 @@ class Counts:
 
 
 class Batch(NamedTuple):
-    """Consecutive documents of one split, or one piece of a long document."""
+    """Consecutive documents of one split."""
 
     unit: Unit
     split: str
     texts: list[str]
-    begins: bool = True
-    """False for the later pieces of a long document."""
-    ends: bool = True
-    """False for all pieces of a long document but the last one."""
 
 
 class UnitEnd(NamedTuple):
@@ -159,7 +147,7 @@ def read_unit(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None 
             texts[split].append(document)
             sizes[split] += len(document)
             if sizes[split] >= BATCH_CHARACTERS:
-                yield from _as_batches(unit, split, texts[split], rules.divide_long)
+                yield Batch(unit, split, texts[split])
                 texts[split], sizes[split] = [], 0
         # Checked after the document, so that nothing after the last one is read.
         if counts.read == limit:
@@ -194,30 +182,6 @@ def _split_document(
     return [("train", head), ("val", tail)] if tail else [("train", head)]
 
 
-def _as_batches(unit: Unit, split: str, texts: list[str], divide_long: bool) -> Iterator[Batch]:
-    """Yield one batch; if its last document is long, that one follows in pieces."""
-    if not divide_long or len(texts[-1]) <= LONG_DOCUMENT:
-        yield Batch(unit, split, texts)
-        return
-    if texts[:-1]:
-        yield Batch(unit, split, texts[:-1])
-    pieces = divide(texts[-1])
-    for number, piece in enumerate(pieces):
-        yield Batch(unit, split, [piece], begins=number == 0, ends=number == len(pieces) - 1)
-
-
-def divide(text: str) -> list[str]:
-    """Divide a long text into pieces of about ``BATCH_CHARACTERS`` where every byte-level tokenizer divides it."""
-    pieces = []
-    start = 0
-    while start < len(text):
-        cut = SAFE_CUT.search(text, start + BATCH_CHARACTERS)
-        end = cut.end() if cut else len(text)
-        pieces.append(text[start:end])
-        start = end
-    return pieces
-
-
 # --- from files to texts ---
 
 
@@ -238,8 +202,8 @@ def _texts(unit: Unit, rules: Rules, counts: Counts) -> Iterator[str]:
 
 
 def _text_file_documents(location: Location, rules: Rules) -> Iterator[str]:
-    # None turns all line ends into "\n".
-    with open_text(location, newline="\n" if rules.keep_line_ends else None) as file:
+    # newline=None turns all line ends into "\n".
+    with open_text(location, newline=None) as file:
         for document in _divided(file, rules.separator):
             # Checked per document instead of per line, because there are many more lines.
             if undecoded(document):

@@ -19,7 +19,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -256,7 +255,7 @@ def _json_lines(location: Location) -> Iterator[tuple[str, Any]]:
         yield from _decode_lines(file)
 
 
-def _decode_lines(lines: Iterator[str] | TextIO) -> Iterator[tuple[str, Any]]:
+def _decode_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         # Concatenated files have byte order marks in the middle.
         line = line.lstrip("\ufeff").strip()
@@ -280,15 +279,14 @@ def _decode_line(line: str) -> Any:
 
 def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
     with open_text(location) as file:
-        # A .json may also hold a row on each line: then it is not read into memory at once.
-        first_lines = list(islice(file, 20))
-        if _are_json_lines(first_lines):
-            yield from _decode_lines(chain(first_lines, file))
-            return
-        text = "".join(first_lines) + file.read()
+        text = file.read().removeprefix("\ufeff")
     try:
-        content = json.loads(text.removeprefix("\ufeff"))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            # More than one value: the file holds a row on each line.
+            yield from _decode_lines(text.split("\n"))
+            return
         raise UserError(
             f"{location}, line {error.lineno}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); "
             "expected a list of rows, or one row on each line (`jq -c . OLD > NEW` writes it like that)."
@@ -300,25 +298,6 @@ def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows, 1):
         problem = undecoded(json.dumps(row, ensure_ascii=False)) if has_bad_bytes else None
         yield f"row {number}", BadRow(problem) if problem else row
-
-
-def _are_json_lines(lines: list[str]) -> bool:
-    """Return whether each line holds a row, judged by the first lines of a file; some of them may be broken."""
-    lines = [line for line in lines if line.strip()]
-    # A list in one line is a list of rows, not one row.
-    if not lines or (len(lines) == 1 and lines[0].lstrip("\ufeff \t").startswith("[")):
-        return False
-    return 2 * sum(map(_is_json_row, lines)) >= len(lines)
-
-
-def _is_json_row(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line.lstrip("\ufeff")), dict | list)
-    except json.JSONDecodeError:
-        return False
-    except (ValueError, RecursionError):
-        # Well-formed, but with a number or a nesting that Python cannot read.
-        return line.lstrip().startswith(("{", "["))
 
 
 def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:

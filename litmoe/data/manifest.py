@@ -1,9 +1,7 @@
-"""The metadata of a data folder: what its tokens and its text were made from, and checksums of them.
+"""The metadata of a data folder, ``tokens/manifest.json``: what the tokens were made from, and their checksums.
 
-- ``tokens/manifest.json`` describes the tokens. It is written last: without it the tokens are not complete.
-- ``source.json`` says where the text in train/ and val/ was taken from, if this project wrote it.
-
-Both contain a checksum of themselves. The files of version 0.1.0 can be read.
+It is written last: without it the tokens are not complete. The files of version 0.1.0 can be read. This file does not
+import torch or LitGPT.
 """
 
 import hashlib
@@ -19,6 +17,7 @@ from typing import Any
 
 from litmoe.checksummed_json import file_sha256, known_fields, read_checksummed, read_json, write_checksummed
 from litmoe.cli import UserError, command, quoted
+from litmoe.data.files import text_files
 
 FORMAT = 1
 """Of the tokens and their manifest. Tokens of another format are not used."""
@@ -50,12 +49,6 @@ class Source:
     """The name of the file or folder, or a dataset and its revision."""
     sha256: str
     """``text_fingerprint`` of the text files."""
-    empty_documents: int = 0
-    """Left out when the text was written."""
-    dropped_duplicates: int = 0
-    """Training documents left out then, since they also occur in the validation text."""
-    broken_rows: int = 0
-    """Rows left out then, since they could not be read."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class Split:
     dtype: str
     """``uint16`` below 65,536 ids, else ``int32``."""
     text: tuple[FileRecord, ...]
-    """Files in the data folder, or on the Hub for a streamed corpus."""
+    """The source's files; none for the built-in stories."""
     dropped_duplicates: int = 0
     """Training documents left out, since they also occur in the validation text."""
     files: dict[str, str] = field(default_factory=dict)
@@ -118,6 +111,13 @@ class Manifest:
     settings: Settings
     splits: dict[str, Split]
     versions: dict[str, str]
+    keeps_text: bool = False
+    """The text is also in train/ and val/ (``--keep_text``)."""
+
+    @property
+    def text(self) -> list[FileRecord]:
+        """The files of both splits."""
+        return [record for split in self.splits.values() for record in split.text]
 
     def made_from(self, *splits: str) -> tuple[Any, ...]:
         """Return everything that the tokens depend on, to compare it: tokenizer, settings, text and counts.
@@ -127,23 +127,6 @@ class Manifest:
         entries = [self.splits[split] for split in splits]
         texts = [(text_fingerprint(entry.text), entry.documents, entry.tokens, entry.bytes) for entry in entries]
         return self.tokenizer.sha256, astuple(self.settings), *texts
-
-
-@dataclass(frozen=True)
-class TextOrigin:
-    """The content of ``source.json``."""
-
-    name: str
-    """``sample``, ``files`` for ``--source PATH``, or the name of a Hub corpus."""
-    location: str
-    settings: Settings
-    source_files: tuple[FileRecord, ...]
-    """The user's files as they were read."""
-    text: dict[str, tuple[FileRecord, ...]]
-    """The text files of each split as they were written."""
-    empty_documents: int = 0
-    dropped_duplicates: int = 0
-    broken_rows: int = 0
 
 
 # --- reading and writing ---
@@ -221,33 +204,9 @@ def _fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     return known_fields(kind, values)
 
 
-def write(data_dir: Path, manifest: Manifest) -> None:
-    """Write the manifest of ``data_dir`` atomically."""
-    write_file(manifest_path(data_dir), manifest)
-
-
 def write_file(path: Path, manifest: Manifest) -> None:
     """Write a manifest atomically."""
     write_checksummed(path, asdict(manifest))
-
-
-def read_origin(data_dir: Path) -> TextOrigin | None:
-    """Return where the text came from, None for text that the user put in place."""
-    try:
-        values = read_checksummed(data_dir / "source.json")
-        parts = {
-            "settings": Settings(**_fields(Settings, values["settings"])),
-            "source_files": _records(values["source_files"]),
-            "text": {split: _records(entries) for split, entries in values["text"].items()},
-        }
-        return TextOrigin(**{**_fields(TextOrigin, values), **parts})
-    except UNREADABLE:
-        return None
-
-
-def write_origin(folder: Path, origin: TextOrigin) -> None:
-    """Write ``source.json`` into a folder atomically."""
-    write_checksummed(folder / "source.json", asdict(origin))
 
 
 def lies_inside(name: str) -> bool:
@@ -278,7 +237,45 @@ def replace_folder(new: Path, old: Path) -> None:
     os.replace(new, old)
 
 
-# --- verification ---
+# --- checks before the tokens are used ---
+
+
+def complete_manifest(data_dir: Path) -> Manifest:
+    """Return the manifest of complete tokens.
+
+    Raises:
+        UserError: the tokens are missing or incomplete.
+    """
+    found = read(data_dir)
+    if found is None:
+        state = "are not complete" if tokens_dir(data_dir).is_dir() else "do not exist"
+        raise UserError(
+            f"the tokens of {data_dir} {state}. Make them: `{command('prepare_data.py', '--data_dir', data_dir)}`"
+        )
+    return found
+
+
+def checked_manifest(data_dir: Path) -> Manifest:
+    """Return the manifest of tokens that are complete and were made from the text in place as it is now.
+
+    Text that was removed to save space is not an error.
+
+    Raises:
+        UserError: the tokens are missing, incomplete or stale.
+    """
+    found = complete_manifest(data_dir)
+    files = [path for split in SPLITS for path in text_files(data_dir / split)]
+    if found.source.name != "text" or not files:
+        return found
+    # Without validation text both splits were made from the same files.
+    recorded = {record.path: record for record in found.text}.values()
+    changes = changed_files(recorded, refresh(files, data_dir, recorded))
+    if changes:
+        raise UserError(
+            f"the text of {data_dir} changed since it was tokenized ({'; '.join(changes[:3])}). Tokenize it again: "
+            f"`{command('prepare_data.py', '--data_dir', data_dir)}`"
+        )
+    return found
 
 
 def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
@@ -289,6 +286,18 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
     """
     found = read(data_dir)
     assert found is not None, "the caller has read the manifest"
+    damaged = _damaged_files(data_dir, found, splits)
+    if damaged:
+        paths = [str(path) for path, _ in damaged[:3]]
+        raise UserError(
+            f"damaged since it was made: {', '.join(paths)} ({damaged[0][1]}). Remove {tokens_dir(data_dir)} and make "
+            f"the tokens again: {command_to_repeat(data_dir, found)}. (A dataset of W&B: remove {data_dir}; it is "
+            "downloaded again.)"
+        )
+
+
+def _damaged_files(data_dir: Path, found: Manifest, splits: Collection[str]) -> list[tuple[Path, str]]:
+    """Return the files that differ from their checksum or cannot be read, each with the reason."""
     wanted = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in found.splits[s].files.items()}
     # Hashing releases Python's lock, so threads use all cores.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -301,45 +310,38 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
         except KeyboardInterrupt:
             threads.shutdown(cancel_futures=True)
             raise
-    damaged = [path for path, digest in sums.items() if digest.exception() or digest.result() != wanted[path]]
-    if damaged:
-        error = sums[damaged[0]].exception()
-        why = f"it can't be read: {error}" if error else f"its checksum differs from {manifest_path(data_dir)}"
-        raise UserError(
-            f"damaged since it was made: {', '.join(map(str, damaged[:3]))} ({why}). Remove {tokens_dir(data_dir)} and "
-            f"make the tokens again: {_command_to_repeat(data_dir, found)}. (A dataset of W&B: remove {data_dir}; it "
-            "is downloaded again.)"
-        )
+    damaged = []
+    for path, digest in sums.items():
+        if error := digest.exception():
+            damaged.append((path, f"it can't be read: {error}"))
+        elif digest.result() != wanted[path]:
+            damaged.append((path, f"its checksum differs from {manifest_path(data_dir)}"))
+    return damaged
 
 
-def flags_to_repeat(data_dir: Path, found: Manifest) -> dict[str, Any]:
-    """Return the flags of ``prepare_data.py`` that make the same tokens again from the text that exists."""
-    has_text = any((data_dir / record.path).is_file() for split in found.splits.values() for record in split.text)
-    if has_text and found.source.name != "text":
-        # The settings of a source were applied when its text was written.
-        return {}
+def flags_to_repeat(found: Manifest) -> dict[str, Any]:
+    """Return the flags of ``prepare_data.py`` that decide which text becomes which documents."""
     flags = {name: value for name, value in asdict(found.settings).items() if value not in (None, False)}
     if flags.get("document_separator") == "":
         flags["document_separator"] = r"\n"
-    if not has_text and found.source.name != "text":
+    if found.source.name != "text":
         flags["source"] = found.source.location if found.source.name == "files" else found.source.name
     return flags
 
 
-def _command_to_repeat(data_dir: Path, found: Manifest) -> str:
+def command_to_repeat(data_dir: Path, found: Manifest) -> str:
     """Return the command that makes the same tokens again after their folder was removed."""
     places = (Path("data/tokenizer"), data_dir / "tokenizer", data_dir.parent / "tokenizer")
     same = [folder for folder in places if _has_fingerprint(folder, found.tokenizer.sha256)]
     arguments: list[object] = ["--data_dir", data_dir]
     arguments += ["--tokenizer_dir", same[0] if same else "FOLDER_OF_THEIR_TOKENIZER"]
-    flags = flags_to_repeat(data_dir, found)
-    for name, value in flags.items():
+    for name, value in flags_to_repeat(found).items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", value]
     first = ""
     if found.source.name == "text" and not (data_dir / "train").exists():
         first = f"put its text back into {data_dir}, then "
-    elif found.source.name == "files" and not Path(flags.get("source", ".")).exists():
-        first = f"its text came from {flags['source']}, which is not in {Path.cwd()}; bring it back, then "
+    elif found.source.name == "files" and not Path(str(found.source.location)).exists():
+        first = f"its text came from {found.source.location}, which is not in {Path.cwd()}; bring it back, then "
     return f"{first}`{command('prepare_data.py', *arguments)}`"
 
 

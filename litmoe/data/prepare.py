@@ -1,15 +1,13 @@
 """Prepare a data folder: text to tokens, with a manifest that says what the tokens were made from.
 
-``prepare`` runs these steps in order. Each step compares its inputs with what the folder contains, and is skipped if
-nothing changed. Flags are never taken over from an earlier call.
+``prepare`` takes these steps:
 
-1. Find the corpus: built in, on the Hub, the user's own files, or text in place in DATA_DIR/train and DATA_DIR/val.
-2. Write its text to DATA_DIR/train and DATA_DIR/val, unless it is streamed or in place already.
-3. Get the tokenizer: from the Hub, a folder, or trained on the text.
-4. Tokenize the text to DATA_DIR/tokens, and write the manifest last.
+1. Find the source: built in, on the Hub, the user's own files, or text in place in DATA_DIR/train and DATA_DIR/val.
+2. Choose the tokenizer: from the Hub, a folder, trained on the text, or the one in place.
+3. Compare both and the flags with the manifest. Nothing changed: done. Flags are never taken over from an earlier call.
+4. Tokenize into the hidden folder DATA_DIR/tokens/.building, and move everything into place, the manifest last.
 
-Everything is built in hidden folders and moved into place at the end. A killed call leaves nothing that looks complete,
-and the same command resumes it.
+A killed call leaves nothing that looks complete, and the same command resumes it.
 """
 
 import os
@@ -18,38 +16,138 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from litmoe.checksummed_json import write_json
-from litmoe.cli import UserError
+import numpy as np
+
+from litmoe.checksummed_json import read_json, write_json
+from litmoe.cli import UserError, quoted
 from litmoe.data import corpora, manifest, tokenizers, tokens
 from litmoe.data.choose_tokenizer import (
-    load_tokenizer,
+    TRAIN,
+    TokenizerChoice,
+    choose_tokenizer,
     proof_documents,
-    tokenizer_to_install,
     train_origin,
     train_tokenizer,
 )
-from litmoe.data.corpora import Corpus, HubDataset
-from litmoe.data.data_dir import (
-    BUILDING,
-    INCOMING,
-    DataDir,
-    read_stream,
-    reasons_to_read_source,
-    settings_of,
-    stale_splits,
-)
-from litmoe.data.documents import END_OF_TEXT, SPLITS
-from litmoe.data.files import Unfinished, text_files, unread_files, visible_files
-from litmoe.data.manifest import Manifest, Settings, Source, Split, TextOrigin, TokenizerRecord
-from litmoe.data.prepare_args import PrepareArgs
-from litmoe.data.tokenizers import TokenizerFiles, TokenizerInfo
+from litmoe.data.corpora import DEFAULT_VAL_FRACTION, FILES, TEXT, Corpus, HubDataset
+from litmoe.data.documents import END_OF_TEXT
+from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_files, unread_files
+from litmoe.data.manifest import SPLITS, Manifest, Settings, Source, Split, TokenizerRecord
+from litmoe.data.tokenizers import TokenizerInfo
 
+# What a call without --source uses. No file has these names.
+IN_PLACE = "(text in place)"
+TOKENS = "(finished tokens)"
+BUILDING = ".building"
+"""Folder for tokens that are being made, below DATA_DIR/tokens."""
 LOCK = ".prepare.lock"
 PACKAGES = ("litdata", "tokenizers", "tiktoken", "datasets", "pyarrow")
+# Flags that decide how a source is read.
+SOURCE_FLAGS = ("val_fraction", "document_separator", "text_column", "max_documents", "skip_broken", "keep_text")
+MINIMUMS = {"vocab_size": 257, "max_documents": 1, "num_workers": 0}
+"""Smallest values of flags. A vocabulary contains 256 bytes and the end-of-text token."""
+
+
+@dataclass
+class PrepareArgs:
+    """Turn text into tokens for training.
+
+    With --instruct, conversations are prepared instead: `prepare_data.py --instruct stories --help`.
+    """
+
+    source: str | None = None
+    """Where the text comes from: a file (.txt, .md, .jsonl, .json, .csv, .tsv, each also as .gz, .bz2, .xz or .zst, or
+    .parquet); a folder of such files (files named val, valid, validation or dev are validation text, files named test
+    are left out); `sample` (built-in stories, no network); a corpus of the Hugging Face Hub by name (`tinystories`, 2.1
+    million stories, 1.9 GB; `shakespeare`, 1 MB; `wikitext-103`, 0.5 GB; `openwebtext`, 8.0 million documents, 9.0 B
+    GPT-2 tokens; `fineweb-edu`, its sample-10BT, 9.7 million documents, 10 B GPT-2 tokens, 28 GB of parquet); or
+    `hf:ORG/NAME[:CONFIG]`, any dataset of the Hub with a column of text. Default: the text in DATA_DIR/train and
+    DATA_DIR/val, or else tinystories."""
+    data_dir: Path = Path("data/custom_text")
+    """Folder of the corpus: text in train/ and val/, tokens in tokens/."""
+    tokenizer: str | None = None
+    """A tokenizer of the Hugging Face Hub, a folder with a tokenizer.json, or `train`: a byte-level BPE trained on this
+    text. Default: the one in TOKENIZER_DIR, or else gpt2."""
+    tokenizer_dir: Path = Path("data/tokenizer")
+    """Folder where the tokenizer is stored."""
+    vocab_size: int | None = None
+    """Number of tokens of a trained tokenizer (default 8192); a small text may give fewer."""
+    val_fraction: float | None = None
+    """Share of the documents that become validation text, chosen by their hash, if the corpus has none (default 0.1;
+    openwebtext 0.0005, fineweb-edu 0.001, hf: 0.01)."""
+    document_separator: str = ""
+    """A line of a .txt that ends a document, in addition to the line <|endoftext|>; '\\n' is an empty line. Without
+    such a line a file is one document."""
+    text_column: str | None = None
+    """Field of a .jsonl or .json, or column of a .parquet, .csv or .tsv, that holds the text. Default: `text`, or the
+    only one with text (a .csv or .tsv must have a column `text` then)."""
+    max_documents: int | None = None
+    """Take at most this many documents from the beginning of the source (for a quick try)."""
+    skip_broken: bool = False
+    """Leave out rows that cannot be read, such as a line of a .jsonl that is not JSON, and count them."""
+    keep_text: bool = False
+    """Also write the documents as text files, to DATA_DIR/tokens/text."""
+    overwrite: bool = False
+    """Replace another corpus or tokenizer, and build everything again."""
+    num_workers: int | None = None
+    """Tokenizing threads; 0 tokenizes in the main thread. Default: one for each core."""
+    log_to_wandb: bool = False
+    """Log text and tokens to Weights & Biases as a dataset (also by WANDB_LOG_DATASET=1)."""
+    wandb_artifact: str | None = None
+    """Name of that dataset (default: dataset-FOLDER)."""
+    wandb_project: str | None = None
+    """Its project (default: WANDB_PROJECT)."""
+    wandb_entity: str | None = None
+    """Its user or team (default: WANDB_ENTITY)."""
+
+    @property
+    def separator(self) -> str | None:
+        """The separator line; None for none, or for the one that always separates."""
+        given = self.document_separator.replace("\\n", "\n")
+        if given in ("", END_OF_TEXT):
+            return None
+        return given if given.strip("\n") else ""
+
+    def check(self) -> None:
+        """Raise one ``UserError`` with all problems that are visible before anything is read."""
+        problems = self._problems_of_values()
+        source = corpora.find(self.source) if self.source is not None else None
+        if isinstance(source, Path):
+            corpora.source_files(source)
+            problems += self._problems_of_path(source)
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def _problems_of_values(self) -> list[str]:
+        problems = []
+        for name, minimum in MINIMUMS.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                problems.append(f"--{name} {value}: expected {minimum} or more.")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            problems.append(f"--val_fraction {self.val_fraction}: expected a number between 0 and 1, such as 0.1.")
+        if self.separator is not None and "\n" in self.separator:
+            problems.append(
+                f"--document_separator {self.document_separator!r}: expected one line; '\\n' is an empty one."
+            )
+        if self.vocab_size is not None and self.tokenizer != "train":
+            problems.append("--vocab_size needs --tokenizer train; other tokenizers have a fixed size.")
+        return problems
+
+    def _problems_of_path(self, source: Path) -> list[str]:
+        """Name why the source cannot be read into ``data_dir``: one of them is inside of the other."""
+        path, data_dir = source.resolve(), self.data_dir.resolve()
+        prepared = [data_dir / name for name in (*SPLITS, "tokens")]
+        if path == data_dir or any(path.is_relative_to(folder) for folder in prepared):
+            return [f"--source {source} is the prepared text; leave out --source to use it."]
+        if data_dir.is_relative_to(path):
+            return [f"--data_dir {self.data_dir} is inside of --source {source}; choose one outside of it."]
+        return []
 
 
 def prepare(args: PrepareArgs) -> Manifest:
@@ -65,263 +163,262 @@ def prepare(args: PrepareArgs) -> Manifest:
         UserError: the text, the tokenizer or the flags have a mistake. Nothing is written or lost then.
     """
     args.check()
-    unfinished = (args.data_dir / INCOMING, manifest.tokens_dir(args.data_dir) / BUILDING)
-    found = None
-    if not any(folder.exists() for folder in unfinished):
-        # Without the lock, so that a read-only folder can be used. If another process is writing, ask again below.
-        with suppress(UserError, OSError):
-            found = _if_up_to_date(args, DataDir.read(args.data_dir))
-    if found is None:
-        with locked(args.data_dir):
-            _publish_text(args.data_dir)
-            _publish_tokens(args.data_dir, args.tokenizer_dir)
-            data = DataDir.read(args.data_dir)
-            found = _if_up_to_date(args, data)
-            try:
-                found = found or _build(args, data)
-            except KeyboardInterrupt:
-                print("\nStopped. Finished parts are kept; run the same command again to resume.")
-                raise
-            for folder in unfinished:
-                shutil.rmtree(folder, ignore_errors=True)
+    with locked(args.data_dir):
+        _publish(args.data_dir, args.tokenizer_dir)
+        found = manifest.read(args.data_dir)
+        source = args.source or _source_in_place(args, found)
+        _refuse_replacing(args, source, found)
+        corpus = _open_local(args, source, found)
+        tokenizer = _choose_tokenizer(args, corpus, found)
+        changes = _changes(args, source, corpus, tokenizer, found)
+        if found is None or changes:
+            # The Hub is asked only now: an unchanged folder needs no network.
+            found = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
+        else:
+            if tokenizer.files is not None:
+                tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
+            # What a call left that was killed after its tokens were complete.
+            if _read_started(args.data_dir).get("source") in (None, _label(source)):
+                shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
+            print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
+            print(_summary(found))
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
         _log_to_wandb(args)
     return found
 
 
-def _if_up_to_date(args: PrepareArgs, data: DataDir) -> Manifest | None:
-    """Return the manifest if nothing must be done, and print that."""
-    found = data.manifest
-    if found is None or args.overwrite or tokenizer_to_install(args, data.training_text) is not None:
+# --- what to do ---
+
+
+def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
+    """Return the source of a call without ``--source``: ``IN_PLACE``, ``TOKENS`` as they are, or the default.
+
+    Raises:
+        UserError: the text is in a wrong place, or the tokens must be made again and their text is not there.
+    """
+    check_placed_text(args.data_dir)
+    has_text = any(text_files(args.data_dir / split) for split in SPLITS)
+    # 0.1.0 wrote the text of every source to train/ and val/, and said so in source.json.
+    was_written = found is not None and found.source.name != TEXT and (args.data_dir / "source.json").exists()
+    if has_text and not was_written:
+        return IN_PLACE
+    recorded = found or manifest.read_file(manifest.manifest_path(args.data_dir))
+    if recorded is None:
+        return corpora.DEFAULT
+    if found is None or args.overwrite:
+        raise UserError(
+            f"the tokens of {args.data_dir} must be made again, and their text is not there. Name its --source: "
+            f"{manifest.command_to_repeat(args.data_dir, recorded)}"
+        )
+    return TOKENS
+
+
+def _refuse_replacing(args: PrepareArgs, source: str, found: Manifest | None) -> None:
+    """Raise ``UserError`` if a source would replace the tokens of another one, finished or not."""
+    if args.overwrite:
+        return
+    if found is None:
+        unfinished = _read_started(args.data_dir).get("source")
+        if unfinished not in (None, _label(source)):
+            raise UserError(
+                f"{args.data_dir} contains the unfinished preparation of {unfinished}. Resume it with --source "
+                f"{quoted(unfinished)}, choose another --data_dir, or delete it with --overwrite."
+            )
+    elif source != TOKENS and not _is_same(source, found.source):
+        existing = f"{found.source.name} ({found.source.location})" if found.source.location else found.source.name
+        new = f"the text in {args.data_dir}" if source == IN_PLACE else f"--source {source}"
+        raise UserError(
+            f"{args.data_dir} already contains the tokens of {existing}, which {new} would replace. Choose another "
+            "--data_dir, or replace them with --overwrite."
+        )
+
+
+def _is_same(source: str, recorded: Source) -> bool:
+    if source == IN_PLACE or recorded.name == TEXT:
+        return source == IN_PLACE and recorded.name == TEXT
+    # Only the name of a path is recorded: token folders are shared.
+    if recorded.name == FILES:
+        return Path(source).exists() and Path(source).resolve().name == recorded.location
+    return source == recorded.name
+
+
+def _settings(args: PrepareArgs, source: str) -> Settings:
+    """Return the settings of the flags, with the defaults of a source."""
+    fraction = args.val_fraction
+    if fraction is None:
+        fraction = DEFAULT_VAL_FRACTION
+        dataset = corpora.find(source) if corpora.is_hub(source) else None
+        # A thousandth of the first documents of a large corpus would be none.
+        if isinstance(dataset, HubDataset) and args.max_documents is None:
+            fraction = dataset.val_fraction
+    return Settings(fraction, args.separator, args.text_column, args.max_documents, args.skip_broken)
+
+
+def _open_local(args: PrepareArgs, source: str, found: Manifest | None) -> Corpus | None:
+    """Open a source on this machine; None for the Hub, which is asked only if something changed."""
+    if source == TOKENS or corpora.is_hub(source):
         return None
-    fingerprint = manifest.tokenizer_fingerprint(args.tokenizer_dir)
-    if reasons_to_read_source(args, data, fingerprint) is not None:
-        return None
-    corpus = data.corpus(args)
-    if corpus is None:
-        is_stale = found.tokenizer.sha256 != fingerprint
-    else:
-        is_stale = any(stale_splits(corpus, found, fingerprint).values())
-    if is_stale:
-        return None
-    print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
-    print(_summary(found))
-    return found
+    known = found.text if found is not None else []
+    if source != IN_PLACE:
+        return corpora.open_local(source, _settings(args, source), known)
+    if args.max_documents is not None:
+        raise UserError("--max_documents needs a --source; text in place is taken completely.")
+    return corpora.open_text(args.data_dir, _settings(args, source), known)
+
+
+def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, found: Manifest | None) -> TokenizerChoice:
+    if corpus is not None:
+        return choose_tokenizer(args, corpus.records["train"], corpus.settings)
+    if found is not None:
+        return choose_tokenizer(args, found.splits["train"].text, found.settings)
+    return choose_tokenizer(args, (), None)
+
+
+def _changes(
+    args: PrepareArgs, source: str, corpus: Corpus | None, tokenizer: TokenizerChoice, found: Manifest | None
+) -> list[str]:
+    """Name what differs between the manifest and this call; nothing if the tokens are up to date.
+
+    Raises:
+        UserError: finished tokens were to be used as they are, and that is not possible.
+    """
+    if found is None:
+        return ["not tokenized yet"]
+    if args.overwrite:
+        return ["--overwrite"]
+    changes = [] if tokenizer.sha256 == found.tokenizer.sha256 else ["another tokenizer"]
+    if source == TOKENS:
+        _require_source(args, found, changes)
+        return []
+    changes += _changed_settings(found.settings, corpus.settings if corpus else _settings(args, source))
+    if corpus is not None and corpus.generate is None:
+        changes += manifest.changed_files(found.text, corpus.all_records)
+    if args.keep_text and not found.keeps_text:
+        changes.append("--keep_text")
+    return changes
+
+
+def _require_source(args: PrepareArgs, found: Manifest, changes: list[str]) -> None:
+    """Raise ``UserError`` if finished tokens cannot be used as they are."""
+    given = [f"--{name}" for name in SOURCE_FLAGS if getattr(args, name) not in (None, False, "")]
+    if changes or given:
+        raise UserError(
+            f"the tokens of {args.data_dir} were made from {found.source.name}, and must be made again for this call "
+            f"({', '.join(given + changes)}). Name that --source: {manifest.command_to_repeat(args.data_dir, found)}"
+        )
+
+
+def _changed_settings(old: Settings, new: Settings) -> list[str]:
+    # A corpus with its own validation text has no fraction, which its flags can't tell.
+    if old.val_fraction is None:
+        new = replace(new, val_fraction=None)
+    before = asdict(old)
+    return [f"{name} {before[name]!r} became {value!r}" for name, value in asdict(new).items() if before[name] != value]
+
+
+def check_placed_text(data_dir: Path) -> None:
+    """Raise ``UserError`` for text in a wrong place, which would be ignored and replaced by another corpus."""
+    for split in SPLITS:
+        unread = unread_files(data_dir / split)
+        if unread and not text_files(data_dir / split):
+            raise UserError(
+                f"nothing in {data_dir / split} can be read (it has {kinds(unread)}); expected files of {READABLE}. "
+                "Put text there, or move these files away and name a --source."
+            )
+    # A folder with a tokenizer has text files such as merges.txt.
+    complete = ("train", "tokenizer.json", "tokens/manifest.json")
+    misplaced = None if any((data_dir / name).exists() for name in complete) else _misplaced_text(data_dir)
+    if misplaced is not None:
+        named = corpora.split_name(misplaced.name.split(".")[0])
+        folder = data_dir / (named if named in SPLITS else "train")
+        raise UserError(
+            f"{misplaced} is not read: move it to {folder}, or name it: --source {quoted(misplaced)} --data_dir "
+            "ANOTHER."
+        )
+
+
+def _misplaced_text(data_dir: Path) -> Path | None:
+    """Return a text file, or a folder of them with the name of a split, that is next to train/ and val/."""
+    for path in sorted(data_dir.glob("*")):
+        # A .md or .json may be a description of the data.
+        if is_readable(path) and path.suffix not in (".md", ".json"):
+            return path
+        is_split = path.is_dir() and path.name not in SPLITS and corpora.split_name(path.name) in SPLITS
+        if is_split and text_files(path):
+            return path
+    return None
 
 
 # --- building ---
 
 
-def _build(args: PrepareArgs, data: DataDir) -> Manifest:
-    """Build everything that is missing or out of date, then move it into place."""
-    started = time.perf_counter()
-    # The tokenizer comes first: it may not be available, and reading the text may take long.
-    name = tokenizer_to_install(args, data.training_text)
-    files = load_tokenizer(args, name)
-    existing = manifest.tokenizer_fingerprint(args.tokenizer_dir) if name is None else None
-    reasons = reasons_to_read_source(args, data, files.sha256 if files else existing)
+def _label(source: str) -> str:
+    """Return what identifies a source on this machine."""
+    is_path = source not in (IN_PLACE, TOKENS, *corpora.CORPORA) and not corpora.is_hub(source)
+    return str(Path(source).resolve()) if is_path else source
+
+
+def _read_started(data_dir: Path) -> dict[str, Any]:
+    """Return the source and the revision of an interrupted call; empty without one."""
     try:
-        corpus = data.corpus(args)
-        if reasons is not None:
-            corpus, data = _read_source(args, data, reasons)
-        if corpus is None:
-            return _bring_back_tokenizer(args, data, name, files)
-        found = _tokenize(args, data, corpus, name, files)
+        return dict(read_json(manifest.tokens_dir(data_dir) / BUILDING / "started.json"))
+    except manifest.UNREADABLE:
+        return {}
+
+
+def _open_stream(args: PrepareArgs, source: str) -> Corpus:
+    """Open a Hub corpus. An interrupted call is resumed with the same revision of the dataset."""
+    dataset = corpora.find(source)
+    assert isinstance(dataset, HubDataset), "the other sources are local"
+    started = _read_started(args.data_dir)
+    revision = started.get("revision") if started.get("source") == source else None
+    return dataset.open(_settings(args, source), revision)
+
+
+def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerChoice, changes: list[str]) -> Manifest:
+    """Tokenize a corpus with the right tokenizer, and move both into place."""
+    started = time.perf_counter()
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    print(f"Tokenizing {args.data_dir if source == IN_PLACE else source}: {'; '.join(changes[:3])}{more}")
+    print("".join(f"{note}\n" for note in corpus.notes), end="")
+    building = manifest.tokens_dir(args.data_dir) / BUILDING
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+        write_json(building / "started.json", {"source": _label(source), "revision": corpus.revision})
+        info = _prepare_tokenizer(args, corpus, tokenizer, building / "tokenizer")
+        found = _tokenize(args, corpus, info, building)
+        # From here on the tokens count as complete: a killed call is finished by the next one.
+        manifest.write_file(building / "manifest.json", found)
+        _publish(args.data_dir, args.tokenizer_dir)
     except Unfinished:
         raise
     except UserError:
         # The same mistake would stop the next call too, so there is nothing to resume.
-        shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
-        shutil.rmtree(args.data_dir / INCOMING, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    except KeyboardInterrupt:
+        print("\nStopped. Finished parts are kept; run the same command again to resume.")
         raise
     print(_summary(found))
     print(f"Prepared in {time.perf_counter() - started:.1f} s. The tokens can be used with any context length.")
     return found
 
 
-def _read_source(args: PrepareArgs, data: DataDir, changes: list[str]) -> tuple[Corpus, DataDir]:
-    """Open the source as a stream, or write its text to the data folder.
-
-    Returns:
-        The corpus to tokenize, and the data folder with the text.
-    """
-    source = args.source or corpora.DEFAULT
-    settings = settings_of(args, source)
-    _refuse_foreign_files(data)
-    again = f" again ({'; '.join(changes)})" if changes else ""
-    if corpora.is_hub(source):
-        print(f"Streaming {source}{again}")
-        corpus = _open_stream(args, source, settings)
-        # Text that was kept earlier is written again, so that it stays the text of these tokens.
-        has_text = data.origin is not None and bool(data.text) and not args.overwrite
-        if not args.keep_text and not has_text:
-            return corpus, data
-    else:
-        print(f"Writing the text of {source} to {args.data_dir}{again}")
-        corpus = corpora.open_local(source, settings)
-        if Path(source).is_dir():
-            print(corpora.sort_files(Path(source)).report(Path(source)))
-    _write_text(args, corpus)
-    data = DataDir.read(args.data_dir)
-    in_place = data.corpus(args)
-    assert in_place is not None, "the text was just written"
-    return in_place, data
-
-
-def _open_stream(args: PrepareArgs, source: str, settings: Settings) -> Corpus:
-    """Open a Hub corpus. An interrupted call is resumed with the same revision of the dataset."""
-    dataset = corpora.find(source)
-    assert isinstance(dataset, HubDataset), "the caller has checked the kind of the source"
-    interrupted = read_stream(args.data_dir)
-    revision = interrupted.get("revision") if interrupted.get("source") == source else None
-    corpus = dataset.open(settings, revision)
-    building = manifest.tokens_dir(args.data_dir) / BUILDING
-    building.mkdir(parents=True, exist_ok=True)
-    write_json(building / "stream.json", {"source": source, "revision": corpus.revision})
-    return corpus
-
-
-def _refuse_foreign_files(data: DataDir) -> None:
-    """Raise ``UserError`` if new text would replace files that this project did not read or write."""
-    known = {data.path / record.path for records in data.text.values() for record in records}
-    foreign = [path for split in SPLITS for path in visible_files(data.path / split) if path not in known]
-    if data.origin is None and (data.path / "source.json").exists():
-        foreign.append(data.path / "source.json")
-    if foreign:
-        names = ", ".join(path.relative_to(data.path).as_posix() for path in foreign[:3])
-        raise UserError(
-            f"{data.path} contains files that are not this project's ({names}), in the place of the text; choose "
-            "another --data_dir, or move them away."
-        )
-
-
-def _write_text(args: PrepareArgs, corpus: Corpus) -> None:
-    """Write the documents of a corpus to DATA_DIR/train and DATA_DIR/val."""
-    incoming = args.data_dir / INCOMING
-    rules = replace(corpus.rules, divide_long=False)
-    store, records = tokens.process_corpus(
-        corpus, list(SPLITS), rules, tokens.encode_text, incoming, inputs=["text"], num_workers=args.num_workers
-    )
-    totals = tokens.totals_of(records)
-    for split in SPLITS:
-        if not totals.documents[split]:
-            raise UserError(_no_text(corpus, split))
-        tokens.write_shards(store, records, split, incoming / split)
-    text = {split: manifest.refresh(text_files(incoming / split), incoming, ()) for split in SPLITS}
-    source_files = tuple(record for split in corpus.files for record in corpus.records[split])
-    counts = totals.empty_documents, totals.dropped_duplicates, totals.broken_rows
-    origin = TextOrigin(corpus.name, corpus.location, corpus.settings, source_files, text, *counts)
-    manifest.write_origin(incoming, origin)  # last: from here on the text counts as complete
-    _publish_text(args.data_dir)
-
-
-def _no_text(corpus: Corpus, split: str) -> str:
-    source = corpus.location if corpus.name == "files" else corpus.name
-    if split == "val" and "val" not in corpus.files:
-        return f"{source}: too little text to take validation text from; give more, or a larger --val_fraction."
-    return f"{source}: no text for {split}; every document is empty or left out."
-
-
-def _publish_text(data_dir: Path) -> None:
-    """Move text that was written completely into place; also finishes this for a killed call."""
-    incoming = data_dir / INCOMING
-    if not (incoming / "source.json").is_file():
-        return
-    # The manifest is deleted first, so that tokens of another text never look complete.
-    manifest.manifest_path(data_dir).unlink(missing_ok=True)
-    for split in SPLITS:
-        if (incoming / split).is_dir():
-            manifest.replace_folder(incoming / split, data_dir / split)
-    os.replace(incoming / "source.json", data_dir / "source.json")
-    shutil.rmtree(incoming)
-
-
-def _bring_back_tokenizer(args: PrepareArgs, data: DataDir, name: str | None, files: TokenizerFiles | None) -> Manifest:
-    """Install the tokenizer of tokens without text.
-
-    Raises:
-        UserError: the tokens need another tokenizer, and there is no text to make them again.
-    """
-    found = data.manifest
-    assert found is not None, "without text and tokens a source is read"
-    if name == "train":
-        raise UserError(f"there is no text in {data.path} to train a tokenizer on; name a --source.")
-    fingerprint = files.sha256 if files else manifest.tokenizer_fingerprint(args.tokenizer_dir)
-    if fingerprint != found.tokenizer.sha256:
-        raise UserError(
-            f"the tokens of {data.path} were made with another tokenizer ({found.tokenizer.name}), and its text is not "
-            "there. Bring back the text or that tokenizer (--tokenizer), or name a --source."
-        )
-    if files is not None:
-        tokenizers.install(files, {"name": _shown_name(str(name))}, args.tokenizer_dir)
-        found = replace(found, tokenizer=_tokenizer_record(tokenizers.load(args.tokenizer_dir)))
-        manifest.write(args.data_dir, found)
-    return found
-
-
-def _shown_name(tokenizer: str) -> str:
-    """Return the name of a tokenizer without the path of its folder: manifests are shared."""
-    return Path(tokenizer).resolve().name if Path(tokenizer).is_dir() else tokenizer
-
-
-def _tokenizer_record(info: TokenizerInfo) -> TokenizerRecord:
-    return TokenizerRecord(info.name, info.sha256, info.vocab_size, info.eos_token, info.eos_id)
-
-
-def _tokenize(
-    args: PrepareArgs, data: DataDir, corpus: Corpus, name: str | None, files: TokenizerFiles | None
-) -> Manifest:
-    """Make the tokens of a corpus with the right tokenizer, and move both into place."""
-    building = manifest.tokens_dir(args.data_dir) / BUILDING
-    info = _prepare_tokenizer(args, corpus, building / "tokenizer", name, files)
-    is_in_place = corpus.name == "text" or corpus.written_here
-    if args.overwrite:
-        stale = {split: ["--overwrite"] for split in SPLITS}
-    elif is_in_place:
-        stale = stale_splits(corpus, data.manifest, info.sha256)
-    else:
-        stale = {split: ["from the Hub"] for split in SPLITS}
-    if is_in_place:
-        _report_unread(args.data_dir, corpus)
-    splits = _make_splits(args, corpus, info, {split: why for split, why in stale.items() if why}, building)
-    for split in SPLITS:
-        if split not in splits:
-            assert data.manifest is not None, "without a manifest both splits are stale"
-            splits[split] = replace(data.manifest.splits[split], text=corpus.records_of(split))
-    found = Manifest(
-        format=manifest.FORMAT,
-        source=_source_of(corpus, data.origin),
-        tokenizer=_tokenizer_record(info),
-        settings=corpus.settings,
-        splits={split: splits[split] for split in SPLITS},
-        versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-    )
-    # From here on the tokens count as complete: a killed call is finished by the next one.
-    manifest.write_file(building / "manifest.json", found)
-    _publish_tokens(args.data_dir, args.tokenizer_dir)
-    return found
-
-
-def _prepare_tokenizer(
-    args: PrepareArgs, corpus: Corpus, folder: Path, name: str | None, files: TokenizerFiles | None
-) -> TokenizerInfo:
+def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerChoice, folder: Path) -> TokenizerInfo:
     """Return the tokenizer for the corpus: the existing one, or a new one in ``folder``."""
-    origin = {"name": _shown_name(str(name))}
-    if args.tokenizer == "train" and files is None:
-        # Decided only now, because the text may have been written again.
-        origin = train_origin(args, corpus.records["train"])
-        if args.overwrite or tokenizers.origin(args.tokenizer_dir) != origin:
-            files = train_tokenizer(corpus, folder, origin)
+    files, origin = tokenizer.files, tokenizer.origin
+    if args.tokenizer == TRAIN:
+        # A stream was opened only now, so its text may not be what the tokenizer in place was trained on.
+        origin = train_origin(args, corpus.records["train"], corpus.settings)
+        if tokenizers.origin(folder) == origin:
+            files = tokenizers.from_folder(folder)  # of an interrupted call
+        elif args.overwrite or tokenizers.origin(args.tokenizer_dir) != origin:
+            files = train_tokenizer(corpus, origin["vocab_size"])
     if files is None:
         info = tokenizers.load(args.tokenizer_dir)
     else:
         tokenizers.install(files, origin, folder)
         info = tokenizers.load(folder)
-    _describe_tokenizer(args, info, files)
-    return info
-
-
-def _describe_tokenizer(args: PrepareArgs, info: TokenizerInfo, files: TokenizerFiles | None) -> None:
     begins = f"begins with {info.bos_token!r}, id {info.bos_id}, and " if info.bos_token else ""
     inferred = " (the tokenizer does not name it, but no other token is possible)" if files and files.inferred else ""
     print(
@@ -329,58 +426,37 @@ def _describe_tokenizer(args: PrepareArgs, info: TokenizerInfo, files: Tokenizer
         f"padded_vocab_size of that or more. Each document {begins}ends with {info.eos_token!r}, id {info.eos_id}"
         f"{inferred}."
     )
+    return info
 
 
-def _report_unread(data_dir: Path, corpus: Corpus) -> None:
-    for split in corpus.files:
-        unread = unread_files(data_dir / split)
-        if unread:
-            print(f"{data_dir / split}: {corpora.not_read(data_dir / split, unread)}")
-
-
-def _source_of(corpus: Corpus, origin: TextOrigin | None) -> Source:
-    """Return the manifest's entry about the source."""
-    fingerprint = manifest.text_fingerprint(record for records in corpus.records.values() for record in records)
-    # Without the path of the user's files: manifests are shared.
-    location = Path(corpus.location).name if corpus.name == "files" else corpus.location
-    counts = (0, 0, 0)
-    if corpus.written_here and origin is not None:
-        counts = origin.empty_documents, origin.dropped_duplicates, origin.broken_rows
-    return Source(corpus.name, location or None, fingerprint, *counts)
-
-
-def _make_splits(
-    args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, stale: dict[str, list[str]], building: Path
-) -> dict[str, Split]:
-    """Tokenize the splits with reasons to do so, into folders below ``building``."""
-    if not stale:
-        return {}
-    for split, reasons in stale.items():
-        more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-        print(f"Tokenizing {split}: {'; '.join(reasons[:3])}{more}")
+def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: Path) -> Manifest:
+    """Write the chunks of both splits, and with ``--keep_text`` the text, below ``building``."""
     tokenizer_json = info.folder / "tokenizer.json"
-    rules = replace(corpus.rules, divide_long=tokenizers.divides_between_words(tokenizer_json))
-    fast = tokenizers.agrees_with_tiktoken(tokenizer_json, proof_documents(corpus, rules))
+    fast = tokenizers.agrees_with_tiktoken(tokenizer_json, proof_documents(corpus))
     encoder = tokenizers.Encoder(tokenizer_json, info.eos_id, info.bos_id, fast=fast)
     dtype = tokens.dtype_for(info.vocab_size)
-    encode = tokens.TokenEncoder(encoder, dtype, info.bos_id, info.eos_id)
-    store, records = tokens.process_corpus(
-        corpus, list(stale), rules, encode, building, inputs=[info.sha256], num_workers=args.num_workers
+
+    def encode(texts: list[str]) -> bytes:
+        # Little-endian on every machine.
+        return encoder(texts).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+
+    store, records = tokens.tokenize_corpus(
+        corpus, encode, building, inputs=[info.sha256], keep_text=args.keep_text, num_workers=args.num_workers
     )
     totals = tokens.totals_of(records)
     if totals.eot_in_text:
         print(f"{totals.eot_in_text:,} times {END_OF_TEXT} inside a line: taken as text, not as the end of a document.")
-    splits = {}
-    for split in stale:
+    splits: dict[str, Split] = {}
+    for split in SPLITS:
         if not totals.documents[split]:
             raise UserError(_no_text(corpus, split))
         number, chunks = tokens.write_chunks(store, records, split, dtype)
-        is_first = split == next(iter(stale))
+        is_first = not splits
         splits[split] = Split(
             documents=totals.documents[split],
             tokens=number,
             bytes=totals.bytes[split],
-            # These were counted for all splits together.
+            # These were counted for both splits together.
             empty_documents=totals.empty_documents if is_first else 0,
             dropped_duplicates=totals.dropped_duplicates if is_first else 0,
             broken_rows=totals.broken_rows if is_first else 0,
@@ -389,10 +465,27 @@ def _make_splits(
             text=corpus.records_of(split),
             files=manifest.checksums(store.folder / split),
         )
-    return splits
+    if args.keep_text:
+        tokens.move_text(store, records, building / "text")
+    return Manifest(
+        format=manifest.FORMAT,
+        source=Source(corpus.name, corpus.location or None, manifest.text_fingerprint(corpus.all_records)),
+        tokenizer=TokenizerRecord(info.name, info.sha256, info.vocab_size, info.eos_token, info.eos_id),
+        settings=corpus.settings,
+        splits=splits,
+        versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        keeps_text=args.keep_text,
+    )
 
 
-def _publish_tokens(data_dir: Path, tokenizer_dir: Path) -> None:
+def _no_text(corpus: Corpus, split: str) -> str:
+    source = corpus.location if corpus.name == FILES else corpus.name
+    if split == "val" and "val" not in corpus.files:
+        return f"{source}: too little text to take validation text from; give more, or a larger --val_fraction."
+    return f"{source}: no text for {split}; every document is empty or left out."
+
+
+def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
     """Move complete tokens and their tokenizer into place; also finishes this for a killed call."""
     folder = manifest.tokens_dir(data_dir)
     building = folder / BUILDING
@@ -404,43 +497,31 @@ def _publish_tokens(data_dir: Path, tokenizer_dir: Path) -> None:
     if (building / "tokenizer" / "tokenizer.json").is_file():
         files = tokenizers.from_folder(building / "tokenizer")
         tokenizers.install(files, tokenizers.origin(building / "tokenizer"), tokenizer_dir)
-    # A manifest with streamed tokens means that no text belongs to them.
-    if corpora.is_hub(found.source.name):
-        _remove_text(data_dir, found)
+    if (building / "text").is_dir():
+        manifest.replace_folder(building / "text", folder / "text")
+    elif not found.keeps_text:
+        shutil.rmtree(folder / "text", ignore_errors=True)
     for split in SPLITS:
         # The chunks are in the folder of the units, "units" or "cut".
-        for chunks in building.glob(f"*/{split}"):
-            manifest.replace_folder(chunks, folder / split)
+        for chunks in building.glob(f"*/{split}/index.json"):
+            manifest.replace_folder(chunks.parent, folder / split)
     os.replace(building / "manifest.json", manifest.manifest_path(data_dir))
     shutil.rmtree(building)
-
-
-def _remove_text(data_dir: Path, found: Manifest) -> None:
-    """Remove the text of another corpus, which the streamed tokens replace."""
-    if any((data_dir / record.path).exists() for split in found.splits.values() for record in split.text):
-        return  # the text of these tokens
-    for name in ("val", "train", "source.json"):
-        path = data_dir / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _summary(found: Manifest) -> str:
     lines = [f"{'':6} {'documents':>12} {'tokens':>15} {'text':>12}"]
     for name, split in found.splits.items():
         lines.append(f"{name:6} {split.documents:>12,} {split.tokens:>15,} {split.bytes / 1e6:>9,.2f} MB")
-    counted: list[Source | Split] = [found.source, *found.splits.values()]
-    empty = sum(entry.empty_documents for entry in counted)
-    dropped = sum(entry.dropped_duplicates for entry in counted)
-    broken = sum(entry.broken_rows for entry in counted)
-    if empty:
-        lines.append(f"{empty:,} empty documents left out.")
-    if dropped:
-        lines.append(f"{dropped:,} training documents left out that also occur in the validation text.")
-    if broken:
-        lines.append(f"{broken:,} rows left out that could not be read (--skip_broken).")
+    left_out = {
+        "empty documents left out.": "empty_documents",
+        "training documents left out that also occur in the validation text.": "dropped_duplicates",
+        "rows left out that could not be read (--skip_broken).": "broken_rows",
+    }
+    for what, name in left_out.items():
+        number = sum(getattr(split, name) for split in found.splits.values())
+        if number:
+            lines.append(f"{number:,} {what}")
     return "\n".join(lines)
 
 
@@ -468,11 +549,15 @@ def locked(data_dir: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     parents = (data_dir, *data_dir.parents)
-    made = [folder for folder in parents if not folder.exists()]
     for folder in parents:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--data_dir {data_dir}: {folder} is a file; expected a folder.")
+    made = [folder for folder in parents if not folder.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(data_dir, os.W_OK):
+        # Prepared tokens can be used from a read-only folder.
+        yield
+        return
     lock = FileLock(data_dir / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -482,16 +567,20 @@ def locked(data_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # After an error nothing is left of folders that did not exist before.
-        with suppress(OSError):  # not empty
+        with suppress(OSError):  # not empty, or not there
             (data_dir / "tokens").rmdir()
-        is_unused = [entry.name for entry in data_dir.iterdir()] == [LOCK]
-        # Windows can't delete an open file, and POSIX must delete it before another process locks it.
+        is_unused = bool(made) and [entry.name for entry in data_dir.iterdir()] == [LOCK]
+        # POSIX must delete the lock file before another process locks it; Windows cannot delete an open file.
         if is_unused and os.name != "nt":
             (data_dir / LOCK).unlink()
         lock.release()
-        with suppress(OSError):
-            if is_unused and os.name == "nt":
-                (data_dir / LOCK).unlink()
-            for folder in made:
-                folder.rmdir()
+        if is_unused:
+            _remove_folders(data_dir, made)
+
+
+def _remove_folders(data_dir: Path, made: list[Path]) -> None:
+    """Remove the empty folders that a failed call made, unless another process has come to use them."""
+    with suppress(OSError):
+        (data_dir / LOCK).unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()

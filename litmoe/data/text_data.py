@@ -18,8 +18,7 @@ from litmoe.data.loader import (
     full_batches,
     rank_and_world_size,
 )
-from litmoe.data.manifest import Manifest
-from litmoe.data.token_folder import checked_manifest, complete_manifest
+from litmoe.data.manifest import Manifest, checked_manifest, complete_manifest
 
 
 @dataclass

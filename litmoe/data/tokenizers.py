@@ -32,7 +32,7 @@ DEFAULT_VOCAB_SIZE = 8192
 TRAINING_BYTES = 16 << 20
 BLOCK_BYTES = 1 << 20
 DOCUMENT_BREAK = "\ufdd0\ufdd1\ufdd0"
-"""Stands between documents that are encoded in one call. Unicode reserves these characters for internal use."""
+"""Ends each document of those that are encoded in one call. Unicode reserves these characters for internal use."""
 ORIGIN = "prepared_from"
 """Key in tokenizer_config.json: what prepare_data.py made the folder from."""
 # Copied if they exist, in addition to tokenizer.json and tokenizer_config.json.
@@ -386,8 +386,8 @@ class Encoder:
 
     Args:
         tokenizer_json: path of the file.
-        eos_id: put between two documents.
-        bos_id: put after it; None if texts begin without such a token.
+        eos_id: ends each document.
+        bos_id: begins each document; None if texts begin without such a token.
         fast: encode through tiktoken, for a tokenizer that ``agrees_with_tiktoken``; else through ``tokenizers``.
     """
 
@@ -414,25 +414,26 @@ class Encoder:
         return tokenizer
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """Return the ids ``(n,)`` of all texts, joined by the end-of-text id and the begin-of-text id, if any."""
-        # One call for all texts takes half of the time, and other threads run during it.
-        joined = DOCUMENT_BREAK.join(texts)
-        ids = None
-        if self._tiktoken is not None and joined.count(DOCUMENT_BREAK) == len(texts) - 1:
-            ids = self._encode_fast(joined)
+        """Return the ids ``(n,)`` of all texts, each with the ids that begin and end it."""
+        ids = self._encode_fast(texts) if self._tiktoken is not None else None
         if ids is None:
             ids = self._encode_slowly(texts)
         if self._bos_id is None:
             return ids
-        # No text contains the end-of-text id, so it marks the places between documents.
-        return np.insert(ids, np.flatnonzero(ids == self._eos_id) + 1, self._bos_id)
+        # No text contains the end-of-text id, so it tells where the next document begins.
+        begins = [0, *(np.flatnonzero(ids == self._eos_id)[:-1] + 1)]
+        return np.insert(ids, begins, self._bos_id)
 
-    def _encode_fast(self, joined: str) -> np.ndarray | None:
-        """Encode all texts in one call, during which other threads run; None if tiktoken's regex engine gave up."""
+    def _encode_fast(self, texts: list[str]) -> np.ndarray | None:
+        """Encode all texts in one call, during which other threads run; None if that is not possible."""
+        # One call for all texts takes half of the time of one for each.
+        joined = DOCUMENT_BREAK.join([*texts, ""])
+        if joined.count(DOCUMENT_BREAK) != len(texts):
+            return None
         try:
             ids = self._tiktoken.encode_to_numpy(joined, allowed_special={DOCUMENT_BREAK}, disallowed_special=())
         except ValueError:
-            # For a million white-space characters in a row.
+            # tiktoken's regex engine gives up for a million white-space characters in a row.
             return None
         return np.asarray(ids)
 
@@ -441,7 +442,7 @@ class Encoder:
         ids = []
         for encoding in encoded:
             ids += [*encoding.ids, self._eos_id]
-        return np.array(ids[:-1], dtype=np.uint32)
+        return np.array(ids, dtype=np.uint32)
 
 
 def agrees_with_tiktoken(tokenizer_json: Path, sample: list[str]) -> bool:
@@ -504,12 +505,6 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
     byte_level = level["type"] == "ByteLevel" and not level.get("add_prefix_space") and not level.get("use_regex", True)
     isolated = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
     return split["pattern"].get("Regex") if byte_level and isolated else None
-
-
-def divides_between_words(tokenizer_json: Path) -> bool:
-    """Return whether a text divided at ``SAFE_CUT`` gives the same ids: true for byte-level pre-tokenizers."""
-    values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
-    return values.get("normalizer") is None and _pattern(values.get("pre_tokenizer") or {}) is not None
 
 
 def byte_characters() -> dict[int, str]:

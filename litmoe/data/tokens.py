@@ -1,4 +1,4 @@
-"""Process a corpus unit by unit, and write the results as litdata chunks of tokens or as text files.
+"""Tokenize a corpus unit by unit, and join the tokens to litdata chunks.
 
 One thread reads documents, a pool of threads encodes them, and the reading thread writes the results in order. Threads
 are enough, because both encoders release Python's lock. Every unit is written to its own files, its record last.
@@ -23,9 +23,9 @@ import numpy as np
 from litmoe.checksummed_json import read_json, write_json
 from litmoe.data import manifest
 from litmoe.data.corpora import Corpus
-from litmoe.data.documents import END_OF_TEXT, SPLITS, Batch, Counts, Rules, Unit, UnitEnd, read_unit
+from litmoe.data.documents import END_OF_TEXT, Batch, Counts, Rules, Unit, UnitEnd, read_unit
 from litmoe.data.files import Unfinished, is_remote
-from litmoe.data.tokenizers import Encoder
+from litmoe.data.manifest import SPLITS
 
 # The last tokens of a chunk that fill no window are not used, so chunks are long. litdata's own reader shuffles chunks,
 # so there are about 16 of them if the corpus is large enough.
@@ -33,13 +33,13 @@ MIN_CHUNK_TOKENS = 1 << 20
 MAX_CHUNK_TOKENS = 1 << 24
 CHUNKS = 16
 LITDATA_DTYPES = {"int32": 16, "uint16": 20}  # litdata.constants._TORCH_DTYPES_MAPPING
-# Stock LitGPT's TextFiles holds 180 times the size of a text file in memory.
-SHARD_BYTES = 16 << 20
 BLOCK = 1 << 20
 # Waits before a unit on the Hub is read again after its connection was lost.
 RETRY_SECONDS = (1.0, 5.0)
 
 PROGRESS_SECONDS = 10
+PARTS = (*SPLITS, *(f"{split}.txt" for split in SPLITS))
+"""The names of a unit's files."""
 
 OnProgress = Callable[[int, int, int], None]
 """Called with the documents, bytes of text, and stored bytes of the corpus so far."""
@@ -51,33 +51,31 @@ class UnitRecord:
 
     counts: Counts
     sizes: dict[str, int]
-    """Split to bytes of its part file."""
+    """Bytes of each of its part files: the tokens ``train`` and ``val``, and the text ``train.txt`` and ``val.txt``."""
 
 
 # --- a corpus ---
 
 
-def process_corpus(
+def tokenize_corpus(
     corpus: Corpus,
-    splits: list[str],
-    rules: Rules,
-    encode: Callable[[Batch], bytes],
+    encode: Callable[[list[str]], bytes],
     folder: Path,
     *,
     inputs: list[str],
+    keep_text: bool,
     num_workers: int | None,
 ) -> tuple["UnitStore", list[UnitRecord]]:
-    """Process all units of a corpus.
+    """Tokenize all units of a corpus.
 
     If the documents are so few that all of them are in one split, each of them is cut in two instead.
 
     Args:
         corpus: the text.
-        splits: the splits to make.
-        rules: how the files become documents.
-        encode: makes the stored bytes of a batch.
+        encode: makes the stored tokens of documents.
         folder: where the units are stored.
-        inputs: what the result depends on, in addition to the corpus.
+        inputs: what the tokens depend on, in addition to the corpus.
+        keep_text: also store the text of the documents.
         num_workers: threads; None for one for each core.
 
     Returns:
@@ -88,12 +86,12 @@ def process_corpus(
     limit = corpus.settings.max_documents
     contents = {split: manifest.contents(records) for split, records in corpus.records.items()}
     for cut in (False, True):
-        rules = replace(rules, cut=cut)
-        values = json.dumps([contents, asdict(rules), limit, splits, inputs])
+        rules = replace(corpus.rules, cut=cut)
+        values = json.dumps([contents, asdict(rules), limit, keep_text, inputs])
         # Both attempts have a folder, so that a restarted call does not repeat the first one.
         store = UnitStore(folder / ("cut" if cut else "units"), sha256(values.encode()).hexdigest())
-        groups = corpus.unit_groups(splits)
-        records = process_units(groups, rules, encode, store, num_workers, limit, _progress(corpus))
+        groups = corpus.unit_groups()
+        records = process_units(groups, rules, encode, store, num_workers, limit, keep_text, _progress(corpus))
         documents = totals_of(records).documents
         # With no document at all, cutting does not help.
         if rules.val_fraction is None or len({bool(number) for number in documents.values()}) == 1:
@@ -152,9 +150,9 @@ class UnitStore:
         elif any(folder.glob("0*.json")):
             print("Resuming an interrupted preparation.")
 
-    def part(self, number: int, split: str) -> Path:
-        """Return the path of the data of a unit and a split."""
-        return self.folder / f"{number:06}.{split}"
+    def part(self, number: int, name: str) -> Path:
+        """Return the path of a part file of a unit (see ``UnitRecord.sizes``)."""
+        return self.folder / f"{number:06}.{name}"
 
     def read(self, number: int) -> UnitRecord | None:
         """Return the record of a finished unit, None if the unit must be processed."""
@@ -164,16 +162,16 @@ class UnitStore:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         # After a power failure a record may have outlived its data.
-        complete = all(self._size(number, split) == size for split, size in record.sizes.items())
+        complete = all(self._size(number, name) == size for name, size in record.sizes.items())
         return record if complete else None
 
-    def _size(self, number: int, split: str) -> int:
-        path = self.part(number, split)
+    def _size(self, number: int, name: str) -> int:
+        path = self.part(number, name)
         return path.stat().st_size if path.exists() else 0
 
     def write(self, number: int, counts: Counts) -> UnitRecord:
         """Write the record of a unit after its data."""
-        record = UnitRecord(counts, {split: self._size(number, split) for split in SPLITS})
+        record = UnitRecord(counts, {name: self._size(number, name) for name in PARTS})
         write_json(self.folder / f"{number:06}.json", asdict(record))
         return record
 
@@ -193,10 +191,11 @@ class UnitStore:
 def process_units(
     groups: Iterable[Iterable[Unit]],
     rules: Rules,
-    encode: Callable[[Batch], bytes],
+    encode: Callable[[list[str]], bytes],
     store: UnitStore,
     num_workers: int,
     max_documents: int | None,
+    keep_text: bool,
     on_progress: OnProgress,
 ) -> list[UnitRecord]:
     """Read, encode and store the units that are not finished yet.
@@ -205,10 +204,11 @@ def process_units(
         groups: the units of the corpus, one group for each split with files of its own; validation comes first if its
             documents are dropped from the training text.
         rules: how files become documents.
-        encode: makes the stored bytes of a batch; runs in the threads.
+        encode: makes the stored tokens of documents; runs in the threads.
         store: where the results go.
         num_workers: threads; 0 encodes in the calling thread.
         max_documents: read at most so many documents of each group.
+        keep_text: also store the text of the documents.
         on_progress: see ``OnProgress``.
 
     Returns:
@@ -231,10 +231,13 @@ def process_units(
         open_parts: dict[str, BinaryIO] = {}
         for item, data in _encode_in_order(items, encode, pool, 2 * num_workers):
             if isinstance(item, Batch):
-                if item.split not in open_parts:
-                    # A part of an interrupted call is replaced.
-                    open_parts[item.split] = open(store.part(item.unit.number, item.split), "wb")  # noqa: SIM115
-                open_parts[item.split].write(data)
+                parts = {item.split: data}
+                if keep_text:
+                    parts[f"{item.split}.txt"] = encode_text(item)
+                for name, content in parts.items():
+                    if name not in open_parts:
+                        open_parts[name] = open(store.part(item.unit.number, name), "wb")  # noqa: SIM115
+                    open_parts[name].write(content)
             else:
                 # The record comes after the data, so a unit with a record is complete.
                 _close(open_parts)
@@ -277,8 +280,8 @@ def _unfinished_items(
                 records.append(record)
             else:
                 # Parts of an interrupted call; a split without documents writes none.
-                for split in SPLITS:
-                    store.part(unit.number, split).unlink(missing_ok=True)
+                for name in PARTS:
+                    store.part(unit.number, name).unlink(missing_ok=True)
                 for item in _read_with_retries(unit, rules, val_hashes, left):
                     if isinstance(item, UnitEnd):
                         counts = item.counts
@@ -308,16 +311,16 @@ def _read_with_retries(unit: Unit, rules: Rules, val_hashes: set[int], limit: in
 
 
 def _encode_in_order(
-    items: Iterable[Batch | UnitEnd], encode: Callable[[Batch], bytes], pool: ThreadPoolExecutor | None, ahead: int
+    items: Iterable[Batch | UnitEnd], encode: Callable[[list[str]], bytes], pool: ThreadPoolExecutor | None, ahead: int
 ) -> Iterator[tuple[Batch | UnitEnd, bytes]]:
     """Yield each item with the encoded bytes of a batch, at most ``ahead`` batches encoded in advance."""
     waiting: deque[tuple[Batch | UnitEnd, Future[bytes] | None]] = deque()
     for item in items:
         if pool is None:
-            yield item, encode(item) if isinstance(item, Batch) else b""
+            yield item, encode(item.texts) if isinstance(item, Batch) else b""
             continue
         # The end of a unit waits in the same queue, behind its batches.
-        waiting.append((item, pool.submit(encode, item) if isinstance(item, Batch) else None))
+        waiting.append((item, pool.submit(encode, item.texts) if isinstance(item, Batch) else None))
         if len(waiting) > ahead:
             first, future = waiting.popleft()
             yield first, future.result() if future else b""
@@ -334,27 +337,6 @@ def totals_of(records: list[UnitRecord]) -> Counts:
 
 
 # --- tokens ---
-
-
-@dataclass(frozen=True)
-class TokenEncoder:
-    """Makes the stored bytes of a batch: its tokens in little-endian order."""
-
-    encoder: Encoder
-    dtype: str
-    bos_id: int | None
-    """Begins each document; None if texts begin without such a token."""
-    eos_id: int
-    """Ends each document."""
-
-    def __call__(self, batch: Batch) -> bytes:
-        """Encode documents, with the ids that begin and end each of them."""
-        ids = self.encoder(batch.texts)
-        if self.bos_id is not None and batch.begins:
-            ids = np.insert(ids, 0, self.bos_id)
-        if batch.ends:
-            ids = np.append(ids, self.eos_id)
-        return ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -466,38 +448,16 @@ def _write_index(folder: Path, lengths: list[int], dtype: str) -> None:
 
 
 def encode_text(batch: Batch) -> bytes:
-    """Make the stored bytes of a batch: UTF-8 text, every document followed by a line ``<|endoftext|>``."""
-    ending = f"\n{END_OF_TEXT}\n" if batch.ends else ""
-    return "".join(text + ending for text in batch.texts).encode()
+    """Make the stored text of a batch: UTF-8, every document followed by a line ``<|endoftext|>``."""
+    return "".join(f"{text}\n{END_OF_TEXT}\n" for text in batch.texts).encode()
 
 
-def write_shards(store: UnitStore, records: list[UnitRecord], split: str, folder: Path) -> None:
-    """Join the text of all units to files of about 16 MB that end where a document ends.
-
-    Args:
-        store: where the units are.
-        records: of all units.
-        split: the split to write; its files are ``train-00000.txt``, ``train-00001.txt``, ...
-        folder: replaced.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    ending = f"\n{END_OF_TEXT}\n".encode()
-    shard = bytearray()
-    number = 0
-    for unit_number, record in enumerate(records):
-        if not record.sizes[split]:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(store.part(unit_number, split), "rb") as file:
-            while block := file.read(BLOCK):
-                # An ending may lie across two blocks.
-                searched = max(len(shard) - len(ending), SHARD_BYTES - len(ending))
-                shard += block
-                end = shard.find(ending, searched) if len(shard) >= SHARD_BYTES else -1
-                if end >= 0:
-                    stop = end + len(ending)
-                    (folder / f"{split}-{number:05}.txt").write_bytes(shard[:stop])
-                    del shard[:stop]
-                    number += 1
-    if shard:
-        (folder / f"{split}-{number:05}.txt").write_bytes(shard)
+def move_text(store: UnitStore, records: list[UnitRecord], folder: Path) -> None:
+    """Move the text of each unit to ``folder``/train/train-00000.txt and so on, also after an interrupted call."""
+    for split in SPLITS:
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        units = [number for number, record in enumerate(records) if record.sizes[f"{split}.txt"]]
+        for file_number, number in enumerate(units):
+            part = store.part(number, f"{split}.txt")
+            if part.exists():
+                os.replace(part, folder / split / f"{split}-{file_number:05}.txt")

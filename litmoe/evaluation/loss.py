@@ -33,8 +33,7 @@ from litmoe import checkpoints
 from litmoe.cli import UserError, quoted
 from litmoe.data import manifest
 from litmoe.data.loader import token_chunks
-from litmoe.data.manifest import Manifest, Split
-from litmoe.data.token_folder import checked_manifest
+from litmoe.data.manifest import Manifest, Split, checked_manifest
 from litmoe.evaluation.common import Precision, Result, as_table, check_finite, load_model, with_progress
 
 _LOGITS = 1 << 28  # logits of a batch, 1 GiB in fp32: decides the batch size

@@ -11,11 +11,11 @@ from litgpt import Config, Tokenizer
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, quoted
 from litmoe.config import ParsedRun, RunSettings
-from litmoe.data.data_dir import check_placed_text
+from litmoe.data.corpora import TEXT
 from litmoe.data.files import text_files
 from litmoe.data.manifest import SPLITS, flags_to_repeat, manifest_path, tokenizer_fingerprint
 from litmoe.data.manifest import read as read_manifest
-from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.data.prepare import PrepareArgs, check_placed_text, prepare
 from litmoe.data.text_data import TokenizedText
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
@@ -79,16 +79,17 @@ def prepare_data(settings: RunSettings) -> None:
     if not isinstance(settings.data, TokenizedText):
         return
     data_dir = settings.data.data_dir
-    flags: dict[str, Any] = {}
-    if text_files(settings.data.train_data_path):
-        # The `prepare` section only fills an empty folder. Existing text keeps the settings of its tokens.
-        tokens = read_manifest(data_dir)
-        if tokens is not None:
-            flags = flags_to_repeat(data_dir, tokens)
-    elif manifest_path(data_dir).is_file():
-        return  # the text was removed to save space, and its tokens are complete
+    manifest = read_manifest(data_dir)
+    flags: dict[str, Any]
+    if manifest is not None:
+        if manifest.source.name not in (TEXT, "sample"):
+            return  # only these two can always be made again here
+        flags = flags_to_repeat(manifest)  # existing tokens keep their settings
+    elif text_files(data_dir / "train"):
+        flags = {"source": None}
     else:
-        check_placed_text(data_dir)  # text in another place of the folder, which the source would replace
+        # The `prepare` section of the run file only fills an empty folder.
+        check_placed_text(data_dir)
         if settings.prepare.source is None:
             raise UserError(
                 f"no data: there is no text in {settings.data.train_data_path}."
@@ -280,7 +281,7 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
     saved = resume_from / checkpoints.MANIFEST
     if not isinstance(data, TokenizedText) or not saved.is_file() or manifest_path(data.data_dir).is_file():
         return run
-    if text_files(data.train_data_path):
+    if text_files(data.data_dir / "train"):
         return run  # the tokens can be made again
     provenance = tokens_provenance(saved, *SPLITS)
 

@@ -118,7 +118,7 @@ def test_web_corpora_are_split_by_hash(
     for split in ("train", "val"):
         assert decoded(tmp_path / "data", split) == hashed(stories, split)
     # Only tokens are written, and they name no path of this machine.
-    assert not (tmp_path / "data/train").exists() and not (tmp_path / "data/source.json").exists()
+    assert [path.name for path in (tmp_path / "data").iterdir() if path.is_dir()] == ["tokens"]
     assert str(tmp_path) not in json.dumps([asdict(found.source), asdict(found.splits["train"])])
     # A thousandth of few documents is none.
     assert run(source=name, max_documents=100, overwrite=True).settings.val_fraction == 0.1
@@ -155,8 +155,7 @@ def test_validation_documents_are_dropped_from_train(
     assert decoded(tmp_path / "data", "val") == val
     wanted = [text for text in stories + stories[:40] if text not in {text.strip() for text in val}]
     assert decoded(tmp_path / "data", "train") == wanted
-    dropped = found.source.dropped_duplicates + sum(split.dropped_duplicates for split in found.splits.values())
-    assert dropped == 184 - len(wanted)
+    assert sum(split.dropped_duplicates for split in found.splits.values()) == 184 - len(wanted)
 
 
 def test_max_documents_opens_no_more_files(tmp_path: Path, run: Callable, corpus: Callable, stories: list[str]) -> None:
@@ -181,9 +180,9 @@ def test_second_call_does_not_ask_the_hub(
             run(**settings)
             assert NOTHING_TO_DO in capsys.readouterr().out
         for settings, message in (
-            ({"source": "sample"}, r"already contains tinystories .*which --source sample would replace"),
-            ({"max_documents": 5}, r"--max_documents can only be applied.*--source tinystories"),
-            ({"overwrite": True}, "name a --source"),
+            ({"source": "sample"}, r"already contains the tokens of tinystories .*which --source sample would replace"),
+            ({"max_documents": 5}, r"made again for this call \(--max_documents\).*--source tinystories"),
+            ({"overwrite": True}, "Name its --source"),
         ):
             with pytest.raises(UserError, match=message):
                 run(**settings)
@@ -199,7 +198,7 @@ def test_other_settings_and_tokenizers_stream_again(
     assert decoded(tmp_path / "data", "train") == stories[:7]
     shutil.rmtree(tmp_path / "tokenizer")
     tokenizers.install(tokenizers.train(stories, 300), {"name": "new"}, tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"another tokenizer.*name a --source"):
+    with pytest.raises(UserError, match=r"another tokenizer.*Name that --source"):
         run()
     assert run(source=plain, max_documents=7).tokenizer.vocab_size == 300
     assert "another tokenizer" in capsys.readouterr().out
@@ -220,18 +219,17 @@ def test_text_is_kept_if_asked_for(tmp_path: Path, run: Callable, plain: str, ca
     run(source=plain)
     wanted = chunks(tmp_path / "data")
     run(source=plain, keep_text=True)
-    assert (tmp_path / "data/train/train-00000.txt").is_file() and chunks(tmp_path / "data") == wanted
+    assert (tmp_path / "data/tokens/text/train/train-00000.txt").is_file() and chunks(tmp_path / "data") == wanted
     for settings in ({"source": plain}, {"source": plain, "keep_text": True}, {}):
         capsys.readouterr()
         run(**settings)
         assert NOTHING_TO_DO in capsys.readouterr().out
     run(source=plain, overwrite=True)  # without --keep_text: only tokens
-    assert not (tmp_path / "data/train").exists() and not (tmp_path / "data/source.json").exists()
-    assert chunks(tmp_path / "data") == wanted
+    assert not (tmp_path / "data/tokens/text").exists() and chunks(tmp_path / "data") == wanted
 
 
 def test_training_uses_streamed_tokens(tmp_path: Path, run: Callable, plain: str, corpus: Callable) -> None:
-    from litmoe.data.token_folder import checked_manifest
+    from litmoe.data.manifest import checked_manifest
 
     first = run(source=plain)
     assert checked_manifest(tmp_path / "data") == first
@@ -304,7 +302,6 @@ def test_interrupted_call_resumes(
             assert prepare_into(f"data-{number}") == wanted, number
         assert first + second == units
         assert not (tmp_path / f"data-{number}/tokens/.building").exists()
-        assert not (tmp_path / f"data-{number}/.incoming").exists()
 
 
 def test_units_of_other_text_are_dropped(
@@ -334,9 +331,9 @@ def test_unfinished_stream_is_not_replaced(
         run(source=plain)
     before = state(tmp_path / "data")
     own = str(put(tmp_path / "own.txt", stories))
-    for settings in ({}, {"source": own}):
+    for source in ("shakespeare", own):
         with pytest.raises(UserError, match=f"unfinished preparation of {plain}.*--source {plain}.*--overwrite"):
-            run(**settings)
+            run(source=source)
     assert state(tmp_path / "data") == before
     complete = run(source=own, overwrite=True)
     # A given-up replacement does not change what is complete.

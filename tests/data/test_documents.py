@@ -3,8 +3,6 @@
 import gzip
 import io
 import json
-import re
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from litmoe.cli import UserError
-from litmoe.data import documents
 from litmoe.data.documents import (
     END_OF_TEXT,
     Batch,
@@ -21,7 +18,6 @@ from litmoe.data.documents import (
     Unit,
     _divided,
     cut_document,
-    divide,
     document_hash,
     read_unit,
     split_of,
@@ -48,10 +44,7 @@ def read(
     *batches, end = read_unit(Unit(0, split, files, 0), rules, set() if hashes is None else hashes)
     for batch in batches:
         assert isinstance(batch, Batch)
-        if batch.begins:
-            found[batch.split] += batch.texts
-        else:
-            found[batch.split][-1] += batch.texts[0]
+        found[batch.split] += batch.texts
     assert not isinstance(end, Batch)
     return found, end.counts
 
@@ -256,24 +249,6 @@ def test_cut_rule_takes_the_end_of_each_document(tmp_path: Path, stories: list[s
     found, counts = read(write(tmp_path / "a.txt", "\n".join(stories)), Rules(val_fraction=0.2, cut=True), None)
     assert found["train"][0] + "\n" + found["val"][0] == "\n".join(stories)
     assert counts.read == 1 and counts.documents == {"train": 1, "val": 1}
-
-
-# --- long documents ---
-
-
-def test_long_documents_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "BATCH_CHARACTERS", 100)
-    monkeypatch.setattr(documents, "LONG_DOCUMENT", 300)
-    blanks = ["\n", "\n\n", "  ", " ", "\u3000\n", ".\n ", "1 ", " 2"]
-    long = "Begin" + "".join(f"{blanks[number * 7 % 8]}w\u00e9rd" for number in range(500)) + "end"
-    pieces = divide(long)
-    assert len(pieces) > 10 and "".join(pieces) == long
-    for piece, following in pairwise(pieces):
-        around = piece[-2:] + "|" + following[:2]
-        assert re.fullmatch(r"\S\n\|\S.|.\w\| \w", around), around
-    path = write(tmp_path / "a.txt", f"short\n{END_OF_TEXT}\n{long}\n{END_OF_TEXT}\nlast")
-    assert texts(path) == ["short", long, "last"]
-    assert texts(path, Rules(divide_long=False)) == ["short", long, "last"]
 
 
 def test_limit_stops_reading(tmp_path: Path) -> None:

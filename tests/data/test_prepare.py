@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from litgpt import Tokenizer as LitTokenizer
-from tokenizers import Tokenizer
 
 from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
@@ -107,27 +106,13 @@ def test_second_call_does_nothing(prepared: Path, run: Callable, capsys) -> None
     assert state(prepared) == before
 
 
-def changed_splits(before: dict, after: dict) -> set[str]:
-    names = {name for name in before | after if before.get(name) != after.get(name)}
-    return {name.split("/")[1] for name in names if name.startswith("tokens/") and name.count("/") == 2}
-
-
-def test_changed_validation_text_rebuilds_only_it(prepared: Path, run: Callable, capsys) -> None:
-    before = state(prepared)
-    put(prepared / "val/v.txt", ["Another text."])
-    run()
-    assert "Tokenizing val: val/v.txt changed" in capsys.readouterr().out
-    assert changed_splits(before, state(prepared)) == {"val"}
-    assert decoded(prepared, "val") == ["Another text."]
-
-
 def test_added_and_removed_files_are_noticed(prepared: Path, run: Callable, stories: list[str], capsys) -> None:
     put(prepared / "train/b.txt", ["New."])
     run()
-    assert "Tokenizing train: train/b.txt is new" in capsys.readouterr().out
+    assert "train/b.txt is new" in capsys.readouterr().out
     (prepared / "train/b.txt").unlink()
     run()
-    assert "Tokenizing train: train/b.txt is gone" in capsys.readouterr().out
+    assert "train/b.txt is gone" in capsys.readouterr().out
     assert decoded(prepared, "train") == stories[:100]
 
 
@@ -135,7 +120,7 @@ def test_another_tokenizer_rebuilds(prepared: Path, run: Callable, stories: list
     shutil.rmtree(prepared.parent / "tokenizer")
     tokenizers.install(tokenizers.train(stories, 300), {"name": "new"}, prepared.parent / "tokenizer")
     found = run()
-    assert "Tokenizing train: another tokenizer" in capsys.readouterr().out
+    assert "another tokenizer" in capsys.readouterr().out
     assert found.tokenizer.vocab_size == 300 and decoded(prepared, "train") == stories[:100]
 
 
@@ -167,7 +152,7 @@ def test_tokens_outlive_their_text(prepared: Path, run: Callable, tokenizer_dir:
     assert NOTHING_TO_DO in capsys.readouterr().out
     # A lost tokenizer is brought back, but only the right one.
     shutil.rmtree(prepared.parent / "tokenizer")
-    with pytest.raises(UserError, match=r"no text in .* to train a tokenizer on"):
+    with pytest.raises(UserError, match=r"made again for this call \(another tokenizer\)"):
         run(tokenizer="train", vocab_size=300)
     assert run(tokenizer=str(tokenizer_dir)).splits == manifest.read(prepared).splits
     assert (prepared.parent / "tokenizer/tokenizer.json").is_file()
@@ -176,7 +161,8 @@ def test_tokens_outlive_their_text(prepared: Path, run: Callable, tokenizer_dir:
 def test_overwrite_builds_again(prepared: Path, run: Callable) -> None:
     before, content = state(prepared), chunks(prepared)
     run(overwrite=True)
-    assert changed_splits(before, state(prepared)) == {"train", "val"} and chunks(prepared) == content
+    after = state(prepared)
+    assert chunks(prepared) == content and all(before[name] != after[name] for name in content)
 
 
 def test_unknown_manifest_fields_are_ignored(prepared: Path, run: Callable, capsys) -> None:
@@ -186,7 +172,7 @@ def test_unknown_manifest_fields_are_ignored(prepared: Path, run: Callable, caps
         place["new"] = 1
     values["splits"]["train"]["text"][0]["new"] = 1
     # As version 0.1.0 wrote it.
-    values["source"]["held_out"] = values["source"].pop("dropped_duplicates")
+    values["splits"]["val"]["held_out"] = values["splits"]["val"].pop("dropped_duplicates")
     write_checksummed(manifest.manifest_path(prepared), values)
     assert manifest.read(prepared) == found
     run()
@@ -206,7 +192,7 @@ def test_tokens_of_a_newer_format_are_kept(prepared: Path, run: Callable) -> Non
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "folder"])
-def test_own_files_are_written_and_tokenized(tmp_path: Path, run: Callable, stories: list[str], kind: str) -> None:
+def test_own_files_are_tokenized(tmp_path: Path, run: Callable, stories: list[str], kind: str) -> None:
     texts = [*stories, " \r\nwhite space\r\n "]
     put_rows(tmp_path / "own/x.jsonl", texts)
     if kind == "txt":
@@ -219,7 +205,7 @@ def test_own_files_are_written_and_tokenized(tmp_path: Path, run: Callable, stor
     found = run(source=str(source), val_fraction=0.2)
     for split in ("train", "val"):
         assert decoded(tmp_path / "data", split) == [text for text in texts if split_of(text, 0.2) == split]
-        assert (tmp_path / f"data/{split}/{split}-00000.txt").is_file()
+    assert [path.name for path in (tmp_path / "data").iterdir() if path.is_dir()] == ["tokens"]
     assert (found.source.name, found.settings.val_fraction) == ("files", 0.2)
     # Manifests are shared, so they don't contain the paths of this machine.
     assert str(tmp_path) not in json.dumps(found.source.location)
@@ -271,12 +257,12 @@ def test_folder_without_training_text_is_refused(tmp_path: Path, run: Callable, 
 
 def test_files_that_are_not_read_are_reported(tmp_path: Path, run: Callable, capsys) -> None:
     folder = lay(tmp_path / "own", ["a.jsonl", "c.pdf", "d.PDF", "noending", ".DS_Store"])
-    message = "Not read: 3 files (.pdf 2, without ending 1): c.pdf, d.PDF, noending"
+    message = "Not read: 3 files (.pdf 2, without ending 1): "
     run(source=str(folder))
-    assert message in capsys.readouterr().out or "c.pdf" in message
+    assert f"{message}c.pdf, d.PDF, noending" in capsys.readouterr().out
     shutil.copytree(folder, tmp_path / "here/train")
     run(data_dir=tmp_path / "here")
-    assert message in capsys.readouterr().out
+    assert f"{message}train/c.pdf, train/d.PDF, train/noending" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["\\n", "\n"])
@@ -303,7 +289,7 @@ def test_broken_rows_are_skipped_and_counted(tmp_path: Path, run: Callable, stor
 def test_changed_source_or_setting_is_read_again(tmp_path: Path, run: Callable, stories: list[str], capsys) -> None:
     source = put(tmp_path / "x.txt", stories[:100])
     run(source=str(source))
-    run()  # the text as it was written
+    run()  # the tokens as they are
     assert NOTHING_TO_DO in capsys.readouterr().out
     put(source, stories)
     run(source=str(source))
@@ -311,7 +297,7 @@ def test_changed_source_or_setting_is_read_again(tmp_path: Path, run: Callable, 
     run(source=str(source), max_documents=40)
     assert "max_documents None became 40" in capsys.readouterr().out
     assert both(tmp_path / "data") == sorted(stories[:40])
-    with pytest.raises(UserError, match=r"--max_documents can only be applied by reading it again.*--source"):
+    with pytest.raises(UserError, match=r"made again for this call \(--max_documents\).*--source"):
         run(max_documents=5)
 
 
@@ -341,36 +327,55 @@ def test_built_in_corpus(tmp_path: Path, run: Callable, monkeypatch: pytest.Monk
 # --- nothing is lost ---
 
 
-def test_another_corpus_needs_overwrite(prepared: Path, run: Callable, stories: list[str]) -> None:
+def test_another_corpus_needs_overwrite(prepared: Path, run: Callable, stories: list[str], capsys) -> None:
     before = state(prepared)
     other = put(prepared.parent / "other.txt", [text.upper() for text in stories])
-    with pytest.raises(UserError, match=r"already contains text.*--data_dir.*--overwrite"):
+    with pytest.raises(UserError, match=r"already contains the tokens of text.*--data_dir.*--overwrite"):
         run(source=str(other))
     assert state(prepared) == before
     run(source=str(other), overwrite=True)
     assert both(prepared) == sorted(text.upper() for text in stories)
-    with pytest.raises(UserError, match=r"already contains files .*other\.txt"):
+    with pytest.raises(UserError, match=r"already contains the tokens of files .*other\.txt"):
         run(source=str(put(prepared.parent / "another.txt", stories)))
-    # Text that was edited by hand is not replaced either.
-    put(prepared / "train/train-00000.txt", ["Mine."])
-    with pytest.raises(UserError, match="was changed since it was written"):
-        run(source=str(other))
-    run()
-    assert decoded(prepared, "train") == ["Mine."]
+    # The user's text stays, and replaces the tokens if that is said.
+    with pytest.raises(UserError, match=r"already contains the tokens of files .*which the text in .* would replace"):
+        run()
+    run(overwrite=True)
+    assert both(prepared) == sorted(stories)
 
 
-@pytest.mark.parametrize("foreign", ["train/notes.pdf", "val/model.py", "source.json"])
-def test_foreign_files_are_never_removed(tmp_path: Path, run: Callable, stories: list[str], foreign: str) -> None:
-    put(tmp_path / "a.txt", stories)
+def test_kept_text_is_the_text_of_the_tokens(tmp_path: Path, run: Callable, stories: list[str]) -> None:
+    texts = [*stories, " \r\nwhite space\r\n ", "\n", ""]
+    run(source=str(put_rows(tmp_path / "x.jsonl", texts)), keep_text=True, val_fraction=0.2)
+    kept = (tmp_path / "data/tokens/text/train/train-00000.txt").read_bytes().decode()
+    assert kept.split(f"\n{END_OF_TEXT}\n") == [*decoded(tmp_path / "data", "train"), ""]
+
+
+@pytest.mark.parametrize("foreign", ["train/notes.pdf", "val/model.txt", "source.json"])
+def test_files_of_the_user_are_never_removed(tmp_path: Path, run: Callable, stories: list[str], foreign: str) -> None:
+    source = str(put(tmp_path / "a.txt", stories))
     (tmp_path / "data" / foreign).parent.mkdir(parents=True)
     (tmp_path / "data" / foreign).write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match=f"not this project's.*{foreign}"):
-        run(source=str(tmp_path / "a.txt"))
-    assert (tmp_path / "data" / foreign).read_text(encoding="utf-8") == "mine"
-    # Files of the operating system do not count.
-    shutil.rmtree(tmp_path / "data")
-    lay(tmp_path / "data", ["train/.DS_Store", "val/Thumbs.db"])
-    run(source=str(tmp_path / "a.txt"))
+    for settings in ({}, {"keep_text": True}, {"overwrite": True}):
+        run(source=source, **settings)
+        assert (tmp_path / "data" / foreign).read_text(encoding="utf-8") == "mine"
+
+
+def test_source_may_be_called_text(prepared: Path, run: Callable, stories: list[str], monkeypatch) -> None:
+    monkeypatch.chdir(put(prepared.parent / "text/a.txt", stories).parents[1])
+    with pytest.raises(UserError, match="which --source text would replace"):
+        run(source="text")
+    run(source="text", overwrite=True)
+    assert both(prepared) == sorted(stories) and manifest.read(prepared).source.name == "files"
+
+
+def test_text_of_version_0_1_0_is_not_the_users(tmp_path: Path, run: Callable, stories: list[str], capsys) -> None:
+    """It wrote the text of every source to train/ and val/, and a source.json that said so."""
+    run(source=str(put(tmp_path / "x.txt", stories)))
+    put(tmp_path / "data/train/train-00000.txt", stories[:100])
+    (tmp_path / "data/source.json").write_text("{}", encoding="utf-8")
+    run()
+    assert NOTHING_TO_DO in capsys.readouterr().out
 
 
 def test_source_and_data_dir_must_differ(prepared: Path, run: Callable) -> None:
@@ -551,22 +556,6 @@ def test_incomplete_tokenizer_is_completed(
     assert token_ids(tmp_path / "data", "val")[0] == 1
 
 
-def test_pieces_of_a_long_document_are_one_document(
-    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "BATCH_CHARACTERS", 1000)
-    monkeypatch.setattr(documents, "LONG_DOCUMENT", 2000)
-    long = " ".join(stories)
-    put(tmp_path / "data/train/a.txt", [stories[0], long, stories[1]])
-    put(tmp_path / "data/val/a.txt", stories[:3])
-    config = tmp_path / "tokenizer/tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
-    assert run(num_workers=2).splits["train"].documents == 3
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer/tokenizer.json"))
-    expected = [id for text in (stories[0], long, stories[1]) for id in [0, *tokenizer.encode(text).ids, 0]]
-    assert token_ids(tmp_path / "data", "train").tolist() == expected
-
-
 # --- threads and chunks ---
 
 
@@ -640,7 +629,7 @@ def test_killed_at_every_moment(tmp_path: Path, stories: list[str]) -> None:
 
         def call():
             prepare(PrepareArgs(source=str(folder / "own"), tokenizer="train", vocab_size=300, num_workers=0,
-                                data_dir=folder / "data", tokenizer_dir=folder / "tokenizer"))
+                                keep_text=True, data_dir=folder / "data", tokenizer_dir=folder / "tokenizer"))
 
         def in_child(kill_at):
             pid = os.fork()
@@ -710,7 +699,7 @@ def test_several_at_once_build_once(tmp_path: Path, run: Callable, stories: list
     ]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
-    assert sum("Tokenizing train" in output for output in outputs) == 1, outputs
+    assert sum("not tokenized yet" in output for output in outputs) == 1, outputs
     assert sum(NOTHING_TO_DO in output for output in outputs) == 2, outputs
 
 
@@ -760,8 +749,8 @@ def test_script_prepares_and_complains(tmp_path: Path, run: Callable, stories: l
     done = script("--source", "x.txt", "--document-separator=---")
     assert done.returncode == 0 and "Prepared in" in done.stdout, done.stderr
     assert manifest.read(tmp_path / "data").settings.document_separator == "---"
-    done = script("--overwrite")  # a switch needs no value
-    assert done.returncode == 0 and "Tokenizing train: --overwrite" in done.stdout, done.stderr
+    done = script("--source", "x.txt", "--overwrite")  # a switch needs no value
+    assert done.returncode == 0 and "Tokenizing x.txt: --overwrite" in done.stdout, done.stderr
     for wrong, message in ((["--source", "y.txt"], "no such file"), (["--tokeniser", "gpt2"], "tokenizer")):
         done = script(*wrong)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr

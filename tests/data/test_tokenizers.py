@@ -21,7 +21,7 @@ from tokenizers import (
 
 from litmoe.checksummed_json import write_json
 from litmoe.cli import UserError
-from litmoe.data import documents, manifest, tokenizers
+from litmoe.data import manifest, tokenizers
 from litmoe.data.manifest import fingerprint_of
 from litmoe.data.tokenizers import (
     Encoder,
@@ -84,12 +84,12 @@ def strange_texts() -> list[str]:
 
 
 def assert_same_ids(path: Path, texts: list[str], bos: int | None = None) -> None:
-    """Both encoders give the ids that the tokenizer gives to each text alone, joined by the end-of-text id."""
+    """Both encoders give the ids that the tokenizer gives to each text alone, with the ids that begin and end it."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
     begin = [] if bos is None else [bos]
     alone = [[*begin, *encoding.ids, END_ID] for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    expected = [token for ids in alone for token in ids][len(begin) : -1]
+    expected = [token for ids in alone for token in ids]
     for fast in (True, False):
         assert Encoder(path, END_ID, bos, fast=fast)(texts).tolist() == expected
 
@@ -120,25 +120,9 @@ def test_encoded_texts_are_joined(tokenizer_dir: Path, stories: list[str], bos: 
 @pytest.mark.parametrize("fast", [True, False])
 def test_end_of_text_in_a_text_is_text(tokenizer_dir: Path, fast: bool) -> None:
     """``tokenizers`` alone turns the literal into the special id, tiktoken does not."""
-    ids = Encoder(tokenizer_dir / "tokenizer.json", END_ID, fast=fast)([f"a {END} b"]).tolist()
-    assert END_ID not in ids
+    *ids, end = Encoder(tokenizer_dir / "tokenizer.json", END_ID, fast=fast)([f"a {END} b"]).tolist()
+    assert end == END_ID and END_ID not in ids
     assert Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).decode(ids) == f"a {END} b"
-
-
-def test_pieces_give_the_ids_of_the_complete_text(
-    tmp_path: Path, stories: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Long documents are divided where every byte-level tokenizer divides them."""
-    path = saved(tmp_path, trained(stories)) / "tokenizer.json"
-    assert tokenizers.divides_between_words(path)
-    text = "\n".join(stories[:40]) + "\n\n  " + " ".join(stories[40:80])
-    encode = Encoder(path, END_ID, fast=False)
-    complete = encode([text]).tolist()
-    for size in range(1, 60):
-        monkeypatch.setattr(documents, "BATCH_CHARACTERS", size)
-        pieces = documents.divide(text)
-        assert len(pieces) > 40
-        assert [token for piece in pieces for token in encode([piece]).tolist()] == complete
 
 
 def test_a_million_blanks_are_encoded(tokenizer_dir: Path) -> None:
