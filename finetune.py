@@ -17,13 +17,12 @@ from litmoe.cli import exit_with_message
 
 def main() -> None:
     """Read the settings, find conversations and checkpoint, train."""
-    from litmoe.config import parse_finetuning
+    from litmoe.finetune_config import parse_finetuning
 
     run = parse_finetuning(sys.argv[1:])  # before the imports below, which take seconds
 
-    from litmoe.train.finetune import finetune
-    from litmoe.train.lock import locked
-    from litmoe.train.preflight import ready_to_finetune
+    from litmoe.train.finetune import finetune, ready_to_finetune
+    from litmoe.train.saving import locked
     from litmoe.validation import check
 
     check(run.settings, run.optimizer)

@@ -27,9 +27,9 @@ def main() -> None:
         return show_plan(sys.argv[1:])
     run = parse_run(sys.argv[1:])  # before the imports below, which take seconds
 
-    from litmoe.train.lock import locked
     from litmoe.train.preflight import ready
     from litmoe.train.pretrain import pretrain
+    from litmoe.train.saving import locked
     from litmoe.validation import check
 
     check(run.settings, run.optimizer)

@@ -23,8 +23,9 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
@@ -115,7 +116,7 @@ def save(
 
     Args:
         weights: the complete state dict in LitGPT's keys, on any device. Tied embeddings are under both their keys.
-        hyperparameters: the settings of the run. Paths are saved as text, dataclasses as mappings.
+        hyperparameters: the settings of the run, as plain values that YAML can hold.
         step, tokens: optimizer steps done, and tokens trained on over all devices.
         tokenizer_dir: its tokenizer files are copied.
         training_state: tensors, numbers, strings, lists, tuples and dicts only (`torch.load(weights_only=True)`).
@@ -139,10 +140,7 @@ def save(
         partial.mkdir()
         checksums = _write_tensors(partial, weights, training_state, lora_weights)
         _write_descriptions(partial, config, hyperparameters, prompt_style)
-        _copy_tokenizer(tokenizer_dir, partial)
-        for source, name in ((manifest_path, MANIFEST), (instructions_path, INSTRUCTIONS)):
-            if source is not None:
-                shutil.copyfile(source, partial / name)
+        _copy_files(partial, tokenizer_dir, manifest_path, instructions_path)
         _write_huggingface_config(partial, config, hyperparameters, weights, tokenizer_dir)
         # From here on the folder is a complete checkpoint, only its name is missing.
         _write_metadata(partial, step, tokens, checksums)
@@ -244,26 +242,20 @@ def _write_descriptions(
     # Without a saved style LitGPT chooses a chat format by the model's name ("Llama-3-small-Instruct", "R1").
     save_prompt_style(prompt_style or Default(), folder)
     with open(folder / HYPERPARAMETERS, "w", encoding="utf-8", newline="\n") as file:
-        yaml.safe_dump(_yaml_values(hyperparameters), file, sort_keys=False)
+        yaml.safe_dump(hyperparameters, file, sort_keys=False)
 
 
-def _yaml_values(value: Any) -> Any:
-    """Return settings as mappings, lists and plain values."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _yaml_values(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _yaml_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_yaml_values(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _copy_tokenizer(tokenizer_dir: Path | None, folder: Path) -> None:
-    if tokenizer_dir is None:
-        return
-    for name in TOKENIZER_FILES:
-        if (Path(tokenizer_dir) / name).is_file():
-            shutil.copyfile(Path(tokenizer_dir) / name, folder / name)
+def _copy_files(
+    folder: Path, tokenizer_dir: Path | None, manifest_path: Path | None, instructions_path: Path | None
+) -> None:
+    sources = {MANIFEST: manifest_path, INSTRUCTIONS: instructions_path}
+    if tokenizer_dir is not None:
+        for name in TOKENIZER_FILES:
+            path = Path(tokenizer_dir) / name
+            sources[name] = path if path.is_file() else None
+    for name, source in sources.items():
+        if source is not None:
+            shutil.copyfile(source, folder / name)
 
 
 def _write_huggingface_config(
@@ -351,7 +343,7 @@ def _save_error(folder: Path, cause: OSError, weights: "dict[str, Tensor]", trai
     from torch import Tensor
     from torch.utils._pytree import tree_leaves
 
-    kept = _last_saved(folder.parent.glob(f"*/{COMPLETE_FILE}"))
+    kept = _last_saved(_readable(folder.parent, "*"))
     kept_text = f"the newest complete checkpoint is {kept}" if kept else "there is no older checkpoint"
     if cause.errno in _DISK_FULL:
         tensors = [leaf for leaf in tree_leaves((weights, training_state)) if isinstance(leaf, Tensor)]
@@ -404,13 +396,14 @@ def remove_old(newest: Path, *, keep_last: int | None, keep_every: int | None) -
     """
     if keep_last is None:
         return
-    step = read_metadata(newest).step
+    last_step = read_metadata(newest).step
     # Checkpoints without readable metadata are not counted and not deleted.
-    steps = {folder: metadata.step for folder, metadata in _readable(newest.parent.glob(f"step-*/{COMPLETE_FILE}"))}
-    steps.pop(newest, None)
-    earlier = [folder for folder in steps if steps[folder] <= step]
-    complete = sorted((folder for folder in earlier if is_complete(folder)), key=steps.__getitem__)
+    others = _readable(newest.parent, "step-*")
+    others.pop(newest, None)
+    steps = {folder: metadata.step for folder, metadata in others.items()}
+    earlier = sorted((folder for folder in steps if steps[folder] <= last_step), key=steps.__getitem__)
     # Incomplete ones do not count, so that `keep_last` of them can be resumed from.
+    complete = [folder for folder in earlier if is_complete(folder)]
     kept = set(complete[max(0, len(complete) - keep_last + 1) :])
     if keep_every:
         kept |= {folder for folder in earlier if steps[folder] % keep_every == 0}
@@ -426,9 +419,9 @@ def remove_newer(checkpoint: Path) -> None:
 
 def newer(checkpoint: Path) -> list[Path]:
     """Return the checkpoints of the same run with later steps."""
-    step, out_dir = read_metadata(checkpoint).step, checkpoint.parent
-    paths = [*out_dir.glob(f"step-*/{COMPLETE_FILE}"), *out_dir.glob(f"final/{COMPLETE_FILE}")]
-    return sorted(folder for folder, metadata in _readable(paths) if metadata.step > step)
+    step = read_metadata(checkpoint).step
+    of_run = _readable(checkpoint.parent, "step-*", "final")
+    return sorted(folder for folder, metadata in of_run.items() if metadata.step > step)
 
 
 def _remove(folder: Path) -> None:
@@ -529,7 +522,7 @@ def _check_files(folder: Path, files: Collection[str] | None, *, checksums: bool
 
 def newest(root: Path) -> Path | None:
     """Return the complete checkpoint under ``root`` that was saved last, or None. File contents are not read."""
-    return _last_saved(Path(root).rglob(COMPLETE_FILE))
+    return _last_saved(_readable(Path(root), "**"))
 
 
 def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
@@ -538,23 +531,26 @@ def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
     It is the one of the highest step with a training state and correct checksums, or None.
     """
     candidates: list[tuple[int, str, Path]] = []
-    damages: list[str] = []
+    damages: dict[Path, str] = {}
+    result = None
     for folder in (*Path(out_dir).glob("step-*"), Path(out_dir) / "final", *leftovers(Path(out_dir))):
+        if not folder.is_dir():
+            continue
         try:
             metadata = read_metadata(folder)
             candidates.append((metadata.step, metadata.time, folder))
         except DamagedCheckpointError as error:
-            if folder.is_dir() and not folder.name.startswith("."):  # what a killed save left is no damage
-                damages.append(str(error).removesuffix("."))
+            damages[folder] = str(error).removesuffix(".")
     # Newest first. Reading stops at the first good one, so usually only one checkpoint is read.
     for _, _, folder in sorted(candidates, reverse=True):
         try:
             if TRAINING_STATE in _check_files(folder, None, checksums=True).files:
-                return folder, damages
+                result = folder
+                break
         except DamagedCheckpointError as error:
-            if not folder.name.startswith("."):
-                damages.append(str(error).removesuffix("."))
-    return None, damages
+            damages[folder] = str(error).removesuffix(".")
+    # What a killed save left under a hidden name is no damage.
+    return result, [damage for folder, damage in damages.items() if not folder.name.startswith(".")]
 
 
 def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
@@ -582,9 +578,9 @@ def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
 def _alternative(folder: Path, root: Path | None = None) -> str:
     """Return a hint for an error message: the newest complete checkpoint near ``folder``, or else under ``root``."""
     # Few levels only: searching a large disk would delay the message.
-    near = [*folder.glob(f"*/{COMPLETE_FILE}"), *folder.glob(f"*/*/{COMPLETE_FILE}")]
-    near = near or [path for path in folder.parent.glob(f"*/{COMPLETE_FILE}") if path.parent != folder]
-    last_saved = _last_saved(near)
+    nearby = _readable(folder, "*", "*/*") | _readable(folder.parent, "*")
+    nearby.pop(folder, None)
+    last_saved = _last_saved(nearby)
     if last_saved is None and root is not None:
         last_saved = newest(root)
     if last_saved is None:
@@ -592,24 +588,25 @@ def _alternative(folder: Path, root: Path | None = None) -> str:
     return f"The newest complete checkpoint near it is {last_saved}."
 
 
-def _last_saved(paths: Iterable[Path]) -> Path | None:
-    """Return the folder of the last saved complete checkpoint among the ``complete.json`` files."""
+def _last_saved(candidates: dict[Path, CheckpointMetadata]) -> Path | None:
+    """Return the last saved one of the checkpoints that are complete, or None."""
     complete = []
     # The time decides: steps of different runs can't be compared.
-    for folder, metadata in _readable(paths):
+    for folder, metadata in candidates.items():
         # Users delete the training state to save space. Only resuming needs it.
         if is_complete(folder, metadata.files.keys() - {TRAINING_STATE}):
             complete.append((metadata.time, metadata.step, folder))
     return max(complete)[-1] if complete else None
 
 
-def _readable(paths: Iterable[Path]) -> Iterator[tuple[Path, CheckpointMetadata]]:
-    """Yield the folders of the ``complete.json`` files that can be read."""
-    for path in paths:
-        try:
-            yield path.parent, read_metadata(path.parent)
-        except DamagedCheckpointError:
-            continue
+def _readable(root: Path, *patterns: str) -> dict[Path, CheckpointMetadata]:
+    """Return the metadata of the folders under ``root`` that match a pattern and have readable metadata."""
+    result = {}
+    for pattern in patterns:
+        for path in root.glob(f"{pattern}/{COMPLETE_FILE}"):
+            with suppress(DamagedCheckpointError):
+                result[path.parent] = read_metadata(path.parent)
+    return result
 
 
 # --- Load
@@ -712,9 +709,12 @@ def context_of(folder: Path, max_seq_length: int | None = None) -> int:
 
 
 def _trained_context(hyperparameters: dict[str, Any], block_size: int) -> int:
-    train = _yaml_values(hyperparameters.get("train"))
+    train = hyperparameters.get("train")
     length = train.get("max_seq_length") if isinstance(train, dict) else None
-    return length if isinstance(length, int) and 1 <= length <= block_size else block_size
+    # Hyperparameters may come from elsewhere, so they can contain anything.
+    if isinstance(length, int) and 1 <= length <= block_size:
+        return length
+    return block_size
 
 
 def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype", max_seq_length: int | None = None) -> "GPT":

@@ -1,7 +1,7 @@
 """The settings of a training run: dataclasses, and the YAML files and flags that fill them.
 
 This module imports neither torch nor all of LitGPT, which takes seconds. ``--help`` and mistakes in flags or YAML files
-need only the first of two passes (``_check_quickly``); the second one knows the classes of ``data`` and ``optimizer``.
+need only the first of two passes (``check_quickly``); the second one knows the classes of ``data`` and ``optimizer``.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
-from litmoe import checkpoints, fast_imports
+from litmoe import fast_imports
 from litmoe.cli import (
     UserError,
     current_class_path,
@@ -40,7 +40,6 @@ else:
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_RUN = PROJECT / "train_config.yaml"
-DEFAULT_FINETUNING = PROJECT / "configs" / "finetune.yaml"
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
@@ -52,15 +51,6 @@ SHORT_FLAGS = {
     "max_seq_length": "train.max_seq_length",
 }
 """Short flags, and the settings that they set."""
-
-FINETUNE_SHORT_FLAGS = SHORT_FLAGS | {
-    "data_dir": "data.init_args.data_dir",
-    "prompt_style": "data.init_args.prompt_style",
-    "lr": "optimizer.init_args.lr",
-    "epochs": "train.epochs",
-}
-"""The same for ``finetune.py``."""
-
 
 # LitGPT's classes under names of this module: jsonargparse imports the package of each class that it meets.
 
@@ -267,33 +257,19 @@ class RunSettings:
     wandb_artifacts_dir: Path = Path("data/wandb_artifacts")
     """Folder for W&B dataset artifacts"""
 
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether these are the settings of `finetune.py`."""
+        return False
 
-@dataclass
-class FinetuneSettings(RunSettings):
-    """All settings of `finetune.py`; the LoRA fields are those of `litgpt.finetune.lora.setup`."""
+    @property
+    def uses_lora(self) -> bool:
+        """Whether the run trains LoRA updates instead of the weights."""
+        return False
 
-    compile: bool | None = False
-    """torch.compile; conversations of all lengths share their graphs"""
-    checkpoint_dir: Path = Path("checkpoints")
-    """The checkpoint that is tuned; model and tokenizer are its own. `checkpoints`: the newest one there"""
-    lora_r: int = 0
-    """Rank of the LoRA updates (arXiv 2106.09685), on a GPU best a multiple of 8; 0 trains all weights instead"""
-    lora_alpha: int = 16
-    """LoRA updates are scaled by lora_alpha / lora_r"""
-    lora_dropout: float = 0.05
-    """Dropout on what goes into the LoRA updates"""
-    lora_query: bool = True
-    """LoRA on the queries"""
-    lora_key: bool = False
-    """LoRA on the keys"""
-    lora_value: bool = True
-    """LoRA on the values"""
-    lora_projection: bool = False
-    """LoRA on the attention's output projection"""
-    lora_mlp: bool = False
-    """LoRA on the feed-forwards: each expert's and the router's, too"""
-    lora_head: bool = False
-    """LoRA on the output head"""
+    def own_problems(self) -> Iterator[str]:
+        """Yield what is wrong with settings that only a subclass has."""
+        yield from ()
 
 
 CLASS_SETTINGS = {
@@ -304,18 +280,6 @@ CLASS_SETTINGS = {
     ),
 }
 """Settings that name a class (``class_path``, ``init_args``), with their help texts."""
-
-LORA_FIELDS = (
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_query", "lora_key", "lora_value"),
-    *("lora_projection", "lora_mlp", "lora_head"),
-)
-"""The LoRA settings, in LitGPT's names."""
-
-OF_THE_CHECKPOINT: set[str] = {
-    *("model", "initial_checkpoint_dir", "tokenizer_dir"),  # taken from it
-    *("upcycle", "prepare", "wandb_dataset", "wandb_artifacts_dir"),  # only for pretraining
-}
-"""Settings that `finetune.py` has no flags for."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +305,8 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         UserError: an unknown key, a value of the wrong type, a missing file, or a file that is no YAML mapping.
         SystemExit: after ``--help`` and ``--print_config``.
     """
-    files, flags = _extract_files(underscored(argv), ("config", "model", "upcycle"), SHORT_FLAGS)
+    # Flags that name files come first, because the contents of these files decide the defaults of all others.
+    files, flags = extract_files(underscored(argv), ("config", "model", "upcycle"), SHORT_FLAGS)
     run_file = files["config"] or DEFAULT_RUN
     run = read_run_file(run_file, files["model"])
     dense = files["upcycle"]
@@ -349,63 +314,19 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         flags.append(f"--upcycle={dense}")
     elif not run.get("model") and isinstance(run.get("upcycle"), str):
         dense = Path(run["upcycle"])
-    _check_quickly(run_parser(with_classes=False), run_file, run, flags)
+    check_quickly(run_parser(with_classes=False), run_file, run, flags)
     if dense is not None and files["model"] is None:
         from litmoe.upcycling import upcycled_model
 
         run["model"] = upcycled_model(dense)
-    resolved, values = _parse(run_parser(), RunSettings, run_file, run, flags)
+    resolved, values = parse_settings(run_parser(), RunSettings, run_file, run, flags)
     # LitGPT's own class, so that it equals the config of a checkpoint.
     values["model"] = Config(**{field.name: getattr(values["model"], field.name) for field in fields(Config)})
     settings = RunSettings(**{field.name: values[field.name] for field in fields(RunSettings)})
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
 
 
-def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
-    """Read the run file and the flags of ``finetune.py``. Model and tokenizer are those of the checkpoint.
-
-    Args:
-        argv: command-line arguments. The checkpoint may come first, without its flag; the default is the newest one.
-            ``--config FILE`` names the run file (default: ``configs/finetune.yaml``).
-
-    Raises:
-        UserError, SystemExit: as ``parse_run``; also if there is no such checkpoint.
-    """
-    if argv and not argv[0].startswith("-"):
-        argv = [f"--checkpoint_dir={argv[0]}", *argv[1:]]
-    files, flags = _extract_files(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
-    run_file = files["config"] or DEFAULT_FINETUNING
-    run = _read_yaml(run_file)
-    _check_quickly(finetuning_parser(with_classes=False), run_file, run, flags)
-    resolved, values = _parse(finetuning_parser(), FinetuneSettings, run_file, run, flags)
-    folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
-    resolved["checkpoint_dir"] = str(folder)
-    if resolved["train"]["max_seq_length"] is None:  # positions beyond it were never trained
-        values["train"].max_seq_length = resolved["train"]["max_seq_length"] = checkpoints.context_of(folder)
-    given = {field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
-    from_checkpoint = {
-        "model": checkpoints.load_config(folder),
-        "checkpoint_dir": folder,
-        "initial_checkpoint_dir": folder,
-        "tokenizer_dir": folder,
-    }
-    settings = FinetuneSettings(**given | from_checkpoint)
-    return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
-
-
-def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
-    """Return the checkpoint to tune: the one given, or that of the run to resume, or the newest."""
-    if given != FinetuneSettings.checkpoint_dir:
-        return checkpoints.resolve(given)
-    run_file = out_dir / "run_config.yaml"
-    if resume and run_file.is_file():
-        base_of_run = _read_yaml(run_file).get("checkpoint_dir")
-        if base_of_run:
-            return checkpoints.resolve(Path(str(base_of_run)))
-    return checkpoints.resolve(None)
-
-
-def _check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]) -> None:
+def check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]) -> None:
     """Report mistakes, ``--help`` included, before anything imports torch.
 
     Args:
@@ -416,6 +337,7 @@ def _check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], 
     """
     if any(flag.split("=")[0] in ("--data.help", "--optimizer.help", "--print_config") for flag in flags):
         return  # these show the classes
+    # Checking `data` and `optimizer` would import their classes, and with them torch.
     without_classes = {name: value for name, value in run.items() if name not in CLASS_SETTINGS}
     _parse_file_and_flags(parser, run_file, without_classes, _without_class_flags(flags))
 
@@ -453,7 +375,7 @@ def _parse_file_and_flags(parser: ArgumentParser, run_file: Path, run: dict[str,
         raise UserError(explain(str(error), _known_names(parser, run))) from None
 
 
-def _parse(
+def parse_settings(
     parser: ArgumentParser, kind: type[RunSettings], run_file: Path, run: dict[str, Any], flags: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings as plain values, and as objects for the fields of ``kind``."""
@@ -461,6 +383,7 @@ def _parse(
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         namespace = _parse_file_and_flags(parser, run_file, run, flags)
+        # Plain values before the classes are instantiated: these are saved with each checkpoint.
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
         _check_nulls(kind, resolved)
         with warnings.catch_warnings():
@@ -478,6 +401,7 @@ def _parse(
 
 
 def _describe_failed_check(error: Exception) -> str:
+    # LitGPT checks some values with a bare assert, or not at all. Then the line of code says what failed.
     failed_line = traceback.extract_tb(error.__traceback__)[-1].line
     if isinstance(error, ArithmeticError | LookupError):
         return f"{type(error).__name__} in `{failed_line}`"
@@ -513,14 +437,14 @@ def run_parser(*, with_classes: bool = True) -> ArgumentParser:
     """
     parser = make_parser(description="Pretrain a model with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
-    _add_settings(parser, RunSettings, set(), with_classes)
+    add_settings(parser, RunSettings, set(), with_classes)
     parser.add_argument(
         "--plan",
         default=SUPPRESS,
         metavar="GPU",
         help="Show what the run needs on this machine or on a GPU by name (rtx3060), without training",
     )
-    _add_short_flags(parser, SHORT_FLAGS)
+    add_short_flags(parser, SHORT_FLAGS)
     if with_classes:
         paths = {"train_data_path": "data/custom_text/train", "val_data_path": "data/custom_text/val"}
         parser.set_defaults(
@@ -532,16 +456,7 @@ def run_parser(*, with_classes: bool = True) -> ArgumentParser:
     return parser
 
 
-def finetuning_parser(*, with_classes: bool = True) -> ArgumentParser:
-    """Return the parser of ``finetune.py``; see ``run_parser``."""
-    parser = make_parser(description="Tune a checkpoint to follow instructions, with LitGPT.")
-    parser.add_argument("--config", action="config", help="The run file (YAML); default: configs/finetune.yaml")
-    _add_settings(parser, FinetuneSettings, OF_THE_CHECKPOINT, with_classes)
-    _add_short_flags(parser, FINETUNE_SHORT_FLAGS)
-    return parser
-
-
-def _add_settings(parser: ArgumentParser, kind: type[RunSettings], skip: set[str], with_classes: bool) -> None:
+def add_settings(parser: ArgumentParser, kind: type[RunSettings], skip: set[str], with_classes: bool) -> None:
     # Optimizers of other packages (torchao) declare no types for their parameters.
     parser.add_class_arguments(kind, sub_configs=True, fail_untyped=False, skip={*skip, *CLASS_SETTINGS})
     if with_classes:
@@ -561,8 +476,8 @@ def _add_settings(parser: ArgumentParser, kind: type[RunSettings], skip: set[str
         parser.add_argument(f"--{name}", default=SUPPRESS, metavar="CLASS", help=description)
 
 
-def _add_short_flags(parser: ArgumentParser, short_flags: dict[str, str]) -> None:
-    """List the short flags in the help. ``_extract_files`` replaces them before anything is parsed."""
+def add_short_flags(parser: ArgumentParser, short_flags: dict[str, str]) -> None:
+    """List the short flags in the help. ``extract_files`` replaces them before anything is parsed."""
     group = parser.add_argument_group("Short forms")
     for short, target in short_flags.items():
         group.add_argument(f"--{short}", default=SUPPRESS, help=f"the same as --{target}")
@@ -573,15 +488,16 @@ def read_run_file(path: Path, model_file: Path | None = None) -> dict[str, Any]:
 
     A path under ``model:`` is looked up next to the run file, then in the working directory.
     """
-    run = _read_yaml(path)
+    run = read_yaml(path)
     model: Any = model_file or run.get("model")
     if not isinstance(model, (str, Path)):
         return run
+    # A run file and its model file can be moved together.
     next_to_run_file = path.parent / model
     if model_file is None and next_to_run_file.is_file():
-        run["model"] = _read_yaml(next_to_run_file)
+        run["model"] = read_yaml(next_to_run_file)
     else:
-        run["model"] = _read_yaml(Path(model))
+        run["model"] = read_yaml(Path(model))
     return run
 
 
@@ -598,7 +514,7 @@ def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
     return names
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones are in configs/.")
     try:
@@ -613,7 +529,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return with_current_class_paths(content)
 
 
-def _extract_files(
+def extract_files(
     arguments: list[str], names: tuple[str, ...], short_flags: dict[str, str]
 ) -> tuple[dict[str, Path | None], list[str]]:
     """Split the flags that name files from the others, and replace short flags by full ones."""

@@ -80,6 +80,31 @@ def training_flops_per_token(config: Config, seq_length: int, causal: bool = Tru
     return flops
 
 
+def describe_size(config: Config, seq_length: int | None, tie_embeddings: bool = False) -> str:
+    """Return a line with the number of parameters and the operations per token.
+
+    Args:
+        config: as for ``count_parameters``.
+        seq_length: tokens per sequence; None leaves out the operations, for finetuning: conversations have different
+            lengths, and frozen weights have no gradient, so no formula is right.
+    """
+    sizes = count_parameters(config, tie_embeddings)
+    size = f"{config.name}: {sizes.total / 1e6:,.1f} M parameters, {sizes.active / 1e6:,.1f} M active for each token."
+    if seq_length is None:
+        return size
+    causal = format_flops(training_flops_per_token(config, seq_length, causal=True))
+    full = format_flops(training_flops_per_token(config, seq_length, causal=False))
+    return f"{size} Training takes {causal} per token ({full} if attention is counted in full)."
+
+
+def format_flops(flops: float) -> str:
+    """Return a number of operations with its unit, such as ``1.23 GFLOP``."""
+    for name, unit in {"P": 1e15, "T": 1e12, "G": 1e9}.items():
+        if flops >= unit:
+            return f"{flops / unit:,.2f} {name}FLOP"
+    return f"{flops / 1e6:,.2f} MFLOP"
+
+
 def _check(config: Config) -> None:
     if config.latent_attention is not None:
         raise ValueError(

@@ -1,6 +1,15 @@
-"""What the hardware of this machine allows: number of processes, sharding, precision."""
+"""What this machine allows (processes, precision, ``torch.compile``, allocator), and specifications of NVIDIA GPUs."""
 
+import importlib.util
 import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,10 +24,15 @@ def processes(settings: RunSettings) -> tuple[int, int]:
         UserError: this machine has fewer GPUs.
     """
     gpus = torch.cuda.device_count()
+    # Without a GPU, devices are CPU processes, of which any number can run.
+    limit = gpus or sys.maxsize
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        if gpus and local > gpus:
-            raise UserError(f"torchrun started {local} processes, but this machine has {gpus} GPU(s); start no more.")
+        if local > limit:
+            raise UserError(
+                f"torchrun started {local} processes, but this machine has {gpus} GPU(s); expected --nproc_per_node"
+                f" {gpus} or less."
+            )
         return local, int(os.environ["WORLD_SIZE"]) // local
     if settings.devices == "auto":
         return max(gpus, 1), settings.num_nodes
@@ -26,9 +40,9 @@ def processes(settings: RunSettings) -> tuple[int, int]:
         devices = int(settings.devices)
     except ValueError:
         devices = 0
-    if devices < 1 or (gpus and devices > gpus):
-        there = f"this machine has {gpus} GPU(s)" if gpus else "this machine has no GPU, so devices are CPU processes"
-        raise UserError(f"--devices {settings.devices}: {there}; expected `auto` or a number from 1.")
+    if not 1 <= devices <= limit:
+        expected = f"`auto` or 1 to {gpus}, the GPUs of this machine" if gpus else "`auto` or a number of CPU processes"
+        raise UserError(f"--devices is {settings.devices}; expected {expected}.")
     return devices, settings.num_nodes
 
 
@@ -53,14 +67,7 @@ def choose_precision(requested: str | None) -> tuple[str, str | None]:
     for small models and gives the same results on every machine; ``bf16-true`` is kept if requested.
     """
     if not torch.cuda.is_available():
-        if requested == "bf16-true" and not cpu_has_bf16():
-            return (
-                requested,
-                "this CPU has no instructions for bf16: 32-true is many times faster on it than bf16-true.",
-            )
-        if requested in (None, "32-true", "bf16-true"):
-            return requested or "32-true", None
-        return "32-true", f"precision {requested} needs a GPU; this run uses 32-true on the CPU."
+        return _choose_cpu_precision(requested)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if requested is None:
         return ("bf16-mixed" if has_bf16 else "16-mixed"), None
@@ -68,3 +75,222 @@ def choose_precision(requested: str | None) -> tuple[str, str | None]:
         name = torch.cuda.get_device_name()
         return "16-mixed", f"{name} has no bf16, so this run uses 16-mixed instead of {requested}."
     return requested, None
+
+
+def _choose_cpu_precision(requested: str | None) -> tuple[str, str | None]:
+    if requested is None or requested == "32-true":
+        return "32-true", None
+    if requested != "bf16-true":
+        return "32-true", f"precision {requested} needs a GPU; this run uses 32-true on the CPU."
+    note = None
+    if not cpu_has_bf16():
+        note = "this CPU has no instructions for bf16: 32-true is many times faster on it than bf16-true."
+    return requested, note
+
+
+def use_expandable_segments(cuda: bool) -> None:
+    """Let the allocator's segments grow, so that little memory is lost in gaps between blocks of different sizes.
+
+    It applies to CUDA runs on Linux and to the processes they start. ``PYTORCH_ALLOC_CONF`` overrides it.
+
+    Args:
+        cuda: whether the run uses CUDA.
+    """
+    is_set = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    # Windows does not support it. In WSL2 the first allocation can fail (pytorch/pytorch issue 192330).
+    is_wsl = "microsoft" in platform.release().lower()
+    if cuda and not is_set and sys.platform == "linux" and not is_wsl:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+# --- torch.compile
+
+
+def should_compile(requested: bool | None, device_type: str) -> tuple[bool, str | None]:
+    """Return whether to compile, and a line for the user if compilation is useful or requested but not possible.
+
+    Args:
+        requested: the setting; None compiles on CUDA GPUs only. Elsewhere compilation takes longer than it saves in a
+            short run.
+        device_type: ``cuda``, ``cpu``, ``mps``.
+    """
+    if requested is False or (requested is None and device_type != "cuda"):
+        return False, None
+    missing = missing_for_compile(device_type)
+    if missing:
+        return False, f"torch.compile is off: {missing}."
+    return True, None
+
+
+def compiler_settings() -> AbstractContextManager[None]:
+    """Return a context manager with the settings for models that are compiled block by block."""
+    settings: AbstractContextManager[None] = torch._dynamo.config.patch(
+        # Under DDP, torch splits graphs at the size of a gradient bucket, so that gradients are sent early. With one
+        # graph per block they are sent early anyway, and graphs with recomputed activations can't be split.
+        optimize_ddp=False,
+        # The default limit is 8 graphs per function. One function here has graphs for each kind of block, for training
+        # and validation, and for several sizes.
+        recompile_limit=64,
+    )
+    return settings
+
+
+def missing_for_compile(device_type: str) -> str | None:
+    """Return what ``torch.compile`` lacks on this machine, or None.
+
+    Without this check it would fail in the first step.
+    """
+    is_windows = sys.platform == "win32"
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return f"the package {'triton-windows' if is_windows else 'triton'} is not installed"
+    if device_type == "cuda" and is_windows:
+        return None  # triton-windows includes a compiler
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return "there is no C++ compiler (Debian and Ubuntu: apt-get install g++)"
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler} is not found)"
+    # Compiled code is linked into Python. Some distributions package the headers separately.
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers are missing (Debian and Ubuntu: apt-get install python3-dev)"
+    return None
+
+
+# --- Specifications of GPUs, so that a run can be planned without one
+
+GIB = 2**30
+
+
+class GPUSpec(NamedTuple):
+    """A GPU: this machine's, or one from the tables below."""
+
+    name: str
+    memory: float
+    """GiB in total, as programs see it"""
+    taken: float
+    """GiB of it that are not available: other programs, the display, the CUDA context"""
+    capability: tuple[int, int]
+    peak: float | None
+    """FLOP/s in 16 bits, dense, accumulated in fp32; None if unknown"""
+    is_local: bool = False
+    """Whether it is in this machine"""
+    has_display: bool = False
+    """Whether ``taken`` includes a desktop"""
+
+
+# Cores, boost clock in MHz, memory in GB, compute capability, from NVIDIA's product pages. A laptop GPU's clock is the
+# lowest one listed for its power limits. Per core and clock, the tensor cores do two multiply-adds in 16 bits.
+_GEFORCE = {
+    "rtx3060": (3584, 1777, 12, (8, 6)),
+    "rtx3060ti": (4864, 1665, 8, (8, 6)),
+    "rtx3070": (5888, 1725, 8, (8, 6)),
+    "rtx3070ti": (6144, 1770, 8, (8, 6)),
+    "rtx3080": (8704, 1710, 10, (8, 6)),
+    "rtx3080ti": (10240, 1665, 12, (8, 6)),
+    "rtx3090": (10496, 1695, 24, (8, 6)),
+    "rtx3090ti": (10752, 1860, 24, (8, 6)),
+    "rtx3050-laptop": (2048, 1057, 4, (8, 6)),
+    "rtx3050ti-laptop": (2560, 1035, 4, (8, 6)),
+    "rtx3060-laptop": (3840, 1283, 6, (8, 6)),
+    "rtx3070-laptop": (5120, 1290, 8, (8, 6)),
+    "rtx3080-laptop": (6144, 1245, 8, (8, 6)),
+    "rtx4060": (3072, 2460, 8, (8, 9)),
+    "rtx4060ti": (4352, 2535, 8, (8, 9)),
+    "rtx4060ti-16gb": (4352, 2535, 16, (8, 9)),
+    "rtx4070": (5888, 2475, 12, (8, 9)),
+    "rtx4070super": (7168, 2475, 12, (8, 9)),
+    "rtx4070ti": (7680, 2610, 12, (8, 9)),
+    "rtx4070tisuper": (8448, 2610, 16, (8, 9)),
+    "rtx4080": (9728, 2505, 16, (8, 9)),
+    "rtx4080super": (10240, 2550, 16, (8, 9)),
+    "rtx4090": (16384, 2520, 24, (8, 9)),
+    "rtx4050-laptop": (2560, 1605, 6, (8, 9)),
+    "rtx4060-laptop": (3072, 1470, 8, (8, 9)),
+    "rtx4070-laptop": (4608, 1230, 8, (8, 9)),
+    "rtx4080-laptop": (7424, 1350, 12, (8, 9)),
+    "rtx4090-laptop": (9728, 1455, 16, (8, 9)),
+    "rtx5060": (3840, 2497, 8, (12, 0)),
+    "rtx5060ti": (4608, 2572, 8, (12, 0)),
+    "rtx5060ti-16gb": (4608, 2572, 16, (12, 0)),
+    "rtx5070": (6144, 2512, 12, (12, 0)),
+    "rtx5070ti": (8960, 2452, 16, (12, 0)),
+    "rtx5080": (10752, 2617, 16, (12, 0)),
+    "rtx5090": (21760, 2407, 32, (12, 0)),
+}
+# Memory in GiB as the driver reports it, TFLOP/s of the data sheet, compute capability, torch's name for it (a regular
+# expression).
+_OTHERS = {
+    "t4": (14.6, 65, (7, 5), "tesla t4"),
+    "l4": (22.0, 121, (8, 9), "nvidia l4"),
+    "l40s": (44.4, 362, (8, 9), "nvidia l40s"),
+    "a6000": (47.4, 154.8, (8, 6), "nvidia rtx a6000"),
+    "a100-40gb": (39.4, 312, (8, 0), r"nvidia a100-(sxm4|pcie)-40gb"),
+    "a100": (79.1, 312, (8, 0), r"nvidia a100(-sxm4-80gb| 80gb pcie)"),
+    "h100-pcie": (79.1, 756, (9, 0), "nvidia h100 pcie"),
+    "h100": (79.1, 989, (9, 0), "nvidia h100 80gb hbm3"),
+    "h200": (139.8, 989, (9, 0), "nvidia h200"),
+    "b200": (178.4, 2250, (10, 0), "nvidia b200"),
+}
+NAMES = [*_GEFORCE, *_OTHERS]
+
+CUDA_CONTEXT = 0.5
+"""GiB that the first CUDA call takes for libraries and kernels: about 0.3 to 0.5"""
+DISPLAY = 0.7
+"""GiB that a desktop takes, on Windows or Linux, without a browser full of videos"""
+
+
+def gpu_by_name(name: str) -> GPUSpec | None:
+    """Return the GPU with one of ``NAMES``, in any spelling (``RTX 3060 Laptop``), or None."""
+    key = next((key for key in NAMES if _letters(key) == _letters(name)), None)
+    if key in _GEFORCE:
+        cores, clock, memory, capability = _GEFORCE[key]
+        # cores * MHz * 1e6 * 2 multiply-adds * 2 operations
+        peak = 4.0e6 * cores * clock
+        # A GeForce is usually the machine's only GPU, so it also shows the desktop.
+        return GPUSpec(key, memory, CUDA_CONTEXT + DISPLAY, capability, peak, has_display=True)
+    if key in _OTHERS:
+        reported_memory, teraflops, capability, _ = _OTHERS[key]
+        return GPUSpec(key, reported_memory, CUDA_CONTEXT, capability, teraflops * 1.0e12)
+    return None
+
+
+def detect_gpu() -> GPUSpec | None:
+    """Return this machine's current GPU, or None. Memory of this process does not count as taken."""
+    if not torch.cuda.is_available():
+        return None
+    # This call creates the CUDA context, so that it is part of what is taken.
+    free, total = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved()
+    return GPUSpec(
+        name=torch.cuda.get_device_name(),
+        memory=total / GIB,
+        taken=(total - free) / GIB,
+        capability=torch.cuda.get_device_capability(),
+        peak=peak_flops(torch.cuda.get_device_name()),
+        is_local=True,
+    )
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the FLOP/s in 16 bits of a GPU by torch's name for it. None for unknown GPUs.
+
+    None also for laptop GPUs: their power limit, which differs by model, decides. ``lightning`` has a table too, but it
+    has half of the speed of GeForce GPUs (without tensor cores), twice that of an H200 (for sparse matrices), and does
+    not recognize torch's name of the H200.
+    """
+    for _, teraflops, _, pattern in _OTHERS.values():
+        if re.fullmatch(pattern, device_name.lower()):
+            return teraflops * 1.0e12
+    if "laptop" in device_name.lower():
+        return None
+    gpu = gpu_by_name(device_name)
+    return gpu.peak if gpu else None
+
+
+def _letters(name: str) -> str:
+    # "NVIDIA GeForce RTX 3060 Laptop GPU", "RTX 3060 Laptop" and "rtx3060-laptop" become equal.
+    return re.sub(r"nvidia|geforce|tesla|gpu|[^a-z0-9]", "", name.lower())

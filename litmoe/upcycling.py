@@ -136,6 +136,7 @@ def upcycle(dense: "dict[str, Tensor]", mixture: "dict[str, Tensor]") -> "dict[s
     """
     result = {}
     for name, tensor in mixture.items():
+        # A dense model has no routers. All other names differ in the number of the expert only.
         if name.endswith(".mlp.gate.weight"):
             result[name] = tensor
         else:

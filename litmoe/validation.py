@@ -1,7 +1,7 @@
 """Checks of the settings before anything is read or written. All problems are reported in one message."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
@@ -12,7 +12,7 @@ from litgpt.args import LogArgs
 
 from custom_moe import weights_are_constant
 from litmoe.cli import UserError
-from litmoe.config import FinetuneSettings, RunSettings, ScheduleSettings
+from litmoe.config import RunSettings, ScheduleSettings
 from litmoe.hardware import choose_precision, is_sharded, processes
 from litmoe.train.optimizers import optimizer_traits
 
@@ -50,11 +50,6 @@ RULES = (
     Rule("eval.hellaswag_interval", lambda value: value >= 1, "at least 1, or null"),
     Rule("eval.hellaswag_limit", lambda value: value >= 1, "at least 1, or null"),
 )
-FINETUNE_RULES = (
-    Rule("lora_r", lambda value: value >= 0, "a rank from 1, or 0 to train all weights"),
-    Rule("lora_alpha", lambda value: value >= 1, "at least 1"),
-    Rule("lora_dropout", lambda value: 0 <= value < 1, "a probability from 0 to below 1"),
-)
 
 
 def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
@@ -72,7 +67,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_rules(settings, RULES),
         *_check_paths(settings),
         *_check_model(settings.model),
-        *_check_routing(settings.model),
+        *_check_groups(settings.model),
         *_check_router_learns(settings),
         *_check_moe(settings),
         *_check_batches(settings),
@@ -83,9 +78,8 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_evaluation(settings),
         *_check_start(settings),
         *_check_log(settings),
+        *settings.own_problems(),
     ]
-    if isinstance(settings, FinetuneSettings):
-        problems += _check_finetuning(settings)
     if problems:
         raise UserError("\n  ".join(["the settings do not fit together:", *problems]))
 
@@ -100,107 +94,101 @@ def constant_weights_note(config: Config) -> str | None:
     )
 
 
-def _check_rules(settings: RunSettings, rules: tuple[Rule, ...]) -> list[str]:
-    problems = []
+def _check_rules(settings: RunSettings, rules: tuple[Rule, ...]) -> Iterator[str]:
     for rule in rules:
         value = attrgetter(rule.name)(settings)
         if value is not None and not rule.is_valid(value):
-            problems.append(f"{rule.name} is {str(value)[:30]}; expected {rule.expected}.")
-    return problems
+            yield f"{rule.name} is {str(value)[:30]}; expected {rule.expected}."
 
 
-def _check_paths(settings: RunSettings) -> list[str]:
-    problems = []
+def _check_paths(settings: RunSettings) -> Iterator[str]:
     for field in fields(settings):
         value = getattr(settings, field.name)
         if isinstance(value, str | Path) and "\0" in str(value):
-            problems.append(f"{field.name} contains a zero byte, which no file name can have.")
-    return problems
+            yield f"{field.name} contains a zero byte, which no file name can have."
 
 
 # --- Model
 
 
-def _check_model(config: Config) -> list[str]:
-    problems = []
+def _check_model(config: Config) -> Iterator[str]:
     # Training, decoding and export replace LitGPT's standard attention only.
     if config.latent_attention:
-        problems.append("the model has latent_attention (DeepSeek's), which is not supported; expected none.")
-    if config.mlp_class_name != "LLaMAMoE":
-        if config.n_expert:
-            problems.append(
-                f"n_expert is {config.n_expert} but mlp_class_name is {config.mlp_class_name}, which has no experts;"
-                " set mlp_class_name: LLaMAMoE, or n_expert: 0."
-            )
-        return problems
+        yield "the model has latent_attention (DeepSeek's), which is not supported; expected none."
+    if config.mlp_class_name == "LLaMAMoE":
+        yield from _check_experts(config)
+    elif config.n_expert:
+        yield (
+            f"n_expert is {config.n_expert} but mlp_class_name is {config.mlp_class_name}, which has no experts;"
+            " set mlp_class_name: LLaMAMoE, or n_expert: 0."
+        )
+
+
+def _check_experts(config: Config) -> Iterator[str]:
     if config.n_expert < 1:
-        problems.append(
+        yield (
             "mlp_class_name is LLaMAMoE but n_expert is 0, which would build a model without feed-forward layers;"
-            " set n_expert (8, say), or mlp_class_name: LLaMAMLP for a dense model."
+            " set n_expert, for example to 8, or mlp_class_name: LLaMAMLP for a dense model."
         )
     elif not 1 <= config.n_expert_per_token <= config.n_expert:
-        problems.append(
+        yield (
             f"n_expert_per_token is {config.n_expert_per_token}; expected a number from 1 to n_expert"
             f" ({config.n_expert})."
         )
     if config.moe_intermediate_size is None:
-        problems.append("moe_intermediate_size is not set; expected the width of one expert, such as 2048.")
+        yield "moe_intermediate_size is not set; expected the width of one expert, such as 2048."
     dense_layers = config.first_k_dense_replace
     if dense_layers is not None and not 0 <= dense_layers < config.n_layer:
-        problems.append(
+        yield (
             f"first_k_dense_replace is {dense_layers}; expected a number from 0 to {config.n_layer - 1}, so that at"
             f" least one of the {config.n_layer} layers has experts."
         )
-    return problems
 
 
-def _check_routing(config: Config) -> list[str]:
+def _check_groups(config: Config) -> Iterator[str]:
     """Check groups of experts: LitGPT accepts values that crash in the first step or route in another way."""
     if config.mlp_class_name != "LLaMAMoE" or not 1 <= config.n_expert_per_token <= config.n_expert:
-        return []
-    problems = []
+        return
     groups, chosen = config.n_expert_groups, config.n_topk_groups
     # Without groups the router is a softmax router, and LitGPT ignores the other two fields.
     if groups is None:
         for name in ("n_topk_groups", "n_topk_scores_per_group"):
             if getattr(config, name) is not None:
-                problems.append(
-                    f"{name} would have no effect: n_expert_groups is not set. Set it, or leave {name} null."
-                )
-        return problems
+                yield f"{name} would have no effect: n_expert_groups is not set. Set it, or leave {name} null."
+        return
     group_size = config.n_expert // groups
     if not 1 <= chosen <= groups:
-        problems.append(f"n_topk_groups is {chosen}; expected a number from 1 to n_expert_groups ({groups}).")
+        yield f"n_topk_groups is {chosen}; expected a number from 1 to n_expert_groups ({groups})."
     elif chosen * group_size < config.n_expert_per_token:
-        problems.append(
+        needed = (config.n_expert_per_token + group_size - 1) // group_size
+        yield (
             f"n_topk_groups is {chosen}, and {chosen} of the {groups} groups have {chosen * group_size} experts, fewer"
             f" than n_expert_per_token ({config.n_expert_per_token}), so experts of other groups would be chosen too."
-            f" Expected at least --model.n_topk_groups {-(-config.n_expert_per_token // group_size)}."
+            f" Expected at least --model.n_topk_groups {needed}."
         )
     if config.n_topk_scores_per_group < 1:
-        problems.append(
+        yield (
             f"n_topk_scores_per_group is {config.n_topk_scores_per_group}, so all groups would have the same score;"
             f" expected a number from 1 to {group_size}, the size of a group."
         )
-    return problems
 
 
-def _check_router_learns(settings: RunSettings) -> list[str]:
+def _check_router_learns(settings: RunSettings) -> Iterator[str]:
     """Check that a new model's routers get a gradient. A trained model only gets ``constant_weights_note``."""
     config = settings.model
     if settings.initial_checkpoint_dir or settings.resume or constant_weights_note(config) is None:
-        return []
+        return
+    kind, alternative = "a softmax router", _sigmoid_router_flags(config)
     if config.n_expert_groups:
         kind, alternative = "a sigmoid router with norm_topk_prob", "--model.norm_topk_prob false"
-    else:
-        kind, alternative = "a softmax router", _sigmoid_router_flags(config)
-    # An upcycled model always has softmax routers.
-    flags = "--model.n_expert_per_token 2" if settings.upcycle else f"--model.n_expert_per_token 2, or {alternative}"
-    return [
+    flags = "--model.n_expert_per_token 2"
+    if not settings.upcycle:  # an upcycled model always has softmax routers
+        flags += f", or {alternative}"
+    yield (
         f"n_expert_per_token is 1 with {kind}, which divides the weights of a token's experts by their sum: the one"
         " weight is always 1, so the loss gives the router no gradient, and it does not learn where to send a token."
         f" {flags}."
-    ]
+    )
 
 
 def _sigmoid_router_flags(config: Config) -> str:
@@ -214,174 +202,150 @@ def _sigmoid_router_flags(config: Config) -> str:
     )
 
 
-def _check_moe(settings: RunSettings) -> list[str]:
-    config, moe, problems = settings.model, settings.moe, []
+def _check_moe(settings: RunSettings) -> Iterator[str]:
+    config, moe = settings.model, settings.moe
     is_moe = config.mlp_class_name == "LLaMAMoE"
     # The setting would have no effect, and users set it to compare backends.
     if moe.backend != "auto" and not is_moe:
-        problems.append(f"moe.backend is {moe.backend}, but this model has no experts; --moe.backend auto")
+        yield f"moe.backend is {moe.backend}, but this model has no experts; --moe.backend auto"
     if not moe.bias_update_rate > 0:
-        return problems
-    finetunes = isinstance(settings, FinetuneSettings)
+        return
     if not is_moe or not config.n_expert_groups:
-        # Finetuning can't change the router, and a single expert has nothing to route.
         flags = "--moe.bias_update_rate 0"
-        if is_moe and config.n_expert >= 2 and not finetunes:
+        # Finetuning can't change the router, and a single expert has nothing to route.
+        if is_moe and config.n_expert >= 2 and not settings.is_finetuning:
             flags += f", or train a model with sigmoid routers: {_sigmoid_router_flags(config)}"
-        problems.append(
+        yield (
             f"moe.bias_update_rate is {moe.bias_update_rate}, but only a sigmoid router has a selection bias and this"
             f" model has none; {flags}"
         )
-    elif isinstance(settings, FinetuneSettings) and settings.lora_r:
-        problems.append(
+    elif settings.uses_lora:
+        yield (
             f"moe.bias_update_rate is {moe.bias_update_rate}, but LoRA does not change the routers' selection bias;"
             " --moe.bias_update_rate 0, or train all weights: --lora_r 0"
         )
-    return problems
 
 
 # --- Run
 
 
-def _check_batches(settings: RunSettings) -> list[str]:
-    if settings.num_nodes < 1:  # reported by its rule
-        return []
-    problems = []
+def _check_batches(settings: RunSettings) -> Iterator[str]:
     train, block_size = settings.train, settings.model.block_size
-    devices, num_nodes = processes(settings)
-    ranks = devices * num_nodes
-    # All ranks have the same number of micro batches in a step, so the smallest batch is one of each.
-    smallest = train.micro_batch_size * ranks
-    if train.micro_batch_size < 1 or train.global_batch_size < smallest or train.global_batch_size % smallest:
-        per_device = f"micro_batch_size {train.micro_batch_size}"
-        product = f"{per_device} x {ranks} devices" if ranks > 1 else per_device
-        next_multiple = max(smallest, -(-train.global_batch_size // max(smallest, 1)) * smallest)
-        problems.append(
-            f"global_batch_size {train.global_batch_size} is no multiple of {product};"
-            f" --global-batch-size {next_multiple} would fit."
-        )
+    if settings.num_nodes >= 1:  # else reported by its rule
+        devices, num_nodes = processes(settings)
+        yield from _check_batch_sizes(train.micro_batch_size, train.global_batch_size, devices * num_nodes)
     if train.max_seq_length is not None and not 1 <= train.max_seq_length <= block_size:
         # The model of a finetuned checkpoint is fixed.
-        larger = "" if isinstance(settings, FinetuneSettings) else ", or a larger --model.block_size"
-        problems.append(
+        larger = "" if settings.is_finetuning else ", or a larger --model.block_size"
+        yield (
             f"max_seq_length is {train.max_seq_length} but the model's block_size is {block_size}; expected 1 to"
             f" {block_size}: --max-seq-length {block_size}{larger}."
         )
-    return problems
 
 
-def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> list[str]:
+def _check_batch_sizes(micro_batch: int, global_batch: int, ranks: int) -> Iterator[str]:
+    # All ranks have the same number of micro batches in a step, so the smallest batch is one of each.
+    smallest = micro_batch * ranks
+    if micro_batch >= 1 and global_batch >= smallest and global_batch % smallest == 0:
+        return
+    product = f"micro_batch_size {micro_batch}"
+    if ranks > 1:
+        product += f" x {ranks} devices"
+    smallest = max(smallest, 1)
+    next_multiple = max(smallest, (global_batch + smallest - 1) // smallest * smallest)
+    yield (
+        f"global_batch_size {global_batch} is no multiple of {product}; --global-batch-size {next_multiple} would fit."
+    )
+
+
+def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> Iterator[str]:
     """Check for features that FSDP does not support, because they need complete matrices in one process."""
     if not is_sharded(settings):
-        return []
-    problems = []
+        return
     if not optimizer_traits(optimizer).supports_fsdp:
-        problems.append(
+        yield (
             f"strategy fsdp shards every matrix, and {optimizer['class_path']} needs complete ones; --optimizer"
             " torch.optim.AdamW, or --strategy ddp."
         )
     if settings.eval.hellaswag is not None:
-        problems.append(
-            "strategy fsdp can't score HellaSwag during training; --eval.hellaswag null, and evaluate.py afterwards."
-        )
+        yield "strategy fsdp can't score HellaSwag during training; --eval.hellaswag null, and evaluate.py afterwards."
     if settings.compile:
-        problems.append("strategy fsdp does not support torch.compile; --compile false, or --strategy ddp.")
-    if isinstance(settings, FinetuneSettings) and settings.lora_r:
-        problems.append(
-            "strategy fsdp does not support LoRA, which needs little memory: --strategy ddp, or --lora_r 0."
-        )
+        yield "strategy fsdp does not support torch.compile; --compile false, or --strategy ddp."
+    if settings.uses_lora:
+        yield "strategy fsdp does not support LoRA, which needs little memory: --strategy ddp, or --lora_r 0."
     if choose_precision(settings.precision)[0] == "16-mixed":
-        problems.append("strategy fsdp has no gradient scaler for fp16; --precision 32-true, or --strategy ddp.")
-    return problems
+        yield "strategy fsdp has no gradient scaler for fp16; --precision 32-true, or --strategy ddp."
 
 
-def _check_schedule(settings: RunSettings) -> list[str]:
-    problems = []
+def _check_schedule(settings: RunSettings) -> Iterator[str]:
     train, schedule = settings.train, settings.schedule
     # A changed value would have no effect.
     if schedule.name != "wsd" and schedule.decay_fraction != ScheduleSettings.decay_fraction:
-        problems.append(
+        yield (
             f"schedule.decay_fraction is {schedule.decay_fraction}, but the schedule {schedule.name} decays during the"
             " complete run; --schedule.name wsd"
         )
     if not (train.max_tokens or train.max_steps or train.epochs):
-        problems.append(
+        yield (
             "no end is set; expected train.max_tokens, train.max_steps or train.epochs"
             " (train.max_time alone gives the learning-rate schedule no length)."
         )
-    return problems
 
 
-def _check_learning_rate(settings: RunSettings, optimizer: dict[str, Any]) -> list[str]:
+def _check_learning_rate(settings: RunSettings, optimizer: dict[str, Any]) -> Iterator[str]:
     peak, minimum = (optimizer.get("init_args") or {}).get("lr"), settings.train.min_lr
     if not isinstance(peak, float):  # the optimizer has its own default
-        return []
+        return
     if not 0 < peak < math.inf:
-        return [f"the optimizer's lr is {peak}; expected more than 0, such as 3.0e-4."]
-    if not 0 <= minimum <= peak:
-        return [
+        yield f"the optimizer's lr is {peak}; expected more than 0, such as 3.0e-4."
+    elif not 0 <= minimum <= peak:
+        yield (
             f"train.min_lr is {minimum} but the optimizer's lr is {peak}; expected a min_lr from 0 to lr:"
             f" --train.min_lr {peak / 10:.1e}"
-        ]
-    return []
+        )
 
 
-def _check_checkpoints(settings: RunSettings) -> list[str]:
+def _check_checkpoints(settings: RunSettings) -> Iterator[str]:
     keep_every, interval = settings.checkpoint.keep_every, settings.train.save_interval
+    if keep_every is None:
+        return
     # Other multiples are never saved, or only by chance (every_minutes).
-    if keep_every is None or (interval and keep_every >= 1 and keep_every % interval == 0):
-        return []
-    return [
-        f"checkpoint.keep_every is {keep_every}, but the run saves every {interval} steps (train.save_interval);"
-        " expected a multiple of that."
-    ]
+    is_multiple = interval and keep_every >= 1 and keep_every % interval == 0
+    if not is_multiple:
+        yield (
+            f"checkpoint.keep_every is {keep_every}, but the run saves every {interval} steps (train.save_interval);"
+            " expected a multiple of that."
+        )
 
 
-def _check_evaluation(settings: RunSettings) -> list[str]:
-    problems = []
+def _check_evaluation(settings: RunSettings) -> Iterator[str]:
     for name in ("hellaswag_interval", "hellaswag_limit"):
         if getattr(settings.eval, name) is not None and settings.eval.hellaswag is None:
-            problems.append(
-                f"eval.{name} is set but nothing is scored; name the questions: --eval.hellaswag FILE_OR_HUB"
-            )
+            yield f"eval.{name} is set, but no questions are scored; name them: --eval.hellaswag FILE_OR_HUB"
     if settings.eval.evaluate_example != "first":
-        problems.append("eval.evaluate_example means nothing here; set the sample's prompt with --sample.prompt.")
-    return problems
+        yield "eval.evaluate_example has no effect here; set the sample's prompt with --sample.prompt."
 
 
-def _check_start(settings: RunSettings) -> list[str]:
-    problems = []
+def _check_start(settings: RunSettings) -> Iterator[str]:
     if settings.initial_checkpoint_dir and settings.upcycle:
-        problems.append(
+        yield (
             "both `initial_checkpoint_dir` and `upcycle` are set; choose one: the first starts from a checkpoint of the"
             " same model, the second makes experts of a dense one."
         )
     # Finetuning sets initial_checkpoint_dir itself.
-    if settings.initial_checkpoint_dir and settings.resume and not isinstance(settings, FinetuneSettings):
-        problems.append(
+    if settings.initial_checkpoint_dir and settings.resume and not settings.is_finetuning:
+        yield (
             "both `initial_checkpoint_dir` and `resume` are set; choose one: the first starts a new run from weights,"
             " the second continues an old one."
         )
-    return problems
 
 
-def _check_finetuning(settings: FinetuneSettings) -> list[str]:
-    problems = _check_rules(settings, FINETUNE_RULES)
-    # Conversations have different lengths, so a number of tokens is no number of steps.
-    if settings.train.max_tokens:
-        problems.append("train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps.")
-    parts = ("query", "key", "value", "projection", "mlp", "head")
-    if settings.lora_r and not any(getattr(settings, f"lora_{part}") for part in parts):
-        problems.append("lora_r is set but no part of the model gets LoRA; turn one on: --lora_query true")
-    return problems
-
-
-def _check_log(settings: RunSettings) -> list[str]:
+def _check_log(settings: RunSettings) -> Iterator[str]:
     """Check the names for loggers: LitGPT has some for W&B, and some for a logger that is not offered here."""
     changed = {field.name for field in fields(LogArgs) if getattr(settings.log, field.name) != field.default}
     for_wandb = {"project", "run", "group"}
-    problems = [f"log.{name} belongs to a logger that is not offered here." for name in sorted(changed - for_wandb)]
+    for name in sorted(changed - for_wandb):
+        yield f"log.{name} belongs to a logger that is not offered here."
     if changed & for_wandb and "wandb" not in (settings.loggers or [settings.logger_name]):
         names = ", ".join(f"log.{name}" for name in sorted(changed & for_wandb))
-        problems.append(f"{names} is read by W&B alone; add it: --loggers '[csv,wandb]'")
-    return problems
+        yield f"{names} is only used by W&B; add that logger: --loggers '[csv,wandb]'"

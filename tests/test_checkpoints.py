@@ -104,16 +104,6 @@ def test_save_keeps_the_random_state(tmp_path: Path, gpt: GPT) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_settings_are_saved_as_plain_yaml(tmp_path: Path, gpt: GPT) -> None:
-    from litgpt.args import EvalArgs
-
-    settings = {"out_dir": tmp_path, "eval": EvalArgs(interval=3), "betas": (0.9, 0.95)}
-    loaded = checkpoints.load_hyperparameters(save_tiny(tmp_path / "final", gpt, None, hyperparameters=settings))
-    assert loaded["out_dir"] == str(tmp_path)
-    assert loaded["eval"]["interval"] == 3
-    assert loaded["betas"] == [0.9, 0.95]
-
-
 def test_save_rejects_state_that_cannot_be_loaded(tmp_path: Path, gpt: GPT) -> None:
     with pytest.raises(TypeError, match=r"training_state\['data'\]\[0\] is a pathlib"):
         save_tiny(tmp_path / "a", gpt, None, training_state={"data": [tmp_path]})

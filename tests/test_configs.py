@@ -8,7 +8,6 @@ import torch
 from litgpt import GPT, Config
 
 from custom_moe import MoE, use_custom_moe
-from litmoe.cli import UserError
 from litmoe.config import PROJECT, parse_run
 from litmoe.data.corpora import CORPORA
 from litmoe.flops import count_parameters, training_flops_per_token
@@ -153,14 +152,3 @@ def test_a_model_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tm
     flags = shrunken(Config.from_file(path))
     out_dir = train(*tiny_run(prepared, tmp_path / "run"), "--model", str(path), *flags)
     assert (out_dir / "final" / "lit_model.pth").is_file()
-
-
-@pytest.mark.parametrize("as_folder", [True, False])
-def test_openais_weights_are_refused_with_the_reason(as_folder: bool, train, tmp_path: Path) -> None:
-    weights = Path("openai-community/gpt2")
-    if as_folder:
-        weights = tmp_path / "gpt2"
-        weights.mkdir()
-        (weights / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
-    with pytest.raises(UserError, match="learned positions"):
-        train("--initial_checkpoint_dir", str(weights))

@@ -11,11 +11,12 @@ import jsonargparse._optionals
 import pytest
 import yaml
 
-from litmoe.config import parse_finetuning, parse_run
+from litmoe.config import parse_run
 from litmoe.data.instructions import InstructArgs, prepare_instructions
 from litmoe.data.prepare import PrepareArgs, prepare
-from litmoe.train.finetune import finetune
-from litmoe.train.preflight import ready, ready_to_finetune
+from litmoe.finetune_config import parse_finetuning
+from litmoe.train.finetune import finetune, ready_to_finetune
+from litmoe.train.preflight import ready
 from litmoe.train.pretrain import pretrain
 from litmoe.validation import check
 from tests.tiny_checkpoint import save_tiny, tiny_gpt

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom_moe.experts import compute_dtype
-from litmoe.data.sft_data import IGNORE_INDEX
 
+IGNORE_INDEX = -100
+"""A target without loss, as in PyTorch's cross-entropy"""
 CPU_BLOCK = 2**18
 """Logits per block: they fit into the cache of a core"""
 GPU_BLOCK = 2**25
@@ -42,10 +43,11 @@ def loss_of_rows(
         gradient: whether to compute it.
     """
     at_target = torch.arange(len(logits_RW), device=logits_RW.device), target_R
-    log_probs_RW = logits_RW.float().log_softmax(dim=1)
+    log_probs_RW = logits_RW.float().log_softmax(dim=1)  # 16 bits would lose the difference of large logits
     loss = -(log_probs_RW[at_target] * counted_R).sum()
     if not gradient:
         return loss, None
+    # The gradient of a logit is its probability, minus 1 at the target.
     probs_RW, factor_R = log_probs_RW.exp_(), counted_R * share
     dtarget_R = (probs_RW[at_target] - 1) * factor_R
     dlogits_RW = probs_RW.mul_(factor_R.unsqueeze(1)).to(logits_RW.dtype)
@@ -119,29 +121,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients: bool,
         loss_of_rows: Callable[..., tuple[Tensor, Tensor | None]],
     ) -> Tensor:
-        need_x, need_weight = (gradients and need for need in ctx.needs_input_grad[:2])
+        needs_x, needs_weight = (gradients and need for need in ctx.needs_input_grad[:2])
         V = len(weight_VC)
         x, weight = x_NC.to(dtype), weight_VC.to(dtype)
         if W > V:
             weight = F.pad(weight, (0, 0, 0, W - V))
+        # Ignored targets become token 0, so that every row has a valid index; their weight in the loss is 0.
         target_N, counted_N = targets_N.clamp(min=0), (targets_N != IGNORE_INDEX).float()
         share = 1 / counted_N.sum().clamp(min=1)
         loss = torch.zeros((), device=x.device)
-        dx_NC = torch.empty_like(x) if need_x else None
-        dweight_WC = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        dx_NC = torch.empty_like(x) if needs_x else None
+        dweight_WC = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             logits_RW = x[rows] @ weight.t()
+            # Padding columns are no part of the sum and get no gradient.
             if W > V:
-                logits_RW[:, V:] = -torch.inf  # padding columns: no part of the sum, and no gradient
+                logits_RW[:, V:] = -torch.inf
             loss_of_block, dlogits_RW = loss_of_rows(
-                logits_RW, target_N[rows], counted_N[rows], share, need_x or need_weight
+                logits_RW, target_N[rows], counted_N[rows], share, needs_x or needs_weight
             )
             loss = loss + loss_of_block
-            if dx_NC is not None and dlogits_RW is not None:
-                dx_NC[rows] = dlogits_RW @ weight
-            if dweight_WC is not None and dlogits_RW is not None:
-                _add_product(dweight_WC, dlogits_RW.t(), x[rows])
+            if dlogits_RW is not None:
+                _add_gradients(dlogits_RW, x[rows], weight, None if dx_NC is None else dx_NC[rows], dweight_WC)
             del logits_RW, dlogits_RW  # free the memory for the next block
         ctx.save_for_backward(dx_NC, None if dweight_WC is None else dweight_WC[:V].to(weight_VC.dtype))
         ctx.x_dtype = x_NC.dtype
@@ -155,6 +157,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if dweight_VC is None else dweight_VC.mul_(grad.to(dweight_VC.dtype)),
             *[None] * 6,
         )
+
+
+def _add_gradients(
+    dlogits_RW: Tensor, x_RC: Tensor, weight_WC: Tensor, dx_RC: Tensor | None, dweight_WC: Tensor | None
+) -> None:
+    """Write the gradient of a block's rows to ``dx_RC``, and add its part of the weight's to ``dweight_WC``."""
+    if dx_RC is not None:
+        torch.matmul(dlogits_RW, weight_WC, out=dx_RC)
+    if dweight_WC is not None:
+        _add_product(dweight_WC, dlogits_RW.t(), x_RC)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

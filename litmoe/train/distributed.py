@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from litmoe.cli import UserError
 from litmoe.config import RunSettings
@@ -132,11 +133,7 @@ def gather_weights(gpt: GPT) -> dict[str, Tensor]:
 
 def gather_state(state: Any) -> Any:
     """Replace sharded tensors in an optimizer's ``state_dict`` by full ones on rank 0. Every rank must call this."""
-    if isinstance(state, dict):
-        return {key: gather_state(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(gather_state(value) for value in state)
-    return _gather(state) if isinstance(state, Tensor) else state
+    return tree_map_only(Tensor, _gather, state)
 
 
 def shard_state(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
@@ -145,17 +142,19 @@ def shard_state(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimiz
     for group in optimizer.param_groups:
         parameters += group["params"]
 
-    def local(parameter: Tensor, value: Any) -> Any:
-        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
-            return value
-        value = value.to(parameter.device)
-        sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        return sharded.clone()  # a view would keep the full tensor alive
-
-    result = {}
+    result: dict[int, dict[str, Any]] = {}
     for index, values in state.items():
-        result[index] = {name: local(parameters[index], value) for name, value in values.items()}
+        result[index] = {name: _shard_like(parameters[index], value) for name, value in values.items()}
     return result
+
+
+def _shard_like(parameter: Tensor, value: Any) -> Any:
+    # Step counters and unsharded parameters stay complete on every rank.
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return sharded.clone()  # a view would keep the full tensor alive
 
 
 def _gather(tensor: Tensor) -> Tensor:
@@ -205,9 +204,9 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 def _lost_rank_message() -> str:
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     return (
-        f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} lost the connection to another rank of this run, which"
-        " crashed, or its machine is unreachable. See the log above for the cause. The same command with --resume auto"
-        " continues from the newest checkpoint, also on another number of devices."
+        f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} lost the connection to another rank of this run: that"
+        " rank crashed, or its machine is unreachable. See the log above for the cause. The same command with"
+        " --resume auto continues from the newest checkpoint, also on another number of devices."
     )
 
 

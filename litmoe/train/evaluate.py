@@ -7,18 +7,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.wrappers import _FabricModule
 from litgpt import GPT, Tokenizer
 
 from litmoe.config import RunSettings
-from litmoe.data.sft_data import IGNORE_INDEX
 from litmoe.evaluation import hellaswag
 from litmoe.inference.generate import sample_text
+from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import sum_over_ranks
 from litmoe.train.logs import RunDisplay
 from litmoe.train.model import as_batch
 from litmoe.train.saving import StopSignals
-from litmoe.train.state import TrainingRun, gpt_of
+from litmoe.train.state import TrainingRun
 
 
 class EvaluationStopped(Exception):
@@ -28,6 +27,7 @@ class EvaluationStopped(Exception):
 def evaluations_due(run: TrainingRun) -> tuple[bool, bool]:
     """Return whether validation and HellaSwag are due after the last step, and not done yet."""
     step, settings = run.progress.step, run.settings.eval
+    # A resumed run must not repeat the evaluation of its checkpoint's step.
     if step == 0 or step == run.progress.evaluated_step:
         return False, False
     at_the_end = step == run.plan.steps and settings.final_validation
@@ -60,7 +60,7 @@ def evaluate_and_log(
                 row |= evaluate(fabric, run, display, stop_on)
             if with_hellaswag:
                 row |= score_hellaswag(fabric, run, display, stop_on)
-    except EvaluationStopped:
+    except EvaluationStopped:  # the resumed run repeats it from its beginning
         return False
     if row:
         fabric.log_dict({**row, "time": round(run.progress.seconds, 3)}, step=run.progress.step)
@@ -75,15 +75,14 @@ def evaluate(
     if run.val_dataloader is None:
         return {}
     step = run.progress.step
-    batches = _until_signal(stop_on, run.val_dataloader)
-    loss = validate(fabric, run.model, batches, max_iters=run.settings.eval.max_iters)
+    loss = validate(fabric, run, _until_signal(stop_on, run.val_dataloader))
     perplexity = math.exp(min(loss, 700))  # exp(710) overflows
     display.print(f"step {step}/{run.plan.steps} | val loss {loss:.4f}, perplexity {perplexity:.2f}")
-    if fabric.global_rank == 0:
-        text = write_sample(fabric, run)
-        if text is not None:
-            display.print(f"step {step}/{run.plan.steps} | sample: {text}")
-            run.loggers.log_text("sample", text, step)
+    # One sample of rank 0 is enough. The others wait, so that they do not time out in the next exchange.
+    text = write_sample(fabric, run) if fabric.global_rank == 0 else None
+    if text is not None:
+        display.print(f"step {step}/{run.plan.steps} | sample: {text}")
+        run.loggers.log_text("sample", text, step)
     fabric.barrier()
     return {"val_loss": loss, "val_perplexity": perplexity}
 
@@ -91,10 +90,11 @@ def evaluate(
 def score_hellaswag(
     fabric: L.Fabric, run: TrainingRun, display: RunDisplay, stop_on: StopSignals | None = None
 ) -> dict[str, float]:
-    """Return HellaSwag's accuracies; the ranks share the questions."""
+    """Return HellaSwag's accuracies. Does nothing if the run has no questions."""
     if run.questions is None:
         return {}
     start = time.perf_counter()
+    # The ranks share the questions.
     own_batches = run.questions.batches[fabric.global_rank :: fabric.world_size]
     with fabric.autocast():
         scores = hellaswag.log_probabilities(run.gpt, _until_signal(stop_on, own_batches), run.questions)
@@ -109,23 +109,24 @@ def score_hellaswag(
 
 
 @torch.no_grad()
-def validate(fabric: L.Fabric, model: _FabricModule, batches: Iterable[Any], max_iters: int) -> float:
+def validate(fabric: L.Fabric, run: TrainingRun, batches: Iterable[Any]) -> float:
     """Return the mean cross-entropy in nats per token, over all ranks. Replaces ``litgpt.pretrain.validate``.
 
-    The first ``max_iters`` batches of all ranks together are used, the same ones at each call if the loader's order is
-    fixed. Every rank takes equally many: ``max_iters`` is rounded up, and if the validation set does not divide evenly
-    over the ranks, its last batches are skipped.
+    The first ``eval.max_iters`` batches of all ranks together are used, the same ones at each call if the loader's
+    order is fixed. Every rank takes equally many: the number is rounded up, and if the validation set does not divide
+    evenly over the ranks, its last batches are skipped.
     """
-    max_iters = math.ceil(max_iters / fabric.world_size)
-    model.eval()
+    max_iters = math.ceil(run.settings.eval.max_iters / fabric.world_size)
+    run.model.eval()
     losses, tokens = [], []
     for index, batch in enumerate(batches):
         if index >= max_iters:
             break
-        micro_batch = as_batch(batch, gpt_of(model).max_seq_length)
-        losses.append(model(*micro_batch).cross_entropy)
+        micro_batch = as_batch(batch, run.gpt.max_seq_length)
+        # Tensors stay on the device, so that the CPU does not wait for each batch.
+        losses.append(run.model(*micro_batch).cross_entropy)
         tokens.append((micro_batch.targets != IGNORE_INDEX).sum())
-    model.train()
+    run.model.train()
     # Weighted by tokens, because batches of conversations have different numbers of targets.
     loss_B = torch.stack(losses)
     tokens_B = torch.stack(tokens).to(loss_B.dtype)

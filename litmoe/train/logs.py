@@ -2,7 +2,6 @@
 
 import csv
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -21,14 +20,14 @@ from litmoe import checkpoints
 from litmoe.cli import UserError, strip_control_chars
 
 METRICS_FILE = "metrics.csv"
+RUN_CONFIG = "run_config.yaml"
+"""The settings of a run, in ``out_dir``"""
 COLUMNS = (
     *("step", "train_loss", "val_loss", "learning_rate", "epoch", "time", "iter_tokens", "total_tokens"),
     *("tokens_per_second", "mfu", "grad_norm", "load_balancing_loss", "z_loss", "val_perplexity"),
     *("hellaswag_acc", "hellaswag_acc_norm"),
 )
 """The first columns of the CSV file, in this order; other metrics get columns after them."""
-TORN_ROW = re.compile(r"\d+(,[-+.\deinfa]*)*")
-"""What a kill can leave of the last row"""
 
 
 class MetricsCSV(Logger):
@@ -92,6 +91,7 @@ class MetricsCSV(Logger):
         self._is_failing = False
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        # A column that the header lacks needs a new file: rows of more cells than the header are unreadable.
         names = list(dict.fromkeys(name for row in rows for name in row))
         can_append = self._columns and self.path.is_file() and set(names) <= set(self._columns)
         if can_append:
@@ -118,8 +118,7 @@ class MetricsCSV(Logger):
             with open(partial, "w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, columns, restval="")
                 writer.writeheader()
-                writer.writerows(earlier_rows)
-                writer.writerows(rows)
+                writer.writerows([*earlier_rows, *rows])
                 file.flush()
                 os.fsync(file.fileno())  # otherwise a power cut could leave an empty file in place of all rows
             os.replace(partial, self.path)
@@ -130,55 +129,73 @@ class MetricsCSV(Logger):
     def _read_earlier_rows(self, names: list[str]) -> tuple[list[str], list[dict[str, str]]]:
         """Return the columns and readable rows of the file; those of an earlier process up to the resumed step.
 
-        If more is unreadable than a torn last row, a copy of the file is kept.
+        If something is damaged, other than a row that a kill cut off, a copy of the file is kept.
         """
         is_own_file = bool(self._columns)
-        if not self.path.is_file() or (self._resume_step is None and not is_own_file):
+        is_continued = is_own_file or self._resume_step is not None
+        if not is_continued or not self.path.is_file():
             return [], []
         content = self.path.read_bytes()
         table = _read_table(content.decode("utf-8-sig", errors="replace"), numeric={*COLUMNS, *names})
-        if table is None or table.unreadable:
-            what = "its first line has no column names" if table is None else f"{table.unreadable} rows can't be read"
-            print(f"{self.path} is damaged: {what}. A copy of it is kept: {_keep_copy(self.path, content)}")
-        if table is None:
-            return [], []
-        if is_own_file:
-            return table.columns, table.rows
-        last_step = self._resume_step or 0
-        return table.columns, [row for row in table.rows if int(row["step"]) <= last_step]
+        if table.damage:
+            print(f"{self.path} is damaged: {table.damage}. A copy of it is kept: {_keep_copy(self.path, content)}")
+        rows = table.rows
+        if not is_own_file:
+            rows = [row for row in rows if int(row["step"]) <= (self._resume_step or 0)]
+        return table.columns, rows
 
 
 class _Table(NamedTuple):
     columns: list[str]
     rows: list[dict[str, str]]
-    unreadable: int
-    """Rows that could not be read, without a torn last one"""
+    damage: str
+    """What can't be read, other than a last row that a kill cut off; empty if everything can"""
 
 
-def _read_table(text: str, numeric: Collection[str]) -> _Table | None:
-    """Parse a metrics file; None if its header is unreadable.
+def _read_table(text: str, numeric: Collection[str]) -> _Table:
+    """Parse a metrics file.
 
     Args:
         numeric: columns with cells that must be numbers or empty.
     """
     header, *lines = text.splitlines() or [""]
     columns = _cells(header)
-    if "step" not in columns or "" in columns or len(set(columns)) != len(columns) or "\n" not in text:
-        return None
+    if "\n" not in text or not _are_column_names(columns):
+        return _Table([], [], "its first line has no column names")
+    # A kill can leave a part of the last row, which ends without a line break.
+    is_cut_off = bool(lines) and not text.endswith("\n") and lines[-1].isprintable()
+    if is_cut_off and _parse_row(lines[-1], columns, numeric) is None:
+        lines.pop()
     rows: list[dict[str, str]] = []
-    unreadable = 0
     last_step = 0
-    for index, line in enumerate(lines):
-        cells = _cells(line)
-        row = dict(zip(columns, cells, strict=False))
-        if len(cells) == len(columns) and _are_numbers(row, numeric) and int(row["step"]) >= last_step:
+    for line in lines:
+        row = _parse_row(line, columns, numeric)
+        # Rows are in the order of their steps, so a smaller step is a damaged one.
+        if row is not None and int(row["step"]) >= last_step:
             rows.append(row)
             last_step = int(row["step"])
-            continue
-        is_torn = index == len(lines) - 1 and not text.endswith("\n") and TORN_ROW.fullmatch(line)
-        if line and not is_torn:
-            unreadable += 1
-    return _Table(columns, rows, unreadable)
+    unreadable = len(lines) - lines.count("") - len(rows)
+    return _Table(columns, rows, f"{unreadable} rows can't be read" if unreadable else "")
+
+
+def _are_column_names(cells: list[str]) -> bool:
+    is_unique = len(set(cells)) == len(cells)
+    return is_unique and "step" in cells and "" not in cells
+
+
+def _parse_row(line: str, columns: list[str], numeric: Collection[str]) -> dict[str, str] | None:
+    """Return the cells of a line by column; None if one is missing or is not the number that it should be."""
+    cells = _cells(line)
+    if len(cells) != len(columns):
+        return None
+    row = dict(zip(columns, cells, strict=True))
+    try:
+        for name in numeric:
+            if row.get(name):
+                float(row[name])
+        return row if int(row["step"]) >= 0 else None
+    except ValueError:
+        return None
 
 
 def _cells(line: str) -> list[str]:
@@ -189,17 +206,6 @@ def _cells(line: str) -> list[str]:
         return next(csv.reader([line]), [])
     except csv.Error:
         return []
-
-
-def _are_numbers(row: Mapping[str, str], names: Collection[str]) -> bool:
-    """Return whether ``step`` is a whole number, and the other named cells are numbers or empty."""
-    try:
-        for name in names:
-            if row.get(name):
-                float(row[name])
-        return int(row["step"]) >= 0
-    except ValueError:
-        return False
 
 
 def _keep_copy(path: Path, content: bytes) -> Path:
@@ -272,14 +278,9 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
     """Return a replacement of ``litgpt.utils.choose_logger`` that makes the CSV file and the loggers named."""
 
     def choose_logger(
-        logger_name: str,
-        out_dir: Path,
-        name: str,
-        log_interval: int = 1,
-        log_args: dict[str, Any] | None = None,
-        resume: bool | None = None,
-        **kwargs: Any,
+        logger_name: str, out_dir: Path, name: str, log_args: dict[str, Any] | None = None, **kwargs: Any
     ) -> Loggers:
+        # The CSV file comes first and always: other loggers may miss rows, for example on a full disk.
         loggers: list[Logger] = [MetricsCSV(out_dir / METRICS_FILE, resume_step)]
         for wanted in dict.fromkeys(names):
             if wanted == "tensorboard":
@@ -292,6 +293,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
 
 
 def _tensorboard(out_dir: Path, resume_step: int | None) -> Logger:
+    # Steps after the checkpoint are taken again.
     purge = None if resume_step is None else resume_step + 1
     return TensorBoardLogger(root_dir=out_dir / "logs", name="tensorboard", version="", purge_step=purge)
 
@@ -343,6 +345,7 @@ class RunDisplay:
         self._enabled = enabled
         self._steps = steps
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        # In a file or a CI log, each refresh of a bar would be a line of its own.
         show = enabled and (self.console.is_terminal if bar is None else bar)
         self._progress = Progress(
             TextColumn("step"),
@@ -394,11 +397,15 @@ def run_files(out_dir: Path) -> list[Path]:
 
     W&B's folder is not included, because it can contain offline runs that were not uploaded yet.
     """
-    own = [out_dir / name for name in (METRICS_FILE, "logs", "final", "run_config.yaml") if (out_dir / name).exists()]
-    return [*sorted(out_dir.glob("step-*")), *own, *checkpoints.leftovers(out_dir)]
+    fixed = [out_dir / name for name in (METRICS_FILE, "logs", "final", RUN_CONFIG)]
+    existing = [path for path in fixed if path.exists()]
+    return [*sorted(out_dir.glob("step-*")), *existing, *checkpoints.leftovers(out_dir)]
 
 
 def remove_run(out_dir: Path) -> None:
     """Remove the files of another run from ``out_dir``, and nothing else."""
     for path in run_files(out_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

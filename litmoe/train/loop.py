@@ -18,13 +18,20 @@ from torch.func import functional_call
 
 from litmoe.cli import UserError
 from litmoe.config import MoESettings
-from litmoe.data.sft_data import IGNORE_INDEX
+from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import any_rank, sum_over_ranks
 from litmoe.train.evaluate import evaluate_and_log, evaluations_due
 from litmoe.train.logs import RunDisplay
 from litmoe.train.metrics import MetricAccumulator, training_row
-from litmoe.train.model import Batch, Losses, as_batch, cast_matrices, update_selection_biases
-from litmoe.train.nonfinite import find_first_nonfinite, find_nonfinite_weights
+from litmoe.train.model import (
+    Batch,
+    Losses,
+    as_batch,
+    cast_matrices,
+    find_first_nonfinite,
+    find_nonfinite_weights,
+    update_selection_biases,
+)
 from litmoe.train.optimizers import set_learning_rate
 from litmoe.train.saving import StopSignals
 from litmoe.train.schedule import learning_rate
@@ -86,7 +93,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
     """
     plan, progress = run.plan, run.progress
     session = _Session(progress)
-    batches = CycleIterator(run.train_dataloader)
+    batches = CycleIterator(run.train_dataloader)  # starts the next epoch when one ends
     batches.epoch = progress.epoch
 
     if not _evaluate_before_first_step(fabric, run, display, signals):
@@ -98,6 +105,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
         micro_batches = [as_batch(batch, run.gpt.max_seq_length) for batch in taken]
         result = train_step(fabric, run, micro_batches, partial(_own_requests, fabric, run, signals, session))
 
+        # The step is complete: count it, log it, and take the snapshot that a save needs.
         progress.step += 1
         progress.tokens += result.tokens
         progress.epoch = batches.epoch
@@ -132,7 +140,7 @@ def train_step(
     rate = _set_learning_rate(run)
     weights, tokens = micro_batch_weights(fabric, micro_batches)
 
-    # Forward and backward.
+    # Forward and backward. The sums stay on the device: reading one would make the CPU wait for it.
     expert_counts = torch.zeros_like(run.expert_counts)
     step_loss = torch.zeros((), device=fabric.device)
     cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)  # once for all micro batches
@@ -146,7 +154,7 @@ def train_step(
         run.metrics.add(losses)
         expert_counts += losses.expert_counts
         step_loss += losses.cross_entropy.detach()
-    del cast_parameters
+    del cast_parameters  # free the 16-bit copies before the update, which needs memory of its own
     run.metrics.tokens += tokens
 
     # Clip. Without max_norm the norm is still measured: clipping at infinity changes nothing.
@@ -158,12 +166,12 @@ def train_step(
     checked = norm if scaler_of(fabric) is None else step_loss
     is_bad, *requests = any_rank(fabric, ~torch.isfinite(checked), *own_requests())
     if is_bad:
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # the search for the cause computes new gradients
         message = _describe_nonfinite(fabric, run, micro_batches)
         save_after_error(fabric, run, on_all_ranks=True)
         raise NonFiniteError(message)
 
-    # Update. Nothing can be saved until it is complete.
+    # Update. An error in the middle leaves weights of no step, so nothing can be saved until it is complete.
     run.snapshot = None
     optimizer.step()
     optimizer.zero_grad()
@@ -204,6 +212,7 @@ def micro_batch_weights(fabric: L.Fabric, batches: Sequence[Batch]) -> tuple[lis
         return [1.0] * len(batches), sum(batch.input_ids.numel() for batch in batches) * fabric.world_size
     targets = [int((batch.targets != IGNORE_INDEX).sum()) for batch in batches]
     tokens = sum(int(batch.lengths.sum()) for batch in batches if batch.lengths is not None)
+    # Gradients are averaged over all micro batches of all ranks, so the weights must have the mean 1 there.
     counts = torch.tensor([sum(targets), tokens, len(targets)], device=fabric.device)
     all_targets, all_tokens, all_batches = sum_over_ranks(fabric, counts).tolist()
     return [count * all_batches / all_targets for count in targets], all_tokens
@@ -215,6 +224,7 @@ def log_step(fabric: L.Fabric, run: TrainingRun, result: StepResult, display: Ru
     session_steps = progress.step - session.first_step
     seconds_left = session.seconds / session_steps * (plan.steps - progress.step)
     is_due = progress.step % run.settings.train.log_interval == 0 or progress.step == plan.steps
+    # Compilation takes longer than many steps and would spoil the throughput of the first log line.
     is_compilation_step = run.compiled and session_steps == 1
     if is_compilation_step:
         seconds = time.perf_counter() - session.loop_start
@@ -268,7 +278,7 @@ def _save_if_due(fabric: L.Fabric, run: TrainingRun, requests: Requests) -> None
     save_interval = settings.train.save_interval
     is_interval = save_interval is not None and step % save_interval == 0
     if requests.save or is_interval:
-        with run.metrics.paused():
+        with run.metrics.paused():  # copying to CPU memory is no training time
             save_checkpoint(fabric, run, settings.out_dir / f"step-{step:08d}")
     run.writer.report_failure()
 
@@ -280,6 +290,7 @@ def _evaluate_before_first_step(fabric: L.Fabric, run: TrainingRun, display: Run
     """
     if run.progress.step == 0 and run.settings.eval.initial_validation:
         evaluate_and_log(fabric, run, display, signals)
+    # A signal during this evaluation saves the step that the run was resumed from.
     if any(evaluations_due(run)):
         run.snapshot = take_snapshot(fabric, run)
     return _evaluate_if_due(fabric, run, display, signals)
@@ -288,7 +299,7 @@ def _evaluate_before_first_step(fabric: L.Fabric, run: TrainingRun, display: Run
 def _evaluate_if_due(fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals) -> bool:
     """Evaluate if it is due. Returns False if a signal stopped the evaluation."""
     validation, hellaswag = evaluations_due(run)
-    if not validation and not hellaswag:
+    if not (validation or hellaswag):
         return True
     return evaluate_and_log(fabric, run, display, signals, with_validation=validation, with_hellaswag=hellaswag)
 
@@ -311,14 +322,15 @@ def _set_learning_rate(run: TrainingRun) -> float:
 def _describe_nonfinite(fabric: L.Fabric, run: TrainingRun, batches: Sequence[Batch]) -> str:
     """Build the error message. If the weights already contain NaN, the step is not saved."""
     settings = run.settings
+    # Weights first: if they are not finite, every layer's output is not, and no layer is the cause.
     bad_weights = find_nonfinite_weights(run.gpt)
     advice = "keeps what was trained so far. Continue with --resume auto, or from an older checkpoint"
     if any_rank(fabric, bad_weights is not None)[0]:
         run.snapshot = None
-        cause = f"the weights{f' of {bad_weights}' if bad_weights else ''} were not before it"
+        cause = f"the weights{f' of {bad_weights}' if bad_weights else ''} were already not finite before this step"
         advice = "saves nothing. Continue from a checkpoint that was saved before"
     elif run.sharded:
-        cause = "where it began can't be found in a sharded model"
+        cause = "the layer can't be found in a sharded model"
     else:
         cause = find_first_nonfinite(
             fabric, run.gpt, batches, lambda losses: total_loss(losses, settings.moe), settings.activation_checkpointing

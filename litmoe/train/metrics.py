@@ -116,7 +116,8 @@ def training_row(
         peak_flops: of one device; None where unknown, then there is no MFU.
     """
     means = metrics.means(fabric)
-    train_loss = float(means.cross_entropy)  # waits for the device, so that the seconds below are true
+    # Reading the loss waits for the device, so that the seconds are those of finished work.
+    train_loss = float(means.cross_entropy)
     tokens_per_second = metrics.tokens / metrics.seconds
     row: dict[str, Any] = {
         "train_loss": train_loss,
@@ -127,6 +128,7 @@ def training_row(
         "tokens_per_second": tokens_per_second,
         "grad_norm": float(gradient_norm),
     }
+    # The share of the devices' peak that went into the model, without recomputed activations.
     if peak_flops is not None:
         row["mfu"] = flops_per_token * tokens_per_second / (peak_flops * fabric.world_size)
     has_experts = means.expert_counts.numel() > 0
@@ -147,6 +149,7 @@ def _expert_columns(means: Losses) -> dict[str, float]:
         "dead_experts": load.dead,
         "router_confidence": means.router_confidence,
     }
+    # One column for each layer, because a mean over layers would hide a layer with dead experts.
     by_layer = torch.stack(list(statistics.values()), dim=1).tolist()  # one transfer from the device
     columns = {}
     for layer, values in enumerate(by_layer):

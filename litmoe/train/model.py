@@ -1,12 +1,17 @@
-"""GPT with its losses: the training loop calls the forward of ``PretrainingModel``."""
+"""GPT with its losses: the training loop calls the forward of ``PretrainingModel``. Also finds where a NaN began."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from litgpt import GPT
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from custom_moe import (
     MoE,
@@ -18,9 +23,8 @@ from custom_moe import (
     router_z_loss,
 )
 from custom_moe.experts import compute_dtype
-from litmoe.data.sft_data import IGNORE_INDEX
 from litmoe.forward import Recomputed, hidden_states, logits_of, run_block
-from litmoe.train.cross_entropy import linear_cross_entropy, loss_of_rows
+from litmoe.train.cross_entropy import IGNORE_INDEX, linear_cross_entropy, loss_of_rows
 from litmoe.train.optimizers import parameter_groups
 
 
@@ -223,3 +227,94 @@ def update_selection_biases(gpt: GPT, counts: Tensor, rate: float | Tensor) -> N
     """Give each router the counts of a complete step, ``(MoE layers, n_expert)``; a sigmoid router moves its bias."""
     for layer, counts_E in zip(moe_layers(gpt), counts, strict=True):
         layer.gate.update_balance(counts_E, rate)
+
+
+# --- Find NaN
+
+_NOT_FOUND = "each micro batch is finite when it is computed alone; only their sum, or the sum over devices, is not"
+
+
+def find_nonfinite_weights(gpt: GPT) -> str | None:
+    """Return the name of the first parameter that is not finite, or None. Only checks this rank's shards."""
+    for name, parameter in gpt.named_parameters():
+        shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not _is_finite(shard):
+            return name
+    return None
+
+
+def find_first_nonfinite(
+    fabric: L.Fabric,
+    gpt: GPT,
+    batches: Sequence[Batch],
+    loss_of: Callable[[Losses], Tensor],
+    recomputed: Recomputed = "none",
+) -> str:
+    """Compute the batches of a step again until something is not finite, and describe it for an error message.
+
+    All ranks must call it. Each one checks its own batches, and all return the same text.
+
+    Args:
+        fabric: for autocast and communication.
+        gpt: not compiled, with zero gradients. Afterwards its gradients are undefined.
+        batches: the micro batches of this rank.
+        loss_of: combines the losses of a micro batch.
+        recomputed: the activation checkpointing of the run.
+    """
+    try:
+        # Not the run's model: a compiled one would hide the outputs of its layers.
+        result = _first_nonfinite_here(fabric, PretrainingModel(gpt, recomputed), batches, loss_of)
+    except torch.OutOfMemoryError:
+        result = "there was not enough memory to find out where"
+    # All ranks raise the same error, whichever of them has the cause.
+    if fabric.world_size > 1:
+        results: list[Any] = [None] * fabric.world_size
+        torch.distributed.all_gather_object(results, result)
+        described = [f"{text} (process {rank})" for rank, text in enumerate(results) if text]
+        result = described[0] if described else None
+    return result or _NOT_FOUND
+
+
+def _first_nonfinite_here(
+    fabric: L.Fabric, model: PretrainingModel, batches: Sequence[Batch], loss_of: Callable[[Losses], Tensor]
+) -> str | None:
+    for number, batch in enumerate(batches, 1):
+        place = f"in micro batch {number} of {len(batches)}"
+        with _nonfinite_outputs(model.gpt) as layers, fabric.autocast():
+            loss = loss_of(model(*batch))
+        # Checked before the loss, because it names the layer.
+        if layers:
+            return f"the first non-finite output was that of {layers[0]}, {place}"
+        if not _is_finite(loss):
+            return f"the outputs of all layers are finite, but the loss is not, {place}"
+        loss.backward()
+        # The backward runs from the last layer to the first.
+        for name, parameter in reversed(list(model.gpt.named_parameters())):
+            if parameter.grad is not None and not _is_finite(parameter.grad):
+                return f"the first non-finite gradient was that of {name}, {place}"
+    return None
+
+
+@contextmanager
+def _nonfinite_outputs(gpt: GPT) -> Iterator[list[str]]:
+    """Collect the names of layers with an output that is not finite, in the order of their calls."""
+    names: list[str] = []
+
+    def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not all(_is_finite(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+            names.append(name)
+
+    handles = []
+    for name, module in gpt.named_modules():
+        # Containers are not called, and the output of the model itself is that of its last layer.
+        if not isinstance(module, GPT | nn.ModuleDict | nn.ModuleList):
+            handles.append(module.register_forward_hook(partial(check, name)))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

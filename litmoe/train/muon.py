@@ -61,17 +61,17 @@ class Muon(torch.optim.Optimizer):
             if not use.decays:
                 not_decayed.append(use.parameter)
             elif use.path.rpartition(".")[2] == "lm_head":
+                # Its rows belong to tokens, not to a hidden layer; Jordan et al. leave it to AdamW as well.
                 for_adamw.append(use.parameter)
             else:
                 by_parts.setdefault(_stacked_parts(model, use), []).append(use.parameter)
+        # Muon's groups come first, because the learning-rate schedule follows the rate of the first group.
         groups: list[dict[str, Any]] = []
         for parts in sorted(by_parts, reverse=True):
             groups.append({"params": by_parts[parts], "parts": parts})
-        if for_adamw:
-            groups.append({"params": for_adamw})
-        if not_decayed:
-            groups.append({"params": not_decayed, "weight_decay": 0.0})
-        return groups
+        groups.append({"params": for_adamw})
+        groups.append({"params": not_decayed, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
 
     def __init__(
         self,
@@ -84,11 +84,12 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1.0e-8,
         fused: bool | None = None,
     ) -> None:
-        if not (lr > 0 and adamw_lr > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in (momentum, *betas))):
-            raise ValueError(
-                f"lr is {lr}, adamw_lr {adamw_lr}, momentum {momentum}, betas {betas}, weight_decay {weight_decay};"
-                " expected rates above 0, a momentum and betas from 0 to below 1 and a decay from 0"
-            )
+        if not (lr > 0 and adamw_lr > 0):
+            raise ValueError(f"lr is {lr} and adamw_lr {adamw_lr}; expected rates above 0")
+        if not all(0 <= beta < 1 for beta in (momentum, *betas)):
+            raise ValueError(f"momentum is {momentum} and betas {betas}; expected numbers from 0 to below 1")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
         groups = [{**group, "lr": lr if group.get("parts") else adamw_lr} for group in params]
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
         super().__init__(groups, {**defaults, "parts": None})
@@ -126,7 +127,8 @@ class Muon(torch.optim.Optimizer):
             if group["parts"]:
                 self._update_by_muon(parameters, group)
             elif any(parameter.dtype == torch.bfloat16 for parameter in parameters):
-                for parameter in parameters:  # one after the other: each needs copies in fp32
+                # One after the other, because each needs copies in fp32.
+                for parameter in parameters:
                     self._update_by_adamw([parameter], group)
             else:
                 self._update_by_adamw(parameters, group)
@@ -151,6 +153,7 @@ class Muon(torch.optim.Optimizer):
         if weight is parameter:
             return
         state, parameters = self.state[parameter], self._parameters()
+        # The seed depends on saved state only, so that all ranks and a resumed run round alike.
         state["updates"] = state.get("updates", 0) + 1
         number = next(index for index, other in enumerate(parameters) if other is parameter)
         generator = torch.Generator(parameter.device)
@@ -165,8 +168,9 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
             average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-            direction = gradient.lerp(average, momentum)
+            direction = gradient.lerp(average, momentum)  # Nesterov
             weight.mul_(1 - lr * group["weight_decay"])
+            # Each of the stacked matrices is orthogonalized on its own.
             heights = matrix_heights(parameter, parts)
             for matrix, update in zip(weight.split(heights, -2), direction.split(heights, -2), strict=True):
                 scale = max(1.0, matrix.size(-2) / matrix.size(-1)) ** 0.5
@@ -175,17 +179,22 @@ class Muon(torch.optim.Optimizer):
 
     def _update_by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         weights = [_wide(parameter) for parameter in parameters]
+        gradients, averages, squares, steps = [], [], [], []
         for parameter, weight in zip(parameters, weights, strict=True):
-            if not (state := self.state[parameter]):
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if not state:
+                # The fused kernel counts steps on the device.
                 state["step"] = torch.tensor(0.0, device=parameter.device if group["fused"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(weight)
                 state["exp_avg_sq"] = torch.zeros_like(weight)
-        steps, averages, squares = (
-            [self.state[parameter][name] for parameter in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
-        )
+            gradients.append(_wide(parameter.grad))
+            averages.append(state["exp_avg"])
+            squares.append(state["exp_avg_sq"])
+            steps.append(state["step"])
         adamw(
             weights,
-            [_wide(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            gradients,
             averages,
             squares,
             [],
@@ -214,15 +223,15 @@ def _stacked_parts(model: nn.Module, use: ParameterUse) -> tuple[int, ...]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Return the tensor; a copy in fp32 if it is bf16."""
+    """Return the tensor, or a copy in fp32 if it is bf16."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 in bf16, rounded up or down with a probability by which its mean stays ``x`` (arXiv 2010.06192).
+    """Round fp32 to bf16, up or down with probabilities that keep the mean at ``x`` (arXiv 2010.06192).
 
     A bf16 number is the upper half of an fp32 number's bits. A random lower half is added before the lower half is cut
-    off, so that it carries over with the probability of what is cut off.
+    off. The sum carries over into the upper half with a probability that is proportional to what is cut off.
     """
     noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     bits = noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16))
@@ -230,18 +239,18 @@ def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def matrix_heights(parameter: Tensor, parts: tuple[int, ...]) -> list[int]:
-    """How many rows each of the matrices has that lie above each other in a parameter."""
+    """Return the number of rows of each matrix that is stacked in a parameter."""
     rows = parameter.size(-2)
     return [rows * part // sum(parts) for part in parts]
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Each matrix with all its singular values near 1, by Newton-Schulz: ``(..., rows, columns)`` of any strides.
+    """Return the matrices ``(..., rows, columns)`` with all singular values near 1, by Newton-Schulz iterations.
 
-    In bf16 where the device multiplies fast in it, which is exact enough for a direction, else in fp32.
+    They are computed in bf16 if the device multiplies fast in it, which is exact enough for a direction, else in fp32.
     """
     a, b, c = COEFFICIENTS
-    tall = matrices.size(-2) > matrices.size(-1)
+    tall = matrices.size(-2) > matrices.size(-1)  # then the transpose has the smaller Gram matrix
     x = (matrices.mT if tall else matrices).to(products_dtype(matrices.device))
     x = x.reshape(-1, *x.shape[-2:])
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # so that no singular value is above 1
@@ -252,7 +261,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def products_dtype(device: torch.device) -> torch.dtype:
-    """The type that a device multiplies matrices fastest in, bf16 or fp32."""
+    """Return the type in which a device multiplies matrices fastest: bf16 or fp32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

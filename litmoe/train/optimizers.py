@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from custom_moe import MoE
 from litmoe.cli import UserError
-from litmoe.train.compiling import missing_for_compile
+from litmoe.hardware import missing_for_compile
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def optimizer_traits(optimizer: dict[str, Any]) -> OptimizerTraits:
     is_torchao = class_path.startswith("torchao.")
     needs_matrices = is_torchao or class_path == "torch.optim.Muon"
     init_args = optimizer.get("init_args") or {}
+    torchao_rounds = bool(init_args.get("bf16_stochastic_round"))
     return OptimizerTraits(
         parameter_groups=getattr(optimizer_class, "parameter_groups", parameter_groups),
-        rounds_stochastically=getattr(optimizer_class, "rounds_stochastically", False)
-        or bool(init_args.get("bf16_stochastic_round")),
+        rounds_stochastically=getattr(optimizer_class, "rounds_stochastically", torchao_rounds),
         supports_fsdp=getattr(optimizer_class, "supports_fsdp", not needs_matrices),
         update_flops=getattr(optimizer_class, "update_flops", None),
         compiles_step=is_torchao,
@@ -111,6 +111,7 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
     """
     specification = deepcopy(optimizer)  # LitGPT writes `fused` into it, and it is saved with the run
     init_args = specification.get("init_args") or {}
+    # jsonargparse lists all arguments of the class; null stands for its own default.
     specification["init_args"] = {name: value for name, value in init_args.items() if value is not None}
     groups = optimizer_traits(optimizer).parameter_groups(model)
     try:
@@ -121,6 +122,7 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
             hint = "; litmoe.train.muon.Muon trains complete models"
         message = f"the optimizer {optimizer['class_path']} rejects these settings or this model: {error}{hint}"
         raise UserError(message) from None
+    # The schedule scales these rates.
     for group in result.param_groups:
         group["initial_lr"] = float(group["lr"])
     return result
@@ -150,7 +152,8 @@ def rounding_note(optimizer: dict[str, Any], precision: str, *, sharded: bool = 
         return None
     alternatives = (
         " --optimizer torchao.optim.AdamW8bit --optimizer.init_args.bf16_stochastic_round true, or --optimizer"
-        " litmoe.train.muon.Muon --optimizer.init_args.lr 0.02, rounds stochastically, which keeps them on average."
+        " litmoe.train.muon.Muon --optimizer.init_args.lr 0.02, rounds stochastically, which keeps small steps on"
+        " average."
     )
     return (
         f"warning: in {precision}, {optimizer['class_path']} loses weight decay and small steps: each update is rounded"
@@ -163,7 +166,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set each group's rate to ``factor`` times its own, so that groups with different rates keep their ratio."""
     for group in optimizer.param_groups:
         rate = group["initial_lr"] * factor
-        if isinstance(group["lr"], Tensor):  # torchao compiles its step: a number would be a constant in it
+        if isinstance(group["lr"], Tensor):
+            # torchao compiles its step, where a number would be a constant.
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate

@@ -141,6 +141,7 @@ def patched_finetuning(
 
 @contextmanager
 def _replaced(module: ModuleType, replacements: dict[str, Any]) -> Iterator[None]:
+    # Checked first: after an update of LitGPT a replaced name could be ignored silently.
     _check_litgpt(module)
     originals = {name: getattr(module, name) for name in replacements}
     try:

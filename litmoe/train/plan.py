@@ -14,10 +14,9 @@ from litgpt import GPT
 from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware
 from litmoe.cli import UserError, command, nearest, underscored
-from litmoe.config import FinetuneSettings, ParsedRun, RunSettings, parse_run
-from litmoe.flops import count_parameters, training_flops_per_token
-from litmoe.hardware import choose_precision, processes
-from litmoe.train.gpus import GIB, NAMES, GPUSpec, detect_gpu, gpu_by_name
+from litmoe.config import ParsedRun, parse_run
+from litmoe.flops import describe_size, format_flops, training_flops_per_token
+from litmoe.hardware import GIB, NAMES, GPUSpec, choose_precision, detect_gpu, gpu_by_name, processes
 from litmoe.train.memory import TrainingMemory, training_memory
 from litmoe.train.optimizers import optimizer_traits
 from litmoe.train.schedule import Plan, plan_run
@@ -99,17 +98,13 @@ class PlannedRun:
             epoch_sequences=train.global_batch_size,
         )
 
-    def memory(self, hardware: Hardware | None = None) -> TrainingMemory:
+    def memory(self) -> TrainingMemory:
         """The memory of a step on one device.
-
-        Args:
-            hardware: of the GPU, if more is known than its compute capability.
 
         Raises:
             UserError: the optimizer can't run on tensors without contents.
         """
-        if hardware is None and self.gpu is not None:
-            hardware = Hardware(self.gpu.capability, triton=True)
+        hardware = None if self.gpu is None else Hardware(self.gpu.capability, triton=True)
         try:
             return training_memory(self.run, self.precision, hardware)
         except Exception as error:  # optimizers of other packages can do anything
@@ -137,7 +132,8 @@ def show_plan(argv: Sequence[str]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     planned, note = _plan(flags, gpu)
     memory = planned.memory()
-    print(describe_size(planned.run.settings))
+    settings = planned.run.settings
+    print(describe_size(settings.model, planned.context, tie_embeddings=bool(settings.train.tie_embeddings)))
     print(_describe_length(planned))
     if planned.counts_update:
         print(_describe_update(planned))
@@ -149,56 +145,15 @@ def show_plan(argv: Sequence[str]) -> None:
     elif _fits(memory, gpu):
         print(f"\nIt fits. {_describe_time(planned)}")
     else:
-        print("\nIt does not fit. What to change, the cheapest first; each line includes those above it:\n")
+        print("\nIt does not fit. Possible changes, cheapest first; each line includes the changes above it:\n")
         for line in _ways_to_fit(flags, gpu):
             print(line, flush=True)  # each line takes seconds
 
 
-def describe_size(settings: RunSettings) -> str:
-    """Return a line with the number of parameters and the operations per token."""
-    config = settings.model
-    sizes = count_parameters(config, tie_embeddings=bool(settings.train.tie_embeddings))
-    size = f"{config.name}: {sizes.total / 1e6:,.1f} M parameters, {sizes.active / 1e6:,.1f} M active for each token."
-    # In finetuning, rows have different lengths and frozen weights have no gradient, so no formula is right.
-    if isinstance(settings, FinetuneSettings):
-        return size
-    context = settings.train.max_seq_length or config.block_size
-    causal = _format_flops(training_flops_per_token(config, context, True))
-    full = _format_flops(training_flops_per_token(config, context, False))
-    return f"{size} A token takes {causal} of training ({full} if attention is counted in full)."
-
-
-def describe_needs(run: ParsedRun, precision: str, hardware: Hardware, gpu: GPUSpec | None = None) -> Iterator[str]:
-    """Yield lines about the memory of a run; with ``gpu``, also whether it fits and how long the run takes.
-
-    Args:
-        run: the parsed settings.
-        precision: of the run, in Fabric's names.
-        hardware: for the choice of the experts' backend.
-        gpu: this machine's.
-    """
-    planned = PlannedRun(run, gpu, precision)
-    try:
-        memory = planned.memory(hardware)
-    except UserError as error:
-        yield f"note: {error}"
-        return
-    parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in memory._asdict().items())
-    yield f"Planned memory, without torch.compile: {_format_bytes(memory.peak)} ({parts})."
-    if gpu is None:
-        return
-    if not _fits(memory, gpu):
-        available = _format_bytes(_available(gpu))
-        yield f"That is more than the {available} available on this GPU. --plan says what to change."
-    if not isinstance(run.settings, FinetuneSettings):
-        if planned.counts_update:
-            yield _describe_update(planned)
-        yield _describe_time(planned)
-
-
 def _split_off_plan(arguments: list[str]) -> tuple[list[str], str | None]:
     """Return the other arguments, and the name of the GPU if one is given."""
-    index = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--plan")
+    names = [argument.partition("=")[0] for argument in arguments]
+    index = names.index("--plan")
     # Removed before parsing: it is no setting of the run.
     before, after = arguments[:index], arguments[index + 1 :]
     name = arguments[index].partition("=")[2]
@@ -249,12 +204,12 @@ def _fits(memory: TrainingMemory, gpu: GPUSpec) -> bool:
 def _describe_length(planned: PlannedRun) -> str:
     train, length = planned.run.settings.train, planned.length()
     if length is None:
-        return f"{train.epochs} epochs of steps of {planned.step_tokens:,} tokens. The data decide how many steps."
+        return f"{train.epochs} epochs of steps of {planned.step_tokens:,} tokens. Their number depends on the data."
     flops = length.tokens * training_flops_per_token(planned.run.settings.model, planned.context)
     or_epochs = f" or {train.epochs} epochs" if train.epochs else ""
     return (
         f"{length.steps:,} steps of {planned.step_tokens:,} tokens, {length.tokens:,} tokens in all,"
-        f" {_format_flops(flops)}; limited by {length.ended_by}{or_epochs}."
+        f" {format_flops(flops)}; limited by {length.ended_by}{or_epochs}."
     )
 
 
@@ -263,7 +218,7 @@ def _describe_update(planned: PlannedRun) -> str:
     share = update / (planned.model_flops() + update)
     where = f" on {planned.devices} devices" if planned.devices > 1 else ""
     return (
-        f"{planned.optimizer_name}'s update adds {_format_flops(update)} to each step{where}, {share:.0%} of the step's"
+        f"{planned.optimizer_name}'s update adds {format_flops(update)} to each step{where}, {share:.0%} of the step's"
         " operations. A larger global batch reduces that share."
     )
 
@@ -304,19 +259,21 @@ def _describe_time(planned: PlannedRun) -> str:
         return f"There is no estimate of the time for {planned.precision} here."
     if gpu is None:
         # The processes of a CPU run share its cores.
-        peak, source, speedup = _measure_cpu_peak(), "measured on this CPU just now", 1
-    elif gpu.peak is None:
+        return _describe_speed(planned, _measure_cpu_peak(), "measured on this CPU just now", devices=1)
+    if gpu.peak is None:
         return "The speed of this GPU is unknown, so there is no estimate of the time."
-    elif planned.counts_update and gpu.capability < (8, 0):
+    if planned.counts_update and gpu.capability < (8, 0):
         return "There is no estimate of the time for this optimizer on a GPU without bf16: its update uses fp32 there."
-    else:
-        peak, source, speedup = gpu.peak, "from NVIDIA's product pages", planned.devices
+    return _describe_speed(planned, gpu.peak, "from NVIDIA's product pages", planned.devices)
+
+
+def _describe_speed(planned: PlannedRun, peak: float, source: str, devices: int) -> str:
     settings = planned.run.settings
     share = SHARE_OF_PEAK["mixture" if settings.model.mlp_class_name == "LLaMAMoE" else "dense"]
-    seconds = (planned.model_flops() + planned.update_flops()) / (peak * share * speedup)
+    seconds = (planned.model_flops() + planned.update_flops()) / (peak * share * devices)
     rate = planned.step_tokens / seconds
 
-    where = f" on {speedup} GPUs" if speedup > 1 else ""
+    where = f" on {devices} GPUs" if devices > 1 else ""
     length = planned.length()
     duration = f", {_format_seconds(length.tokens / rate)}" if length else ""
     counted = ["forward", "backward"]
@@ -350,13 +307,6 @@ def _format_seconds(seconds: float) -> str:
     if seconds < 72 * 3600:
         return f"{seconds / 3600:,.1f} hours"
     return f"{seconds / 86400:,.1f} days"
-
-
-def _format_flops(flops: float) -> str:
-    for name, unit in {"P": 1e15, "T": 1e12, "G": 1e9}.items():
-        if flops >= unit:
-            return f"{flops / unit:,.2f} {name}FLOP"
-    return f"{flops / 1e6:,.2f} MFLOP"
 
 
 def _format_bytes(size: float) -> str:
@@ -410,6 +360,7 @@ def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
         if micro_batch % size == 0:
             cost = "the same result (more micro batches are accumulated), a little slower"
             yield _Change(("--micro_batch_size", str(size)), cost)
+    # Recomputation keeps the results and costs time.
     checkpointing = settings.activation_checkpointing
     if checkpointing == "none" and settings.model.mlp_class_name == "LLaMAMoE":
         cost = "the same result; the experts are computed once more, about +20%"
@@ -421,8 +372,9 @@ def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
     if not optimizer_traits(optimizer).compiles_step and gpu is not None and gpu.capability >= (8, 0):
         cost = "16-bit weights with stochastic rounding, 8-bit moments: a similar loss, not the same"
         yield _Change(_eight_bit_flags(optimizer), cost)
+    # Everything from here on changes the result.
     for size in _halves(planned.context, minimum=256):
-        yield _Change(("--max_seq_length", str(size)), "a shorter context: another training")
+        yield _Change(("--max_seq_length", str(size)), "a shorter context, so a different model")
     for size in _halves(settings.model.n_layer, minimum=1):
         yield _Change(("--model.n_layer", str(size)), "a smaller model")
 

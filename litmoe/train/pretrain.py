@@ -21,10 +21,9 @@ from torch import nn
 from litmoe import checkpoints
 from litmoe.config import ParsedRun
 from litmoe.data.tokenizers import litgpt_tokenizer
-from litmoe.hardware import choose_precision, is_sharded, processes
-from litmoe.train.allocator import use_expandable_segments
+from litmoe.hardware import choose_precision, is_sharded, processes, use_expandable_segments
 from litmoe.train.distributed import make_strategy, report_lost_ranks
-from litmoe.train.logs import logger_factory
+from litmoe.train.logs import RUN_CONFIG, logger_factory
 from litmoe.train.patches import patched_pretraining
 from litmoe.train.run import run_training
 from litmoe.upcycling import upcycle
@@ -42,7 +41,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             a lost rank.
     """
     settings = run.settings
-    use_expandable_segments(torch.cuda.is_available())
+    use_expandable_segments(torch.cuda.is_available())  # before the first allocation
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir
@@ -53,7 +52,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
         ),
         strategy=partial(make_strategy, settings, precision),
-        summary=f"Settings    {out_dir / 'run_config.yaml'}",
+        summary=f"Settings    {out_dir / RUN_CONFIG}",
     )
     with patched, report_lost_ranks():
         litgpt.pretrain.setup(
@@ -71,7 +70,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             devices=devices,
             num_nodes=num_nodes,
             tokenizer_dir=settings.tokenizer_dir,
-            logger_name="csv",
+            logger_name="csv",  # has no effect: `choose_logger` is replaced
             seed=settings.seed,
         )
 

@@ -9,7 +9,7 @@ import torch
 
 from litmoe import checkpoints
 from litmoe.cli import UserError, quoted
-from litmoe.config import FinetuneSettings, RunSettings
+from litmoe.config import RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import SPLITS, read_file
 from litmoe.train.schedule import Plan
@@ -33,22 +33,39 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     # First, because the state of another optimizer may need a package to be loaded that is not installed.
     check_same_optimizer(folder, run)
     state = checkpoints.load_training_state(folder)
-    is_relocatable = isinstance(stateful_loader(run.train_dataloader), TrainLoader)
-    other_division = check_same_batches(folder, state["layout"], batch_layout(fabric, run), is_relocatable, run)
-    check_same_provenance(fabric, folder, state.get("made_from", {}), run)
+    changes = check_same_batches(folder, state["layout"], batch_layout(fabric, run), run)
+    if run.finetuning is not None:
+        check_same_provenance(fabric, folder, state.get("made_from", {}), run.finetuning.provenance, run.settings)
     check_same_tokens(folder, run.settings)
     load_training_state(fabric, run, state)
-    if other_division:
-        fabric.print(f"{'; '.join(other_division)}: {_describe_other_division(run, state['layout'])}.")
+    if changes:
+        fabric.print(f"{'; '.join(changes)}: {_describe_effects(run, state['layout'])}.")
 
 
-def check_same_batches(
-    folder: Path, saved: dict[str, int], present: dict[str, int], is_relocatable: bool, run: TrainingRun
-) -> list[str]:
+def refusal(folder: Path, settings: RunSettings, problem: str, fix: str) -> UserError:
+    """Return the error for a checkpoint that can't be resumed: ``problem``, ``fix``, or a new run from its weights."""
+    if settings.is_finetuning:
+        flags = f"finetune.py {quoted(folder)} --out_dir NEW"
+    else:
+        flags = f"--initial_checkpoint_dir {quoted(folder)} --out_dir NEW"
+    return UserError(f"{problem}. {fix}, or start a new run from its weights: {flags}")
+
+
+def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
+    """Raise ``UserError`` if ``folder`` has the state of another optimizer, or none."""
+    saved = checkpoints.load_hyperparameters(folder)
+    if "optimizer" not in saved:
+        problem = f"{folder} has no training state (an imported checkpoint, for example)"
+        raise refusal(folder, run.settings, problem, "Resume from another checkpoint")
+    saved_class = saved["optimizer"]["class_path"]
+    present_class = run.hyperparameters["optimizer"]["class_path"]
+    if saved_class != present_class:
+        problem = f"{folder} was trained with {saved_class}, and {present_class} can't use its state"
+        raise refusal(folder, run.settings, problem, f"Resume with --optimizer {quoted(saved_class)}")
+
+
+def check_same_batches(folder: Path, saved: dict[str, int], present: dict[str, int], run: TrainingRun) -> list[str]:
     """Compare the layout of a checkpoint's batches with this run's.
-
-    Args:
-        is_relocatable: the loader accepts a position from other ranks and micro batches.
 
     Returns:
         A description for each accepted difference: number of devices, micro-batch size.
@@ -56,50 +73,32 @@ def check_same_batches(
     Raises:
         UserError: batches would differ in another way.
     """
+    # The position of our own loaders does not depend on how a batch is divided.
+    accepts_other_division = isinstance(stateful_loader(run.train_dataloader), TrainLoader)
     accepted, refused = [], []
     for name, value in present.items():
         if name not in saved or saved[name] == value:  # older versions did not save every entry
             continue
         description = f"{name} was {saved[name]} and is now {value}"
-        if is_relocatable and name in ("devices", "micro_batch_size"):
+        if accepts_other_division and name in ("devices", "micro_batch_size"):
             accepted.append(description)
         else:
             refused.append(description)
     if refused:
-        raise UserError(
-            f"{folder} can't be resumed with other batches: {'; '.join(refused)}. Resume with the old values, or start"
-            f" a new run from its weights: {new_run_flags(folder, run.settings)}"
-        )
+        problem = f"{folder} can't be resumed with other batches: {'; '.join(refused)}"
+        raise refusal(folder, run.settings, problem, "Resume with the old values")
     return accepted
 
 
-def check_same_provenance(fabric: L.Fabric, folder: Path, saved: dict[str, str], run: TrainingRun) -> None:
+def check_same_provenance(
+    fabric: L.Fabric, folder: Path, saved: dict[str, str], present: dict[str, str], settings: RunSettings
+) -> None:
     """Raise ``UserError`` if an input of the run (the conversations, the base checkpoint) changed."""
-    for name, fingerprint in run.provenance.items():
+    for name, fingerprint in present.items():
         if name not in saved:
             fabric.print(f"{folder} has no record of {name}, so changes there can't be detected.")
         elif saved[name] != fingerprint:
-            raise UserError(
-                f"{name} changed since {folder} was saved. Restore the old version, or start a new run from its"
-                f" weights: {new_run_flags(folder, run.settings)}"
-            )
-
-
-def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
-    """Raise ``UserError`` if ``folder`` has the state of another optimizer, or none."""
-    saved = checkpoints.load_hyperparameters(folder)
-    if "optimizer" not in saved:
-        raise UserError(
-            f"{folder} has no training state (an imported checkpoint, for example), so it can't be resumed; start a new"
-            f" run from its weights: {new_run_flags(folder, run.settings)}"
-        )
-    saved_class = saved["optimizer"]["class_path"]
-    present_class = run.hyperparameters["optimizer"]["class_path"]
-    if saved_class != present_class:
-        raise UserError(
-            f"{folder} was trained with {saved_class}, and {present_class} can't use its state. Resume with --optimizer"
-            f" {quoted(saved_class)}, or start a new run from its weights: {new_run_flags(folder, run.settings)}"
-        )
+            raise refusal(folder, settings, f"{name} changed since {folder} was saved", "Restore the old version")
 
 
 def check_same_tokens(folder: Path, settings: RunSettings) -> None:
@@ -108,11 +107,11 @@ def check_same_tokens(folder: Path, settings: RunSettings) -> None:
     if present is None or not saved.is_file():
         return
     if tokens_provenance(saved, "train") != tokens_provenance(present, "train"):
-        raise UserError(
+        problem = (
             f"{folder} was trained on other tokens than those in {present.parent.parent}: the text, its split into"
-            f" documents or {settings.tokenizer_dir / 'tokenizer.json'} changed. Restore the old ones, or start a new"
-            f" run from its weights: {new_run_flags(folder, settings)}"
+            f" documents or {settings.tokenizer_dir / 'tokenizer.json'} changed"
         )
+        raise refusal(folder, settings, problem, "Restore the old ones")
 
 
 def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
@@ -123,8 +122,13 @@ def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
     if fabric.world_size == 1:
         return
     path = tokens_manifest(run.settings)
-    tokens = tokens_provenance(path, *SPLITS) if path else None
-    own = {"the step that it starts from": run.progress.step, "the tokens": tokens, **run.provenance}
+    # A checkpoint may exist on one machine only, and data may have been prepared on each with other settings.
+    own: dict[str, Any] = {
+        "the step that it starts from": run.progress.step,
+        "the tokens": tokens_provenance(path, *SPLITS) if path else None,
+    }
+    if run.finetuning is not None:
+        own |= run.finetuning.provenance
     by_rank: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(by_rank, own)
     different = [name for name in own if any(other[name] != by_rank[0][name] for other in by_rank)]
@@ -145,53 +149,40 @@ def tokens_provenance(path: Path, *splits: str) -> tuple[Any, ...]:
     manifest = read_file(path)
     if manifest is None:
         raise UserError(
-            f"{path} is damaged, or from another version, so it is unknown which tokens the run continues on."
+            f"{path} is damaged, or from another version, so the tokens that the run continues on are unknown."
             " Start a new run from the checkpoint's weights (--initial_checkpoint_dir), on newly prepared tokens."
         )
     return manifest.made_from(*splits)
 
 
-def new_run_flags(folder: Path, settings: RunSettings) -> str:
-    """Return the flags that start a new run from a checkpoint's weights."""
-    if isinstance(settings, FinetuneSettings):
-        return f"finetune.py {quoted(folder)} --out_dir NEW"
-    return f"--initial_checkpoint_dir {quoted(folder)} --out_dir NEW"
-
-
-def _describe_other_division(run: TrainingRun, saved: dict[str, int]) -> str:
-    """Describe the effect of resuming with another number of devices or micro-batch size."""
+def _describe_effects(run: TrainingRun, saved: dict[str, int]) -> str:
+    """Describe the effects of resuming with another number of devices or micro-batch size."""
     effects = ["training continues on the same tokens; sums differ in their last digits by their order"]
     train, items = run.settings.train, stateful_loader(run.train_dataloader).items
-    is_finetuning = isinstance(run.settings, FinetuneSettings)
+    micro_batch, saved_micro_batch = train.micro_batch_size, saved["micro_batch_size"]
+    is_finetuning = run.finetuning is not None
 
-    dropped = items % train.micro_batch_size
-    dropped_before = items % saved["micro_batch_size"]
+    dropped, dropped_before = items % micro_batch, items % saved_micro_batch
     if dropped != dropped_before:
         effects.append(
             f"{dropped} of an epoch's {items:,} sequences fill no micro batch and are dropped ({dropped_before} before)"
         )
     if is_finetuning:  # micro batches of conversations differ in length
         effects.append("balance losses and LoRA's dropout are computed per micro batch")
-    if _validation_changes(run, saved["micro_batch_size"]):
-        effects.append("validation reads other windows (eval.max_iters counts micro batches)")
+    if run.val_dataloader is not None and micro_batch != saved_micro_batch:
+        # Both read the same windows only if both read the complete set.
+        read_by_both = run.settings.eval.max_iters * min(micro_batch, saved_micro_batch)
+        if read_by_both < unwrap_loader(run.val_dataloader).items:
+            effects.append("validation reads other windows (eval.max_iters counts micro batches)")
 
+    # The end of the run is a complete micro batch, so another size can move it.
     old_train = copy(train)
-    old_train.micro_batch_size = saved["micro_batch_size"]
-    old_plan = plan_from(
-        old_train, run.train_dataloader, saved["max_seq_length"], saved["devices"], progress=run.progress
-    )
-    end, old_end = (_describe_end(plan, is_finetuning) for plan in (run.plan, old_plan))
+    old_train.micro_batch_size = saved_micro_batch
+    old_plan = plan_from(old_train, run.train_dataloader, saved["max_seq_length"], saved["devices"], run.progress)
+    end, old_end = _describe_end(run.plan, is_finetuning), _describe_end(old_plan, is_finetuning)
     if end != old_end:
         effects.append(f"the run ends at {end} instead of {old_end}")
     return "; ".join(effects)
-
-
-def _validation_changes(run: TrainingRun, saved_micro_batch: int) -> bool:
-    """Return whether ``eval.max_iters`` micro batches are other windows than before."""
-    micro_batch = run.settings.train.micro_batch_size
-    if run.val_dataloader is None or micro_batch == saved_micro_batch:
-        return False
-    return run.settings.eval.max_iters * min(micro_batch, saved_micro_batch) < unwrap_loader(run.val_dataloader).items
 
 
 def _describe_end(plan: Plan, is_finetuning: bool) -> str:

@@ -16,31 +16,26 @@ import yaml
 from lightning.fabric.wrappers import _FabricOptimizer
 from litgpt import GPT, Tokenizer
 from litgpt.data import DataModule
-from litgpt.prompts import PromptStyle
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import DataLoader
 
 from custom_moe import set_backend
-from custom_moe.backends import hardware_of
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, strip_control_chars
-from litmoe.config import FinetuneSettings, MoESettings, ParsedRun
+from litmoe.config import MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
-from litmoe.data.sft_data import InstructionData
-from litmoe.flops import training_flops_per_token
-from litmoe.hardware import is_sharded
-from litmoe.train.compiling import compiler_settings, should_compile
+from litmoe.flops import describe_size, training_flops_per_token
+from litmoe.hardware import compiler_settings, is_sharded, peak_flops, should_compile
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
-from litmoe.train.gpus import detect_gpu, peak_flops
-from litmoe.train.logs import METRICS_FILE, Loggers, RunDisplay, remove_run
+from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, Loggers, RunDisplay, remove_run
 from litmoe.train.loop import Ending, train
 from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
 from litmoe.train.optimizers import check_optimizer, make_optimizer, rounding_note
-from litmoe.train.plan import describe_needs, describe_size
 from litmoe.train.resume import check_same_on_all_machines, resume_training
 from litmoe.train.saving import CheckpointWriter, StopSignals, tolerate_closed_stdout
 from litmoe.train.state import (
+    Finetuning,
     Progress,
     TrainingRun,
     plan_from,
@@ -63,8 +58,7 @@ def run_training(
     resume_from: Path | None,
     precision_note: str | None,
     sample_prompt: str | None,
-    prompt_style: PromptStyle | None = None,
-    provenance: dict[str, str] | None = None,
+    finetuning: Finetuning | None = None,
 ) -> None:
     """Train ``gpt`` as the settings say and save ``final/``.
 
@@ -72,16 +66,18 @@ def run_training(
         gpt: on the device, with its initial weights and ``max_seq_length``. Frozen parameters require no gradient.
         resume_from: the checkpoint of its weights, to restore optimizer, position and counters from as well.
         precision_note: a line for the user, or None.
-        sample_prompt, prompt_style, provenance: see ``TrainingRun``.
+        sample_prompt, finetuning: see ``TrainingRun``.
     """
     settings = parsed.settings
+    # Set up. FSDP supports neither compilation nor generation in the middle of a run.
     experts_backend = choose_experts_backend(fabric, gpt, settings.moe)
     sharded = is_sharded(settings)
     compiled, compile_note = should_compile(False if sharded else settings.compile, fabric.device.type)
     run = _build_run(fabric, gpt, parsed, data, tokenizer, compiled, sharded)
     run.sample_prompt = None if sharded else sample_prompt
-    run.prompt_style = prompt_style
-    run.provenance = provenance or {}
+    run.finetuning = finetuning
+
+    # Resume.
     if resume_from:
         resume_training(fabric, run, resume_from)
     check_same_on_all_machines(fabric, run)
@@ -89,17 +85,22 @@ def run_training(
         _report_finished(fabric, run, resume_from)
         return
 
+    # From here on the run changes out_dir.
     _prepare_out_dir(fabric, run, resume_from)
     run.loggers.log_hyperparams(run.hyperparameters)
-    for line in describe_run(fabric, gpt, parsed, run):
+    lines = [
+        *describe_run(gpt, parsed, run),
+        _describe_hardware(fabric, compiled, experts_backend),
+        precision_note,
+        compile_note,
+        *_notes(fabric, gpt, parsed, run),
+    ]
+    for line in filter(None, lines):
         fabric.print(line)
-    fabric.print(_describe_hardware(fabric, compiled, experts_backend))
-    for note in (precision_note, compile_note, *_notes(fabric, gpt, parsed, run, data)):
-        if note:
-            fabric.print(note)
     if resume_from:
         fabric.print(f"Resuming from {resume_from}: step {run.progress.step:,} of {run.plan.steps:,}.")
 
+    # Train, and save the last step, whatever ends the loop.
     tokens_before, start = run.progress.tokens, time.perf_counter()
     is_main = fabric.global_rank == 0
     display = RunDisplay(enabled=is_main, bar=settings.progress, steps=run.plan.steps, first_step=run.progress.step)
@@ -107,13 +108,16 @@ def run_training(
         with _save_after_errors(fabric, run), display:
             ending = train(fabric, run, signals, display)
         _save_final(fabric, run, ending)
+
+    # Report.
     run.loggers.finalize("success")
     if ending == "stopped":
         fabric.print(
             f"Stopped after step {run.progress.step:,} of {run.plan.steps:,}. The same command with --resume auto"
             f" continues from {_final_folder(run, ending)}."
         )
-        if is_main:  # one rank is enough: launchers take the exit code of another one for a failure
+        # Rank 0 alone: launchers report the exit code of another rank as a failure.
+        if is_main:
             sys.exit(signals.exit_code)
         return
     _report(fabric, run, time.perf_counter() - start, run.progress.tokens - tokens_before)
@@ -190,7 +194,7 @@ def _build_run(
     # FSDP casts parameters on its own.
     cast_once = {} if sharded else matrices_to_cast(model, precision, settings.activation_checkpointing)
     # Conversations differ in length, and frozen weights skip part of the backward: no formula for their FLOPs.
-    has_mfu = not isinstance(settings, FinetuneSettings)
+    has_mfu = not settings.is_finetuning
     return TrainingRun(
         settings=settings,
         hyperparameters=parsed.resolved,
@@ -223,15 +227,16 @@ def _prepare_out_dir(fabric: L.Fabric, run: TrainingRun, resume_from: Path | Non
     out_dir = settings.out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
     checkpoints.finish_interrupted_saves(out_dir)
-    if settings.overwrite:
-        if resume_from is None or resume_from.resolve().parent != out_dir.resolve():
-            remove_run(out_dir)
-        elif resume_from.exists():  # an interrupted save has just got its final name; then nothing newer exists
-            checkpoints.remove_newer(resume_from)
+    is_own_checkpoint = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
+    if settings.overwrite and not is_own_checkpoint:
+        remove_run(out_dir)
+    elif settings.overwrite and resume_from is not None and resume_from.exists():
+        # If it does not exist, it was an interrupted save that has just got its final name. Nothing is newer then.
+        checkpoints.remove_newer(resume_from)
     # Replaced in one operation, so that a killed run leaves the old file or the new one.
-    partial_file = out_dir / ".run_config.yaml.partial"
+    partial_file = out_dir / f".{RUN_CONFIG}.partial"
     partial_file.write_text(yaml.safe_dump(run.hyperparameters, sort_keys=False), encoding="utf-8")
-    os.replace(partial_file, out_dir / "run_config.yaml")
+    os.replace(partial_file, out_dir / RUN_CONFIG)
 
 
 @contextmanager
@@ -275,48 +280,50 @@ def _save_final(fabric: L.Fabric, run: TrainingRun, ending: Ending) -> None:
 # --- What is printed
 
 
-def describe_run(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]:
-    """Yield the size of the run, much of it as ``run_train.py --plan`` prints it."""
-    settings, plan = parsed.settings, run.plan
-    yield describe_size(settings)
-    if isinstance(settings, FinetuneSettings):
-        if settings.lora_r:
-            trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
-            yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
-        size = f"{plan.steps:,} steps of {settings.train.global_batch_size:,} conversations"
+def describe_run(gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]:
+    """Yield the size of the run, as ``run_train.py --plan`` prints it."""
+    train, plan = parsed.settings.train, run.plan
+    is_finetuning = run.finetuning is not None
+    yield describe_size(gpt.config, None if is_finetuning else gpt.max_seq_length, bool(train.tie_embeddings))
+    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
+    if parsed.settings.uses_lora:
+        yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
+    if is_finetuning:  # conversations differ in length
+        size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
     else:
-        # Takes seconds, so only where memory is scarce. The estimate does not cover FSDP.
-        if fabric.device.type == "cuda" and fabric.global_rank == 0 and not run.sharded:
-            yield from describe_needs(
-                parsed, str(fabric._precision.precision), hardware_of(fabric.device), detect_gpu()
-            )
         step_tokens = plan.accumulation * plan.tokens_per_micro_batch
         size = f"{plan.steps:,} steps of {step_tokens:,} tokens, {plan.tokens:,} tokens in all"
-    limit = f" or after {settings.train.max_time:g} s" if settings.train.max_time else ""
+    limit = f" or after {train.max_time:g} s" if train.max_time else ""
     yield f"{size}, {plan.epochs:.2f} epochs; limited by {plan.ended_by}{limit}."
 
 
 def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | None) -> str:
-    device = _device_name(fabric)
+    if fabric.device.type == "cuda":
+        device = torch.cuda.get_device_name(fabric.device)
+    elif fabric.device.type == "cpu":
+        device = f"the CPU ({torch.get_num_threads()} threads)"
+    else:
+        device = f"the {fabric.device.type} device"
     if fabric.world_size > 1:
         device = f"{fabric.world_size} x {device}"
     experts = f", experts by {experts_backend}" if experts_backend else ""
     return f"On {device} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}{experts}."
 
 
-def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun, data: DataModule) -> Iterator[str | None]:
+def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str | None]:
     """Yield what the user should know about the settings before the run starts."""
     settings = parsed.settings
     yield rounding_note(parsed.optimizer, fabric._precision.precision, sharded=run.sharded)
     if run.plan.warmup_steps < (settings.train.lr_warmup_steps or 0):
-        yield f"The run is shorter than its warm-up, which ends at step {run.plan.warmup_steps:,} instead."
+        steps = run.plan.warmup_steps
+        yield f"The run is shorter than its warm-up (train.lr_warmup_steps), so the warm-up ends at step {steps:,}."
     if run.sharded:
         yield "Sharded by FSDP: no samples are written during training."
-    routers_are_frozen = isinstance(settings, FinetuneSettings) and settings.lora_r and not settings.lora_mlp
-    if not routers_are_frozen:
+    routers = [parameter for layer in moe_layers(gpt) for parameter in layer.gate.parameters()]
+    if any(parameter.requires_grad for parameter in routers):
         yield constant_weights_note(gpt.config)
-    if isinstance(data, InstructionData):
-        yield data.summary()
+    if settings.is_finetuning:
+        yield settings.data.summary()
 
 
 def _report_finished(fabric: L.Fabric, run: TrainingRun, resume_from: Path) -> None:
@@ -340,14 +347,14 @@ def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> 
         fabric.print(f"Peak memory {torch.cuda.max_memory_reserved(fabric.device) / 2**30:.2f} GiB.")
     if run.progress.step < run.plan.steps:
         fabric.print(
-            f"The time limit of {settings.train.max_time:g} s is used up at step {run.progress.step:,} of"
-            f" {run.plan.steps:,}. The same command with --resume auto continues from here."
+            f"The time limit of {settings.train.max_time:g} s was reached at step {run.progress.step:,} of"
+            f" {run.plan.steps:,}. The same command with --resume auto continues from this step."
         )
         return
     final = settings.out_dir / "final"
     fabric.print(f"Checkpoint  {final}")
     fabric.print(f"Metrics     {settings.out_dir / METRICS_FILE}")
-    if not isinstance(settings, FinetuneSettings):
+    if not settings.is_finetuning:
         prompt = settings.sample.prompt or "Once upon a time"
         fabric.print(f"Write       {strip_control_chars(command('generate.py', final, '--prompt', prompt))}")
         fabric.print(f"Evaluate    {command('evaluate.py', final)}")
@@ -358,11 +365,3 @@ def _peak_flops(fabric: L.Fabric) -> float | None:
     if fabric.device.type != "cuda" or fabric._precision.precision == "32-true":
         return None
     return peak_flops(torch.cuda.get_device_name(fabric.device))
-
-
-def _device_name(fabric: L.Fabric) -> str:
-    if fabric.device.type == "cuda":
-        return torch.cuda.get_device_name(fabric.device)
-    if fabric.device.type == "cpu":
-        return f"the CPU ({torch.get_num_threads()} threads)"
-    return f"the {fabric.device.type} device"

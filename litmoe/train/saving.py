@@ -1,27 +1,34 @@
-"""Checkpoints written in the background, the signals that ask a run to stop, and a closed stdout.
-
-The training thread only waits for the copy into CPU memory. ``litmoe.checkpoints`` writes a checkpoint atomically and
-removes older ones only after that.
-"""
+"""What protects the results of a run: background saves, stop signals, a closed stdout, and the lock on ``out_dir``."""
 
 import errno
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
 
+from filelock import FileLock, Timeout
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from litmoe import checkpoints
-from litmoe.cli import UserError
+from litmoe.checksummed_json import known_fields, read_json, write_json
+from litmoe.cli import UserError, strip_control_chars
 from litmoe.config import CheckpointSettings
 from litmoe.data.loader import STOP_SIGNALS
+
+LOCK = ".run.lock"
+HOLDER = ".run.json"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class CheckpointWriter:
@@ -88,7 +95,7 @@ class CheckpointWriter:
         self._thread.join()
         failure = self._failure
         self._thread, self._failure = None, None
-        if isinstance(failure, UserError):
+        if isinstance(failure, UserError):  # a full disk; there may be space for the next checkpoint
             self._warn(f"warning: {failure} The run continues without this checkpoint.")
         elif failure is not None:
             raise failure
@@ -108,7 +115,7 @@ class CheckpointWriter:
             checkpoints.save(folder, **content)
             self.saved = folder
             self.remove_old(folder)
-        except BaseException as error:  # the training thread shows or raises it
+        except BaseException as error:  # `report_failure` shows or raises it in the training thread
             self._failure = error
 
 
@@ -117,25 +124,20 @@ def copy_to_cpu(value: Any) -> Any:
     copies: dict[tuple[int, ...], Tensor] = {}
 
     def copy_tensor(tensor: Tensor) -> Tensor:
-        if hasattr(tensor, "__tensor_flatten__"):  # a tensor subclass around others, such as torchao's 8-bit state
+        # A tensor subclass around others, such as torchao's 8-bit state, shares their memory when it is copied.
+        if hasattr(tensor, "__tensor_flatten__"):
             names, context = tensor.__tensor_flatten__()
-            inner = {name: copy(getattr(tensor, name)) for name in names}
+            inner = {name: copy_tensor(getattr(tensor, name)) for name in names}
             return cast(Any, type(tensor)).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
         key = (tensor.data_ptr() or id(tensor), *tensor.shape, *tensor.stride())
         if key not in copies:
             copies[key] = tensor.detach().to("cpu", copy=True)
         return copies[key]
 
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return copy_tensor(value)
-        if isinstance(value, dict):
-            return {key: copy(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)([copy(item) for item in value])
-        return value
+    return tree_map_only(Tensor, copy_tensor, value)
 
-    return copy(value)
+
+# --- Signals and stdout
 
 
 class StopSignals:
@@ -155,9 +157,11 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread may set handlers
         for number in STOP_SIGNALS:
-            ignored_by_nohup = number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
-            if not ignored_by_nohup:
-                self._previous_handlers[number] = signal.signal(number, self._handle)
+            # nohup ignores SIGHUP, so that the run survives a closed terminal.
+            is_hangup = number == getattr(signal, "SIGHUP", None)
+            if is_hangup and signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -221,8 +225,144 @@ class _TolerantStream:
         try:
             yield
         except OSError as error:
-            if error.errno == errno.ENOSPC:  # the disk of a redirected output; space may become free
+            # The disk of a redirected output is full. The stream stays, because space may become free.
+            if error.errno == errno.ENOSPC:
                 return
             # Point the descriptor to the null device, also for what is still buffered.
             with suppress(OSError, ValueError), open(os.devnull, "wb") as null_device:
                 os.dup2(null_device.fileno(), self._stream.fileno())
+
+
+# --- The lock on out_dir: two runs in one folder would delete each other's checkpoints
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds the lock."""
+
+    pid: int
+    host: str
+    since: str
+    boot: str = ""
+    """Identifies the running kernel. All containers of a machine share it, with different host names. Only on Linux."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+@contextmanager
+def locked(out_dir: Path) -> Iterator[None]:
+    """Hold the lock on ``out_dir``. Only the main process of a run takes it.
+
+    Raises:
+        UserError: another run holds it, or a run on another machine may hold it, or the folder is not writable.
+    """
+    # The other ranks belong to the same run and must not wait for its lock.
+    if not main_process():
+        yield
+        return
+    new_folders = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    lock, holder_file = FileLock(out_dir / LOCK), out_dir / HOLDER
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(_in_use(out_dir)) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(
+                f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with --out_dir."
+            ) from None
+        # A run on such a disk (some network disks) is still useful, so it only warns.
+        print(f"warning: {out_dir} has no file locks ({error.strerror}). Do not start a second run there.")
+    try:
+        this_process = _this_process()
+        if holder_file.exists():
+            _take_over(out_dir, this_process)
+        write_json(holder_file, asdict(this_process))
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                holder_file.unlink()
+    finally:
+        _release(lock, out_dir)
+        # A run that could not start leaves nothing behind. Folders with files are not removed.
+        with suppress(OSError):
+            for folder in new_folders:
+                folder.rmdir()
+
+
+def _release(lock: FileLock, out_dir: Path) -> None:
+    # Once released, the file may belong to another run, so it is deleted before. Windows can't delete open files.
+    lock_file = out_dir / LOCK
+    if os.name == "nt":
+        lock.release()
+        with suppress(OSError):
+            lock_file.unlink()
+    else:
+        with suppress(OSError):
+            lock_file.unlink()
+        lock.release()
+
+
+def _this_process() -> Holder:
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    return Holder(os.getpid(), socket.gethostname(), since, boot)
+
+
+def _read_holder(out_dir: Path) -> Holder | None:
+    """Return the recorded holder, or None if there is none or the file can't be read."""
+    try:
+        return Holder(**known_fields(Holder, read_json(out_dir / HOLDER)))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _take_over(out_dir: Path, this_process: Holder) -> None:
+    """Report the killed run that held the lock before.
+
+    Raises:
+        UserError: that run was on another machine, and locks of other machines may not be visible here.
+    """
+    holder = _read_holder(out_dir)
+    if holder is not None:
+        # The lock of a killed run is free on this kernel. On another machine it may only look free.
+        is_same_kernel = holder.boot != "" and holder.boot == this_process.boot
+        if holder.host != this_process.host and not is_same_kernel:
+            raise UserError(
+                f"{out_dir} is marked as used by a run on another machine: {holder}. This machine"
+                f" ({this_process.host}) can't check whether that run has ended. If it has, delete {out_dir / HOLDER}"
+                " and start again. If not, use another --out_dir."
+            )
+    description = strip_control_chars(str(holder)) if holder else "its process is unknown"
+    print(f"Taking over {out_dir} from a run that ended without releasing it ({description}).")
+
+
+def _in_use(out_dir: Path) -> str:
+    """Return the error message of a second run."""
+    holder = _read_holder(out_dir)
+    message = (
+        f"{out_dir} is used by another run ({holder or 'its process is unknown'}). Two runs in one folder would"
+        " delete each other's checkpoints. Wait until that run has ended, stop it, or use another --out_dir."
+    )
+    # A network disk may keep the lock of a machine that crashed.
+    if holder is not None and holder.host != socket.gethostname():
+        message += f" If {holder.host} has crashed, delete {out_dir / LOCK} and {out_dir / HOLDER}."
+    return message
+
+
+def main_process() -> bool:
+    """Return whether this is rank 0 of the processes that torchrun, srun or Fabric started.
+
+    A single process has none of these environment variables.
+    """
+    names = ["NODE_RANK", "LOCAL_RANK"]
+    if "RANK" in os.environ:
+        names = ["RANK"]
+    elif SLURMEnvironment.detect():
+        names = ["SLURM_PROCID"]
+    return all(os.environ.get(name, "0") == "0" for name in names)

@@ -90,9 +90,10 @@ def plan_run(
             f"{ended_by} is less than one micro batch of {tokens_per_micro_batch:,} tokens"
             f" (micro_batch_size x sequence length x devices); expected at least that many tokens."
         )
+    # The last step may have fewer micro batches.
     steps = step + math.ceil(micro_batches / accumulation)
     warmup_steps = train.lr_warmup_steps or 0
-    if train.lr_warmup_fraction:
+    if train.lr_warmup_fraction:  # LitGPT's: a fraction of an epoch
         warmup_steps = math.ceil(train.lr_warmup_fraction * epoch_sequences / train.global_batch_size)
     return Plan(
         micro_batches=micro_batches,
@@ -117,6 +118,7 @@ def learning_rate(
     """
     if step < warmup_steps:
         return peak * ((step + 1) / warmup_steps)
+    # A cosine decays in all steps after the warm-up.
     decay_steps = steps - warmup_steps
     if schedule.name == "wsd":
         # At least one step, so that the run ends at the minimum, and at most those after the warm-up.

@@ -5,6 +5,7 @@ weights are a file of their own, which every LitGPT command reads.
 """
 
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,13 +24,12 @@ from torch.utils.data import DataLoader
 from litmoe import checkpoints
 from litmoe.checksummed_json import known_fields
 from litmoe.cli import UserError
-from litmoe.config import FinetuneSettings, RunSettings
+from litmoe.config import RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import manifest_path
-from litmoe.evaluation import hellaswag
+from litmoe.evaluation.hellaswag import Encoded
 from litmoe.train.distributed import gather_state, gather_weights, mean_over_ranks, shard_state
 from litmoe.train.logs import Loggers
-from litmoe.train.lora import divide_weights
 from litmoe.train.metrics import MetricAccumulator
 from litmoe.train.optimizers import load_optimizer_state
 from litmoe.train.saving import CheckpointWriter
@@ -67,6 +67,20 @@ class Snapshot:
     """States of all random generators"""
 
 
+@dataclass(frozen=True)
+class Finetuning:
+    """What finetuning adds to a run."""
+
+    prompt_style: PromptStyle
+    """Format of the prompts, saved with each checkpoint"""
+    provenance: dict[str, str]
+    """Fingerprints of further inputs that a resumed run must share, by their name in messages"""
+    instructions_path: Path
+    """Metadata file of the conversations"""
+    merge_weights: Callable[[GPT], tuple[dict[str, Tensor], dict[str, Tensor] | None]]
+    """Returns the complete weights, with LoRA's updates merged, and the LoRA parameters or None"""
+
+
 @dataclass
 class TrainingRun:
     """What ``run_training`` builds and the training loop works with."""
@@ -87,7 +101,7 @@ class TrainingRun:
     """Forward and backward; causal attention counts half"""
     peak_flops: float | None
     """Of one device, from its datasheet; None where unknown"""
-    questions: hellaswag.Encoded | None
+    questions: Encoded | None
     """HellaSwag's questions; None where they are not scored"""
     expert_counts: Tensor
     """``(MoE layers, n_expert)``: assignments to each expert in the last step, over all micro batches and ranks"""
@@ -97,10 +111,8 @@ class TrainingRun:
     """Writes this run's checkpoints on rank 0"""
     sample_prompt: str | None = None
     """The prompt of the sample at each evaluation; None for no samples"""
-    prompt_style: PromptStyle | None = None
-    """Format of the prompts of a model that is finetuned to answer"""
-    provenance: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of further inputs that a resumed run must share, by their name in messages"""
+    finetuning: Finetuning | None = None
+    """None for pretraining"""
     progress: Progress = field(default_factory=Progress)
     metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
     """Sums since the last log line"""
@@ -109,8 +121,8 @@ class TrainingRun:
 
     @property
     def gpt(self) -> GPT:
-        """LitGPT's model inside the wrappers."""
-        return gpt_of(self.model)
+        """LitGPT's model inside the wrappers of Fabric and the strategy."""
+        return self.model.module.gpt
 
 
 def take_snapshot(fabric: L.Fabric, run: TrainingRun) -> Snapshot:
@@ -123,7 +135,7 @@ def take_snapshot(fabric: L.Fabric, run: TrainingRun) -> Snapshot:
 
 
 def training_state(fabric: L.Fabric, run: TrainingRun, optimizer_state: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that resuming needs besides the weights.
+    """Return everything that resuming needs in addition to the weights.
 
     Args:
         optimizer_state: the optimizer's ``state_dict``, gathered if it is sharded.
@@ -133,7 +145,7 @@ def training_state(fabric: L.Fabric, run: TrainingRun, optimizer_state: dict[str
     return {
         "progress": asdict(run.progress),
         "layout": batch_layout(fabric, run),
-        "made_from": run.provenance,
+        "made_from": run.finetuning.provenance if run.finetuning else {},
         "optimizer": optimizer_state,
         "scaler": scaler.state_dict() if scaler else {},
         "expert_counts": run.expert_counts,
@@ -163,13 +175,15 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
         run.expert_counts.copy_(state["expert_counts"])
 
     loader = stateful_loader(run.train_dataloader)
-    if isinstance(loader, TrainLoader):  # its position does not depend on ranks and micro batches
-        loader.load_state_dict(state["train_dataloader"])
+    loader.load_state_dict(state["train_dataloader"])
+    if isinstance(loader, TrainLoader):
         # A checkpoint at the end of an epoch continues with the next one, which no pass over the loader announces.
         run.progress.epoch = loader.batch_sampler.next_epoch
-    else:
-        loader.load_state_dict(state["train_dataloader"])
-    run.plan = make_plan(fabric, run)
+    # The steps that remain depend on the position in the data, which is now the saved one.
+    run.plan = plan_from(
+        run.settings.train, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, run.progress
+    )
+    # The sums since the last log line are means over the old ranks and micro batches, so they are scaled to the new.
     if "interval" in state:
         run.metrics.load_state_dict(
             state["interval"],
@@ -185,13 +199,14 @@ def _load_unlogged_row(run: TrainingRun, state: dict[str, Any]) -> None:
     row = state.get("row")
     if row is None:
         return
-    run.progress.evaluated_step = 0
+    run.progress.evaluated_step = 0  # the resumed run evaluates this step
     if row:
         run.loggers.log_metrics({**row, "time": round(run.progress.seconds, 3)}, run.progress.step)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the states of torch's, Python's and NumPy's generators in types that ``weights_only`` loads."""
+    # NumPy's state holds an array, which torch.load(weights_only=True) refuses, so it becomes a list.
     numpy_state: Any = np.random.get_state(legacy=True)
     algorithm, keys, *rest = numpy_state
     return {
@@ -222,17 +237,20 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
     """
     assert run.snapshot is not None, "a save during an update"
     sums = run.snapshot.metrics["sums"]
+    # Rank 0 writes, so its sums must be those of all ranks.
     if sums is not None and fabric.world_size > 1:
         run.snapshot.metrics["sums"] = [mean_over_ranks(fabric, value) for value in sums]
-    content: dict[str, Any] = {}
-    if fabric.global_rank == 0 or run.sharded:  # all ranks take part in gathering
+    if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
         run.loggers.save()  # metrics up to this step must be on disk before the checkpoint
         content = checkpoint_content(fabric, run)
-    if fabric.global_rank == 0 and last:
-        run.writer.write_now(folder, content)
-    elif fabric.global_rank == 0:
-        run.writer.write(folder, content, copy=not run.sharded)  # gathered tensors are copies already
+        if last:
+            run.writer.write_now(folder, content)
+        else:
+            run.writer.write(folder, content, copy=not run.sharded)  # gathered tensors are copies already
+    elif run.sharded:
+        checkpoint_content(fabric, run)  # sends the shards of this rank to rank 0
+    # A rank that ends early would look like a lost one.
     if last:
         fabric.barrier()
 
@@ -247,14 +265,15 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
             save, because a launcher kills the other ranks soon after one ends.
     """
     folder = run.settings.out_dir / f"step-{run.progress.step:08d}"
+    # A sharded model can't be gathered if only this rank failed.
     can_save = run.snapshot is not None and run.progress.step > 0 and (on_all_ranks or not run.sharded)
     try:
-        content = checkpoint_content(fabric, run) if can_save and run.sharded else None
+        content = checkpoint_content(fabric, run) if can_save else None
         if fabric.global_rank == 0:
-            run.writer.report_failure(wait=True)
-            if can_save and run.writer.saved != folder:
+            run.writer.report_failure(wait=True)  # the save in progress may be the last one
+            if content is not None and run.writer.saved != folder:
                 run.loggers.save()
-                run.writer.write_now(folder, content or checkpoint_content(fabric, run))
+                run.writer.write_now(folder, content)
                 fabric.print(f"Saved {folder}")
     except Exception as error:
         with suppress(OSError):  # the terminal may be closed
@@ -265,19 +284,21 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
 
 def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
     """Return the arguments of ``checkpoints.save``, with the run's own tensors or gathered copies."""
-    settings = run.settings
+    settings, finetuning = run.settings, run.finetuning
     optimizer_state = run.optimizer.state_dict()
     lora_weights = None
     if run.sharded:
         weights, optimizer_state = gather_weights(run.gpt), gather_state(optimizer_state)
+    elif finetuning is not None:
+        weights, lora_weights = finetuning.merge_weights(run.gpt)
     else:
-        weights, lora_weights = divide_weights(run.gpt)
+        weights = run.gpt.state_dict()
     return {
         "weights": weights,
         "lora_weights": lora_weights,
         "config": settings.model,
-        "prompt_style": run.prompt_style,
-        "instructions_path": settings.data.manifest_path if isinstance(settings, FinetuneSettings) else None,
+        "prompt_style": finetuning.prompt_style if finetuning else None,
+        "instructions_path": finetuning.instructions_path if finetuning else None,
         "hyperparameters": run.hyperparameters,
         "step": run.progress.step,
         "tokens": run.progress.tokens,
@@ -287,17 +308,12 @@ def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def make_plan(fabric: L.Fabric, run: TrainingRun) -> Plan:
-    """Plan the run from its progress and its position in the data."""
-    return plan_from(run.settings.train, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, run.progress)
-
-
 def plan_from(train: TrainArgs, loader: DataLoader, seq_length: int, devices: int, progress: Progress) -> Plan:
     """Plan a run from ``progress`` and the position of its loader."""
     loader = stateful_loader(loader)
     if isinstance(loader, TrainLoader):
         sequences, position = loader.items, loader.position
-    else:
+    else:  # a loader of LitGPT: full micro batches on each device, and no position
         sequences = len(loader) * train.micro_batch_size * devices
         position = 0, progress.step * train.global_batch_size
     return plan_run(
@@ -344,19 +360,14 @@ def unwrap_loader(loader: DataLoader) -> Any:
 
 def tokens_manifest(settings: RunSettings) -> Path | None:
     """Return the metadata file of the tokens that the model was pretrained on; None where there is none."""
-    if isinstance(settings, FinetuneSettings):
-        path = settings.checkpoint_dir / checkpoints.MANIFEST
+    if settings.is_finetuning and settings.initial_checkpoint_dir is not None:
+        path = settings.initial_checkpoint_dir / checkpoints.MANIFEST
     else:
         train_data_path = getattr(settings.data, "train_data_path", None)
         if train_data_path is None:
             return None
         path = manifest_path(Path(train_data_path).parent)
     return path if path.is_file() else None
-
-
-def gpt_of(model: _FabricModule) -> GPT:
-    """Return LitGPT's model inside the wrappers of Fabric and the strategy."""
-    return model.module.gpt
 
 
 def scaler_of(fabric: L.Fabric) -> Any:

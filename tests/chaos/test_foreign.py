@@ -17,11 +17,11 @@ from litgpt import Tokenizer
 from litmoe import checkpoints, load
 from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError, exit_with_message
-from litmoe.config import parse_finetuning, parse_run
+from litmoe.config import parse_run
 from litmoe.data import manifest
 from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.finetune_config import parse_finetuning
 from litmoe.inference.chat import Chat
-from litmoe.train.preflight import ready_to_finetune
 from litmoe.validation import check
 from tests.tiny_checkpoint import load_script, mark_anew, save_tiny, tiny_gpt
 
@@ -137,7 +137,7 @@ def test_no_door_runs_a_pickle(
 
 def finetune_on(tmp_path: Path, checkpoint: Path, *flags: str) -> None:
     from litmoe.data.instructions import InstructArgs, prepare_instructions
-    from litmoe.train.finetune import finetune
+    from litmoe.train.finetune import finetune, ready_to_finetune
 
     pairs = [{"prompt": f"Who is {i}?", "response": f"It is {i}."} for i in range(40)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")

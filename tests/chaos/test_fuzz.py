@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from litmoe import config as settings_module
+from litmoe import config, finetune_config
 from litmoe.cli import UserError, exit_with_message, run_cli
-from litmoe.config import ParsedRun, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
+from litmoe.config import ParsedRun, known_flags, parse_run, run_parser
 from litmoe.data.instructions import InstructArgs
 from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.finetune_config import finetuning_parser, parse_finetuning
 from litmoe.validation import check
 from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
 
@@ -181,8 +182,8 @@ def many(examples: int, *quick: int) -> list[Any]:
 def one_parser() -> Iterator[None]:
     """Building the parser takes longest by far, and it is the same each time."""
     with pytest.MonkeyPatch.context() as patch:
-        for build in (run_parser, finetuning_parser):
-            patch.setattr(settings_module, build.__name__, cache(build))
+        patch.setattr(config, "run_parser", cache(run_parser))
+        patch.setattr(finetune_config, "finetuning_parser", cache(finetuning_parser))
         yield
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from litmoe.train.allocator import use_expandable_segments
+from litmoe.hardware import use_expandable_segments
 
 
 @pytest.fixture(autouse=True)

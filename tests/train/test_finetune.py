@@ -18,10 +18,10 @@ from litgpt.scripts.merge_lora import merge_lora
 import finetune
 from litmoe import checkpoints
 from litmoe.cli import UserError, exit_with_message
-from litmoe.config import parse_finetuning
 from litmoe.data.conversations import encode_conversation, load_prompt_style
 from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
-from litmoe.train.lock import locked
+from litmoe.finetune_config import parse_finetuning
+from litmoe.train.saving import locked
 from tests.tiny_checkpoint import save_tiny, tiny_gpt
 from tests.training_fixtures import column
 

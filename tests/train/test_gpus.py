@@ -2,7 +2,7 @@
 
 import pytest
 
-from litmoe.train.gpus import NAMES, gpu_by_name, peak_flops
+from litmoe.hardware import NAMES, gpu_by_name, peak_flops
 
 
 @pytest.mark.parametrize("name", ["rtx3060-laptop", "RTX 3060 Laptop", "NVIDIA GeForce RTX 3060 Laptop GPU"])

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from litmoe.cli import UserError
-from litmoe.train.lock import HOLDER, LOCK, locked
+from litmoe.train.saving import HOLDER, LOCK, locked
 
 
 def names(folder):

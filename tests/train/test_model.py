@@ -16,8 +16,8 @@ from custom_moe.backends import Hardware
 from custom_moe.experts import sum_rows
 from litmoe.config import MoESettings
 from litmoe.forward import Recomputed, _embedded, hidden_states
+from litmoe.hardware import compiler_settings
 from litmoe.layers import use_fast_layers
-from litmoe.train.compiling import compiler_settings
 from litmoe.train.loop import total_loss
 from litmoe.train.model import (
     PretrainingModel,

@@ -8,16 +8,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 import yaml
 
 import run_train
 from litmoe.cli import exit_with_message
 from litmoe.config import parse_run
-from litmoe.train.gpus import gpu_by_name
 from litmoe.train.memory import training_memory
-from litmoe.train.plan import describe_needs
-from tests.train.test_memory import ADA, KINDS, parsed
+from tests.train.test_memory import ADA
 
 
 @pytest.fixture
@@ -145,26 +142,6 @@ def test_unknown_gpu(shown, capsys) -> None:
 def test_plan_checks_the_settings(shown) -> None:
     with pytest.raises(SystemExit):
         shown("--plan", "--global-batch-size", "7")
-
-
-def test_memory_line_keeps_the_random_state() -> None:
-    run = parsed(*KINDS["moe"])
-    random_state = torch.get_rng_state()
-    (line,) = describe_needs(run, "bf16-mixed", ADA)
-    assert line.startswith("Planned memory, without torch.compile: ")
-    assert torch.equal(torch.get_rng_state(), random_state)
-    needs_closure = parsed(*KINDS["moe"], "--optimizer=torch.optim.LBFGS")
-    (line,) = describe_needs(needs_closure, "bf16-mixed", ADA)
-    assert "can't be computed in advance" in line
-
-
-def test_lines_of_a_run_on_a_gpu() -> None:
-    run, gpu = parsed(*KINDS["moe"]), gpu_by_name("rtx4060")
-    assert gpu is not None
-    _, duration = describe_needs(run, "bf16-mixed", ADA, gpu)
-    assert duration.startswith("Estimated: ")
-    _, too_much, _ = describe_needs(run, "bf16-mixed", ADA, gpu._replace(taken=gpu.memory))
-    assert "That is more than the 0.0 MiB available on this GPU" in too_much
 
 
 def test_optimizer_that_cannot_be_planned(shown, capsys) -> None:

@@ -299,7 +299,7 @@ def test_bf16_true_keeps_the_rotations_of_positions(train, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     """Also between log lines. What was trained before is kept."""
-    found = r"no longer finite at step 2: the first (output|gradient) that went bad was that of \w+.*, in micro batch 1"
+    found = r"no longer finite at step 2: the first non-finite (output|gradient) was that of \w+.*, in micro batch 1"
     with pytest.raises(UserError, match=found):
         train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null", "--train.log_interval", "100")
     out = tmp_path / "out"

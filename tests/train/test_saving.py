@@ -16,8 +16,7 @@ from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.train import evaluate as evaluation
 from litmoe.train import loop
-from litmoe.train.model import Batch
-from litmoe.train.nonfinite import find_first_nonfinite, find_nonfinite_weights
+from litmoe.train.model import Batch, find_first_nonfinite, find_nonfinite_weights
 from litmoe.train.saving import StopSignals, copy_to_cpu
 from tests.training_fixtures import column, rows
 
@@ -368,11 +367,11 @@ def tiny(moe_fields):
 def test_names_first_layer_with_nan(tiny):
     fabric, gpt, batches = tiny
     found = find_first_nonfinite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
-    assert found.startswith("computed again")
+    assert found.startswith("each micro batch is finite")
     with torch.no_grad():
         gpt.transformer.h[1].norm_1.weight.fill_(1e30)  # queries times keys overflow
     found = find_first_nonfinite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
-    assert found == "the first output that went bad was that of transformer.h.1.attn.proj, in micro batch 1 of 1"
+    assert found == "the first non-finite output was that of transformer.h.1.attn.proj, in micro batch 1 of 1"
     with torch.no_grad():
         gpt.transformer.h[0].norm_1.weight.fill_(float("nan"))
     assert find_nonfinite_weights(gpt) == "transformer.h.0.norm_1.weight"
@@ -414,6 +413,4 @@ def test_names_first_gradient_with_nan(tiny):
     gpt.transformer.h[1].attn.register_forward_hook(lambda _module, _inputs, output: Explodes.apply(output))
     gpt.zero_grad()
     found = find_first_nonfinite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
-    assert (
-        found == "the first gradient that went bad was that of transformer.h.1.attn.proj.weight, in micro batch 1 of 1"
-    )
+    assert found == "the first non-finite gradient was that of transformer.h.1.attn.proj.weight, in micro batch 1 of 1"

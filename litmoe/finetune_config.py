@@ -1,0 +1,150 @@
+"""The settings of ``finetune.py``: those of a training run, and LoRA. Like ``config.py``, this imports no torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from litmoe import checkpoints
+from litmoe.cli import make_parser, underscored
+from litmoe.config import (
+    PROJECT,
+    SHORT_FLAGS,
+    ParsedRun,
+    RunSettings,
+    add_settings,
+    add_short_flags,
+    check_quickly,
+    extract_files,
+    parse_settings,
+    read_yaml,
+)
+
+DEFAULT_FINETUNING = PROJECT / "configs" / "finetune.yaml"
+
+FINETUNE_SHORT_FLAGS = SHORT_FLAGS | {
+    "data_dir": "data.init_args.data_dir",
+    "prompt_style": "data.init_args.prompt_style",
+    "lr": "optimizer.init_args.lr",
+    "epochs": "train.epochs",
+}
+"""Short flags, and the settings that they set."""
+
+LORA_FIELDS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_query", "lora_key", "lora_value"),
+    *("lora_projection", "lora_mlp", "lora_head"),
+)
+"""The LoRA settings, in LitGPT's names."""
+
+OF_THE_CHECKPOINT: set[str] = {
+    *("model", "initial_checkpoint_dir", "tokenizer_dir"),  # taken from it
+    *("upcycle", "prepare", "wandb_dataset", "wandb_artifacts_dir"),  # only for pretraining
+}
+"""Settings that `finetune.py` has no flags for."""
+
+
+@dataclass
+class FinetuneSettings(RunSettings):
+    """All settings of `finetune.py`; the LoRA fields are those of `litgpt.finetune.lora.setup`."""
+
+    compile: bool | None = False
+    """torch.compile; conversations of all lengths share their graphs"""
+    checkpoint_dir: Path = Path("checkpoints")
+    """The checkpoint that is tuned; model and tokenizer are its own. `checkpoints`: the newest one there"""
+    lora_r: int = 0
+    """Rank of the LoRA updates (arXiv 2106.09685), on a GPU best a multiple of 8; 0 trains all weights instead"""
+    lora_alpha: int = 16
+    """LoRA updates are scaled by lora_alpha / lora_r"""
+    lora_dropout: float = 0.05
+    """Dropout on what goes into the LoRA updates"""
+    lora_query: bool = True
+    """LoRA on the queries"""
+    lora_key: bool = False
+    """LoRA on the keys"""
+    lora_value: bool = True
+    """LoRA on the values"""
+    lora_projection: bool = False
+    """LoRA on the attention's output projection"""
+    lora_mlp: bool = False
+    """LoRA on the feed-forwards: each expert's and the router's, too"""
+    lora_head: bool = False
+    """LoRA on the output head"""
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether these are the settings of `finetune.py`."""
+        return True
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether the run trains LoRA updates instead of the weights."""
+        return self.lora_r > 0
+
+    def own_problems(self) -> Iterator[str]:
+        """Yield what is wrong with the settings of finetuning."""
+        if self.lora_r < 0:
+            yield f"lora_r is {self.lora_r}; expected a rank from 1, or 0 to train all weights."
+        if self.lora_alpha < 1:
+            yield f"lora_alpha is {self.lora_alpha}; expected at least 1."
+        if not 0 <= self.lora_dropout < 1:
+            yield f"lora_dropout is {self.lora_dropout}; expected a probability from 0 to below 1."
+        # Conversations have different lengths, so a number of tokens is no number of steps.
+        if self.train.max_tokens:
+            yield "train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps."
+        parts = ("query", "key", "value", "projection", "mlp", "head")
+        if self.uses_lora and not any(getattr(self, f"lora_{part}") for part in parts):
+            yield "lora_r is set but no part of the model gets LoRA; turn one on: --lora_query true"
+
+
+def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
+    """Read the run file and the flags of ``finetune.py``. Model and tokenizer are those of the checkpoint.
+
+    Args:
+        argv: command-line arguments. The checkpoint may come first, without its flag; the default is the newest one.
+            ``--config FILE`` names the run file (default: ``configs/finetune.yaml``).
+
+    Raises:
+        UserError, SystemExit: as ``parse_run``; also if there is no such checkpoint.
+    """
+    if argv and not argv[0].startswith("-"):
+        argv = [f"--checkpoint_dir={argv[0]}", *argv[1:]]
+    files, flags = extract_files(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
+    run_file = files["config"] or DEFAULT_FINETUNING
+    run = read_yaml(run_file)
+    check_quickly(finetuning_parser(with_classes=False), run_file, run, flags)
+    resolved, values = parse_settings(finetuning_parser(), FinetuneSettings, run_file, run, flags)
+    folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
+    resolved["checkpoint_dir"] = str(folder)
+    if resolved["train"]["max_seq_length"] is None:  # positions beyond it were never trained
+        values["train"].max_seq_length = resolved["train"]["max_seq_length"] = checkpoints.context_of(folder)
+    given = {field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
+    from_checkpoint = {
+        "model": checkpoints.load_config(folder),
+        "checkpoint_dir": folder,
+        "initial_checkpoint_dir": folder,
+        "tokenizer_dir": folder,
+    }
+    settings = FinetuneSettings(**given | from_checkpoint)
+    return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
+
+
+def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
+    """Return the checkpoint to tune: the one given, or that of the run to resume, or the newest."""
+    if given != FinetuneSettings.checkpoint_dir:
+        return checkpoints.resolve(given)
+    run_file = out_dir / "run_config.yaml"
+    if resume and run_file.is_file():
+        base_of_run = read_yaml(run_file).get("checkpoint_dir")
+        if base_of_run:
+            return checkpoints.resolve(Path(str(base_of_run)))
+    return checkpoints.resolve(None)
+
+
+def finetuning_parser(*, with_classes: bool = True) -> ArgumentParser:
+    """Return the parser of ``finetune.py``; see ``run_parser``."""
+    parser = make_parser(description="Tune a checkpoint to follow instructions, with LitGPT.")
+    parser.add_argument("--config", action="config", help="The run file (YAML); default: configs/finetune.yaml")
+    add_settings(parser, FinetuneSettings, OF_THE_CHECKPOINT, with_classes)
+    add_short_flags(parser, FINETUNE_SHORT_FLAGS)
+    return parser
