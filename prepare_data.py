@@ -6,18 +6,9 @@
     uv run python prepare_data.py --source hf:ORG/NAME:CONFIG --text_column body --data_dir data/theirs
     uv run python prepare_data.py --source my_texts/ --data_dir data/mine  # .txt, .jsonl, ...
 
-Corpora by name, all but the first from the Hugging Face Hub:
-
-    sample         20 MB of short children's stories, generated here
-    tinystories    2.1 million short stories, 1.9 GB
-    shakespeare    Shakespeare's plays, 1 MB
-    wikitext-103   28,000 articles of Wikipedia, 0.5 GB
-    openwebtext    8.0 million web pages, 9.0 B GPT-2 tokens
-    fineweb-edu    its sample-10BT: 9.7 million web pages, 10 B GPT-2 tokens, 28 GB of parquet
-
-A Hub corpus is streamed: only its tokens are written, to DATA_DIR/tokens (--keep_text also writes the text). Your own
-files and the sample are written to DATA_DIR/train and DATA_DIR/val first. Text that you put there yourself is tokenized
-unchanged. A second call rebuilds only what changed. After an interruption, the same command resumes.
+Only tokens are written, to DATA_DIR/tokens; --keep_text also writes the text. Without --source, the text that you put
+into DATA_DIR/train and DATA_DIR/val is tokenized. A second call does nothing if nothing changed. After an interruption,
+the same command resumes.
 
 With --instruct, it prepares conversations for finetune.py instead (`--instruct stories --help` lists its flags):
 

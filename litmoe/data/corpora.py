@@ -1,13 +1,13 @@
 """Find the text of a corpus: built in, on the Hugging Face Hub, the user's own files, or in place in the data folder.
 
-A new corpus is one entry in ``CORPORA``.
+A new corpus is one entry in ``CORPORA``. ``open_local``, ``open_hub`` and ``open_text`` return a ``Corpus``: the files
+that were found, and how they are read.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -17,23 +17,20 @@ from litmoe.data import manifest
 from litmoe.data.documents import Rules, Unit
 from litmoe.data.files import (
     COMPRESSED_TO_TEXT,
-    HUB,
     READABLE,
     Location,
     connection_errors,
-    in_short,
     is_compressed,
     is_readable,
-    is_remote,
     kinds,
     open_parquet,
     suffix,
     text_files,
     unread_files,
 )
+from litmoe.data.hub import HUB_NAME, Dataset
 from litmoe.data.manifest import FileRecord, Settings
 from litmoe.data.stories import SAMPLE_BYTES, stories_until
-from litmoe.data.tokenizers import OFFLINE_WAYS
 
 DEFAULT_VAL_FRACTION = 0.1
 FILES = "files"
@@ -50,9 +47,97 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLIT_NAME = re.compile(rf"(?:.*[^a-z])?({'|'.join(SPLIT_NAMES)})(?:set|data|split)?(?:[^a-z].*)?", re.I)
-HUB_NAME = re.compile(r"hf:(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?")
-PARQUET_BRANCH = "refs/convert/parquet"
-"""The branch of a Hub dataset with the Hub's own conversion."""
+
+
+# --- the corpora with a name ---
+
+
+@dataclass(frozen=True)
+class Stories:
+    """The built-in corpus, generated from a seed."""
+
+    about: str
+    location = "generate_stories(seed=0)"
+    val_fraction = DEFAULT_VAL_FRACTION
+
+    def documents(self) -> Iterator[str]:
+        """Yield stories up to ``SAMPLE_BYTES``."""
+        return stories_until(SAMPLE_BYTES)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A corpus on the Hugging Face Hub."""
+
+    about: str
+    path: str
+    """``owner/name`` on the Hub. The dataset needs a split called train, as .parquet or plain .jsonl files, or in a
+    format that the Hub converts to parquet."""
+    config: str | None = None
+    column: str | None = None
+    """The column with the text; None for ``text``, or the only column with text."""
+    val_fraction: float = 0.01
+    """Used if the dataset has no validation split of its own, and without ``--max_documents``."""
+    articles: bool = False
+    """The rows are lines of articles (WikiText)."""
+
+
+CORPORA: dict[str, Stories | HubDataset] = {
+    "sample": Stories("20 MB of short children's stories, generated without a network"),
+    "tinystories": HubDataset("2.1 million short stories, 1.9 GB (Eldan & Li 2023)", "roneneldan/TinyStories"),
+    "shakespeare": HubDataset("Shakespeare's plays, 1 MB", "karpathy/tiny_shakespeare"),
+    "wikitext-103": HubDataset(
+        "28,000 articles of Wikipedia, 0.5 GB", "Salesforce/wikitext", "wikitext-103-v1", articles=True
+    ),
+    "openwebtext": HubDataset(
+        "8.0 million web pages, 9.0 B GPT-2 tokens, a reproduction of GPT-2's training text",
+        "Skylion007/openwebtext",
+        val_fraction=0.0005,
+    ),
+    "fineweb-edu": HubDataset(
+        "9.7 million educational web pages, 10 B GPT-2 tokens (28 GB of parquet)",
+        "HuggingFaceFW/fineweb-edu",
+        "sample-10BT",
+        val_fraction=0.001,
+    ),
+}
+DEFAULT = "tinystories"
+
+
+def find(source: str) -> Stories | HubDataset | Path:
+    """Return the corpus with this name, or the path.
+
+    Raises:
+        UserError: there is no such corpus or path.
+    """
+    if source in CORPORA:
+        return CORPORA[source]
+    if source.startswith("hf:"):
+        named = HUB_NAME.fullmatch(source)
+        if not named:
+            raise UserError(f"--source {source}: expected hf:ORG/NAME or hf:ORG/NAME:CONFIG.")
+        return HubDataset("a dataset of the Hub", named["path"], named["config"])
+    path = Path(source)
+    if path.exists():
+        return path
+    likely = nearest(source, CORPORA)
+    hint = f" Did you mean {likely}?" if likely else ""
+    width = max(map(len, CORPORA))
+    names = [f"  {name:{width}}  {corpus.about}" for name, corpus in CORPORA.items()]
+    names.append("  hf:ORG/NAME[:CONFIG]  any dataset of the Hugging Face Hub with a column of text")
+    raise UserError(
+        f"--source {source}: no such file, folder or corpus.{hint} Known corpora:\n"
+        + "\n".join(names)
+        + f"\nor your own file ({READABLE}), or a folder of such files."
+    )
+
+
+def is_hub(source: str) -> bool:
+    """Return whether a source is streamed from the Hub."""
+    return source.startswith("hf:") or isinstance(CORPORA.get(source), HubDataset)
+
+
+# --- an opened corpus ---
 
 
 @dataclass(frozen=True)
@@ -72,7 +157,7 @@ class Corpus:
     """Field with the text, unless ``settings.text_column`` names one."""
     articles: bool = False
     revision: str | None = None
-    """Given to ``HubDataset.open``, finds the same files again."""
+    """Given to ``open_hub``, finds the same files again."""
     generate: Callable[[], Iterator[str]] | None = None
     """Source of generated documents, in place of files."""
     notes: tuple[str, ...] = ()
@@ -165,271 +250,6 @@ def _row_group_ranges(location: Location) -> Iterator[tuple[range, float]]:
             start, size = group + 1, 0
 
 
-# --- built-in and Hub corpora ---
-
-
-@dataclass(frozen=True)
-class Stories:
-    """The built-in corpus, generated from a seed."""
-
-    about: str
-    location = "generate_stories(seed=0)"
-    val_fraction = DEFAULT_VAL_FRACTION
-
-    def documents(self) -> Iterator[str]:
-        """Yield stories up to ``SAMPLE_BYTES``."""
-        return stories_until(SAMPLE_BYTES)
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """A dataset of the Hugging Face Hub, or a local folder with the layout of one."""
-
-    about: str
-    path: str
-    """``owner/name`` on the Hub."""
-    config: str | None = None
-    column: str | None = "text"
-    """None: ``text``, or the only column with text."""
-    val_fraction: float = 0.01
-    """Used if the dataset has no validation text."""
-    articles: bool = False
-    """The rows are lines of articles (WikiText)."""
-    flag: str = "--source"
-    """The command-line flag that names it."""
-    name: str = ""
-    """What the user calls it."""
-
-    def open(self, settings: Settings, revision: str | None = None) -> Corpus:
-        """Find the files of the dataset. The first request is a short one, so that a missing network shows at once.
-
-        Args:
-            settings: ``text_column`` overrides the column of the dataset.
-            revision: ``Corpus.revision`` of an earlier call, to find the same files.
-
-        Raises:
-            UserError: without a network, or for a dataset that does not exist or cannot be read.
-        """
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        if Path(self.path).is_dir():
-            found, sha, location = self._find_in_folder(), None, Path(self.path).name
-        else:
-            found, sha, revision = self._find_on_hub(revision)
-            location = f"{self.path}@{sha}"
-        files = self._splits(found)
-        with connection_errors(f"{HUB}datasets/{self.path}" if sha else Path(self.path)):
-            records = {split: self._records(paths, sha) for split, paths in files.items()}
-        if "val" in files:
-            settings = replace(settings, val_fraction=None)
-        return Corpus(self.name, location, files, records, settings, self.column, self.articles, revision)
-
-    def _find_in_folder(self) -> dict[str, list[Location]]:
-        found = self._find_files(None)
-        if found is None:
-            raise UserError(
-                f"{self.path} is a local folder without .parquet or plain .jsonl files, the only ones that hf: "
-                f"reads. Name the folder without hf: {self.flag} {quoted(self.path)}"
-            )
-        return found
-
-    def _find_on_hub(self, revision: str | None) -> tuple[dict[str, list[Location]], str, str]:
-        """Return the files of each split, their commit, and the revision that finds them again."""
-        if revision is None or not revision.startswith(PARQUET_BRANCH):
-            sha = self._commit(revision)
-            found = self._find_files(sha)
-            if found is not None:
-                return found, sha, sha
-            revision = PARQUET_BRANCH
-        # A dataset with a loading script or in another format: the Hub has converted it to parquet.
-        sha = self._commit(revision)
-        with connection_errors(f"{HUB}datasets/{self.path}"):
-            return self._find_converted_files(sha), sha, f"{PARQUET_BRANCH}@{sha}"
-
-    def _commit(self, revision: str | None) -> str:
-        """Return the commit of a branch, or check a commit of an earlier call; None is the main branch."""
-        import huggingface_hub
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        # "BRANCH@COMMIT" pins a commit of the Hub's own conversion.
-        branch, _, pinned = (revision or "").rpartition("@")
-        try:
-            wanted = pinned or branch or None
-            return str(huggingface_hub.HfApi().dataset_info(self.path, revision=wanted, timeout=10).sha)
-        except RevisionNotFoundError:
-            if revision and revision != PARQUET_BRANCH:
-                # The history was rewritten since the earlier call: take the newest files.
-                return self._commit(branch or None)
-            raise UserError(self._unreadable()) from None
-        except GatedRepoError:
-            raise UserError(f"{self.path} is gated: accept its terms on the Hub and `uv run hf auth login`.") from None
-        except RepositoryNotFoundError:
-            raise UserError(
-                f"the Hub has no dataset {self.path}, or it is private (then: `uv run hf auth login`)."
-            ) from None
-        except Exception as error:  # the transport raises many kinds of errors without a network
-            raise UserError(
-                f"{self.path} is not available from the Hugging Face Hub ({in_short(error)}).\n{OFFLINE_WAYS}"
-            ) from None
-
-    def _unreadable(self) -> str:
-        return (
-            f"{self.path} contains neither .parquet nor plain .jsonl files, and the Hub has no parquet of it. Name "
-            f"another dataset, or convert its rows and name the files: {self.flag} PATH."
-        )
-
-    def _find_files(self, sha: str | None) -> dict[str, list[Location]] | None:
-        """Return the files of each split by the dataset's card and the Hub's conventions; None if they can't be read.
-
-        The datasets library knows these conventions. It takes 0.9 s to import, so only this method imports it.
-        """
-        import datasets
-        from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-
-        datasets.disable_progress_bars()
-        try:
-            data_files = datasets.load_dataset_builder(self.path, self.config, revision=sha).config.data_files or {}
-        except (RuntimeError, DatasetNotFoundError, DataFilesNotFoundError):
-            # RuntimeError: a loading script, which the library no longer runs.
-            return None
-        except Exception as error:
-            raise self._load_error(error) from None
-        files: dict[str, list[Location]] = {}
-        for split, names in data_files.items():
-            files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
-        every = [file for names in files.values() for file in names]
-        readable = all(suffix(file) in (".parquet", ".jsonl") and not is_compressed(file) for file in every)
-        return files if every and readable else None
-
-    def _load_error(self, error: Exception) -> UserError:
-        # The message of a missing config contains the list of configs.
-        configs = re.search(r"\[.*?\]", str(error))
-        if isinstance(error, ValueError) and configs and "onfig" in str(error):
-            return self._wrong_config(configs.group())
-        if isinstance(error, ValueError):
-            return UserError(f"{self.path} cannot be read ({in_short(error)}).")
-        return UserError(f"{self.path} is not available ({in_short(error)}).\n{OFFLINE_WAYS}")
-
-    def _wrong_config(self, configs: str) -> UserError:
-        problem = f"but no {self.config!r}" if self.config else "and none is named"
-        return UserError(
-            f"{self.path} has the configs {configs}, {problem}; name one: {self.flag} hf:{self.path}:CONFIG"
-        )
-
-    def _find_converted_files(self, sha: str) -> dict[str, list[Location]]:
-        """Return the files of each split in the Hub's own conversion to parquet: ``CONFIG/SPLIT/NNNN.parquet``."""
-        from huggingface_hub import HfApi
-
-        configs: dict[str, dict[str, list[Location]]] = {}
-        for entry in sorted(HfApi().list_repo_files(self.path, revision=sha, repo_type="dataset")):
-            config, *folders, name = entry.split("/")
-            if len(folders) != 1 or suffix(name) != ".parquet":
-                continue
-            # The Hub converts only the beginning of large datasets, into partial-train.
-            split = folders[0].removeprefix("partial-")
-            if split == "train" and folders[0] != split and name.startswith("0000."):
-                print(f"The Hub has only the beginning of {self.path} as parquet ({config}/{folders[0]}).")
-            configs.setdefault(config, {}).setdefault(split, []).append(f"{HUB}datasets/{self.path}@{sha}/{entry}")
-        if not configs:
-            raise UserError(self._unreadable())
-        wanted = self.config
-        if wanted is None:
-            wanted = "default" if "default" in configs or len(configs) > 1 else next(iter(configs))
-        if wanted not in configs:
-            raise self._wrong_config(f"[{', '.join(configs)}]")
-        return configs[wanted]
-
-    def _splits(self, found: dict[str, list[Location]]) -> dict[str, list[Location]]:
-        """Return the files of train and val under these names. A test split is never used."""
-        if "train" not in found:
-            raise UserError(f"{self.path} has no split called train, but {', '.join(found)}; name another dataset.")
-        validation = next((name for name in ("validation", "valid", "val", "dev") if name in found), None)
-        unused = [name for name in found if name not in ("train", validation)]
-        if unused:
-            print(f"Splits of {self.path} that are not used: {', '.join(unused)}")
-        files = {"train": found["train"]}
-        if validation:
-            files["val"] = found[validation]
-        return files
-
-    def _records(self, files: list[Location], sha: str | None) -> tuple[FileRecord, ...]:
-        if sha is None:
-            folder = Path(self.path).resolve()
-            records = [manifest.record(Path(file).resolve(), folder) for file in files]
-            return tuple(replace(entry, path=f"{folder.name}/{entry.path}", mtime_ns=0) for entry in records)
-        from huggingface_hub import HfApi
-
-        prefix = f"{HUB}datasets/{self.path}@{sha}/"
-        # The Hub answers for at most 500 files at once.
-        names = [str(file).removeprefix(prefix) for file in files]
-        sizes: dict[str, int] = {}
-        for start in range(0, len(names), 500):
-            some = names[start : start + 500]
-            for entry in HfApi().get_paths_info(self.path, some, revision=sha, repo_type="dataset"):
-                sizes[entry.path] = getattr(entry, "size", 0)
-        # A commit names the content of its files, so they are not read for a checksum.
-        paths = {name: f"{self.path}@{sha}/{name}" for name in names}
-        return tuple(
-            FileRecord(path, sizes[name], 0, sha256(path.encode()).hexdigest()) for name, path in paths.items()
-        )
-
-
-CORPORA: dict[str, Stories | HubDataset] = {
-    "sample": Stories("20 MB of short children's stories, generated without a network"),
-    "tinystories": HubDataset("2.1 million short stories, 1.9 GB (Eldan & Li 2023)", "roneneldan/TinyStories"),
-    "shakespeare": HubDataset("Shakespeare's plays, 1 MB", "karpathy/tiny_shakespeare"),
-    "wikitext-103": HubDataset(
-        "28,000 articles of Wikipedia, 0.5 GB", "Salesforce/wikitext", "wikitext-103-v1", articles=True
-    ),
-    "openwebtext": HubDataset(
-        "8.0 million web pages, 9.0 B GPT-2 tokens, a reproduction of GPT-2's training text",
-        "Skylion007/openwebtext",
-        val_fraction=0.0005,
-    ),
-    "fineweb-edu": HubDataset(
-        "9.7 million educational web pages, 10 B GPT-2 tokens (28 GB of parquet)",
-        "HuggingFaceFW/fineweb-edu",
-        "sample-10BT",
-        val_fraction=0.001,
-    ),
-}
-DEFAULT = "tinystories"
-
-
-def find(source: str) -> Stories | HubDataset | Path:
-    """Return the corpus with this name, or the path.
-
-    Raises:
-        UserError: there is no such corpus or path.
-    """
-    known = CORPORA.get(source)
-    if isinstance(known, HubDataset):
-        return replace(known, name=source)
-    if known is not None:
-        return known
-    if source.startswith("hf:"):
-        named = HUB_NAME.fullmatch(source)
-        if not named:
-            raise UserError(f"--source {source}: expected hf:ORG/NAME or hf:ORG/NAME:CONFIG.")
-        return HubDataset("a dataset of the Hub", named["path"], named["config"], column=None, name=source)
-    path = Path(source)
-    if path.exists():
-        return path
-    likely = nearest(source, CORPORA)
-    hint = f" Did you mean {likely}?" if likely else ""
-    names = [f"  {name:12} {corpus.about}" for name, corpus in CORPORA.items()]
-    names.append("  hf:ORG/NAME[:CONFIG]  any dataset of the Hugging Face Hub with a column of text")
-    raise UserError(
-        f"--source {source}: no such file, folder or corpus.{hint} Known corpora:\n"
-        + "\n".join(names)
-        + f"\nor your own file ({READABLE}), or a folder of such files."
-    )
-
-
-def is_hub(source: str) -> bool:
-    """Return whether a source is streamed from the Hub."""
-    return source.startswith("hf:") or isinstance(CORPORA.get(source), HubDataset)
-
-
 def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()) -> Corpus:
     """Open the built-in corpus or the user's own files.
 
@@ -450,6 +270,32 @@ def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()
     # Only the name of the path is stored: token folders are shared.
     corpus = _open_files(FILES, found.resolve().name, files, base, settings, known)
     return replace(corpus, notes=files.notes(base))
+
+
+def open_hub(source: str, settings: Settings, revision: str | None = None) -> Corpus:
+    """Open a Hub corpus.
+
+    Args:
+        source: a name in ``CORPORA``, or ``hf:ORG/NAME[:CONFIG]``.
+        settings: how the text is read; ``text_column`` overrides the column of the entry.
+        revision: ``Corpus.revision`` of an earlier call, to find the same files.
+
+    Raises:
+        UserError: without a network, or for a dataset that does not exist or cannot be read.
+    """
+    entry = find(source)
+    assert isinstance(entry, HubDataset), "the caller has checked the kind of the source"
+    found = Dataset(entry.path, entry.config).find(revision)
+    return Corpus(
+        source,
+        found.location,
+        found.files,
+        found.records,
+        replace(settings, val_fraction=None) if "val" in found.files else settings,
+        entry.column,
+        entry.articles,
+        found.revision,
+    )
 
 
 def open_text(data_dir: Path, settings: Settings, known: Iterable[FileRecord] = ()) -> Corpus:

@@ -20,11 +20,12 @@ from litmoe.checksummed_json import known_fields, read_checksummed, write_checks
 from litmoe.cli import UserError, command, nearest, quoted, strip_control_chars
 from litmoe.data import manifest
 from litmoe.data.conversations import Message
-from litmoe.data.corpora import DEFAULT_VAL_FRACTION, HUB_NAME, HubDataset, split_names
+from litmoe.data.corpora import DEFAULT_VAL_FRACTION, split_names
 from litmoe.data.documents import split_of
 from litmoe.data.files import METADATA_FILES, ROW_SUFFIXES, Location, read_rows, suffix, visible_files
+from litmoe.data.hub import HUB_NAME, Dataset
 from litmoe.data.instruction_rows import Row, conversation_of
-from litmoe.data.manifest import SPLITS, FileRecord, Settings
+from litmoe.data.manifest import SPLITS, FileRecord
 from litmoe.data.stories import story_requests
 
 # Format of the folder, since 0.1.0.
@@ -207,8 +208,7 @@ def _hub_source(match: re.Match[str], existing: Instructions | None) -> Source:
     if existing is not None and existing.source == name:
         # The folder holds a fixed revision of the dataset, so there is nothing to ask the Hub.
         return Source(name, existing.location, existing.val_fraction is None, {}, existing.source_files)
-    dataset = HubDataset("", match["path"], match["config"], column=None, flag="--instruct")
-    opened = dataset.open(Settings(None, None, None, None))
+    opened = Dataset(match["path"], match["config"], flag="--instruct").find()
     records = tuple(chain.from_iterable(opened.records.values()))
     return Source(name, opened.location, "val" in opened.files, opened.files, records)
 

@@ -63,11 +63,9 @@ class PrepareArgs:
     source: str | None = None
     """Where the text comes from: a file (.txt, .md, .jsonl, .json, .csv, .tsv, each also as .gz, .bz2, .xz or .zst, or
     .parquet); a folder of such files (files named val, valid, validation or dev are validation text, files named test
-    are left out); `sample` (built-in stories, no network); a corpus of the Hugging Face Hub by name (`tinystories`, 2.1
-    million stories, 1.9 GB; `shakespeare`, 1 MB; `wikitext-103`, 0.5 GB; `openwebtext`, 8.0 million documents, 9.0 B
-    GPT-2 tokens; `fineweb-edu`, its sample-10BT, 9.7 million documents, 10 B GPT-2 tokens, 28 GB of parquet); or
-    `hf:ORG/NAME[:CONFIG]`, any dataset of the Hub with a column of text. Default: the text in DATA_DIR/train and
-    DATA_DIR/val, or else tinystories."""
+    are left out); `sample` (built-in stories, no network); a corpus of the Hugging Face Hub by name (`tinystories`,
+    `shakespeare`, `wikitext-103`, `openwebtext`, `fineweb-edu`); or `hf:ORG/NAME[:CONFIG]`, any dataset of the Hub with
+    a column of text. Default: the text in DATA_DIR/train and DATA_DIR/val, or else tinystories."""
     data_dir: Path = Path("data/custom_text")
     """Folder of the corpus: text in train/ and val/, tokens in tokens/."""
     tokenizer: str | None = None
@@ -79,7 +77,7 @@ class PrepareArgs:
     """Number of tokens of a trained tokenizer (default 8192); a small text may give fewer."""
     val_fraction: float | None = None
     """Share of the documents that become validation text, chosen by their hash, if the corpus has none (default 0.1;
-    openwebtext 0.0005, fineweb-edu 0.001, hf: 0.01)."""
+    for a large corpus of the Hub less: 0.01, openwebtext 0.0005, fineweb-edu 0.001)."""
     document_separator: str = ""
     """A line of a .txt that ends a document, in addition to the line <|endoftext|>; '\\n' is an empty line. Without
     such a line a file is one document."""
@@ -248,7 +246,7 @@ def _settings(args: PrepareArgs, source: str) -> Settings:
     if fraction is None:
         fraction = DEFAULT_VAL_FRACTION
         dataset = corpora.find(source) if corpora.is_hub(source) else None
-        # A thousandth of the first documents of a large corpus would be none.
+        # The fraction of a large corpus, such as a thousandth, would be too little of its first documents.
         if isinstance(dataset, HubDataset) and args.max_documents is None:
             fraction = dataset.val_fraction
     return Settings(fraction, args.separator, args.text_column, args.max_documents, args.skip_broken)
@@ -371,11 +369,9 @@ def _read_started(data_dir: Path) -> dict[str, Any]:
 
 def _open_stream(args: PrepareArgs, source: str) -> Corpus:
     """Open a Hub corpus. An interrupted call is resumed with the same revision of the dataset."""
-    dataset = corpora.find(source)
-    assert isinstance(dataset, HubDataset), "the other sources are local"
     started = _read_started(args.data_dir)
     revision = started.get("revision") if started.get("source") == source else None
-    return dataset.open(_settings(args, source), revision)
+    return corpora.open_hub(source, _settings(args, source), revision)
 
 
 def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerChoice, changes: list[str]) -> Manifest:
@@ -459,7 +455,7 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
             documents=totals.documents[split],
             tokens=number,
             bytes=totals.bytes[split],
-            # These were counted for both splits together.
+            # These were counted for both splits together; the summary adds up the splits.
             empty_documents=totals.empty_documents if is_first else 0,
             dropped_duplicates=totals.dropped_duplicates if is_first else 0,
             broken_rows=totals.broken_rows if is_first else 0,

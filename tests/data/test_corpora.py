@@ -1,5 +1,6 @@
 """Corpora of the Hub: every document once and in order, as tokens only, and resumed after an interruption."""
 
+import inspect
 import io
 import json
 import os
@@ -17,8 +18,10 @@ import pytest
 
 from litmoe.cli import UserError
 from litmoe.data import corpora, documents, manifest, tokenizers, tokens
-from litmoe.data.corpora import CORPORA, HubDataset
+from litmoe.data.corpora import CORPORA
 from litmoe.data.documents import split_of
+from litmoe.data.hub import Dataset
+from litmoe.data.prepare import PrepareArgs
 from tests.data.hub_server import serve
 from tests.data.text_helpers import ROOT, both, chunks, decoded, put, state
 
@@ -83,6 +86,10 @@ def hashed(texts: list[str], split: str) -> list[str]:
 
 
 # --- what comes out ---
+
+
+def test_help_names_every_corpus() -> None:
+    assert all(f"`{name}`" in inspect.getsource(PrepareArgs) for name in CORPORA)
 
 
 def test_wikitext(tmp_path: Path, run: Callable, corpus: Callable, stories: list[str]) -> None:
@@ -174,7 +181,7 @@ def test_second_call_does_not_ask_the_hub(
     run(source=plain)
     before = state(tmp_path / "data")
     with monkeypatch.context() as patch:
-        patch.setattr(HubDataset, "open", None)
+        patch.setattr(Dataset, "find", None)
         for settings in ({"source": plain}, {}):
             capsys.readouterr()
             run(**settings)
