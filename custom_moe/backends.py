@@ -367,13 +367,13 @@ def choose_backend(
         requested: name in ``BACKENDS``; None to choose.
         dtype: type of the products.
         device: of the rows.
-        rows: number of tokens; without any, there is nothing to group.
+        rows: number of assignments.
         widths: of the layer's input and of an expert.
 
     Raises:
         ValueError: the requested backend can't compute this here.
     """
-    if rows == 0:  # the kernels of the others reject empty inputs
+    if rows == 0:  # no token, or a router that assigns none; the kernels of the others reject empty inputs
         return "loop"
     name: str = _choose(requested, dtype, device, widths)
     return name

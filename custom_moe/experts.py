@@ -319,7 +319,7 @@ class Experts(nn.Module):
             ValueError: ``backend`` can't compute these types and shapes here.
         """
         dtype = compute_dtype(x_NC)
-        backend = self._choose_backend(dtype, x_NC.device, x_NC.size(0))
+        backend = self._choose_backend(dtype, x_NC.device, router.experts.size(0))
         return self._feed_forward(x_NC.to(dtype), router, backend).to(x_NC.dtype)
 
     def for_inference(self) -> Callable[[Tensor, RouterOutput], Tensor]:
@@ -337,9 +337,9 @@ class Experts(nn.Module):
 
         def forward(x_NC: Tensor, router: RouterOutput) -> Tensor:
             # With more assignments than experts, several share one, and a product for all of them is faster.
-            if router.experts.size(0) > len(fc) or x_NC.dtype != fc_weight.dtype:
-                return self.forward(x_NC, router)
-            return run_assignments(x_NC, router, fc, proj)
+            if 0 < router.experts.size(0) <= len(fc) and x_NC.dtype == fc_weight.dtype:
+                return run_assignments(x_NC, router, fc, proj)
+            return self.forward(x_NC, router)
 
         return forward
 

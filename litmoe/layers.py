@@ -5,6 +5,7 @@ The same code serves training and decoding: with ``input_pos`` the attention rea
 Shape suffixes: B batch, T time, H query heads, G key and value heads (n_query_groups), D head_size, S keys.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from litgpt import Config
 from torch import Tensor
 
+from custom_moe import Router, use_custom_moe
 from custom_moe.backends import hardware_of
+from litmoe.cli import UserError
 
 
 @dataclass
@@ -252,3 +255,37 @@ def use_fast_layers() -> Iterator[None]:
     finally:
         for name, layer in originals.items():
             setattr(litgpt.model, name, layer)
+
+
+@contextmanager
+def use_our_layers(router: str | None = None) -> Iterator[None]:
+    """Make ``litgpt.GPT(config)`` build with ``custom_moe`` and with the layers above.
+
+    Args:
+        router: class path of a router that the user named, ``moe.router``; None for the one that the config describes.
+
+    Raises:
+        UserError: there is no such router.
+    """
+    with use_custom_moe(router=None if router is None else import_router(router)), use_fast_layers():
+        yield
+
+
+def import_router(class_path: str) -> type[Router]:
+    """Import a router by its class path.
+
+    The module is executed, so the path must be the user's own words: a flag or a line of the run file, never what a
+    checkpoint contains.
+
+    Raises:
+        UserError: there is no such class, or it is no ``Router``.
+    """
+    module, _, name = class_path.rpartition(".")
+    expected = "expected the class path of a subclass of custom_moe.Router, such as my_routers.ExpertChoice"
+    try:
+        router = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"the router {class_path} can't be imported ({error}); {expected}.") from None
+    if not (isinstance(router, type) and issubclass(router, Router)):
+        raise UserError(f"the router {class_path} is {router!r}; {expected}.")
+    return router

@@ -14,6 +14,7 @@ from custom_moe import weights_are_constant
 from litmoe.cli import UserError
 from litmoe.config import FinetuneSettings, RunSettings, ScheduleSettings
 from litmoe.hardware import choose_precision, is_sharded, processes
+from litmoe.layers import import_router
 from litmoe.train.optimizers import optimizer_traits
 
 
@@ -188,7 +189,7 @@ def _check_routing(config: Config) -> list[str]:
 def _check_router_learns(settings: RunSettings) -> list[str]:
     """Check that a new model's routers get a gradient. A trained model only gets ``constant_weights_note``."""
     config = settings.model
-    if settings.initial_checkpoint_dir or settings.resume or constant_weights_note(config) is None:
+    if settings.moe.router or settings.initial_checkpoint_dir or settings.resume or not constant_weights_note(config):
         return []
     if config.n_expert_groups:
         kind, alternative = "a sigmoid router with norm_topk_prob", "--model.norm_topk_prob false"
@@ -220,6 +221,9 @@ def _check_moe(settings: RunSettings) -> list[str]:
     # The setting would have no effect, and users set it to compare backends.
     if moe.backend != "auto" and not is_moe:
         problems.append(f"moe.backend is {moe.backend}, but this model has no experts; --moe.backend auto")
+    if moe.router is not None:
+        # A router of the user's own may use the rate in any way.
+        return problems + _check_own_router(moe.router, settings)
     if not moe.bias_update_rate > 0:
         return problems
     finetunes = isinstance(settings, FinetuneSettings)
@@ -238,6 +242,21 @@ def _check_moe(settings: RunSettings) -> list[str]:
             " --moe.bias_update_rate 0, or train all weights: --lora_r 0"
         )
     return problems
+
+
+def _check_own_router(router: str, settings: RunSettings) -> list[str]:
+    if settings.model.mlp_class_name != "LLaMAMoE":
+        return [f"moe.router is {router}, but this model has no experts; --moe.router null"]
+    if settings.upcycle:
+        return [
+            f"moe.router is {router}, but a mixture computes the same as its dense checkpoint only if the weights of a"
+            " token sum to 1, as those of the softmax router; --moe.router null"
+        ]
+    try:
+        import_router(router)
+    except UserError as error:
+        return [f"moe.router: {error}"]
+    return []
 
 
 # --- Run

@@ -75,6 +75,7 @@ def evaluate(
     max_seq_length: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    router: str | None = None,
 ) -> AnswersEvaluation:
     """Evaluate a checkpoint on the validation conversations of a folder that ``prepare_data.py --instruct`` wrote.
 
@@ -101,7 +102,7 @@ def evaluate(
         )
     size = batch_size or _BATCH_SIZE
     indices = range(len(encoded))[: None if max_iters is None else max_iters * size]
-    model = load_model(folder, device, precision, context)
+    model = load_model(folder, device, precision, context, router)
     nats, tokens = _sum_loss(model, encoded, indices, size, tokenizer.eos_id or 0, context)
     return AnswersEvaluation(
         **model.about,

@@ -48,7 +48,7 @@ class LoadedModel(NamedTuple):
     about: dict[str, Any]  # fields of `Result`
 
 
-def load_model(folder: Path, device: str, precision: Precision, context: int) -> LoadedModel:
+def load_model(folder: Path, device: str, precision: Precision, context: int, router: str | None = None) -> LoadedModel:
     """Load the model of a checkpoint. The ``evaluate`` functions have the same arguments.
 
     Args:
@@ -56,9 +56,10 @@ def load_model(folder: Path, device: str, precision: Precision, context: int) ->
         device: a torch device; "auto" takes a GPU if there is one.
         precision: "auto" is bf16-mixed on a GPU with bf16 support, else 32-true.
         context: maximum number of tokens that the model is given.
+        router: see `checkpoints.load_model`.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, or there is no such device.
+        UserError: the checkpoint is missing, damaged or has another router, or there is no such device.
     """
     step = checkpoints.read_metadata(folder).step
     torch_device = checkpoints.choose_device(device)
@@ -73,7 +74,7 @@ def load_model(folder: Path, device: str, precision: Precision, context: int) ->
         weights_dtype = torch.float32
     device_name = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else torch_device.type
     # Last, because it takes longest: errors of the arguments come first.
-    gpt = checkpoints.load_model(folder, torch_device, weights_dtype, context)
+    gpt = checkpoints.load_model(folder, torch_device, weights_dtype, context, router)
     about = {"checkpoint": str(folder), "step": step, "device": device_name, "precision": precision}
     return LoadedModel(gpt, autocast, about)
 

@@ -76,6 +76,7 @@ def evaluate(
     max_seq_length: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    router: str | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint on the validation text of a prepared corpus and show a progress bar on stderr.
 
@@ -87,13 +88,14 @@ def evaluate(
         max_seq_length: tokens in a window; as many as in training if None.
         device: see `load_model`.
         precision: see `load_model`.
+        router: see `load_model`.
 
     Raises:
         UserError: the checkpoint is missing or damaged, there are no tokens, they were made by another tokenizer, the
             context is longer than that of the model, or the loss is not finite.
     """
     text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
-    model = load_model(folder, device, precision, text.context)
+    model = load_model(folder, device, precision, text.context, router)
     start = time.perf_counter()
     nats, tokens, n_windows = sum_loss(model.gpt, text.batches, model.autocast)
     check_finite(torch.tensor(nats))

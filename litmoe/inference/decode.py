@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from custom_moe import MoE
 from custom_moe.experts import Experts
+from custom_moe.router import TopKRouter
 from litmoe.forward import hidden_states, logits_of
 from litmoe.layers import CausalSelfAttention, KVCache, RMSNorm
 
@@ -252,5 +253,8 @@ def _can_be_recorded(gpt: GPT) -> bool:
         return False
     # LitGPT's own layers ask the device for positions, or for the rows of an expert.
     if not _is_usual(gpt) or any(isinstance(block.mlp, LLaMAMoE) for block in gpt.transformer.h):
+        return False
+    # Another router than the top-k ones may wait for the device too.
+    if any(isinstance(layer, MoE) and not isinstance(layer.gate, TopKRouter) for layer in gpt.modules()):
         return False
     return all(layer.backend_on(device) != "loop" for layer in gpt.modules() if isinstance(layer, Experts))

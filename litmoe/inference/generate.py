@@ -417,6 +417,7 @@ def load(
     device: str = "auto",
     precision: Precision = "auto",
     max_seq_length: int | None = None,
+    router: str | None = None,
 ) -> Model:
     """Load a checkpoint for generation; the files that are read are verified.
 
@@ -425,15 +426,17 @@ def load(
         device: a torch device; "auto" takes a GPU if there is one.
         precision: "auto" is bf16-true on a GPU with bf16 support, else 32-true.
         max_seq_length: tokens of prompt and text together; as many as in training if None.
+        router: see `checkpoints.load_model`.
 
     Raises:
-        UserError: the checkpoint is missing, damaged or has no tokenizer, or the context is too long for the model.
+        UserError: the checkpoint is missing, damaged, has no tokenizer or another router, or the context is too long
+            for the model.
     """
     path = checkpoints.resolve(None if folder is None else Path(folder))
     # The tokenizer first: it is small, and a missing one is a common mistake.
     tokenizer = checkpoints.load_tokenizer(path)
     torch_device = checkpoints.choose_device(device)
-    gpt = checkpoints.load_model(path, torch_device, choose_dtype(precision, torch_device), max_seq_length)
+    gpt = checkpoints.load_model(path, torch_device, choose_dtype(precision, torch_device), max_seq_length, router)
     return Model(gpt, tokenizer, path)
 
 

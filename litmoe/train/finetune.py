@@ -66,6 +66,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
             settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
         ),
         strategy=partial(make_strategy, settings, precision),
+        router=settings.moe.router,
     )
     with patched, report_lost_ranks():
         module.setup(**arguments)

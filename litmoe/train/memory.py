@@ -21,10 +21,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from custom_moe import kernels, use_custom_moe
+from custom_moe import kernels
 from custom_moe.backends import Hardware
 from litmoe.config import ParsedRun
-from litmoe.layers import use_fast_layers
+from litmoe.layers import use_our_layers
 from litmoe.train.cross_entropy import computed_columns
 from litmoe.train.model import PretrainingModel, cast_matrices, matrices_to_cast
 from litmoe.train.optimizers import make_optimizer, optimizer_traits
@@ -66,7 +66,7 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
     """
     train = run.settings.train
     context = train.max_seq_length or run.settings.model.block_size
-    with FakeTensorMode(allow_non_fake_inputs=True), use_custom_moe(), use_fast_layers():
+    with FakeTensorMode(allow_non_fake_inputs=True), use_our_layers(run.settings.moe.router):
         model = _build_model(run, precision, hardware)
         optimizer = _build_optimizer(run, precision, hardware, model)
         tokens = torch.zeros(train.micro_batch_size, context, dtype=torch.int64)

@@ -72,7 +72,9 @@ def _check_start(settings: RunSettings, resume_from: Path | None) -> None:
     if settings.initial_checkpoint_dir is not None:
         refuse_openai_gpt2(settings.initial_checkpoint_dir)
         check_same_model(settings.initial_checkpoint_dir, settings.model)
+        checkpoints.check_router(settings.initial_checkpoint_dir, settings.moe.router, "--moe.router")
     if resume_from is not None:
+        check_same_router(resume_from, settings)
         if settings.upcycle is not None:
             check_same_start(resume_from, settings.upcycle)
         check_same_model(resume_from, settings.model)
@@ -93,8 +95,10 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
             f"finetuning needs conversations, and the run's data is {type(settings.data).__name__}; expected"
             " litmoe.data.InstructionData."
         )
+    checkpoints.check_router(settings.checkpoint_dir, settings.moe.router, "--moe.router")
     resume_from = find_checkpoint(settings)
     if resume_from is not None:
+        check_same_router(resume_from, settings)
         check_same_model(resume_from, settings.model)
         check_same_tuning(resume_from, settings)
         _find_moved_instructions(settings, resume_from)
@@ -349,6 +353,16 @@ def check_same_model(folder: Path, config: Config, apart_from: Collection[str] =
     else:
         advice = f"Use its own config: --model {quoted(folder / 'model_config.yaml')}"
     raise UserError(f"{folder} holds another model than this run's: {'; '.join(sorted(different))}. {advice}")
+
+
+def check_same_router(folder: Path, settings: RunSettings) -> None:
+    """Raise ``UserError`` if a resumed run would have another router."""
+    checkpoints.check_router(folder, settings.moe.router, "--moe.router")
+    if settings.moe.router is not None and checkpoints.recorded_router(folder) is None:
+        raise UserError(
+            f"{folder} was trained with the router that its model config describes. Resume without --moe.router, or"
+            f" start a new run from its weights: {new_run_flags(folder, settings)}"
+        )
 
 
 def check_same_start(folder: Path, upcycle: Path) -> None:
