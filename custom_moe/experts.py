@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from custom_moe.backends import BACKENDS, choose_backend
-from custom_moe.kernels import swiglu
+from custom_moe.backends import BACKENDS, choose_backend, swiglu
 from custom_moe.router import RouterOutput
 
 

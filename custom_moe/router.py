@@ -1,8 +1,9 @@
 """Routers decide which experts each token goes to, and with which weight. They compute in fp32.
 
-To add a router, subclass ``Router`` and return a ``RouterOutput``; pass the class to ``use_custom_moe(router=...)``,
-``MoE(config, router=...)`` or in a training run ``--moe.router``. Everything below the router (dispatch, experts, balance losses, statistics, LoRA) takes a
-flat list of assignments, so a token may have any number of experts, also none.
+To add a router, subclass ``Router`` and return a ``RouterOutput``. Pass the class to ``use_custom_moe(router=...)`` or
+``MoE(config, router=...)``, or name it in a training run: ``--moe.router my_routers.MyRouter``. Everything below the
+router (dispatch, experts, balance losses, statistics, LoRA) takes a flat list of assignments, so a token may have any
+number of experts, also none.
 
 Shape suffixes: see ``custom_moe``.
 """

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from custom_moe import kernels
+from custom_moe import backends
 from custom_moe.backends import Hardware
 from litmoe.config import ParsedRun
 from litmoe.layers import use_our_layers
@@ -224,10 +224,10 @@ class _Ledger(TorchDispatchMode):
 _LOOP_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator._opoverload: operator._init_fn
     for operator in (
-        kernels.loop_multiply,
-        kernels.loop_weight_gradient,
-        kernels.loop_forward,
-        kernels.loop_backward,
+        backends.loop_multiply,
+        backends.loop_weight_gradient,
+        backends.loop_forward,
+        backends.loop_backward,
     )
 }
 """The custom operators that loop over the experts, and their Python functions"""
@@ -246,7 +246,7 @@ def _run_loop(body: Callable[..., Any], args: Any) -> Any:
     # The real numbers depend on the router. Even ones are the typical case in a balanced model.
     rows, n_experts = named.get("token_R", args[0]).size(0), named["ends_E"].size(0)
     if "token_R" in named:
-        rows -= n_experts * (kernels.row_multiple(named["x_NC"]) - 1) // 2
+        rows -= n_experts * (backends.BACKENDS["loop"].row_multiple(named["x_NC"]) - 1) // 2
     ends = _Ends(rows * (expert + 1) // n_experts for expert in range(n_experts))
     return body(**named | {"ends_E": ends})
 
