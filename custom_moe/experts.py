@@ -255,18 +255,20 @@ def run_assignments(x_NC: Tensor, router: RouterOutput, fc: Sequence[Tensor], pr
 
     Args:
         x_NC: tokens.
-        router: their assignments.
-        fc: each expert's gate above its up projection, ``(J, C)``.
-        proj: each expert's down projection, ``(C, I)``.
+        router: their assignments, at least one.
+        fc: each expert's gate next to its up projection, transposed: ``(C, J)``.
+        proj: each expert's down projection, transposed: ``(I, C)``.
     """
-    experts = router.experts.tolist()
-    x_rows = x_NC.index_select(0, router.tokens).unsqueeze(1).unbind()  # (1, C) each
-    h_SJ = torch.cat([F.linear(x, fc[expert]) for x, expert in zip(x_rows, experts, strict=True)])
-    a_rows = swiglu(h_SJ, router.weights).unsqueeze(1).unbind()  # (1, I) each
-    y_SC = torch.cat([F.linear(a, proj[expert]) for a, expert in zip(a_rows, experts, strict=True)])
-    if router.per_token is not None:
-        return y_SC.view(-1, router.per_token, y_SC.size(1)).sum(dim=1)
-    return sum_rows(y_SC, *rows_of_tokens(router, torch.arange(len(experts))))
+    experts, tokens = router.experts.tolist(), router.tokens.tolist()
+    # Rows of (1, C) and (1, I); chunk is C++, unlike split
+    x_rows = x_NC.chunk(x_NC.size(0))
+    h_SJ = torch.cat([torch.mm(x_rows[token], fc[expert]) for token, expert in zip(tokens, experts, strict=True)])
+    a_rows = swiglu(h_SJ, router.weights).chunk(len(experts))
+    y_NC = torch.zeros_like(x_NC)
+    y_rows = y_NC.chunk(x_NC.size(0))
+    for a, token, expert in zip(a_rows, tokens, experts, strict=True):
+        y_rows[token].addmm_(a, proj[expert])  # product and sum in one call: calls are most of the time
+    return y_NC
 
 
 # ---------------------------------------------------------------------------------------------------------- the module
@@ -332,7 +334,7 @@ class Experts(nn.Module):
         # On a GPU the launches count and not Python, and autocast would cast the weights in each step.
         if unusual or not fc_weight.is_cpu or compute_dtype(fc_weight) != fc_weight.dtype:
             return self.forward
-        fc, proj = fc_weight.unbind(), self.proj_weight.detach().unbind()
+        fc, proj = fc_weight.mT.unbind(), self.proj_weight.detach().mT.unbind()  # (C, J) and (I, C) each
 
         def forward(x_NC: Tensor, router: RouterOutput) -> Tensor:
             # With more assignments than experts, several share one, and a product for all of them is faster.

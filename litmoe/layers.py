@@ -122,11 +122,15 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
         if cache.k.dtype != k.dtype:  # under autocast, or in a model that was converted
             cache.k, cache.v = cache.k.to(k.dtype), cache.v.to(v.dtype)
         B, _, T, _ = k.shape
-        # (1 or B, 1, T, 1): LitGPT's cache would loop over the rows if each has positions of its own.
-        position = input_pos.view(-1, 1, T, 1).expand_as(k)
         k_cache, v_cache = cache.k.narrow(0, 0, B), cache.v.narrow(0, 0, B)
-        k_cache.scatter_(2, position, k)
-        v_cache.scatter_(2, position, v)
+        if input_pos.dim() == 1:
+            k_cache.index_copy_(2, input_pos, k)
+            v_cache.index_copy_(2, input_pos, v)
+        else:
+            # (B, 1, T, 1): LitGPT's cache would loop over the rows if each has positions of its own.
+            position = input_pos.view(B, 1, T, 1).expand_as(k)
+            k_cache.scatter_(2, position, k)
+            v_cache.scatter_(2, position, v)
         if end is None:
             return k_cache, v_cache
         return k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end)
@@ -199,6 +203,8 @@ class RMSNorm(litgpt.model.RMSNorm):
         """Normalize the last dimension: ``(..., size) -> (..., size)``."""
         assert self.dim == -1
         weight = 1 + self.weight if self.add_unit_offset else self.weight
+        if not torch.is_grad_enabled():
+            return _rms_norm(x, weight.float(), self.eps)[0]
         y: Tensor = _RMSNorm.apply(x, weight, self.eps)
         return y
 
