@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from litmoe import checkpoints
-from litmoe.cli import UserError, strip_control_chars
+from litmoe.cli import strip_control_chars
 from litmoe.forward import hidden_states, logits_of
-from litmoe.inference.generate import supports_bf16
+from litmoe.inference.generate import check_finite, supports_bf16
 
 Precision = Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
 
@@ -165,14 +165,6 @@ def score_continuations(gpt: GPT, rows: Sequence[Continuation]) -> list[Continua
     lengths = [row.length for row in rows]
     pairs = zip(nats_N.split(lengths), torch.cat(hits).split(lengths), strict=True)
     return [ContinuationScore(-float(nats.sum()), bool(hits.all())) for nats, hits in pairs]
-
-
-def check_finite(values: torch.Tensor) -> None:
-    """Raise UserError if the output of the model contains NaN or infinity."""
-    if not values.isfinite().all():
-        raise UserError(
-            "the output of the model is NaN or infinite, because its training diverged. Use an earlier checkpoint."
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------- display

@@ -35,7 +35,8 @@ from litmoe.data import manifest
 from litmoe.data.loader import token_chunks
 from litmoe.data.manifest import Manifest, Split
 from litmoe.data.token_folder import checked_manifest
-from litmoe.evaluation.common import Precision, Result, as_table, check_finite, load_model, with_progress
+from litmoe.evaluation.common import Precision, Result, as_table, load_model, with_progress
+from litmoe.inference.generate import check_finite
 
 _LOGITS = 1 << 28  # logits of a batch, 1 GiB in fp32: decides the batch size
 
