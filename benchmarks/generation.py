@@ -27,8 +27,7 @@ from litgpt.generate.base import generate_fn
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.common import Row
-from benchmarks.tables import bold_ours, make_table, print_table, ranged
+from benchmarks.common import Row, bold_ours, make_table, print_table, ranged
 from custom_moe import use_custom_moe
 from litmoe import checkpoints
 from litmoe.export.huggingface import export
