@@ -78,7 +78,7 @@ def dispatch(router: RouterOutput, row_multiple: int = 1) -> Dispatch:
 def rows_of_tokens(router: RouterOutput, row_S: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return ``Dispatch.rows`` and ``Dispatch.starts_N`` for assignments that are computed in the given rows."""
     if router.per_token is not None:
-        return row_S.view(-1, router.per_token), None
+        return row_S.view(-1, router.per_token), None  # (S,) -> (N, K)
     # Any number of assignments per token: list them token by token, and find where each token begins.
     by_token_S = router.tokens.argsort(stable=True)
     token_N = torch.arange(router.logits.size(0), device=row_S.device)
@@ -106,7 +106,7 @@ def sum_rows(y_RC: Tensor, rows: Tensor, starts_N: Tensor | None = None) -> Tens
     if starts_N is not None or y_RC.is_cpu:
         # One pass over memory, on a CPU five times as fast as gathering first.
         return F.embedding_bag(rows, y_RC, starts_N, mode="sum")
-    rows_NKC = y_RC.index_select(0, rows.flatten()).view(*rows.shape, y_RC.size(1))
+    rows_NKC = y_RC.index_select(0, rows.flatten()).view(*rows.shape, y_RC.size(1))  # (N * K, C) -> (N, K, C)
     return rows_NKC.sum(dim=1, dtype=y_RC.dtype)  # explicit type: CUDA's autocast would return fp32
 
 

@@ -151,8 +151,8 @@ class GroupedTopKRouter(TopKRouter):
     def _choose_in_groups(self, scores_NE: Tensor) -> Tensor:
         """Return the best experts ``(N, K)`` in the ``n_topk_groups`` groups with the largest sums of best scores."""
         config = self.config
-        # e: experts of a group. A group is as good as the sum of its best scores.
-        scores_NGe = scores_NE.view(len(scores_NE), config.n_expert_groups, -1)
+        # G: groups, e: experts of a group. A group is as good as the sum of its best scores.
+        scores_NGe = scores_NE.view(len(scores_NE), config.n_expert_groups, -1)  # (N, E) -> (N, G, e)
         group_scores_NG = scores_NGe.topk(config.n_topk_scores_per_group, dim=-1)[0].sum(dim=-1)
         groups = torch.topk(group_scores_NG, k=config.n_topk_groups, dim=-1, sorted=False)[1]
         allowed_NG = torch.zeros_like(group_scores_NG, dtype=torch.bool).scatter_(1, groups, True)
