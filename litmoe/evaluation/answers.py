@@ -145,10 +145,13 @@ def table(result: AnswersEvaluation) -> Table:
     """Return the result as a table for the terminal."""
     conversations = f"{result.conversations:,} with {result.answer_tokens:,} answer tokens"
     if result.cut:
-        conversations += f"; {result.cut:,} of all are longer than {result.max_seq_length:,} tokens and cut"
+        conversations += (
+            f"; {result.cut:,} of all conversations are longer than {result.max_seq_length:,} tokens and cut"
+        )
     if result.left_out:
         conversations += (
-            f"; {result.left_out:,} of all are skipped: no answer in their first {result.max_seq_length:,} tokens"
+            f"; {result.left_out:,} of all conversations are skipped: no answer in their first"
+            f" {result.max_seq_length:,} tokens"
         )
     rows = {
         "answers": f"{result.data_dir}, validation",

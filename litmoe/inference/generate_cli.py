@@ -39,7 +39,7 @@ def main(
         temperature: Below 1, probable tokens become more probable. 0 always takes the most probable token.
         top_k: Sample only from this many most probable tokens; null for all tokens.
         top_p: Sample only from the fewest tokens with a total probability above this; 1 for all tokens.
-        seed: The same seed gives the same text on the same machine. Sample i has the seed plus i.
+        seed: The same seed gives the same text on the same machine. Sample i uses this seed plus i.
         max_seq_length: Tokens of prompt and text together. Default: as many as in training.
         device: cpu, cuda, cuda:1, mps. auto takes a GPU if there is one.
         precision: Type of the weights. auto is bf16-true on a GPU with bf16 support, else 32-true.
