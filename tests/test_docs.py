@@ -19,8 +19,11 @@ DOCUMENTS = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 PUBLIC_FLAGS = json.loads((PROJECT / "tests" / "golden" / "surface.json").read_text(encoding="utf-8"))["flags"]
 # Flags that are newer than that file, which 0.1.0 wrote. tests/train/test_own_router.py uses them.
 NEW_FLAGS = {
-    **dict.fromkeys(("run_train.py", "finetune.py"), {"--moe.router"}),
-    **dict.fromkeys(("generate.py", "chat.py", "evaluate.py"), {"--router"}),
+    "run_train.py": {"--moe.router"},
+    "finetune.py": {"--moe.router"},
+    "generate.py": {"--router"},
+    "chat.py": {"--router"},
+    "evaluate.py": {"--router"},
 }
 # Keys below these depend on the class that a run chooses, so --help does not list them.
 OPEN_FLAGS = ("--optimizer.", "--data.")
