@@ -74,7 +74,6 @@ bench: venv ## Run the benchmarks that need no GPU (about an hour on 2 cores) an
 	$(QUICKSTART); \
 	measure python benchmarks/generation.py; \
 	measure python benchmarks/data.py prepare --repeat 1; \
-	measure python benchmarks/data.py read; \
 	measure python benchmarks/moe_vs_dense.py; \
 	measure python benchmarks/ablations.py; \
 	measure python benchmarks/memory.py; \

@@ -20,10 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
-from benchmarks.common import Row
+from benchmarks.common import Row, make_table, print_table, with_verdict
 from benchmarks.moe_vs_dense import score
 from benchmarks.runs import Corpus, RunFailed, find_corpus, seed_flags, train, validation_curve
-from benchmarks.tables import make_table, print_table, with_verdict
 
 CONFIG = "configs/quickstart.yaml"
 MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 0.02, "adamw_lr": 2.0e-3, "weight_decay": 0.1}}

@@ -1,16 +1,12 @@
-"""How fast is text prepared, and how fast are tokens read? Both against LitGPT, on the same text and the same cores.
+"""How fast is text prepared? Against LitGPT, on the same text and the same cores.
 
     uv run python benchmarks/data.py prepare                     # 20 MB of the built-in stories, 1 to 4 minutes
     uv run python benchmarks/data.py prepare --megabytes 100 --repeat 1
     uv run python benchmarks/data.py prepare --megabytes 1000 --side ours    # does memory grow with the text?
-    uv run python benchmarks/data.py read                        # needs a prepared corpus; makes the quickstart's
 
-prepare: `prepare_data.py` against LitGPT's TextFiles, each a process of its own, timed from start to end with its
+`prepare_data.py` against LitGPT's TextFiles, each a process of its own, timed from start to end with its
 imports. The sides take turns. TextFiles puts no end-of-text token after a document; apart from that both must produce
 the same token ids, which is checked. Peak memory is that of all processes together.
-
-read: the training batches of our TokenizedText against LitGPT's LitData, which read the same token folder, with 0, 1
-and 2 worker processes. The first batch is timed separately, because it contains the start of the workers.
 """
 
 import json
@@ -23,13 +19,21 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Row, describe_run, make_parser, output_path, peak_memory, take_turns, write_result
-from benchmarks.tables import make_table, print_table
+from benchmarks.common import (
+    Row,
+    describe_run,
+    make_parser,
+    make_table,
+    output_path,
+    peak_memory,
+    print_table,
+    take_turns,
+    write_result,
+)
 
 SEPARATOR = "<|endoftext|>"
 TRAINING_FILES = 8  # TextFiles divides its work by files
@@ -37,28 +41,22 @@ TOKEN_FOLDERS = {"TextFiles": ("train/train", "val/val"), "ours": ("tokens/train
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "data_MODE", devices=False, runs=True)
-    parser.add_argument("mode", choices=("prepare", "read", "textfiles"), metavar="{prepare,read}")
-    parser.add_argument("--megabytes", type=float, default=20, help="prepare: size of the text")
+    parser = make_parser(__doc__, "data_prep", devices=False)
+    parser.add_argument("mode", choices=("prepare", "textfiles"), metavar="prepare")
+    parser.add_argument("--megabytes", type=float, default=20, help="size of the text")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
-    parser.add_argument("--side", choices=("both", "ours"), default="both", help="prepare: measure both, or only ours")
+    parser.add_argument("--side", choices=("both", "ours"), default="both", help="measure both, or only ours")
     parser.add_argument("folder", nargs="?", type=Path, help="(used by prepare itself, for TextFiles)")
     args = parser.parse_args()
     if args.mode == "textfiles":
         run_text_files(args.folder)
         return
     result = describe_run(("litgpt", "litdata", "torch", "tokenizers", "tiktoken"))
-    if args.mode == "prepare":
-        sides = ("TextFiles", "ours") if args.side == "both" else ("ours",)
-        with tempfile.TemporaryDirectory() as folder:
-            result |= measure_preparation(sides, args.megabytes, args.repeat, Path(folder))
-        add_preparation_table(result)
-        output = output_path(args, "data_prep")
-    else:
-        result |= {"rows": measure_reading(args.data_dir, args.repeat)}
-        add_reading_table(result)
-        output = output_path(args, "data_read")
-    write_result(result, output)
+    sides = ("TextFiles", "ours") if args.side == "both" else ("ours",)
+    with tempfile.TemporaryDirectory() as folder:
+        result |= measure_preparation(sides, args.megabytes, args.repeat, Path(folder))
+    add_preparation_table(result)
+    write_result(result, output_path(args, "data_prep"))
     print_table(result)
 
 
@@ -198,67 +196,6 @@ def add_preparation_table(result: Row) -> None:
     if "times_textfiles" in result:
         what = f"tokenizing {result['text_bytes'] / 1e6:.0f} MB of text"
         result["headline"] = [[what, f"{result['times_textfiles']} times as fast as LitGPT's `TextFiles`"]]
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def measure_reading(data_dir: Path | None, repeat: int) -> list[Row]:
-    """Time complete passes of both readers, with the batches of the quickstart and of MoE-200M."""
-    from benchmarks.runs import find_corpus
-
-    data_dir = find_corpus(data_dir).data_dir
-    rows = []
-    for model, context, micro_batch in (("quickstart", 256, 4), ("moe-200m", 2048, 8)):
-        for workers in (0, 1, 2):
-            row: Row = {"model": model, "context": context, "micro_batch": micro_batch, "workers": workers}
-            # A loader can be iterated several times, so it is made once.
-            passes = {}
-            for side in ("ours", "LitData"):
-                passes[side] = partial(timed_pass, make_loader(side, data_dir, context, micro_batch, workers))
-            turns = take_turns(passes, repeat)
-            row |= {"first_batch_seconds": {}, "tokens_per_second": {}}
-            for side in passes:
-                row["first_batch_seconds"][side] = round(median(turn[side][0] for turn in turns), 4)
-                row["tokens_per_second"][side] = round(median(turn[side][1] for turn in turns))
-            rows.append(row)
-            print(row, flush=True)
-    return rows
-
-
-def make_loader(side: str, data_dir: Path, context: int, micro_batch: int, workers: int) -> Any:
-    from litgpt.data import LitData
-
-    from litmoe.data import TokenizedText
-
-    # LitData is LitGPT's module for folders in litdata's format, which ours have.
-    if side == "ours":
-        data = TokenizedText(data_dir / "train", data_dir / "val", num_workers=workers)
-    else:
-        data = LitData(data_dir / "tokens", split_names=("train", "val"), num_workers=workers)
-    data.connect(batch_size=micro_batch, max_seq_length=context)
-    return data.train_dataloader()
-
-
-def timed_pass(loader: Any) -> tuple[float, float]:
-    """Return the seconds until the first batch, and the tokens per second of the others."""
-    start = time.perf_counter()
-    batches = iter(loader)
-    next(batches)
-    first = time.perf_counter()
-    tokens = sum(batch.numel() for batch in batches)
-    return first - start, tokens / (time.perf_counter() - first)
-
-
-def add_reading_table(result: Row) -> None:
-    rows = []
-    for row in result["rows"]:
-        batch = f"{row['model']}: {row['micro_batch']} x {row['context']:,}"
-        speeds, firsts = row["tokens_per_second"], row["first_batch_seconds"]
-        for side in speeds:
-            rows.append([batch, row["workers"], side, f"{speeds[side]:,}", f"{1000 * firsts[side]:,.1f}"])
-    heads = ("micro batch", "workers", "reader", "tokens/s", "first batch, ms")
-    result["table"] = make_table(heads, rows)
 
 
 if __name__ == "__main__":

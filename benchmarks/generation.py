@@ -27,12 +27,11 @@ from litgpt.generate.base import generate_fn
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.common import Row
-from benchmarks.tables import bold_ours, make_table, print_table, ranged
-from custom_moe import use_custom_moe
+from benchmarks.common import Row, bold_ours, make_table, print_table, ranged
 from litmoe import checkpoints
 from litmoe.export.huggingface import export
 from litmoe.inference.generate import choose_dtype, generate_tokens
+from litmoe.layers import use_our_layers
 
 # One text, as in a chat, and a batch.
 BATCHES = (1, 16)
@@ -84,7 +83,7 @@ def main() -> None:
 
 def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> GPT:
     torch.manual_seed(0)
-    with use_custom_moe():
+    with use_our_layers():  # as checkpoints.load_model
         gpt = GPT(config).eval()
     # The rotary cache stays in fp32, as in a loaded checkpoint: bf16 would round the positions.
     cos, sin = gpt.cos, gpt.sin

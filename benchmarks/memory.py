@@ -13,8 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
-from benchmarks.common import Row
-from benchmarks.tables import gib, make_table, print_table
+from benchmarks.common import Row, gib, make_table, print_table
 from custom_moe.backends import Hardware
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters

@@ -30,9 +30,8 @@ from litgpt import Config
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.common import Row
+from benchmarks.common import Row, bold_ours, make_table, print_table
 from benchmarks.moe_peers import GPU_ONLY, Size, layer_builders, litgpt_config, stacked_weights
-from benchmarks.tables import bold_ours, make_table, print_table
 from custom_moe import MoE
 from litmoe.hardware import cpu_has_bf16
 

@@ -26,9 +26,20 @@ from statistics import mean, median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import T_95, Row, describe_run, make_parser, output_path, select_device, spread, write_result
+from benchmarks.common import (
+    T_95,
+    Row,
+    describe_run,
+    make_parser,
+    make_table,
+    output_path,
+    print_table,
+    select_device,
+    spread,
+    with_verdict,
+    write_result,
+)
 from benchmarks.runs import Corpus, Point, RunFailed, find_corpus, seed_flags, train, validation_curve
-from benchmarks.tables import make_table, print_table, with_verdict
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters
 

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.tables import Row, make_table, markdown
+from benchmarks.common import Row, make_table, markdown
 
 RESULTS = ROOT / "benchmarks" / "results"
 # The name must be the same in both markers.

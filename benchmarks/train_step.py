@@ -25,9 +25,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks import common
-from benchmarks.common import Row
+from benchmarks.common import Row, bold_ours, gib, make_table, print_table, ranged
 from benchmarks.runs import Corpus, RunFailed, find_corpus, train
-from benchmarks.tables import bold_ours, gib, make_table, print_table, ranged
 from litmoe.config import parse_run
 from litmoe.flops import training_flops_per_token
 

@@ -12,8 +12,7 @@ The package imports torch and litgpt only. Reading order:
 ================== ====================================================================================
 ``router``         routers: tokens to experts. A new router is one subclass of ``Router``
 ``experts``        the experts' parameters, the dispatch of tokens to rows, forward and backward
-``backends``       which backend computes the experts on which hardware. A new backend is one table entry
-``kernels``        SwiGLU, and the experts computed one after the other
+``backends``       SwiGLU of all experts: torch's grouped_mm, or one expert after the other, and which is used where
 ``triton_kernels`` the same as Triton kernels
 ``balance``        balance losses, bias update, load statistics
 ``litgpt``         ``MoE``, the transformer block, LoRA, and the context manager that builds models with them

@@ -1,4 +1,4 @@
-"""Backends compute the experts' matrix products over rows sorted by expert.
+"""Backends compute the experts' SwiGLU over rows sorted by expert.
 
 =============== ==================================================================== =======================
 backend         how                                                                  waits for the device
@@ -16,7 +16,8 @@ of ``backend_for`` follows what torch and others report about their kernels.
 
 To add a backend, subclass ``ExpertBackend`` and add an instance to ``BACKENDS``.
 
-Shape suffixes: see ``custom_moe``. ``N`` and ``C`` of an argument are the rows and the width of that argument.
+Shape suffixes: see ``custom_moe``. ``N`` and ``C`` of an argument are the rows and the width of that argument. ``B``:
+rows of one block of experts.
 """
 
 import functools
@@ -26,6 +27,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -33,9 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from custom_moe import kernels
-
 Backend = Literal["grouped_mm", "triton", "loop"]
+
+_silu_out: Callable[..., Tensor] = torch.ops.aten.silu.out
+_silu_grad: Callable[..., Tensor] = torch.ops.aten.silu_backward.default
+_silu_grad_out: Callable[..., Tensor] = torch.ops.aten.silu_backward.grad_input
 
 
 # ------------------------------------------------------------------------------------------------------------ hardware
@@ -93,7 +97,90 @@ def _triton_problem() -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------ backends
+# -------------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu(h_SJ: Tensor, weights_S: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Return ``weights * silu(gate) * up``.
+
+    Args:
+        h_SJ: pre-activations, gate next to up.
+        weights_S: factor of each row; None for 1.
+        out: ``(S, I)`` memory for the result; None keeps the function differentiable and compilable.
+
+    Returns:
+        ``(S, I)`` in the type of ``h``.
+    """
+    # With out=None each operation returns a new tensor; with out they all write to the same memory.
+    gate_SI, up_SI = h_SJ.chunk(2, dim=1)
+    a_SI = torch.mul(_silu(gate_SI, out), up_SI, out=out)
+    if weights_S is None:
+        return a_SI
+    return torch.mul(a_SI, weights_S.to(h_SJ.dtype).unsqueeze(1), out=out)
+
+
+class SwiGLUBuffers(NamedTuple):
+    """Memory for ``swiglu_backward``, so that nothing is allocated; all in the type of ``h`` but ``dweights``."""
+
+    dh_SJ: Tensor
+    silu_SI: Tensor
+    a_SI: Tensor
+    dweights_S: Tensor
+    da_SI: Tensor
+    """May be the incoming gradient, which is then overwritten"""
+
+
+def swiglu_backward(
+    h_SJ: Tensor, weights_S: Tensor, da_SI: Tensor, buffers: SwiGLUBuffers | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the backward pass needs of the activation.
+
+    Args:
+        h_SJ: pre-activations.
+        weights_S: fp32, factor of each row.
+        da_SI: gradient of the result of ``swiglu``.
+        buffers: memory for the results and intermediate values; None allocates it.
+
+    Returns:
+        The gradient of ``h`` ``(S, J)``, the result of ``swiglu`` again ``(S, I)``, and the gradient of ``weights``
+        ``(S,)`` in fp32.
+    """
+    if buffers is None:
+        dh_out = silu_out = a_out = dweights_out = da_out = dgate_out = dup_out = None
+    else:
+        dh_out, silu_out, a_out, dweights_out, da_out = buffers
+        dgate_out, dup_out = dh_out.chunk(2, dim=1)
+    gate_SI, up_SI = h_SJ.chunk(2, dim=1)
+    weights_S1 = weights_S.to(h_SJ.dtype).unsqueeze(1)
+
+    silu_SI = _silu(gate_SI, silu_out)
+    a_SI = torch.mul(silu_SI, up_SI, out=a_out)
+    # The weight is applied to the activation, the narrowest place, so its gradient needs no expert output (SonicMoE,
+    # arXiv 2512.14080). The memory of dgate is free until dgate itself is computed.
+    product_SI = torch.mul(da_SI, a_SI, out=dgate_out)
+    dweights_S = torch.sum(product_SI, dim=1, dtype=torch.float32, out=dweights_out)
+
+    a_SI = torch.mul(a_SI, weights_S1, out=a_out)
+    da_SI = torch.mul(da_SI, weights_S1, out=da_out)
+    dup_SI = torch.mul(da_SI, silu_SI, out=dup_out)
+    dgate_SI = _silu_backward(torch.mul(da_SI, up_SI, out=da_out), gate_SI, dgate_out)
+    dh_SJ = torch.cat([dgate_SI, dup_SI], dim=1) if dh_out is None else dh_out
+    return dh_SJ, a_SI, dweights_S
+
+
+def _silu(x: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return F.silu(x)
+    return _silu_out(x, out=out)
+
+
+def _silu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return _silu_grad(grad, x)
+    return _silu_grad_out(grad, x, grad_input=out)
+
+
+# ----------------------------------------------------------------------------------------------------- backends
 
 
 class ExpertBackend:
@@ -148,18 +235,18 @@ class ExpertBackend:
         raise NotImplementedError
 
     def swiglu(self, h_RJ: Tensor, weights_R: Tensor) -> Tensor:
-        """Compute ``kernels.swiglu``."""
+        """Compute ``custom_moe.backends.swiglu``."""
         if _fuse_with_triton(h_RJ):
             a_RI: Tensor = _triton_kernels().swiglu(h_RJ, weights_R)
             return a_RI
-        return kernels.swiglu(h_RJ, weights_R)
+        return swiglu(h_RJ, weights_R)
 
     def swiglu_backward(self, h_RJ: Tensor, weights_R: Tensor, da_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute ``kernels.swiglu_backward``."""
+        """Compute ``custom_moe.backends.swiglu_backward``."""
         if _fuse_with_triton(h_RJ):
             gradients: tuple[Tensor, Tensor, Tensor] = _triton_kernels().swiglu_backward(h_RJ, weights_R, da_RI)
             return gradients
-        return kernels.swiglu_backward(h_RJ, weights_R, da_RI)
+        return swiglu_backward(h_RJ, weights_R, da_RI)
 
     def forward(
         self, x_NC: Tensor, weights_R: Tensor, fc_EJC: Tensor, proj_ECI: Tensor, token_R: Tensor, ends_E: Tensor
@@ -284,65 +371,6 @@ class TritonKernels(ExpertBackend):
         return gradients
 
 
-class PerExpertLoop(ExpertBackend):
-    """One product per expert (``custom_moe.kernels``), which also activates in buffers of its own."""
-
-    def row_multiple(self, x_NC: Tensor) -> int:
-        return kernels.row_multiple(x_NC)
-
-    def multiply(self, x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_R: Tensor | None = None) -> Tensor:
-        y_RO: Tensor = kernels.loop_multiply(_gather(x_NC, rows_R), weight_EOC, ends_E)
-        return y_RO
-
-    def weight_gradient(
-        self,
-        grad_NO: Tensor,
-        x_NC: Tensor,
-        ends_E: Tensor,
-        grad_rows_R: Tensor | None = None,
-        x_rows_R: Tensor | None = None,
-    ) -> Tensor:
-        grad_RO, x_RC = _gather(grad_NO, grad_rows_R), _gather(x_NC, x_rows_R)
-        dweight_EOC: Tensor = kernels.loop_weight_gradient(grad_RO, x_RC, ends_E)
-        return dweight_EOC
-
-    def forward(
-        self, x_NC: Tensor, weights_R: Tensor, fc_EJC: Tensor, proj_ECI: Tensor, token_R: Tensor, ends_E: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = kernels.loop_forward(x_NC, weights_R, fc_EJC, proj_ECI, token_R, ends_E)
-        return outputs
-
-    def backward(
-        self,
-        dy_NC: Tensor,
-        x_NC: Tensor,
-        weights_R: Tensor,
-        h_RJ: Tensor,
-        fc_EJC: Tensor,
-        proj_ECI: Tensor,
-        token_R: Tensor,
-        ends_E: Tensor,
-        need_fc: bool,
-        need_proj: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.loop_backward(
-            dy_NC, x_NC, weights_R, h_RJ, fc_EJC, proj_ECI, token_R, ends_E, need_fc, need_proj
-        )
-        return gradients
-
-
-BACKENDS: dict[str, ExpertBackend] = {
-    "grouped_mm": GroupedMM(),
-    "triton": TritonKernels(),
-    "loop": PerExpertLoop(),
-}
-"""All backends by name"""
-
-
-def _gather(x_NC: Tensor, rows_R: Tensor | None) -> Tensor:
-    return x_NC if rows_R is None else x_NC.index_select(0, rows_R)
-
-
 def _fuse_with_triton(h_RJ: Tensor) -> bool:
     """Return whether Triton's fused SwiGLU serves a backend that has none. A compiler fuses plain functions itself."""
     return h_RJ.is_cuda and not torch.compiler.is_compiling() and hardware_of(h_RJ.device).triton
@@ -355,7 +383,226 @@ def _triton_kernels() -> ModuleType:
     return triton_kernels
 
 
+def _gather(x_NC: Tensor, rows_R: Tensor | None) -> Tensor:
+    return x_NC if rows_R is None else x_NC.index_select(0, rows_R)
+
+
+# ------------------------------------------------------------------------------------------- one expert after the other
+
+
+BLOCK_SIZE = 2**18
+"""Pre-activations that are computed together, in buffers that all blocks share. On a CPU, fresh memory for each step of
+the formula costs as much as the step itself."""
+
+Span = tuple[int, int, int]
+"""An expert, the first of its rows, and the number of its rows"""
+
+
+# The operators are custom, so that torch.compile sees one step and no graph break. On a GPU each of them waits for the
+# device once, to learn how many rows each expert has.
+
+
+@torch.library.custom_op("custom_moe::loop_multiply", mutates_args=())
+def loop_multiply(x_RC: Tensor, weight_EOC: Tensor, ends_E: Tensor) -> Tensor:
+    """Compute ``ExpertBackend.multiply`` expert by expert."""
+    y_RO = x_RC.new_empty(len(x_RC), weight_EOC.size(1))
+    _multiply(x_RC, weight_EOC, _spans(ends_E), out=y_RO)
+    return y_RO
+
+
+@loop_multiply.register_fake
+def _(x_RC: Tensor, weight_EOC: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RC.new_empty(x_RC.size(0), weight_EOC.size(1))
+
+
+@torch.library.custom_op("custom_moe::loop_weight_gradient", mutates_args=())
+def loop_weight_gradient(grad_RO: Tensor, x_RC: Tensor, ends_E: Tensor) -> Tensor:
+    """Compute ``ExpertBackend.weight_gradient`` expert by expert."""
+    dweight_EOC = x_RC.new_empty(len(ends_E), grad_RO.size(1), x_RC.size(1))
+    _weight_gradient(grad_RO, x_RC, _spans(ends_E), out=dweight_EOC)
+    return dweight_EOC
+
+
+@loop_weight_gradient.register_fake
+def _(grad_RO: Tensor, x_RC: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RC.new_empty(ends_E.size(0), grad_RO.size(1), x_RC.size(1))
+
+
+@torch.library.custom_op("custom_moe::loop_forward", mutates_args=())
+def loop_forward(
+    x_NC: Tensor, weights_R: Tensor, fc_EJC: Tensor, proj_ECI: Tensor, token_R: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute ``ExpertBackend.forward`` expert by expert."""
+    # h is kept for the backward. The gathered rows and the activation live in buffers that the blocks share.
+    R, C, J = len(token_R), x_NC.size(1), fc_EJC.size(1)
+    y_RC, h_RJ = x_NC.new_empty(R, C), x_NC.new_empty(R, J)
+    blocks = _blocks(ends_E, J)
+    largest = max(block.n_rows for block in blocks)
+    x_BC, a_BI = x_NC.new_empty(largest, C), x_NC.new_empty(largest, J // 2)
+    for start, n_rows, block_spans in blocks:
+        x, a = x_BC.narrow(0, 0, n_rows), a_BI.narrow(0, 0, n_rows)
+        h, y = h_RJ.narrow(0, start, n_rows), y_RC.narrow(0, start, n_rows)
+        torch.index_select(x_NC, 0, token_R.narrow(0, start, n_rows), out=x)
+        # (B, C) -> (B, J) -> (B, I) -> (B, C)
+        _multiply(x, fc_EJC, block_spans, out=h)
+        swiglu(h, weights_R.narrow(0, start, n_rows), out=a)
+        _multiply(a, proj_ECI, block_spans, out=y)
+    return y_RC, h_RJ
+
+
+@loop_forward.register_fake
+def _(
+    x_NC: Tensor, weights_R: Tensor, fc_EJC: Tensor, proj_ECI: Tensor, token_R: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    R = token_R.size(0)
+    return x_NC.new_empty(R, x_NC.size(1)), x_NC.new_empty(R, fc_EJC.size(1))
+
+
+@torch.library.custom_op("custom_moe::loop_backward", mutates_args=())
+def loop_backward(
+    dy_NC: Tensor,
+    x_NC: Tensor,
+    weights_R: Tensor,
+    h_RJ: Tensor,
+    fc_EJC: Tensor,
+    proj_ECI: Tensor,
+    token_R: Tensor,
+    ends_E: Tensor,
+    need_fc: bool,
+    need_proj: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute ``ExpertBackend.backward`` expert by expert. A gradient that is not needed is empty."""
+    R, C, I = len(token_R), x_NC.size(1), proj_ECI.size(2)  # noqa: E741
+    dx_RC, dweights_R = x_NC.new_empty(R, C), torch.empty_like(weights_R)
+    dfc_EJC, dproj_ECI = _empty_like(fc_EJC, need_fc), _empty_like(proj_ECI, need_proj)
+    blocks = _blocks(ends_E, 2 * I)
+    largest = max(block.n_rows for block in blocks)
+    buffers = [x_NC.new_empty(largest, width) for width in (C, 2 * I, I, I, I)]
+    for start, n_rows, spans in blocks:
+        x, dh, da, silu, a = (buffer.narrow(0, 0, n_rows) for buffer in buffers)
+        tokens, h = token_R.narrow(0, start, n_rows), h_RJ.narrow(0, start, n_rows)
+        weights, dweights = weights_R.narrow(0, start, n_rows), dweights_R.narrow(0, start, n_rows)
+        dy = x  # the same memory: x is gathered when dy is not needed any more
+        torch.index_select(dy_NC, 0, tokens, out=dy)
+        _multiply(dy, proj_ECI.transpose(1, 2), spans, out=da)
+        swiglu_backward(h, weights, da, SwiGLUBuffers(dh, silu, a, dweights, da))
+        # swiglu_backward left the activation in a and the gradient of h in dh.
+        if need_proj:
+            _weight_gradient(dy, a, spans, out=dproj_ECI)
+        if need_fc:
+            torch.index_select(x_NC, 0, tokens, out=x)
+            _weight_gradient(dh, x, spans, out=dfc_EJC)
+        _multiply(dh, fc_EJC.transpose(1, 2), spans, out=dx_RC.narrow(0, start, n_rows))
+    return dx_RC, dweights_R, dfc_EJC, dproj_ECI
+
+
+@loop_backward.register_fake
+def _(
+    dy_NC: Tensor,
+    x_NC: Tensor,
+    weights_R: Tensor,
+    h_RJ: Tensor,
+    fc_EJC: Tensor,
+    proj_ECI: Tensor,
+    token_R: Tensor,
+    ends_E: Tensor,
+    need_fc: bool,
+    need_proj: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx_RC = x_NC.new_empty(token_R.size(0), x_NC.size(1))
+    return dx_RC, torch.empty_like(weights_R), _empty_like(fc_EJC, need_fc), _empty_like(proj_ECI, need_proj)
+
+
+def _empty_like(weight: Tensor, needed: bool) -> Tensor:
+    return torch.empty_like(weight) if needed else weight.new_empty(0)
+
+
+class _Block(NamedTuple):
+    """Neighboring rows that are computed together."""
+
+    start: int
+    n_rows: int
+    spans: list[Span]
+    """Relative to the start of the block"""
+
+
+def _spans(ends_E: Tensor) -> list[Span]:
+    """Return the rows of each expert."""
+    spans = []
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):  # on a GPU this waits for the device
+        spans.append((expert, start, end - start))
+        start = end
+    return spans
+
+
+def _blocks(ends_E: Tensor, width: int) -> list[_Block]:
+    """Divide the rows into blocks of at most ``BLOCK_SIZE // width``, or of one expert."""
+    blocks = [_Block(0, 0, [])]
+    for expert, start, n_rows in _spans(ends_E):
+        # An expert's rows stay together, so that each product is computed in one piece.
+        block = blocks.pop()
+        if block.n_rows > 0 and (block.n_rows + n_rows) * width > BLOCK_SIZE:
+            blocks.append(block)
+            block = _Block(start, 0, [])
+        block.spans.append((expert, start - block.start, n_rows))
+        blocks.append(block._replace(n_rows=block.n_rows + n_rows))
+    return blocks
+
+
+def _multiply(x_BC: Tensor, weight_EOC: Tensor, spans: list[Span], out: Tensor) -> None:
+    """Multiply each expert's rows with its transposed weight."""
+    for expert, start, n_rows in spans:
+        if n_rows > 0:  # with few tokens, most experts have none
+            weight_CO = weight_EOC.select(0, expert).t()
+            torch.mm(x_BC.narrow(0, start, n_rows), weight_CO, out=out.narrow(0, start, n_rows))
+
+
+def _weight_gradient(grad_BO: Tensor, x_BC: Tensor, spans: list[Span], out: Tensor) -> None:
+    """Multiply each expert's transposed gradients with its rows; the result is 0 for an expert without rows."""
+    for expert, start, n_rows in spans:
+        grad_OB = grad_BO.narrow(0, start, n_rows).t()
+        torch.mm(grad_OB, x_BC.narrow(0, start, n_rows), out=out.select(0, expert))
+
+
+class PerExpertLoop(ExpertBackend):
+    """One product per expert, which also activates in buffers of its own."""
+
+    def row_multiple(self, x_NC: Tensor) -> int:
+        # oneDNN, which multiplies bf16 matrices on a CPU, builds a kernel for each new number of rows: thirty times the
+        # time of a small product, and routing gives new numbers in each step. Few tokens, as in generation, have few
+        # such numbers, and padding would be most of their work.
+        padded = x_NC.device.type == "cpu" and x_NC.dtype == torch.bfloat16 and x_NC.size(0) > 64
+        return 64 if padded else 1
+
+    def multiply(self, x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        y_RO: Tensor = loop_multiply(_gather(x_NC, rows_R), weight_EOC, ends_E)
+        return y_RO
+
+    def weight_gradient(
+        self,
+        grad_NO: Tensor,
+        x_NC: Tensor,
+        ends_E: Tensor,
+        grad_rows_R: Tensor | None = None,
+        x_rows_R: Tensor | None = None,
+    ) -> Tensor:
+        dweight_EOC: Tensor = loop_weight_gradient(_gather(grad_NO, grad_rows_R), _gather(x_NC, x_rows_R), ends_E)
+        return dweight_EOC
+
+    forward = staticmethod(loop_forward)
+    backward = staticmethod(loop_backward)
+
+
 # -------------------------------------------------------------------------------------------------------------- choice
+
+
+BACKENDS: dict[str, ExpertBackend] = {
+    "grouped_mm": GroupedMM(),
+    "triton": TritonKernels(),
+    "loop": PerExpertLoop(),
+}
+"""All backends by name"""
 
 
 def choose_backend(
@@ -367,13 +614,13 @@ def choose_backend(
         requested: name in ``BACKENDS``; None to choose.
         dtype: type of the products.
         device: of the rows.
-        rows: number of tokens; without any, there is nothing to group.
+        rows: number of assignments.
         widths: of the layer's input and of an expert.
 
     Raises:
         ValueError: the requested backend can't compute this here.
     """
-    if rows == 0:  # the kernels of the others reject empty inputs
+    if rows == 0:  # no token, or a router that assigns none; the kernels of the others reject empty inputs
         return "loop"
     name: str = _choose(requested, dtype, device, widths)
     return name

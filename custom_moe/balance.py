@@ -31,7 +31,7 @@ def expert_counts(indices: Tensor, n_expert: int, mask: Tensor | None = None) ->
     counted = torch.ones_like(indices)
     if mask is not None:
         # A mask over tokens (N,) counts for all K assignments (N, K) of a token.
-        trailing = [1] * (indices.ndim - mask.ndim)
+        trailing = [1] * (indices.ndim - mask.ndim)  # (N,) -> (N, 1) -> (N, K)
         counted = mask.to(counted.dtype).view(*mask.shape, *trailing).expand_as(indices)
     counts_E = torch.zeros(n_expert, device=indices.device, dtype=torch.int64)
     return counts_E.scatter_add(0, indices.flatten(), counted.flatten())

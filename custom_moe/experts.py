@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from custom_moe.backends import BACKENDS, choose_backend
-from custom_moe.kernels import swiglu
+from custom_moe.backends import BACKENDS, choose_backend, swiglu
 from custom_moe.router import RouterOutput
 
 
@@ -79,7 +78,7 @@ def dispatch(router: RouterOutput, row_multiple: int = 1) -> Dispatch:
 def rows_of_tokens(router: RouterOutput, row_S: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return ``Dispatch.rows`` and ``Dispatch.starts_N`` for assignments that are computed in the given rows."""
     if router.per_token is not None:
-        return row_S.view(-1, router.per_token), None
+        return row_S.view(-1, router.per_token), None  # (S,) -> (N, K)
     # Any number of assignments per token: list them token by token, and find where each token begins.
     by_token_S = router.tokens.argsort(stable=True)
     token_N = torch.arange(router.logits.size(0), device=row_S.device)
@@ -107,7 +106,7 @@ def sum_rows(y_RC: Tensor, rows: Tensor, starts_N: Tensor | None = None) -> Tens
     if starts_N is not None or y_RC.is_cpu:
         # One pass over memory, on a CPU five times as fast as gathering first.
         return F.embedding_bag(rows, y_RC, starts_N, mode="sum")
-    rows_NKC = y_RC.index_select(0, rows.flatten()).view(*rows.shape, y_RC.size(1))
+    rows_NKC = y_RC.index_select(0, rows.flatten()).view(*rows.shape, y_RC.size(1))  # (N * K, C) -> (N, K, C)
     return rows_NKC.sum(dim=1, dtype=y_RC.dtype)  # explicit type: CUDA's autocast would return fp32
 
 
@@ -256,18 +255,20 @@ def run_assignments(x_NC: Tensor, router: RouterOutput, fc: Sequence[Tensor], pr
 
     Args:
         x_NC: tokens.
-        router: their assignments.
-        fc: each expert's gate above its up projection, ``(J, C)``.
-        proj: each expert's down projection, ``(C, I)``.
+        router: their assignments, at least one.
+        fc: each expert's gate next to its up projection, transposed: ``(C, J)``.
+        proj: each expert's down projection, transposed: ``(I, C)``.
     """
-    experts = router.experts.tolist()
-    x_rows = x_NC.index_select(0, router.tokens).unsqueeze(1).unbind()  # (1, C) each
-    h_SJ = torch.cat([F.linear(x, fc[expert]) for x, expert in zip(x_rows, experts, strict=True)])
-    a_rows = swiglu(h_SJ, router.weights).unsqueeze(1).unbind()  # (1, I) each
-    y_SC = torch.cat([F.linear(a, proj[expert]) for a, expert in zip(a_rows, experts, strict=True)])
-    if router.per_token is not None:
-        return y_SC.view(-1, router.per_token, y_SC.size(1)).sum(dim=1)
-    return sum_rows(y_SC, *rows_of_tokens(router, torch.arange(len(experts))))
+    experts, tokens = router.experts.tolist(), router.tokens.tolist()
+    # Rows of (1, C) and (1, I); chunk is C++, unlike split
+    x_rows = x_NC.chunk(x_NC.size(0))
+    h_SJ = torch.cat([torch.mm(x_rows[token], fc[expert]) for token, expert in zip(tokens, experts, strict=True)])
+    a_rows = swiglu(h_SJ, router.weights).chunk(len(experts))
+    y_NC = torch.zeros_like(x_NC)
+    y_rows = y_NC.chunk(x_NC.size(0))
+    for a, token, expert in zip(a_rows, tokens, experts, strict=True):
+        y_rows[token].addmm_(a, proj[expert])  # product and sum in one call: calls are most of the time
+    return y_NC
 
 
 # ---------------------------------------------------------------------------------------------------------- the module
@@ -319,7 +320,7 @@ class Experts(nn.Module):
             ValueError: ``backend`` can't compute these types and shapes here.
         """
         dtype = compute_dtype(x_NC)
-        backend = self._choose_backend(dtype, x_NC.device, x_NC.size(0))
+        backend = self._choose_backend(dtype, x_NC.device, router.experts.size(0))
         return self._feed_forward(x_NC.to(dtype), router, backend).to(x_NC.dtype)
 
     def for_inference(self) -> Callable[[Tensor, RouterOutput], Tensor]:
@@ -333,13 +334,13 @@ class Experts(nn.Module):
         # On a GPU the launches count and not Python, and autocast would cast the weights in each step.
         if unusual or not fc_weight.is_cpu or compute_dtype(fc_weight) != fc_weight.dtype:
             return self.forward
-        fc, proj = fc_weight.unbind(), self.proj_weight.detach().unbind()
+        fc, proj = fc_weight.mT.unbind(), self.proj_weight.detach().mT.unbind()  # (C, J) and (I, C) each
 
         def forward(x_NC: Tensor, router: RouterOutput) -> Tensor:
             # With more assignments than experts, several share one, and a product for all of them is faster.
-            if router.experts.size(0) > len(fc) or x_NC.dtype != fc_weight.dtype:
-                return self.forward(x_NC, router)
-            return run_assignments(x_NC, router, fc, proj)
+            if 0 < router.experts.size(0) <= len(fc) and x_NC.dtype == fc_weight.dtype:
+                return run_assignments(x_NC, router, fc, proj)
+            return self.forward(x_NC, router)
 
         return forward
 

@@ -92,7 +92,7 @@ class MoE(nn.Module):
         route, run_experts, shared_experts = self.gate.forward, self.experts.for_inference(), self.shared_experts
 
         def forward(x: Tensor) -> Tensor:
-            x_NC = x.flatten(0, -2)
+            x_NC = x.flatten(0, -2)  # (B, T, C) -> (N, C)
             y = run_experts(x_NC, route(x_NC)).view_as(x)
             return y if shared_experts is None else y + shared_experts(x)
 

@@ -1,8 +1,9 @@
 """Routers decide which experts each token goes to, and with which weight. They compute in fp32.
 
-To add a router, subclass ``Router`` and return a ``RouterOutput``; pass the class to ``use_custom_moe(router=...)`` or
-``MoE(config, router=...)``. Everything below the router (dispatch, experts, balance losses, statistics, LoRA) takes a
-flat list of assignments, so a token may have any number of experts, also none.
+To add a router, subclass ``Router`` and return a ``RouterOutput``. Pass the class to ``use_custom_moe(router=...)`` or
+``MoE(config, router=...)``, or name it in a training run: ``--moe.router my_routers.MyRouter``. Everything below the
+router (dispatch, experts, balance losses, statistics, LoRA) takes a flat list of assignments, so a token may have any
+number of experts, also none.
 
 Shape suffixes: see ``custom_moe``.
 """
@@ -150,8 +151,8 @@ class GroupedTopKRouter(TopKRouter):
     def _choose_in_groups(self, scores_NE: Tensor) -> Tensor:
         """Return the best experts ``(N, K)`` in the ``n_topk_groups`` groups with the largest sums of best scores."""
         config = self.config
-        # e: experts of a group. A group is as good as the sum of its best scores.
-        scores_NGe = scores_NE.view(len(scores_NE), config.n_expert_groups, -1)
+        # G: groups, e: experts of a group. A group is as good as the sum of its best scores.
+        scores_NGe = scores_NE.view(len(scores_NE), config.n_expert_groups, -1)  # (N, E) -> (N, G, e)
         group_scores_NG = scores_NGe.topk(config.n_topk_scores_per_group, dim=-1)[0].sum(dim=-1)
         groups = torch.topk(group_scores_NG, k=config.n_topk_groups, dim=-1, sorted=False)[1]
         allowed_NG = torch.zeros_like(group_scores_NG, dtype=torch.bool).scatter_(1, groups, True)

@@ -321,7 +321,7 @@ def _(h_SJ: Tensor, weights_S: Tensor) -> Tensor:
 
 @torch.library.custom_op("custom_moe::swiglu_backward", mutates_args=())
 def swiglu_backward(h_SJ: Tensor, weights_S: Tensor, da_SI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ``custom_moe.kernels.swiglu_backward`` in one pass.
+    """Compute ``custom_moe.backends.swiglu_backward`` in one pass.
 
     Returns:
         The gradient of ``h`` ``(S, J)``, the result of ``swiglu`` again ``(S, I)``, and the gradient of the weights

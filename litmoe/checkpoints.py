@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import yaml
 
 from litmoe.checksummed_json import file_sha256, known_fields, read_checksummed, write_checksummed
-from litmoe.cli import UserError, with_current_class_paths
+from litmoe.cli import UserError, quoted, with_current_class_paths
 from litmoe.hf_config import converted_by_litgpt, huggingface_config, without_counterpart
 
 # Functions import torch and litgpt when they need them: that takes seconds, and a wrong path is reported before.
@@ -266,7 +266,7 @@ def _write_huggingface_config(
     tokenizer_dir: Path | None,
 ) -> None:
     """Write ``config.json``, if transformers has an equivalent model."""
-    if not converted_by_litgpt(config) or without_counterpart(config):
+    if not converted_by_litgpt(config) or without_counterpart(config) or _router_in(hyperparameters):
         return
     bos_id = eos_id = None
     if tokenizer_dir is not None:
@@ -717,7 +717,45 @@ def _trained_context(hyperparameters: dict[str, Any], block_size: int) -> int:
     return block_size
 
 
-def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype", max_seq_length: int | None = None) -> "GPT":
+def recorded_router(folder: Path) -> str | None:
+    """Return the class path of the router that a checkpoint was trained with; None for one that its config describes.
+
+    This is text from the checkpoint: it is shown and compared, but never imported.
+    """
+    if not (as_folder(folder) / HYPERPARAMETERS).exists():  # written by `litgpt download`, for example
+        return None
+    return _router_in(load_hyperparameters(folder))
+
+
+def _router_in(hyperparameters: dict[str, Any]) -> str | None:
+    moe = hyperparameters.get("moe")
+    router = moe.get("router") if isinstance(moe, dict) else None
+    return None if router is None else str(router)
+
+
+def check_router(folder: Path, router: str | None, flag: str = "--router") -> None:
+    """Raise ``UserError`` if a checkpoint was trained with a router of the user's own, unless the user names it again.
+
+    Args:
+        folder: the checkpoint.
+        router: class path that the user names; it has no effect on a checkpoint with the router of its config.
+        flag: the flag for it, for the message.
+    """
+    recorded = recorded_router(folder)
+    if recorded is not None and recorded != router:
+        raise UserError(
+            f"{folder} was trained with the router {recorded}. Its code is not part of the checkpoint; to import it,"
+            f" add {flag} {quoted(recorded)}."
+        )
+
+
+def load_model(
+    folder: Path,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    max_seq_length: int | None = None,
+    router: str | None = None,
+) -> "GPT":
     """Return the model of a checkpoint, in evaluation mode, with the layers of ``custom_moe``.
 
     Args:
@@ -725,23 +763,28 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype", max_s
         device: where the weights go.
         dtype: of the weights.
         max_seq_length: its context, as in `context_of`.
+        router: class path that is imported if the checkpoint was trained with it.
 
     Raises:
-        UserError: the checkpoint is damaged, or the context is too long.
+        UserError: the checkpoint is damaged, the context is too long, or it was trained with another router.
     """
     import torch
     from litgpt import GPT
 
-    from custom_moe import use_custom_moe
-    from litmoe.layers import use_fast_layers
+    from litmoe.layers import use_our_layers
 
     config, context = load_config(folder), context_of(folder, max_seq_length)
+    check_router(folder, router)
+    if recorded_router(folder) is None:
+        router = None
     # Mapped, the weights are in memory once. On Windows the folder could then not be replaced.
     weights = load_weights(folder, mmap=os.name != "nt")
     try:
         # Without storage: the loaded tensors become the parameters.
-        with use_custom_moe(), use_fast_layers(), torch.device("meta"):
+        with use_our_layers(router), torch.device("meta"):
             gpt = GPT(config)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"no model can be built from {as_folder(folder) / MODEL_CONFIG}: {error}.") from error
     for name, tensor in weights.items():

@@ -137,6 +137,10 @@ class MoESettings:
     backend: Literal["auto", "grouped_mm", "triton", "loop"] = "auto"
     """What computes the experts (custom_moe/backends.py); auto chooses by GPU, type and widths. Checkpoints do not
     depend on it"""
+    router: str | None = None
+    """A router of your own by its class path, such as my_routers.ExpertChoice: a subclass of custom_moe.Router, which
+    is imported and called. Other programs can't compute such a model. null: the router that the model's config
+    describes"""
 
 
 @dataclass

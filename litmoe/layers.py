@@ -5,6 +5,7 @@ The same code serves training and decoding: with ``input_pos`` the attention rea
 Shape suffixes: B batch, T time, H query heads, G key and value heads (n_query_groups), D head_size, S keys.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from litgpt import Config
 from torch import Tensor
 
+from custom_moe import Router, use_custom_moe
 from custom_moe.backends import hardware_of
+from litmoe.cli import UserError
 
 
 @dataclass
@@ -119,11 +122,15 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
         if cache.k.dtype != k.dtype:  # under autocast, or in a model that was converted
             cache.k, cache.v = cache.k.to(k.dtype), cache.v.to(v.dtype)
         B, _, T, _ = k.shape
-        # (1 or B, 1, T, 1): LitGPT's cache would loop over the rows if each has positions of its own.
-        position = input_pos.view(-1, 1, T, 1).expand_as(k)
         k_cache, v_cache = cache.k.narrow(0, 0, B), cache.v.narrow(0, 0, B)
-        k_cache.scatter_(2, position, k)
-        v_cache.scatter_(2, position, v)
+        if input_pos.dim() == 1:
+            k_cache.index_copy_(2, input_pos, k)
+            v_cache.index_copy_(2, input_pos, v)
+        else:
+            # (B, 1, T, 1): LitGPT's cache would loop over the rows if each has positions of its own.
+            position = input_pos.view(B, 1, T, 1).expand_as(k)
+            k_cache.scatter_(2, position, k)
+            v_cache.scatter_(2, position, v)
         if end is None:
             return k_cache, v_cache
         return k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end)
@@ -196,6 +203,8 @@ class RMSNorm(litgpt.model.RMSNorm):
         """Normalize the last dimension: ``(..., size) -> (..., size)``."""
         assert self.dim == -1
         weight = 1 + self.weight if self.add_unit_offset else self.weight
+        if not torch.is_grad_enabled():
+            return _rms_norm(x, weight.float(), self.eps)[0]
         y: Tensor = _RMSNorm.apply(x, weight, self.eps)
         return y
 
@@ -252,3 +261,37 @@ def use_fast_layers() -> Iterator[None]:
     finally:
         for name, layer in originals.items():
             setattr(litgpt.model, name, layer)
+
+
+@contextmanager
+def use_our_layers(router: str | None = None) -> Iterator[None]:
+    """Make ``litgpt.GPT(config)`` build with ``custom_moe`` and with the layers above.
+
+    Args:
+        router: class path of a router that the user named, ``moe.router``; None for the one that the config describes.
+
+    Raises:
+        UserError: there is no such router.
+    """
+    with use_custom_moe(router=None if router is None else import_router(router)), use_fast_layers():
+        yield
+
+
+def import_router(class_path: str) -> type[Router]:
+    """Import a router by its class path.
+
+    The module is executed, so the path must be the user's own words: a flag or a line of the run file, never what a
+    checkpoint contains.
+
+    Raises:
+        UserError: there is no such class, or it is no ``Router``.
+    """
+    module, _, name = class_path.rpartition(".")
+    expected = "expected the class path of a subclass of custom_moe.Router, such as my_routers.ExpertChoice"
+    try:
+        router = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"the router {class_path} can't be imported ({error}); {expected}.") from None
+    if not (isinstance(router, type) and issubclass(router, Router)):
+        raise UserError(f"the router {class_path} is {router!r}; {expected}.")
+    return router

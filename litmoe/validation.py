@@ -14,6 +14,7 @@ from custom_moe import weights_are_constant
 from litmoe.cli import UserError
 from litmoe.config import RunSettings, ScheduleSettings
 from litmoe.hardware import choose_precision, is_sharded, processes
+from litmoe.layers import import_router
 from litmoe.train.optimizers import optimizer_traits
 
 
@@ -176,7 +177,9 @@ def _check_groups(config: Config) -> Iterator[str]:
 def _check_router_learns(settings: RunSettings) -> Iterator[str]:
     """Check that a new model's routers get a gradient. A trained model only gets ``constant_weights_note``."""
     config = settings.model
-    if settings.initial_checkpoint_dir or settings.resume or constant_weights_note(config) is None:
+    if settings.moe.router or settings.initial_checkpoint_dir or settings.resume:
+        return
+    if constant_weights_note(config) is None:
         return
     kind, alternative = "a softmax router", _sigmoid_router_flags(config)
     if config.n_expert_groups:
@@ -208,6 +211,10 @@ def _check_moe(settings: RunSettings) -> Iterator[str]:
     # The setting would have no effect, and users set it to compare backends.
     if moe.backend != "auto" and not is_moe:
         yield f"moe.backend is {moe.backend}, but this model has no experts; --moe.backend auto"
+    if moe.router is not None:
+        # A router of the user's own may use the rate in any way.
+        yield from _check_own_router(moe.router, settings)
+        return
     if not moe.bias_update_rate > 0:
         return
     if not is_moe or not config.n_expert_groups:
@@ -224,6 +231,21 @@ def _check_moe(settings: RunSettings) -> Iterator[str]:
             f"moe.bias_update_rate is {moe.bias_update_rate}, but LoRA does not change the routers' selection bias;"
             " --moe.bias_update_rate 0, or train all weights: --lora_r 0"
         )
+
+
+def _check_own_router(router: str, settings: RunSettings) -> Iterator[str]:
+    if settings.model.mlp_class_name != "LLaMAMoE":
+        yield f"moe.router is {router}, but this model has no experts; --moe.router null"
+    elif settings.upcycle:
+        yield (
+            f"moe.router is {router}, but a mixture computes the same as its dense checkpoint only if the weights of a"
+            " token sum to 1, as those of the softmax router; --moe.router null"
+        )
+    else:
+        try:
+            import_router(router)
+        except UserError as error:
+            yield f"moe.router: {error}"
 
 
 # --- Run

@@ -16,8 +16,9 @@ from litmoe.cli import UserError
 from litmoe.data import instructions
 from litmoe.data.conversations import DEFAULT_STYLE, encode_conversation, is_tuned, load_prompt_style, prompt_style
 from litmoe.data.sft_data import IGNORE_INDEX, EncodedConversations, collate, longer_context
-from litmoe.evaluation.common import LoadedModel, Precision, Result, as_table, check_finite, load_model, with_progress
+from litmoe.evaluation.common import LoadedModel, Precision, Result, as_table, load_model, with_progress
 from litmoe.forward import hidden_states, logits_of
+from litmoe.inference.generate import check_finite
 
 _BATCH_SIZE = 8
 
@@ -75,6 +76,7 @@ def evaluate(
     max_seq_length: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    router: str | None = None,
 ) -> AnswersEvaluation:
     """Evaluate a checkpoint on the validation conversations of a folder that ``prepare_data.py --instruct`` wrote.
 
@@ -101,7 +103,7 @@ def evaluate(
         )
     size = batch_size or _BATCH_SIZE
     indices = range(len(encoded))[: None if max_iters is None else max_iters * size]
-    model = load_model(folder, device, precision, context)
+    model = load_model(folder, device, precision, context, router)
     nats, tokens = _sum_loss(model, encoded, indices, size, tokenizer.eos_id or 0, context)
     return AnswersEvaluation(
         **model.about,
@@ -143,10 +145,13 @@ def table(result: AnswersEvaluation) -> Table:
     """Return the result as a table for the terminal."""
     conversations = f"{result.conversations:,} with {result.answer_tokens:,} answer tokens"
     if result.cut:
-        conversations += f"; {result.cut:,} of all are longer than {result.max_seq_length:,} tokens and cut"
+        conversations += (
+            f"; {result.cut:,} of all conversations are longer than {result.max_seq_length:,} tokens and cut"
+        )
     if result.left_out:
         conversations += (
-            f"; {result.left_out:,} of all are skipped: no answer in their first {result.max_seq_length:,} tokens"
+            f"; {result.left_out:,} of all conversations are skipped: no answer in their first"
+            f" {result.max_seq_length:,} tokens"
         )
     rows = {
         "answers": f"{result.data_dir}, validation",

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from litmoe.cli import UserError
+from litmoe.inference.console import find_checkpoint
 
 # The flags that only some evaluations use, by the flag that selects the evaluation.
 _FLAGS = {
@@ -34,6 +35,7 @@ def main(
     plot: Path | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"] = "auto",
+    router: str | None = None,
 ) -> None:
     """Evaluate a checkpoint: loss on its validation text, HellaSwag, tasks of lm-eval, or statistics of its experts.
 
@@ -53,19 +55,22 @@ def main(
         plot: With --experts, write a heat map of the experts to this .png or .svg file.
         device: cpu, cuda, cuda:1, mps. auto takes a GPU if there is one.
         precision: auto is bf16-mixed on a GPU with bf16 support, else 32-true.
+        router: Class path of the --moe.router that the checkpoint was trained with, to import its code.
     """
-    from litmoe import checkpoints
-
     selected = {"--hellaswag": hellaswag is not None, "--tasks": tasks is not None, "--experts": experts}
     text_flags: dict[str, Any] = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
     task_flags: dict[str, Any] = {"tasks_dir": tasks_dir, "limit": limit, "num_fewshot": num_fewshot}
     evaluation = _selected_evaluation(selected, text_flags | task_flags | {"plot": plot})
     _check_values(text_flags | task_flags | {"max_seq_length": max_seq_length}, json_file, plot)
-    folder = checkpoints.resolve(checkpoint)
-    print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
+    folder = find_checkpoint(checkpoint, router)
 
     # Each import takes seconds, so only the module in use is imported.
-    common: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "precision": precision}
+    common: dict[str, Any] = {
+        "max_seq_length": max_seq_length,
+        "device": device,
+        "precision": precision,
+        "router": router,
+    }
     module: ModuleType
     if evaluation == "--hellaswag":
         from litmoe.evaluation import hellaswag as module

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from litmoe import checkpoints
-from litmoe.cli import UserError, strip_control_chars
+from litmoe.cli import strip_control_chars
 from litmoe.forward import hidden_states, logits_of
-from litmoe.inference.generate import supports_bf16
+from litmoe.inference.generate import check_finite, supports_bf16
 
 Precision = Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
 
@@ -48,7 +48,7 @@ class LoadedModel(NamedTuple):
     about: dict[str, Any]  # fields of `Result`
 
 
-def load_model(folder: Path, device: str, precision: Precision, context: int) -> LoadedModel:
+def load_model(folder: Path, device: str, precision: Precision, context: int, router: str | None = None) -> LoadedModel:
     """Load the model of a checkpoint. The ``evaluate`` functions have the same arguments.
 
     Args:
@@ -56,9 +56,10 @@ def load_model(folder: Path, device: str, precision: Precision, context: int) ->
         device: a torch device; "auto" takes a GPU if there is one.
         precision: "auto" is bf16-mixed on a GPU with bf16 support, else 32-true.
         context: maximum number of tokens that the model is given.
+        router: see `checkpoints.load_model`.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, or there is no such device.
+        UserError: the checkpoint is missing, damaged or has another router, or there is no such device.
     """
     step = checkpoints.read_metadata(folder).step
     torch_device = checkpoints.choose_device(device)
@@ -73,7 +74,7 @@ def load_model(folder: Path, device: str, precision: Precision, context: int) ->
         weights_dtype = torch.float32
     device_name = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else torch_device.type
     # Last, because it takes longest: errors of the arguments come first.
-    gpt = checkpoints.load_model(folder, torch_device, weights_dtype, context)
+    gpt = checkpoints.load_model(folder, torch_device, weights_dtype, context, router)
     about = {"checkpoint": str(folder), "step": step, "device": device_name, "precision": precision}
     return LoadedModel(gpt, autocast, about)
 
@@ -164,14 +165,6 @@ def score_continuations(gpt: GPT, rows: Sequence[Continuation]) -> list[Continua
     lengths = [row.length for row in rows]
     pairs = zip(nats_N.split(lengths), torch.cat(hits).split(lengths), strict=True)
     return [ContinuationScore(-float(nats.sum()), bool(hits.all())) for nats, hits in pairs]
-
-
-def check_finite(values: torch.Tensor) -> None:
-    """Raise UserError if the output of the model contains NaN or infinity."""
-    if not values.isfinite().all():
-        raise UserError(
-            "the output of the model is NaN or infinite, because its training diverged. Use an earlier checkpoint."
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------- display

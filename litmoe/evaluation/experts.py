@@ -1,7 +1,7 @@
 """What the experts of a checkpoint do: how evenly they are used, and which tokens each prefers.
 
-Counted is every token of the validation text, once, in the windows of `litmoe.evaluation.loss`. Each token is assigned
-to ``n_expert_per_token`` experts in every layer.
+Counted is every token of the validation text, once, in the windows of `litmoe.evaluation.loss`. LitGPT's routers assign
+each token to ``n_expert_per_token`` experts in every layer; a router of the user's own may assign it to any number.
 
 - ``load``: assignments of an expert, divided by an even share. 1 is even, 0 is never chosen.
 - ``entropy``: of the load of a layer, divided by its maximum log(n_expert). 1 is even, 0 is one expert for everything.
@@ -9,9 +9,9 @@ to ``n_expert_per_token`` experts in every layer.
   hardly distinguishes the experts, near 0 it is sure of one.
 - ``dead``: experts with a load below `DEAD`.
 - ``tokens``: the tokens that an expert takes more often than by chance. If its choice did not depend on the token, it
-  would take the same share of each. Listed are the tokens with a share above that by most standard deviations. ``lift``
-  is the factor: 3 is three times as often as the expert takes any token. Tokens seen fewer than `SEEN` times are
-  skipped.
+  would take the same share of the assignments of each. Listed are the tokens with a share above that by most standard
+  deviations. ``lift`` is the factor: 3 is three times as often as the expert takes any token. Tokens seen fewer than
+  `SEEN` times are skipped.
 """
 
 import time
@@ -88,6 +88,7 @@ def evaluate(
     max_seq_length: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    router: str | None = None,
 ) -> ExpertStatistics:
     """Observe the routers of a checkpoint over the validation text; arguments as `litmoe.evaluation.loss.evaluate`.
 
@@ -102,12 +103,12 @@ def evaluate(
         )
     text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
     tokenizer = checkpoints.load_tokenizer(folder)
-    model = load_model(folder, device, precision, text.context)
+    model = load_model(folder, device, precision, text.context, router)
     start = time.perf_counter()
     counts = count(model.gpt, text.batches, model.autocast)
     first_block = config.n_layer - len(counts.assigned)
     layers = [
-        describe(first_block + index, assigned_EV, counts.router_entropy[index], config.n_expert_per_token, tokenizer)
+        describe(first_block + index, assigned_EV, counts.seen, counts.router_entropy[index], tokenizer)
         for index, assigned_EV in enumerate(counts.assigned)
     ]
     return ExpertStatistics(
@@ -127,6 +128,7 @@ class Counts(NamedTuple):
     """How often each expert took each token."""
 
     tokens: int
+    seen: Tensor  # how often each token occurs, ``(padded_vocab_size,)`` int64
     assigned: Tensor  # ``(MoE layers, n_expert, padded_vocab_size)`` int64
     router_entropy: list[float]  # by MoE layer
 
@@ -145,9 +147,10 @@ def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counts:
     n_layer = config.n_layer - (config.first_k_dense_replace or 0)
     assigned = torch.zeros(n_layer, config.n_expert * vocab_size, dtype=torch.int64)
     entropies = torch.zeros(n_layer, dtype=torch.float64)
-    tokens = 0
+    seen = torch.zeros(vocab_size, dtype=torch.int64)
     for batch in batches:
         ids_BT = batch[:, :-1].to(device)
+        seen += ids_BT.flatten().bincount(minlength=vocab_size).cpu()
         with autocast or nullcontext():
             _, block_routers = hidden_states(gpt, ids_BT)
         routers = [router for router in block_routers if router is not None]  # dense blocks have none
@@ -157,33 +160,30 @@ def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counts:
             assigned[layer].scatter_add_(0, pairs, torch.ones_like(pairs))
             probabilities_NE = router_probabilities(router.logits, router.score_function)
             entropies[layer] += normalized_entropy(probabilities_NE).sum().double().cpu()
-        tokens += ids_BT.numel()
-    return Counts(tokens, assigned.view(n_layer, config.n_expert, vocab_size), (entropies / tokens).tolist())
+    tokens = int(seen.sum())
+    return Counts(tokens, seen, assigned.view(n_layer, config.n_expert, vocab_size), (entropies / tokens).tolist())
 
 
-def describe(
-    block: int, assigned_EV: Tensor, router_entropy: float, n_expert_per_token: int, tokenizer: Tokenizer
-) -> Layer:
+def describe(block: int, assigned_EV: Tensor, seen_V: Tensor, router_entropy: float, tokenizer: Tokenizer) -> Layer:
     """Return the statistics of a layer.
 
     Args:
         block: index of the block.
         assigned_EV: how often each expert took each token.
+        seen_V: how often each token occurs in the text.
         router_entropy: mean over tokens.
-        n_expert_per_token: of the model.
         tokenizer: of the model.
     """
-    by_token_V = assigned_EV.sum(dim=0)
     by_expert_E = assigned_EV.sum(dim=1)
     shares_E = expert_load(by_expert_E)
     load_E = shares_E * len(shares_E)
     statistics = load_statistics(by_expert_E)
-    # By chance, an expert takes its share of each token, with the variance of a binomial distribution.
-    expected_EV = shares_E[:, None] * by_token_V
+    # By chance, an expert takes its share of the assignments of each token, with the variance of a binomial
+    # distribution.
+    expected_EV = shares_E[:, None] * assigned_EV.sum(dim=0)
     deviations_EV = (assigned_EV - expected_EV) / (expected_EV * (1 - shares_E[:, None])).sqrt()
     # An expert that takes nothing or everything has no deviation.
-    is_rare_V = by_token_V < SEEN * n_expert_per_token
-    deviations_EV = deviations_EV.nan_to_num(0.0).masked_fill(is_rare_V, 0.0)
+    deviations_EV = deviations_EV.nan_to_num(0.0).masked_fill(seen_V < SEEN, 0.0)
     best_EV = deviations_EV.argsort(descending=True, stable=True)[:, :TOKENS]
 
     def frequent_token(expert: int, id: int) -> FrequentToken:
@@ -191,8 +191,8 @@ def describe(
         return FrequentToken(
             id=id,
             text=token_text(tokenizer, id),
-            seen=int(by_token_V[id]) // n_expert_per_token,
-            share=float(taken / by_token_V[id] * n_expert_per_token),
+            seen=int(seen_V[id]),
+            share=float(taken / seen_V[id]),
             lift=float(taken / expected_EV[expert, id]),
         )
 
@@ -247,7 +247,7 @@ def table(result: ExpertStatistics) -> Group:
         )
     rows = {
         "text": f"{result.data_dir}, validation, {result.tokens:,} tokens",
-        "experts": f"{result.n_expert} in {len(result.layers)} layers, {result.n_expert_per_token} for each token",
+        "experts": f"{result.n_expert} in {len(result.layers)} layers, n_expert_per_token {result.n_expert_per_token}",
         "load": "relative to an even share: 1 is even; entropy: 1 is even",
     }
     return Group(experts, layers, as_table(result, rows, f", {result.tokens / result.seconds:,.0f} tokens/s"))
@@ -288,7 +288,7 @@ def draw(result: ExpertStatistics, path: Path) -> None:
         range(n_layer), [f"layer {layer.block}\nentropy {layer.entropy:.3f}" for layer in result.layers], fontsize=font
     )
     axes.set_xlabel(
-        f"expert; {result.n_expert_per_token} for each token, {result.tokens:,} tokens of {result.data_dir}\n"
+        f"expert; n_expert_per_token {result.n_expert_per_token}, {result.tokens:,} tokens of {result.data_dir}\n"
         "number and color: load relative to an even share; below: preferred tokens",
         parse_math=False,
     )

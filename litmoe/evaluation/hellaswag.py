@@ -98,6 +98,7 @@ def evaluate(
     max_seq_length: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    router: str | None = None,
 ) -> HellaSwagEvaluation:
     """Score a checkpoint and show a progress bar on stderr.
 
@@ -111,7 +112,7 @@ def evaluate(
     # Read and tokenize the questions first. The model needs more time, and a wrong file is a common mistake.
     questions = read_questions(source, limit)
     encoded = encode(questions, checkpoints.load_tokenizer(folder), checkpoints.load_config(folder), context)
-    model = load_model(folder, device, precision, context)
+    model = load_model(folder, device, precision, context, router)
     start = time.perf_counter()
     with model.autocast:
         scores = log_probabilities(model.gpt, with_progress(encoded.batches, len(encoded.batches)), encoded)

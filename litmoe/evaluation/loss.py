@@ -34,7 +34,8 @@ from litmoe.cli import UserError, quoted
 from litmoe.data import manifest
 from litmoe.data.loader import token_chunks
 from litmoe.data.manifest import Manifest, Split, checked_manifest
-from litmoe.evaluation.common import Precision, Result, as_table, check_finite, load_model, with_progress
+from litmoe.evaluation.common import Precision, Result, as_table, load_model, with_progress
+from litmoe.inference.generate import check_finite
 
 _LOGITS = 1 << 28  # logits of a batch, 1 GiB in fp32: decides the batch size
 
@@ -75,6 +76,7 @@ def evaluate(
     max_seq_length: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    router: str | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint on the validation text of a prepared corpus and show a progress bar on stderr.
 
@@ -86,13 +88,14 @@ def evaluate(
         max_seq_length: tokens in a window; as many as in training if None.
         device: see `load_model`.
         precision: see `load_model`.
+        router: see `load_model`.
 
     Raises:
         UserError: the checkpoint is missing or damaged, there are no tokens, they were made by another tokenizer, the
             context is longer than that of the model, or the loss is not finite.
     """
     text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
-    model = load_model(folder, device, precision, text.context)
+    model = load_model(folder, device, precision, text.context, router)
     start = time.perf_counter()
     nats, tokens, n_windows = sum_loss(model.gpt, text.batches, model.autocast)
     check_finite(torch.tensor(nats))
@@ -117,13 +120,13 @@ def open_validation(
     folder: Path, data_dir: Path | None, *, max_iters: int | None, batch_size: int | None, max_seq_length: int | None
 ) -> ValidationText:
     """Open the validation text for a checkpoint; arguments and errors as `evaluate`."""
-    mark = checkpoints.read_metadata(folder)
+    metadata = checkpoints.read_metadata(folder)
     vocab_size = checkpoints.load_config(folder).padded_vocab_size
     if data_dir is None:
         data_dir = trained_on(checkpoints.load_hyperparameters(folder), folder)
     data = checked_manifest(data_dir)
-    training_data = _training_manifest(folder, mark)
-    _check_tokenizer(folder, mark, training_data, data, data_dir, vocab_size)
+    training_data = _training_manifest(folder, metadata)
+    _check_tokenizer(folder, metadata, training_data, data, data_dir, vocab_size)
     # The manifest of a corpus has a hash of its source, so it identifies the text.
     same_data = None
     if training_data is not None:
@@ -256,9 +259,9 @@ def trained_on(settings: dict[str, Any], folder: Path) -> Path:
     return data_dir
 
 
-def _training_manifest(folder: Path, mark: checkpoints.CheckpointMetadata) -> Manifest | None:
+def _training_manifest(folder: Path, metadata: checkpoints.CheckpointMetadata) -> Manifest | None:
     """Return the manifest of the training data, which a checkpoint of 0.1.0 or of another program may lack."""
-    if checkpoints.MANIFEST not in mark.files:
+    if checkpoints.MANIFEST not in metadata.files:
         return None
     checkpoints.verify(folder, [checkpoints.MANIFEST])
     return manifest.read_file(folder / checkpoints.MANIFEST)
@@ -266,7 +269,7 @@ def _training_manifest(folder: Path, mark: checkpoints.CheckpointMetadata) -> Ma
 
 def _check_tokenizer(
     folder: Path,
-    mark: checkpoints.CheckpointMetadata,
+    metadata: checkpoints.CheckpointMetadata,
     training_data: Manifest | None,
     data: Manifest,
     data_dir: Path,
@@ -274,8 +277,8 @@ def _check_tokenizer(
 ) -> None:
     """Raise UserError if the tokens were made by another tokenizer than that of the checkpoint."""
     tokenizer = data.tokenizer
-    if "tokenizer.json" in mark.files:
-        checkpoints.verify(folder, mark.files.keys() & set(checkpoints.TOKENIZER_FILES))
+    if "tokenizer.json" in metadata.files:
+        checkpoints.verify(folder, metadata.files.keys() & set(checkpoints.TOKENIZER_FILES))
         sha256 = manifest.tokenizer_fingerprint(folder)
     elif training_data is not None:
         sha256 = training_data.tokenizer.sha256

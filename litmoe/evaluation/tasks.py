@@ -88,6 +88,7 @@ def evaluate(
     max_seq_length: int | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    router: str | None = None,
 ) -> TaskEvaluation:
     """Score a checkpoint and show a progress bar on stderr. lm-eval seeds the random states of Python, numpy and torch.
 
@@ -106,7 +107,7 @@ def evaluate(
     manager = find_tasks(names, tasks_dir)
     # Load the data before the model, because a missing network is a common problem.
     tasks = load_tasks(manager, names)
-    model = load_model(folder, device, precision, context)
+    model = load_model(folder, device, precision, context, router)
     start = time.perf_counter()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     results = evaluator.simple_evaluate(

@@ -116,9 +116,9 @@ def _model_rows(config: Config, described: dict[str, Any], total: int, active: i
 
 def _training_rows(folder: Path, imported: str | None, style: str | None) -> dict[str, str | None]:
     """Return what is known about the training; None for what is unknown."""
-    mark = checkpoints.read_metadata(folder)
-    duration = f"{mark.step:,} steps, {mark.tokens:,} tokens" if mark.step else None
-    loss = _validation_loss(folder, mark.step)
+    metadata = checkpoints.read_metadata(folder)
+    duration = f"{metadata.step:,} steps, {metadata.tokens:,} tokens" if metadata.step else None
+    loss = _validation_loss(folder, metadata.step)
     conversations = _conversations(folder)
     rows = {"imported from": imported, "training text": _training_text(folder)}
     if conversations:
@@ -130,7 +130,7 @@ def _training_rows(folder: Path, imported: str | None, style: str | None) -> dic
     else:
         rows |= {"trained for": duration, "validation loss": loss}
     rows["prompt style"] = f"`{style}` of LitGPT" if style else None
-    rows["made with"] = ", ".join(f"{package} {version}" for package, version in mark.versions.items())
+    rows["made with"] = ", ".join(f"{package} {version}" for package, version in metadata.versions.items())
     return rows
 
 

@@ -73,10 +73,13 @@ def export(checkpoint: Path, out: Path, *, dtype: Dtype | None = None, title: st
     # The context of training: the model was never trained on longer sequences.
     config = replace(checkpoints.load_config(folder), block_size=checkpoints.context_of(folder))
     problems = without_counterpart(config)
+    router = checkpoints.recorded_router(folder)
+    if router is not None:
+        problems.append(f"the router {router} (moe.router of its run)")
     if problems:
         raise UserError(
-            f"transformers has no model that computes the same as {folder}, so nothing was written. Without counterpart"
-            f" in its {checkpoints.MODEL_CONFIG}: {'; '.join(problems)}."
+            f"transformers has no model that computes the same as {folder}, so nothing was written. It has no"
+            f" counterpart of: {'; '.join(problems)}."
         )
     if not (folder / "tokenizer.json").is_file():
         raise UserError(

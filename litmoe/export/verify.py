@@ -7,9 +7,8 @@ import torch
 from litgpt import GPT, Tokenizer
 from torch import Tensor
 
-from litmoe.cli import UserError
 from litmoe.data.tokenizers import text_ids
-from litmoe.inference.generate import generate_tokens, room_after
+from litmoe.inference.generate import check_finite, generate_tokens, room_after
 from litmoe.inference.text_stream import TextStream
 
 TOLERANCE = 1e-4  # largest allowed difference between two logits in fp32
@@ -42,10 +41,7 @@ def same_logits(gpt: GPT, theirs: Any, *, seed: int = 0) -> Check:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(gpt.config.padded_vocab_size, (2, length), generator=generator)
     our_logits, their_logits = gpt(ids), theirs(ids).logits
-    if not our_logits.isfinite().all():
-        raise UserError(
-            "the output of the model is NaN or infinite, because its training diverged. Use an earlier checkpoint."
-        )
+    check_finite(our_logits)
     difference = (our_logits - their_logits).abs().max().item()
     if not difference <= TOLERANCE:  # also if it is NaN
         raise RuntimeError(f"the logits of both models differ by {difference:.2g}; expected at most {TOLERANCE:g}")

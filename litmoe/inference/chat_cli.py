@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from litmoe.cli import UserError
-from litmoe.inference.console import discard_output, use_utf8
+from litmoe.inference.console import discard_output, find_checkpoint, use_utf8
 
 HOST, PORT = "127.0.0.1", 7860
 
@@ -24,6 +24,7 @@ def main(
     port: int = PORT,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-true", "16-true"] = "auto",
+    router: str | None = None,
 ) -> None:
     """Chat with a trained model, in the terminal or, with --web, on a web page.
 
@@ -41,19 +42,16 @@ def main(
         port: With --web, the port; 0 for any free port.
         device: cpu, cuda, cuda:1, mps. auto takes a GPU if there is one.
         precision: Type of the weights. auto is bf16-true on a GPU with bf16 support, else 32-true.
+        router: Class path of the --moe.router that the checkpoint was trained with, to import its code.
     """
-    from litmoe import checkpoints
-
     if compare is not None and not web:
         raise UserError("--compare needs the web page: add --web.")
     if (host, port) != (HOST, PORT) and not web:
         raise UserError("--host and --port need the web page: add --web.")
     # All checks come before the slow imports.
-    folders = [checkpoints.resolve(checkpoint)]
+    folders = [find_checkpoint(checkpoint, router)]
     if compare is not None:
-        folders.append(checkpoints.resolve(compare))
-    for folder in folders:
-        print(f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}", file=sys.stderr)
+        folders.append(find_checkpoint(compare, router))
 
     from litmoe.inference.generate import Sampling, check_sampling, check_seed, load  # takes seconds
 
@@ -66,13 +64,15 @@ def main(
 
         # Open the port first: it may fail, and loading the models takes longer.
         with listen(host, port) as sock:
-            serve([load(folder, device, precision, max_seq_length) for folder in folders], sampling, seed, sock)
+            models = [load(folder, device, precision, max_seq_length, router) for folder in folders]
+            serve(models, sampling, seed, sock)
         return
 
     from litmoe.inference.chat import Chat
     from litmoe.inference.terminal import Terminal
 
-    terminal = Terminal(Chat(load(folders[0], device, precision, max_seq_length), seed=seed), sampling)
+    model = load(folders[0], device, precision, max_seq_length, router)
+    terminal = Terminal(Chat(model, seed=seed), sampling)
     use_utf8(sys.stdin, errors="surrogateescape")
     use_utf8(sys.stdout)
     try:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from custom_moe import MoE
-from custom_moe.experts import Experts
+from custom_moe.router import TopKRouter
 from litmoe.forward import hidden_states, logits_of
 from litmoe.layers import CausalSelfAttention, KVCache, RMSNorm
 
@@ -250,7 +250,14 @@ def _can_be_recorded(gpt: GPT) -> bool:
     device = gpt.cos.device
     if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # autocast casts weights outside of the graph
         return False
-    # LitGPT's own layers ask the device for positions, or for the rows of an expert.
-    if not _is_usual(gpt) or any(isinstance(block.mlp, LLaMAMoE) for block in gpt.transformer.h):
+    if not _is_usual(gpt):  # LitGPT's own attention asks the device for positions
         return False
-    return all(layer.backend_on(device) != "loop" for layer in gpt.modules() if isinstance(layer, Experts))
+    for block in gpt.transformer.h:
+        if isinstance(block.mlp, LLaMAMoE):  # LitGPT's own asks for the rows of an expert
+            return False
+        if isinstance(block.mlp, MoE):
+            # The loop waits for the device, and a router of the user's own may.
+            waits = block.mlp.experts.backend_on(device) == "loop" or not isinstance(block.mlp.gate, TopKRouter)
+            if waits:
+                return False
+    return True

@@ -153,10 +153,7 @@ def generate_tokens(
     cache_size = max(len(ids) + count - 1 for ids, count in zip(prompts, steps, strict=True))
     decoder = Decoder(gpt, prompts, num_samples, cache_size)
     logits_BV = decoder.logits
-    if not logits_BV.isfinite().all():
-        raise UserError(
-            "the output of the model is NaN or infinite, because its training diverged. Use an earlier checkpoint."
-        )
+    check_finite(logits_BV)
     device = logits_BV.device
     last_step_B = torch.tensor(steps, device=device).repeat_interleave(num_samples)
     ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
@@ -206,6 +203,14 @@ def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, to
     problems = [problem for is_fine, problem in checks if not is_fine]
     if problems:
         raise UserError("; ".join(problems) + ".")
+
+
+def check_finite(values: Tensor) -> None:
+    """Raise UserError if the output of the model contains NaN or infinity."""
+    if not values.isfinite().all():
+        raise UserError(
+            "the output of the model is NaN or infinite, because its training diverged. Use an earlier checkpoint."
+        )
 
 
 def check_seed(seed: int) -> int:
@@ -313,6 +318,7 @@ def stream_pieces(
         for _ in range(num_samples):
             stream = TextStream(tokenizer, context)
             samples.append(_SampleState(len(samples), stop, stream, room, max_new_tokens))
+    generator = seed if isinstance(seed, torch.Generator) else _generators(seed, len(samples), device)
     steps = generate_tokens(
         gpt,
         prompts,
@@ -321,22 +327,27 @@ def stream_pieces(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        generator=seed if isinstance(seed, torch.Generator) else _generators(seed, len(samples), device),
+        generator=generator,
     )
-    current = 0
     with closing(steps):
-        for tokens_B in steps:
-            for sample, token in zip(samples, tokens_B.tolist(), strict=True):
-                sample.push(token)
-            # Hand out the current sample, and each next one when it is its turn.
-            while samples[current].text or samples[current].end is not None:
-                piece = samples[current].take()
-                yield piece
-                if piece.end is None:
-                    break
-                current += 1
-                if current == len(samples):
-                    return
+        yield from _in_turn(samples, steps)
+
+
+def _in_turn(samples: list[_SampleState], steps: Iterator[Tensor]) -> Iterator[Piece]:
+    """Give each sample its next token at each step, and yield the texts of the samples one after the other."""
+    current = 0
+    for tokens_B in steps:
+        for sample, token in zip(samples, tokens_B.tolist(), strict=True):
+            sample.push(token)
+        # Samples after the current one may have ended too: they follow at once.
+        while samples[current].text or samples[current].end is not None:
+            piece = samples[current].take()
+            yield piece
+            if piece.end is None:
+                break
+            current += 1
+            if current == len(samples):
+                return
 
 
 def _as_list(prompt: str | Sequence[int] | Sequence[str]) -> Sequence[str | Sequence[int]]:
@@ -417,6 +428,7 @@ def load(
     device: str = "auto",
     precision: Precision = "auto",
     max_seq_length: int | None = None,
+    router: str | None = None,
 ) -> Model:
     """Load a checkpoint for generation; the files that are read are verified.
 
@@ -425,15 +437,17 @@ def load(
         device: a torch device; "auto" takes a GPU if there is one.
         precision: "auto" is bf16-true on a GPU with bf16 support, else 32-true.
         max_seq_length: tokens of prompt and text together; as many as in training if None.
+        router: see `checkpoints.load_model`.
 
     Raises:
-        UserError: the checkpoint is missing, damaged or has no tokenizer, or the context is too long for the model.
+        UserError: the checkpoint is missing, damaged, has no tokenizer or another router, or the context is too long
+            for the model.
     """
     path = checkpoints.resolve(None if folder is None else Path(folder))
     # The tokenizer first: it is small, and a missing one is a common mistake.
     tokenizer = checkpoints.load_tokenizer(path)
     torch_device = checkpoints.choose_device(device)
-    gpt = checkpoints.load_model(path, torch_device, choose_dtype(precision, torch_device), max_seq_length)
+    gpt = checkpoints.load_model(path, torch_device, choose_dtype(precision, torch_device), max_seq_length, router)
     return Model(gpt, tokenizer, path)
 
 

@@ -2,11 +2,15 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from litmoe.cli import UserError, strip_control_chars
-from litmoe.inference.console import discard_output, use_utf8
+from litmoe.inference.console import discard_output, find_checkpoint, use_utf8
+
+if TYPE_CHECKING:
+    from litmoe.inference.generate import Piece
 
 
 def main(
@@ -22,6 +26,7 @@ def main(
     max_seq_length: int | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16-true", "16-true"] = "auto",
+    router: str | None = None,
 ) -> None:
     """Generate text with a trained model. The text goes to stdout as it is written, all messages to stderr.
 
@@ -34,26 +39,23 @@ def main(
         temperature: Below 1, probable tokens become more probable. 0 always takes the most probable token.
         top_k: Sample only from this many most probable tokens; null for all tokens.
         top_p: Sample only from the fewest tokens with a total probability above this; 1 for all tokens.
-        seed: The same seed gives the same text on the same machine. Sample i has the seed plus i.
+        seed: The same seed gives the same text on the same machine. Sample i uses this seed plus i.
         max_seq_length: Tokens of prompt and text together. Default: as many as in training.
         device: cpu, cuda, cuda:1, mps. auto takes a GPU if there is one.
         precision: Type of the weights. auto is bf16-true on a GPU with bf16 support, else 32-true.
+        router: Class path of the --moe.router that the checkpoint was trained with, to import its code.
     """
-    from litmoe import checkpoints
-
     if prompt is not None and prompts is not None:
         raise UserError("got both --prompt and --prompts; use one of them.")
-    texts = ["Once upon a time" if prompt is None else prompt] if prompts is None else read_prompts(prompts)
-    # Print the checkpoint before the slow imports, so that a wrong one is noticed early.
-    folder = checkpoints.resolve(checkpoint)
-    step = checkpoints.read_metadata(folder).step
-    print(
-        f"{'The newest checkpoint' if checkpoint is None else 'Checkpoint'}: {folder}, step {step:,}", file=sys.stderr
-    )
+    if prompts is not None:
+        texts = read_prompts(prompts)
+    else:
+        texts = ["Once upon a time" if prompt is None else prompt]
+    folder = find_checkpoint(checkpoint, router)
 
     from litmoe.inference.generate import load, stream_pieces  # takes seconds
 
-    model = load(folder, device, precision, max_seq_length)
+    model = load(folder, device, precision, max_seq_length, router)
     use_utf8(sys.stdout)
     start = time.perf_counter()
     pieces = stream_pieces(
@@ -67,25 +69,31 @@ def main(
         top_k=top_k,
         top_p=top_p,
     )
-    # A model may write control characters: a terminal would execute them, a file gets them unchanged.
-    clean = strip_control_chars if sys.stdout.isatty() else str
-    sample, n_samples, n_full = -1, len(texts) * num_samples, 0
     try:
-        for piece in pieces:
-            if piece.sample != sample:
-                sample = piece.sample
-                if n_samples > 1:
-                    print(f"--- sample {sample + 1} of {n_samples} ---")
-                print(clean(texts[sample // num_samples]), end="")
-            print(clean(piece.text), end="\n" if piece.end else "", flush=True)
-            n_full += piece.end == "block_size"
+        n_full = print_samples(pieces, texts, num_samples)
     except BrokenPipeError:  # `| head`
         discard_output()
         return
     if n_full:
-        context = model.gpt.max_seq_length
+        context, n_samples = model.gpt.max_seq_length, len(texts) * num_samples
         print(f"Note: {n_full} of {n_samples} samples filled the context of {context:,} tokens.", file=sys.stderr)
     print(f"Generated in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def print_samples(pieces: "Iterable[Piece]", texts: list[str], num_samples: int) -> int:
+    """Print each sample after its prompt as it is written, and return how many samples filled the context."""
+    # A model may write control characters: a terminal would execute them, a file gets them unchanged.
+    clean = strip_control_chars if sys.stdout.isatty() else str
+    sample, n_samples, n_full = -1, len(texts) * num_samples, 0
+    for piece in pieces:
+        if piece.sample != sample:
+            sample = piece.sample
+            if n_samples > 1:
+                print(f"--- sample {sample + 1} of {n_samples} ---")
+            print(clean(texts[sample // num_samples]), end="")
+        print(clean(piece.text), end="\n" if piece.end else "", flush=True)
+        n_full += piece.end == "block_size"
+    return n_full
 
 
 def read_prompts(path: Path) -> list[str]:

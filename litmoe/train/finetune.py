@@ -30,7 +30,13 @@ from litmoe.inference.generate import check_sampling
 from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import logger_factory
 from litmoe.train.patches import patched_finetuning
-from litmoe.train.preflight import check_same_model, check_vocabulary, find_checkpoint, find_moved_data
+from litmoe.train.preflight import (
+    check_same_model,
+    check_same_router,
+    check_vocabulary,
+    find_checkpoint,
+    find_moved_data,
+)
 from litmoe.train.resume import refusal
 from litmoe.train.run import run_training
 from litmoe.train.state import Finetuning
@@ -49,8 +55,10 @@ def ready_to_finetune(settings: RunSettings) -> Path | None:
             " litmoe.data.InstructionData."
         )
     # What can fail in seconds comes first: the conversations take longer to read.
+    checkpoints.check_router(settings.checkpoint_dir, settings.moe.router, "--moe.router")
     resume_from = find_checkpoint(settings)
     if resume_from is not None:
+        check_same_router(resume_from, settings)
         check_same_model(resume_from, settings.model)
         check_same_tuning(resume_from, settings)
         _find_moved_instructions(settings, resume_from)
@@ -173,6 +181,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
             settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
         ),
         strategy=partial(make_strategy, settings, precision),
+        router=settings.moe.router,
     )
     with patched, report_lost_ranks():
         module.setup(**arguments)

@@ -21,10 +21,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from custom_moe import kernels, use_custom_moe
+from custom_moe import backends
 from custom_moe.backends import Hardware
 from litmoe.config import ParsedRun
-from litmoe.layers import use_fast_layers
+from litmoe.layers import use_our_layers
 from litmoe.train.cross_entropy import computed_columns
 from litmoe.train.model import PretrainingModel, cast_matrices, matrices_to_cast
 from litmoe.train.optimizers import make_optimizer, optimizer_traits
@@ -66,7 +66,7 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
     """
     train = run.settings.train
     context = train.max_seq_length or run.settings.model.block_size
-    with FakeTensorMode(allow_non_fake_inputs=True), use_custom_moe(), use_fast_layers():
+    with FakeTensorMode(allow_non_fake_inputs=True), use_our_layers(run.settings.moe.router):
         model = _build_model(run, precision, hardware)
         optimizer = _build_optimizer(run, precision, hardware, model)
         tokens = torch.zeros(train.micro_batch_size, context, dtype=torch.int64)
@@ -224,10 +224,10 @@ class _Ledger(TorchDispatchMode):
 _LOOP_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator._opoverload: operator._init_fn
     for operator in (
-        kernels.loop_multiply,
-        kernels.loop_weight_gradient,
-        kernels.loop_forward,
-        kernels.loop_backward,
+        backends.loop_multiply,
+        backends.loop_weight_gradient,
+        backends.loop_forward,
+        backends.loop_backward,
     )
 }
 """The custom operators that loop over the experts, and their Python functions"""
@@ -246,7 +246,7 @@ def _run_loop(body: Callable[..., Any], args: Any) -> Any:
     # The real numbers depend on the router. Even ones are the typical case in a balanced model.
     rows, n_experts = named.get("token_R", args[0]).size(0), named["ends_E"].size(0)
     if "token_R" in named:
-        rows -= n_experts * (kernels.row_multiple(named["x_NC"]) - 1) // 2
+        rows -= n_experts * (backends.BACKENDS["loop"].row_multiple(named["x_NC"]) - 1) // 2
     ends = _Ends(rows * (expert + 1) // n_experts for expert in range(n_experts))
     return body(**named | {"ends_E": ends})
 

@@ -51,8 +51,7 @@ import litgpt.finetune.lora
 import litgpt.pretrain
 from lightning.fabric.strategies import Strategy
 
-from custom_moe import use_custom_moe
-from litmoe.layers import use_fast_layers
+from litmoe.layers import use_our_layers
 
 # The names that are replaced, and the parameters that LitGPT passes to them.
 _MAIN = (
@@ -98,7 +97,7 @@ def _class_that_makes(strategy: Callable[[], Strategy]) -> type:
 
 
 def patched_pretraining(
-    *, main: Callable, choose_logger: Callable, strategy: Callable[[], Strategy], summary: str
+    *, main: Callable, choose_logger: Callable, strategy: Callable[[], Strategy], summary: str, router: str | None
 ) -> AbstractContextManager[None]:
     """Let ``litgpt.pretrain.setup`` run with this project's parts while the context is open.
 
@@ -107,6 +106,7 @@ def patched_pretraining(
         choose_logger: takes the arguments of ``litgpt.utils.choose_logger``.
         strategy: makes Fabric's strategy for several processes.
         summary: the line that is printed at the start instead of all settings.
+        router: ``moe.router`` of the run.
 
     Raises:
         RuntimeError: the installed LitGPT lacks the names and signatures that this replaces.
@@ -120,11 +120,17 @@ def patched_pretraining(
             "pprint": SimpleNamespace(pformat=lambda settings: summary),
             "FSDPStrategy": _class_that_makes(strategy),
         },
+        router,
     )
 
 
 def patched_finetuning(
-    module: ModuleType, *, main: Callable, choose_logger: Callable, strategy: Callable[[], Strategy]
+    module: ModuleType,
+    *,
+    main: Callable,
+    choose_logger: Callable,
+    strategy: Callable[[], Strategy],
+    router: str | None,
 ) -> AbstractContextManager[None]:
     """Let the ``setup`` of ``litgpt.finetune.full`` or ``litgpt.finetune.lora`` run with this project's parts."""
     theirs = "ModelParallelStrategy" if module is litgpt.finetune.lora else "FSDPStrategy"
@@ -136,18 +142,19 @@ def patched_finetuning(
             "pprint": lambda *_: None,
             theirs: _class_that_makes(strategy),
         },
+        router,
     )
 
 
 @contextmanager
-def _replaced(module: ModuleType, replacements: dict[str, Any]) -> Iterator[None]:
+def _replaced(module: ModuleType, replacements: dict[str, Any], router: str | None) -> Iterator[None]:
     # Checked first: after an update of LitGPT a replaced name could be ignored silently.
     _check_litgpt(module)
     originals = {name: getattr(module, name) for name in replacements}
     try:
         for name, replacement in replacements.items():
             setattr(module, name, replacement)
-        with use_custom_moe(), use_fast_layers():
+        with use_our_layers(router):
             yield
     finally:
         for name, original in originals.items():

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from litgpt import GPT
 
-from custom_moe import use_custom_moe
 from custom_moe.backends import Hardware
 from litmoe.cli import UserError, command, nearest, underscored
 from litmoe.config import ParsedRun, parse_run
 from litmoe.flops import describe_size, format_flops, training_flops_per_token
 from litmoe.hardware import GIB, NAMES, GPUSpec, choose_precision, detect_gpu, gpu_by_name, processes
+from litmoe.layers import use_our_layers
 from litmoe.train.memory import TrainingMemory, training_memory
 from litmoe.train.optimizers import optimizer_traits
 from litmoe.train.schedule import Plan, plan_run
@@ -81,7 +81,7 @@ class PlannedRun:
         if traits.update_flops is None:
             return 0
         # The operations depend on the shapes only, so the model needs no storage.
-        with torch.device("meta"), use_custom_moe():
+        with torch.device("meta"), use_our_layers(self.run.settings.moe.router):
             groups = traits.parameter_groups(GPT(self.run.settings.model))
         return traits.update_flops(groups) * self.devices  # each device does the complete update
 

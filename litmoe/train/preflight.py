@@ -21,7 +21,7 @@ from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
 from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, run_files
-from litmoe.train.resume import tokens_provenance
+from litmoe.train.resume import refusal, tokens_provenance
 from litmoe.train.saving import main_process
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 from litmoe.validation import check
@@ -65,7 +65,9 @@ def _check_start(settings: RunSettings, resume_from: Path | None) -> None:
     """Check that the checkpoints that a run starts or resumes from have its model."""
     if settings.initial_checkpoint_dir is not None:
         check_same_model(settings.initial_checkpoint_dir, settings.model)
+        checkpoints.check_router(settings.initial_checkpoint_dir, settings.moe.router, "--moe.router")
     if resume_from is not None:
+        check_same_router(resume_from, settings)
         if settings.upcycle is not None:
             check_same_start(resume_from, settings.upcycle)
         check_same_model(resume_from, settings.model)
@@ -245,6 +247,14 @@ def check_same_model(folder: Path, config: Config, apart_from: Collection[str] =
     else:
         advice = f"Use its own config: --model {quoted(folder / 'model_config.yaml')}"
     raise UserError(f"{folder} holds another model than this run's: {'; '.join(different)}. {advice}")
+
+
+def check_same_router(folder: Path, settings: RunSettings) -> None:
+    """Raise ``UserError`` if a resumed run would have another router."""
+    checkpoints.check_router(folder, settings.moe.router, "--moe.router")
+    if settings.moe.router is not None and checkpoints.recorded_router(folder) is None:
+        problem = f"{folder} was trained with the router that its model config describes"
+        raise refusal(folder, settings, problem, "Resume without --moe.router")
 
 
 def check_same_start(folder: Path, upcycle: Path) -> None:

@@ -53,6 +53,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
         ),
         strategy=partial(make_strategy, settings, precision),
         summary=f"Settings    {out_dir / RUN_CONFIG}",
+        router=settings.moe.router,
     )
     with patched, report_lost_ranks():
         litgpt.pretrain.setup(

@@ -354,11 +354,13 @@ def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> 
     final = settings.out_dir / "final"
     fabric.print(f"Checkpoint  {final}")
     fabric.print(f"Metrics     {settings.out_dir / METRICS_FILE}")
+    own_router = [] if settings.moe.router is None else ["--router", settings.moe.router]
     if not settings.is_finetuning:
         prompt = settings.sample.prompt or "Once upon a time"
-        fabric.print(f"Write       {strip_control_chars(command('generate.py', final, '--prompt', prompt))}")
-        fabric.print(f"Evaluate    {command('evaluate.py', final)}")
-    fabric.print(f"Chat        {command('chat.py', final)}")
+        write = command("generate.py", final, "--prompt", prompt, *own_router)
+        fabric.print(f"Write       {strip_control_chars(write)}")
+        fabric.print(f"Evaluate    {command('evaluate.py', final, *own_router)}")
+    fabric.print(f"Chat        {command('chat.py', final, *own_router)}")
 
 
 def _peak_flops(fabric: L.Fabric) -> float | None:

@@ -74,7 +74,6 @@ def test_tables_match_the_numbers_in_the_results() -> None:
     add_table = {
         "ablations_cpu": ablations.add_table,
         "data_prep": data.add_preparation_table,
-        "data_read": data.add_reading_table,
         "generation_cpu": generation.add_table,
         "memory": memory.add_table,
         "moe_layer_cpu": moe_layer.add_table,
@@ -227,12 +226,6 @@ def test_generation_counts_tokens_after_the_first(monkeypatch: pytest.MonkeyPatc
     assert together == (10.0, 2 * 2 / 1.0, [[1, 3, 5], [2, 4, 6]])
     one_by_one = timed([[1], [3], [2], [4]], [1.0, 1.5, 9.0, 9.5])
     assert one_by_one == (1.0, 2 / 1.0, [[1, 3], [2, 4]])
-
-
-def test_readers_are_timed(corpus: Corpus) -> None:
-    for side in ("ours", "LitData"):
-        first_batch_seconds, speed = data.timed_pass(data.make_loader(side, corpus.data_dir, 16, 2, workers=0))
-        assert first_batch_seconds > 0 and speed > 0
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def test_expert_choice_equals_a_loop_by_hand(backend: str, bias: bool) -> None:
     torch.testing.assert_close(layer(x)[0], by_hand, atol=1e-5, rtol=1e-4)
     with torch.inference_mode():
         torch.testing.assert_close(layer.for_inference()(x[:, :3]), layer(x[:, :3]), atol=1e-5, rtol=1e-4)
+        assert not layer.for_inference()(x[:, :1]).any(), "with fewer tokens than experts, no expert takes one"
 
     weights = torch.randn_like(by_hand)
     (layer(x)[0] * weights).sum().backward()

@@ -11,7 +11,7 @@ from litgpt.model import LLaMAMLP
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from custom_moe import Backend, MoE, RouterOutput, kernels
+from custom_moe import Backend, MoE, RouterOutput, backends
 from custom_moe.experts import add_bias
 from tests.custom_moe.helpers import SIGMOID, config_of, gradients, pair, run
 
@@ -364,7 +364,7 @@ def test_blocks_and_padding_do_not_change_results(monkeypatch: pytest.MonkeyPatc
     for dtype, tolerance in ((torch.float32, {}), (torch.bfloat16, dict(atol=0.05, rtol=0.05))):
         results = []
         for size in (800, 2**20):
-            monkeypatch.setattr(kernels, "BLOCK_SIZE", size)
+            monkeypatch.setattr(backends, "BLOCK_SIZE", size)
             results.append(run(pair(config, dtype)[0], x.to(dtype)))
         for first, second in zip(results[0][:2], results[1][:2], strict=True):
             assert torch.equal(first, second)

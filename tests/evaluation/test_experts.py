@@ -88,7 +88,7 @@ def test_statistics_by_hand(tokenizer_dir: Path) -> None:
     assigned[0, 300:304] = torch.tensor([100, 100, 100, 100])
     assigned[1, 300:304] = torch.tensor([0, 300, 0, 0])
     assigned[2, 300:305] = torch.tensor([25, 25, 25, 25, 19])  # the last token occurs 19 times: too rare
-    layer = describe(3, assigned, 0.5, 1, Tokenizer(tokenizer_dir))
+    layer = describe(3, assigned, assigned.sum(dim=0), 0.5, Tokenizer(tokenizer_dir))
     total = 400 + 300 + 119
     assert layer.load == pytest.approx([4 * 400 / total, 4 * 300 / total, 4 * 119 / total, 0])
     assert (layer.max_over_mean, layer.dead, layer.block) == (pytest.approx(4 * 400 / total), [3], 3)
@@ -103,11 +103,25 @@ def test_statistics_by_hand(tokenizer_dir: Path) -> None:
 
 def test_even_and_single_experts(tokenizer_dir: Path) -> None:
     tokenizer = Tokenizer(tokenizer_dir)
-    even = describe(0, torch.full((8, 384), 50), 1.0, 2, tokenizer)
+    even = describe(0, torch.full((8, 384), 50), torch.full((384,), 200), 1.0, tokenizer)  # 2 experts per token
     assert (even.entropy, even.max_over_mean, even.dead) == (pytest.approx(1), pytest.approx(1), [])
     assert even.tokens == [[]] * 8, "no preferred tokens"
-    single = describe(0, torch.full((1, 384), 50), 1.0, 1, tokenizer)
+    single = describe(0, torch.full((1, 384), 50), torch.full((384,), 50), 1.0, tokenizer)
     assert (single.load, single.entropy, single.tokens) == ([1.0], 1.0, [[]])
+
+
+def test_any_number_of_experts_per_token(tokenizer_dir: Path) -> None:
+    """As under expert choice: token 300 has no expert in half of its places, token 301 has both experts."""
+    assigned = torch.zeros(2, 384, dtype=torch.int64)
+    assigned[0, 300:302] = torch.tensor([50, 100])
+    assigned[1, 301] = 100
+    seen = torch.zeros(384, dtype=torch.int64)
+    seen[300:302] = 100
+    layer = describe(0, assigned, seen, 0.5, Tokenizer(tokenizer_dir))
+    assert layer.load == pytest.approx([2 * 150 / 250, 2 * 100 / 250])
+    (first,), (second,) = layer.tokens
+    assert (first.id, first.seen, first.share) == (300, 100, 0.5)
+    assert (second.id, second.seen, second.share) == (301, 100, 1.0)
 
 
 def test_finds_a_router_that_prefers_a_token(tmp_path: Path, moe_fields: dict, prepared: Path) -> None:
