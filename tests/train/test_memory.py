@@ -16,7 +16,7 @@ from litmoe.train.optimizers import make_optimizer
 
 KINDS = {
     "dense": ["--model.mlp_class_name=LLaMAMLP", "--model.intermediate_size=384", "--model.n_expert=0"],
-    "moe": ["--model.n_expert=8", "--model.moe_intermediate_size=192"],
+    "moe": ["--model.n_expert=4", "--model.moe_intermediate_size=192"],
     "gpt2-moe": ["--model.n_expert=4", "--model.moe_intermediate_size=192", "--model.bias=true"],
 }
 SHAPE = {
@@ -82,7 +82,7 @@ def test_peak_of_a_real_step(kind: str, precision: str, vocabulary: int) -> None
     "flags",
     [
         ["--global-batch-size=2"],
-        ["--train.tie_embeddings=true"],
+        ["--train.tie_embeddings=true", "--model.n_expert=8"],
         ["--micro-batch-size=1", "--max-seq-length=16"],
         ["--optimizer.class_path=torch.optim.SGD", "--optimizer.init_args.momentum=0.9"],
         ["--activation_checkpointing=block"],
