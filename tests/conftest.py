@@ -1,17 +1,40 @@
-"""Small real things that tests share: a tokenizer trained here, a text, a tiny model config."""
+"""Fixtures that several test files share: a corpus and its tokenizer, tiny models, real training in this process."""
 
-import json
 import os
-from pathlib import Path
 
-import pytest
-
-# Two tests run side by side on two cores: one thread each, or they fight (and small matrices gain nothing from more).
+# Two tests run at the same time on two cores, so each gets one thread. Small matrices gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-pytest_plugins = ["tests.no_skips", "tests.training_fixtures"]
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import jsonargparse._optionals
+import pytest
+import yaml
+from litgpt import GPT, Tokenizer
+
+import litmoe.config
+from litmoe.config import parse_finetuning, parse_run
+from litmoe.data.instructions import InstructArgs, prepare_instructions
+from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.train.finetune import finetune
+from litmoe.train.preflight import ready, ready_to_finetune
+from litmoe.train.pretrain import pretrain
+from litmoe.validation import check
+from tests.helpers import save_tiny, tiny_gpt, write_run_file
+
+pytest_plugins = ["tests.no_skips"]
+
+# Parsing takes most of the time of a tiny run: help texts are read from the sources of the same classes, and the
+# parsers are the same each time.
+jsonargparse._optionals.parse_docstring = cache(jsonargparse._optionals.parse_docstring)
+litmoe.config.run_parser = cache(litmoe.config.run_parser)
+litmoe.config.finetuning_parser = cache(litmoe.config.finetuning_parser)
 
 END_OF_TEXT = "<|endoftext|>"
 STORIES = [
@@ -76,24 +99,138 @@ def llama_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+MOE_FIELDS = dict(
+    name="tiny-moe",
+    block_size=64,
+    vocab_size=384,
+    padded_vocab_size=384,
+    n_layer=2,
+    n_embd=32,
+    n_head=4,
+    n_query_groups=2,
+    mlp_class_name="LLaMAMoE",
+    moe_intermediate_size=48,
+    n_expert=4,
+    n_expert_per_token=2,
+    norm_class_name="RMSNorm",
+    bias=False,
+    parallel_residual=False,
+    rotary_percentage=1.0,
+)
+
+
 @pytest.fixture
 def moe_fields() -> dict:
     """Fields of a tiny LitGPT mixture-of-experts config: ``litgpt.Config(**moe_fields)``."""
-    return dict(
-        name="tiny-moe",
-        block_size=64,
-        vocab_size=384,
-        padded_vocab_size=384,
-        n_layer=2,
-        n_embd=32,
-        n_head=4,
-        n_query_groups=2,
-        mlp_class_name="LLaMAMoE",
-        moe_intermediate_size=48,
-        n_expert=4,
-        n_expert_per_token=2,
-        norm_class_name="RMSNorm",
-        bias=False,
-        parallel_residual=False,
-        rotary_percentage=1.0,
-    )
+    return dict(MOE_FIELDS)
+
+
+@pytest.fixture
+def gpt(moe_fields: dict) -> GPT:
+    """The tiny model of ``moe_fields`` with random weights."""
+    return tiny_gpt(moe_fields)
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> Path:
+    """A folder with data/ (tokens of the tiny stories) and tokenizer/; don't write there."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(tokenizer_dir, folder / "tokenizer")
+    for split, texts in (("train", stories[:120]), ("val", stories[120:])):
+        (folder / "data" / split).mkdir(parents=True)
+        text = "\n<|endoftext|>\n".join(texts)
+        (folder / "data" / split / "stories.txt").write_text(text, encoding="utf-8", newline="\n")
+    prepare(PrepareArgs(data_dir=folder / "data", tokenizer_dir=folder / "tokenizer", num_workers=0))
+    return folder
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, prepared: Path, moe_fields: dict) -> Path:
+    """A run file of a tiny model: 12 steps of 2 x 2 sequences of 16 tokens into ``tmp_path/out``."""
+    return write_run_file(tmp_path, prepared, moe_fields)
+
+
+def train_here(run_file: Path, *flags: str) -> Path:
+    """Do what ``run_train.py`` does, in this process, and return the ``out_dir``."""
+    run = parse_run(["--config", str(run_file), *flags])
+    check(run.settings, run.optimizer)
+    run, resume_from = ready(run)
+    pretrain(run, resume_from=resume_from)
+    return run.settings.out_dir
+
+
+@pytest.fixture
+def train(run_file: Path) -> Callable[..., Path]:
+    """``train("--flag", "value")`` does what ``run_train.py`` does and returns the ``out_dir``."""
+    return partial(train_here, run_file)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """The ``out_dir`` of ``train()``, uninterrupted and trained once. Read only: see ``trained_copy``."""
+    folder = tmp_path_factory.mktemp("trained")
+    return train_here(write_run_file(folder, prepared, MOE_FIELDS))
+
+
+@pytest.fixture
+def trained_copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run in the ``out_dir`` of ``run_file``."""
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 questions, of long and short answers, prepared; don't write there."""
+    folder = tmp_path_factory.mktemp("instructions")
+    rows = [
+        {"instruction": f"Where is {name} {day}?", "output": f"{name} went to the {place}." * times}
+        for name in ("Mia", "Tom", "Lily", "Ben")
+        for day in ("now", "today", "at noon")
+        for place, times in (("sea", 1), ("wood", 3), ("hill", 1), ("sea again", 2), ("wood again", 1))
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    prepare_instructions(InstructArgs(str(folder / "rows.json"), folder / "data", val_fraction=0.2))
+    return folder / "data"
+
+
+@pytest.fixture
+def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    return save_tiny(tmp_path / "base", tiny_gpt({**moe_fields, "block_size": 48}), tokenizer_dir)
+
+
+@pytest.fixture
+def tune(tmp_path: Path, base: Path, instructions: Path) -> Callable[..., Path]:
+    """``tune("--flag", "value")`` does what ``finetune.py`` does and returns the ``out_dir``."""
+    settings = {
+        "data": {"class_path": "litmoe.data.InstructionData", "init_args": {"data_dir": str(instructions)}},
+        "train": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 8,
+            "log_interval": 1,
+            "lr_warmup_steps": 1,
+            "max_norm": 1.0,
+            "min_lr": 1.0e-4,
+            "save_interval": 4,
+        },
+        "eval": {"interval": 4, "max_iters": 100, "initial_validation": True},
+        "sample": {"prompt": None, "max_new_tokens": 8},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
+        "progress": False,
+        "compile": False,
+    }
+    run_file = tmp_path / "finetune.yaml"
+    run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+    def call(*flags: str) -> Path:
+        run = parse_finetuning([str(base), "--config", str(run_file), "--out_dir", str(tmp_path / "out"), *flags])
+        check(run.settings, run.optimizer)
+        finetune(run, resume_from=ready_to_finetune(run.settings))
+        return run.settings.out_dir
+
+    return call

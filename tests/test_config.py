@@ -15,6 +15,7 @@ from litmoe.cli import UserError
 from litmoe.config import PROJECT, SHORT_FLAGS, EvalArgs, LogArgs, RunSettings, TrainArgs, parse_run, run_parser
 from litmoe.hardware import choose_precision, cpu_has_bf16
 from litmoe.validation import check
+from tests.helpers import MOE_200M
 
 RUN_FILES = [PROJECT / "train_config.yaml", *sorted(PROJECT.glob("configs/*.yaml"))]
 
@@ -58,27 +59,7 @@ def test_the_default_run_value_for_value():
     run = parse_run([])
     settings = run.settings
     assert settings.model == Config.from_file(PROJECT / "model_config.yaml")
-    expected = dict(
-        name="MoE-200M",
-        block_size=2048,
-        vocab_size=50257,
-        padded_vocab_size=50257,
-        n_layer=12,
-        n_embd=768,
-        n_head=12,
-        n_query_groups=4,
-        mlp_class_name="LLaMAMoE",
-        moe_intermediate_size=2048,
-        n_expert=8,
-        n_expert_per_token=2,
-        norm_class_name="RMSNorm",
-        norm_eps=1.0e-5,
-        bias=False,
-        parallel_residual=False,
-        rope_base=10000,
-        rotary_percentage=1.0,
-    )
-    assert {name: getattr(settings.model, name) for name in expected} == expected
+    assert {name: getattr(settings.model, name) for name in MOE_200M} == MOE_200M
     assert (settings.out_dir, settings.tokenizer_dir) == (Path("checkpoints"), Path("data/tokenizer"))
     assert settings.train == TrainArgs(
         global_batch_size=8,

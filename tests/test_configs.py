@@ -13,7 +13,7 @@ from litmoe.config import PROJECT, parse_run
 from litmoe.data.corpora import CORPORA
 from litmoe.flops import count_parameters, training_flops_per_token
 from litmoe.validation import check
-from tests.training_fixtures import training_steps
+from tests.helpers import training_steps
 
 MODELS = sorted((PROJECT / "configs/models").glob("*.yaml"))
 RUNS = [PROJECT / "configs/quickstart.yaml", *sorted((PROJECT / "configs/runs").glob("*.yaml"))]

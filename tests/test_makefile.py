@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
+from litmoe.config import PROJECT
+
 TARGETS = ["environment", "uv", "venv", "lock", "quickstart", "train", "ddp-train", "tensorboard", "test", "test-slow"]
 TARGETS += ["chaos", "check", "bench", "bench-gpu", "gpu-status", "kill-gpu", "gpu-hot", "clean"]
 

@@ -22,7 +22,7 @@ from litmoe.cli import exit_with_message
 from litmoe.config import PROJECT, parse_run
 from litmoe.data.manifest import read as read_manifest
 from litmoe.train.preflight import prepare_data
-from tests.training_fixtures import SIGMOID_ROUTER
+from tests.helpers import SIGMOID_FLAGS, file_contents
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def refusal(run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: P
     leave everything below ``tmp_path`` as it was."""
 
     def call(*flags: str) -> str:
-        before = contents(tmp_path)
+        before = file_contents(tmp_path)
         monkeypatch.setattr(sys, "argv", ["run_train.py", "--config", str(run_file), *flags])
         with pytest.raises(SystemExit) as ended:
             exit_with_message(run_train.main)
@@ -39,15 +39,10 @@ def refusal(run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: P
         message = capsys.readouterr().err
         assert message.startswith("error: ")
         assert "Traceback" not in message
-        assert contents(tmp_path) == before
+        assert file_contents(tmp_path) == before
         return message
 
     return call
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    # An empty out_dir is no loss, and a lock file no content.
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 @pytest.fixture
@@ -315,7 +310,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         ("torchrun", ()),
         ("two nodes", ()),
         ("num_nodes", ("--train.tie_embeddings", "true")),
-        ("devices", (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01")),
+        ("devices", (*SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01")),
         ("devices", ("--compile", "true", "--activation_checkpointing", "block")),
         ("torchrun", FSDP),
         ("devices", (*FSDP, "--train.tie_embeddings", "true", "--activation_checkpointing", "block")),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
+from litmoe.config import PROJECT
+
 UV = shutil.which("uv") or shutil.which("uv", path=str(PROJECT / ".uv" / "bin"))
 
 

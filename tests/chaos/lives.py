@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 
-PROJECT = Path(__file__).parents[2]
+from litmoe.config import PROJECT
+
 SAVES = r"\.(step-\d+|final)\.(?:partial|old)(?:/|$)"
 """What is written below an ``out_dir`` while a checkpoint is on its way: ``Watched.pattern``"""
 KILL = signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM  # os.kill of Windows ends a process by any

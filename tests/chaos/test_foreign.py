@@ -23,7 +23,7 @@ from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.inference.chat import Chat
 from litmoe.train.preflight import ready_to_finetune
 from litmoe.validation import check
-from tests.tiny_checkpoint import load_script, mark_anew, save_tiny, tiny_gpt
+from tests.helpers import DENSE_FIELDS, load_script, renew_checksums, save_tiny, tiny_gpt
 
 HARM = "harm-done"
 
@@ -48,8 +48,7 @@ def nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def dense_fields(moe_fields: dict) -> dict:
-    dense = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
-    return {**moe_fields, **dense, "moe_intermediate_size": None}
+    return {**moe_fields, **DENSE_FIELDS, "moe_intermediate_size": None}
 
 
 @pytest.fixture
@@ -100,7 +99,7 @@ def test_no_door_runs_a_pickle(
     else:
         content: Any = {"zip": {"model": Harmful()}, "inside a list": {"model": [Harmful()]}, "a list": [torch.ones(1)]}
         torch.save(content[form], stranger / "lit_model.pth")
-    mark_anew(stranger)
+    renew_checksums(stranger)
     model = tmp_path / "dense.yaml"
     model.write_text(yaml.safe_dump(dense_fields), encoding="utf-8")
     (tmp_path / "tasks").mkdir()
@@ -158,7 +157,7 @@ def test_no_pickle_is_run_when_resuming(train: Callable[..., Path]) -> None:
     out = train("--train.max_steps", "4")
     folder = out / "step-00000004" if (out / "step-00000004").is_dir() else out / "final"
     torch.save({"progress": Harmful()}, folder / "training_state.pth")
-    mark_anew(folder)
+    renew_checksums(folder)
     with pytest.raises(UserError, match=r"training_state\.pth is refused, and nothing in it was run"):
         train("--train.max_steps", "8", "--resume", str(folder))
 
@@ -170,7 +169,7 @@ def test_no_pickle_is_run_when_lora_resumes(tmp_path: Path, stranger: Path) -> N
     folder = checkpoints.newest_undamaged(tmp_path / "tuned")[0]
     assert folder is not None
     torch.save({"lora": Harmful()}, folder / "lit_model.pth.lora")
-    mark_anew(folder)
+    renew_checksums(folder)
     with pytest.raises(UserError, match=r"lit_model\.pth\.lora is refused, and nothing in it was run"):
         finetune_on(tmp_path, stranger, *lora, "--resume", str(folder))
 
@@ -190,7 +189,7 @@ CODE = f"!!python/object/apply:os.mkdir ['{HARM}']"
 def test_no_yaml_of_a_checkpoint_is_run(name: str, text: str, stranger: Path, prepared: Path, tmp_path: Path) -> None:
     """Each reader takes it for damaged, or for one that does not read this file."""
     (stranger / name).write_text(text, encoding="utf-8")
-    mark_anew(stranger)
+    renew_checksums(stranger)
     evaluate = load_script("evaluate").main
     calls: list[Callable[[], Any]] = [
         lambda: Chat(load(stranger, device="cpu")),
@@ -219,7 +218,7 @@ def test_a_checkpoint_chooses_no_class(
     settings = {"data": {"class_path": "litmoe.data.TokenizedText", "init_args": {}}, "optimizer": {}}
     settings[setting] = {"class_path": "evil.Evil", "init_args": {}}
     (stranger / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    mark_anew(stranger)
+    renew_checksums(stranger)
     load_script("evaluate").main(checkpoint=stranger, device="cpu", max_seq_length=16, data_dir=prepared / "data")
     finetune_on(tmp_path, stranger)
     flags = ("--model", str(stranger / "model_config.yaml"), "--train.max_steps", "1")

@@ -18,11 +18,11 @@ from tests.chaos.test_killed_training import (
     assert_same_end,
     begin,
     last_step,
-    rows,
     run_whole,
     saved_step,
     wait_for,
 )
+from tests.helpers import metric_rows
 from tests.no_skips import can_mount
 
 
@@ -115,7 +115,7 @@ def test_metrics_wait_for_room(disk: Path, capsys: pytest.CaptureFixture[str]) -
         metrics.log_metrics({"train_loss": 0.5, "mfu": text} | ({"new": step} if step > 6 else {}), step)
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "No space left" in said
-    here = rows(path)
+    here = metric_rows(disk)
     assert [int(row["step"]) for row in here] == list(range(1, len(here) + 1)), "whole rows alone"
     assert not list(disk.glob(".*"))
     metrics.finalize("success")
@@ -123,7 +123,7 @@ def test_metrics_wait_for_room(disk: Path, capsys: pytest.CaptureFixture[str]) -
     ballast.unlink()
     metrics.save()
     assert "is written again" in capsys.readouterr().out
-    assert [(int(row["step"]), row["mfu"], row["new"]) for row in rows(path)] == [
+    assert [(int(row["step"]), row["mfu"], row["new"]) for row in metric_rows(disk)] == [
         (1, "", ""),
         *((step, text, str(step) if step > 6 else "") for step in range(2, 12)),
     ]

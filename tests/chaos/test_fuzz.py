@@ -7,8 +7,7 @@ The quick tests try the same few cases each time; the slow ones others each day,
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from litmoe import config as settings_module
 from litmoe.cli import UserError, exit_with_message, run_cli
-from litmoe.config import ParsedRun, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
+from litmoe.config import PROJECT, ParsedRun, finetuning_parser, known_flags, parse_finetuning, parse_run, run_parser
 from litmoe.data.instructions import InstructArgs
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.validation import check
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
+from tests.helpers import load_script, save_tiny, tiny_gpt
 
-ROOT = Path(__file__).parent.parent.parent
 RUN_FILES = sorted(
-    [ROOT / "train_config.yaml", ROOT / "configs" / "quickstart.yaml", *ROOT.glob("configs/runs/*.yaml")]
+    [PROJECT / "train_config.yaml", PROJECT / "configs" / "quickstart.yaml", *PROJECT.glob("configs/runs/*.yaml")]
 )
-FINETUNE_FILES = sorted(ROOT.glob("configs/finetune*.yaml"))
+FINETUNE_FILES = sorted(PROJECT.glob("configs/finetune*.yaml"))
 SEED = int(os.environ.get("LITMOE_FUZZ_SEED", time.time() // 86400))
 
 
@@ -135,7 +132,7 @@ def run_files(draw: st.DrawFn, files: list[Path], flags: tuple[str, ...]) -> dic
     path = draw(st.sampled_from(files))
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     if isinstance(values.get("model"), str):
-        values["model"] = str(ROOT / "configs" / "models" / "quickstart.yaml")
+        values["model"] = str(PROJECT / "configs" / "models" / "quickstart.yaml")
     places = st.one_of(
         st.sampled_from(leaf_paths(values)),
         st.sampled_from(flags).map(lambda flag: tuple(flag.split("."))),
@@ -175,15 +172,6 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def many(examples: int, *quick: int) -> list[Any]:
     """Examples of a test: ``quick`` at each run of the tests, if any, and many in a slow one."""
     return [*(pytest.param(few, id="quick") for few in quick), pytest.param(examples, id="many", marks=SLOW)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_parser() -> Iterator[None]:
-    """Building the parser takes longest by far, and it is the same each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        for build in (run_parser, finetuning_parser):
-            patch.setattr(settings_module, build.__name__, cache(build))
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -304,7 +292,7 @@ def _settings_of(run: ParsedRun) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("examples", many(100))
 def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[str]) -> None:
-    quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    quickstart = ["--config", str(PROJECT / "configs" / "quickstart.yaml")]
     fuzz(
         lambda argv: _parsed(parse_run, [*quickstart, *argv], capsys),
         examples,

@@ -1,7 +1,6 @@
 """Training processes are killed from the first step to the last, a third of them inside a save, and resumed: nothing is
 lost beyond the last save, and in the end the run is the one that nobody killed."""
 
-import csv
 import json
 import math
 import random
@@ -14,15 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 import yaml
 
 from litmoe import checkpoints
 from litmoe.data.instructions import InstructArgs, prepare_instructions
 from tests.chaos.conftest import Moment, share
 from tests.chaos.lives import SAVES, Death, Life, Operation, Watched
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
-from tests.training_fixtures import SIGMOID_ROUTER
+from tests.helpers import SIGMOID_FLAGS, assert_equal, assert_same_state, save_tiny, tiny_gpt, untimed_rows
 
 STEPS = 60
 INTERVAL = 5
@@ -33,7 +30,6 @@ RUN = (
 MUON = ("--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.lr", "0.02")
 A_ROUND = 20
 """As often a run is killed before it may come to its end and is compared; then another one begins"""
-TOLD_BY_A_CLOCK = {"time", "tokens_per_second"}
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     """The same where other checkpoints may lie beside ``final``."""
     assert not [path for path in other.rglob("*") if re.search(r"^\.|\.(tmp|partial|old)$", path.name)]
     assert_same_checkpoint(one / "final", other / "final")
-    tables = [rows(out / "metrics.csv") for out in (one, other)]
+    tables = [untimed_rows(out) for out in (one, other)]
     assert [int(row["step"]) for row in tables[1] if row["train_loss"]] == list(range(1, STEPS + 1))
     assert tables[0] == tables[1]
 
@@ -190,32 +186,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 def assert_same_checkpoint(one: Path, other: Path) -> None:
     checkpoints.verify(other)
     assert_equal(checkpoints.load_weights(one), checkpoints.load_weights(other))
-    states = [checkpoints.load_training_state(folder) for folder in (one, other)]
-    for state in states:
-        del state["progress"]["seconds"], state["interval"]["seconds"]
-    assert_equal(*states)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{name: row[name] for name in row.keys() - TOLD_BY_A_CLOCK} for row in csv.DictReader(file)]
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    """To the last bit."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal(a, b)
-    else:
-        assert one == other
+    assert_same_state(other, one)
 
 
 def test_a_run_that_is_killed_is_the_run_that_is_not(
@@ -228,7 +199,7 @@ def test_a_run_that_is_killed_is_the_run_that_is_not(
 
 STORIES = {
     "AdamW": (5, ()),
-    "sigmoid router, Muon": (2, (*MUON, *SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01")),
+    "sigmoid router, Muon": (2, (*MUON, *SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01")),
     "2 workers, Muon": (2, (*MUON, "--data.init_args.num_workers", "2")),
 }
 

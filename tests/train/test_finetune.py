@@ -22,8 +22,7 @@ from litmoe.config import parse_finetuning
 from litmoe.data.conversations import encode_conversation, load_prompt_style
 from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
 from litmoe.train.lock import locked
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
-from tests.training_fixtures import column
+from tests.helpers import column, save_tiny, tiny_gpt
 
 SIGMOID = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": True}
 

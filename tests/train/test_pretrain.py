@@ -20,8 +20,7 @@ from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.train import loop
 from litmoe.train.preflight import ready
 from litmoe.train.pretrain import pretrain, scale_gelu_projections
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
-from tests.training_fixtures import SIGMOID_ROUTER, column, rows, training_steps
+from tests.helpers import SIGMOID_FLAGS, column, metric_rows, save_tiny, tiny_gpt, training_steps
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -167,7 +166,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(train, tmp_path):
 def test_the_bias_update_alone_evens_the_load(train, tmp_path):
     """Against the same run without: no balance loss in either, so that the bias is all that differs."""
     losses_off = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0")
-    flags = (*SIGMOID_ROUTER, *losses_off, "--train.max_steps", "60", "--eval.interval", "100")
+    flags = (*SIGMOID_FLAGS, *losses_off, "--train.max_steps", "60", "--eval.interval", "100")
     unevenness = []
     for rate in ("0.0", "0.01"):
         out = train(*flags, "--moe.bias_update_rate", rate, "--out_dir", str(tmp_path / rate))
@@ -187,7 +186,7 @@ def test_the_bias_update_alone_evens_the_load(train, tmp_path):
 
 
 def test_evaluation_moves_no_selection_bias(train, tmp_path):
-    flags = (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01", "--train.max_steps", "4")
+    flags = (*SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01", "--train.max_steps", "4")
     often = train(*flags, "--eval.interval", "1", "--eval.initial_validation", "true", "--out_dir", str(tmp_path / "a"))
     never = train(
         *flags, "--eval.interval", "100", "--eval.final_validation", "false", "--out_dir", str(tmp_path / "b")
@@ -274,7 +273,7 @@ def test_muon_in_bf16_resumes_to_the_bit(train, tmp_path, capsys):
 
 def test_bf16_true_trains(train, capsys):
     """Selection biases move in steps that bf16 does not have, and load as they were saved."""
-    flags = ("--precision", "bf16-true", *SIGMOID_ROUTER, "--moe.bias_update_rate", "0.001", "--train.max_steps", "4")
+    flags = ("--precision", "bf16-true", *SIGMOID_FLAGS, "--moe.bias_update_rate", "0.001", "--train.max_steps", "4")
     out = train(*flags)
     assert "warning: in bf16-true, torch.optim.AdamW loses weight decay and small steps" in capsys.readouterr().out
     weights = checkpoints.load_weights(out / "final")
@@ -403,7 +402,7 @@ def test_a_compiled_run_is_the_other(train, capsys):
     losses = []
     for compiled in ("true", "false"):
         out_dir = train(*flags, "--compile", compiled, "--overwrite")
-        losses.append([float(row["train_loss"]) for row in rows(out_dir) if row["train_loss"]])
+        losses.append([float(row["train_loss"]) for row in metric_rows(out_dir) if row["train_loss"]])
     said = re.search(r"The first step took ([0-9,]+) s, with compiling", capsys.readouterr().out)
     assert said and int(said[1]) >= 1
     bf16 = torch.cuda.is_available()  # whose roundings the compiler may leave out

@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from _pytest.mark import ParameterSet
 
 from litmoe import checkpoints
 from litmoe.cli import UserError
-from tests.tiny_checkpoint import mark_anew, save_tiny, tiny_gpt
-from tests.training_fixtures import SIGMOID_ROUTER, column, rows
+from tests.helpers import SIGMOID_FLAGS, assert_same_run, column, renew_checksums, save_tiny, tiny_gpt
 
 Call = Callable[..., Path]
 
@@ -30,7 +28,7 @@ MUON = (
     *("--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.adamw_lr", "1.0e-3"),
     *("--schedule.name", "wsd", "--schedule.decay_fraction", "0.5"),
 )
-BIASES = (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01", "--moe.load_balancing_loss", "0.0")
+BIASES = (*SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01", "--moe.load_balancing_loss", "0.0")
 CASES = {
     "two workers, Muon, wsd": ("--data.init_args.num_workers", "2", *MUON),
     "log lines between saves": ("--train.log_interval", "3"),
@@ -66,38 +64,6 @@ def interrupted(whole: Path, step: int, folder: Path) -> Path:
 def resume(call: Call, whole: Path, step: int, *flags: str) -> Path:
     folder = interrupted(whole, step, whole.with_name(f"{whole.name}-{step}"))
     return call(*flags, "--out_dir", str(folder), "--resume", "auto")
-
-
-def assert_same_run(resumed: Path, whole: Path) -> None:
-    """Each logged number but the times, the weights' file, and all that a further session would go on from."""
-
-    def logged(out_dir: Path) -> list[dict[str, str]]:
-        timed = ("time", "tokens_per_second")
-        return [{name: value for name, value in row.items() if name not in timed} for row in rows(out_dir)]
-
-    assert logged(resumed) == logged(whole)
-    one, other = (checkpoints.read_metadata(folder / "final").files["lit_model.pth"] for folder in (resumed, whole))
-    assert one == other
-    states = [checkpoints.load_training_state(folder / "final") for folder in (resumed, whole)]
-    for state in states:
-        del state["progress"]["seconds"], state["interval"]["seconds"]
-    assert_equal(*states)
-
-
-def assert_equal(found: Any, expected: Any, place: str = "state") -> None:
-    assert type(found) is type(expected), place
-    if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype and torch.equal(found, expected), place
-    elif isinstance(expected, dict):
-        assert list(found) == list(expected), place
-        for name in expected:
-            assert_equal(found[name], expected[name], f"{place}[{name!r}]")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), place
-        for index, pair in enumerate(zip(found, expected, strict=True)):
-            assert_equal(*pair, f"{place}[{index}]")
-    else:
-        assert found == expected, place
 
 
 def test_interrupted_at_any_step(train: Call, tmp_path: Path) -> None:
@@ -239,7 +205,7 @@ def test_a_checkpoint_of_no_run_is_not_resumed(train: Call, tmp_path: Path) -> N
     out = train("--train.max_steps", "1")
     settings = out / "final" / "hyperparameters.yaml"
     settings.write_text("imported_from: a folder\n", encoding="utf-8")
-    mark_anew(out / "final")
+    renew_checksums(out / "final")
     with pytest.raises(UserError, match=r"has no training state.*--initial_checkpoint_dir"):
         train("--resume", str(out / "final"))
 
@@ -248,7 +214,7 @@ def test_a_fresh_start_by_resume_auto_goes_over_nothing(train: Call) -> None:
     """A checkpoint that can't be resumed was replaced by the run's own."""
     out = train("--train.max_steps", "1")
     (out / "final" / "training_state.pth").unlink()
-    mark_anew(out / "final")
+    renew_checksums(out / "final")
     with pytest.raises(UserError, match="holds final, which can't be resumed"):
         train("--resume", "auto")
 
@@ -272,7 +238,7 @@ def test_state_of_another_version_is_resumed(train: Call, tmp_path: Path) -> Non
     state["progress"]["samples"] = 20
     del state["layout"]["data_seed"]
     torch.save(state, folder / "training_state.pth")
-    mark_anew(folder)
+    renew_checksums(folder)
     assert_same_run(train(*SMALL, "--out_dir", str(other), "--resume", "auto"), whole)
 
 
@@ -285,7 +251,7 @@ def test_tuning_of_an_older_version_is_resumed(tune: Call, capsys: pytest.Captur
     settings = checkpoints.load_hyperparameters(out / "final")
     del settings["lora_head"], settings["data"]["init_args"]["prompt_style"]
     (out / "final" / checkpoints.HYPERPARAMETERS).write_text(yaml.safe_dump(settings), encoding="utf-8")
-    mark_anew(out / "final")
+    renew_checksums(out / "final")
     tune("--lora_r", "2", "--train.max_steps", "2", "--resume", "auto")
     said = capsys.readouterr().out
     assert "has no record of the conversations" in said and "Resuming from" in said

@@ -1,4 +1,3 @@
-import csv
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from litmoe.train import loop
 from litmoe.train.model import Batch
 from litmoe.train.nonfinite import find_first_nonfinite, find_nonfinite_weights
 from litmoe.train.saving import StopSignals, copy_to_cpu
-from tests.training_fixtures import column, rows
+from tests.helpers import assert_same_run, column, metric_rows
 
 
 def steps_in(out):
@@ -143,7 +142,7 @@ def test_signal_saves_and_stops(train, monkeypatch, tmp_path, capsys, name, code
     assert steps_in(out) == ["step-00000004", "step-00000006"]
     assert f"--resume auto continues from {out / 'step-00000006'}" in capsys.readouterr().out
     train("--resume", "auto")
-    assert_same_run(whole, out)
+    assert_same_run(out, whole)
 
 
 def test_two_signals_at_once_count_once():
@@ -167,7 +166,7 @@ def test_error_in_loop_saves_last_step(train, monkeypatch, tmp_path):
     assert steps_in(tmp_path / "out") == ["step-00000004", "step-00000006"]
     monkeypatch.undo()
     train("--resume", "auto")
-    assert_same_run(whole, tmp_path / "out")
+    assert_same_run(tmp_path / "out", whole)
 
 
 def test_error_during_update_saves_nothing(train, monkeypatch, tmp_path):
@@ -212,10 +211,10 @@ def test_stop_skips_evaluation_until_resume(train, monkeypatch, tmp_path, moment
             patch.setattr(evaluation, "evaluate", lambda *run: signal.raise_signal(signal.SIGTERM) or evaluate(*run))
         train("--train.save_interval", "null")
     assert steps_in(out) == ["step-00000004"]
-    assert rows(out)[-1]["step"] == "4"
-    assert rows(out)[-1]["val_loss"] == ""
+    assert metric_rows(out)[-1]["step"] == "4"
+    assert metric_rows(out)[-1]["val_loss"] == ""
     train("--resume", "auto")
-    assert_same_run(whole, out)
+    assert_same_run(out, whole)
 
 
 def test_signal_does_not_stop_initial_validation(train, monkeypatch, tmp_path):
@@ -224,7 +223,7 @@ def test_signal_does_not_stop_initial_validation(train, monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(evaluation, "evaluate", lambda *run: signal.raise_signal(signal.SIGTERM) or evaluate(*run))
         train("--eval.initial_validation", "true")
-    first = rows(tmp_path / "out")[0]
+    first = metric_rows(tmp_path / "out")[0]
     assert first["step"] == "0" and float(first["val_loss"]) > 0
     assert steps_in(tmp_path / "out") == ["step-00000001"]
 
@@ -235,7 +234,7 @@ def test_max_time_skips_evaluation_until_resume(train, tmp_path):
     assert steps_in(out) == ["step-00000001"]
     assert column(out, "val_loss") == []
     train("--resume", "auto", "--eval.interval", "1")
-    assert_same_run(whole, out)
+    assert_same_run(out, whole)
 
 
 def test_failed_evaluation_keeps_its_step(train, monkeypatch, tmp_path):
@@ -249,7 +248,7 @@ def test_failed_evaluation_keeps_its_step(train, monkeypatch, tmp_path):
         train("--train.save_interval", "null")
     assert steps_in(out) == ["step-00000004"]
     train("--resume", "auto")
-    assert_same_run(whole, out)
+    assert_same_run(out, whole)
 
 
 def test_out_of_memory_message(train, monkeypatch, tmp_path):
@@ -276,19 +275,7 @@ def test_resume_within_log_interval(train, tmp_path):
     whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
     cut = shutil.copytree(whole, tmp_path / "cut")
     train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
-    assert_same_run(whole, cut)
-
-
-def assert_same_run(whole, other):
-    one, two = (checkpoints.read_metadata(out / "final").files["lit_model.pth"] for out in (whole, other))
-    assert one == two
-    tables = []
-    for out in (whole, other):
-        with open(out / "metrics.csv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        tables.append([{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows])
-    assert tables[0] == tables[1]
-    assert checkpoints.leftovers(other) == []
+    assert_same_run(cut, whole)
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
@@ -306,7 +293,7 @@ def test_damaged_checkpoint_is_skipped(train, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"warning: {weights} is damaged" in said
     assert f"Resuming from {out / 'step-00000004'}" in said
-    assert_same_run(whole, out)
+    assert_same_run(out, whole)
     checkpoints.verify(out / "step-00000008")
 
 
