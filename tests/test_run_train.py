@@ -22,7 +22,7 @@ from litmoe.cli import exit_with_message
 from litmoe.config import PROJECT, parse_run
 from litmoe.data.manifest import read as read_manifest
 from litmoe.train.preflight import prepare_data
-from tests.helpers import SIGMOID_FLAGS, file_contents
+from tests.helpers import SIGMOID_FLAGS, assert_equal, file_contents, training_steps, untimed_rows
 
 
 @pytest.fixture
@@ -99,19 +99,17 @@ def test_no_checkpoint_at_the_path_to_resume(refusal, tmp_path):
     assert "step-00000010" in refusal("--resume", str(tmp_path / "step-00000010"))
 
 
-def test_a_checkpoint_of_another_model(train, refusal):
-    out = train()
-    message = refusal("--resume", str(out / "final"), "--model.n_embd", "64")
+def test_a_checkpoint_of_another_model(trained_copy, refusal):
+    message = refusal("--resume", str(trained_copy / "final"), "--model.n_embd", "64")
     assert "n_embd: 32 there, 64 here" in message
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])
-def test_a_damaged_checkpoint(train, refusal, size):
-    out = train()
-    weights = out / "step-00000008" / "lit_model.pth"
+def test_a_damaged_checkpoint(trained_copy, refusal, size):
+    weights = trained_copy / "step-00000008" / "lit_model.pth"
     data = weights.read_bytes()
     weights.write_bytes(data[:size] if size >= 0 else data[:-10] + b"?" + data[-9:])
-    message = refusal("--resume", str(out / "step-00000008"))
+    message = refusal("--resume", str(weights.parent))
     assert "lit_model.pth" in message
 
 
@@ -169,43 +167,36 @@ def test_wandb_dataset_that_is_no_reference(refusal):
     assert "wandb" in refusal("--wandb-dataset", "nonsense").lower()
 
 
-def run_cli(run_file: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
-
-
-def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_path, refusal):
-    steps = ("--train.max_steps", "200", "--train.save_interval", "5", "--eval.interval", "50")
-    killed = run_cli(run_file, *steps, "--out_dir", str(tmp_path / "killed"))
+def test_killed_run_is_locked_and_resumed(train, run_file, tmp_path, refusal, capsys):
+    """While it is suspended its folder is refused; after a kill a resumed run ends as the uninterrupted one."""
+    out = tmp_path / "killed"
+    steps = ("--train.max_steps", "100", "--train.save_interval", "5", "--eval.interval", "50")
+    flags = ("--config", str(run_file), *steps, "--out_dir", str(out))
+    killed = subprocess.Popen([sys.executable, str(PROJECT / "run_train.py"), *flags], **PIPES)
     try:
-        until = time.monotonic() + 120
-        while not (tmp_path / "killed" / "step-00000010").exists():
+        deadline = time.monotonic() + 120
+        while not (out / "step-00000010").exists():
             assert killed.poll() is None, killed.communicate()[0]
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         psutil.Process(killed.pid).suspend()
-        for how in (["--overwrite"], ["--resume", "auto"]):  # both trained, and deleted each other's checkpoints
-            message = refusal(*steps, "--out_dir", str(tmp_path / "killed"), *how)
+        for how in (["--overwrite"], ["--resume", "auto"]):  # both would delete each other's checkpoints
+            message = refusal(*steps, "--out_dir", str(out), *how)
             assert f"used by another run (process {killed.pid} on {socket.gethostname()}, since 2" in message
         killed.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
     finally:
         killed.kill()
         killed.communicate()
-    stopped_at = checkpoints.read_metadata(checkpoints.newest_undamaged(tmp_path / "killed")[0]).step
-    assert 10 <= stopped_at < 200
-    resumed = run_cli(run_file, *steps, "--out_dir", str(tmp_path / "killed"), "--resume", "auto")
-    output, _ = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, output
-    assert f"Taking over {tmp_path / 'killed'} from a run that ended without releasing it" in output
-    assert f"step {stopped_at} of 200" in output
-    whole = train(*steps, "--out_dir", str(tmp_path / "whole"))
-    one, other = (checkpoints.load_weights(out / "final") for out in (whole, tmp_path / "killed"))
-    import torch
-
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    metrics = (tmp_path / "killed" / "metrics.csv").read_text(encoding="utf-8").splitlines()
-    training_lines = [line.split(",") for line in metrics if line.split(",")[1]]
-    assert [line[0] for line in training_lines] == ["step", *map(str, range(1, 201))]
+    stopped_at = checkpoints.read_metadata(checkpoints.newest_undamaged(out)[0]).step
+    assert 10 <= stopped_at < 100
+    train(*steps, "--out_dir", str(out), "--resume", "auto")
+    printed = capsys.readouterr().out
+    assert f"Taking over {out} from a run that ended without releasing it" in printed
+    assert f"step {stopped_at} of 100" in printed
+    assert training_steps(out) == list(range(1, 101))
+    expected = train(*steps, "--out_dir", str(tmp_path / "uninterrupted"))
+    assert_equal(checkpoints.load_weights(out / "final"), checkpoints.load_weights(expected / "final"))
+    assert untimed_rows(out) == untimed_rows(expected)
 
 
 # 12 steps of 4 micro batches, the last one of 2; the epoch of 37 ends within step 10, after one device's turn of two.

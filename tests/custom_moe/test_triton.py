@@ -23,11 +23,14 @@ SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 120: 99}
     [True, pytest.param(False, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))],
     ids=["in the interpreter", "on a GPU"],
 )
-def test_kernels_equal_plain_arithmetic(interpreted: bool) -> None:
-    cases = Path(__file__).with_name("triton_cases.py")
+@pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_equal_plain_arithmetic(interpreted: bool, cases: str) -> None:
+    path = Path(__file__).with_name("triton_cases.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.no_skips", "--noconftest"]
     variables = {**os.environ, "TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, str(cases)], env=variables, capture_output=True, text=True, encoding="utf-8")
+    result = subprocess.run(
+        [*command, "-m", cases, str(path)], env=variables, capture_output=True, text=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
