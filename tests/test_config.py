@@ -50,12 +50,12 @@ def refusal(accepted):
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
-def test_each_shipped_run_file_parses_and_passes_the_checks(path):
+def test_run_files_are_valid(path):
     run = parse_run(["--config", str(path)])
     check(run.settings, run.optimizer)
 
 
-def test_the_default_run_value_for_value():
+def test_default_run_values():
     run = parse_run([])
     settings = run.settings
     assert settings.model == Config.from_file(PROJECT / "model_config.yaml")
@@ -77,7 +77,7 @@ def test_the_default_run_value_for_value():
     assert settings.data.num_workers == 2
 
 
-def test_a_flag_beats_the_run_file_in_either_spelling_and_order(tmp_path):
+def test_flags_override_the_run_file(tmp_path):
     run = parse_run(
         ["--micro-batch-size", "2", "--train.max-tokens=99", "--model.n_layer", "3", "--optimizer.init_args.lr", "1e-2"]
     )
@@ -89,13 +89,13 @@ def test_a_flag_beats_the_run_file_in_either_spelling_and_order(tmp_path):
     assert (first.settings.seed, first.settings.model.name) == (7, "quickstart")
 
 
-def test_a_switch_needs_no_value():
+def test_switch_needs_no_value():
     settings = parse_run(["--overwrite", "--progress", "--compile", "--seed", "3"]).settings
     assert (settings.overwrite, settings.progress, settings.compile, settings.seed) == (True, True, True, 3)
     assert parse_run(["--compile", "false", "--progress=null"]).settings.compile is False
 
 
-def test_a_model_file_replaces_the_whole_model(tmp_path):
+def test_model_file_replaces_the_model(tmp_path):
     (tmp_path / "dense.yaml").write_text(
         "name: dense\nn_layer: 1\nn_embd: 32\nn_head: 2\nmlp_class_name: LLaMAMLP\nintermediate_size: 64\n"
     )
@@ -135,7 +135,7 @@ def test_mistakes_are_reported_without_torch(script: str) -> None:
     assert imported == ["[]"] * 4
 
 
-def test_litgpt_is_imported_without_packages_for_other_metrics() -> None:
+def test_litgpt_import_skips_metric_packages() -> None:
     printed = run_python(
         "import litmoe.config, litgpt.pretrain, litgpt.args, sys",
         "assert litgpt.args.TrainArgs is litmoe.config.litgpt_args.TrainArgs",
@@ -144,7 +144,7 @@ def test_litgpt_is_imported_without_packages_for_other_metrics() -> None:
     assert printed == "[]\n"
 
 
-def test_what_is_saved_with_a_run_is_a_run_file_of_the_same_run(tmp_path):
+def test_saved_settings_are_a_run_file(tmp_path):
     flags = ("--train.max_steps", "5", "--eval.hellaswag", "Rowan/hellaswag", "--eval.hellaswag_limit", "9")
     run = parse_run(["--config", str(PROJECT / "configs/quickstart.yaml"), *flags])
     assert (run.settings.eval.hellaswag, run.settings.eval.hellaswag_limit) == ("Rowan/hellaswag", 9)
@@ -169,7 +169,7 @@ def test_print_config_and_help(capsys):
     assert all(f"--{short}" in text for short in SHORT_FLAGS)
 
 
-def test_each_flag_of_our_own_is_explained():
+def test_flags_have_help_texts():
     parser = run_parser()
     ours = {field.name for field in fields(RunSettings)}
     for action in parser._actions:
@@ -225,7 +225,7 @@ def test_each_flag_of_our_own_is_explained():
         (["--data.init_args.val_data_path", "elsewhere/val"], "folders train and val of one prepared corpus"),
     ],
 )
-def test_a_mistake_gets_one_message(refusal, flags, message):
+def test_mistakes_give_one_message(refusal, flags, message):
     assert message in refusal(*flags)
 
 
@@ -254,23 +254,23 @@ GROUPS = ("--model.n_expert_groups=2", "--model.n_topk_groups=2", "--model.n_top
     ],
     ids=str,
 )
-def test_routing_that_can_not_work_is_refused(refusal, flags, message):
+def test_invalid_routing_is_refused(refusal, flags, message):
     assert message in refusal(*flags)
 
 
 @pytest.mark.parametrize("flags", [(), ("--model.n_expert=9",), ("--model.n_expert=7",), (*GROUPS, NORMALIZED)])
-def test_the_alternatives_for_one_expert_pass(refusal, accepted, flags):
+def test_suggested_alternatives_are_valid(refusal, accepted, flags):
     one = (*flags, "--model.n_expert_per_token", "1")
     alternatives = refusal(*one).partition("send a token. ")[2]
     for alternative in alternatives.removesuffix(".").split(", or "):
         accepted(*one, *alternative.split())
 
 
-def test_one_expert_in_all_has_nothing_to_route(accepted):
+def test_single_expert_is_accepted(accepted):
     accepted("--model.n_expert", "1", "--model.n_expert_per_token", "1")
 
 
-def test_all_problems_are_told_at_once(refusal):
+def test_all_problems_are_reported_together(refusal):
     message = refusal("--micro-batch-size", "3", "--model.n_expert", "0", "--eval.interval", "0")
     assert message.count("\n") == 3
 
@@ -288,7 +288,7 @@ def test_all_problems_are_told_at_once(refusal):
         ("model: other.yaml", "no config file at other.yaml"),
     ],
 )
-def test_a_mistake_in_a_file_names_the_file_or_the_key(tmp_path, text, message):
+def test_mistake_in_file_names_file_or_key(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
@@ -317,5 +317,5 @@ def test_precision_without_a_gpu(monkeypatch):
         (("--compile", "true"), "does not support torch.compile"),
     ],
 )
-def test_what_fsdp_can_not_do_is_refused(refusal, flags, message):
+def test_fsdp_limits_are_refused(refusal, flags, message):
     assert message in refusal("--strategy", "fsdp", "--devices", "2", *flags)

@@ -71,7 +71,7 @@ def comment(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", MODELS, ids=by_name)
-def test_a_models_stated_sizes_are_those_of_the_built_model(path: Path) -> None:
+def test_stated_sizes_equal_the_built_model(path: Path) -> None:
     config = Config.from_file(path)
     tied = "train.tie_embeddings" in comment(path)
     with use_custom_moe(), torch.device("meta"):
@@ -89,11 +89,11 @@ def test_a_models_stated_sizes_are_those_of_the_built_model(path: Path) -> None:
     assert count_parameters(config, tie_embeddings=tied)[:2] == (total, active)
 
 
-def test_the_default_model_stands_among_the_models() -> None:
+def test_default_model_is_listed() -> None:
     assert Config.from_file(PROJECT / "configs/models/moe-200m.yaml") == Config.from_file(PROJECT / "model_config.yaml")
 
 
-def test_the_gpt2_models_have_gpt2s_shape() -> None:
+def test_gpt2_models_have_its_shape() -> None:
     """The sizes of OpenAI's models less their learned positions (1,024 of them), with the vocabulary padded by 47."""
     for name, width, openai in (("gpt2-124m", 768, 124_439_808), ("gpt2-350m", 1024, 354_823_168)):
         config = Config.from_file(PROJECT / f"configs/models/{name}.yaml")
@@ -101,7 +101,7 @@ def test_the_gpt2_models_have_gpt2s_shape() -> None:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=by_name)
-def test_a_runs_comment_is_true(path: Path) -> None:
+def test_run_comments_are_true(path: Path) -> None:
     run = parse_run(["--config", str(path)])
     settings, text = run.settings, comment(path)
     check(settings, run.optimizer)
@@ -121,7 +121,7 @@ def test_a_runs_comment_is_true(path: Path) -> None:
     assert "Not run here" in text or "Measured" in text
 
 
-def test_the_gpt2_runs_value_for_value() -> None:
+def test_gpt2_run_values() -> None:
     for name, steps in (
         ("fineweb-edu-gpt2-124m", 19073),
         ("fineweb-edu-gpt2-moe", 19073),
@@ -140,7 +140,7 @@ def test_the_gpt2_runs_value_for_value() -> None:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=by_name)
-def test_a_run_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
+def test_runs_train_at_a_small_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
     config = parse_run(["--config", str(path)]).settings.model
     # torchao compiles the update of each shape, which takes a minute (tests/train/test_optimizers.py does it).
     with torch.compiler.set_stance("force_eager"):
@@ -149,14 +149,14 @@ def test_a_run_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tmp_
 
 
 @pytest.mark.parametrize("path", MODELS, ids=by_name)
-def test_a_model_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
+def test_models_train_at_a_small_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
     flags = shrunken(Config.from_file(path))
     out_dir = train(*tiny_run(prepared, tmp_path / "run"), "--model", str(path), *flags)
     assert (out_dir / "final" / "lit_model.pth").is_file()
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_openais_weights_are_refused_with_the_reason(as_folder: bool, train, tmp_path: Path) -> None:
+def test_openai_weights_are_refused(as_folder: bool, train, tmp_path: Path) -> None:
     weights = Path("openai-community/gpt2")
     if as_folder:
         weights = tmp_path / "gpt2"

@@ -179,7 +179,7 @@ def test_kill_asks_and_stops_own_training_only(
 # ---------------------------------------------------------------------------------------------------------------- skips
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_unexpected_skip_fails_the_run(tmp_path: Path, workers: str) -> None:
     (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
     (tmp_path / "test_each.py").write_text(

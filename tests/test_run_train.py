@@ -66,46 +66,46 @@ def test_no_data(refusal, tmp_path):
     assert "prepare_data.py" in message
 
 
-def test_an_empty_text(refusal, own_data):
+def test_empty_text(refusal, own_data):
     for path in (own_data / "data" / "train").iterdir():
         path.write_text("  \n", encoding="utf-8")
     assert "train" in refusal(*data_flags(own_data))
 
 
-def test_a_text_that_is_not_utf8(refusal, own_data):
+def test_text_is_not_utf8(refusal, own_data):
     (own_data / "data" / "train" / "stories.txt").write_bytes("Caf\u00e9 au lait.".encode("latin-1"))
     message = refusal(*data_flags(own_data))
     assert "UTF-8" in message
     assert "stories.txt" in message
 
 
-def test_a_missing_tokenizer(refusal, own_data, tmp_path):
+def test_missing_tokenizer(refusal, own_data, tmp_path):
     shutil.rmtree(own_data / "tokenizer")
     assert "tokenizer" in refusal(*data_flags(own_data))
 
 
-def test_a_broken_tokenizer(refusal, own_data):
+def test_broken_tokenizer(refusal, own_data):
     (own_data / "tokenizer" / "tokenizer.json").write_text("{", encoding="utf-8")
     assert "tokenizer.json" in refusal(*data_flags(own_data))
 
 
-def test_a_tokenizer_larger_than_the_models_vocabulary(refusal):
+def test_tokenizer_exceeds_vocabulary(refusal):
     message = refusal("--model.vocab_size", "100", "--model.padded_vocab_size", "100")
     assert "the model's vocabulary holds 100" in message
     assert "--model.padded_vocab_size" in message
 
 
-def test_no_checkpoint_at_the_path_to_resume(refusal, tmp_path):
+def test_missing_checkpoint_to_resume(refusal, tmp_path):
     assert "step-00000010" in refusal("--resume", str(tmp_path / "step-00000010"))
 
 
-def test_a_checkpoint_of_another_model(trained_copy, refusal):
+def test_checkpoint_of_another_model(trained_copy, refusal):
     message = refusal("--resume", str(trained_copy / "final"), "--model.n_embd", "64")
     assert "n_embd: 32 there, 64 here" in message
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])
-def test_a_damaged_checkpoint(trained_copy, refusal, size):
+def test_damaged_checkpoint(trained_copy, refusal, size):
     weights = trained_copy / "step-00000008" / "lit_model.pth"
     data = weights.read_bytes()
     weights.write_bytes(data[:size] if size >= 0 else data[:-10] + b"?" + data[-9:])
@@ -113,32 +113,32 @@ def test_a_damaged_checkpoint(trained_copy, refusal, size):
     assert "lit_model.pth" in message
 
 
-def test_a_context_longer_than_the_block(refusal):
+def test_context_exceeds_block_size(refusal):
     assert "block_size is 64" in refusal("--max-seq-length", "100")
 
 
-def test_a_global_batch_that_the_micro_batch_does_not_divide(refusal):
+def test_global_batch_is_no_multiple(refusal):
     assert "is no multiple of micro_batch_size 3" in refusal("--micro-batch-size", "3")
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", "50"), ("val", "10")])
-def test_a_set_shorter_than_one_batch(refusal, split, size):
+def test_split_shorter_than_a_batch(refusal, split, size):
     message = refusal("--micro-batch-size", size, "--global-batch-size", size, "--max-seq-length", "64")
     assert f": {split} has" in message
     assert "--micro-batch-size" in message
 
 
-def test_experts_without_experts(refusal):
+def test_moe_without_experts(refusal):
     assert "without feed-forward layers" in refusal("--model.n_expert", "0")
 
 
-def test_an_unknown_corpus(refusal, tmp_path):
+def test_unknown_corpus(refusal, tmp_path):
     message = refusal(*data_flags(tmp_path / "new"), "--prepare.source", "tinystoriez")
     assert "'tinystories'" in message or "tinystories" in message
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/a-checkpoint.txt"])
-def test_system_files_are_no_text(run_file, tmp_path, name):
+def test_system_files_are_ignored(run_file, tmp_path, name):
     """With one of them in train/ the run file's source was forgotten, and TinyStories fetched."""
     (tmp_path / "new/data/train" / name).parent.mkdir(parents=True)
     (tmp_path / "new/data/train" / name).write_text("x", encoding="utf-8")
@@ -151,19 +151,19 @@ def test_system_files_are_no_text(run_file, tmp_path, name):
     assert found.source.name == "files" and found.splits["train"].documents > 100
 
 
-def test_text_that_is_not_read_is_not_replaced(refusal, tmp_path):
+def test_unreadable_text_is_not_replaced(refusal, tmp_path):
     (tmp_path / "new/data/train").mkdir(parents=True)
     (tmp_path / "new/data/train/book.pdf").write_bytes(b"x")
     message = refusal(*data_flags(tmp_path / "new"), "--prepare.source", "sample")
     assert "can be read (it has .pdf 1); expected files of .txt" in message
 
 
-def test_a_folder_that_cannot_be_written(refusal, tmp_path):
+def test_out_dir_not_writable(refusal, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert str(tmp_path / "file") in refusal("--out_dir", str(tmp_path / "file" / "out"))
 
 
-def test_wandb_dataset_that_is_no_reference(refusal):
+def test_invalid_wandb_dataset(refusal):
     assert "wandb" in refusal("--wandb-dataset", "nonsense").lower()
 
 
@@ -316,7 +316,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         "fsdp, tied, recomputed",
     ],
 )
-def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, flags):
+def test_two_processes_equal_one(train, run_file, tmp_path, launcher, flags):
     """The experts' load of each step, too, by which the next step's load-balancing loss and the biases go."""
     said = run_twice(launcher, run_file, *ONE_RUN, *flags, "--out_dir", str(tmp_path / "two"))
     # fabric.print prints on each machine
@@ -341,7 +341,7 @@ def assert_same_moments(one: dict, other: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [(), FSDP], ids=["ddp", "fsdp"])
-def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path, capsys, strategy):
+def test_resume_on_other_number_of_devices(train, run_file, tmp_path, capsys, strategy):
     whole = train(*ONE_RUN, "--out_dir", str(tmp_path / "whole"))
     moved = shutil.copytree(whole, tmp_path / "moved")
     resume = ("--out_dir", str(moved), "--overwrite", "--resume")
@@ -372,7 +372,7 @@ class Failing(torch.optim.AdamW):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatch, rank):
+def test_signal_to_one_process_stops_all(train, run_file, tmp_path, monkeypatch, rank):
     """After the same step, with a checkpoint of it; a spot machine tells its own process alone."""
     (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
     flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
@@ -392,7 +392,7 @@ def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [(), FSDP], ids=["ddp", "fsdp"])
-def test_a_loss_that_is_not_finite_stops_two_processes(run_file, tmp_path, strategy):
+def test_nonfinite_loss_stops_two_processes(run_file, tmp_path, strategy):
     """What was trained before is kept, also where no process alone has all of it."""
     flags = (*strategy, "--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null")
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, *flags]
@@ -407,9 +407,7 @@ def test_a_loss_that_is_not_finite_stops_two_processes(run_file, tmp_path, strat
 @pytest.mark.parametrize("how", ["killed", "error"])
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("launcher", ["torchrun", "devices"])
-def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
-    train, run_file, tmp_path, monkeypatch, launcher, rank, how
-):
+def test_lost_process_ends_the_run(train, run_file, tmp_path, monkeypatch, launcher, rank, how):
     """It died, and the other waited for half an hour, or showed what c10d has to say."""
     (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
     flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
@@ -439,7 +437,7 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_machines_that_do_not_share_a_disk_are_told(train, run_file, tmp_path):
+def test_machines_must_share_a_disk(train, run_file, tmp_path):
     """One found the checkpoint, the other began anew; they averaged the gradients of different steps."""
     train(*ONE_RUN, "--out_dir", str(tmp_path / "here"))
     (tmp_path / "here" / "final").rename(tmp_path / "final")
@@ -450,7 +448,7 @@ def test_machines_that_do_not_share_a_disk_are_told(train, run_file, tmp_path):
     assert not list((tmp_path / "there").glob("step-*"))
 
 
-def test_the_settings_that_are_saved_run_again(train, tmp_path):
+def test_saved_settings_repeat_the_run(train, tmp_path):
     out = train("--train.max_steps", "3")
     saved = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text(encoding="utf-8"))
     again = train("--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "again"))

@@ -45,7 +45,7 @@ def run(command: str, cwd: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(UV is None, reason="needs uv")
-def test_the_session_of_the_readme(tmp_path: Path) -> None:
+def test_finetuning_session(tmp_path: Path) -> None:
     files = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
     for name in files.split("\0")[:-1]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -94,9 +94,9 @@ def test_the_model_is_the_dense_one_with_experts(dense: Path, run_file: Path, de
 def test_run_continues_from_the_dense_model(train, tmp_path: Path, run_file: Path, tied: str) -> None:
     """Its first loss equals that of the dense model, training reduces it, and the run can be resumed."""
     tie = ("--train.tie_embeddings", tied)
-    first = train(*DENSE_FLAGS, *tie, "--train.max_steps", "40", "--out_dir", str(tmp_path / "first"))
+    first = train(*DENSE_FLAGS, *tie, "--out_dir", str(tmp_path / "first"))
     flags = (*tie, "--upcycle", str(first / "final"), "--eval.initial_validation", "true")
-    out = train(*flags, "--train.max_steps", "20", "--optimizer.init_args.lr", "3.0e-3")
+    out = train(*flags, "--train.max_steps", "12", "--optimizer.init_args.lr", "3.0e-3")
     assert column(out, "val_loss")[0] == pytest.approx(column(first, "val_loss")[-1], rel=1e-5)
     assert column(out, "val_loss")[-1] < column(out, "val_loss")[0]
     assert evaluate(out / "final").loss < evaluate(first / "final").loss
@@ -104,11 +104,11 @@ def test_run_continues_from_the_dense_model(train, tmp_path: Path, run_file: Pat
     one, other = (weights[f"transformer.h.0.mlp.experts.{expert}.proj.weight"] for expert in (0, 1))
     assert not torch.equal(one, other), "the experts become different"
 
-    same = ("--resume", "auto", "--optimizer.init_args.lr", "3.0e-3", "--train.max_steps", "24")
+    same = ("--resume", "auto", "--optimizer.init_args.lr", "3.0e-3", "--train.max_steps", "14")
     train(*flags, *same)
-    assert checkpoints.read_metadata(out / "final").step == 24
+    assert checkpoints.read_metadata(out / "final").step == 14
     shutil.rmtree(first)
-    again = parse_run(["--config", str(out / "run_config.yaml"), "--train.max_steps", "26"])
+    again = parse_run(["--config", str(out / "run_config.yaml"), "--train.max_steps", "16"])
     assert again.settings.model == checkpoints.load_config(out / "final"), "the settings of a run contain its model"
     with pytest.raises(UserError, match=r"dense|first"):
         train(*flags, "--out_dir", str(tmp_path / "missing"))

@@ -196,7 +196,7 @@ MANY = [pytest.mark.slow, pytest.mark.timeout(3600)]
         pytest.param(tuned_on, ("instruct",), 100, id="tuned on, many", marks=MANY),
     ],
 )
-def test_every_damage_is_found_or_harmless(
+def test_damage_is_detected_or_harmless(
     use: Callable[[World], str], below: tuple[str, ...], times: int, world: World
 ) -> None:
     world.mend()
@@ -221,7 +221,7 @@ def test_every_damage_is_found_or_harmless(
     print(f"{times} damages: {found} found, {times - found} without effect")
 
 
-def test_damaged_chunks_are_named_and_made_anew(world: World) -> None:
+def test_damaged_chunk_is_named_and_rebuilt(world: World) -> None:
     """The command of the message mends it: then it is the run that it was."""
     world.mend()
     whole = resumed(world)
@@ -245,7 +245,7 @@ def mend_as_told(world: World, message: str, data: str = "data") -> None:
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["its text is there", "its text is gone"])
-def test_damaged_tokens_are_made_anew_from_their_source(
+def test_damaged_tokens_are_rebuilt_from_source(
     there: bool, world: World, stories: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not from the corpus that is the default; and with the settings of then."""
@@ -279,7 +279,7 @@ def test_damaged_tokens_are_made_anew_from_their_source(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
-def test_tokens_that_can_not_be_read_are_damaged(world: World) -> None:
+def test_unreadable_tokens_are_damaged(world: World) -> None:
     """A link that leads in a circle, as a disk with errors."""
     world.mend()
     data = world.folder / "data"
@@ -300,7 +300,7 @@ def test_tokens_that_can_not_be_read_are_damaged(world: World) -> None:
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, '{"a":' * 200_000, "[1]", '{"splits": []}', '{"splits": {"train": {"text": 1}}}']
 )
-def test_json_of_a_stranger_is_one_message(text: str, below: str, world: World) -> None:
+def test_invalid_json_gives_one_message(text: str, below: str, world: World) -> None:
     """Whatever it is, and with the checksums that it should have; tokens are made anew where their text is there."""
     world.mend()
     whole = resumed(world)
@@ -318,7 +318,7 @@ def test_json_of_a_stranger_is_one_message(text: str, below: str, world: World) 
     world.mend()
 
 
-def test_an_index_that_is_nested_too_deeply_is_no_traceback(world: World) -> None:
+def test_deeply_nested_index_is_ignored(world: World) -> None:
     world.mend()
     (manifest.tokens_dir(world.folder / "data", "train") / "index.json").write_text("[" * 200_000, encoding="utf-8")
     assert manifest.read(world.folder / "data") is None
@@ -326,7 +326,7 @@ def test_an_index_that_is_nested_too_deeply_is_no_traceback(world: World) -> Non
 
 
 @pytest.mark.parametrize("times", [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_metrics_lose_no_other_row(times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_metrics_keep_readable_rows(times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A resumed run goes on after the rows that can be read; what it left out is kept beside the file."""
     path = tmp_path / "metrics.csv"
     first = MetricsCSV(path, None)

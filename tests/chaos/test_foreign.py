@@ -78,7 +78,7 @@ TRAINING = ["initial", "finetune"]
         *(("generate", form) for form in ("bare", "inside a list", "a list")),
     ],
 )
-def test_no_door_runs_a_pickle(
+def test_scripts_refuse_pickled_code(
     reader: str,
     form: str,
     stranger: Path,
@@ -153,7 +153,7 @@ def finetune_on(tmp_path: Path, checkpoint: Path, *flags: str) -> None:
     finetune(run, resume_from=ready_to_finetune(run.settings))
 
 
-def test_no_pickle_is_run_when_resuming(train: Callable[..., Path]) -> None:
+def test_resume_refuses_pickled_code(train: Callable[..., Path]) -> None:
     out = train("--train.max_steps", "4")
     folder = out / "step-00000004" if (out / "step-00000004").is_dir() else out / "final"
     torch.save({"progress": Harmful()}, folder / "training_state.pth")
@@ -163,7 +163,7 @@ def test_no_pickle_is_run_when_resuming(train: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_no_pickle_is_run_when_lora_resumes(tmp_path: Path, stranger: Path) -> None:
+def test_lora_resume_refuses_pickled_code(tmp_path: Path, stranger: Path) -> None:
     lora = ("--lora_r", "2")
     finetune_on(tmp_path, stranger, *lora)
     folder = checkpoints.newest_undamaged(tmp_path / "tuned")[0]
@@ -186,7 +186,7 @@ CODE = f"!!python/object/apply:os.mkdir ['{HARM}']"
         "class_path: evil.Evil",
     ],
 )
-def test_no_yaml_of_a_checkpoint_is_run(name: str, text: str, stranger: Path, prepared: Path, tmp_path: Path) -> None:
+def test_checkpoint_yaml_runs_no_code(name: str, text: str, stranger: Path, prepared: Path, tmp_path: Path) -> None:
     """Each reader takes it for damaged, or for one that does not read this file."""
     (stranger / name).write_text(text, encoding="utf-8")
     renew_checksums(stranger)
@@ -211,7 +211,7 @@ def test_no_yaml_of_a_checkpoint_is_run(name: str, text: str, stranger: Path, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["data", "optimizer"])
-def test_a_checkpoint_chooses_no_class(
+def test_checkpoint_cannot_choose_classes(
     setting: str, stranger: Path, prepared: Path, tmp_path: Path, train: Any
 ) -> None:
     """Its hyperparameters name classes; what is instantiated is what the user's own run file and flags name."""
@@ -229,14 +229,14 @@ def test_a_checkpoint_chooses_no_class(
     ("parse", "text"),
     [*((parse_run, text) for text in (CODE, f"optimizer: {CODE}", f"a: &a [*a, {CODE}]")), (parse_finetuning, CODE)],
 )
-def test_no_yaml_of_a_run_file_is_run(parse: Callable[[list[str]], Any], text: str, tmp_path: Path) -> None:
+def test_run_file_yaml_runs_no_code(parse: Callable[[list[str]], Any], text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"run\.yaml is not valid YAML"):
         parse(["--config", str(path)])
 
 
-def test_no_flag_is_run(run_file: Path) -> None:
+def test_flags_run_no_code(run_file: Path) -> None:
     assert parse_run(["--config", str(run_file), "--model.name", CODE]).settings.model.name == CODE, "it is a text"
     with pytest.raises(UserError):
         parse_run(["--config", str(run_file), "--optimizer", CODE])
@@ -245,7 +245,7 @@ def test_no_flag_is_run(run_file: Path) -> None:
 # --- what is shown ---
 
 
-def test_no_control_character_of_a_model_reaches_the_terminal(
+def test_terminal_output_has_no_control_characters(
     stranger: Path,
     dense_fields: dict,
     tokenizer_dir: Path,
@@ -271,7 +271,7 @@ def test_no_control_character_of_a_model_reaches_the_terminal(
         assert len(shown.rstrip("\n")) == len("Mia\x1b[2J") + 5
 
 
-def test_no_control_character_stands_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_have_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
         raise UserError("the model \x1b]0;owned\x07\x9b2J\r is none\nof ours")
 
@@ -286,7 +286,7 @@ OUTSIDE = ["../outside", "/outside", "a/../../outside", "..\\outside", "C:\\outs
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_data_folder_names_no_file_outside_of_it(name: str, prepared: Path, tmp_path: Path) -> None:
+def test_data_folder_names_no_outside_file(name: str, prepared: Path, tmp_path: Path) -> None:
     """Neither as a chunk of its tokens, whose bytes would be read and logged, nor as its text, whose time is set."""
     data = shutil.copytree(prepared / "data", tmp_path / "data")
     (tmp_path / "outside").write_bytes(b"secret")
@@ -309,7 +309,7 @@ def test_a_data_folder_names_no_file_outside_of_it(name: str, prepared: Path, tm
 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "..", "", "a/b", "/dev/zero"])
-def test_a_checkpoint_names_no_file_outside_of_it(name: str, stranger: Path) -> None:
+def test_checkpoint_names_no_outside_file(name: str, stranger: Path) -> None:
     """Its checksum would be taken, and a device has no end."""
     values = read_checksummed(stranger / checkpoints.COMPLETE_FILE)
     values["files"][name] = {"size": 0, "sha256": "0" * 64}
@@ -319,7 +319,7 @@ def test_a_checkpoint_names_no_file_outside_of_it(name: str, stranger: Path) -> 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
-def test_no_device_is_read_through_a_link(stranger: Path) -> None:
+def test_device_behind_link_is_not_read(stranger: Path) -> None:
     values = read_checksummed(stranger / checkpoints.COMPLETE_FILE)
     values["files"]["zeros"] = {"size": 0, "sha256": "0" * 64}
     write_checksummed(stranger / checkpoints.COMPLETE_FILE, values)
@@ -329,7 +329,7 @@ def test_no_device_is_read_through_a_link(stranger: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
-def test_text_is_written_through_no_link(tmp_path: Path, tokenizer_dir: Path, stories: list[str]) -> None:
+def test_tokens_are_not_written_through_a_link(tmp_path: Path, tokenizer_dir: Path, stories: list[str]) -> None:
     """A data folder from elsewhere whose token folder is a link: what lies behind it stays as it is."""
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)

@@ -64,9 +64,7 @@ def command(run_file: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_the_run_goes_on_and_saves_when_there_is_room_again(
-    tmp_path: Path, disk: Path, command: tuple[str, ...]
-) -> None:
+def test_run_saves_again_when_disk_has_space(tmp_path: Path, disk: Path, command: tuple[str, ...]) -> None:
     whole = run_whole(tmp_path / "whole", *command)
     out = disk / "out"
     life = begin(tmp_path / "life", out, command)
@@ -84,9 +82,7 @@ def test_the_run_goes_on_and_saves_when_there_is_room_again(
 
 
 @pytest.mark.slow
-def test_a_final_save_without_room_is_an_error_that_resuming_mends(
-    tmp_path: Path, disk: Path, command: tuple[str, ...]
-) -> None:
+def test_resume_completes_a_failed_final_save(tmp_path: Path, disk: Path, command: tuple[str, ...]) -> None:
     whole = run_whole(tmp_path / "whole", *command)
     out = disk / "out"
     life = begin(tmp_path / "life", out, command)
@@ -104,7 +100,7 @@ def test_a_final_save_without_room_is_an_error_that_resuming_mends(
     assert_same_end(whole.out, out)
 
 
-def test_metrics_wait_for_room(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_are_kept_until_disk_has_space(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows that were half written are whole in the end, each once and in their order, also new columns among them."""
     path = disk / "metrics.csv"
     metrics = MetricsCSV(path, resume_step=None)

@@ -222,7 +222,7 @@ def test_finetuning_files(examples: int, base: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("examples", many(300))
 @pytest.mark.parametrize("parse", [parse_run, parse_finetuning])
-def test_files_that_are_no_yaml(examples: int, parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_yaml(examples: int, parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
 
     def case(data: bytes) -> None:
@@ -259,9 +259,7 @@ def test_files_that_are_no_yaml(examples: int, parse: Any, tmp_path: Path, capsy
     ],
     ids=lambda text: text[:20],
 )
-def test_files_that_ended_in_a_traceback_or_might(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_files_with_past_tracebacks(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PyYAML's constructors, the system's calls and LitGPT's checks have errors of many kinds."""
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
@@ -277,7 +275,7 @@ def test_files_that_ended_in_a_traceback_or_might(
         *(("train: null", "train"), ("data: {init_args: {seed: null}}", r"data\.seed")),
     ],
 )
-def test_a_null_where_a_value_is_expected(line: str, named: str, base: Path, tmp_path: Path) -> None:
+def test_null_is_refused_where_required(line: str, named: str, base: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     values = yaml.safe_load(FINETUNE_FILES[0].read_text(encoding="utf-8"))
     ((key, value),) = yaml.safe_load(line).items()
@@ -291,7 +289,7 @@ def _settings_of(run: ParsedRun) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("examples", many(100))
-def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_command_line(examples: int, capsys: pytest.CaptureFixture[str]) -> None:
     quickstart = ["--config", str(PROJECT / "configs" / "quickstart.yaml")]
     fuzz(
         lambda argv: _parsed(parse_run, [*quickstart, *argv], capsys),
@@ -301,7 +299,7 @@ def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("examples", many(100))
-def test_command_line_of_finetuning(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_command_line(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fuzz(
         lambda argv: _parsed(parse_finetuning, [str(base), *argv], capsys),
         examples,
@@ -325,7 +323,7 @@ DOORS = {
         *(pytest.param(name, 300, id=f"{name}-many", marks=SLOW) for name in (*DOORS, "prepare_data", "instruct")),
     ],
 )
-def test_command_lines_of_the_doors(name: str, examples: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_command_lines(name: str, examples: int, capsys: pytest.CaptureFixture[str]) -> None:
     """As far as the script's function gets without a checkpoint or data."""
     if name in ("prepare_data", "instruct"):
         function: Any = PrepareArgs if name == "prepare_data" else InstructArgs
@@ -349,7 +347,7 @@ def _help(function: Any) -> str:
 
 
 @pytest.mark.parametrize("examples", many(100))
-def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_flags(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("Mia went.\n<|endoftext|>\nTom went.\n", encoding="utf-8")
     (tmp_path / "text" / "b.jsonl").write_text('{"text": "Mia"}\n', encoding="utf-8")
@@ -379,7 +377,7 @@ def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("examples", many(200))
-def test_what_a_model_is_asked(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generation_flags(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a real model: any text, any sampling."""
     generate = load_script("generate").main
     numbers = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**63, 2**70]))

@@ -189,9 +189,7 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     assert_same_state(other, one)
 
 
-def test_a_run_that_is_killed_is_the_run_that_is_not(
-    run_file: Path, tmp_path: Path, moments: Callable[[Moment], None]
-) -> None:
+def test_killed_run_equals_uninterrupted_run(run_file: Path, tmp_path: Path, moments: Callable[[Moment], None]) -> None:
     """The quick one of these: once in a step, once in a save, once in the step after."""
     whole = run_whole(tmp_path / "whole", "run_train.py", "--config", str(run_file), *RUN)
     chaos(whole, tmp_path / "killed", 3, moments)
@@ -207,7 +205,7 @@ STORIES = {
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("story", STORIES)
-def test_pretraining_in_chaos(run_file: Path, tmp_path: Path, moments: Callable[[Moment], None], story: str) -> None:
+def test_killed_pretraining(run_file: Path, tmp_path: Path, moments: Callable[[Moment], None], story: str) -> None:
     kills, flags = STORIES[story]
     whole = run_whole(tmp_path / "whole", "run_train.py", "--config", str(run_file), *RUN, *flags)
     chaos(whole, tmp_path / story, share(kills), moments)
@@ -215,7 +213,7 @@ def test_pretraining_in_chaos(run_file: Path, tmp_path: Path, moments: Callable[
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_saves_by_the_clock_in_chaos(run_file: Path, tmp_path: Path, moments: Callable[[Moment], None]) -> None:
+def test_killed_with_timed_saves(run_file: Path, tmp_path: Path, moments: Callable[[Moment], None]) -> None:
     """``checkpoint.every_minutes`` alone, so short that steps and saves run side by side all the time."""
     command = ("run_train.py", "--config", str(run_file), *RUN)
     whole = run_whole(tmp_path / "whole", *command)
@@ -244,7 +242,7 @@ def test_saves_by_the_clock_in_chaos(run_file: Path, tmp_path: Path, moments: Ca
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("tuned", "kills"), [("all weights", 2), ("LoRA", 2)])
-def test_finetuning_in_chaos(
+def test_killed_finetuning(
     tmp_path: Path,
     moe_fields: dict[str, Any],
     tokenizer_dir: Path,

@@ -33,7 +33,7 @@ def command(run_file: Path) -> tuple[str, ...]:
 @needs_posix
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_saves_after_the_step(
+def test_signal_saves_after_the_step(
     tmp_path: Path, command: tuple[str, ...], number: int, code: int, workers: str
 ) -> None:
     command = (*command, "--data.init_args.num_workers", workers)
@@ -52,9 +52,7 @@ def test_a_signal_saves_after_the_step(
 
 
 @needs_posix
-def test_a_signal_saves_after_the_step_where_nobody_reads_what_it_says(
-    tmp_path: Path, command: tuple[str, ...]
-) -> None:
+def test_signal_saves_with_closed_stdout(tmp_path: Path, command: tuple[str, ...]) -> None:
     """Ctrl-C at `run_train.py | tee log` ends tee first. The run ended with exit code 1, and nothing saved."""
     whole, out = run_whole(tmp_path / "whole", *command), tmp_path / "out"
     start = [sys.executable, "-u", *command, "--out_dir", str(out)]
@@ -72,7 +70,7 @@ def test_a_signal_saves_after_the_step_where_nobody_reads_what_it_says(
 
 @needs_posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_step_under_way(tmp_path: Path, command: tuple[str, ...], number: int) -> None:
+def test_second_signal_exits_immediately(tmp_path: Path, command: tuple[str, ...], number: int) -> None:
     """A second later or more: one of a terminal and one of a launcher at once are one."""
     steps_of_seconds = ("--train.global_batch_size", "4096", "--train.max_steps", "3", "--train.save_interval", "1")
     out = tmp_path / "out"
@@ -88,7 +86,7 @@ def test_a_second_signal_ends_the_step_under_way(tmp_path: Path, command: tuple[
     checkpoints.verify(out / "step-00000001")
 
 
-def test_a_run_by_budgets_of_time_is_one_run(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_max_time_sessions_equal_one_run(tmp_path: Path, command: tuple[str, ...]) -> None:
     whole = run_whole(tmp_path / "whole", *command)
     out, lives = tmp_path / "out", 0
     while not (out / "final").exists():

@@ -30,7 +30,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_from_the_first_step_to_the_last(train):
+def test_complete_run(train):
     out = train("--train.max_steps", "40")
     losses = column(out, "train_loss")
     assert len(losses) == 40
@@ -60,7 +60,7 @@ def test_a_run_from_the_first_step_to_the_last(train):
     assert checkpoints.read_metadata(out / "final").step == 40
 
 
-def test_the_final_checkpoint_is_stock_litgpts(trained):
+def test_final_checkpoint_loads_in_stock_litgpt(trained):
     """Strictly loaded by LitGPT's own GPT, and it computes what was trained: the validation loss is the logged one."""
     gpt = GPT(Config.from_file(trained / "final" / "model_config.yaml"))
     assert type(gpt.transformer.h[0].mlp) is litgpt.model.LLaMAMoE
@@ -80,7 +80,7 @@ EIGHT_BITS = (
 )
 
 
-def test_eight_bits_and_rounding_by_chance_resume_too(train, tmp_path):
+def test_8_bit_adam_resumes(train, tmp_path):
     """All of a low-memory run: the state of torchao's optimizer is of tensors of its own."""
     flags = (*("--precision", "bf16-true", "--activation_checkpointing", "block"), *EIGHT_BITS)
     # Compiling each shape would take a minute; tests/train/test_optimizers.py has the compiled step.
@@ -113,7 +113,7 @@ def test_resume_auto(train, capsys):
     assert checkpoints.read_metadata(out / "final").step == 16
 
 
-def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
+def test_resume_with_another_backend(train, tmp_path, capsys):
     """What a checkpoint holds does not depend on what computed the experts; sums differ in their last digits."""
     whole = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "whole"))
     cut = shutil.copytree(whole, tmp_path / "cut")
@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_another_backend(train, tmp_path, capsys):
         assert column(resumed, name) == pytest.approx(column(whole, name), rel=1e-4)
 
 
-def test_a_backend_that_can_not_be_had_is_refused(train, capsys):
+def test_unavailable_backend_is_refused(train, capsys):
     with pytest.raises(UserError, match=r"--moe.backend triton: .* needs an NVIDIA GPU.*\(--moe.backend auto\)"):
         train("--moe.backend", "triton")
     with pytest.raises(UserError, match=r"--moe.backend grouped_mm: .* needs widths of a multiple of 4"):
@@ -136,7 +136,7 @@ def test_a_backend_that_can_not_be_had_is_refused(train, capsys):
     assert "experts by loop." in capsys.readouterr().out
 
 
-def test_a_used_up_time_ends_in_a_checkpoint_to_resume_from(train, capsys):
+def test_max_time_leaves_a_checkpoint(train, capsys):
     out = train("--train.max_time", "0.001")
     assert not (out / "final").exists()
     assert checkpoints.read_metadata(out / "step-00000001").step == 1
@@ -145,13 +145,13 @@ def test_a_used_up_time_ends_in_a_checkpoint_to_resume_from(train, capsys):
     assert training_steps(out) == list(range(1, 13))
 
 
-def test_leftover_micro_batches_are_trained_on(train):
+def test_leftover_micro_batches_are_used(train):
     out = train("--train.max_steps", "null", "--train.max_tokens", "240")  # 7 micro batches of 32, two a step
     assert column(out, "iter_tokens") == [64, 64, 64, 32]
     assert column(out, "total_tokens")[-1] == 224
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(train, tmp_path):
+def test_accumulation_equals_one_large_batch(train, tmp_path):
     """Two micro batches of 2 are one of 4, the balance losses too: their load is the last step's, of all its tokens."""
     flags = ("--moe.load_balancing_loss", "1.0", "--moe.z_loss", "0.1", "--train.max_steps", "3")
     accumulated = train(*flags, "--out_dir", str(tmp_path / "a"))
@@ -160,7 +160,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(train, tmp_path):
         assert column(accumulated, name) == pytest.approx(column(at_once, name), rel=1e-5)
 
 
-def test_the_bias_update_alone_evens_the_load(train, tmp_path):
+def test_bias_update_alone_evens_the_load(train, tmp_path):
     """Against the same run without: no balance loss in either, so that the bias is all that differs."""
     losses_off = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0")
     flags = (*SIGMOID_FLAGS, *losses_off, "--train.max_steps", "60", "--eval.interval", "100")
@@ -182,7 +182,7 @@ def test_the_bias_update_alone_evens_the_load(train, tmp_path):
     assert all(with_it[key] < without[key] / 2 for key in without)
 
 
-def test_evaluation_moves_no_selection_bias(train, tmp_path):
+def test_evaluation_keeps_selection_biases(train, tmp_path):
     flags = (*SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01", "--train.max_steps", "4")
     often = train(*flags, "--eval.interval", "1", "--eval.initial_validation", "true", "--out_dir", str(tmp_path / "a"))
     never = train(
@@ -193,14 +193,14 @@ def test_evaluation_moves_no_selection_bias(train, tmp_path):
     assert_same_weights(often / "final", never / "final")
 
 
-def test_logged_loss_is_the_mean_of_its_interval(train, trained):
+def test_logged_loss_is_mean_of_interval(train, trained):
     each = column(trained, "train_loss")
     third = column(train("--train.log_interval", "3"), "train_loss")
     # Rows of steps 4 and 8 hold a validation loss alone.
     assert third == pytest.approx([sum(each[i : i + 3]) / 3 for i in range(0, 12, 3)], rel=1e-6)
 
 
-def test_samples_leave_the_run_as_it_is(train, trained):
+def test_samples_do_not_change_the_run(train, trained):
     """The default samples are random: they have a temperature."""
     without = train("--sample.prompt", "null")
     assert_same_weights(trained / "final", without / "final")
@@ -213,12 +213,12 @@ def test_tied_embeddings_are_one_matrix(train):
     train("--train.tie_embeddings", "true", "--resume", "auto", "--train.max_steps", "4")
 
 
-def test_a_run_from_the_weights_of_another(train, trained):
+def test_run_from_other_weights(train, trained):
     second = train("--initial_checkpoint_dir", str(trained / "final"), "--train.max_steps", "4")
     assert column(second, "train_loss")[0] < column(trained, "train_loss")[0] - 0.5
 
 
-def test_loggers_side_by_side(train):
+def test_several_loggers(train):
     out = train("--loggers", "[csv,tensorboard,wandb]")
     assert list((out / "logs" / "tensorboard").glob("events.*"))
     assert list((out / "wandb").glob("offline-run-*"))
@@ -233,7 +233,7 @@ def test_loggers_side_by_side(train):
 
 
 @pytest.mark.slow
-def test_litgpts_own_text_files(train, tmp_path, stories, monkeypatch):
+def test_litgpt_text_files(train, tmp_path, stories, monkeypatch):
     folder = tmp_path / "text"
     folder.mkdir()
     for index in range(3):
@@ -246,7 +246,7 @@ def test_litgpts_own_text_files(train, tmp_path, stories, monkeypatch):
     assert len(column(out, "train_loss")) == 3
 
 
-def test_muon_in_bf16_resumes_to_the_bit(train, tmp_path, capsys):
+def test_muon_in_bf16_resumes_exactly(train, tmp_path, capsys):
     """Its moments are fp32, and its rounding goes by the number of updates."""
     flags = ("--precision", "bf16-true", "--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.lr", "0.01")
     whole = train(*flags, "--out_dir", str(tmp_path / "whole"), "--train.max_steps", "6")
@@ -275,7 +275,7 @@ def test_bf16_true_trains(train, capsys):
     assert all(math.isfinite(loss) for loss in column(out, "train_loss"))
 
 
-def test_bf16_true_keeps_the_rotations_of_positions(train, monkeypatch):
+def test_bf16_true_keeps_fp32_rotations(train, monkeypatch):
     """Fabric converts them along with the weights, to 8 bits; generation would then turn by other angles."""
     rotations, train_step = [], loop.train_step
     monkeypatch.setattr(
@@ -285,7 +285,7 @@ def test_bf16_true_keeps_the_rotations_of_positions(train, monkeypatch):
     assert [rotation.dtype for rotation in rotations] == [torch.float32] * 2
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+def test_nonfinite_loss_stops_the_run(train, tmp_path):
     """Also between log lines. What was trained before is kept."""
     found = r"no longer finite at step 2: the first (output|gradient) that went bad was that of \w+.*, in micro batch 1"
     with pytest.raises(UserError, match=found):
@@ -295,12 +295,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     assert checkpoints.newest_undamaged(out)[0] == out / "step-00000001"
 
 
-def test_another_model_is_not_resumed(train, trained_copy):
+def test_resume_rejects_another_model(train, trained_copy):
     with pytest.raises(UserError, match="n_layer: 2 there, 1 here"):
         train("--resume", str(trained_copy / "step-00000004"), "--overwrite", "--model.n_layer", "1")
 
 
-def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
+def test_resume_rejects_other_tokens(train, tmp_path, prepared):
     shutil.copytree(prepared, tmp_path / "own")
     own = tmp_path / "own"
     paths = [f"--data.init_args.{split}_data_path={own / 'data' / split}" for split in ("train", "val")]
@@ -314,7 +314,7 @@ def test_other_tokens_are_not_resumed(train, tmp_path, prepared):
         train(*moved, "--resume", str(out / "step-00000004"), "--overwrite")
 
 
-def test_tokens_of_the_same_text_divided_otherwise_are_not_resumed(tmp_path, stories, tokenizer_dir, run_file):
+def test_resume_rejects_another_split(tmp_path, stories, tokenizer_dir, run_file):
     """The text's fingerprint is the same: half of the documents that it was trained on were validated on."""
     data_dir = tmp_path / "own"
     (data_dir / "train").mkdir(parents=True)
@@ -338,7 +338,7 @@ def test_tokens_of_the_same_text_divided_otherwise_are_not_resumed(tmp_path, sto
         train("--resume", str(out / "step-00000002"), "--overwrite")
 
 
-def test_a_run_that_cannot_start_deletes_nothing(train, trained_copy):
+def test_failed_start_deletes_nothing(train, trained_copy):
     out = trained_copy
     for mistake in (("--micro-batch-size", "100", "--global-batch-size", "100"), ("--sample.temperature", "-1")):
         with pytest.raises(UserError):
@@ -348,12 +348,12 @@ def test_a_run_that_cannot_start_deletes_nothing(train, trained_copy):
     assert checkpoints.read_metadata(out / "final").step == 12
 
 
-def test_resuming_into_the_folder_of_another_run_is_refused(train, trained, trained_copy):
+def test_resume_rejects_folder_of_another_run(train, trained, trained_copy):
     with pytest.raises(UserError, match="holds a run already"):
         train("--resume", str(trained / "step-00000004"))
 
 
-def test_a_fresh_start_does_not_go_over_a_run(train, trained_copy):
+def test_new_run_does_not_overwrite_a_run(train, trained_copy):
     out = trained_copy
     mark = (out / "final" / "complete.json").read_bytes()
     with pytest.raises(UserError, match=r"--resume auto.*--out_dir.*--overwrite"):
@@ -366,7 +366,7 @@ def test_a_fresh_start_does_not_go_over_a_run(train, trained_copy):
     assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_gpt2_begins_with_output_projections_that_are_smaller_with_depth():
+def test_gpt2_projections_shrink_with_depth():
     """LitGPT leaves GptNeoxMLP's out: a dense GPT-2 began with feed-forward outputs 7 times those of its mixture."""
     config = Config(
         n_layer=6, n_embd=128, n_head=4, block_size=16, padded_vocab_size=64, mlp_class_name="GptNeoxMLP", bias=True
@@ -382,7 +382,7 @@ def test_a_gpt2_begins_with_output_projections_that_are_smaller_with_depth():
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_other(train, capsys):
+def test_compiled_run_equals_eager_run(train, capsys):
     """A break in a graph, or a graph for each step, would end it (fullgraph)."""
     flags = ("--train.max_steps", "4", "--eval.interval", "2", "--train.log_interval", "1")
     losses = []
@@ -395,7 +395,7 @@ def test_a_compiled_run_is_the_other(train, capsys):
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if bf16 else 1e-4)
 
 
-def test_a_constant_router_is_trained_on_only(train, tmp_path, moe_fields, prepared, capsys):
+def test_constant_router_needs_trained_weights(train, tmp_path, moe_fields, prepared, capsys):
     """`--resume auto` starts a new run where there is none; a model that was trained before is taken as it is."""
     one = ("--model.n_expert_per_token", "1", "--train.max_steps", "1")
     with pytest.raises(UserError, match="does not learn where to send a token"):

@@ -66,7 +66,7 @@ def resume(call: Call, whole: Path, step: int, *flags: str) -> Path:
     return call(*flags, "--out_dir", str(folder), "--resume", "auto")
 
 
-def test_interrupted_and_resumed(train: Call, tmp_path: Path) -> None:
+def test_resume_equals_uninterrupted_run(train: Call, tmp_path: Path) -> None:
     """After the first step, at an evaluation and between two, before the step in which the epoch ends, and after it.
 
     Every step of two epochs is a slow test below.
@@ -88,7 +88,7 @@ def resumed_twice(call: Call, tmp_path: Path, *flags: str, stops: tuple[int, int
 
 
 @pytest.mark.parametrize("case", [*CASES, *slow(SLOW_CASES)])
-def test_resumed_twice(train: Call, tmp_path: Path, case: str) -> None:
+def test_resume_twice(train: Call, tmp_path: Path, case: str) -> None:
     """In the first epoch and in the second."""
     resumed_twice(train, tmp_path, *SMALL, *(CASES | SLOW_CASES)[case])
 
@@ -107,7 +107,7 @@ def tune_case(
 
 
 @pytest.mark.parametrize("tune_case", ["LoRA with dropout", *slow(list(TUNING)[1:])], indirect=True)
-def test_finetuning_resumed_twice(tune_case: Call, tmp_path: Path) -> None:
+def test_resume_finetuning_twice(tune_case: Call, tmp_path: Path) -> None:
     resumed_twice(tune_case, tmp_path, "--train.save_interval", "3", stops=(3, 6))
 
 
@@ -119,16 +119,14 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_with_deterministic_algorithms(train: Call, tmp_path: Path) -> None:
+def test_resume_with_deterministic_algorithms(train: Call, tmp_path: Path) -> None:
     resumed_twice(train, tmp_path, *SMALL, *BIASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1", "2"])
 @pytest.mark.parametrize("flags", [(), BIASES, MUON, (*MUON, *BIASES)], ids=["plain", "biases", "Muon", "Muon, biases"])
-def test_interrupted_at_any_step_of_two_epochs(
-    train: Call, tmp_path: Path, workers: str, flags: tuple[str, ...]
-) -> None:
+def test_resume_at_every_step_of_two_epochs(train: Call, tmp_path: Path, workers: str, flags: tuple[str, ...]) -> None:
     flags = (*SMALL, *flags, "--data.init_args.num_workers", workers, "--train.log_interval", "4")
     flags += ("--eval.interval", "3", "--train.max_steps", "null", "--train.epochs", "2")
     whole = train(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
@@ -138,7 +136,7 @@ def test_interrupted_at_any_step_of_two_epochs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tune_case", TUNING, indirect=True)
-def test_finetuning_interrupted_at_any_step(tune_case: Call, tmp_path: Path) -> None:
+def test_resume_finetuning_at_every_step(tune_case: Call, tmp_path: Path) -> None:
     flags = ("--train.max_steps", "null", "--train.epochs", "2")
     whole = tune_case(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
     for step in range(1, checkpoints.read_metadata(whole / "final").step):
@@ -149,7 +147,7 @@ def test_finetuning_interrupted_at_any_step(tune_case: Call, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("micro_batch", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_another_micro_batch_goes_on_at_the_same_token(train: Call, tmp_path: Path, micro_batch: int) -> None:
+def test_resume_with_other_micro_batch_size(train: Call, tmp_path: Path, micro_batch: int) -> None:
     """The same steps on the same windows, so the same numbers but for rounding; and back."""
     flags = (*SMALL, "--train.max_steps", "6", "--train.save_interval", "2", "--eval.interval", "100")
     flags += ("--train.log_interval", "3")
@@ -162,9 +160,7 @@ def test_another_micro_batch_goes_on_at_the_same_token(train: Call, tmp_path: Pa
             assert column(out, name) == pytest.approx(column(whole, name), rel=1e-4)
 
 
-def test_what_another_micro_batch_changes_is_said(
-    train: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_message_about_other_micro_batch_size(train: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Windows that filled none of the old size are trained on, and a last step may be another."""
     # 75 windows of 76
     flags = (*SMALL, "--train.max_steps", "null", "--train.max_tokens", "2400", "--eval.final_validation", "false")
@@ -184,7 +180,7 @@ def test_what_another_micro_batch_changes_is_said(
         assert (column(out, "step")[-1], column(out, "total_tokens")[-1]) == (steps, tokens)
 
 
-def test_other_batches_are_not_resumed(train: Call) -> None:
+def test_resume_rejects_other_batches(train: Call) -> None:
     out = train("--train.max_steps", "1")
     for flag, value, message in (
         ("--global-batch-size", "8", "global_batch_size was 4 and is now 8"),
@@ -195,7 +191,7 @@ def test_other_batches_are_not_resumed(train: Call) -> None:
             train("--resume", str(out / "final"), flag, value)
 
 
-def test_another_optimizer_is_not_resumed(train: Call) -> None:
+def test_resume_rejects_another_optimizer(train: Call) -> None:
     out = train("--train.max_steps", "1")
     with pytest.raises(
         UserError, match=r"was trained with torch\.optim\.AdamW, and torch\.optim\.SGD can't use its state"
@@ -203,7 +199,7 @@ def test_another_optimizer_is_not_resumed(train: Call) -> None:
         train("--resume", str(out / "final"), "--optimizer", "torch.optim.SGD", "--optimizer.init_args.lr", "0.1")
 
 
-def test_a_checkpoint_of_no_run_is_not_resumed(train: Call, tmp_path: Path) -> None:
+def test_resume_rejects_imported_checkpoints(train: Call, tmp_path: Path) -> None:
     """An imported one has other hyperparameters: a KeyError."""
     out = train("--train.max_steps", "1")
     settings = out / "final" / "hyperparameters.yaml"
@@ -213,7 +209,7 @@ def test_a_checkpoint_of_no_run_is_not_resumed(train: Call, tmp_path: Path) -> N
         train("--resume", str(out / "final"))
 
 
-def test_a_fresh_start_by_resume_auto_goes_over_nothing(train: Call) -> None:
+def test_resume_auto_overwrites_nothing(train: Call) -> None:
     """A checkpoint that can't be resumed was replaced by the run's own."""
     out = train("--train.max_steps", "1")
     (out / "final" / "training_state.pth").unlink()
@@ -222,7 +218,7 @@ def test_a_fresh_start_by_resume_auto_goes_over_nothing(train: Call) -> None:
         train("--resume", "auto")
 
 
-def test_a_short_last_step_is_made_up_for(train: Call) -> None:
+def test_resume_after_a_short_last_step(train: Call) -> None:
     """Continued with more tokens the run ended a micro batch short: its steps had counted for whole ones."""
     flags = ("--train.max_steps", "null", "--train.max_tokens")
     out = train(*flags, "240")  # 7 micro batches of 32 tokens, two a step
@@ -232,7 +228,7 @@ def test_a_short_last_step_is_made_up_for(train: Call) -> None:
     assert column(out, "total_tokens")[-1] == 512
 
 
-def test_state_of_another_version_is_resumed(train: Call, tmp_path: Path) -> None:
+def test_resume_state_of_another_version(train: Call, tmp_path: Path) -> None:
     """With a counter that is not known here, and without a value that a later version compares."""
     whole = train(*SMALL, "--out_dir", str(tmp_path / "whole"))
     other = interrupted(whole, 10, tmp_path / "other")
@@ -245,7 +241,7 @@ def test_state_of_another_version_is_resumed(train: Call, tmp_path: Path) -> Non
     assert_same_run(train(*SMALL, "--out_dir", str(other), "--resume", "auto"), whole)
 
 
-def test_tuning_of_an_older_version_is_resumed(tune: Call, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_finetuning_of_an_older_version(tune: Call, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a setting that came later, and without fingerprints."""
     out = tune("--lora_r", "2", "--train.max_steps", "1")
     state = checkpoints.load_training_state(out / "final")
@@ -275,7 +271,7 @@ def moving(tmp_path: Path, prepared: Path, train: Call) -> tuple[Path, Call]:
     return place, lambda *more: train(*flags, *more)
 
 
-def test_moved_data_is_found_by_its_manifest(
+def test_moved_data_is_found(
     moving: tuple[Path, Call], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not that of other tokens, which lies there too."""
@@ -302,7 +298,7 @@ def test_moved_data_is_found_by_its_manifest(
         assert Path(settings["data"]["init_args"]["val_data_path"]) == found / "val"
 
 
-def test_data_that_is_gone_is_asked_for(moving: tuple[Path, Call]) -> None:
+def test_missing_data_is_reported(moving: tuple[Path, Call]) -> None:
     place, train = moving
     out = train("--train.save_interval", "2")
     for path in (place / "corpora" / "stories" / "tokens" / "train").glob("*.bin"):
@@ -312,7 +308,7 @@ def test_data_that_is_gone_is_asked_for(moving: tuple[Path, Call]) -> None:
         train("--resume", str(out / "step-00000002"), "--overwrite")
 
 
-def test_moved_conversations_are_found_too(
+def test_moved_conversations_are_found(
     tune: Call, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data_dir = shutil.copytree(instructions, tmp_path / "place" / "data")

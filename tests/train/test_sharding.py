@@ -59,7 +59,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("name", "tied"), [("moe", False), ("moe", True), ("deepseek", False), ("pythia", False)])
-def test_what_is_gathered_is_what_one_device_saves(mesh, name, tied):
+def test_gathered_state_equals_one_device(mesh, name, tied):
     whole, sharded = build(name, tied), shard(build(name, tied), mesh, precision="32-true")
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
     optimizers = [make_optimizer(ADAMW, model, fused=True) for model in (whole, sharded)]
@@ -78,7 +78,7 @@ def test_what_is_gathered_is_what_one_device_saves(mesh, name, tied):
         assert_same(state["state"][index], moments)
 
 
-def test_what_is_gathered_is_a_copy(mesh):
+def test_gathered_state_is_a_copy(mesh):
     """It is written in the background, while the next steps change the run's own tensors in place."""
     sharded = shard(build("deepseek"), mesh, precision="32-true")
     optimizer = make_optimizer(ADAMW, sharded, fused=False)  # on a CPU its `step` is a plain tensor either way
@@ -92,7 +92,7 @@ def test_what_is_gathered_is_a_copy(mesh):
         assert_same(gathered["optimizer"]["state"][index], moments)
 
 
-def test_it_goes_on_from_what_one_device_saved(mesh):
+def test_resumes_from_state_of_one_device(mesh):
     whole = build("moe")
     optimizer = make_optimizer(ADAMW, whole, fused=True)
     step(whole, optimizer, 0)
@@ -108,7 +108,7 @@ def test_it_goes_on_from_what_one_device_saved(mesh):
     assert_same(gather_weights(sharded.gpt), whole.gpt.state_dict())
 
 
-def test_each_process_keeps_its_part_alone():
+def test_each_process_keeps_only_its_part():
     """A view of the whole moments would keep them all on each device."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)  # answers by itself
     try:
@@ -126,7 +126,7 @@ def test_each_process_keeps_its_part_alone():
         torch.distributed.destroy_process_group()
 
 
-def test_mixed_precision_is_that_of_autocast(mesh):
+def test_mixed_precision_equals_autocast(mesh):
     """Activations between the blocks stay in fp32, so do embedding and output layer, and gradients are summed there."""
     plain, sharded = build("moe"), shard(build("moe"), mesh, precision="bf16-mixed")
     seen: dict[str, torch.dtype] = {}
