@@ -1,4 +1,4 @@
-"""The script of training as a user knows it: whole processes, a kill, and every mistake that a user can make."""
+"""``run_train.py`` as users call it: processes, kills, and every mistake that a user can make."""
 
 import csv
 import os
@@ -139,7 +139,7 @@ def test_unknown_corpus(refusal, tmp_path):
 
 @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/a-checkpoint.txt"])
 def test_system_files_are_ignored(run_file, tmp_path, name):
-    """With one of them in train/ the run file's source was forgotten, and TinyStories fetched."""
+    """With such a file in train/, the run file's source was ignored and TinyStories downloaded."""
     (tmp_path / "new/data/train" / name).parent.mkdir(parents=True)
     (tmp_path / "new/data/train" / name).write_text("x", encoding="utf-8")
     (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "Text {i}."}}\n' for i in range(200)), encoding="utf-8")
@@ -219,7 +219,7 @@ FSDP = ("--strategy", "fsdp")
 
 
 def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
-    """Trains in two processes on the CPU; what they say."""
+    """Train in two processes on the CPU. Return their output."""
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
     environments: list[dict[str, str]] = [{}, {}]
     if launcher == "two nodes":
@@ -237,7 +237,7 @@ def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
 
 
 def two_processes(launcher: str, script: list[str]) -> list[str]:
-    """The command of a run of two on this machine."""
+    """Return the command of a run of two processes on this machine."""
     if launcher == "torchrun":
         return [*TORCHRUN, "--standalone", "--nproc_per_node=2", *script]
     return [sys.executable, *script, "--devices", "2"]
@@ -247,7 +247,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def two_nodes(*scripts: list[str]) -> list[list[str]]:
-    """The command of each node, all on this machine."""
+    """Return the command of each node; all nodes are this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     node = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}")
@@ -260,7 +260,7 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "
 def run_together(
     commands: list[list[str]], environments: Sequence[dict[str, str]] = ({}, {})
 ) -> tuple[list[int], list[str]]:
-    """Exit code and output of each."""
+    """Return exit codes and outputs."""
     started = [
         subprocess.Popen(command, env=os.environ | environment, **PIPES)
         for command, environment in zip(commands, environments, strict=False)
@@ -274,7 +274,7 @@ def run_together(
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Each number of each step within 1e-6, and the final weights."""
+    """Compare every number of every step, and the final weights, within 1e-6."""
     tables = []
     for out in (one, other):
         with open(out / "metrics.csv", encoding="utf-8", newline="") as file:
@@ -317,7 +317,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     ],
 )
 def test_two_processes_equal_one(train, run_file, tmp_path, launcher, flags):
-    """The experts' load of each step, too, by which the next step's load-balancing loss and the biases go."""
+    """Also the experts' load of each step, which the next load-balancing loss and the biases use."""
     said = run_twice(launcher, run_file, *ONE_RUN, *flags, "--out_dir", str(tmp_path / "two"))
     # fabric.print prints on each machine
     assert said.count("12 steps of 256 tokens") == (2 if "nodes" in launcher else 1)
@@ -330,7 +330,7 @@ def test_two_processes_equal_one(train, run_file, tmp_path, launcher, flags):
 
 
 def assert_same_moments(one: dict, other: dict) -> None:
-    """Parameter by parameter, in the same layout."""
+    """Compare the optimizer state parameter by parameter, in the same layout."""
     for before, after in zip(one["param_groups"], other["param_groups"], strict=True):
         assert before["params"] == after["params"]
     assert one["state"].keys() == other["state"].keys()
@@ -342,15 +342,15 @@ def assert_same_moments(one: dict, other: dict) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [(), FSDP], ids=["ddp", "fsdp"])
 def test_resume_on_other_number_of_devices(train, run_file, tmp_path, capsys, strategy):
-    whole = train(*ONE_RUN, "--out_dir", str(tmp_path / "whole"))
-    moved = shutil.copytree(whole, tmp_path / "moved")
+    full = train(*ONE_RUN, "--out_dir", str(tmp_path / "full"))
+    moved = shutil.copytree(full, tmp_path / "moved")
     resume = ("--out_dir", str(moved), "--overwrite", "--resume")
     said = run_twice("devices", run_file, *ONE_RUN, *strategy, *resume, str(moved / "step-00000005"))
     assert "devices was 1 and is now 2" in said
-    assert_same_run(whole, moved)
+    assert_same_run(full, moved)
     train(*ONE_RUN, *resume, str(moved / "step-00000010"))  # saved by two
     assert "devices was 2 and is now 1" in capsys.readouterr().out
-    assert_same_run(whole, moved)
+    assert_same_run(full, moved)
 
 
 OPTIMIZER = """
@@ -373,7 +373,7 @@ class Failing(torch.optim.AdamW):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_signal_to_one_process_stops_all(train, run_file, tmp_path, monkeypatch, rank):
-    """After the same step, with a checkpoint of it; a spot machine tells its own process alone."""
+    """After the same step, with a checkpoint. A spot machine signals only its own process."""
     (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
     flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
@@ -385,15 +385,15 @@ def test_signal_to_one_process_stops_all(train, run_file, tmp_path, monkeypatch,
     assert step and f"--resume auto continues from {step}" in said
     assert checkpoints.read_metadata(step).step == 9
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("FAILS", "nobody")
+    monkeypatch.setenv("FAILS", "none")
     train(*flags, "--resume", "auto")
-    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "whole")), tmp_path / "run")
+    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "full")), tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [(), FSDP], ids=["ddp", "fsdp"])
 def test_nonfinite_loss_stops_two_processes(run_file, tmp_path, strategy):
-    """What was trained before is kept, also where no process alone has all of it."""
+    """Earlier steps are kept, also if no single process has the complete model."""
     flags = (*strategy, "--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null")
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, *flags]
     (code,), (said,) = run_together([two_processes("devices", [*script, "--out_dir", str(tmp_path / "run")])])
@@ -408,7 +408,7 @@ def test_nonfinite_loss_stops_two_processes(run_file, tmp_path, strategy):
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("launcher", ["torchrun", "devices"])
 def test_lost_process_ends_the_run(train, run_file, tmp_path, monkeypatch, launcher, rank, how):
-    """It died, and the other waited for half an hour, or showed what c10d has to say."""
+    """The other process used to wait for half an hour, or printed messages of c10d."""
     (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
     flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
@@ -431,14 +431,14 @@ def test_lost_process_ends_the_run(train, run_file, tmp_path, monkeypatch, launc
     assert ("this process alone fails" in said) == (how == "error")
     assert "c10d" not in said.split("lost another one")[0].split("step 7/12")[1], said
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("FAILS", "nobody")
+    monkeypatch.setenv("FAILS", "none")
     train(*flags, "--resume", "auto")
-    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "whole")), tmp_path / "run")
+    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "full")), tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_machines_must_share_a_disk(train, run_file, tmp_path):
-    """One found the checkpoint, the other began anew; they averaged the gradients of different steps."""
+    """One machine resumed, the other started from scratch, and they averaged gradients of different steps."""
     train(*ONE_RUN, "--out_dir", str(tmp_path / "here"))
     (tmp_path / "here" / "final").rename(tmp_path / "final")
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, "--resume", "auto", "--out_dir"]

@@ -23,7 +23,7 @@ def commands() -> list[str]:
 
 
 def run(command: str, cwd: Path) -> str:
-    """What a line prints on stdout; `uv run` is this environment, but where it asks for one of its own."""
+    """Run a line and return its stdout. `uv run` is this environment, unless the line asks for an isolated one."""
     spoken, _, call = command.rpartition(" | ")
     words = shlex.split(call)
     assert words[:2] == ["uv", "run"]
@@ -52,9 +52,9 @@ def test_finetuning_session(tmp_path: Path) -> None:
         shutil.copyfile(PROJECT / name, tmp_path / name)
     lines = commands()
     said = [run(line, tmp_path) for line in lines]
-    doors = [next(word for word in shlex.split(line.rpartition(" | ")[2]) if word.endswith(".py")) for line in lines]
+    scripts = [next(word for word in shlex.split(line.rpartition(" | ")[2]) if word.endswith(".py")) for line in lines]
     expected = ["run_train.py", "prepare_data.py", "finetune.py", "chat.py", *["evaluate.py"] * 3, "export_hf.py"]
-    assert doors == [*expected, "scripts/answer.py"]
+    assert scripts == [*expected, "scripts/answer.py"]
 
     tuned = json.loads(said[4])
     before = float(re.findall(r"step 0/\d+ \| val loss ([\d.]+)", said[2])[0])

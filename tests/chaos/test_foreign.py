@@ -1,4 +1,4 @@
-"""What others made, checkpoints and data folders: nothing in them is run, and nothing outside of them is touched."""
+"""Checkpoints and data folders from others: no code in them is run, and no file outside of them is touched."""
 
 import json
 import os
@@ -29,7 +29,7 @@ HARM = "harm-done"
 
 
 class Harmful:
-    """Makes a folder where it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.mkdir, (HARM,)
@@ -37,7 +37,7 @@ class Harmful:
 
 @pytest.fixture(autouse=True)
 def nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Whatever a test reads, no harm is done; and a module ``evil`` could be imported."""
+    """Check after each test that no code was run. A module ``evil`` can be imported."""
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({HARM!r})\nclass Evil: pass\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -53,7 +53,7 @@ def dense_fields(moe_fields: dict) -> dict:
 
 @pytest.fixture
 def stranger(tmp_path: Path, dense_fields: dict, tokenizer_dir: Path) -> Path:
-    """A whole checkpoint of somebody else's, with right checksums."""
+    """A complete checkpoint from someone else, with correct checksums."""
     return save_tiny(tmp_path / "stranger" / "final", tiny_gpt(dense_fields), tokenizer_dir)
 
 
@@ -187,7 +187,7 @@ CODE = f"!!python/object/apply:os.mkdir ['{HARM}']"
     ],
 )
 def test_checkpoint_yaml_runs_no_code(name: str, text: str, stranger: Path, prepared: Path, tmp_path: Path) -> None:
-    """Each reader takes it for damaged, or for one that does not read this file."""
+    """Each reader either reports a damaged file or does not read it."""
     (stranger / name).write_text(text, encoding="utf-8")
     renew_checksums(stranger)
     evaluate = load_script("evaluate").main
@@ -214,7 +214,7 @@ def test_checkpoint_yaml_runs_no_code(name: str, text: str, stranger: Path, prep
 def test_checkpoint_cannot_choose_classes(
     setting: str, stranger: Path, prepared: Path, tmp_path: Path, train: Any
 ) -> None:
-    """Its hyperparameters name classes; what is instantiated is what the user's own run file and flags name."""
+    """Its hyperparameters name classes, but only classes of the user's run file and flags are instantiated."""
     settings = {"data": {"class_path": "litmoe.data.TokenizedText", "init_args": {}}, "optimizer": {}}
     settings[setting] = {"class_path": "evil.Evil", "init_args": {}}
     (stranger / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -253,7 +253,7 @@ def test_terminal_output_has_no_control_characters(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It could change the title, the colours, or what stands above; into a file its text goes as it is."""
+    """Control characters could change the title, the colours or earlier lines. Files get the unchanged text."""
     gpt, tokenizer = tiny_gpt(dense_fields), Tokenizer(tokenizer_dir)
     escape, bell = (int(tokenizer.encode(byte)[0]) for byte in "\x1b\x07")
     with torch.no_grad():
@@ -287,7 +287,7 @@ OUTSIDE = ["../outside", "/outside", "a/../../outside", "..\\outside", "C:\\outs
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_data_folder_names_no_outside_file(name: str, prepared: Path, tmp_path: Path) -> None:
-    """Neither as a chunk of its tokens, whose bytes would be read and logged, nor as its text, whose time is set."""
+    """Neither as a chunk (its bytes would be read and logged) nor as text (its time would be set)."""
     data = shutil.copytree(prepared / "data", tmp_path / "data")
     (tmp_path / "outside").write_bytes(b"secret")
     index = data / "tokens" / "train" / "index.json"
@@ -310,7 +310,7 @@ def test_data_folder_names_no_outside_file(name: str, prepared: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "..", "", "a/b", "/dev/zero"])
 def test_checkpoint_names_no_outside_file(name: str, stranger: Path) -> None:
-    """Its checksum would be taken, and a device has no end."""
+    """Its checksum would be computed, and a device is endless."""
     values = read_checksummed(stranger / checkpoints.COMPLETE_FILE)
     values["files"][name] = {"size": 0, "sha256": "0" * 64}
     write_checksummed(stranger / checkpoints.COMPLETE_FILE, values)
@@ -330,7 +330,7 @@ def test_device_behind_link_is_not_read(stranger: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
 def test_tokens_are_not_written_through_a_link(tmp_path: Path, tokenizer_dir: Path, stories: list[str]) -> None:
-    """A data folder from elsewhere whose token folder is a link: what lies behind it stays as it is."""
+    """The token folder of a data folder is a link: the files behind the link do not change."""
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "a.txt").write_text(stories[0] + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ SEED = int(os.environ.get("LITMOE_FUZZ_SEED", time.time() // 86400))
 
 
 def fuzz(case: Callable[..., None], examples: int, **strategies: st.SearchStrategy[Any]) -> None:
-    """Tries ``case`` with so many examples: few of them are always the same, many differ from day to day."""
+    """Run ``case`` with ``examples`` examples. Few are always the same, many differ from day to day."""
     quick = examples <= 30
     test = given(**strategies)(case)
     if not quick:
@@ -43,7 +43,7 @@ def fuzz(case: Callable[..., None], examples: int, **strategies: st.SearchStrate
 
 
 def outcome(call: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> Any:
-    """What ``call`` returns, or None where it ended as a script does: with a message and 1, or a text and 0."""
+    """Return the result of ``call``, or None if it ended like a script: with a message and 1, or a text and 0."""
     try:
         return exit_with_message(call)
     except SystemExit as ended:
@@ -53,7 +53,7 @@ def outcome(call: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> Any:
             message = captured.err.rpartition("error: ")[2].strip()
             assert len(message) > 10, captured
             assert "Traceback" not in captured.err
-            assert len(message) < 20_000, "nobody reads so much"
+            assert len(message) < 20_000, "readable length"
         return None
 
 
@@ -110,7 +110,7 @@ def nested(depth: int) -> Any:
 
 
 def leaf_paths(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where the values stand in nested mappings; the mappings too."""
+    """Return the paths of all values and mappings in nested mappings."""
     inside = (
         [found for key, value in values.items() for found in leaf_paths(value, (*path, key))]
         if isinstance(values, dict)
@@ -120,7 +120,7 @@ def leaf_paths(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
 
 
 def changed(values: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    """A copy in which ``value`` stands at ``path``."""
+    """Return a copy with ``value`` at ``path``."""
     key, *rest = path
     inner = values.get(key)
     return {**values, key: changed(inner if isinstance(inner, dict) else {}, tuple(rest), value) if rest else value}
@@ -146,7 +146,7 @@ def run_files(draw: st.DrawFn, files: list[Path], flags: tuple[str, ...]) -> dic
 
 @st.composite
 def damaged_texts(draw: st.DrawFn, files: list[Path]) -> bytes:
-    """A shipped run file, some of whose bytes were replaced, cut out or doubled; or no text at all."""
+    """A shipped run file with replaced, removed or repeated bytes, or no text at all."""
     data = bytearray(draw(st.sampled_from(files)).read_bytes())
     for _ in range(draw(st.integers(1, 8))):
         at, size = draw(st.integers(0, len(data))), draw(st.integers(0, 40))
@@ -176,7 +176,7 @@ def many(examples: int, *quick: int) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths mean nothing here, and nothing in the project is written to."""
+    """Relative paths do not exist here, and no test writes into the project."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -260,7 +260,7 @@ def test_invalid_yaml(examples: int, parse: Any, tmp_path: Path, capsys: pytest.
     ids=lambda text: text[:20],
 )
 def test_run_files_with_past_tracebacks(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """PyYAML's constructors, the system's calls and LitGPT's checks have errors of many kinds."""
+    """PyYAML, system calls and LitGPT's checks raise errors of many types."""
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit):
@@ -307,7 +307,7 @@ def test_finetune_command_line(examples: int, base: Path, capsys: pytest.Capture
     )
 
 
-DOORS = {
+SCRIPTS = {
     "generate": ("main", "checkpoint"),
     "chat": ("main", "checkpoint"),
     "evaluate": ("main", "checkpoint"),
@@ -320,7 +320,7 @@ DOORS = {
     ("name", "examples"),
     [
         pytest.param("generate", 2, id="generate-quick"),
-        *(pytest.param(name, 300, id=f"{name}-many", marks=SLOW) for name in (*DOORS, "prepare_data", "instruct")),
+        *(pytest.param(name, 300, id=f"{name}-many", marks=SLOW) for name in (*SCRIPTS, "prepare_data", "instruct")),
     ],
 )
 def test_script_command_lines(name: str, examples: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,7 +329,7 @@ def test_script_command_lines(name: str, examples: int, capsys: pytest.CaptureFi
         function: Any = PrepareArgs if name == "prepare_data" else InstructArgs
         positional = None
     else:
-        function, positional = getattr(load_script(name), DOORS[name][0]), DOORS[name][1]
+        function, positional = getattr(load_script(name), SCRIPTS[name][0]), SCRIPTS[name][1]
     names = tuple(re.findall(r"--(\w+)", _help(function)))
 
     def case(argv: list[str]) -> None:

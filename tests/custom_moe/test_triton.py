@@ -35,7 +35,7 @@ def test_kernels_equal_plain_arithmetic(interpreted: bool, cases: str) -> None:
 
 
 def compiled(kernel: Any, capability: int, aligned: bool, warps: int, stages: int, **arguments: Any) -> Any:
-    """``kernel`` compiled without a GPU. Of its arguments a type of ``torch`` stands for a tensor, other values are
+    """Compile ``kernel`` without a GPU. A torch dtype as argument means a tensor of that type, other values are
     known to the compiler, and those not given are sizes, multiples of 16 where ``aligned``."""
     import triton
     from triton.backends.compiler import GPUTarget

@@ -71,7 +71,7 @@ def expert_of(sizes: list[int]) -> list[int]:
 
 
 def check(result: Tensor, exact: Tensor, scale: Tensor, terms: int, dtype: torch.dtype) -> None:
-    """``result`` is ``exact`` rounded to ``dtype``, after a sum of ``terms`` in fp32 whose absolute values add to
+    """``result`` is ``exact`` rounded to ``dtype``, after an fp32 sum of ``terms`` with absolute values that add up to
     ``scale``. The interpreter does not round to bf16, it truncates."""
     assert result.dtype == dtype and result.shape == exact.shape and result.is_contiguous()
     rounding = torch.finfo(dtype).eps / (1 if INTERPRETED and dtype == torch.bfloat16 else 2)

@@ -150,7 +150,9 @@ def test_blocks_of_one_size_are_compiled_once():
     compiled = torch.compile(loss_of_rows, backend=graphs, fullgraph=True)
     found = torch.autograd.grad(linear_cross_entropy(x, weight, targets, loss_of_rows=compiled), (x, weight))
     torch.testing.assert_close(found, torch.autograd.grad(linear_cross_entropy(x, weight, targets), (x, weight)))
-    assert (N // rows_per_block(N, V, "cpu"), graphs.frame_count) == (2, 2), "of two whole blocks and of the last one"
+    assert (N // rows_per_block(N, V, "cpu"), graphs.frame_count) == (2, 2), (
+        "of two complete blocks and of the last one"
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 512, 4096, 65536])

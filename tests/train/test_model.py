@@ -86,8 +86,8 @@ def build(name: str) -> GPT:
 
 @pytest.fixture
 def compiler():
-    """``torch.compile`` as a run has it, which counts its graphs and leaves out the generation of code."""
-    torch.compiler.reset()  # sizes of other tests' batches make its own dynamic, and its own theirs
+    """``torch.compile`` as in a run. It counts graphs and generates no code."""
+    torch.compiler.reset()  # batch sizes of other tests would make shapes dynamic
     graphs = CompileCounterWithBackend("aot_eager")
     yield partial(torch.compile, backend=graphs, fullgraph=True)
     torch.compiler.reset()
@@ -109,7 +109,7 @@ def batch(seq_length: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cross_entropy_equals_litgpt(name):
-    """And so are all gradients, with and without an embedding that is the output layer too."""
+    """And all gradients, with and without tied embeddings."""
     for tied in (False, True):
         model, gpt = PretrainingModel(build(name)), GPT(Config(**MODELS[name]))  # the latter is LitGPT's own
         gpt.load_state_dict(model.gpt.state_dict())
@@ -128,7 +128,7 @@ def test_cross_entropy_equals_litgpt(name):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_cross_entropy_under_autocast(precision):
-    """fp16 takes the way with all logits, whose gradients a scaler scales."""
+    """fp16 computes all logits, because a scaler scales their gradients."""
     model, dtype = PretrainingModel(build("moe")), torch.bfloat16 if precision == "bf16" else torch.float16
     expected = model(*batch()).cross_entropy
     with torch.autocast("cpu", dtype=dtype):
@@ -156,7 +156,7 @@ def test_lora_on_output_layer_is_in_the_loss():
 
 
 def _functions(loss):
-    """The autograd functions that made it."""
+    """Return the names of the autograd functions that computed ``loss``."""
     seen, todo = [], [loss.grad_fn]
     while todo and len(seen) < 50:
         function = todo.pop(0)
@@ -180,7 +180,7 @@ def test_expert_counts_have_a_row_per_moe_layer():
 
 @pytest.mark.parametrize("name", ["moe", "deepseek"])
 def test_load_balancing_loss_uses_given_counts(name):
-    """Each layer by its own row; without counts, by this batch's."""
+    """Each layer uses its own row. Without counts the loss uses those of the batch."""
     model, score = PretrainingModel(build(name)), "sigmoid" if name == "deepseek" else "softmax"
     input_ids, targets = batch()
     routers = [router for router in hidden_states(model.gpt, input_ids)[1] if router is not None]
@@ -216,7 +216,7 @@ def test_counts_and_confidence_skip_padding():
 @pytest.mark.parametrize("recomputed", ["block", "moe"])
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointing_is_exact_and_counts_tokens_once(name, recomputed, autocast):
-    """Counts travel with the result: what the backward computes again has none to add to."""
+    """Counts are part of the result, so the recomputation in the backward does not count again."""
     plain, recomputing = PretrainingModel(build(name)), PretrainingModel(build(name), recomputed)
     calls: list[nn.Module] = []
     for block in recomputing.gpt.transformer.h:
@@ -244,7 +244,7 @@ def test_checkpointing_is_exact_and_counts_tokens_once(name, recomputed, autocas
 
 
 def kept_bytes(recomputed: Recomputed) -> int:
-    """What a forward pass leaves allocated for its backward."""
+    """Return the bytes that a forward pass keeps for its backward."""
     model = PretrainingModel(build("moe"), recomputed)
     with torch.profiler.profile(profile_memory=True) as profile:
         losses = model(*batch(seq_length=32))
@@ -255,8 +255,8 @@ def kept_bytes(recomputed: Recomputed) -> int:
 def test_checkpointing_saves_memory():
     everything, without_moe, inputs = (kept_bytes(recomputed) for recomputed in ("none", "moe", "block"))
     tokens, width = 2 * 32, 32
-    # Of each of 3 layers, whose experts have a hidden width of 24 for 2 experts a token: gate and up. The random state
-    # is kept instead, for dropout.
+    # In each of 3 layers: gate and up, with a hidden width of 24 and 2 experts per token. The random state is kept
+    # instead, for dropout.
     assert everything - without_moe >= 3 * (tokens * 2 * (2 * 24) * 4 - torch.get_rng_state().nbytes)
     # Of each block at least the attention's input, queries, keys, values and output.
     assert without_moe - inputs >= 3 * tokens * 4 * width * 4
@@ -275,8 +275,7 @@ def test_checkpointing_compiles(recomputed, compiler):
 
 
 def test_compiles_for_a_gpu(monkeypatch, compiler):
-    """On fake tensors: the choices that hang on the card are traced without one. (Autograd wants a driver, so forward
-    alone.)"""
+    """Trace the choices that depend on the GPU on fake tensors. (Forward only: autograd needs a driver.)"""
     monkeypatch.setattr("custom_moe.backends._find_hardware", lambda *_: Hardware((9, 0), triton=True))
     compiler.keywords["backend"] = counter = CompileCounterWithBackend("eager")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), on_cuda_in_bf16():
@@ -289,7 +288,7 @@ def test_compiles_for_a_gpu(monkeypatch, compiler):
 
 
 def test_expert_sums_keep_dtype_on_gpu():
-    """CUDA's autocast has sums in fp32, and the backward would be handed a gradient of another type."""
+    """CUDA's autocast sums in fp32, and the backward would get a gradient of another dtype."""
     with FakeTensorMode(), torch.device("cuda"), on_cuda_in_bf16():
         rows, places = torch.zeros(64, 8, dtype=torch.bfloat16), torch.zeros(32, 2, dtype=torch.int64)
         assert rows.sum().dtype == torch.float32
@@ -298,7 +297,7 @@ def test_expert_sums_keep_dtype_on_gpu():
 
 @contextmanager
 def on_cuda_in_bf16():
-    """``torch.autocast("cuda")``, which does nothing where there is no card."""
+    """Do what ``torch.autocast("cuda")`` does, which has no effect without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -334,7 +333,7 @@ def test_balance_losses_reach_every_router(weights):
 
 @pytest.mark.parametrize("load", ["its own", "the last step's"])
 def test_balance_loss_alone_evens_the_load(load):
-    """The loss must be able to do what it is for: experts that start uneven end nearly even."""
+    """Experts that start with uneven load end with nearly even load."""
     torch.manual_seed(0)
     model = PretrainingModel(build("moe"))
     with torch.no_grad():
@@ -355,7 +354,7 @@ def test_balance_loss_alone_evens_the_load(load):
 
 @pytest.mark.parametrize("name", ["moe", "pythia", "deepseek", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_layer_is_compiled_once(name, compiler):
-    """Whatever the counts and the selection biases are, and without a break in any graph."""
+    """For any counts and selection biases, without a graph break."""
     gpt = build(name)
     model, compiled = PretrainingModel(gpt), PretrainingModel(gpt, compiler=compiler)
     counts = even_counts(gpt, torch.device("cpu"))
@@ -426,7 +425,7 @@ def alone():
 
 
 def test_cast_once_works_with_ddp(alone):
-    """Its hooks wait for the gradients of the parameters themselves."""
+    """DDP's hooks wait for gradients of the parameters themselves."""
     plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"))
     _, expected, _ = _step(plain, plain, "32-true")
     _, found, weights = _step(model, nn.parallel.DistributedDataParallel(model), "bf16-mixed")
@@ -437,7 +436,7 @@ def test_cast_once_works_with_ddp(alone):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cast_once_gradients_arrive_per_layer(compiled, compiler):
-    """DDP sends them while others are computed; it waited until the whole backward was over."""
+    """DDP sends gradients during the backward. It used to wait until the backward was finished."""
     model, came = PretrainingModel(build("moe"), compiler=compiler if compiled else None), []
     for name, parameter in model.gpt.transformer.h.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
@@ -449,7 +448,7 @@ def test_cast_once_gradients_arrive_per_layer(compiled, compiler):
 
 @pytest.mark.parametrize("recomputed", [pytest.param("none", marks=pytest.mark.slow), "block"])
 def test_ddp_does_not_split_compiled_graphs(alone, compiler, recomputed):
-    """Its buckets are smaller than a block, by which torch would part the block, or refuse to."""
+    """Buckets are smaller than a block, so torch would split the block or raise."""
     plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"), recomputed, compiler)
     _, expected, _ = _step(plain, plain, "32-true")
     with compiler_settings():
@@ -460,7 +459,7 @@ def test_ddp_does_not_split_compiled_graphs(alone, compiler, recomputed):
 
 
 def test_cast_once_leaves_no_casts_in_graph(compiler):
-    """Nor is the graph another one at the next step."""
+    """And the graph is the same in the next step."""
     model = PretrainingModel(build("moe"), compiler=compiler)
     for _ in range(3):
         _step(model, model, "bf16-mixed")
@@ -472,7 +471,7 @@ def test_cast_once_leaves_no_casts_in_graph(compiler):
 
 
 def test_embedding_gradient_is_summed_in_fp32():
-    """torch adds the rows up in bf16 on a CPU: 22% was lost of a token that is half of the text."""
+    """On a CPU torch adds the rows in bf16, which lost 22% for a token that is half of the text."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 50, (1, 8192), generator=generator)
     ids[:, ::2] = 0

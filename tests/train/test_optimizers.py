@@ -134,7 +134,7 @@ def experts() -> nn.ModuleDict:
 
 @pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def backend(request):
-    """What ``torch.compile`` ends in: as in a run, whose code takes up to a minute, or without making any."""
+    """The backend of ``torch.compile``: inductor takes up to a minute, aot_eager generates no code."""
     torch.compiler.reset()
     with torch.compiler.set_stance("default", force_backend=request.param):
         yield

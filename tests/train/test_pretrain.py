@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model through ``litgpt.pretrain.setup``."""
+"""Complete runs of a tiny model through ``litgpt.pretrain.setup``."""
 
 import math
 import re
@@ -61,7 +61,7 @@ def test_complete_run(train):
 
 
 def test_final_checkpoint_loads_in_stock_litgpt(trained):
-    """Strictly loaded by LitGPT's own GPT, and it computes what was trained: the validation loss is the logged one."""
+    """LitGPT's own GPT loads it strictly and computes the logged validation loss."""
     gpt = GPT(Config.from_file(trained / "final" / "model_config.yaml"))
     assert type(gpt.transformer.h[0].mlp) is litgpt.model.LLaMAMoE
     gpt.load_state_dict(torch.load(trained / "final" / "lit_model.pth", weights_only=True))
@@ -81,15 +81,15 @@ EIGHT_BITS = (
 
 
 def test_8_bit_adam_resumes(train, tmp_path):
-    """All of a low-memory run: the state of torchao's optimizer is of tensors of its own."""
+    """A low-memory run with stochastic rounding. The optimizer state of torchao has its own tensor classes."""
     flags = (*("--precision", "bf16-true", "--activation_checkpointing", "block"), *EIGHT_BITS)
     # Compiling each shape would take a minute; tests/train/test_optimizers.py has the compiled step.
     with torch.compiler.set_stance("force_eager"):
-        whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-        cut = shutil.copytree(whole, tmp_path / "cut")
+        full = train(*flags, "--out_dir", str(tmp_path / "full"))
+        cut = shutil.copytree(full, tmp_path / "cut")
         train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
-    assert_same_weights(whole / "final", cut / "final")
-    weights, rounded = checkpoints.load_weights(whole / "final"), checkpoints.load_weights(whole / "step-00000004")
+    assert_same_weights(full / "final", cut / "final")
+    weights, rounded = checkpoints.load_weights(full / "final"), checkpoints.load_weights(full / "step-00000004")
     assert weights["lm_head.weight"].dtype == torch.bfloat16
     assert not torch.equal(weights["lm_head.weight"], rounded["lm_head.weight"])
     moments = [
@@ -114,17 +114,17 @@ def test_resume_auto(train, capsys):
 
 
 def test_resume_with_another_backend(train, tmp_path, capsys):
-    """What a checkpoint holds does not depend on what computed the experts; sums differ in their last digits."""
-    whole = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "whole"))
-    cut = shutil.copytree(whole, tmp_path / "cut")
+    """Checkpoints do not depend on the backend. Sums differ in their last digits."""
+    full = train("--moe.backend", "loop", "--out_dir", str(tmp_path / "full"))
+    cut = shutil.copytree(full, tmp_path / "cut")
     resumed = train(
         *("--moe.backend", "grouped_mm", "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite"),
     )
     printed = capsys.readouterr().out
     assert printed.count("experts by loop.") == 1 and printed.count("experts by grouped_mm.") == 1
-    assert training_steps(resumed) == training_steps(whole) == list(range(1, 13))
+    assert training_steps(resumed) == training_steps(full) == list(range(1, 13))
     for name in ("train_loss", "val_loss", "grad_norm"):
-        assert column(resumed, name) == pytest.approx(column(whole, name), rel=1e-4)
+        assert column(resumed, name) == pytest.approx(column(full, name), rel=1e-4)
 
 
 def test_unavailable_backend_is_refused(train, capsys):
@@ -152,7 +152,7 @@ def test_leftover_micro_batches_are_used(train):
 
 
 def test_accumulation_equals_one_large_batch(train, tmp_path):
-    """Two micro batches of 2 are one of 4, the balance losses too: their load is the last step's, of all its tokens."""
+    """Two micro batches of 2 equal one of 4. The balance losses too: they use the load of the last complete step."""
     flags = ("--moe.load_balancing_loss", "1.0", "--moe.z_loss", "0.1", "--train.max_steps", "3")
     accumulated = train(*flags, "--out_dir", str(tmp_path / "a"))
     at_once = train(*flags, "--out_dir", str(tmp_path / "b"), "--micro-batch-size", "4")
@@ -161,7 +161,7 @@ def test_accumulation_equals_one_large_batch(train, tmp_path):
 
 
 def test_bias_update_alone_evens_the_load(train, tmp_path):
-    """Against the same run without: no balance loss in either, so that the bias is all that differs."""
+    """Compared with the same run without bias updates. Neither run has a balance loss."""
     losses_off = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0")
     flags = (*SIGMOID_FLAGS, *losses_off, "--train.max_steps", "60", "--eval.interval", "100")
     unevenness = []
@@ -247,13 +247,13 @@ def test_litgpt_text_files(train, tmp_path, stories, monkeypatch):
 
 
 def test_muon_in_bf16_resumes_exactly(train, tmp_path, capsys):
-    """Its moments are fp32, and its rounding goes by the number of updates."""
+    """Its moments are fp32, and its rounding depends on the number of updates."""
     flags = ("--precision", "bf16-true", "--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.lr", "0.01")
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"), "--train.max_steps", "6")
+    full = train(*flags, "--out_dir", str(tmp_path / "full"), "--train.max_steps", "6")
     assert "loses weight decay" not in capsys.readouterr().out
-    cut = shutil.copytree(whole, tmp_path / "cut")
+    cut = shutil.copytree(full, tmp_path / "cut")
     train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite", "--train.max_steps=6")
-    assert_same_weights(whole / "final", cut / "final")
+    assert_same_weights(full / "final", cut / "final")
     states = checkpoints.load_training_state(cut / "final")["optimizer"]["state"].values()
     moments = [state.get("momentum_buffer", state.get("exp_avg_sq")) for state in states]
     assert all(moment.dtype == torch.float32 for moment in moments)
@@ -261,7 +261,7 @@ def test_muon_in_bf16_resumes_exactly(train, tmp_path, capsys):
 
 
 def test_bf16_true_trains(train, capsys):
-    """Selection biases move in steps that bf16 does not have, and load as they were saved."""
+    """Selection biases move in steps that bf16 can't represent, and load as they were saved."""
     flags = ("--precision", "bf16-true", *SIGMOID_FLAGS, "--moe.bias_update_rate", "0.001", "--train.max_steps", "4")
     out = train(*flags)
     assert "warning: in bf16-true, torch.optim.AdamW loses weight decay and small steps" in capsys.readouterr().out
@@ -276,7 +276,7 @@ def test_bf16_true_trains(train, capsys):
 
 
 def test_bf16_true_keeps_fp32_rotations(train, monkeypatch):
-    """Fabric converts them along with the weights, to 8 bits; generation would then turn by other angles."""
+    """Fabric converts them with the weights, and generation would use other angles."""
     rotations, train_step = [], loop.train_step
     monkeypatch.setattr(
         loop, "train_step", lambda *args: rotations.extend((args[1].gpt.cos, args[1].gpt.sin)) or train_step(*args)
@@ -286,7 +286,7 @@ def test_bf16_true_keeps_fp32_rotations(train, monkeypatch):
 
 
 def test_nonfinite_loss_stops_the_run(train, tmp_path):
-    """Also between log lines. What was trained before is kept."""
+    """Also between log lines. Earlier steps are kept."""
     found = r"no longer finite at step 2: the first (output|gradient) that went bad was that of \w+.*, in micro batch 1"
     with pytest.raises(UserError, match=found):
         train("--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null", "--train.log_interval", "100")
@@ -315,7 +315,7 @@ def test_resume_rejects_other_tokens(train, tmp_path, prepared):
 
 
 def test_resume_rejects_another_split(tmp_path, stories, tokenizer_dir, run_file):
-    """The text's fingerprint is the same: half of the documents that it was trained on were validated on."""
+    """The text has the same fingerprint, but documents moved from training to validation."""
     data_dir = tmp_path / "own"
     (data_dir / "train").mkdir(parents=True)
     text = "\n<|endoftext|>\n".join(stories)
@@ -367,7 +367,7 @@ def test_new_run_does_not_overwrite_a_run(train, trained_copy):
 
 
 def test_gpt2_projections_shrink_with_depth():
-    """LitGPT leaves GptNeoxMLP's out: a dense GPT-2 began with feed-forward outputs 7 times those of its mixture."""
+    """LitGPT skips GptNeoxMLP: a dense GPT-2 started with feed-forward outputs 7 times as large as the mixture's."""
     config = Config(
         n_layer=6, n_embd=128, n_head=4, block_size=16, padded_vocab_size=64, mlp_class_name="GptNeoxMLP", bias=True
     )
@@ -383,7 +383,7 @@ def test_gpt2_projections_shrink_with_depth():
 
 @pytest.mark.slow
 def test_compiled_run_equals_eager_run(train, capsys):
-    """A break in a graph, or a graph for each step, would end it (fullgraph)."""
+    """A graph break, or a new graph in each step, would raise (fullgraph)."""
     flags = ("--train.max_steps", "4", "--eval.interval", "2", "--train.log_interval", "1")
     losses = []
     for compiled in ("true", "false"):
@@ -391,12 +391,12 @@ def test_compiled_run_equals_eager_run(train, capsys):
         losses.append([float(row["train_loss"]) for row in metric_rows(out_dir) if row["train_loss"]])
     said = re.search(r"The first step took ([0-9,]+) s, with compiling", capsys.readouterr().out)
     assert said and int(said[1]) >= 1
-    bf16 = torch.cuda.is_available()  # whose roundings the compiler may leave out
+    bf16 = torch.cuda.is_available()  # the compiler may leave out roundings to bf16
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if bf16 else 1e-4)
 
 
 def test_constant_router_needs_trained_weights(train, tmp_path, moe_fields, prepared, capsys):
-    """`--resume auto` starts a new run where there is none; a model that was trained before is taken as it is."""
+    """A new run is refused; a model that was trained before is accepted with a warning."""
     one = ("--model.n_expert_per_token", "1", "--train.max_steps", "1")
     with pytest.raises(UserError, match="does not learn where to send a token"):
         train(*one, "--resume", "auto")

@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that it would have been, bit for bit."""
+"""A run that was interrupted and resumed equals the uninterrupted run bit by bit."""
 
 import json
 import os
@@ -53,16 +53,16 @@ def slow(names: Iterable[str]) -> list[ParameterSet]:
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def interrupted(whole: Path, step: int, folder: Path) -> Path:
-    """What a run leaves that is killed after it saved ``step``; its metrics may be further on."""
-    saved = whole / f"step-{step:08d}"
+def interrupted(full: Path, step: int, folder: Path) -> Path:
+    """Copy what a run leaves that is killed after it saved ``step``. Its metrics may have later rows."""
+    saved = full / f"step-{step:08d}"
     shutil.copytree(saved, folder / saved.name)
-    shutil.copyfile(whole / "metrics.csv", folder / "metrics.csv")
+    shutil.copyfile(full / "metrics.csv", folder / "metrics.csv")
     return folder
 
 
-def resume(call: Call, whole: Path, step: int, *flags: str) -> Path:
-    folder = interrupted(whole, step, whole.with_name(f"{whole.name}-{step}"))
+def resume(call: Call, full: Path, step: int, *flags: str) -> Path:
+    folder = interrupted(full, step, full.with_name(f"{full.name}-{step}"))
     return call(*flags, "--out_dir", str(folder), "--resume", "auto")
 
 
@@ -71,20 +71,20 @@ def test_resume_equals_uninterrupted_run(train: Call, tmp_path: Path) -> None:
 
     Every step of two epochs is a slow test below.
     """
-    whole = train(*SMALL, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
-    epochs = column(whole, "epoch")
+    full = train(*SMALL, *EVERY_STEP, "--out_dir", str(tmp_path / "full"))
+    epochs = column(full, "epoch")
     assert len(epochs) == 12 and epochs[0] == 0 and epochs[-1] == 1
     for step in (1, 4, 6, 9, 10):
-        assert_same_run(resume(train, whole, step, *SMALL, "--train.save_interval", "100"), whole)
+        assert_same_run(resume(train, full, step, *SMALL, "--train.save_interval", "100"), full)
 
 
 def resumed_twice(call: Call, tmp_path: Path, *flags: str, stops: tuple[int, int] = (5, 10)) -> None:
-    """From a step of the whole run, and from a later one of what was resumed."""
+    """Resume from a step of the full run, and from a later step of the resumed run."""
     flags += ("--checkpoint.keep_last", "null")
-    whole = call(*flags, "--out_dir", str(tmp_path / "whole"))
-    once = resume(call, whole, stops[0], *flags)
-    assert_same_run(once, whole)
-    assert_same_run(resume(call, once, stops[1], *flags), whole)
+    full = call(*flags, "--out_dir", str(tmp_path / "full"))
+    once = resume(call, full, stops[0], *flags)
+    assert_same_run(once, full)
+    assert_same_run(resume(call, once, stops[1], *flags), full)
 
 
 @pytest.mark.parametrize("case", [*CASES, *slow(SLOW_CASES)])
@@ -129,18 +129,18 @@ def test_resume_with_deterministic_algorithms(train: Call, tmp_path: Path) -> No
 def test_resume_at_every_step_of_two_epochs(train: Call, tmp_path: Path, workers: str, flags: tuple[str, ...]) -> None:
     flags = (*SMALL, *flags, "--data.init_args.num_workers", workers, "--train.log_interval", "4")
     flags += ("--eval.interval", "3", "--train.max_steps", "null", "--train.epochs", "2")
-    whole = train(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
-    for step in range(1, checkpoints.read_metadata(whole / "final").step):
-        assert_same_run(resume(train, whole, step, *flags), whole)
+    full = train(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "full"))
+    for step in range(1, checkpoints.read_metadata(full / "final").step):
+        assert_same_run(resume(train, full, step, *flags), full)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tune_case", TUNING, indirect=True)
 def test_resume_finetuning_at_every_step(tune_case: Call, tmp_path: Path) -> None:
     flags = ("--train.max_steps", "null", "--train.epochs", "2")
-    whole = tune_case(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
-    for step in range(1, checkpoints.read_metadata(whole / "final").step):
-        assert_same_run(resume(tune_case, whole, step, *flags), whole)
+    full = tune_case(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "full"))
+    for step in range(1, checkpoints.read_metadata(full / "final").step):
+        assert_same_run(resume(tune_case, full, step, *flags), full)
 
 
 # --- not to the bit ---
@@ -148,31 +148,31 @@ def test_resume_finetuning_at_every_step(tune_case: Call, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("micro_batch", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_resume_with_other_micro_batch_size(train: Call, tmp_path: Path, micro_batch: int) -> None:
-    """The same steps on the same windows, so the same numbers but for rounding; and back."""
+    """The same steps train on the same windows, so the numbers are equal except for rounding. Then back again."""
     flags = (*SMALL, "--train.max_steps", "6", "--train.save_interval", "2", "--eval.interval", "100")
     flags += ("--train.log_interval", "3")
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    other = resume(train, whole, 2, *flags, "--micro-batch-size", str(micro_batch))
+    full = train(*flags, "--out_dir", str(tmp_path / "full"))
+    other = resume(train, full, 2, *flags, "--micro-batch-size", str(micro_batch))
     for out in (other, resume(train, other, 4, *flags)):
         for name in ("step", "learning_rate", "iter_tokens", "total_tokens", "epoch"):
-            assert column(out, name) == column(whole, name)
+            assert column(out, name) == column(full, name)
         for name in ("train_loss", "grad_norm", "load_balancing_loss", "expert_load_max/layer_1"):
-            assert column(out, name) == pytest.approx(column(whole, name), rel=1e-4)
+            assert column(out, name) == pytest.approx(column(full, name), rel=1e-4)
 
 
 def test_message_about_other_micro_batch_size(train: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Windows that filled none of the old size are trained on, and a last step may be another."""
+    """Windows that did not fill a batch of the old size may be used, and the last step may differ."""
     # 75 windows of 76
     flags = (*SMALL, "--train.max_steps", "null", "--train.max_tokens", "2400", "--eval.final_validation", "false")
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    assert column(whole, "total_tokens")[-1] == 72 * 32
+    full = train(*flags, "--out_dir", str(tmp_path / "full"))
+    assert column(full, "total_tokens")[-1] == 72 * 32
     for micro_batch, differs, steps, tokens in (
         (1, "the run ends at step 10, 2,400 tokens instead of step 9, 2,304 tokens", 10, 2400),
         (8, "4 of an epoch's 76 sequences fill no micro batch and are dropped (0 before)", 9, 2304),
     ):
-        shutil.rmtree(tmp_path / "whole-5", ignore_errors=True)
+        shutil.rmtree(tmp_path / "full-5", ignore_errors=True)
         capsys.readouterr()
-        out = resume(train, whole, 5, *flags, "--micro-batch-size", str(micro_batch))
+        out = resume(train, full, 5, *flags, "--micro-batch-size", str(micro_batch))
         said = re.search(rf"micro_batch_size was 4 and is now {micro_batch}: .*", capsys.readouterr().out)
         assert said is not None and differs in said[0]
         assert "training continues on the same tokens; sums differ in their last digits by their order" in said[0]
@@ -200,7 +200,7 @@ def test_resume_rejects_another_optimizer(train: Call) -> None:
 
 
 def test_resume_rejects_imported_checkpoints(train: Call, tmp_path: Path) -> None:
-    """An imported one has other hyperparameters: a KeyError."""
+    """An imported checkpoint has other hyperparameters, which raised a KeyError."""
     out = train("--train.max_steps", "1")
     settings = out / "final" / "hyperparameters.yaml"
     settings.write_text("imported_from: a folder\n", encoding="utf-8")
@@ -210,7 +210,7 @@ def test_resume_rejects_imported_checkpoints(train: Call, tmp_path: Path) -> Non
 
 
 def test_resume_auto_overwrites_nothing(train: Call) -> None:
-    """A checkpoint that can't be resumed was replaced by the run's own."""
+    """A checkpoint that can't be resumed used to be replaced."""
     out = train("--train.max_steps", "1")
     (out / "final" / "training_state.pth").unlink()
     renew_checksums(out / "final")
@@ -219,7 +219,7 @@ def test_resume_auto_overwrites_nothing(train: Call) -> None:
 
 
 def test_resume_after_a_short_last_step(train: Call) -> None:
-    """Continued with more tokens the run ended a micro batch short: its steps had counted for whole ones."""
+    """With more tokens the resumed run ended one micro batch early, because the short step counted as complete."""
     flags = ("--train.max_steps", "null", "--train.max_tokens")
     out = train(*flags, "240")  # 7 micro batches of 32 tokens, two a step
     assert column(out, "iter_tokens") == [64, 64, 64, 32]
@@ -229,20 +229,20 @@ def test_resume_after_a_short_last_step(train: Call) -> None:
 
 
 def test_resume_state_of_another_version(train: Call, tmp_path: Path) -> None:
-    """With a counter that is not known here, and without a value that a later version compares."""
-    whole = train(*SMALL, "--out_dir", str(tmp_path / "whole"))
-    other = interrupted(whole, 10, tmp_path / "other")
+    """The state has an unknown counter, and lacks a value that this version compares."""
+    full = train(*SMALL, "--out_dir", str(tmp_path / "full"))
+    other = interrupted(full, 10, tmp_path / "other")
     folder = other / "step-00000010"
     state = checkpoints.load_training_state(folder)
     state["progress"]["samples"] = 20
     del state["layout"]["data_seed"]
     torch.save(state, folder / "training_state.pth")
     renew_checksums(folder)
-    assert_same_run(train(*SMALL, "--out_dir", str(other), "--resume", "auto"), whole)
+    assert_same_run(train(*SMALL, "--out_dir", str(other), "--resume", "auto"), full)
 
 
 def test_resume_finetuning_of_an_older_version(tune: Call, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a setting that came later, and without fingerprints."""
+    """The checkpoint lacks a setting that was added later, and fingerprints."""
     out = tune("--lora_r", "2", "--train.max_steps", "1")
     state = checkpoints.load_training_state(out / "final")
     del state["made_from"]
@@ -262,7 +262,7 @@ def test_resume_finetuning_of_an_older_version(tune: Call, capsys: pytest.Captur
 
 @pytest.fixture
 def moving(tmp_path: Path, prepared: Path, train: Call) -> tuple[Path, Call]:
-    """A folder with corpora/stories and its tokenizer in it, and training on it."""
+    """A folder that contains corpora/stories with its tokenizer, and a function that trains on it."""
     place = tmp_path / "place"
     data_dir = shutil.copytree(prepared / "data", place / "corpora" / "stories")
     shutil.copytree(prepared / "tokenizer", data_dir / "tokenizer")
@@ -274,12 +274,12 @@ def moving(tmp_path: Path, prepared: Path, train: Call) -> tuple[Path, Call]:
 def test_moved_data_is_found(
     moving: tuple[Path, Call], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not that of other tokens, which lies there too."""
+    """A folder with other tokens next to it is not used."""
     place, train = moving
     out = train("--train.save_interval", "2")
     before = (out / "final" / "lit_model.pth").read_bytes()
-    lies = place / "corpora" / "stories"
-    other = shutil.copytree(lies, place / "corpora" / "other")
+    data_dir = place / "corpora" / "stories"
+    other = shutil.copytree(data_dir, place / "corpora" / "other")
     manifest = json.loads((other / "tokens" / "manifest.json").read_text(encoding="utf-8"))
     manifest["splits"]["train"]["text"][0]["sha256"] = "0" * 64
     (other / "tokens" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -287,10 +287,10 @@ def test_moved_data_is_found(
     monkeypatch.chdir(place / "work")
     for there in ("corpora/renamed", "stories", "elsewhere/stories", "work/data/any"):
         (place / there).parent.mkdir(exist_ok=True)
-        shutil.move(lies, place / there)
-        lies = place / there
+        shutil.move(data_dir, place / there)
+        data_dir = place / there
         train("--resume", str(out / "step-00000002"), "--overwrite")
-        found = Path("data", "any") if there == "work/data/any" else lies
+        found = Path("data", "any") if there == "work/data/any" else data_dir
         assert f"is in {found} now and is used from there" in capsys.readouterr().out
         assert (out / "final" / "lit_model.pth").read_bytes() == before
         settings = checkpoints.load_hyperparameters(out / "final")
@@ -302,7 +302,7 @@ def test_missing_data_is_reported(moving: tuple[Path, Call]) -> None:
     place, train = moving
     out = train("--train.save_interval", "2")
     for path in (place / "corpora" / "stories" / "tokens" / "train").glob("*.bin"):
-        os.truncate(path, 8)  # half a copy is none
+        os.truncate(path, 8)  # an incomplete copy must not be used
     shutil.move(place / "corpora" / "stories", place / "corpora" / "renamed")
     with pytest.raises(UserError, match=r"which is gone.* Give their place: --data\.init_args\.train_data"):
         train("--resume", str(out / "step-00000002"), "--overwrite")

@@ -227,12 +227,12 @@ def test_signal_does_not_stop_initial_validation(train, monkeypatch, tmp_path):
 
 def test_max_time_skips_evaluation_until_resume(train, tmp_path):
     flags = ("--eval.interval", "1", "--train.max_steps", "4")
-    whole = train("--out_dir", str(tmp_path / "whole"), *flags)
+    full = train("--out_dir", str(tmp_path / "full"), *flags)
     out = train(*flags, "--train.save_interval", "null", "--train.max_time", "1.0e-6")
     assert steps_in(out) == ["step-00000001"]
     assert column(out, "val_loss") == []
     train("--resume", "auto", *flags)
-    assert_same_run(out, whole)
+    assert_same_run(out, full)
 
 
 def test_failed_evaluation_keeps_its_step(train, trained, monkeypatch, tmp_path):
@@ -270,10 +270,10 @@ def test_run_survives_closed_stdout(train, monkeypatch, tmp_path):
 
 def test_resume_within_log_interval(train, tmp_path):
     flags = ("--train.log_interval", "3")
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    cut = shutil.copytree(whole, tmp_path / "cut")
+    full = train(*flags, "--out_dir", str(tmp_path / "full"))
+    cut = shutil.copytree(full, tmp_path / "cut")
     train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
-    assert_same_run(cut, whole)
+    assert_same_run(cut, full)
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
