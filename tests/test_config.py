@@ -1,4 +1,4 @@
-"""Every setting works or is refused by name, and every mistake gets one message."""
+"""Every setting works or is refused by name, and every mistake gives one message."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def accepted(tmp_path: Path, moe_fields: dict):
 
 @pytest.fixture
 def refusal(accepted):
-    """``refusal("--flag", "value")``: the message that parsing or checking ends with."""
+    """Return ``refusal("--flag", "value")``: the error message of parsing or checking."""
 
     def call(*flags: str) -> str:
         with pytest.raises(UserError) as caught:
@@ -112,7 +112,7 @@ def test_defaults_are_those_of_litgpt(name: str) -> None:
 
 
 def run_python(*lines: str) -> str:
-    """Output of a program in a process of its own."""
+    """Return the output of a program in a new process."""
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=PROJECT
     )
@@ -297,7 +297,7 @@ def test_mistake_in_file_names_file_or_key(tmp_path, text, message):
 
 
 def test_precision_without_a_gpu(monkeypatch):
-    """On a machine with a GPU the same holds where it is hidden."""
+    """Also on a machine with a GPU, if the GPU is hidden."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert choose_precision(None) == ("32-true", None)
     assert choose_precision("32-true") == ("32-true", None)

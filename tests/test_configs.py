@@ -1,4 +1,4 @@
-"""Each shipped model and run: its file says what is true of it, it can be built, and it trains."""
+"""Each shipped model and run: its comment is true, it can be built, and it trains."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def by_name(path: Path) -> str:
 
 
 def shrunken(config: Config) -> list[str]:
-    """Flags that make a model tiny and leave its kind as it is."""
+    """Return flags that make a model tiny without changing its architecture."""
     fields = {
         "block_size": 64,
         "padded_vocab_size": 384,
@@ -41,7 +41,7 @@ def shrunken(config: Config) -> list[str]:
 
 
 def tiny_run(prepared: Path, out_dir: Path) -> list[str]:
-    """Flags for three steps on the tests' corpus."""
+    """Return flags for three steps on the tests' corpus."""
     flags = {
         "out_dir": out_dir,
         "precision": "32-true",
@@ -64,7 +64,7 @@ def tiny_run(prepared: Path, out_dir: Path) -> list[str]:
 
 
 def comment(path: Path) -> str:
-    """The lines in front of a file's first setting, as one text."""
+    """Return the comment before a file's first setting as one line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return " ".join(line.removeprefix("#").strip() for line in lines[:end])
@@ -94,7 +94,7 @@ def test_default_model_is_listed() -> None:
 
 
 def test_gpt2_models_have_its_shape() -> None:
-    """The sizes of OpenAI's models less their learned positions (1,024 of them), with the vocabulary padded by 47."""
+    """The sizes of OpenAI's models without their 1,024 learned positions, and with a vocabulary padded by 47."""
     for name, width, openai in (("gpt2-124m", 768, 124_439_808), ("gpt2-350m", 1024, 354_823_168)):
         config = Config.from_file(PROJECT / f"configs/models/{name}.yaml")
         assert count_parameters(config, tie_embeddings=True).total == openai - 1024 * width + 47 * width

@@ -104,21 +104,11 @@ def test_checkpoint_of_another_model(trained_copy, refusal):
     assert "n_embd: 32 there, 64 here" in message
 
 
-@pytest.mark.parametrize("size", [0, 100, -1])
-def test_damaged_checkpoint(trained_copy, refusal, size):
+def test_damaged_checkpoint(trained_copy, refusal):
     weights = trained_copy / "step-00000008" / "lit_model.pth"
     data = weights.read_bytes()
-    weights.write_bytes(data[:size] if size >= 0 else data[:-10] + b"?" + data[-9:])
-    message = refusal("--resume", str(weights.parent))
-    assert "lit_model.pth" in message
-
-
-def test_context_exceeds_block_size(refusal):
-    assert "block_size is 64" in refusal("--max-seq-length", "100")
-
-
-def test_global_batch_is_no_multiple(refusal):
-    assert "is no multiple of micro_batch_size 3" in refusal("--micro-batch-size", "3")
+    weights.write_bytes(data[:-10] + b"?" + data[-9:])
+    assert "lit_model.pth" in refusal("--resume", str(weights.parent))
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", "50"), ("val", "10")])
@@ -126,10 +116,6 @@ def test_split_shorter_than_a_batch(refusal, split, size):
     message = refusal("--micro-batch-size", size, "--global-batch-size", size, "--max-seq-length", "64")
     assert f": {split} has" in message
     assert "--micro-batch-size" in message
-
-
-def test_moe_without_experts(refusal):
-    assert "without feed-forward layers" in refusal("--model.n_expert", "0")
 
 
 def test_unknown_corpus(refusal, tmp_path):

@@ -78,7 +78,7 @@ def test_no_gradient_where_none_is_needed(frozen):
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_in_bf16_only_the_products_are_rounded(autocast):
-    """By autocast the gradients of fp32 parameters stay fp32; their sum over blocks is fp32 in both."""
+    """Under autocast, gradients of fp32 parameters stay fp32, and sums over blocks are fp32 too."""
     x, weight, targets = tensors(torch.float32 if autocast else torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
     expected = F.cross_entropy(exact[0] @ exact[1].t(), targets)
@@ -109,7 +109,7 @@ def test_all_logits_never_exist_at_once():
 
 
 def test_output_layer_gradient_exists_once() -> None:
-    """The backward made a second one to scale it: 154 MB at MoE-200M's size, while all activations are there."""
+    """The backward used to make a scaled copy: 154 MB at MoE-200M's size, while all activations exist."""
     x, weight, targets = tensors()
     places = set()
 
@@ -126,7 +126,7 @@ def test_output_layer_gradient_exists_once() -> None:
 
 
 def test_second_backward_is_refused() -> None:
-    """It would scale what is scaled."""
+    """It would scale the gradient twice."""
     loss = linear_cross_entropy(*tensors())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -1,4 +1,4 @@
-"""Finetuning by the door's own path: what is learned, what is saved, that a resumed run is the uninterrupted one."""
+"""Finetuning as ``finetune.py`` does it: losses, saved checkpoints, LoRA, refusals. (Exact resume: test_resume.py.)"""
 
 import json
 import math
@@ -28,7 +28,7 @@ SIGMOID = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 
 
 
 def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "phi-2") -> float:
-    """By stock LitGPT, one conversation at a time: nats per answer token."""
+    """Return nats per answer token, computed by stock LitGPT one conversation at a time."""
     gpt = GPT(checkpoints.load_config(folder))
     gpt.load_state_dict(checkpoints.load_weights(folder))
     tokenizer, total, tokens = Tokenizer(folder), 0.0, 0
@@ -46,7 +46,7 @@ def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_dropout", "0")], ids=["full", "lora"])
 def test_compiled_run_equals_eager_run(tune, tmp_path, flags):
-    """Whatever lengths come: a graph for each of them would end it after some steps."""
+    """For any lengths: a graph for each length would raise after some steps."""
     flags = (*flags, "--train.max_steps", "24")
     plain, compiled = (
         tune("--out_dir", str(tmp_path / value), "--compile", value, *flags) for value in ("false", "true")
@@ -71,7 +71,7 @@ def test_validation_loss_decreases(tune, base, instructions, flags):
 
 
 def test_step_loss_is_mean_over_answer_tokens(tune, tmp_path):
-    """Two micro batches of two, of other lengths, give what one of four gives; not so with a mean of their means."""
+    """Two micro batches of different lengths equal one large batch. A mean of their means would not."""
     flags = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0", "--train.max_steps", "2")
     accumulated = tune(*flags, "--out_dir", str(tmp_path / "a"))
     at_once = tune(*flags, "--out_dir", str(tmp_path / "b"), "--micro-batch-size", "4")
@@ -91,7 +91,7 @@ def test_warns_of_constant_routers(tune, tmp_path, moe_fields, tokenizer_dir, ca
 
 
 def test_lora_refuses_bias_updates(tune, tmp_path, moe_fields, tokenizer_dir):
-    """They are no part of the updates that are saved by themselves; a base with them would be another one."""
+    """Selection biases are not part of the LoRA updates, so changing them would change the base."""
     base = save_tiny(tmp_path / "other", tiny_gpt(moe_fields | {"block_size": 48} | SIGMOID), tokenizer_dir)
     with pytest.raises(UserError, match=r"LoRA does not change the routers' selection bias.*--lora_r 0"):
         tune("--checkpoint_dir", str(base), "--lora_r", "4", "--moe.bias_update_rate", "0.01")
@@ -123,7 +123,7 @@ def test_tied_embeddings_stay_tied(tune, tmp_path, moe_fields, tokenizer_dir):
 
 @pytest.mark.parametrize("head", ["false", "true"])
 def test_lora_on_tied_embeddings(tune, tmp_path, moe_fields, tokenizer_dir, head):
-    """Tied stays tied, but where the head gets updates of its own."""
+    """Tied weights stay tied unless the head has its own LoRA updates."""
     gpt = tiny_gpt({**moe_fields, "block_size": 48})
     gpt.transformer.wte.weight = gpt.lm_head.weight
     tied = save_tiny(tmp_path / "tied", gpt, tokenizer_dir)
@@ -162,7 +162,7 @@ def test_resume_rejects_other_lora_settings(tune):
 
 
 def test_resume_rejects_pretraining_runs(tune, base):
-    """KeyError: 'prompt_style'."""
+    """It raised KeyError: 'prompt_style'."""
     with pytest.raises(UserError, match=r"is from a pretraining run.*finetune\.py .* --out_dir NEW"):
         tune("--resume", str(base))
 
@@ -185,7 +185,7 @@ def test_out_dir_must_not_be_a_checkpoint(tune, base):
 
 
 def test_finetuning_locks_its_out_dir(base, tmp_path, monkeypatch, capsys):
-    """Nothing is read or prepared before: the conversations that are named are not there."""
+    """The lock comes first: the data folder of the flags does not exist."""
     flags = ["--data_dir", str(tmp_path / "nowhere"), "--out_dir", str(tmp_path / "out"), "--overwrite"]
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(base), *flags])
     with locked(tmp_path / "out"), pytest.raises(SystemExit, match="1"):
@@ -217,7 +217,7 @@ def test_mistakes_give_one_message(tune, flags, message):
 
 
 def test_long_questions_are_skipped(tune, tmp_path):
-    """The sample answers the first held-out question that leaves room; where none does, the message is about them."""
+    """The sample uses the first validation question that fits the context. If none fits, the message says so."""
     short = [{"prompt": f"Where is {name}?", "response": "At the sea."} for name in ("Mia", "Tom", "Lily", "Ben")]
     long = [{"prompt": f"Where is {row['prompt']}? " * 30, "response": "At the sea."} for row in short]
 

@@ -1,4 +1,4 @@
-"""Muon against torch's own for single matrices, and against AdamW for the rest."""
+"""Muon equals torch's for single matrices, and AdamW for all other parameters."""
 
 from copy import deepcopy
 
@@ -30,7 +30,7 @@ def gpt(moe_fields: dict) -> GPT:
 
 @pytest.fixture
 def in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch.optim.Muon computes everywhere."""
+    """Compute in the dtype of torch.optim.Muon."""
     monkeypatch.setattr(muon, "products_dtype", lambda device: torch.bfloat16)
 
 
@@ -39,7 +39,7 @@ def matrix(*shape: int, seed: int = 0) -> nn.Parameter:
 
 
 def steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], count: int = 3) -> None:
-    """Updates with the same gradients for parameters of the same size, however they are cut into tensors."""
+    """Take steps with the same gradients, for any split of the parameters into tensors."""
     for step in range(count):
         random = torch.Generator().manual_seed(step)
         for parameter in parameters:
@@ -128,14 +128,14 @@ def test_resumes_from_its_state(gpt: GPT, moe_fields: dict) -> None:
 
 
 def matrix_and_rest(dtype: torch.dtype, **settings: float) -> tuple[Muon, list[nn.Parameter]]:
-    """Two equal parameters of the usual size of weights, one for each of Muon's ways."""
+    """Two parameters of typical size: one for Muon, one for AdamW."""
     parameters = [nn.Parameter((matrix(64, 64) * 0.02).detach().to(dtype)) for _ in range(2)]
     groups = [{"params": [parameters[0]], "parts": (1,)}, {"params": [parameters[1]]}]
     return Muon(groups, **settings), parameters
 
 
 def test_decay_reaches_bf16_weights() -> None:
-    """Rounding to the nearest would keep the norm as it is."""
+    """Rounding to nearest would not change the norm."""
     optimizer, parameters = matrix_and_rest(torch.bfloat16, lr=3e-4, adamw_lr=3e-4, weight_decay=0.1)
     before = [parameter.detach().float().norm() for parameter in parameters]
     for parameter in parameters:

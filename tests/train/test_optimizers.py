@@ -104,7 +104,7 @@ def test_failing_optimizer_gives_one_message(moe_fields):
 
 
 def test_resume_keeps_new_settings(moe_fields):
-    """A resumed run took weight decay and betas from the checkpoint but the learning rate from the run file."""
+    """A resumed run used to keep the weight decay and betas of the checkpoint, but not its learning rate."""
     gpt = build(moe_fields)
     optimizer = make_optimizer(ADAMW, gpt, fused=False)
     for parameter in gpt.parameters():
@@ -127,7 +127,7 @@ EIGHT_BITS = {
 
 @pytest.fixture
 def experts() -> nn.ModuleDict:
-    """Stacked matrices of bf16 and a norm, as small as has a state of 8 bits."""
+    """Stacked bf16 matrices and a norm, of the smallest size with 8-bit state."""
     torch.manual_seed(0)
     return nn.ModuleDict({"mlp": Experts(4, 32, 64, 1, bias=False), "norm": nn.LayerNorm(32, bias=False)}).bfloat16()
 
@@ -142,7 +142,7 @@ def backend(request):
 
 
 def test_8_bit_adam_does_not_recompile(experts, backend):
-    """A learning rate that is a number would be compiled in, or make it compile at each step; torchao refuses one."""
+    """A learning rate as a number would be compiled in, or recompile in each step. torchao refuses numbers."""
     optimizer = make_optimizer(EIGHT_BITS, experts, fused=True)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     graphs, moved = [], []
@@ -160,7 +160,7 @@ def test_8_bit_adam_does_not_recompile(experts, backend):
 
 
 def test_stochastic_rounding_keeps_small_updates(experts):
-    """1 and 0.9995 are the same in bf16: without it no update as small would ever move a weight of 1."""
+    """1 and 0.9995 are equal in bf16: without stochastic rounding, small updates would never change a weight of 1."""
     means = []
     for by_chance in (True, False):
         specification = {**EIGHT_BITS, "init_args": {"lr": 5.0e-4, "bf16_stochastic_round": by_chance}}
@@ -183,7 +183,7 @@ def test_8_bit_adam_needs_a_compiler(experts, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 def test_warns_of_lost_small_updates(precision):
-    """With alternatives that this run could take: FSDP has neither of the two optimizers."""
+    """The warning suggests optimizers that this run can use: FSDP supports neither Muon nor 8-bit Adam."""
     eight_bit = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"bf16_stochastic_round": True}}
     muon = {"class_path": "litmoe.train.muon.Muon", "init_args": {}}
     nearest = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"bf16_stochastic_round": False}}
@@ -196,7 +196,7 @@ def test_warns_of_lost_small_updates(precision):
 
 
 class Signs(torch.optim.Optimizer):
-    """An optimizer as a user adds it: one class, with groups of its own."""
+    """An optimizer as users write it: one class with its own parameter groups."""
 
     supports_fsdp = True
     rounds_stochastically = True
