@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jsonargparse._optionals
 import pytest
 import yaml
-from litgpt import GPT, Tokenizer
 
-import litmoe.config
+import litmoe.config  # before litgpt, as in the scripts
 from litmoe.config import parse_finetuning, parse_run
 from litmoe.data.instructions import InstructArgs, prepare_instructions
 from litmoe.data.prepare import PrepareArgs, prepare
@@ -126,13 +126,16 @@ def moe_fields() -> dict:
 
 
 @pytest.fixture
-def gpt(moe_fields: dict) -> GPT:
+def gpt(moe_fields: dict) -> Any:
     """The tiny model of ``moe_fields`` with random weights."""
     return tiny_gpt(moe_fields)
 
 
 @pytest.fixture
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+def tokenizer(tokenizer_dir: Path) -> Any:
+    """LitGPT's tokenizer of ``tokenizer_dir``."""
+    from litgpt import Tokenizer
+
     return Tokenizer(tokenizer_dir)
 
 

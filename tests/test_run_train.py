@@ -153,7 +153,7 @@ def test_invalid_wandb_dataset(refusal):
     assert "wandb" in refusal("--wandb-dataset", "nonsense").lower()
 
 
-def test_killed_run_is_locked_and_resumed(train, run_file, tmp_path, refusal, capsys):
+def test_killed_run_is_locked_and_resumed(train, run_file, tmp_path, refusal, monkeypatch, capsys):
     """While it is suspended its folder is refused; after a kill a resumed run ends as the uninterrupted one."""
     out = tmp_path / "killed"
     steps = ("--train.max_steps", "100", "--train.save_interval", "5", "--eval.interval", "50")
@@ -175,7 +175,8 @@ def test_killed_run_is_locked_and_resumed(train, run_file, tmp_path, refusal, ca
         killed.communicate()
     stopped_at = checkpoints.read_metadata(checkpoints.newest_undamaged(out)[0]).step
     assert 10 <= stopped_at < 100
-    train(*steps, "--out_dir", str(out), "--resume", "auto")
+    monkeypatch.setattr(sys, "argv", ["run_train.py", *flags, "--resume", "auto"])
+    exit_with_message(run_train.main)
     printed = capsys.readouterr().out
     assert f"Taking over {out} from a run that ended without releasing it" in printed
     assert f"step {stopped_at} of 100" in printed
