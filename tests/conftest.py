@@ -16,18 +16,10 @@ from typing import Any
 
 import jsonargparse._optionals
 import pytest
-import yaml
 
 import litmoe.config  # before litgpt, as in the scripts
-from litmoe.config import parse_finetuning, parse_run
-from litmoe.data.instructions import InstructArgs, prepare_instructions
-from litmoe.data.prepare import PrepareArgs, prepare
-from litmoe.train.finetune import finetune
-from litmoe.train.preflight import ready, ready_to_finetune
-from litmoe.train.pretrain import pretrain
-from litmoe.validation import check
-from tests.helpers import save_tiny, tiny_gpt, write_run_file
 
+# Fixtures import torch and LitGPT when they are used: pytest's main process with workers never needs them.
 pytest_plugins = ["tests.no_skips"]
 
 # Parsing takes most of the time of a tiny run: help texts are read from the sources of the same classes, and the
@@ -128,6 +120,8 @@ def moe_fields() -> dict:
 @pytest.fixture
 def gpt(moe_fields: dict) -> Any:
     """The tiny model of ``moe_fields`` with random weights."""
+    from tests.helpers import tiny_gpt
+
     return tiny_gpt(moe_fields)
 
 
@@ -142,6 +136,8 @@ def tokenizer(tokenizer_dir: Path) -> Any:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> Path:
     """A folder with data/ (tokens of the tiny stories) and tokenizer/; don't write there."""
+    from litmoe.data.prepare import PrepareArgs, prepare
+
     folder = tmp_path_factory.mktemp("prepared")
     shutil.copytree(tokenizer_dir, folder / "tokenizer")
     for split, texts in (("train", stories[:120]), ("val", stories[120:])):
@@ -155,27 +151,24 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[str], token
 @pytest.fixture
 def run_file(tmp_path: Path, prepared: Path, moe_fields: dict) -> Path:
     """A run file of a tiny model: 12 steps of 2 x 2 sequences of 16 tokens into ``tmp_path/out``."""
+    from tests.helpers import write_run_file
+
     return write_run_file(tmp_path, prepared, moe_fields)
-
-
-def train_here(run_file: Path, *flags: str) -> Path:
-    """Do what ``run_train.py`` does, in this process, and return the ``out_dir``."""
-    run = parse_run(["--config", str(run_file), *flags])
-    check(run.settings, run.optimizer)
-    run, resume_from = ready(run)
-    pretrain(run, resume_from=resume_from)
-    return run.settings.out_dir
 
 
 @pytest.fixture
 def train(run_file: Path) -> Callable[..., Path]:
     """``train("--flag", "value")`` does what ``run_train.py`` does and returns the ``out_dir``."""
+    from tests.helpers import train_here
+
     return partial(train_here, run_file)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     """The ``out_dir`` of ``train()``, uninterrupted and trained once. Read only: see ``trained_copy``."""
+    from tests.helpers import train_here, write_run_file
+
     folder = tmp_path_factory.mktemp("trained")
     return train_here(write_run_file(folder, prepared, MOE_FIELDS))
 
@@ -189,6 +182,8 @@ def trained_copy(trained: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 questions, of long and short answers, prepared; don't write there."""
+    from litmoe.data.instructions import InstructArgs, prepare_instructions
+
     folder = tmp_path_factory.mktemp("instructions")
     rows = [
         {"instruction": f"Where is {name} {day}?", "output": f"{name} went to the {place}." * times}
@@ -203,37 +198,16 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    """A checkpoint to tune."""
+    from tests.helpers import save_tiny, tiny_gpt
+
     return save_tiny(tmp_path / "base", tiny_gpt({**moe_fields, "block_size": 48}), tokenizer_dir)
 
 
 @pytest.fixture
 def tune(tmp_path: Path, base: Path, instructions: Path) -> Callable[..., Path]:
     """``tune("--flag", "value")`` does what ``finetune.py`` does and returns the ``out_dir``."""
-    settings = {
-        "data": {"class_path": "litmoe.data.InstructionData", "init_args": {"data_dir": str(instructions)}},
-        "train": {
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "max_steps": 8,
-            "log_interval": 1,
-            "lr_warmup_steps": 1,
-            "max_norm": 1.0,
-            "min_lr": 1.0e-4,
-            "save_interval": 4,
-        },
-        "eval": {"interval": 4, "max_iters": 100, "initial_validation": True},
-        "sample": {"prompt": None, "max_new_tokens": 8},
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
-        "progress": False,
-        "compile": False,
-    }
-    run_file = tmp_path / "finetune.yaml"
-    run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    from tests.helpers import tune_here, write_tune_file
 
-    def call(*flags: str) -> Path:
-        run = parse_finetuning([str(base), "--config", str(run_file), "--out_dir", str(tmp_path / "out"), *flags])
-        check(run.settings, run.optimizer)
-        finetune(run, resume_from=ready_to_finetune(run.settings))
-        return run.settings.out_dir
-
-    return call
+    run_file = write_tune_file(tmp_path, instructions)
+    return partial(tune_here, run_file, base, tmp_path / "out")

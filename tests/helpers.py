@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from custom_moe import MoE
 from litmoe import checkpoints
-from litmoe.config import PROJECT
+from litmoe.config import PROJECT, parse_finetuning, parse_run
+from litmoe.train.finetune import finetune
+from litmoe.train.preflight import ready, ready_to_finetune
+from litmoe.train.pretrain import pretrain
+from litmoe.validation import check
 
 CPU_FP32 = {"device": "cpu", "precision": "32-true"}
 """Arguments of everything that loads a model"""
@@ -176,6 +180,31 @@ def write_run_file(folder: Path, prepared: Path, model: dict[str, Any]) -> Path:
     return path
 
 
+def write_tune_file(folder: Path, instructions: Path) -> Path:
+    """Write a run file of ``finetune.py``: 8 steps of 2 x 2 conversations."""
+    settings = {
+        "data": {"class_path": "litmoe.data.InstructionData", "init_args": {"data_dir": str(instructions)}},
+        "train": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 8,
+            "log_interval": 1,
+            "lr_warmup_steps": 1,
+            "max_norm": 1.0,
+            "min_lr": 1.0e-4,
+            "save_interval": 4,
+        },
+        "eval": {"interval": 4, "max_iters": 100, "initial_validation": True},
+        "sample": {"prompt": None, "max_new_tokens": 8},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
+        "progress": False,
+        "compile": False,
+    }
+    path = folder / "finetune.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
 def tiny_gpt(fields: dict[str, Any], seed: int = 0) -> GPT:
     """Return LitGPT's own model in evaluation mode. Its norms are random too, so that a test notices a lost one."""
     torch.manual_seed(seed)
@@ -247,6 +276,26 @@ def litgpt_finetuning_flags(folder: Path) -> list[str]:
         "--out_dir": str(folder / "finetuned"),
     }
     return [part for item in options.items() for part in item]
+
+
+# --- training in this process
+
+
+def train_here(run_file: Path, *flags: str) -> Path:
+    """Do what ``run_train.py`` does, in this process, and return the ``out_dir``."""
+    run = parse_run(["--config", str(run_file), *flags])
+    check(run.settings, run.optimizer)
+    run, resume_from = ready(run)
+    pretrain(run, resume_from=resume_from)
+    return run.settings.out_dir
+
+
+def tune_here(run_file: Path, base: Path, out_dir: Path, *flags: str) -> Path:
+    """Do what ``finetune.py`` does, in this process, and return the ``out_dir``."""
+    run = parse_finetuning([str(base), "--config", str(run_file), "--out_dir", str(out_dir), *flags])
+    check(run.settings, run.optimizer)
+    finetune(run, resume_from=ready_to_finetune(run.settings))
+    return run.settings.out_dir
 
 
 # --- layers

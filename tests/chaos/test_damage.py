@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from litgpt import Tokenizer
 
 from litmoe import checkpoints, load
@@ -31,6 +30,7 @@ from litmoe.train.preflight import ready
 from litmoe.train.pretrain import pretrain
 from litmoe.train.resume import check_same_tokens
 from litmoe.validation import check
+from tests.helpers import write_run_file
 
 STEP = "step-00000002"
 MODEL = dict(
@@ -43,51 +43,30 @@ MODEL = dict(
 class World:
     """A corpus, its tokens and tokenizer, conversations, and a run's checkpoints; ``restore`` undoes all damage."""
 
-    def __init__(self, folder: Path, stories: list[str], tokenizer_dir: Path) -> None:
-        self.folder, self._whole = folder / "world", folder / "full"
-        shutil.copytree(tokenizer_dir, self.folder / "tokenizer")
-        for split, texts in (("train", stories[:120]), ("val", stories[120:])):
-            (self.folder / "data" / split).mkdir(parents=True)
-            text = "\n<|endoftext|>\n".join(texts)
-            (self.folder / "data" / split / "stories.txt").write_text(text, encoding="utf-8", newline="\n")
-        self.prepare()
+    def __init__(self, folder: Path, prepared: Path) -> None:
+        self.folder, self._full = folder / "world", folder / "full"
+        shutil.copytree(prepared, self.folder)
+        prepare(PrepareArgs(data_dir=self.folder / "data", tokenizer_dir=self.folder / "tokenizer", num_workers=0))
         (folder / "pairs.jsonl").write_text(
             "".join(f'{{"prompt": "Who is {i}?", "response": "It is {i}."}}\n' for i in range(40)), encoding="utf-8"
         )
         prepare_instructions(InstructArgs(instruct=str(folder / "pairs.jsonl"), data_dir=self.folder / "instruct"))
-        paths = {f"{split}_data_path": str(self.folder / "data" / split) for split in ("train", "val")}
-        settings = {
-            "model": MODEL,
-            "out_dir": str(self.folder / "out"),
-            "tokenizer_dir": str(self.folder / "tokenizer"),
-            "data": {"class_path": "litmoe.data.TokenizedText", "init_args": {**paths, "num_workers": 0}},
-            "train": {
-                **{"global_batch_size": 2, "micro_batch_size": 2, "max_seq_length": 16, "max_steps": 4},
-                **{"save_interval": 2, "lr_warmup_steps": 1},
-            },
-            "eval": {"interval": 4, "max_iters": 1},
-            "sample": {"prompt": None},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
-            "progress": False,
-        }
-        run_file = folder / "run.yaml"
-        run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        run = parse_run(["--config", str(run_file)])
+        flags = ["--config", str(write_run_file(folder, self.folder, MODEL)), "--out_dir", str(self.folder / "out")]
+        flags += ["--global_batch_size", "2", "--train.max_steps", "4", "--train.save_interval", "2"]
+        flags += ["--train.lr_warmup_steps", "1", "--eval.max_iters", "1", "--sample.prompt", "null"]
+        run = parse_run(flags)
         check(run.settings, run.optimizer)
         pretrain(*ready(run)[:1], resume_from=None)
         shutil.move(self.folder / "out" / "final", self.folder / "model")
         for later in self.folder.glob("out/step-*"):
             if later.name != STEP:
                 shutil.rmtree(later)
-        self.run = parse_run(["--config", str(run_file), "--resume", str(self.folder / "out" / STEP)])
-        shutil.copytree(self.folder, self._whole)
-
-    def prepare(self) -> None:
-        prepare(PrepareArgs(data_dir=self.folder / "data", tokenizer_dir=self.folder / "tokenizer", num_workers=0))
+        self.run = parse_run([*flags, "--resume", str(self.folder / "out" / STEP)])
+        shutil.copytree(self.folder, self._full)
 
     def restore(self) -> None:
         shutil.rmtree(self.folder)
-        shutil.copytree(self._whole, self.folder)
+        shutil.copytree(self._full, self.folder)
         manifest._tokenizer_fingerprint.cache_clear()  # another process would have read nothing yet
 
     def files(self, *below: str) -> list[Path]:
@@ -101,8 +80,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> World:
-    return World(tmp_path_factory.mktemp("damage"), stories, tokenizer_dir)
+def world(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> World:
+    return World(tmp_path_factory.mktemp("damage"), prepared)
 
 
 def damage(path: Path, rng: random.Random) -> str:

@@ -21,8 +21,6 @@ from litmoe.config import parse_finetuning, parse_run
 from litmoe.data import manifest
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.inference.chat import Chat
-from litmoe.train.preflight import ready_to_finetune
-from litmoe.validation import check
 from tests.helpers import DENSE_FIELDS, load_script, renew_checksums, save_tiny, tiny_gpt
 
 HARM = "harm-done"
@@ -86,6 +84,7 @@ def test_scripts_refuse_pickled_code(
     prepared: Path,
     run_file: Path,
     train: Callable[..., Path],
+    tune: Callable[..., Path],
     tmp_path: Path,
     dense_fields: dict,
     moe_fields: dict,
@@ -122,7 +121,7 @@ def test_scripts_refuse_pickled_code(
         "export_hf": lambda: load_script("export_hf").main(stranger, tmp_path / "exported"),
         "initial": lambda: train("--initial_checkpoint_dir", str(stranger), "--model", str(model)),
         "upcycle": lambda: train("--upcycle", str(stranger), "--train.tie_embeddings=true"),
-        "finetune": lambda: finetune_on(tmp_path, stranger),
+        "finetune": lambda: tune("--checkpoint_dir", str(stranger)),
     }
     if reader == "upcycle":
         settings = yaml.safe_load(run_file.read_text(encoding="utf-8"))
@@ -134,23 +133,10 @@ def test_scripts_refuse_pickled_code(
     assert "\n" not in str(refused.value)
 
 
-def finetune_on(tmp_path: Path, checkpoint: Path, *flags: str) -> None:
-    from litmoe.data.instructions import InstructArgs, prepare_instructions
-    from litmoe.train.finetune import finetune
-
-    pairs = [{"prompt": f"Who is {i}?", "response": f"It is {i}."} for i in range(40)]
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
-    prepare_instructions(InstructArgs(instruct=str(tmp_path / "pairs.json"), data_dir=tmp_path / "instruct"))
-    run = parse_finetuning(
-        [
-            *(str(checkpoint), "--data_dir", str(tmp_path / "instruct"), "--out_dir", str(tmp_path / "tuned")),
-            *("--train.max_steps", "2", "--train.save_interval", "1", "--micro_batch_size", "2"),
-            *("--global_batch_size", "2", "--max_seq_length", "64", "--sample.max_new_tokens", "4"),
-            *("--progress", "false", "--train.epochs", "null", "--train.lr_warmup_steps", "1", *flags),
-        ]
-    )
-    check(run.settings, run.optimizer)
-    finetune(run, resume_from=ready_to_finetune(run.settings))
+TUNING = (
+    *("--train.max_steps", "2", "--train.save_interval", "1", "--global_batch_size", "2", "--max_seq_length", "64"),
+    *("--sample.prompt", "Who?", "--sample.max_new_tokens", "4"),
+)
 
 
 def test_resume_refuses_pickled_code(train: Callable[..., Path]) -> None:
@@ -163,15 +149,14 @@ def test_resume_refuses_pickled_code(train: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_lora_resume_refuses_pickled_code(tmp_path: Path, stranger: Path) -> None:
-    lora = ("--lora_r", "2")
-    finetune_on(tmp_path, stranger, *lora)
-    folder = checkpoints.newest_undamaged(tmp_path / "tuned")[0]
+def test_lora_resume_refuses_pickled_code(tune: Callable[..., Path], stranger: Path) -> None:
+    flags = ("--checkpoint_dir", str(stranger), "--lora_r", "2", *TUNING)
+    folder = checkpoints.newest_undamaged(tune(*flags))[0]
     assert folder is not None
     torch.save({"lora": Harmful()}, folder / "lit_model.pth.lora")
     renew_checksums(folder)
     with pytest.raises(UserError, match=r"lit_model\.pth\.lora is refused, and nothing in it was run"):
-        finetune_on(tmp_path, stranger, *lora, "--resume", str(folder))
+        tune(*flags, "--resume", str(folder))
 
 
 CODE = f"!!python/object/apply:os.mkdir ['{HARM}']"
@@ -212,7 +197,7 @@ def test_checkpoint_yaml_runs_no_code(name: str, text: str, stranger: Path, prep
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["data", "optimizer"])
 def test_checkpoint_cannot_choose_classes(
-    setting: str, stranger: Path, prepared: Path, tmp_path: Path, train: Any
+    setting: str, stranger: Path, prepared: Path, tmp_path: Path, train: Any, tune: Any
 ) -> None:
     """Its hyperparameters name classes, but only classes of the user's run file and flags are instantiated."""
     settings = {"data": {"class_path": "litmoe.data.TokenizedText", "init_args": {}}, "optimizer": {}}
@@ -220,7 +205,7 @@ def test_checkpoint_cannot_choose_classes(
     (stranger / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     renew_checksums(stranger)
     load_script("evaluate").main(checkpoint=stranger, device="cpu", max_seq_length=16, data_dir=prepared / "data")
-    finetune_on(tmp_path, stranger)
+    tune("--checkpoint_dir", str(stranger), "--out_dir", str(tmp_path / "tuned"), *TUNING)
     flags = ("--model", str(stranger / "model_config.yaml"), "--train.max_steps", "1")
     train("--initial_checkpoint_dir", str(stranger), *flags)
 

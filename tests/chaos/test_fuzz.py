@@ -22,7 +22,7 @@ from litmoe.config import PROJECT, ParsedRun, finetuning_parser, known_flags, pa
 from litmoe.data.instructions import InstructArgs
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.validation import check
-from tests.helpers import load_script, save_tiny, tiny_gpt
+from tests.helpers import load_script
 
 RUN_FILES = sorted(
     [PROJECT / "train_config.yaml", PROJECT / "configs" / "quickstart.yaml", *PROJECT.glob("configs/runs/*.yaml")]
@@ -179,11 +179,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths do not exist here, and no test writes into the project."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-
-@pytest.fixture
-def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
-    return save_tiny(tmp_path / "base" / "final", tiny_gpt(moe_fields), tokenizer_dir)
 
 
 def _flags(parser: Any) -> tuple[str, ...]:

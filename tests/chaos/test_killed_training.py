@@ -3,20 +3,16 @@
 No more is lost than the steps since the last save, and the finished run equals an uninterrupted one.
 """
 
-import json
 import random
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from litmoe import checkpoints
-from litmoe.data.instructions import InstructArgs, prepare_instructions
 from tests.chaos.conftest import Moment, share
 from tests.chaos.helpers import (
     INTERVAL,
@@ -33,7 +29,7 @@ from tests.chaos.helpers import (
     wait_for,
 )
 from tests.chaos.processes import Death, Life
-from tests.helpers import SIGMOID_FLAGS, save_tiny, tiny_gpt
+from tests.helpers import SIGMOID_FLAGS, write_tune_file
 
 MUON = ("--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.lr", "0.02")
 A_ROUND = 20
@@ -180,31 +176,14 @@ def test_killed_with_timed_saves(run_file: Path, tmp_path: Path, moments: Callab
 @pytest.mark.parametrize(("tuned", "kills"), [("all weights", 2), ("LoRA", 2)])
 def test_killed_finetuning(
     tmp_path: Path,
-    moe_fields: dict[str, Any],
-    tokenizer_dir: Path,
+    base: Path,
+    instructions: Path,
     moments: Callable[[Moment], None],
     tuned: str,
     kills: int,
 ) -> None:
-    base = save_tiny(tmp_path / "base", tiny_gpt({**moe_fields, "block_size": 48}), tokenizer_dir)
-    questions = [
-        {"instruction": f"Where is {name} {day}?", "output": f"{name} went to the {place}." * times}
-        for name in ("Mia", "Tom", "Lily", "Ben")
-        for day in ("now", "today", "at noon")
-        for times, place in enumerate(("sea", "wood", "hill"), 1)
-    ]
-    (tmp_path / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
-    prepare_instructions(InstructArgs(str(tmp_path / "questions.json"), tmp_path / "data", val_fraction=0.2))
-    settings = {
-        "data": {"class_path": "litmoe.data.InstructionData", "init_args": {"data_dir": str(tmp_path / "data")}},
-        "train": {"global_batch_size": 4, "micro_batch_size": 2, "lr_warmup_steps": 2, "min_lr": 1.0e-4},
-        "eval": {"max_iters": 3},
-        "sample": {"max_new_tokens": 8},
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
-    }
-    run_file = tmp_path / "finetune.yaml"
-    run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    run_file = write_tune_file(tmp_path, instructions)
     lora = ("--lora_r", "4", "--lora_dropout", "0.1") if tuned == "LoRA" else ()
-    once = ("--train.log_interval", "1", "--train.epochs", "null")
-    full = run_uninterrupted(tmp_path / "full", "finetune.py", str(base), "--config", str(run_file), *RUN, *once, *lora)
+    more = ("--train.epochs", "null", "--eval.max_iters", "3", "--sample.prompt", "Where is Mia?")
+    full = run_uninterrupted(tmp_path / "full", "finetune.py", str(base), "--config", str(run_file), *RUN, *more, *lora)
     chaos(full, tmp_path / tuned, share(kills), moments)

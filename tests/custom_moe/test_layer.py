@@ -1,11 +1,14 @@
 """The layer against LitGPT's own: output, every gradient, every precision."""
 
 import copy
+import itertools
+from collections.abc import Iterator
 
 import litgpt.config
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest.mark import ParameterSet
 from litgpt import Config
 from litgpt.model import LLaMAMLP
 from torch import nn
@@ -405,11 +408,17 @@ def test_shapes_on_the_meta_device(fields: dict, backend: Backend | None) -> Non
     assert all(parameter.grad is not None for parameter in layer.experts.parameters())
 
 
-@both_backends
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16-mixed"])
-@pytest.mark.parametrize(
-    "fields", [{"bias": True}, {**SIGMOID_FIELDS, "n_shared_expert": 1}], ids=["softmax", "sigmoid"]
-)
+def compiled_cases() -> Iterator[ParameterSet]:
+    """All combinations. Half of them are quick: each pair of options is among those."""
+    routers = {"softmax": {"bias": True}, "sigmoid": {**SIGMOID_FIELDS, "n_shared_expert": 1}}
+    for router, autocast, backend in itertools.product(routers, [False, True], ["loop", "grouped_mm"]):
+        is_quick = (router == "sigmoid") ^ autocast ^ (backend == "grouped_mm")
+        name = f"{router}-{'bf16-mixed' if autocast else 'fp32'}-{backend}"
+        marks = [] if is_quick else [pytest.mark.slow]
+        yield pytest.param(routers[router], autocast, backend, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("fields", "autocast", "backend"), compiled_cases())
 def test_compiles_to_one_graph_for_any_routing(fields: dict, autocast: bool, backend: Backend) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
