@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from litmoe import checkpoints
-from tests.chaos.helpers import PROJECT, assert_same_end, begin, last_step, run_uninterrupted, saved_step, wait_for
+from litmoe.config import PROJECT
+from tests.chaos.helpers import assert_same_end, begin, last_step, run_uninterrupted, saved_step, wait_for
 
 pytestmark = pytest.mark.slow
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX system")
