@@ -103,6 +103,7 @@ def test_uv_on_the_path_is_used(project: Path) -> None:
 
 
 @needs_posix
+@pytest.mark.slow
 def test_missing_network_gives_one_message(project: Path) -> None:
     environment = {"PATH": "", "PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
     result = run(sys.executable, "scripts/get_uv.py", cwd=project, env=environment)

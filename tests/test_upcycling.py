@@ -90,7 +90,7 @@ def test_the_model_is_the_dense_one_with_experts(dense: Path, run_file: Path, de
     assert parse_run(flags).settings.model.n_expert == 4
 
 
-@pytest.mark.parametrize("tied", ["false", "true"])
+@pytest.mark.parametrize("tied", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_run_continues_from_the_dense_model(train, tmp_path: Path, run_file: Path, tied: str) -> None:
     """Its first loss equals that of the dense model, training reduces it, and the run can be resumed."""
     tie = ("--train.tie_embeddings", tied)

@@ -116,6 +116,7 @@ def check(capability: int, binaries: dict[str, Any], tensor_cores: bool, folder:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_consumer_gpu_code_is_pipelined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs of 8.6's 100 kB, 1 kB of which each takes for itself, and copies of 16 bytes past the registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))

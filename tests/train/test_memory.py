@@ -16,7 +16,7 @@ from litmoe.train.optimizers import make_optimizer
 
 KINDS = {
     "dense": ["--model.mlp_class_name=LLaMAMLP", "--model.intermediate_size=384", "--model.n_expert=0"],
-    "moe": ["--model.n_expert=4", "--model.moe_intermediate_size=192"],
+    "moe": ["--model.n_expert=8", "--model.moe_intermediate_size=192"],
     "gpt2-moe": ["--model.n_expert=4", "--model.moe_intermediate_size=192", "--model.bias=true"],
 }
 SHAPE = {
@@ -33,6 +33,7 @@ def parsed(*flags: str) -> ParsedRun:
 
 def allocated(run: ParsedRun, precision: str) -> int:
     """Return the peak of the bytes allocated in the second optimizer step of a run."""
+    torch.manual_seed(0)  # the memory depends on the load of the experts
     fabric = L.Fabric(accelerator="cpu", devices=1, precision=precision)
     train = run.settings.train
     with use_custom_moe(), use_fast_layers(), fabric.init_module():
@@ -70,7 +71,13 @@ def allocated(run: ParsedRun, precision: str) -> int:
 @pytest.mark.parametrize("vocabulary", [64, 2048], ids=["peak in a layer", "peak at the logits"])
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("dense", "bf16-mixed"), ("moe", "32-true"), ("moe", "bf16-mixed"), ("moe", "bf16-true"), ("gpt2-moe", "32-true")],
+    [
+        ("dense", "bf16-mixed"),
+        ("moe", "32-true"),
+        ("moe", "bf16-mixed"),
+        pytest.param("moe", "bf16-true", marks=pytest.mark.slow),
+        pytest.param("gpt2-moe", "32-true", marks=pytest.mark.slow),
+    ],
 )
 def test_peak_of_a_real_step(kind: str, precision: str, vocabulary: int) -> None:
     """Buffers inside the loop operators and casts inside sums are counted too."""
@@ -82,7 +89,7 @@ def test_peak_of_a_real_step(kind: str, precision: str, vocabulary: int) -> None
     "flags",
     [
         ["--global-batch-size=2"],
-        ["--train.tie_embeddings=true", "--model.n_expert=8"],
+        ["--train.tie_embeddings=true"],
         ["--micro-batch-size=1", "--max-seq-length=16"],
         ["--optimizer.class_path=torch.optim.SGD", "--optimizer.init_args.momentum=0.9"],
         ["--activation_checkpointing=block"],

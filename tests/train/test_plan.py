@@ -117,6 +117,7 @@ def test_changes_to_fit(shown) -> None:
     assert "Estimated" in result
 
 
+@pytest.mark.slow
 def test_8_bit_adam_replaces_muon(shown) -> None:
     """It gets the learning rate of Muon's own Adam."""
     large = ("--model.n_embd=1024", "--model.padded_vocab_size=50257", "--model.vocab_size=50257")
