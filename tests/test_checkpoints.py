@@ -16,12 +16,7 @@ from custom_moe import use_custom_moe
 from litmoe import checkpoints
 from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
-
-
-@pytest.fixture
-def gpt(moe_fields: dict) -> GPT:
-    return tiny_gpt(moe_fields)
+from tests.helpers import save_tiny, tiny_gpt
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from litmoe import load
 from litmoe.data import InstructionData
-from tests.training_fixtures import column
+from tests.helpers import column
 
 OLD = Path(__file__).parent / "golden" / "0.1.0"
 MODEL = ("--model.n_embd=16", "--model.n_layer=1", "--model.moe_intermediate_size=16")

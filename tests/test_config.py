@@ -1,4 +1,4 @@
-"""Every setting works or is refused by name, and every mistake gets one message."""
+"""Every setting works or is refused by name, and every mistake gives one message."""
 
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from litmoe.cli import UserError
 from litmoe.config import PROJECT, SHORT_FLAGS, EvalArgs, LogArgs, RunSettings, TrainArgs, parse_run, run_parser
 from litmoe.hardware import choose_precision, cpu_has_bf16
 from litmoe.validation import check
+from tests.helpers import MOE_200M
 
 RUN_FILES = [PROJECT / "train_config.yaml", *sorted(PROJECT.glob("configs/*.yaml"))]
 
@@ -38,7 +39,7 @@ def accepted(tmp_path: Path, moe_fields: dict):
 
 @pytest.fixture
 def refusal(accepted):
-    """``refusal("--flag", "value")``: the message that parsing or checking ends with."""
+    """Return ``refusal("--flag", "value")``: the error message of parsing or checking."""
 
     def call(*flags: str) -> str:
         with pytest.raises(UserError) as caught:
@@ -49,36 +50,16 @@ def refusal(accepted):
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
-def test_each_shipped_run_file_parses_and_passes_the_checks(path):
+def test_run_files_are_valid(path):
     run = parse_run(["--config", str(path)])
     check(run.settings, run.optimizer)
 
 
-def test_the_default_run_value_for_value():
+def test_default_run_values():
     run = parse_run([])
     settings = run.settings
     assert settings.model == Config.from_file(PROJECT / "model_config.yaml")
-    expected = dict(
-        name="MoE-200M",
-        block_size=2048,
-        vocab_size=50257,
-        padded_vocab_size=50257,
-        n_layer=12,
-        n_embd=768,
-        n_head=12,
-        n_query_groups=4,
-        mlp_class_name="LLaMAMoE",
-        moe_intermediate_size=2048,
-        n_expert=8,
-        n_expert_per_token=2,
-        norm_class_name="RMSNorm",
-        norm_eps=1.0e-5,
-        bias=False,
-        parallel_residual=False,
-        rope_base=10000,
-        rotary_percentage=1.0,
-    )
-    assert {name: getattr(settings.model, name) for name in expected} == expected
+    assert {name: getattr(settings.model, name) for name in MOE_200M} == MOE_200M
     assert (settings.out_dir, settings.tokenizer_dir) == (Path("checkpoints"), Path("data/tokenizer"))
     assert settings.train == TrainArgs(
         global_batch_size=8,
@@ -96,7 +77,7 @@ def test_the_default_run_value_for_value():
     assert settings.data.num_workers == 2
 
 
-def test_a_flag_beats_the_run_file_in_either_spelling_and_order(tmp_path):
+def test_flags_override_the_run_file(tmp_path):
     run = parse_run(
         ["--micro-batch-size", "2", "--train.max-tokens=99", "--model.n_layer", "3", "--optimizer.init_args.lr", "1e-2"]
     )
@@ -108,13 +89,13 @@ def test_a_flag_beats_the_run_file_in_either_spelling_and_order(tmp_path):
     assert (first.settings.seed, first.settings.model.name) == (7, "quickstart")
 
 
-def test_a_switch_needs_no_value():
+def test_switch_needs_no_value():
     settings = parse_run(["--overwrite", "--progress", "--compile", "--seed", "3"]).settings
     assert (settings.overwrite, settings.progress, settings.compile, settings.seed) == (True, True, True, 3)
     assert parse_run(["--compile", "false", "--progress=null"]).settings.compile is False
 
 
-def test_a_model_file_replaces_the_whole_model(tmp_path):
+def test_model_file_replaces_the_model(tmp_path):
     (tmp_path / "dense.yaml").write_text(
         "name: dense\nn_layer: 1\nn_embd: 32\nn_head: 2\nmlp_class_name: LLaMAMLP\nintermediate_size: 64\n"
     )
@@ -131,29 +112,30 @@ def test_defaults_are_those_of_litgpt(name: str) -> None:
 
 
 def run_python(*lines: str) -> str:
-    """Output of a program in a process of its own."""
+    """Return the output of a program in a new process."""
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=PROJECT
     )
     return result.stdout
 
 
-@pytest.mark.parametrize("flag", ["--help", "--train.max_stepz=1", "--train.max_steps=x", "--config=missing.yaml"])
 @pytest.mark.parametrize("script", ["run_train", "finetune"])
-def test_mistakes_are_reported_without_torch(script: str, flag: str) -> None:
+def test_mistakes_are_reported_without_torch(script: str) -> None:
     printed = run_python(
         "import sys",
         f"import {script}",
-        f"sys.argv = ['{script}.py', '{flag}']",
-        "try:",
-        f"    {script}.main()",
-        "except (SystemExit, ValueError):",
-        "    print(sorted({'torch', 'litgpt', 'lightning'} & sys.modules.keys()))",
+        "for flag in ('--help', '--train.max_stepz=1', '--train.max_steps=x', '--config=missing.yaml'):",
+        f"    sys.argv = ['{script}.py', flag]",
+        "    try:",
+        f"        {script}.main()",
+        "    except (SystemExit, ValueError):",
+        "        print('ended', flag, sorted({'torch', 'litgpt', 'lightning'} & sys.modules.keys()))",
     )
-    assert printed.splitlines()[-1] == "[]"
+    imported = [line.rpartition(" ")[2] for line in printed.splitlines() if line.startswith("ended")]
+    assert imported == ["[]"] * 4
 
 
-def test_litgpt_is_imported_without_packages_for_other_metrics() -> None:
+def test_litgpt_import_skips_metric_packages() -> None:
     printed = run_python(
         "import litmoe.config, litgpt.pretrain, litgpt.args, sys",
         "assert litgpt.args.TrainArgs is litmoe.config.litgpt_args.TrainArgs",
@@ -162,7 +144,7 @@ def test_litgpt_is_imported_without_packages_for_other_metrics() -> None:
     assert printed == "[]\n"
 
 
-def test_what_is_saved_with_a_run_is_a_run_file_of_the_same_run(tmp_path):
+def test_saved_settings_are_a_run_file(tmp_path):
     flags = ("--train.max_steps", "5", "--eval.hellaswag", "Rowan/hellaswag", "--eval.hellaswag_limit", "9")
     run = parse_run(["--config", str(PROJECT / "configs/quickstart.yaml"), *flags])
     assert (run.settings.eval.hellaswag, run.settings.eval.hellaswag_limit) == ("Rowan/hellaswag", 9)
@@ -187,7 +169,7 @@ def test_print_config_and_help(capsys):
     assert all(f"--{short}" in text for short in SHORT_FLAGS)
 
 
-def test_each_flag_of_our_own_is_explained():
+def test_flags_have_help_texts():
     parser = run_parser()
     ours = {field.name for field in fields(RunSettings)}
     for action in parser._actions:
@@ -243,7 +225,7 @@ def test_each_flag_of_our_own_is_explained():
         (["--data.init_args.val_data_path", "elsewhere/val"], "folders train and val of one prepared corpus"),
     ],
 )
-def test_a_mistake_gets_one_message(refusal, flags, message):
+def test_mistakes_give_one_message(refusal, flags, message):
     assert message in refusal(*flags)
 
 
@@ -272,23 +254,23 @@ GROUPS = ("--model.n_expert_groups=2", "--model.n_topk_groups=2", "--model.n_top
     ],
     ids=str,
 )
-def test_routing_that_can_not_work_is_refused(refusal, flags, message):
+def test_invalid_routing_is_refused(refusal, flags, message):
     assert message in refusal(*flags)
 
 
 @pytest.mark.parametrize("flags", [(), ("--model.n_expert=9",), ("--model.n_expert=7",), (*GROUPS, NORMALIZED)])
-def test_the_alternatives_for_one_expert_pass(refusal, accepted, flags):
+def test_suggested_alternatives_are_valid(refusal, accepted, flags):
     one = (*flags, "--model.n_expert_per_token", "1")
     alternatives = refusal(*one).partition("send a token. ")[2]
     for alternative in alternatives.removesuffix(".").split(", or "):
         accepted(*one, *alternative.split())
 
 
-def test_one_expert_in_all_has_nothing_to_route(accepted):
+def test_single_expert_is_accepted(accepted):
     accepted("--model.n_expert", "1", "--model.n_expert_per_token", "1")
 
 
-def test_all_problems_are_told_at_once(refusal):
+def test_all_problems_are_reported_together(refusal):
     message = refusal("--micro-batch-size", "3", "--model.n_expert", "0", "--eval.interval", "0")
     assert message.count("\n") == 3
 
@@ -306,7 +288,7 @@ def test_all_problems_are_told_at_once(refusal):
         ("model: other.yaml", "no config file at other.yaml"),
     ],
 )
-def test_a_mistake_in_a_file_names_the_file_or_the_key(tmp_path, text, message):
+def test_mistake_in_file_names_file_or_key(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
@@ -315,7 +297,7 @@ def test_a_mistake_in_a_file_names_the_file_or_the_key(tmp_path, text, message):
 
 
 def test_precision_without_a_gpu(monkeypatch):
-    """On a machine with a GPU the same holds where it is hidden."""
+    """Also on a machine with a GPU, if the GPU is hidden."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert choose_precision(None) == ("32-true", None)
     assert choose_precision("32-true") == ("32-true", None)
@@ -335,5 +317,5 @@ def test_precision_without_a_gpu(monkeypatch):
         (("--compile", "true"), "does not support torch.compile"),
     ],
 )
-def test_what_fsdp_can_not_do_is_refused(refusal, flags, message):
+def test_fsdp_limits_are_refused(refusal, flags, message):
     assert message in refusal("--strategy", "fsdp", "--devices", "2", *flags)

@@ -1,4 +1,4 @@
-"""Each shipped model and run: its file says what is true of it, it can be built, and it trains."""
+"""Each shipped model and run: its comment is true, it can be built, and it trains."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from litmoe.config import PROJECT, parse_run
 from litmoe.data.corpora import CORPORA
 from litmoe.flops import count_parameters, training_flops_per_token
 from litmoe.validation import check
-from tests.training_fixtures import training_steps
+from tests.helpers import training_steps
 
 MODELS = sorted((PROJECT / "configs/models").glob("*.yaml"))
 RUNS = [PROJECT / "configs/quickstart.yaml", *sorted((PROJECT / "configs/runs").glob("*.yaml"))]
@@ -23,7 +23,7 @@ def by_name(path: Path) -> str:
 
 
 def shrunken(config: Config) -> list[str]:
-    """Flags that make a model tiny and leave its kind as it is."""
+    """Return flags that make a model tiny without changing its architecture."""
     fields = {
         "block_size": 64,
         "padded_vocab_size": 384,
@@ -40,7 +40,7 @@ def shrunken(config: Config) -> list[str]:
 
 
 def tiny_run(prepared: Path, out_dir: Path) -> list[str]:
-    """Flags for three steps on the tests' corpus."""
+    """Return flags for three steps on the tests' corpus."""
     flags = {
         "out_dir": out_dir,
         "precision": "32-true",
@@ -63,14 +63,14 @@ def tiny_run(prepared: Path, out_dir: Path) -> list[str]:
 
 
 def comment(path: Path) -> str:
-    """The lines in front of a file's first setting, as one text."""
+    """Return the comment before a file's first setting as one line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return " ".join(line.removeprefix("#").strip() for line in lines[:end])
 
 
 @pytest.mark.parametrize("path", MODELS, ids=by_name)
-def test_a_models_stated_sizes_are_those_of_the_built_model(path: Path) -> None:
+def test_stated_sizes_equal_the_built_model(path: Path) -> None:
     config = Config.from_file(path)
     tied = "train.tie_embeddings" in comment(path)
     with use_custom_moe(), torch.device("meta"):
@@ -88,19 +88,19 @@ def test_a_models_stated_sizes_are_those_of_the_built_model(path: Path) -> None:
     assert count_parameters(config, tie_embeddings=tied)[:2] == (total, active)
 
 
-def test_the_default_model_stands_among_the_models() -> None:
+def test_default_model_is_listed() -> None:
     assert Config.from_file(PROJECT / "configs/models/moe-200m.yaml") == Config.from_file(PROJECT / "model_config.yaml")
 
 
-def test_the_gpt2_models_have_gpt2s_shape() -> None:
-    """The sizes of OpenAI's models less their learned positions (1,024 of them), with the vocabulary padded by 47."""
+def test_gpt2_models_have_its_shape() -> None:
+    """The sizes of OpenAI's models without their 1,024 learned positions, and with a vocabulary padded by 47."""
     for name, width, openai in (("gpt2-124m", 768, 124_439_808), ("gpt2-350m", 1024, 354_823_168)):
         config = Config.from_file(PROJECT / f"configs/models/{name}.yaml")
         assert count_parameters(config, tie_embeddings=True).total == openai - 1024 * width + 47 * width
 
 
 @pytest.mark.parametrize("path", RUNS, ids=by_name)
-def test_a_runs_comment_is_true(path: Path) -> None:
+def test_run_comments_are_true(path: Path) -> None:
     run = parse_run(["--config", str(path)])
     settings, text = run.settings, comment(path)
     check(settings, run.optimizer)
@@ -120,7 +120,7 @@ def test_a_runs_comment_is_true(path: Path) -> None:
     assert "Not run here" in text or "Measured" in text
 
 
-def test_the_gpt2_runs_value_for_value() -> None:
+def test_gpt2_run_values() -> None:
     for name, steps in (
         ("fineweb-edu-gpt2-124m", 19073),
         ("fineweb-edu-gpt2-moe", 19073),
@@ -139,7 +139,7 @@ def test_the_gpt2_runs_value_for_value() -> None:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=by_name)
-def test_a_run_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
+def test_runs_train_at_a_small_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
     config = parse_run(["--config", str(path)]).settings.model
     # torchao compiles the update of each shape, which takes a minute (tests/train/test_optimizers.py does it).
     with torch.compiler.set_stance("force_eager"):
@@ -148,7 +148,7 @@ def test_a_run_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tmp_
 
 
 @pytest.mark.parametrize("path", MODELS, ids=by_name)
-def test_a_model_trains_at_a_shrunken_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
+def test_models_train_at_a_small_size(path: Path, train, prepared: Path, tmp_path: Path) -> None:
     flags = shrunken(Config.from_file(path))
     out_dir = train(*tiny_run(prepared, tmp_path / "run"), "--model", str(path), *flags)
     assert (out_dir / "final" / "lit_model.pth").is_file()

@@ -8,25 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from litmoe.flops import count_parameters, training_flops_per_token
+from tests.helpers import MOE_200M
 
-MOE_200M = dict(
-    name="MoE-200M",
-    block_size=2048,
-    vocab_size=50257,
-    padded_vocab_size=50257,
-    n_layer=12,
-    n_embd=768,
-    n_head=12,
-    n_query_groups=4,
-    mlp_class_name="LLaMAMoE",
-    moe_intermediate_size=2048,
-    n_expert=8,
-    n_expert_per_token=2,
-    norm_class_name="RMSNorm",
-    bias=False,
-    parallel_residual=False,
-    rotary_percentage=1.0,
-)
 TINY = dict(block_size=32, n_layer=3, n_embd=32, n_head=4, n_query_groups=2, padded_vocab_size=96, bias=False)
 TINY_MOE = dict(mlp_class_name="LLaMAMoE", moe_intermediate_size=24, n_expert=6, n_expert_per_token=2)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from litmoe import load
-from tests.training_fixtures import column, rows
+from tests.helpers import column, metric_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "run.json"
 
@@ -37,7 +37,7 @@ def measured(train: Callable[..., Path], prepared: Path) -> dict:
         "chunks": {
             path.relative_to(prepared).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in chunks
         },
-        "columns": list(rows(out)[0]),
+        "columns": list(metric_rows(out)[0]),
         "losses": column(out, "train_loss"),
         "val_losses": column(out, "val_loss"),
         "run_files": files_below(out),

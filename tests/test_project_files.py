@@ -3,11 +3,10 @@
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import yaml
 
-PROJECT = Path(__file__).resolve().parents[1]
+from litmoe.config import PROJECT
 
 
 def read(path: str) -> str:

@@ -8,14 +8,13 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import litmoe
 from litmoe.cli import current_class_path
+from litmoe.config import PROJECT
 
-PROJECT = Path(__file__).parent.parent
 SURFACE = json.loads((PROJECT / "tests" / "golden" / "surface.json").read_text(encoding="utf-8"))
 
 

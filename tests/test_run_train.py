@@ -1,4 +1,4 @@
-"""The script of training as a user knows it: whole processes, a kill, and every mistake that a user can make."""
+"""``run_train.py`` as users call it: processes, kills, and every mistake that a user can make."""
 
 import csv
 import os
@@ -22,7 +22,7 @@ from litmoe.cli import exit_with_message
 from litmoe.config import PROJECT, parse_run
 from litmoe.data.manifest import read as read_manifest
 from litmoe.train.preflight import prepare_data
-from tests.training_fixtures import SIGMOID_ROUTER
+from tests.helpers import SIGMOID_FLAGS, assert_equal, file_contents, training_steps, untimed_rows
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def refusal(run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: P
     leave everything below ``tmp_path`` as it was."""
 
     def call(*flags: str) -> str:
-        before = contents(tmp_path)
+        before = file_contents(tmp_path)
         monkeypatch.setattr(sys, "argv", ["run_train.py", "--config", str(run_file), *flags])
         with pytest.raises(SystemExit) as ended:
             exit_with_message(run_train.main)
@@ -39,15 +39,10 @@ def refusal(run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: P
         message = capsys.readouterr().err
         assert message.startswith("error: ")
         assert "Traceback" not in message
-        assert contents(tmp_path) == before
+        assert file_contents(tmp_path) == before
         return message
 
     return call
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    # An empty out_dir is no loss, and a lock file no content.
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 @pytest.fixture
@@ -71,82 +66,66 @@ def test_no_data(refusal, tmp_path):
     assert "prepare_data.py" in message
 
 
-def test_an_empty_text(refusal, own_data):
+def test_empty_text(refusal, own_data):
     for path in (own_data / "data" / "train").iterdir():
         path.write_text("  \n", encoding="utf-8")
     assert "train" in refusal(*data_flags(own_data))
 
 
-def test_a_text_that_is_not_utf8(refusal, own_data):
+def test_text_is_not_utf8(refusal, own_data):
     (own_data / "data" / "train" / "stories.txt").write_bytes("Caf\u00e9 au lait.".encode("latin-1"))
     message = refusal(*data_flags(own_data))
     assert "UTF-8" in message
     assert "stories.txt" in message
 
 
-def test_a_missing_tokenizer(refusal, own_data, tmp_path):
+def test_missing_tokenizer(refusal, own_data, tmp_path):
     shutil.rmtree(own_data / "tokenizer")
     assert "tokenizer" in refusal(*data_flags(own_data))
 
 
-def test_a_broken_tokenizer(refusal, own_data):
+def test_broken_tokenizer(refusal, own_data):
     (own_data / "tokenizer" / "tokenizer.json").write_text("{", encoding="utf-8")
     assert "tokenizer.json" in refusal(*data_flags(own_data))
 
 
-def test_a_tokenizer_larger_than_the_models_vocabulary(refusal):
+def test_tokenizer_exceeds_vocabulary(refusal):
     message = refusal("--model.vocab_size", "100", "--model.padded_vocab_size", "100")
     assert "the model's vocabulary holds 100" in message
     assert "--model.padded_vocab_size" in message
 
 
-def test_no_checkpoint_at_the_path_to_resume(refusal, tmp_path):
+def test_missing_checkpoint_to_resume(refusal, tmp_path):
     assert "step-00000010" in refusal("--resume", str(tmp_path / "step-00000010"))
 
 
-def test_a_checkpoint_of_another_model(train, refusal):
-    out = train()
-    message = refusal("--resume", str(out / "final"), "--model.n_embd", "64")
+def test_checkpoint_of_another_model(trained_copy, refusal):
+    message = refusal("--resume", str(trained_copy / "final"), "--model.n_embd", "64")
     assert "n_embd: 32 there, 64 here" in message
 
 
-@pytest.mark.parametrize("size", [0, 100, -1])
-def test_a_damaged_checkpoint(train, refusal, size):
-    out = train()
-    weights = out / "step-00000008" / "lit_model.pth"
+def test_damaged_checkpoint(trained_copy, refusal):
+    weights = trained_copy / "step-00000008" / "lit_model.pth"
     data = weights.read_bytes()
-    weights.write_bytes(data[:size] if size >= 0 else data[:-10] + b"?" + data[-9:])
-    message = refusal("--resume", str(out / "step-00000008"))
-    assert "lit_model.pth" in message
-
-
-def test_a_context_longer_than_the_block(refusal):
-    assert "block_size is 64" in refusal("--max-seq-length", "100")
-
-
-def test_a_global_batch_that_the_micro_batch_does_not_divide(refusal):
-    assert "is no multiple of micro_batch_size 3" in refusal("--micro-batch-size", "3")
+    weights.write_bytes(data[:-10] + b"?" + data[-9:])
+    assert "lit_model.pth" in refusal("--resume", str(weights.parent))
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", "50"), ("val", "10")])
-def test_a_set_shorter_than_one_batch(refusal, split, size):
+def test_split_shorter_than_a_batch(refusal, split, size):
     message = refusal("--micro-batch-size", size, "--global-batch-size", size, "--max-seq-length", "64")
     assert f": {split} has" in message
     assert "--micro-batch-size" in message
 
 
-def test_experts_without_experts(refusal):
-    assert "without feed-forward layers" in refusal("--model.n_expert", "0")
-
-
-def test_an_unknown_corpus(refusal, tmp_path):
+def test_unknown_corpus(refusal, tmp_path):
     message = refusal(*data_flags(tmp_path / "new"), "--prepare.source", "tinystoriez")
     assert "'tinystories'" in message or "tinystories" in message
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/a-checkpoint.txt"])
-def test_system_files_are_no_text(run_file, tmp_path, name):
-    """With one of them in train/ the run file's source was forgotten, and TinyStories fetched."""
+def test_system_files_are_ignored(run_file, tmp_path, name):
+    """With such a file in train/, the run file's source was ignored and TinyStories downloaded."""
     (tmp_path / "new/data/train" / name).parent.mkdir(parents=True)
     (tmp_path / "new/data/train" / name).write_text("x", encoding="utf-8")
     (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "Text {i}."}}\n' for i in range(200)), encoding="utf-8")
@@ -158,59 +137,53 @@ def test_system_files_are_no_text(run_file, tmp_path, name):
     assert found.source.name == "files" and found.splits["train"].documents > 100
 
 
-def test_text_that_is_not_read_is_not_replaced(refusal, tmp_path):
+def test_unreadable_text_is_not_replaced(refusal, tmp_path):
     (tmp_path / "new/data/train").mkdir(parents=True)
     (tmp_path / "new/data/train/book.pdf").write_bytes(b"x")
     message = refusal(*data_flags(tmp_path / "new"), "--prepare.source", "sample")
     assert "can be read (it has .pdf 1); expected files of .txt" in message
 
 
-def test_a_folder_that_cannot_be_written(refusal, tmp_path):
+def test_out_dir_not_writable(refusal, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert str(tmp_path / "file") in refusal("--out_dir", str(tmp_path / "file" / "out"))
 
 
-def test_wandb_dataset_that_is_no_reference(refusal):
+def test_invalid_wandb_dataset(refusal):
     assert "wandb" in refusal("--wandb-dataset", "nonsense").lower()
 
 
-def run_cli(run_file: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
-
-
-def test_killed_and_resumed_it_is_the_uninterrupted_run(train, run_file, tmp_path, refusal):
-    steps = ("--train.max_steps", "200", "--train.save_interval", "5", "--eval.interval", "50")
-    killed = run_cli(run_file, *steps, "--out_dir", str(tmp_path / "killed"))
+def test_killed_run_is_locked_and_resumed(train, run_file, tmp_path, refusal, monkeypatch, capsys):
+    """While it is suspended its folder is refused; after a kill a resumed run ends as the uninterrupted one."""
+    out = tmp_path / "killed"
+    steps = ("--train.max_steps", "100", "--train.save_interval", "5", "--eval.interval", "50")
+    flags = ("--config", str(run_file), *steps, "--out_dir", str(out))
+    killed = subprocess.Popen([sys.executable, str(PROJECT / "run_train.py"), *flags], **PIPES)
     try:
-        until = time.monotonic() + 120
-        while not (tmp_path / "killed" / "step-00000010").exists():
+        deadline = time.monotonic() + 120
+        while not (out / "step-00000010").exists():
             assert killed.poll() is None, killed.communicate()[0]
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         psutil.Process(killed.pid).suspend()
-        for how in (["--overwrite"], ["--resume", "auto"]):  # both trained, and deleted each other's checkpoints
-            message = refusal(*steps, "--out_dir", str(tmp_path / "killed"), *how)
+        for how in (["--overwrite"], ["--resume", "auto"]):  # both would delete each other's checkpoints
+            message = refusal(*steps, "--out_dir", str(out), *how)
             assert f"used by another run (process {killed.pid} on {socket.gethostname()}, since 2" in message
         killed.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
     finally:
         killed.kill()
         killed.communicate()
-    stopped_at = checkpoints.read_metadata(checkpoints.newest_undamaged(tmp_path / "killed")[0]).step
-    assert 10 <= stopped_at < 200
-    resumed = run_cli(run_file, *steps, "--out_dir", str(tmp_path / "killed"), "--resume", "auto")
-    output, _ = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, output
-    assert f"Taking over {tmp_path / 'killed'} from a run that ended without releasing it" in output
-    assert f"step {stopped_at} of 200" in output
-    whole = train(*steps, "--out_dir", str(tmp_path / "whole"))
-    one, other = (checkpoints.load_weights(out / "final") for out in (whole, tmp_path / "killed"))
-    import torch
-
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    metrics = (tmp_path / "killed" / "metrics.csv").read_text(encoding="utf-8").splitlines()
-    training_lines = [line.split(",") for line in metrics if line.split(",")[1]]
-    assert [line[0] for line in training_lines] == ["step", *map(str, range(1, 201))]
+    stopped_at = checkpoints.read_metadata(checkpoints.newest_undamaged(out)[0]).step
+    assert 10 <= stopped_at < 100
+    monkeypatch.setattr(sys, "argv", ["run_train.py", *flags, "--resume", "auto"])
+    exit_with_message(run_train.main)
+    printed = capsys.readouterr().out
+    assert f"Taking over {out} from a run that ended without releasing it" in printed
+    assert f"step {stopped_at} of 100" in printed
+    assert training_steps(out) == list(range(1, 101))
+    expected = train(*steps, "--out_dir", str(tmp_path / "uninterrupted"))
+    assert_equal(checkpoints.load_weights(out / "final"), checkpoints.load_weights(expected / "final"))
+    assert untimed_rows(out) == untimed_rows(expected)
 
 
 # 12 steps of 4 micro batches, the last one of 2; the epoch of 37 ends within step 10, after one device's turn of two.
@@ -233,7 +206,7 @@ FSDP = ("--strategy", "fsdp")
 
 
 def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
-    """Trains in two processes on the CPU; what they say."""
+    """Train in two processes on the CPU. Return their output."""
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
     environments: list[dict[str, str]] = [{}, {}]
     if launcher == "two nodes":
@@ -251,7 +224,7 @@ def run_twice(launcher: str, run_file: Path, *flags: str) -> str:
 
 
 def two_processes(launcher: str, script: list[str]) -> list[str]:
-    """The command of a run of two on this machine."""
+    """Return the command of a run of two processes on this machine."""
     if launcher == "torchrun":
         return [*TORCHRUN, "--standalone", "--nproc_per_node=2", *script]
     return [sys.executable, *script, "--devices", "2"]
@@ -261,7 +234,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def two_nodes(*scripts: list[str]) -> list[list[str]]:
-    """The command of each node, all on this machine."""
+    """Return the command of each node; all nodes are this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     node = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}")
@@ -274,7 +247,7 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "
 def run_together(
     commands: list[list[str]], environments: Sequence[dict[str, str]] = ({}, {})
 ) -> tuple[list[int], list[str]]:
-    """Exit code and output of each."""
+    """Return exit codes and outputs."""
     started = [
         subprocess.Popen(command, env=os.environ | environment, **PIPES)
         for command, environment in zip(commands, environments, strict=False)
@@ -288,7 +261,7 @@ def run_together(
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Each number of each step within 1e-6, and the final weights."""
+    """Compare every number of every step, and the final weights, within 1e-6."""
     tables = []
     for out in (one, other):
         with open(out / "metrics.csv", encoding="utf-8", newline="") as file:
@@ -315,7 +288,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         ("torchrun", ()),
         ("two nodes", ()),
         ("num_nodes", ("--train.tie_embeddings", "true")),
-        ("devices", (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01")),
+        ("devices", (*SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01")),
         ("devices", ("--compile", "true", "--activation_checkpointing", "block")),
         ("torchrun", FSDP),
         ("devices", (*FSDP, "--train.tie_embeddings", "true", "--activation_checkpointing", "block")),
@@ -330,8 +303,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         "fsdp, tied, recomputed",
     ],
 )
-def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, flags):
-    """The experts' load of each step, too, by which the next step's load-balancing loss and the biases go."""
+def test_two_processes_equal_one(train, run_file, tmp_path, launcher, flags):
+    """Also the experts' load of each step, which the next load-balancing loss and the biases use."""
     said = run_twice(launcher, run_file, *ONE_RUN, *flags, "--out_dir", str(tmp_path / "two"))
     # fabric.print prints on each machine
     assert said.count("12 steps of 256 tokens") == (2 if "nodes" in launcher else 1)
@@ -344,7 +317,7 @@ def test_two_processes_on_the_cpu_are_one(train, run_file, tmp_path, launcher, f
 
 
 def assert_same_moments(one: dict, other: dict) -> None:
-    """Parameter by parameter, in the same layout."""
+    """Compare the optimizer state parameter by parameter, in the same layout."""
     for before, after in zip(one["param_groups"], other["param_groups"], strict=True):
         assert before["params"] == after["params"]
     assert one["state"].keys() == other["state"].keys()
@@ -355,16 +328,16 @@ def assert_same_moments(one: dict, other: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [(), FSDP], ids=["ddp", "fsdp"])
-def test_a_run_goes_on_with_another_number_of_devices(train, run_file, tmp_path, capsys, strategy):
-    whole = train(*ONE_RUN, "--out_dir", str(tmp_path / "whole"))
-    moved = shutil.copytree(whole, tmp_path / "moved")
+def test_resume_on_other_number_of_devices(train, run_file, tmp_path, capsys, strategy):
+    full = train(*ONE_RUN, "--out_dir", str(tmp_path / "full"))
+    moved = shutil.copytree(full, tmp_path / "moved")
     resume = ("--out_dir", str(moved), "--overwrite", "--resume")
     said = run_twice("devices", run_file, *ONE_RUN, *strategy, *resume, str(moved / "step-00000005"))
     assert "devices was 1 and is now 2" in said
-    assert_same_run(whole, moved)
+    assert_same_run(full, moved)
     train(*ONE_RUN, *resume, str(moved / "step-00000010"))  # saved by two
     assert "devices was 2 and is now 1" in capsys.readouterr().out
-    assert_same_run(whole, moved)
+    assert_same_run(full, moved)
 
 
 OPTIMIZER = """
@@ -386,8 +359,8 @@ class Failing(torch.optim.AdamW):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatch, rank):
-    """After the same step, with a checkpoint of it; a spot machine tells its own process alone."""
+def test_signal_to_one_process_stops_all(train, run_file, tmp_path, monkeypatch, rank):
+    """After the same step, with a checkpoint. A spot machine signals only its own process."""
     (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
     flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
@@ -399,15 +372,15 @@ def test_a_signal_to_any_process_stops_all(train, run_file, tmp_path, monkeypatc
     assert step and f"--resume auto continues from {step}" in said
     assert checkpoints.read_metadata(step).step == 9
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("FAILS", "nobody")
+    monkeypatch.setenv("FAILS", "none")
     train(*flags, "--resume", "auto")
-    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "whole")), tmp_path / "run")
+    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "full")), tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [(), FSDP], ids=["ddp", "fsdp"])
-def test_a_loss_that_is_not_finite_stops_two_processes(run_file, tmp_path, strategy):
-    """What was trained before is kept, also where no process alone has all of it."""
+def test_nonfinite_loss_stops_two_processes(run_file, tmp_path, strategy):
+    """Earlier steps are kept, also if no single process has the complete model."""
     flags = (*strategy, "--optimizer.init_args.lr", "1.0e+30", "--train.max_norm", "null")
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, *flags]
     (code,), (said,) = run_together([two_processes("devices", [*script, "--out_dir", str(tmp_path / "run")])])
@@ -421,10 +394,8 @@ def test_a_loss_that_is_not_finite_stops_two_processes(run_file, tmp_path, strat
 @pytest.mark.parametrize("how", ["killed", "error"])
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("launcher", ["torchrun", "devices"])
-def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
-    train, run_file, tmp_path, monkeypatch, launcher, rank, how
-):
-    """It died, and the other waited for half an hour, or showed what c10d has to say."""
+def test_lost_process_ends_the_run(train, run_file, tmp_path, monkeypatch, launcher, rank, how):
+    """The other process used to wait for half an hour, or printed messages of c10d."""
     (tmp_path / "failing.py").write_text(OPTIMIZER, encoding="utf-8")
     flags = ("--optimizer", "failing.Failing", *ONE_RUN, "--out_dir", str(tmp_path / "run"))
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *flags]
@@ -447,14 +418,14 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
     assert ("this process alone fails" in said) == (how == "error")
     assert "c10d" not in said.split("lost another one")[0].split("step 7/12")[1], said
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("FAILS", "nobody")
+    monkeypatch.setenv("FAILS", "none")
     train(*flags, "--resume", "auto")
-    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "whole")), tmp_path / "run")
+    assert_same_run(train(*ONE_RUN, "--out_dir", str(tmp_path / "full")), tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_machines_that_do_not_share_a_disk_are_told(train, run_file, tmp_path):
-    """One found the checkpoint, the other began anew; they averaged the gradients of different steps."""
+def test_machines_must_share_a_disk(train, run_file, tmp_path):
+    """One machine resumed, the other started from scratch, and they averaged gradients of different steps."""
     train(*ONE_RUN, "--out_dir", str(tmp_path / "here"))
     (tmp_path / "here" / "final").rename(tmp_path / "final")
     script = [str(PROJECT / "run_train.py"), "--config", str(run_file), *ONE_RUN, "--resume", "auto", "--out_dir"]
@@ -464,7 +435,7 @@ def test_machines_that_do_not_share_a_disk_are_told(train, run_file, tmp_path):
     assert not list((tmp_path / "there").glob("step-*"))
 
 
-def test_the_settings_that_are_saved_run_again(train, tmp_path):
+def test_saved_settings_repeat_the_run(train, tmp_path):
     out = train("--train.max_steps", "3")
     saved = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text(encoding="utf-8"))
     again = train("--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "again"))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
+from litmoe.config import PROJECT
+
 UV = shutil.which("uv") or shutil.which("uv", path=str(PROJECT / ".uv" / "bin"))
 
 
@@ -22,7 +23,7 @@ def commands() -> list[str]:
 
 
 def run(command: str, cwd: Path) -> str:
-    """What a line prints on stdout; `uv run` is this environment, but where it asks for one of its own."""
+    """Run a line and return its stdout. `uv run` is this environment, unless the line asks for an isolated one."""
     spoken, _, call = command.rpartition(" | ")
     words = shlex.split(call)
     assert words[:2] == ["uv", "run"]
@@ -44,16 +45,16 @@ def run(command: str, cwd: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(UV is None, reason="needs uv")
-def test_the_session_of_the_readme(tmp_path: Path) -> None:
+def test_finetuning_session(tmp_path: Path) -> None:
     files = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
     for name in files.split("\0")[:-1]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PROJECT / name, tmp_path / name)
     lines = commands()
     said = [run(line, tmp_path) for line in lines]
-    doors = [next(word for word in shlex.split(line.rpartition(" | ")[2]) if word.endswith(".py")) for line in lines]
+    scripts = [next(word for word in shlex.split(line.rpartition(" | ")[2]) if word.endswith(".py")) for line in lines]
     expected = ["run_train.py", "prepare_data.py", "finetune.py", "chat.py", *["evaluate.py"] * 3, "export_hf.py"]
-    assert doors == [*expected, "scripts/answer.py"]
+    assert scripts == [*expected, "scripts/answer.py"]
 
     tuned = json.loads(said[4])
     before = float(re.findall(r"step 0/\d+ \| val loss ([\d.]+)", said[2])[0])

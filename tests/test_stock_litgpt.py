@@ -19,15 +19,17 @@ import lightning as L
 import pytest
 import torch
 from litgpt import GPT, Config
-from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
-from litgpt.utils import copy_config_files
 
 from litmoe import checkpoints, load
 from litmoe.data.conversations import prompt_style
-from tests.tiny_checkpoint import litgpts_finetuning, save_tiny, tiny_gpt
-
-DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
-NEOX = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerNorm", "bias": True, "n_query_groups": 4}
+from tests.helpers import (
+    DENSE_FIELDS,
+    NEOX_FIELDS,
+    convert_for_transformers,
+    litgpt_finetuning_flags,
+    save_tiny,
+    tiny_gpt,
+)
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_evaluate(folder: Path, tmp_path: Path, stories: list[str]) -> None:
 def test_finetune_full(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
     gpt = tiny_gpt(moe_fields | {"block_size": 256})
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
-    litgpt("finetune_full", str(folder), *litgpts_finetuning(tmp_path), cwd=tmp_path)
+    litgpt("finetune_full", str(folder), *litgpt_finetuning_flags(tmp_path), cwd=tmp_path)
     tuned = checkpoints.load_weights(tmp_path / "finetuned" / "final")
     assert tuned.keys() == gpt.state_dict().keys()
     assert any(not torch.equal(tuned[name], tensor) for name, tensor in gpt.state_dict().items())
@@ -180,23 +182,14 @@ def converted(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "converted", ignore_errors=True)
 
 
-def convert(folder: Path, out: Path) -> None:
-    """The steps of `litgpt.eval.evaluate.convert_and_evaluate` before it loads the model."""
-    out.mkdir()
-    copy_config_files(source_dir=folder, out_dir=out)
-    convert_lit_checkpoint(checkpoint_dir=folder, output_dir=out)
-    torch.save(torch.load(out / "model.pth"), out / "pytorch_model.bin")
-    (out / "model.pth").unlink()
-
-
 @pytest.mark.parametrize(
     ("changes", "tied", "architecture"),
     [
         ({}, False, "MixtralForCausalLM"),
         ({"n_expert_per_token": 1, "norm_eps": 1e-3, "rope_base": 500}, True, "MixtralForCausalLM"),
         ({"head_size": 16, "n_query_groups": 1, "padded_vocab_size": 512}, False, "MixtralForCausalLM"),
-        (DENSE, True, "LlamaForCausalLM"),
-        ({**NEOX, "parallel_residual": True, "rotary_percentage": 0.25}, False, "GPTNeoXForCausalLM"),
+        (DENSE_FIELDS, True, "LlamaForCausalLM"),
+        ({**NEOX_FIELDS, "parallel_residual": True, "rotary_percentage": 0.25}, False, "GPTNeoXForCausalLM"),
     ],
 )
 def test_transformers_computes_the_same(
@@ -213,7 +206,7 @@ def test_transformers_computes_the_same(
     gpt = tiny_gpt(moe_fields | changes)
     if tied:
         gpt.transformer.wte.weight = gpt.lm_head.weight
-    convert(save_tiny(tmp_path / "final", gpt, tokenizer_dir), converted)
+    convert_for_transformers(save_tiny(tmp_path / "final", gpt, tokenizer_dir), converted)
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert type(model).__name__ == architecture
     assert model.dtype == torch.float32
@@ -235,7 +228,7 @@ def test_transformers_computes_the_same(
         {"rotary_percentage": 0.25},  # LitGPT would convert it to a wrong Mixtral
         {"norm_qk": True},  # transformers has a counterpart, but LitGPT does not convert it
         {"name": "phi-moe"},  # LitGPT decides by the name
-        {**NEOX, "n_query_groups": 2},
+        {**NEOX_FIELDS, "n_query_groups": 2},
     ],
 )
 def test_no_config_without_counterpart(tmp_path: Path, moe_fields: dict, changes: dict) -> None:

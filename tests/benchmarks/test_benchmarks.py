@@ -241,7 +241,7 @@ def test_preparation_of_both_sides_gives_the_same_ids(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_step_of_both_sides_reaches_a_similar_loss(corpus: Corpus) -> None:
+def test_train_step_losses_are_similar(corpus: Corpus) -> None:
     """The same tokens, and weights from the same distribution: the comparison is fair."""
     flags = (*TINY_MODEL, "--data.init_args.num_workers=0")
     case = train_step.Case("configs/quickstart.yaml", flags, micro_batch=4, tokens=60 * 128, rounds=1)

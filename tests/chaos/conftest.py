@@ -1,4 +1,4 @@
-"""How many times processes are killed, and the histogram of the moments at the end.
+"""How many times processes are killed, and a histogram of the kills at the end of the session.
 
 ``CHAOS_KILLS=200 pytest tests/chaos -m slow`` kills 200 times (``make chaos``); without it `make test-slow` kills 20.
 """
@@ -7,16 +7,18 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import pytest
 
-from tests.chaos.lives import end_all
+from tests.chaos.helpers import RUN
+from tests.chaos.processes import end_all
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
 
 
 def share(of_twenty: int) -> int:
-    """A test's part of all kills."""
+    """Return a test's share of all kills."""
     return max(1, round(of_twenty * KILLS / 20))
 
 
@@ -25,27 +27,33 @@ class Moment:
     """Where a process was when it was killed."""
 
     work: str
-    """What it was about: ``training``, say"""
+    """The kind of process, for example ``training``"""
     place: float
-    """How far this was, from 0 to 1"""
+    """Progress of the process, from 0 to 1"""
     doing: str
     part: float | None = None
-    """How far that was, where it is a matter of its own"""
+    """Progress of that activity, from 0 to 1"""
     operation: str = ""
-    """The file operation that came last in it, or would have come next"""
+    """The last file operation, or the one that would have been next"""
 
 
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test() -> Iterator[None]:
-    """A failing assertion would leave a run that goes on for an hour."""
+    """End all processes: after a failed assertion a run would continue for an hour."""
     yield
     end_all()
 
 
 @pytest.fixture
 def moments(record_property: Callable[[str, object], None]) -> Callable[[Moment], None]:
-    """Notes a moment for the histogram."""
+    """Return a function that records a kill for the histogram."""
     return lambda moment: record_property("moment", astuple(moment))
+
+
+@pytest.fixture
+def command(run_file: Path) -> tuple[str, ...]:
+    """The script and the arguments of a run of 60 steps."""
+    return ("run_train.py", "--config", str(run_file), *RUN)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

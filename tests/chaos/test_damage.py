@@ -1,6 +1,6 @@
-"""Bytes that change on the disk, files cut off or lost: found, with a message that says where, or without effect.
+"""Changed bytes, truncated and missing files: each is detected and named in a message, or has no effect.
 
-A disk's errors leave size and time of a file as they were, so here they stay, too.
+Disk errors do not change a file's size and time, so the damaged files keep theirs.
 """
 
 import csv
@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from litgpt import Tokenizer
 
 from litmoe import checkpoints, load
@@ -31,6 +30,7 @@ from litmoe.train.preflight import ready
 from litmoe.train.pretrain import pretrain
 from litmoe.train.resume import check_same_tokens
 from litmoe.validation import check
+from tests.helpers import write_run_file
 
 STEP = "step-00000002"
 MODEL = dict(
@@ -41,53 +41,32 @@ MODEL = dict(
 
 
 class World:
-    """A corpus, its tokens and tokenizer, conversations, and a run's checkpoints; brought back whole when asked."""
+    """A corpus, its tokens and tokenizer, conversations, and a run's checkpoints; ``restore`` undoes all damage."""
 
-    def __init__(self, folder: Path, stories: list[str], tokenizer_dir: Path) -> None:
-        self.folder, self._whole = folder / "world", folder / "whole"
-        shutil.copytree(tokenizer_dir, self.folder / "tokenizer")
-        for split, texts in (("train", stories[:120]), ("val", stories[120:])):
-            (self.folder / "data" / split).mkdir(parents=True)
-            text = "\n<|endoftext|>\n".join(texts)
-            (self.folder / "data" / split / "stories.txt").write_text(text, encoding="utf-8", newline="\n")
-        self.prepare()
+    def __init__(self, folder: Path, prepared: Path) -> None:
+        self.folder, self._full = folder / "world", folder / "full"
+        shutil.copytree(prepared, self.folder)
+        prepare(PrepareArgs(data_dir=self.folder / "data", tokenizer_dir=self.folder / "tokenizer", num_workers=0))
         (folder / "pairs.jsonl").write_text(
             "".join(f'{{"prompt": "Who is {i}?", "response": "It is {i}."}}\n' for i in range(40)), encoding="utf-8"
         )
         prepare_instructions(InstructArgs(instruct=str(folder / "pairs.jsonl"), data_dir=self.folder / "instruct"))
-        paths = {f"{split}_data_path": str(self.folder / "data" / split) for split in ("train", "val")}
-        settings = {
-            "model": MODEL,
-            "out_dir": str(self.folder / "out"),
-            "tokenizer_dir": str(self.folder / "tokenizer"),
-            "data": {"class_path": "litmoe.data.TokenizedText", "init_args": {**paths, "num_workers": 0}},
-            "train": {
-                **{"global_batch_size": 2, "micro_batch_size": 2, "max_seq_length": 16, "max_steps": 4},
-                **{"save_interval": 2, "lr_warmup_steps": 1},
-            },
-            "eval": {"interval": 4, "max_iters": 1},
-            "sample": {"prompt": None},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
-            "progress": False,
-        }
-        run_file = folder / "run.yaml"
-        run_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        run = parse_run(["--config", str(run_file)])
+        flags = ["--config", str(write_run_file(folder, self.folder, MODEL)), "--out_dir", str(self.folder / "out")]
+        flags += ["--global_batch_size", "2", "--train.max_steps", "4", "--train.save_interval", "2"]
+        flags += ["--train.lr_warmup_steps", "1", "--eval.max_iters", "1", "--sample.prompt", "null"]
+        run = parse_run(flags)
         check(run.settings, run.optimizer)
         pretrain(*ready(run)[:1], resume_from=None)
         shutil.move(self.folder / "out" / "final", self.folder / "model")
         for later in self.folder.glob("out/step-*"):
             if later.name != STEP:
                 shutil.rmtree(later)
-        self.run = parse_run(["--config", str(run_file), "--resume", str(self.folder / "out" / STEP)])
-        shutil.copytree(self.folder, self._whole)
+        self.run = parse_run([*flags, "--resume", str(self.folder / "out" / STEP)])
+        shutil.copytree(self.folder, self._full)
 
-    def prepare(self) -> None:
-        prepare(PrepareArgs(data_dir=self.folder / "data", tokenizer_dir=self.folder / "tokenizer", num_workers=0))
-
-    def mend(self) -> None:
+    def restore(self) -> None:
         shutil.rmtree(self.folder)
-        shutil.copytree(self._whole, self.folder)
+        shutil.copytree(self._full, self.folder)
         manifest._tokenizer_fingerprint.cache_clear()  # another process would have read nothing yet
 
     def files(self, *below: str) -> list[Path]:
@@ -101,12 +80,12 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer_dir: Path) -> World:
-    return World(tmp_path_factory.mktemp("damage"), stories, tokenizer_dir)
+def world(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> World:
+    return World(tmp_path_factory.mktemp("damage"), prepared)
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Changes a file in one of the ways in which disks and people do; says how."""
+    """Damage a file as disks and people do. Return a description of the damage."""
     data, times = bytearray(path.read_bytes()), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     how = rng.choice(["a bit", "a bit", "a bit", "bytes", "cut off", "emptied", "lost", "zeros"])
     if how == "lost" or not data:
@@ -127,7 +106,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 
 def content(value: Any, digest: Any) -> None:
-    """Everything in nested values, tensors included, into a hash."""
+    """Add nested values, tensors included, to a hash."""
     if isinstance(value, torch.Tensor):
         bits = value.contiguous().reshape(-1).view(torch.uint8)
         digest.update(str((value.dtype, value.shape)).encode() + bits.numpy().tobytes())
@@ -149,7 +128,7 @@ def hashed(*values: Any) -> str:
 
 
 def resumed(world: World) -> str:
-    """All that a resumed run would go on with: weights, state, settings, every batch."""
+    """Return a hash of what a resumed run reads: weights, state, settings, every batch."""
     run, folder = ready(world.run)
     assert folder is not None
     check_same_tokens(folder, run.settings)
@@ -168,12 +147,12 @@ def resumed(world: World) -> str:
 
 
 def written(world: World) -> str:
-    """What the final model writes."""
+    """Return a hash of the final model's text."""
     return hashed(load(world.folder / "model", device="cpu").generate("Mia went", max_new_tokens=12))
 
 
 def tuned_on(world: World) -> str:
-    """Every batch of conversations."""
+    """Return a hash of every batch of conversations."""
     data = InstructionData(data_dir=world.folder / "instruct")
     data.connect(Tokenizer(world.folder / "tokenizer"), 2, 64)
     data.prepare_data()
@@ -181,7 +160,7 @@ def tuned_on(world: World) -> str:
     return hashed(list(map(tuple, data.train_dataloader())), list(map(tuple, data.val_dataloader())))
 
 
-# Not the text: that is the user's to change, and then it is said that tokens are made of it anew.
+# Not the text: users may change it, and then tokens are prepared again with a message.
 MANY = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
@@ -196,15 +175,15 @@ MANY = [pytest.mark.slow, pytest.mark.timeout(3600)]
         pytest.param(tuned_on, ("instruct",), 100, id="tuned on, many", marks=MANY),
     ],
 )
-def test_every_damage_is_found_or_harmless(
+def test_damage_is_detected_or_harmless(
     use: Callable[[World], str], below: tuple[str, ...], times: int, world: World
 ) -> None:
-    world.mend()
-    whole = use(world)
+    world.restore()
+    full = use(world)
     rng = random.Random(times)
     found = 0
     for number in range(times):
-        world.mend()
+        world.restore()
         files = world.files(*below)
         path = files[number % len(files)]
         how = f"{path.relative_to(world.folder)}: {damage(path, rng)}"
@@ -215,40 +194,40 @@ def test_every_damage_is_found_or_harmless(
             message = str(error)
             assert path.name in message or str(path.parent) in message, (how, message)
         else:
-            assert result == whole, f"{how} went unnoticed"
-    world.mend()
+            assert result == full, f"{how} went unnoticed"
+    world.restore()
     assert found > times / 4
     print(f"{times} damages: {found} found, {times - found} without effect")
 
 
-def test_damaged_chunks_are_named_and_made_anew(world: World) -> None:
-    """The command of the message mends it: then it is the run that it was."""
-    world.mend()
-    whole = resumed(world)
+def test_damaged_chunk_is_named_and_rebuilt(world: World) -> None:
+    """After the command of the message, the resumed run is the same as before the damage."""
+    world.restore()
+    full = resumed(world)
     chunk = manifest.tokens_dir(world.folder / "data", "train") / "chunk-0-0.bin"
     data = bytearray(chunk.read_bytes())
     data[-1] ^= 1
     chunk.write_bytes(data)
     with pytest.raises(UserError, match=r"chunk-0-0\.bin ") as error:
         resumed(world)
-    mend_as_told(world, str(error.value))
-    assert resumed(world) == whole
-    world.mend()
+    run_the_suggested_command(world, str(error.value))
+    assert resumed(world) == full
+    world.restore()
 
 
-def mend_as_told(world: World, message: str, data: str = "data") -> None:
-    """Does what the message about damaged tokens says."""
+def run_the_suggested_command(world: World, message: str, data: str = "data") -> None:
+    """Run the command that the message about damaged tokens suggests."""
     assert f"Remove {world.folder / data / 'tokens'}" in message
     shutil.rmtree(world.folder / data / "tokens")
     (command,) = re.findall(r"`uv run python prepare_data\.py (.*?)`", message)
     prepare(run_cli(PrepareArgs, [*shlex.split(command, posix=os.name != "nt"), "--num_workers", "0"]))
 
 
-def test_damaged_tokens_are_made_again_from_source(
+def test_damaged_tokens_are_rebuilt_from_source(
     world: World, stories: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not from the corpus that is the default; and with the settings of then."""
-    world.mend()
+    """From the same source with the same settings, not from the default corpus."""
+    world.restore()
     (world.folder / "own").mkdir()
     text = "\n***\n".join(stories[:60])
     (world.folder / "own" / "a.txt").write_text(text, encoding="utf-8", newline="\n")
@@ -266,7 +245,7 @@ def test_damaged_tokens_are_made_again_from_source(
     with pytest.raises(UserError) as error:
         manifest.verify(data)
     assert "is not in" not in str(error.value)
-    mend_as_told(world, str(error.value), data.name)
+    run_the_suggested_command(world, str(error.value), data.name)
     manifest.verify(data)
     now = manifest.read(data)
     assert now is not None and now.made_from("train", "val") == then.made_from("train", "val")
@@ -274,9 +253,9 @@ def test_damaged_tokens_are_made_again_from_source(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
-def test_tokens_that_can_not_be_read_are_damaged(world: World) -> None:
-    """A link that leads in a circle, as a disk with errors."""
-    world.mend()
+def test_unreadable_tokens_are_damaged(world: World) -> None:
+    """A link to itself, which raises OSError like a disk with errors."""
+    world.restore()
     data = world.folder / "data"
     index = manifest.tokens_dir(data, "train") / "index.json"
     values = read_checksummed(manifest.manifest_path(data))
@@ -295,14 +274,14 @@ def test_tokens_that_can_not_be_read_are_damaged(world: World) -> None:
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, '{"a":' * 200_000, "[1]", '{"splits": []}', '{"splits": {"train": {"text": 1}}}']
 )
-def test_json_of_a_stranger_is_one_message(text: str, below: str, world: World) -> None:
-    """Whatever it is, and with the checksums that it should have; tokens are made anew where their text is there."""
-    world.mend()
-    whole = resumed(world)
+def test_invalid_json_gives_one_message(text: str, below: str, world: World) -> None:
+    """Also with correct checksums. Tokens are prepared again if their text exists."""
+    world.restore()
+    full = resumed(world)
     path = world.folder / f"{below}.json"
     path.write_text(text, encoding="utf-8")
     if below.startswith("data"):
-        assert resumed(world) == whole
+        assert resumed(world) == full
     else:
         if path.name == checkpoints.MANIFEST:
             mark = read_checksummed(path.with_name(checkpoints.COMPLETE_FILE))
@@ -310,27 +289,27 @@ def test_json_of_a_stranger_is_one_message(text: str, below: str, world: World) 
             write_checksummed(path.with_name(checkpoints.COMPLETE_FILE), mark)
         with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
             resumed(world)
-    world.mend()
+    world.restore()
 
 
-def test_an_index_that_is_nested_too_deeply_is_no_traceback(world: World) -> None:
-    world.mend()
+def test_deeply_nested_index_is_ignored(world: World) -> None:
+    world.restore()
     (manifest.tokens_dir(world.folder / "data", "train") / "index.json").write_text("[" * 200_000, encoding="utf-8")
     assert manifest.read(world.folder / "data") is None
-    world.mend()
+    world.restore()
 
 
 @pytest.mark.parametrize("times", [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_metrics_lose_no_other_row(times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A resumed run goes on after the rows that can be read; what it left out is kept beside the file."""
+def test_damaged_metrics_keep_readable_rows(times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A resumed run continues after the readable rows. The other rows are kept in a second file."""
     path = tmp_path / "metrics.csv"
     first = MetricsCSV(path, None)
     for step in range(1, 11):
         first.log_metrics({"train_loss": 1 / step, "total_tokens": 64 * step, "expert": 0.5}, step)
-    whole = path.read_bytes()
-    rows = whole.decode().splitlines()
+    full = path.read_bytes()
+    rows = full.decode().splitlines()
     for number in range(times):
-        path.write_bytes(whole)
+        path.write_bytes(full)
         rng = random.Random(number)
         how = damage(path, rng)
         damaged = path.read_bytes() if path.exists() else b""

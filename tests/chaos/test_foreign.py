@@ -1,4 +1,4 @@
-"""What others made, checkpoints and data folders: nothing in them is run, and nothing outside of them is touched."""
+"""Checkpoints and data folders from others: no code in them is run, and no file outside of them is touched."""
 
 import json
 import os
@@ -22,14 +22,13 @@ from litmoe.data import manifest
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.finetune_config import parse_finetuning
 from litmoe.inference.chat import Chat
-from litmoe.validation import check
-from tests.tiny_checkpoint import load_script, mark_anew, save_tiny, tiny_gpt
+from tests.helpers import DENSE_FIELDS, load_script, renew_checksums, save_tiny, tiny_gpt
 
 HARM = "harm-done"
 
 
 class Harmful:
-    """Makes a folder where it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.mkdir, (HARM,)
@@ -37,7 +36,7 @@ class Harmful:
 
 @pytest.fixture(autouse=True)
 def nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Whatever a test reads, no harm is done; and a module ``evil`` could be imported."""
+    """Check after each test that no code was run. A module ``evil`` can be imported."""
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({HARM!r})\nclass Evil: pass\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -48,13 +47,12 @@ def nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def dense_fields(moe_fields: dict) -> dict:
-    dense = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
-    return {**moe_fields, **dense, "moe_intermediate_size": None}
+    return {**moe_fields, **DENSE_FIELDS, "moe_intermediate_size": None}
 
 
 @pytest.fixture
 def stranger(tmp_path: Path, dense_fields: dict, tokenizer_dir: Path) -> Path:
-    """A whole checkpoint of somebody else's, with right checksums."""
+    """A complete checkpoint from someone else, with correct checksums."""
     return save_tiny(tmp_path / "stranger" / "final", tiny_gpt(dense_fields), tokenizer_dir)
 
 
@@ -79,7 +77,7 @@ TRAINING = ["initial", "finetune"]
         *(("generate", form) for form in ("bare", "inside a list", "a list")),
     ],
 )
-def test_no_door_runs_a_pickle(
+def test_scripts_refuse_pickled_code(
     reader: str,
     form: str,
     stranger: Path,
@@ -87,6 +85,7 @@ def test_no_door_runs_a_pickle(
     prepared: Path,
     run_file: Path,
     train: Callable[..., Path],
+    tune: Callable[..., Path],
     tmp_path: Path,
     dense_fields: dict,
     moe_fields: dict,
@@ -100,7 +99,7 @@ def test_no_door_runs_a_pickle(
     else:
         content: Any = {"zip": {"model": Harmful()}, "inside a list": {"model": [Harmful()]}, "a list": [torch.ones(1)]}
         torch.save(content[form], stranger / "lit_model.pth")
-    mark_anew(stranger)
+    renew_checksums(stranger)
     model = tmp_path / "dense.yaml"
     model.write_text(yaml.safe_dump(dense_fields), encoding="utf-8")
     (tmp_path / "tasks").mkdir()
@@ -123,7 +122,7 @@ def test_no_door_runs_a_pickle(
         "export_hf": lambda: load_script("export_hf").main(stranger, tmp_path / "exported"),
         "initial": lambda: train("--initial_checkpoint_dir", str(stranger), "--model", str(model)),
         "upcycle": lambda: train("--upcycle", str(stranger), "--train.tie_embeddings=true"),
-        "finetune": lambda: finetune_on(tmp_path, stranger),
+        "finetune": lambda: tune("--checkpoint_dir", str(stranger)),
     }
     if reader == "upcycle":
         settings = yaml.safe_load(run_file.read_text(encoding="utf-8"))
@@ -135,44 +134,30 @@ def test_no_door_runs_a_pickle(
     assert "\n" not in str(refused.value)
 
 
-def finetune_on(tmp_path: Path, checkpoint: Path, *flags: str) -> None:
-    from litmoe.data.instructions import InstructArgs, prepare_instructions
-    from litmoe.train.finetune import finetune, ready_to_finetune
-
-    pairs = [{"prompt": f"Who is {i}?", "response": f"It is {i}."} for i in range(40)]
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
-    prepare_instructions(InstructArgs(instruct=str(tmp_path / "pairs.json"), data_dir=tmp_path / "instruct"))
-    run = parse_finetuning(
-        [
-            *(str(checkpoint), "--data_dir", str(tmp_path / "instruct"), "--out_dir", str(tmp_path / "tuned")),
-            *("--train.max_steps", "2", "--train.save_interval", "1", "--micro_batch_size", "2"),
-            *("--global_batch_size", "2", "--max_seq_length", "64", "--sample.max_new_tokens", "4"),
-            *("--progress", "false", "--train.epochs", "null", "--train.lr_warmup_steps", "1", *flags),
-        ]
-    )
-    check(run.settings, run.optimizer)
-    finetune(run, resume_from=ready_to_finetune(run.settings))
+TUNING = (
+    *("--train.max_steps", "2", "--train.save_interval", "1", "--global_batch_size", "2", "--max_seq_length", "64"),
+    *("--sample.prompt", "Who?", "--sample.max_new_tokens", "4"),
+)
 
 
-def test_no_pickle_is_run_when_resuming(train: Callable[..., Path]) -> None:
+def test_resume_refuses_pickled_code(train: Callable[..., Path]) -> None:
     out = train("--train.max_steps", "4")
     folder = out / "step-00000004" if (out / "step-00000004").is_dir() else out / "final"
     torch.save({"progress": Harmful()}, folder / "training_state.pth")
-    mark_anew(folder)
+    renew_checksums(folder)
     with pytest.raises(UserError, match=r"training_state\.pth is refused, and nothing in it was run"):
         train("--train.max_steps", "8", "--resume", str(folder))
 
 
 @pytest.mark.slow
-def test_no_pickle_is_run_when_lora_resumes(tmp_path: Path, stranger: Path) -> None:
-    lora = ("--lora_r", "2")
-    finetune_on(tmp_path, stranger, *lora)
-    folder = checkpoints.newest_undamaged(tmp_path / "tuned")[0]
+def test_lora_resume_refuses_pickled_code(tune: Callable[..., Path], stranger: Path) -> None:
+    flags = ("--checkpoint_dir", str(stranger), "--lora_r", "2", *TUNING)
+    folder = checkpoints.newest_undamaged(tune(*flags))[0]
     assert folder is not None
     torch.save({"lora": Harmful()}, folder / "lit_model.pth.lora")
-    mark_anew(folder)
+    renew_checksums(folder)
     with pytest.raises(UserError, match=r"lit_model\.pth\.lora is refused, and nothing in it was run"):
-        finetune_on(tmp_path, stranger, *lora, "--resume", str(folder))
+        tune(*flags, "--resume", str(folder))
 
 
 CODE = f"!!python/object/apply:os.mkdir ['{HARM}']"
@@ -187,10 +172,10 @@ CODE = f"!!python/object/apply:os.mkdir ['{HARM}']"
         "class_path: evil.Evil",
     ],
 )
-def test_no_yaml_of_a_checkpoint_is_run(name: str, text: str, stranger: Path, prepared: Path, tmp_path: Path) -> None:
-    """Each reader takes it for damaged, or for one that does not read this file."""
+def test_checkpoint_yaml_runs_no_code(name: str, text: str, stranger: Path, prepared: Path, tmp_path: Path) -> None:
+    """Each reader either reports a damaged file or does not read it."""
     (stranger / name).write_text(text, encoding="utf-8")
-    mark_anew(stranger)
+    renew_checksums(stranger)
     evaluate = load_script("evaluate").main
     calls: list[Callable[[], Any]] = [
         lambda: Chat(load(stranger, device="cpu")),
@@ -212,16 +197,16 @@ def test_no_yaml_of_a_checkpoint_is_run(name: str, text: str, stranger: Path, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["data", "optimizer"])
-def test_a_checkpoint_chooses_no_class(
-    setting: str, stranger: Path, prepared: Path, tmp_path: Path, train: Any
+def test_checkpoint_cannot_choose_classes(
+    setting: str, stranger: Path, prepared: Path, tmp_path: Path, train: Any, tune: Any
 ) -> None:
-    """Its hyperparameters name classes; what is instantiated is what the user's own run file and flags name."""
+    """Its hyperparameters name classes, but only classes of the user's run file and flags are instantiated."""
     settings = {"data": {"class_path": "litmoe.data.TokenizedText", "init_args": {}}, "optimizer": {}}
     settings[setting] = {"class_path": "evil.Evil", "init_args": {}}
     (stranger / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    mark_anew(stranger)
+    renew_checksums(stranger)
     load_script("evaluate").main(checkpoint=stranger, device="cpu", max_seq_length=16, data_dir=prepared / "data")
-    finetune_on(tmp_path, stranger)
+    tune("--checkpoint_dir", str(stranger), "--out_dir", str(tmp_path / "tuned"), *TUNING)
     flags = ("--model", str(stranger / "model_config.yaml"), "--train.max_steps", "1")
     train("--initial_checkpoint_dir", str(stranger), *flags)
 
@@ -230,14 +215,14 @@ def test_a_checkpoint_chooses_no_class(
     ("parse", "text"),
     [*((parse_run, text) for text in (CODE, f"optimizer: {CODE}", f"a: &a [*a, {CODE}]")), (parse_finetuning, CODE)],
 )
-def test_no_yaml_of_a_run_file_is_run(parse: Callable[[list[str]], Any], text: str, tmp_path: Path) -> None:
+def test_run_file_yaml_runs_no_code(parse: Callable[[list[str]], Any], text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"run\.yaml is not valid YAML"):
         parse(["--config", str(path)])
 
 
-def test_no_flag_is_run(run_file: Path) -> None:
+def test_flags_run_no_code(run_file: Path) -> None:
     assert parse_run(["--config", str(run_file), "--model.name", CODE]).settings.model.name == CODE, "it is a text"
     with pytest.raises(UserError):
         parse_run(["--config", str(run_file), "--optimizer", CODE])
@@ -246,7 +231,7 @@ def test_no_flag_is_run(run_file: Path) -> None:
 # --- what is shown ---
 
 
-def test_no_control_character_of_a_model_reaches_the_terminal(
+def test_terminal_output_has_no_control_characters(
     stranger: Path,
     dense_fields: dict,
     tokenizer_dir: Path,
@@ -254,7 +239,7 @@ def test_no_control_character_of_a_model_reaches_the_terminal(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It could change the title, the colours, or what stands above; into a file its text goes as it is."""
+    """Control characters could change the title, the colours or earlier lines. Files get the unchanged text."""
     gpt, tokenizer = tiny_gpt(dense_fields), Tokenizer(tokenizer_dir)
     escape, bell = (int(tokenizer.encode(byte)[0]) for byte in "\x1b\x07")
     with torch.no_grad():
@@ -272,7 +257,7 @@ def test_no_control_character_of_a_model_reaches_the_terminal(
         assert len(shown.rstrip("\n")) == len("Mia\x1b[2J") + 5
 
 
-def test_no_control_character_stands_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_have_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
         raise UserError("the model \x1b]0;owned\x07\x9b2J\r is none\nof ours")
 
@@ -287,8 +272,8 @@ OUTSIDE = ["../outside", "/outside", "a/../../outside", "..\\outside", "C:\\outs
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_data_folder_names_no_file_outside_of_it(name: str, prepared: Path, tmp_path: Path) -> None:
-    """Neither as a chunk of its tokens, whose bytes would be read and logged, nor as its text, whose time is set."""
+def test_data_folder_names_no_outside_file(name: str, prepared: Path, tmp_path: Path) -> None:
+    """Neither as a chunk (its bytes would be read and logged) nor as text (its time would be set)."""
     data = shutil.copytree(prepared / "data", tmp_path / "data")
     (tmp_path / "outside").write_bytes(b"secret")
     index = data / "tokens" / "train" / "index.json"
@@ -310,8 +295,8 @@ def test_a_data_folder_names_no_file_outside_of_it(name: str, prepared: Path, tm
 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "..", "", "a/b", "/dev/zero"])
-def test_a_checkpoint_names_no_file_outside_of_it(name: str, stranger: Path) -> None:
-    """Its checksum would be taken, and a device has no end."""
+def test_checkpoint_names_no_outside_file(name: str, stranger: Path) -> None:
+    """Its checksum would be computed, and a device is endless."""
     values = read_checksummed(stranger / checkpoints.COMPLETE_FILE)
     values["files"][name] = {"size": 0, "sha256": "0" * 64}
     write_checksummed(stranger / checkpoints.COMPLETE_FILE, values)
@@ -320,7 +305,7 @@ def test_a_checkpoint_names_no_file_outside_of_it(name: str, stranger: Path) -> 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
-def test_no_device_is_read_through_a_link(stranger: Path) -> None:
+def test_device_behind_link_is_not_read(stranger: Path) -> None:
     values = read_checksummed(stranger / checkpoints.COMPLETE_FILE)
     values["files"]["zeros"] = {"size": 0, "sha256": "0" * 64}
     write_checksummed(stranger / checkpoints.COMPLETE_FILE, values)
@@ -330,8 +315,8 @@ def test_no_device_is_read_through_a_link(stranger: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
-def test_text_is_written_through_no_link(tmp_path: Path, tokenizer_dir: Path, stories: list[str]) -> None:
-    """A data folder from elsewhere whose token folder is a link: what lies behind it stays as it is."""
+def test_tokens_are_not_written_through_a_link(tmp_path: Path, tokenizer_dir: Path, stories: list[str]) -> None:
+    """The token folder of a data folder is a link: the files behind the link do not change."""
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "a.txt").write_text(stories[0] + "\n", encoding="utf-8")

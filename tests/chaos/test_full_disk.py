@@ -1,5 +1,5 @@
-"""A disk of a few MB fills while a run trains on it: the run says so, keeps what is whole, goes on, and saves again as
-soon as it can; its metrics wait for room."""
+"""A disk of 8 MB fills during training: the run warns, keeps complete checkpoints, continues, and saves again when
+there is space. Its metrics are kept in memory until then."""
 
 import subprocess
 import time
@@ -10,19 +10,18 @@ import pytest
 
 from litmoe import checkpoints
 from litmoe.train.logs import MetricsCSV
-from tests.chaos.lives import Life
-from tests.chaos.test_killed_training import (
+from tests.chaos.helpers import (
     INTERVAL,
-    RUN,
     STEPS,
     assert_same_end,
     begin,
     last_step,
-    rows,
-    run_whole,
+    run_uninterrupted,
     saved_step,
     wait_for,
 )
+from tests.chaos.processes import Life
+from tests.helpers import metric_rows
 from tests.no_skips import can_mount
 
 
@@ -39,7 +38,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Takes all the room that is left; the file that does, to be removed."""
+    """Fill the disk with a file. Return its path, so that it can be removed."""
     ballast = disk / "ballast"
     with open(ballast, "ab", buffering=0) as file:
         try:
@@ -50,7 +49,7 @@ def fill(disk: Path) -> Path:
 
 
 def fill_until_said(disk: Path, life: Life, text: str) -> Path:
-    """As ``fill``, again and again: an older checkpoint that is removed meanwhile makes room."""
+    """Call ``fill`` until the run prints ``text``: removing older checkpoints frees space in between."""
     while text not in life.said:
         assert life.is_alive, life.said
         fill(disk)
@@ -58,16 +57,9 @@ def fill_until_said(disk: Path, life: Life, text: str) -> Path:
     return disk / "ballast"
 
 
-@pytest.fixture
-def command(run_file: Path) -> tuple[str, ...]:
-    return ("run_train.py", "--config", str(run_file), *RUN)
-
-
 @pytest.mark.slow
-def test_the_run_goes_on_and_saves_when_there_is_room_again(
-    tmp_path: Path, disk: Path, command: tuple[str, ...]
-) -> None:
-    whole = run_whole(tmp_path / "whole", *command)
+def test_run_saves_again_when_disk_has_space(tmp_path: Path, disk: Path, command: tuple[str, ...]) -> None:
+    full = run_uninterrupted(tmp_path / "full", *command)
     out = disk / "out"
     life = begin(tmp_path / "life", out, command)
     while not (out / f"step-{INTERVAL:08d}").exists():
@@ -80,14 +72,12 @@ def test_the_run_goes_on_and_saves_when_there_is_room_again(
     assert life.end() == 0, life.said
     kept = [int(folder.name.removeprefix("step-")) for folder in out.glob("step-*")]
     assert max(kept) > before, "it saved again"
-    assert_same_end(whole.out, out)
+    assert_same_end(full.out, out)
 
 
 @pytest.mark.slow
-def test_a_final_save_without_room_is_an_error_that_resuming_mends(
-    tmp_path: Path, disk: Path, command: tuple[str, ...]
-) -> None:
-    whole = run_whole(tmp_path / "whole", *command)
+def test_resume_completes_a_failed_final_save(tmp_path: Path, disk: Path, command: tuple[str, ...]) -> None:
+    full = run_uninterrupted(tmp_path / "full", *command)
     out = disk / "out"
     life = begin(tmp_path / "life", out, command)
     wait_for(life, STEPS // 2)
@@ -101,11 +91,11 @@ def test_a_final_save_without_room_is_an_error_that_resuming_mends(
     ballast.unlink()
     again = begin(tmp_path / "again", out, command, "--resume", "auto")
     assert again.end() == 0, again.said
-    assert_same_end(whole.out, out)
+    assert_same_end(full.out, out)
 
 
-def test_metrics_wait_for_room(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows that were half written are whole in the end, each once and in their order, also new columns among them."""
+def test_metrics_are_kept_until_disk_has_space(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the end every row is complete and in order, also with a new column."""
     path = disk / "metrics.csv"
     metrics = MetricsCSV(path, resume_step=None)
     metrics.log_metrics({"train_loss": 0.5}, 1)
@@ -115,15 +105,15 @@ def test_metrics_wait_for_room(disk: Path, capsys: pytest.CaptureFixture[str]) -
         metrics.log_metrics({"train_loss": 0.5, "mfu": text} | ({"new": step} if step > 6 else {}), step)
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "No space left" in said
-    here = rows(path)
-    assert [int(row["step"]) for row in here] == list(range(1, len(here) + 1)), "whole rows alone"
+    here = metric_rows(disk)
+    assert [int(row["step"]) for row in here] == list(range(1, len(here) + 1)), "only complete rows"
     assert not list(disk.glob(".*"))
     metrics.finalize("success")
     assert "rows, from step" in capsys.readouterr().out
     ballast.unlink()
     metrics.save()
     assert "is written again" in capsys.readouterr().out
-    assert [(int(row["step"]), row["mfu"], row["new"]) for row in rows(path)] == [
+    assert [(int(row["step"]), row["mfu"], row["new"]) for row in metric_rows(disk)] == [
         (1, "", ""),
         *((step, text, str(step) if step > 6 else "") for step in range(2, 12)),
     ]

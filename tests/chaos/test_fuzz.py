@@ -7,8 +7,7 @@ The quick tests try the same few cases each time; the slow ones others each day,
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from litmoe import config, finetune_config
 from litmoe.cli import UserError, exit_with_message, run_cli
-from litmoe.config import ParsedRun, known_flags, parse_run, run_parser
+from litmoe.config import PROJECT, ParsedRun, known_flags, parse_run, run_parser
 from litmoe.data.instructions import InstructArgs
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.finetune_config import finetuning_parser, parse_finetuning
 from litmoe.validation import check
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
+from tests.helpers import load_script
 
-ROOT = Path(__file__).parent.parent.parent
 RUN_FILES = sorted(
-    [ROOT / "train_config.yaml", ROOT / "configs" / "quickstart.yaml", *ROOT.glob("configs/runs/*.yaml")]
+    [PROJECT / "train_config.yaml", PROJECT / "configs" / "quickstart.yaml", *PROJECT.glob("configs/runs/*.yaml")]
 )
-FINETUNE_FILES = sorted(ROOT.glob("configs/finetune*.yaml"))
+FINETUNE_FILES = sorted(PROJECT.glob("configs/finetune*.yaml"))
 SEED = int(os.environ.get("LITMOE_FUZZ_SEED", time.time() // 86400))
 
 
 def fuzz(case: Callable[..., None], examples: int, **strategies: st.SearchStrategy[Any]) -> None:
-    """Tries ``case`` with so many examples: few of them are always the same, many differ from day to day."""
+    """Run ``case`` with ``examples`` examples. Few are always the same, many differ from day to day."""
     quick = examples <= 30
     test = given(**strategies)(case)
     if not quick:
@@ -47,7 +44,7 @@ def fuzz(case: Callable[..., None], examples: int, **strategies: st.SearchStrate
 
 
 def outcome(call: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> Any:
-    """What ``call`` returns, or None where it ended as a script does: with a message and 1, or a text and 0."""
+    """Return the result of ``call``, or None if it ended like a script: with a message and 1, or a text and 0."""
     try:
         return exit_with_message(call)
     except SystemExit as ended:
@@ -57,7 +54,7 @@ def outcome(call: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> Any:
             message = captured.err.rpartition("error: ")[2].strip()
             assert len(message) > 10, captured
             assert "Traceback" not in captured.err
-            assert len(message) < 20_000, "nobody reads so much"
+            assert len(message) < 20_000, "readable length"
         return None
 
 
@@ -114,7 +111,7 @@ def nested(depth: int) -> Any:
 
 
 def leaf_paths(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where the values stand in nested mappings; the mappings too."""
+    """Return the paths of all values and mappings in nested mappings."""
     inside = (
         [found for key, value in values.items() for found in leaf_paths(value, (*path, key))]
         if isinstance(values, dict)
@@ -124,7 +121,7 @@ def leaf_paths(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
 
 
 def changed(values: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    """A copy in which ``value`` stands at ``path``."""
+    """Return a copy with ``value`` at ``path``."""
     key, *rest = path
     inner = values.get(key)
     return {**values, key: changed(inner if isinstance(inner, dict) else {}, tuple(rest), value) if rest else value}
@@ -136,7 +133,7 @@ def run_files(draw: st.DrawFn, files: list[Path], flags: tuple[str, ...]) -> dic
     path = draw(st.sampled_from(files))
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     if isinstance(values.get("model"), str):
-        values["model"] = str(ROOT / "configs" / "models" / "quickstart.yaml")
+        values["model"] = str(PROJECT / "configs" / "models" / "quickstart.yaml")
     places = st.one_of(
         st.sampled_from(leaf_paths(values)),
         st.sampled_from(flags).map(lambda flag: tuple(flag.split("."))),
@@ -150,7 +147,7 @@ def run_files(draw: st.DrawFn, files: list[Path], flags: tuple[str, ...]) -> dic
 
 @st.composite
 def damaged_texts(draw: st.DrawFn, files: list[Path]) -> bytes:
-    """A shipped run file, some of whose bytes were replaced, cut out or doubled; or no text at all."""
+    """A shipped run file with replaced, removed or repeated bytes, or no text at all."""
     data = bytearray(draw(st.sampled_from(files)).read_bytes())
     for _ in range(draw(st.integers(1, 8))):
         at, size = draw(st.integers(0, len(data))), draw(st.integers(0, 40))
@@ -178,25 +175,11 @@ def many(examples: int, *quick: int) -> list[Any]:
     return [*(pytest.param(few, id="quick") for few in quick), pytest.param(examples, id="many", marks=SLOW)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_parser() -> Iterator[None]:
-    """Building the parser takes longest by far, and it is the same each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "run_parser", cache(run_parser))
-        patch.setattr(finetune_config, "finetuning_parser", cache(finetuning_parser))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths mean nothing here, and nothing in the project is written to."""
+    """Relative paths do not exist here, and no test writes into the project."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-
-@pytest.fixture
-def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
-    return save_tiny(tmp_path / "base" / "final", tiny_gpt(moe_fields), tokenizer_dir)
 
 
 def _flags(parser: Any) -> tuple[str, ...]:
@@ -235,7 +218,7 @@ def test_finetuning_files(examples: int, base: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("examples", many(300))
 @pytest.mark.parametrize("parse", [parse_run, parse_finetuning])
-def test_files_that_are_no_yaml(examples: int, parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_yaml(examples: int, parse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
 
     def case(data: bytes) -> None:
@@ -272,10 +255,8 @@ def test_files_that_are_no_yaml(examples: int, parse: Any, tmp_path: Path, capsy
     ],
     ids=lambda text: text[:20],
 )
-def test_files_that_ended_in_a_traceback_or_might(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """PyYAML's constructors, the system's calls and LitGPT's checks have errors of many kinds."""
+def test_run_files_with_past_tracebacks(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PyYAML, system calls and LitGPT's checks raise errors of many types."""
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit):
@@ -290,7 +271,7 @@ def test_files_that_ended_in_a_traceback_or_might(
         *(("train: null", "train"), ("data: {init_args: {seed: null}}", r"data\.seed")),
     ],
 )
-def test_a_null_where_a_value_is_expected(line: str, named: str, base: Path, tmp_path: Path) -> None:
+def test_null_is_refused_where_required(line: str, named: str, base: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     values = yaml.safe_load(FINETUNE_FILES[0].read_text(encoding="utf-8"))
     ((key, value),) = yaml.safe_load(line).items()
@@ -304,8 +285,8 @@ def _settings_of(run: ParsedRun) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("examples", many(100))
-def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[str]) -> None:
-    quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+def test_train_command_line(examples: int, capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart = ["--config", str(PROJECT / "configs" / "quickstart.yaml")]
     fuzz(
         lambda argv: _parsed(parse_run, [*quickstart, *argv], capsys),
         examples,
@@ -314,7 +295,7 @@ def test_command_line_of_training(examples: int, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("examples", many(100))
-def test_command_line_of_finetuning(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_command_line(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fuzz(
         lambda argv: _parsed(parse_finetuning, [str(base), *argv], capsys),
         examples,
@@ -322,7 +303,7 @@ def test_command_line_of_finetuning(examples: int, base: Path, capsys: pytest.Ca
     )
 
 
-DOORS = {
+SCRIPTS = {
     "generate": ("main", "checkpoint"),
     "chat": ("main", "checkpoint"),
     "evaluate": ("main", "checkpoint"),
@@ -335,16 +316,16 @@ DOORS = {
     ("name", "examples"),
     [
         pytest.param("generate", 2, id="generate-quick"),
-        *(pytest.param(name, 300, id=f"{name}-many", marks=SLOW) for name in (*DOORS, "prepare_data", "instruct")),
+        *(pytest.param(name, 300, id=f"{name}-many", marks=SLOW) for name in (*SCRIPTS, "prepare_data", "instruct")),
     ],
 )
-def test_command_lines_of_the_doors(name: str, examples: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_command_lines(name: str, examples: int, capsys: pytest.CaptureFixture[str]) -> None:
     """As far as the script's function gets without a checkpoint or data."""
     if name in ("prepare_data", "instruct"):
         function: Any = PrepareArgs if name == "prepare_data" else InstructArgs
         positional = None
     else:
-        function, positional = getattr(load_script(name), DOORS[name][0]), DOORS[name][1]
+        function, positional = getattr(load_script(name), SCRIPTS[name][0]), SCRIPTS[name][1]
     names = tuple(re.findall(r"--(\w+)", _help(function)))
 
     def case(argv: list[str]) -> None:
@@ -362,7 +343,7 @@ def _help(function: Any) -> str:
 
 
 @pytest.mark.parametrize("examples", many(100))
-def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_flags(examples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("Mia went.\n<|endoftext|>\nTom went.\n", encoding="utf-8")
     (tmp_path / "text" / "b.jsonl").write_text('{"text": "Mia"}\n', encoding="utf-8")
@@ -392,7 +373,7 @@ def test_data_that_can_not_be_prepared(examples: int, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("examples", many(200))
-def test_what_a_model_is_asked(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generation_flags(examples: int, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a real model: any text, any sampling."""
     generate = load_script("generate").main
     numbers = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**63, 2**70]))

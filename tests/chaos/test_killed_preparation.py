@@ -18,7 +18,7 @@ import pytest
 
 from litmoe.checksummed_json import read_checksummed
 from tests.chaos.conftest import Moment, share
-from tests.chaos.lives import Death, Life, Operation, Watched
+from tests.chaos.processes import Death, Life, Operation, Watched
 from tests.data.hub_server import serve
 
 ALL = "()"
@@ -77,7 +77,7 @@ def even_moment(operations: list[Operation], even: float, *, by_time: bool) -> D
 
 
 def what(operation: Operation) -> str:
-    """What an operation belongs to, without its file."""
+    """Return the activity that an operation belongs to."""
     parts = operation.what.split()[1].split("/")
     if ".incoming" in parts:
         return "writing text"

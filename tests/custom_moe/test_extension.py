@@ -9,7 +9,7 @@ from custom_moe import MoE, Router, RouterOutput, backends, use_custom_moe
 from custom_moe.router import linear_fp32
 from litmoe.layers import use_fast_layers
 from litmoe.train.model import PretrainingModel, moe_layers, update_selection_biases
-from tests.custom_moe.helpers import config_of, gradients, pair, run
+from tests.helpers import layer_gradients, moe_config, moe_pair, run_layer
 
 
 class ExpertChoice(Router):
@@ -54,7 +54,7 @@ def expert_choice_by_hand(layer: MoE, x_NC: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 def test_expert_choice_equals_a_loop_by_hand(backend: str, bias: bool) -> None:
     torch.manual_seed(0)
-    layer = MoE(config_of({"n_expert": 6, "bias": bias}), backend, router=ExpertChoice)
+    layer = MoE(moe_config({"n_expert": 6, "bias": bias}), backend, router=ExpertChoice)
     x = torch.randn(1, 30, 32)
     assert layer.gate(x[0]).tokens.bincount(minlength=30).unique().numel() > 2, "tokens have 0, 1, 2 ... experts"
     by_hand = expert_choice_by_hand(layer, x[0])
@@ -65,10 +65,10 @@ def test_expert_choice_equals_a_loop_by_hand(backend: str, bias: bool) -> None:
 
     weights = torch.randn_like(by_hand)
     (layer(x)[0] * weights).sum().backward()
-    found = gradients(layer)
+    found = layer_gradients(layer)
     layer.zero_grad()
     (expert_choice_by_hand(layer, x[0]) * weights).sum().backward()
-    for name, expected in gradients(layer).items():
+    for name, expected in layer_gradients(layer).items():
         if "bias" not in name:  # by hand there are none, and they start at 0
             torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -123,10 +123,10 @@ class Naive(backends.ExpertBackend):
 @pytest.mark.parametrize("bias", [False, True])
 def test_new_backend_equals_litgpt(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     monkeypatch.setitem(backends.BACKENDS, "naive", Naive())
-    ours, stock = pair(config_of({"bias": bias}), backend="naive")
+    ours, stock = moe_pair(moe_config({"bias": bias}), backend="naive")
     x = torch.randn(2, 9, 32)
-    y, x_grad, grads = run(ours, x)
-    y_stock, x_grad_stock, grads_stock = run(stock, x)
+    y, x_grad, grads = run_layer(ours, x)
+    y_stock, x_grad_stock, grads_stock = run_layer(stock, x)
     torch.testing.assert_close(y, y_stock)
     torch.testing.assert_close(x_grad, x_grad_stock)
     for name, grad in grads.items():

@@ -1,11 +1,14 @@
 """The layer against LitGPT's own: output, every gradient, every precision."""
 
 import copy
+import itertools
+from collections.abc import Iterator
 
 import litgpt.config
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest.mark import ParameterSet
 from litgpt import Config
 from litgpt.model import LLaMAMLP
 from torch import nn
@@ -13,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from custom_moe import Backend, MoE, RouterOutput, backends
 from custom_moe.experts import add_bias
-from tests.custom_moe.helpers import SIGMOID, config_of, gradients, pair, run
+from tests.helpers import SIGMOID_FIELDS, layer_gradients, moe_config, moe_pair, run_layer
 
 CASES = {
     "plain": {},
@@ -28,10 +31,15 @@ CASES = {
     "odd sizes, biases": {"n_embd": 26, "moe_intermediate_size": 17, "n_expert": 13, "bias": True},
     "shared expert": {"n_shared_expert": 2, "bias": True},
     "scaled": {"routed_scaling_factor": 2.5},
-    "sigmoid": {**SIGMOID, "n_expert": 8},
-    "sigmoid, normalised, scaled": {**SIGMOID, "n_expert": 8, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    "sigmoid": {**SIGMOID_FIELDS, "n_expert": 8},
+    "sigmoid, normalised, scaled": {
+        **SIGMOID_FIELDS,
+        "n_expert": 8,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
     "sigmoid, odd sizes, shared": {
-        **SIGMOID,
+        **SIGMOID_FIELDS,
         "n_embd": 26,
         "moe_intermediate_size": 17,
         "n_expert": 6,
@@ -46,14 +54,14 @@ both_backends = pytest.mark.parametrize("backend", ["loop", "grouped_mm"])  # tr
 @both_backends
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
 def test_output_and_gradients_equal_litgpt(fields: dict, backend: Backend) -> None:
-    config = config_of(fields)
+    config = moe_config(fields)
     if backend == "grouped_mm" and config.n_embd % 4:
-        config = config_of({**fields, "n_embd": 28, "moe_intermediate_size": 20})
-    ours, stock = pair(config, backend=backend)
+        config = moe_config({**fields, "n_embd": 28, "moe_intermediate_size": 20})
+    ours, stock = moe_pair(config, backend=backend)
     x = torch.randn(3, 7, config.n_embd)
 
-    y, x_grad, grads = run(ours, x)
-    y_stock, x_grad_stock, grads_stock = run(stock, x)
+    y, x_grad, grads = run_layer(ours, x)
+    y_stock, x_grad_stock, grads_stock = run_layer(stock, x)
 
     torch.testing.assert_close(y, y_stock)
     torch.testing.assert_close(x_grad, x_grad_stock)
@@ -72,25 +80,25 @@ def test_equals_litgpt_on_each_of_its_models(name: str, backend: Backend) -> Non
     """Only the widths are shrunk: experts, routing and everything else are the model's."""
     widths = Config.from_name(name).moe_intermediate_size and {"moe_intermediate_size": 48}
     config = Config.from_name(name, n_layer=2, n_embd=32, head_size=8, intermediate_size=48, **(widths or {}))
-    ours, stock = pair(config, backend=backend)
+    ours, stock = moe_pair(config, backend=backend)
     x = torch.randn(2, 17, 32)
-    for value, value_stock in zip(run(ours, x)[:2], run(stock, x)[:2], strict=True):
+    for value, value_stock in zip(run_layer(ours, x)[:2], run_layer(stock, x)[:2], strict=True):
         torch.testing.assert_close(value, value_stock)
-    grads, grads_stock = gradients(ours), gradients(stock)
+    grads, grads_stock = layer_gradients(ours), layer_gradients(stock)
     assert len(grads) == 1 + 3 * config.n_expert
     for expert, grad in grads.items():
         torch.testing.assert_close(grad, grads_stock[expert], msg=lambda text, name=expert: f"{name}: {text}")
 
 
 def test_one_expert_equals_a_dense_feed_forward() -> None:
-    config = config_of({"n_expert": 1, "n_expert_per_token": 1, "bias": True})
+    config = moe_config({"n_expert": 1, "n_expert_per_token": 1, "bias": True})
     moe, dense = MoE(config), LLaMAMLP(config, intermediate_size=48)
     weights = {f"experts.0.{key}": value for key, value in dense.state_dict().items()}
     moe.load_state_dict({"gate.weight": torch.randn(1, 32), **weights})
     x = torch.randn(2, 9, 32)
 
-    y, x_grad, grads = run(moe, x)
-    y_dense, x_grad_dense, grads_dense = run(dense, x)
+    y, x_grad, grads = run_layer(moe, x)
+    y_dense, x_grad_dense, grads_dense = run_layer(dense, x)
 
     torch.testing.assert_close(y, y_dense)
     torch.testing.assert_close(x_grad, x_grad_dense)
@@ -105,8 +113,8 @@ def test_one_expert_equals_a_dense_feed_forward() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_as_exact_as_litgpt(dtype: torch.dtype, fields: dict, backend: Backend) -> None:
-    config = config_of(fields)
-    ours, stock = pair(config, dtype, backend)
+    config = moe_config(fields)
+    ours, stock = moe_pair(config, dtype, backend)
     exact = copy.deepcopy(stock).float()
     x = torch.randn(4, 16, config.n_embd).to(dtype)
     # With rounded logits LitGPT routes near ties differently: leave such tokens out.
@@ -114,9 +122,9 @@ def test_low_precision_is_as_exact_as_litgpt(dtype: torch.dtype, fields: dict, b
     x = x[logits[..., 1] - logits[..., 2] > 0.1].unsqueeze(0)
     assert x.size(1) > 30
 
-    y, x_grad, grads = run(ours, x)
-    y_stock, x_grad_stock, grads_stock = run(stock, x)
-    y_exact, x_grad_exact, grads_exact = run(exact, x.float())
+    y, x_grad, grads = run_layer(ours, x)
+    y_stock, x_grad_stock, grads_stock = run_layer(stock, x)
+    y_exact, x_grad_exact, grads_exact = run_layer(exact, x.float())
 
     assert y.dtype == x_grad.dtype == dtype
     outputs = {"y": (y, y_stock, y_exact), "x": (x_grad, x_grad_stock, x_grad_exact)}
@@ -143,7 +151,7 @@ class MatrixProducts(TorchDispatchMode):
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_autocast_experts_16_bit_router_fp32(bias: bool, backend: Backend) -> None:
     """grouped_mm is not registered for autocast: mixed precision would silently compute everything in fp32."""
-    ours, stock = pair(config_of({"bias": bias}), backend=backend)
+    ours, stock = moe_pair(moe_config({"bias": bias}), backend=backend)
     x = torch.randn(2, 8, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16), MatrixProducts() as products:
         y, router = ours.forward_with_router(x)
@@ -160,10 +168,10 @@ def test_autocast_experts_16_bit_router_fp32(bias: bool, backend: Backend) -> No
 
 @both_backends
 def test_mixed_precision_gradients_are_fp32(backend: Backend) -> None:
-    ours, stock = pair(config_of({}), backend=backend)
+    ours, stock = moe_pair(moe_config({}), backend=backend)
     x = torch.randn(2, 8, 32)
-    _, x_grad, grads = run(ours, x, autocast=torch.bfloat16)
-    _, x_grad_stock, grads_stock = run(stock, x, autocast=torch.bfloat16)
+    _, x_grad, grads = run_layer(ours, x, autocast=torch.bfloat16)
+    _, x_grad_stock, grads_stock = run_layer(stock, x, autocast=torch.bfloat16)
     torch.testing.assert_close(x_grad, x_grad_stock, atol=0.03, rtol=0.03)
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
@@ -173,10 +181,10 @@ def test_mixed_precision_gradients_are_fp32(backend: Backend) -> None:
 @both_backends
 def test_fp16_with_scaler_gives_fp32_gradients(backend: Backend) -> None:
     """Gradients too small for fp16 (below 6e-8) arrive because the loss is scaled."""
-    ours, _ = pair(config_of({}), backend=backend)
+    ours, _ = moe_pair(moe_config({}), backend=backend)
     x, small = torch.randn(2, 8, 32), 1e-7
     (ours(x).square().sum() * small).backward()
-    exact = gradients(ours)
+    exact = layer_gradients(ours)
     ours.zero_grad()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
@@ -184,7 +192,7 @@ def test_fp16_with_scaler_gives_fp32_gradients(backend: Backend) -> None:
         y = ours(x)
     scaler.scale(y.float().square().sum() * small).backward()
     scaler.unscale_(optimizer)
-    for name, grad in gradients(ours).items():
+    for name, grad in layer_gradients(ours).items():
         assert grad.dtype == torch.float32
         torch.testing.assert_close(grad / small, exact[name] / small, atol=0.05, rtol=0.02)
     before = ours.gate.weight.clone()
@@ -211,7 +219,7 @@ def test_saved_bytes_at_most_60_percent_of_plain(sizes: tuple[int, int, int, int
     """Bytes kept for the backward, without the weights, at an eighth of the widths of the benchmark's sizes."""
     n_embd, width, n_expert, top_k = sizes
     fields = {"n_expert": n_expert, "n_expert_per_token": top_k, "moe_intermediate_size": width, "n_embd": n_embd}
-    ours, _ = pair(config_of(fields), backend=backend)
+    ours, _ = moe_pair(moe_config(fields), backend=backend)
     x_NC = torch.randn(512, n_embd, requires_grad=True)
     with torch.no_grad():
         router = ours.gate(x_NC)
@@ -238,15 +246,15 @@ def test_saved_bytes_at_most_60_percent_of_plain(sizes: tuple[int, int, int, int
 @both_backends
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_repeated_runs_give_the_same_bits(bias: bool, backend: Backend) -> None:
-    config = config_of({"n_embd": 64, "moe_intermediate_size": 96, "bias": bias})
-    ours, _ = pair(config, backend=backend)
+    config = moe_config({"n_embd": 64, "moe_intermediate_size": 96, "bias": bias})
+    ours, _ = moe_pair(config, backend=backend)
     x = torch.randn(2, 64, 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        first = run(ours, x)
+        first = run_layer(ours, x)
         for _ in range(3):
-            again = run(ours, x)
+            again = run_layer(ours, x)
             assert torch.equal(first[0], again[0])
             assert torch.equal(first[1], again[1])
             assert all(torch.equal(first[2][name], again[2][name]) for name in first[2])
@@ -257,8 +265,8 @@ def test_repeated_runs_give_the_same_bits(bias: bool, backend: Backend) -> None:
 @both_backends
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_no_tokens_give_zero_gradients(bias: bool, backend: Backend) -> None:
-    ours, _ = pair(config_of({"bias": bias}), backend=backend)
-    y, x_grad, grads = run(ours, torch.randn(1, 0, 32))
+    ours, _ = moe_pair(moe_config({"bias": bias}), backend=backend)
+    y, x_grad, grads = run_layer(ours, torch.randn(1, 0, 32))
     assert y.shape == x_grad.shape == (1, 0, 32)
     assert not any(grad.any() for grad in grads.values())
     assert all(parameter.grad is not None for parameter in ours.parameters())  # DDP would wait for a missing one
@@ -268,12 +276,14 @@ def test_no_tokens_give_zero_gradients(bias: bool, backend: Backend) -> None:
 def test_gradient_with_stride_zero(backend: Backend) -> None:
     """``y.sum()`` sends a gradient of stride 0, which the backward of grouped_mm rejects."""
     for fields in ({}, {"n_expert_per_token": 1}, {"bias": True}):
-        ours, stock = pair(config_of(fields), backend=backend)
+        ours, stock = moe_pair(moe_config(fields), backend=backend)
         x = torch.randn(2, 5, 32)
         ours(x).sum().backward()
         stock(x).sum().backward()
-        for name, grad in gradients(ours).items():
-            torch.testing.assert_close(grad, gradients(stock)[name], msg=lambda text, name=name: f"{name}: {text}")
+        for name, grad in layer_gradients(ours).items():
+            torch.testing.assert_close(
+                grad, layer_gradients(stock)[name], msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 class _AtomicAdds(TorchDispatchMode):
@@ -319,7 +329,7 @@ def test_no_gradient_is_summed_by_index(dtype: torch.dtype) -> None:
             return func(*args, **(kwargs or {}))
 
     for fields in CASES.values():
-        layer = MoE(config_of(fields)).to(dtype)
+        layer = MoE(moe_config(fields)).to(dtype)
         x = torch.randn(2, 9, layer.config.n_embd, dtype=dtype, requires_grad=True)
         with Names():
             layer(x).sum().backward()
@@ -331,7 +341,7 @@ def test_no_gradient_is_summed_by_index(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_frozen_experts_get_no_gradient(dtype: torch.dtype, backend: Backend) -> None:
     """As with LoRA on the attention only: no product is computed for them, and no memory is allocated."""
-    ours, stock = pair(config_of({}), dtype, backend)
+    ours, stock = moe_pair(moe_config({}), dtype, backend)
     for layer in (ours, stock):
         layer.experts.requires_grad_(False)
     x = torch.randn(3, 30, 32).to(dtype)
@@ -348,10 +358,10 @@ def test_frozen_experts_get_no_gradient(dtype: torch.dtype, backend: Backend) ->
             return result
 
     with Shapes() as shapes:
-        _, x_grad, _ = run(ours, x)
+        _, x_grad, _ = run_layer(ours, x)
     assert shapes.seen and not shapes.seen & {ours.experts.fc_weight.shape, ours.experts.proj_weight.shape}
     assert all(parameter.grad is None for parameter in ours.experts.parameters())
-    _, x_grad_stock, _ = run(stock, x)
+    _, x_grad_stock, _ = run_layer(stock, x)
     tolerance = {} if dtype == torch.float32 else dict(atol=0.03, rtol=0.03)
     torch.testing.assert_close(x_grad, x_grad_stock, **tolerance)
     torch.testing.assert_close(ours.gate.weight.grad, stock.gate.weight.grad, **tolerance)
@@ -359,17 +369,17 @@ def test_frozen_experts_get_no_gradient(dtype: torch.dtype, backend: Backend) ->
 
 def test_blocks_and_padding_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks, so that there are many; more than 64 tokens, so that bf16 is padded."""
-    config = config_of({"n_expert": 7, "n_expert_per_token": 3})
+    config = moe_config({"n_expert": 7, "n_expert_per_token": 3})
     x = torch.randn(2, 70, 32)
     for dtype, tolerance in ((torch.float32, {}), (torch.bfloat16, dict(atol=0.05, rtol=0.05))):
         results = []
         for size in (800, 2**20):
             monkeypatch.setattr(backends, "BLOCK_SIZE", size)
-            results.append(run(pair(config, dtype)[0], x.to(dtype)))
+            results.append(run_layer(moe_pair(config, dtype)[0], x.to(dtype)))
         for first, second in zip(results[0][:2], results[1][:2], strict=True):
             assert torch.equal(first, second)
         assert all(torch.equal(results[0][2][name], grad) for name, grad in results[1][2].items())
-        y, x_grad, grads = run(pair(config, dtype, "grouped_mm")[0], x.to(dtype))
+        y, x_grad, grads = run_layer(moe_pair(config, dtype, "grouped_mm")[0], x.to(dtype))
         torch.testing.assert_close(results[0][:2], (y, x_grad), **tolerance)
         for name, grad in grads.items():
             scale = grad.float().abs().max()
@@ -377,7 +387,7 @@ def test_blocks_and_padding_do_not_change_results(monkeypatch: pytest.MonkeyPatc
 
 
 def test_transposed_input() -> None:
-    ours, stock = pair(config_of({}))
+    ours, stock = moe_pair(moe_config({}))
     x = torch.randn(5, 2, 32).transpose(0, 1)
     torch.testing.assert_close(ours(x), stock(x.contiguous()))
 
@@ -385,9 +395,9 @@ def test_transposed_input() -> None:
 @pytest.mark.parametrize("backend", [None, "grouped_mm"])
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
 def test_shapes_on_the_meta_device(fields: dict, backend: Backend | None) -> None:
-    config = config_of(fields)
+    config = moe_config(fields)
     if backend == "grouped_mm" and config.n_embd % 4:
-        config = config_of({**fields, "n_embd": 28, "moe_intermediate_size": 20})
+        config = moe_config({**fields, "n_embd": 28, "moe_intermediate_size": 20})
     with torch.device("meta"):
         layer, x = MoE(config, backend), torch.empty(2, 5, config.n_embd, requires_grad=True)
         y, router = layer.forward_with_router(x)
@@ -398,13 +408,21 @@ def test_shapes_on_the_meta_device(fields: dict, backend: Backend | None) -> Non
     assert all(parameter.grad is not None for parameter in layer.experts.parameters())
 
 
-@both_backends
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16-mixed"])
-@pytest.mark.parametrize("fields", [{"bias": True}, {**SIGMOID, "n_shared_expert": 1}], ids=["softmax", "sigmoid"])
+def compiled_cases() -> Iterator[ParameterSet]:
+    """All combinations. Half of them are quick: each pair of options is among those."""
+    routers = {"softmax": {"bias": True}, "sigmoid": {**SIGMOID_FIELDS, "n_shared_expert": 1}}
+    for router, autocast, backend in itertools.product(routers, [False, True], ["loop", "grouped_mm"]):
+        is_quick = (router == "sigmoid") ^ autocast ^ (backend == "grouped_mm")
+        name = f"{router}-{'bf16-mixed' if autocast else 'fp32'}-{backend}"
+        marks = [] if is_quick else [pytest.mark.slow]
+        yield pytest.param(routers[router], autocast, backend, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("fields", "autocast", "backend"), compiled_cases())
 def test_compiles_to_one_graph_for_any_routing(fields: dict, autocast: bool, backend: Backend) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    ours, _ = pair(config_of(fields), backend=backend)
+    ours, _ = moe_pair(moe_config(fields), backend=backend)
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours.forward_with_router, backend=graphs, fullgraph=True)
@@ -419,7 +437,7 @@ def test_compiles_to_one_graph_for_any_routing(fields: dict, autocast: bool, bac
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 y, router = forward(x)
             (y.square().sum() + router.logits.square().sum()).backward()
-            results.append((y.detach(), router, gradients(ours)))
+            results.append((y.detach(), router, layer_gradients(ours)))
         (y, router, grads), (y_eager, router_eager, grads_eager) = results
         assert torch.equal(router.logits, router_eager.logits) and torch.equal(router.tokens, router_eager.tokens)
         torch.testing.assert_close(y, y_eager, **tolerance)
@@ -443,22 +461,22 @@ def test_activation_checkpointing_keeps_gradients(bias: bool, backend: Backend) 
             y, router = checkpoint(self.layer.forward_with_router, x, use_reentrant=False)
             return y + router.logits.sum()
 
-    ours, _ = pair(config_of({"bias": bias}), backend=backend)
+    ours, _ = moe_pair(moe_config({"bias": bias}), backend=backend)
     x = torch.randn(2, 6, 32)
-    _, x_grad, grads = run(Checkpointed(ours), x)
+    _, x_grad, grads = run_layer(Checkpointed(ours), x)
 
     ours.zero_grad()
     x = x.requires_grad_()
     y, router = ours.forward_with_router(x)
     (y + router.logits.sum()).backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(x_grad, x.grad)
-    for name, grad in gradients(ours).items():
+    for name, grad in layer_gradients(ours).items():
         assert torch.equal(grads[f"layer.{name}"], grad)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_gives_the_same_output(mode: type) -> None:
-    ours, _ = pair(config_of({}))
+    ours, _ = moe_pair(moe_config({}))
     x = torch.randn(1, 1, 32)
     expected = ours(x).detach()
     with mode():
@@ -470,19 +488,19 @@ def test_inference_gives_the_same_output(mode: type) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @torch.inference_mode()
 def test_for_inference_equals_the_layer(name: str, rows: int) -> None:
-    ours, _ = pair(config_of({"n_expert": 8, **CASES[name]}))
+    ours, _ = moe_pair(moe_config({"n_expert": 8, **CASES[name]}))
     x = torch.randn(rows, 1, ours.config.n_embd)
     torch.testing.assert_close(ours.for_inference()(x), ours(x), atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
 def test_for_inference_in_bf16_and_under_autocast() -> None:
-    ours, _ = pair(config_of({"n_expert": 8, "n_shared_expert": 1}), torch.bfloat16)
+    ours, _ = moe_pair(moe_config({"n_expert": 8, "n_shared_expert": 1}), torch.bfloat16)
     x = torch.randn(3, 1, 32).bfloat16()
     y = ours.for_inference()(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, ours(x), atol=2e-2, rtol=2e-2)
-    ours, _ = pair(config_of({"n_expert": 8}))
+    ours, _ = moe_pair(moe_config({"n_expert": 8}))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ours.for_inference()(x.float()), ours(x.float()))
 
@@ -499,4 +517,4 @@ def test_for_inference_in_bf16_and_under_autocast() -> None:
 def test_impossible_config_raises(fields: dict, message: str) -> None:
     """LitGPT accepts ``n_expert`` 0 and builds a model without a feed-forward."""
     with pytest.raises(ValueError, match=message):
-        MoE(config_of(fields))
+        MoE(moe_config(fields))

@@ -8,13 +8,13 @@ from litgpt.model import GroupedTopkRouter
 
 from custom_moe import MoE, score_function, weights_are_constant
 from custom_moe.router import GroupedTopKRouter, TopKRouter
-from tests.custom_moe.helpers import config_of
+from tests.helpers import moe_config
 
 SIGMOID = dict(n_expert_groups=3, n_topk_groups=2, n_topk_scores_per_group=2)
 
 
 def config_12(**fields: object) -> Config:
-    return config_of({"n_layer": 1, "moe_intermediate_size": 16, "n_expert": 12, "n_expert_per_token": 3, **fields})
+    return moe_config({"n_layer": 1, "moe_intermediate_size": 16, "n_expert": 12, "n_expert_per_token": 3, **fields})
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])

@@ -23,16 +23,19 @@ SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 120: 99}
     [True, pytest.param(False, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))],
     ids=["in the interpreter", "on a GPU"],
 )
-def test_kernels_equal_plain_arithmetic(interpreted: bool) -> None:
-    cases = Path(__file__).with_name("triton_cases.py")
+@pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_equal_plain_arithmetic(interpreted: bool, cases: str) -> None:
+    path = Path(__file__).with_name("triton_cases.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.no_skips", "--noconftest"]
     variables = {**os.environ, "TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, str(cases)], env=variables, capture_output=True, text=True, encoding="utf-8")
+    result = subprocess.run(
+        [*command, "-m", cases, str(path)], env=variables, capture_output=True, text=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def compiled(kernel: Any, capability: int, aligned: bool, warps: int, stages: int, **arguments: Any) -> Any:
-    """``kernel`` compiled without a GPU. Of its arguments a type of ``torch`` stands for a tensor, other values are
+    """Compile ``kernel`` without a GPU. A torch dtype as argument means a tensor of that type, other values are
     known to the compiler, and those not given are sizes, multiples of 16 where ``aligned``."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -113,6 +116,7 @@ def check(capability: int, binaries: dict[str, Any], tensor_cores: bool, folder:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_consumer_gpu_code_is_pipelined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs of 8.6's 100 kB, 1 kB of which each takes for itself, and copies of 16 bytes past the registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))

@@ -29,11 +29,16 @@ ROUTINGS = {
     "several tiles": [70, 3, 0, 129, 64],
     "no rows": [0, 0, 0],
 }
+# The interpreter takes seconds for wide tiles of many rows.
+WIDE_CASES = [
+    *((torch.float32, "several tiles", widths) for widths in [(33, 131), (64, 160)]),
+    *((dtype, "several tiles", (33, 70)) for dtype in (torch.bfloat16, torch.float16)),
+]
 CASES = [
     *((torch.float32, name, (24, 40)) for name in ROUTINGS),
-    *((torch.float32, "several tiles", widths) for widths in [(17, 5), (33, 131), (64, 160)]),
-    *((dtype, "several tiles", (33, 70)) for dtype in (torch.bfloat16, torch.float16)),
+    (torch.float32, "several tiles", (17, 5)),
     *((dtype, "empty experts", (64, 144)) for dtype in (torch.bfloat16, torch.float16)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in WIDE_CASES),
 ]
 
 
@@ -66,7 +71,7 @@ def expert_of(sizes: list[int]) -> list[int]:
 
 
 def check(result: Tensor, exact: Tensor, scale: Tensor, terms: int, dtype: torch.dtype) -> None:
-    """``result`` is ``exact`` rounded to ``dtype``, after a sum of ``terms`` in fp32 whose absolute values add to
+    """``result`` is ``exact`` rounded to ``dtype``, after an fp32 sum of ``terms`` with absolute values that add up to
     ``scale``. The interpreter does not round to bf16, it truncates."""
     assert result.dtype == dtype and result.shape == exact.shape and result.is_contiguous()
     rounding = torch.finfo(dtype).eps / (1 if INTERPRETED and dtype == torch.bfloat16 else 2)
@@ -227,7 +232,7 @@ def test_compiles_to_one_graph_for_any_routing() -> None:
     ],
     ids=["plain", "biases", "odd sizes", "one expert", "sigmoid"],
 )
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_layer_equals_litgpt(fields: dict, compiled: bool) -> None:
     torch.manual_seed(0)
     sizes = dict(n_layer=2, n_embd=32, n_head=2, moe_intermediate_size=48, n_expert=4, n_expert_per_token=2, bias=False)

@@ -16,9 +16,8 @@ from litmoe.cli import UserError, run_cli
 from litmoe.data import manifest
 from litmoe.evaluation.experts import count, describe, draw, evaluate, visible
 from litmoe.evaluation.loss import batched, read_tokens, windows
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
+from tests.helpers import CPU_FP32, load_script, save_tiny, tiny_gpt
 
-CPU = {"device": "cpu", "precision": "32-true"}
 SIGMOID = {
     "intermediate_size": 64,
     "n_shared_expert": 1,
@@ -135,7 +134,7 @@ def test_finds_a_router_that_prefers_a_token(tmp_path: Path, moe_fields: dict, p
         block.attn.proj.weight.zero_()
         block.norm_2.weight.fill_(1.0)
         block.mlp.gate.weight[:, 0] = torch.tensor([-9.0, -9.0, 9.0, -9.0])
-    layer = evaluate(save_trained(tmp_path / "final", gpt, prepared), **CPU).layers[0]
+    layer = evaluate(save_trained(tmp_path / "final", gpt, prepared), **CPU_FP32).layers[0]
     (found,) = (token for token in layer.tokens[2] if token.id == name)
     assert (found.text, found.share) == (" the", 1.0)
     assert found.lift == pytest.approx(4 / layer.load[2])
@@ -143,17 +142,17 @@ def test_finds_a_router_that_prefers_a_token(tmp_path: Path, moe_fields: dict, p
 
 
 def test_batch_size_does_not_change_counts(checkpoint: Path) -> None:
-    one, other = (evaluate(checkpoint, batch_size=size, max_seq_length=16, **CPU) for size in (1, 7))
+    one, other = (evaluate(checkpoint, batch_size=size, max_seq_length=16, **CPU_FP32) for size in (1, 7))
     assert [layer.load for layer in one.layers] == [layer.load for layer in other.layers]
     assert [layer.tokens for layer in one.layers] == [layer.tokens for layer in other.layers]
-    part = evaluate(checkpoint, batch_size=2, max_iters=1, max_seq_length=16, **CPU)
+    part = evaluate(checkpoint, batch_size=2, max_iters=1, max_seq_length=16, **CPU_FP32)
     assert (part.tokens, part.context) == (32, 16)
 
 
 def test_refuses_a_dense_model(tmp_path: Path, moe_fields: dict, prepared: Path) -> None:
     dense = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
     with pytest.raises(UserError, match=r"is a dense model \(LLaMAMLP\) without experts.*--upcycle"):
-        evaluate(save_trained(tmp_path / "final", tiny_gpt(moe_fields | dense), prepared), **CPU)
+        evaluate(save_trained(tmp_path / "final", tiny_gpt(moe_fields | dense), prepared), **CPU_FP32)
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
@@ -175,7 +174,7 @@ def test_heat_map_has_every_expert(
 ) -> None:
     """In an SVG file, texts are in comments, because letters are drawn as shapes."""
     fields = moe_fields | {"n_expert": n_expert, "n_layer": n_layer, "n_expert_per_token": 1}
-    result = evaluate(save_trained(tmp_path / "final", tiny_gpt(fields), prepared), **CPU)
+    result = evaluate(save_trained(tmp_path / "final", tiny_gpt(fields), prepared), **CPU_FP32)
     layer = replace(
         result.layers[0],
         dead=[0],
@@ -206,7 +205,7 @@ def test_script(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    expected = asdict(evaluate(Path("checkpoints") / "final", **CPU))
+    expected = asdict(evaluate(Path("checkpoints") / "final", **CPU_FP32))
     assert {**shown, "seconds": 0} == json.loads(json.dumps({**expected, "seconds": 0}))
     assert (shown["n_expert"], len(shown["layers"]), shown["step"]) == (4, 2, 1)
     tokens = manifest.read(Path(shown["data_dir"])).splits["val"].tokens  # type: ignore[union-attr]

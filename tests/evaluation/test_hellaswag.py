@@ -1,6 +1,5 @@
 """HellaSwag: the numbers of lm-eval, for checkpoints and during training."""
 
-import csv
 import json
 import math
 import random
@@ -31,11 +30,16 @@ from litmoe.evaluation.hellaswag import (
     log_probabilities,
     read_questions,
 )
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
-
-CPU = {"device": "cpu", "precision": "32-true"}
-DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
-GPT2_LIKE = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerNorm", "bias": True, "n_query_groups": 4}
+from tests.helpers import (
+    CPU_FP32,
+    DENSE_FIELDS,
+    NEOX_FIELDS,
+    convert_for_transformers,
+    load_script,
+    metric_rows,
+    save_tiny,
+    tiny_gpt,
+)
 
 
 def make_rows() -> list[dict[str, Any]]:
@@ -82,11 +86,6 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def questions(file: Path) -> list[Question]:
     return read_questions(str(file))
-
-
-@pytest.fixture
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_dir)
 
 
 @pytest.fixture
@@ -190,7 +189,7 @@ def test_refuses_another_tokenizer(questions: list[Question], tokenizer: Tokeniz
     "changes",
     [
         {},
-        {**DENSE, "scale_embeddings": True, "final_logit_softcapping": 2.0, "norm_qk": True},
+        {**DENSE_FIELDS, "scale_embeddings": True, "final_logit_softcapping": 2.0, "norm_qk": True},
         {"sliding_window_size": 9, "sliding_window_indices": [0, 1]},
     ],
     ids=["moe", "gemma-like", "sliding"],
@@ -251,7 +250,7 @@ def test_accuracies_by_hand() -> None:
 
 @pytest.mark.filterwarnings("ignore:divide by zero")  # an ending of length 0
 @pytest.mark.parametrize(
-    ("changes", "block_size"), [({}, 64), pytest.param(GPT2_LIKE, 128, marks=pytest.mark.slow)], ids=["moe", "gpt2"]
+    ("changes", "block_size"), [({}, 64), pytest.param(NEOX_FIELDS, 128, marks=pytest.mark.slow)], ids=["moe", "gpt2"]
 )
 def test_numbers_equal_lm_eval(
     tmp_path: Path, file: Path, questions: list[Question], moe_fields: dict, tokenizer_dir: Path, changes, block_size
@@ -263,10 +262,8 @@ def test_numbers_equal_lm_eval(
     from lm_eval.tasks._yaml_loader import load_yaml
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tests.test_stock_litgpt import convert
-
     folder = save_tiny(tmp_path / "final", tiny_gpt(moe_fields | {"block_size": block_size} | changes), tokenizer_dir)
-    convert(folder, tmp_path / "converted")
+    convert_for_transformers(folder, tmp_path / "converted")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     lm = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "converted"), batch_size=8, device="cpu")
     assert lm.max_length == block_size
@@ -278,7 +275,7 @@ def test_numbers_equal_lm_eval(
     }
     result = lm_eval.evaluate(lm, {"hellaswag": ConfigurableTask(config=config)}, bootstrap_iters=1)
     theirs = result["results"]["hellaswag"]
-    ours = evaluate(folder, str(file), **CPU)
+    ours = evaluate(folder, str(file), **CPU_FP32)
     for name in ("acc", "acc_norm"):
         assert getattr(ours, name) == theirs[f"{name},none"]
         assert getattr(ours, f"{name}_stderr") == pytest.approx(theirs[f"{name}_stderr,none"])
@@ -305,7 +302,7 @@ def test_script(checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: pytes
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    expected = asdict(evaluate(Path("checkpoints") / "final", file.name, limit=30, **CPU))
+    expected = asdict(evaluate(Path("checkpoints") / "final", file.name, limit=30, **CPU_FP32))
     assert {**shown, "seconds": 0} == {**expected, "seconds": 0}
     assert (shown["questions"], shown["step"], shown["source"]) == (30, 1, file.name)
     assert (shown["protocol"], shown["context"]) == ("lm-eval, 0-shot", 128)
@@ -333,15 +330,15 @@ def test_script_refuses_flags(checkpoint: Path, flags: list[str], message: str, 
 def test_uses_the_context_of_training(tmp_path: Path, file: Path, fields: dict, tokenizer_dir: Path) -> None:
     settings = {"train": {"max_seq_length": 70}}
     folder = save_tiny(tmp_path / "short", tiny_gpt(fields), tokenizer_dir, hyperparameters=settings)
-    assert evaluate(folder, str(file), **CPU).context == 70
-    assert evaluate(folder, str(file), max_seq_length=128, **CPU).context == 128
+    assert evaluate(folder, str(file), **CPU_FP32).context == 70
+    assert evaluate(folder, str(file), max_seq_length=128, **CPU_FP32).context == 128
 
 
 def test_refuses_a_diverged_model(tmp_path: Path, file: Path, fields: dict, tokenizer_dir: Path) -> None:
     gpt = tiny_gpt(fields)
     torch.nn.init.constant_(gpt.transformer.ln_f.weight, float("nan"))
     with pytest.raises(UserError, match="diverged"):
-        evaluate(save_tiny(tmp_path / "final", gpt, tokenizer_dir), str(file), **CPU)
+        evaluate(save_tiny(tmp_path / "final", gpt, tokenizer_dir), str(file), **CPU_FP32)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -357,14 +354,9 @@ class OnlyTraining(TokenizedText):
 FLAGS = ("--max-seq-length", "64", "--eval.hellaswag_interval", "3")
 
 
-def rows_of(out_dir: Path) -> list[dict[str, str]]:
-    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def scores_of(out_dir: Path) -> dict[int, tuple[float, float]]:
     """Both accuracies by step."""
-    rows = [row for row in rows_of(out_dir) if row["hellaswag_acc"]]
+    rows = [row for row in metric_rows(out_dir) if row["hellaswag_acc"]]
     return {int(row["step"]): (float(row["hellaswag_acc"]), float(row["hellaswag_acc_norm"])) for row in rows}
 
 
@@ -379,8 +371,8 @@ def test_scoring_does_not_change_a_run(train, tmp_path: Path, file: Path, capsys
     acc, acc_norm = scores[12]
     line = f"step 12/12 | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f} (lm-eval, 0-shot, 20 questions, "
     assert printed.count(line) == 1
-    assert [int(row["step"]) for row in rows_of(out) if row["val_loss"]] == [0, 4, 8, 12]
-    at_the_end = evaluate(out / "final", str(file), limit=20, **CPU)
+    assert [int(row["step"]) for row in metric_rows(out) if row["val_loss"]] == [0, 4, 8, 12]
+    at_the_end = evaluate(out / "final", str(file), limit=20, **CPU_FP32)
     assert (at_the_end.acc, at_the_end.acc_norm) == scores[12]
     one, other = (checkpoints.read_metadata(path / "final").files["lit_model.pth"] for path in (without, out))
     assert one == other
@@ -394,8 +386,8 @@ def test_resumed_run_has_the_same_scores(train, tmp_path: Path, file: Path) -> N
     one, other = (checkpoints.read_metadata(path / "final").files["lit_model.pth"] for path in (complete, resumed))
     assert one == other
     same = ("step", "train_loss", "val_loss", "grad_norm", "hellaswag_acc", "hellaswag_acc_norm")
-    assert [[row[name] for name in same] for row in rows_of(complete)] == [
-        [row[name] for name in same] for row in rows_of(resumed)
+    assert [[row[name] for name in same] for row in metric_rows(complete)] == [
+        [row[name] for name in same] for row in metric_rows(resumed)
     ]
     assert list(scores_of(resumed)) == [3, 6, 8]
 
@@ -404,7 +396,7 @@ def test_scores_without_validation_text(train, file: Path) -> None:
     flags = ("--data.class_path", f"{__name__}.OnlyTraining", "--max-seq-length", "64")
     out = train(*flags, "--eval.hellaswag", str(file), "--train.max_steps", "6", "--eval.final_validation", "false")
     assert list(scores_of(out)) == [4]
-    assert not any(row["val_loss"] for row in rows_of(out))
+    assert not any(row["val_loss"] for row in metric_rows(out))
 
 
 @pytest.mark.parametrize(
@@ -435,5 +427,5 @@ def test_two_ranks_give_the_scores_of_one(train, run_file: Path, tmp_path: Path,
     scores = scores_of(tmp_path / "two")
     assert list(scores) == [0, 3, 5]
     assert scores[0] == scores_of(one)[0], "from the same weights"
-    at_the_end = evaluate(tmp_path / "two" / "final", str(file), **CPU)
+    at_the_end = evaluate(tmp_path / "two" / "final", str(file), **CPU_FP32)
     assert (at_the_end.acc, at_the_end.acc_norm) == scores[5]

@@ -15,9 +15,7 @@ from litmoe.data import manifest
 from litmoe.data.loader import TokenWindows
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.evaluation.loss import batched, evaluate, read_tokens, sum_loss, windows
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
-
-CPU = {"device": "cpu", "precision": "32-true"}
+from tests.helpers import CPU_FP32, load_script, save_tiny, tiny_gpt
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +38,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokeniz
         )
     )
     return data_dir
-
-
-@pytest.fixture
-def gpt(moe_fields: dict) -> GPT:
-    return tiny_gpt(moe_fields)
 
 
 @pytest.fixture
@@ -109,7 +102,7 @@ def test_loss_by_hand(gpt: GPT, corpus: Path, checkpoint: Path) -> None:
             logits = gpt(torch.tensor([tokens[start:position]]))[0, -1].double()
         nats -= logits.log_softmax(-1)[tokens[position]].item()
     split = manifest.read(corpus).splits["val"]  # type: ignore[union-attr]
-    result = evaluate(checkpoint, max_seq_length=16, batch_size=3, **CPU)
+    result = evaluate(checkpoint, max_seq_length=16, batch_size=3, **CPU_FP32)
     assert result.tokens == len(tokens) - 1 == split.tokens
     assert result.bytes == split.bytes
     assert result.windows == math.ceil(split.tokens / 16)
@@ -120,33 +113,33 @@ def test_loss_by_hand(gpt: GPT, corpus: Path, checkpoint: Path) -> None:
 
 def test_untrained_model_has_uniform_loss(tmp_path: Path, gpt: GPT, corpus: Path) -> None:
     torch.nn.init.zeros_(gpt.lm_head.weight)
-    result = evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU)
+    result = evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU_FP32)
     assert result.loss == pytest.approx(math.log(384))
     assert result.perplexity == pytest.approx(384)
 
 
 def test_batch_size_does_not_change_the_loss(gpt: GPT, checkpoint: Path) -> None:
-    results = [evaluate(checkpoint, max_seq_length=16, batch_size=size, **CPU) for size in (1, 4, None)]
+    results = [evaluate(checkpoint, max_seq_length=16, batch_size=size, **CPU_FP32) for size in (1, 4, None)]
     assert len({(result.tokens, result.windows) for result in results}) == 1
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6) == pytest.approx(results[2].loss, rel=1e-6)
 
 
 def test_max_iters_counts_what_was_read(checkpoint: Path, corpus: Path) -> None:
-    complete = evaluate(checkpoint, max_seq_length=16, batch_size=2, **CPU)
-    part = evaluate(checkpoint, max_seq_length=16, batch_size=2, max_iters=1, **CPU)
+    complete = evaluate(checkpoint, max_seq_length=16, batch_size=2, **CPU_FP32)
+    part = evaluate(checkpoint, max_seq_length=16, batch_size=2, max_iters=1, **CPU_FP32)
     assert (part.windows, part.tokens) == (2, 32)
     assert part.bytes == round(complete.bytes * 32 / complete.tokens)
 
 
 def test_uses_the_context_of_training(tmp_path: Path, gpt: GPT, corpus: Path, checkpoint: Path) -> None:
-    assert evaluate(checkpoint, **CPU).context == 64
-    assert evaluate(save_trained(tmp_path / "short", gpt, corpus, max_seq_length=24), **CPU).context == 24
+    assert evaluate(checkpoint, **CPU_FP32).context == 64
+    assert evaluate(save_trained(tmp_path / "short", gpt, corpus, max_seq_length=24), **CPU_FP32).context == 24
     with pytest.raises(UserError, match="expected 1 to 64"):
-        evaluate(checkpoint, max_seq_length=65, **CPU)
+        evaluate(checkpoint, max_seq_length=65, **CPU_FP32)
 
 
 def test_half_precision_is_close(checkpoint: Path) -> None:
-    exact = evaluate(checkpoint, **CPU).loss
+    exact = evaluate(checkpoint, **CPU_FP32).loss
     assert evaluate(checkpoint, device="cpu", precision="bf16-true").loss == pytest.approx(exact, rel=0.02)
     mixed = evaluate(checkpoint, device="cpu", precision="bf16-mixed")
     assert mixed.loss != exact
@@ -173,29 +166,29 @@ def test_refuses_another_tokenizer(tmp_path: Path, gpt: GPT, corpus: Path, token
     (other / "tokenizer_config.json").write_bytes((tokenizer_dir / "tokenizer_config.json").read_bytes())
     folder = save_tiny(tmp_path / "final", gpt, other)
     with pytest.raises(UserError, match=r"another tokenizer .* prepare_data\.py"):
-        evaluate(folder, corpus, **CPU)
+        evaluate(folder, corpus, **CPU_FP32)
 
 
 def test_refuses_a_small_vocabulary(tmp_path: Path, moe_fields: dict, corpus: Path) -> None:
     gpt = tiny_gpt(moe_fields | {"vocab_size": 300, "padded_vocab_size": 300})
     with pytest.raises(UserError, match="has 300 tokens"):
-        evaluate(save_tiny(tmp_path / "final", gpt, None), corpus, **CPU)
+        evaluate(save_tiny(tmp_path / "final", gpt, None), corpus, **CPU_FP32)
 
 
 def test_refuses_missing_data(tmp_path: Path, gpt: GPT, corpus: Path, checkpoint: Path) -> None:
     with pytest.raises(UserError, match="--data_dir"):
-        evaluate(save_tiny(tmp_path / "unknown", gpt, None), **CPU)
+        evaluate(save_tiny(tmp_path / "unknown", gpt, None), **CPU_FP32)
     moved = save_tiny(tmp_path / "moved", gpt, None, hyperparameters={"data": {"val_data_path": "nowhere/val"}})
     with pytest.raises(UserError, match=r"was trained on nowhere, which does not exist .*--data_dir"):
-        evaluate(moved, **CPU)
+        evaluate(moved, **CPU_FP32)
     with pytest.raises(UserError, match=r"prepare_data\.py --data_dir"):
-        evaluate(checkpoint, tmp_path, **CPU)
+        evaluate(checkpoint, tmp_path, **CPU_FP32)
 
 
 def test_refuses_a_diverged_model(tmp_path: Path, gpt: GPT, corpus: Path) -> None:
     torch.nn.init.constant_(gpt.transformer.ln_f.weight, float("nan"))
     with pytest.raises(UserError, match="diverged"):
-        evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU)
+        evaluate(save_trained(tmp_path / "final", gpt, corpus), **CPU_FP32)
 
 
 # --- script
@@ -209,7 +202,7 @@ def test_script(checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pyt
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    expected = asdict(evaluate(Path("checkpoints") / "final", **CPU))
+    expected = asdict(evaluate(Path("checkpoints") / "final", **CPU_FP32))
     assert {**shown, "seconds": 0} == {**expected, "seconds": 0}
     assert shown["same_data"] is True
     for part in ("nats per token", "perplexity", "bits per byte", f"{shown['tokens']:,}"):

@@ -19,10 +19,8 @@ from litmoe.cli import UserError, run_cli
 from litmoe.evaluation import tasks
 from litmoe.evaluation.common import Continuation, batches_by_length
 from litmoe.evaluation.tasks import Harness, evaluate, find_tasks, load_tasks
-from tests.test_stock_litgpt import convert
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt, wordy_gpt
+from tests.helpers import CPU_FP32, convert_for_transformers, load_script, save_tiny, tiny_gpt, wordy_gpt
 
-CPU = {"device": "cpu", "precision": "32-true"}
 QUESTIONS = [
     {
         "question": f"{name} the {animal} went to the",
@@ -103,7 +101,7 @@ def as_hflm(tmp_path: Path, checkpoint: Path) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    convert(checkpoint, tmp_path / "converted")
+    convert_for_transformers(checkpoint, tmp_path / "converted")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted")
     return HFLM(model, tokenizer=tokenizer, batch_size=3, device="cpu")
@@ -179,7 +177,7 @@ def test_results_equal_lm_eval(checkpoint: Path, folder: Path, hflm: Any) -> Non
     theirs = evaluator.simple_evaluate(
         hflm, tasks=load_tasks(manager, names), task_manager=manager, log_samples=False, num_fewshot=1
     )
-    ours = evaluate(checkpoint, names, tasks_dir=folder, num_fewshot=1, **CPU)
+    ours = evaluate(checkpoint, names, tasks_dir=folder, num_fewshot=1, **CPU_FP32)
     expected = tasks.scores_of(theirs)
     assert {(score.task, score.metric) for score in ours.scores} == {
         ("places", "acc"),
@@ -210,7 +208,7 @@ def test_accuracy_by_hand(checkpoint: Path, folder: Path) -> None:
                 logs = model.gpt(ids[None, :-1])[0].log_softmax(-1)
             nats.append(float(logs.gather(1, ids[1:, None])[len(start) - 1 :].sum()))
         hits.append(nats.index(max(nats)) == row["right"])
-    scores = evaluate(checkpoint, ["places"], tasks_dir=folder, **CPU).scores
+    scores = evaluate(checkpoint, ["places"], tasks_dir=folder, **CPU_FP32).scores
     assert scores[0].value == pytest.approx(sum(hits) / len(hits))
 
 
@@ -219,7 +217,7 @@ def test_accuracy_by_hand(checkpoint: Path, folder: Path) -> None:
     ("name", "tasks"), [("both", {"places", "writing"}), ("stories", {"places", "writing", "perplexity"})]
 )
 def test_groups_tags_and_limit(checkpoint: Path, folder: Path, name: str, tasks: set[str]) -> None:
-    result = evaluate(checkpoint, [name], tasks_dir=folder, limit=2, **CPU)
+    result = evaluate(checkpoint, [name], tasks_dir=folder, limit=2, **CPU_FP32)
     assert {score.task for score in result.scores} == tasks
     assert {score.n for score in result.scores} == {2}
     assert result.limit == 2
@@ -228,9 +226,9 @@ def test_groups_tags_and_limit(checkpoint: Path, folder: Path, name: str, tasks:
 def test_uses_the_context_of_training(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, folder: Path) -> None:
     settings = {"train": {"max_seq_length": 24}}
     saved = save_tiny(tmp_path / "short", tiny_gpt(moe_fields), tokenizer_dir, hyperparameters=settings)
-    assert evaluate(saved, ["places"], tasks_dir=folder, limit=1, **CPU).context == 24
+    assert evaluate(saved, ["places"], tasks_dir=folder, limit=1, **CPU_FP32).context == 24
     with pytest.raises(UserError, match="expected 1 to 64"):
-        evaluate(saved, ["places"], tasks_dir=folder, max_seq_length=65, **CPU)
+        evaluate(saved, ["places"], tasks_dir=folder, max_seq_length=65, **CPU_FP32)
 
 
 def test_batches_contain_each_row_once() -> None:
@@ -248,7 +246,9 @@ def test_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pyt
     captured = capsys.readouterr()
     shown = json.loads(captured.out)
     assert shown == json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    expected = evaluate(Path("checkpoints/final"), ["places", "perplexity"], tasks_dir=Path("tasks"), limit=3, **CPU)
+    expected = evaluate(
+        Path("checkpoints/final"), ["places", "perplexity"], tasks_dir=Path("tasks"), limit=3, **CPU_FP32
+    )
     assert {**shown, "seconds": 0} == {**asdict(expected), "seconds": 0}
     assert (shown["protocol"], shown["tasks_dir"], shown["context"]) == (f"lm-eval {version('lm-eval')}", "tasks", 32)
     for part in ("places", "acc_norm", f"{shown['scores'][0]['value']:.4f}", "±", "lm-eval", "only the first 3"):
@@ -278,7 +278,7 @@ def test_script_refuses_flags(checkpoint: Path, flags: list[str], message: str, 
 @pytest.mark.slow
 def test_unknown_task_names_similar_ones(checkpoint: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"found no task 'hellaswog' in lm-eval or .*Similar names: .*hellaswag"):
-        evaluate(checkpoint, ["places", "hellaswog"], tasks_dir=folder, **CPU)
+        evaluate(checkpoint, ["places", "hellaswog"], tasks_dir=folder, **CPU_FP32)
 
 
 def test_missing_network_is_a_clear_error(checkpoint: Path, folder: Path) -> None:
@@ -287,7 +287,7 @@ def test_missing_network_is_a_clear_error(checkpoint: Path, folder: Path) -> Non
     task |= {"task": "far", "dataset_path": "Nobody/nothing", "dataset_kwargs": {}}
     (folder / "far.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     with pytest.raises(UserError, match=r"can't load far \(.*needs a network.*--tasks_dir"):
-        evaluate(checkpoint, ["far"], tasks_dir=folder, **CPU)
+        evaluate(checkpoint, ["far"], tasks_dir=folder, **CPU_FP32)
 
 
 def change(folder: Path, name: str, **changes: Any) -> None:
@@ -308,16 +308,16 @@ def change(folder: Path, name: str, **changes: Any) -> None:
 def test_refuses_unsupported_tasks(checkpoint: Path, folder: Path, changes: dict, message: str) -> None:
     change(folder, "writing", **changes)
     with pytest.raises(UserError, match=message):
-        evaluate(checkpoint, ["writing"], tasks_dir=folder, **CPU)
+        evaluate(checkpoint, ["writing"], tasks_dir=folder, **CPU_FP32)
 
 
 def test_refuses_an_answer_longer_than_context(checkpoint: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"of a task has \d+ tokens; expected 1 to 2, the context"):
-        evaluate(checkpoint, ["places"], tasks_dir=folder, max_seq_length=2, **CPU)
+        evaluate(checkpoint, ["places"], tasks_dir=folder, max_seq_length=2, **CPU_FP32)
 
 
 def test_refuses_a_diverged_model(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path, folder: Path) -> None:
     gpt = tiny_gpt(moe_fields)
     torch.nn.init.constant_(gpt.transformer.ln_f.weight, float("nan"))
     with pytest.raises(UserError, match="diverged"):
-        evaluate(save_tiny(tmp_path / "final", gpt, tokenizer_dir), ["places"], tasks_dir=folder, **CPU)
+        evaluate(save_tiny(tmp_path / "final", gpt, tokenizer_dir), ["places"], tasks_dir=folder, **CPU_FP32)

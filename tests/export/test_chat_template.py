@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from litmoe.data.conversations import encode_prompt
 from litmoe.export.chat_template import chat_template, differing
 from litmoe.export.huggingface import export
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
+from tests.helpers import save_tiny, tiny_gpt
 
 WITHOUT_TEMPLATE = {"llama2"}  # its prompt ends with a space, which a tokenizer joins with the answer
 

@@ -13,7 +13,7 @@ from litmoe import checkpoints, load
 from litmoe.cli import UserError
 from litmoe.config import PROJECT
 from tests.export.push_server import serve
-from tests.tiny_checkpoint import litgpts_finetuning, load_script, save_tiny, tiny_gpt
+from tests.helpers import litgpt_finetuning_flags, load_script, save_tiny, tiny_gpt
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_imported_model_can_be_finetuned(tmp_path: Path, tokenizer_dir: Path) ->
     source = hf_folder(tmp_path / "hf", tokenizer_dir, "llama", max_position_embeddings=256)
     load_script("export_hf").import_folder(source, tmp_path / "in")
     command = [sys.executable, "-m", "litgpt", "finetune_full", str(tmp_path / "in")]
-    subprocess.run([*command, *litgpts_finetuning(tmp_path)], check=True, timeout=280)
+    subprocess.run([*command, *litgpt_finetuning_flags(tmp_path)], check=True, timeout=280)
     assert checkpoints.load_weights(tmp_path / "finetuned" / "final").keys()
 
 

@@ -21,10 +21,8 @@ from litmoe.export.huggingface import check_can_push, export
 from litmoe.export.importing import import_folder
 from litmoe.export.weights import from_huggingface, to_huggingface
 from litmoe.hf_config import litgpt_config, model_type_of, without_counterpart
-from tests.tiny_checkpoint import save_tiny, tiny_gpt, wordy_gpt
+from tests.helpers import DENSE_FIELDS, NEOX_FIELDS, save_tiny, tiny_gpt, wordy_gpt
 
-DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "n_expert": 0, "n_expert_per_token": 0}
-NEOX = {**DENSE, "mlp_class_name": "GptNeoxMLP", "norm_class_name": "LayerNorm", "bias": True, "n_query_groups": 4}
 SIGMOID = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 1, "norm_topk_prob": True}
 POST_NORM = {"norm_1": False, "norm_2": False, "post_attention_norm": True, "post_mlp_norm": True}
 OLMO = {"norm_qk": True, "norm_qk_type": "olmo2"}
@@ -32,18 +30,18 @@ LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "
 FAMILIES = {
     "mixtral": ({}, "MixtralForCausalLM"),
     "mixtral-wide-heads": ({"head_size": 16, "n_query_groups": 1, "rope_base": 500}, "MixtralForCausalLM"),
-    "llama": (DENSE, "LlamaForCausalLM"),
-    "llama-with-biases": ({**DENSE, "bias": True}, "LlamaForCausalLM"),
-    "llama-3.1": ({**DENSE, "rope_adjustments": LLAMA3_ROPE, "n_embd": 64}, "LlamaForCausalLM"),
-    "qwen2": ({**DENSE, "attn_bias": True}, "Qwen2ForCausalLM"),
-    "qwen3": ({**DENSE, "norm_qk": True, "head_size": 16}, "Qwen3ForCausalLM"),
+    "llama": (DENSE_FIELDS, "LlamaForCausalLM"),
+    "llama-with-biases": ({**DENSE_FIELDS, "bias": True}, "LlamaForCausalLM"),
+    "llama-3.1": ({**DENSE_FIELDS, "rope_adjustments": LLAMA3_ROPE, "n_embd": 64}, "LlamaForCausalLM"),
+    "qwen2": ({**DENSE_FIELDS, "attn_bias": True}, "Qwen2ForCausalLM"),
+    "qwen3": ({**DENSE_FIELDS, "norm_qk": True, "head_size": 16}, "Qwen3ForCausalLM"),
     "qwen3-moe": ({"norm_qk": True}, "Qwen3MoeForCausalLM"),
     "qwen3-moe-dense-first": (
         {"norm_qk": True, "first_k_dense_replace": 1, "intermediate_size": 40},
         "Qwen3MoeForCausalLM",
     ),
     "olmoe": (OLMO, "OlmoeForCausalLM"),
-    "olmo2": ({**DENSE, **OLMO, **POST_NORM}, "Olmo2ForCausalLM"),
+    "olmo2": ({**DENSE_FIELDS, **OLMO, **POST_NORM}, "Olmo2ForCausalLM"),
     "glm4-moe": ({**SIGMOID, "routed_scaling_factor": 2.5}, "Glm4MoeForCausalLM"),
     "glm4-moe-everything": (
         {
@@ -54,8 +52,8 @@ FAMILIES = {
         },
         "Glm4MoeForCausalLM",
     ),
-    "gpt-neox": ({**NEOX, "gelu_approximate": "tanh", "norm_eps": 1e-3}, "GPTNeoXForCausalLM"),
-    "pythia": ({**NEOX, "parallel_residual": True, "rotary_percentage": 0.25}, "GPTNeoXForCausalLM"),
+    "gpt-neox": ({**NEOX_FIELDS, "gelu_approximate": "tanh", "norm_eps": 1e-3}, "GPTNeoXForCausalLM"),
+    "pythia": ({**NEOX_FIELDS, "parallel_residual": True, "rotary_percentage": 0.25}, "GPTNeoXForCausalLM"),
 }
 QUICK = ("mixtral", "llama-3.1", "glm4-moe-everything", "pythia")
 by_family = pytest.mark.parametrize(
@@ -175,12 +173,15 @@ def test_large_models_are_sharded(tmp_path: Path, moe_fields: dict, tokenizer_di
         ({**SIGMOID, **OLMO}, ["norm_qk_type: olmo2"]),
         ({**SIGMOID, "n_expert_groups": 4, "n_topk_groups": 2}, ["n_topk_scores_per_group: 1"]),
         ({**OLMO, "head_size": 16}, ["head_size: 16"]),
-        ({**DENSE, **OLMO}, ["norm_1: True", "norm_2: True", "post_attention_norm: False", "post_mlp_norm: False"]),
-        ({**DENSE, "norm_qk": True, "attn_bias": True}, ["attn_bias: True"]),
-        ({**DENSE, "mlp_class_name": "GemmaMLP"}, ["mlp_class_name: GemmaMLP"]),
-        ({**NEOX, "n_query_groups": 2}, ["n_query_groups: 2"]),
-        ({**NEOX, "bias": False}, ["bias: False"]),
-        ({**NEOX, "name": "OLMo-x"}, ["name: OLMo-x"]),
+        (
+            {**DENSE_FIELDS, **OLMO},
+            ["norm_1: True", "norm_2: True", "post_attention_norm: False", "post_mlp_norm: False"],
+        ),
+        ({**DENSE_FIELDS, "norm_qk": True, "attn_bias": True}, ["attn_bias: True"]),
+        ({**DENSE_FIELDS, "mlp_class_name": "GemmaMLP"}, ["mlp_class_name: GemmaMLP"]),
+        ({**NEOX_FIELDS, "n_query_groups": 2}, ["n_query_groups: 2"]),
+        ({**NEOX_FIELDS, "bias": False}, ["bias: False"]),
+        ({**NEOX_FIELDS, "name": "OLMo-x"}, ["name: OLMo-x"]),
     ],
 )
 def test_names_fields_without_counterpart(changes: dict, named: list[str], moe_fields: dict) -> None:

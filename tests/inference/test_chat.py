@@ -17,14 +17,14 @@ from litgpt import GPT, Tokenizer
 from litgpt.prompts import Phi2
 
 from litmoe.cli import UserError, run_cli
+from litmoe.config import PROJECT
 from litmoe.data.conversations import Message, encode_newest, encode_prompt, prompt_style
 from litmoe.inference.chat import Chat, describe
 from litmoe.inference.generate import Model, Sampling, generate_tokens, load, stream_pieces
 from litmoe.inference.terminal import Terminal
 from litmoe.inference.text_stream import StopSequences
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt, wordy_gpt
+from tests.helpers import load_script, save_tiny, tiny_gpt, wordy_gpt
 
-ROOT = Path(__file__).parent.parent.parent
 GREEDY = {"temperature": 0.0}
 
 
@@ -34,11 +34,6 @@ def gpt(moe_fields: dict) -> GPT:
     with torch.no_grad():
         gpt.lm_head.weight[0] = 0  # the model never writes end-of-text
     return gpt
-
-
-@pytest.fixture
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_dir)
 
 
 @pytest.fixture
@@ -347,7 +342,7 @@ def test_errors_end_a_pipe(type_in: Callable[[str], Terminal], line: str, messag
 def test_script_in_a_pipe(tmp_path: Path, pretrained: Model) -> None:
     """The newest checkpoint answers each line in UTF-8, with only the answers on stdout."""
     os.rename(pretrained.folder.parent, tmp_path / "checkpoints")
-    command = [sys.executable, str(ROOT / "chat.py"), "--temperature=0", "--max-new-tokens", "20", "--device=cpu"]
+    command = [sys.executable, str(PROJECT / "chat.py"), "--temperature=0", "--max-new-tokens", "20", "--device=cpu"]
     result = subprocess.run(
         command, cwd=tmp_path, input="Once upon\n\nMia 🦊\n", capture_output=True, encoding="utf-8", timeout=200
     )
@@ -436,7 +431,7 @@ def test_real_terminal(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) ->
     with torch.no_grad():
         gpt.lm_head.weight[0] = 0
     folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir, prompt_style=Phi2())
-    command = [sys.executable, str(ROOT / "chat.py"), str(folder), "--device", "cpu", "--max_new_tokens", "99999"]
+    command = [sys.executable, str(PROJECT / "chat.py"), str(folder), "--device", "cpu", "--max_new_tokens", "99999"]
     typist = Typist([*command, "--top_k", "100", "--temperature", "3"], tmp_path)
     try:
         typist.wait_for("Ctrl-D ends the chat.*>")

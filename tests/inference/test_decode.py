@@ -13,7 +13,7 @@ from litmoe.inference import decode
 from litmoe.inference.decode import Decoder
 from litmoe.inference.generate import generate_tokens
 from litmoe.layers import use_fast_layers
-from tests.tiny_checkpoint import tiny_gpt
+from tests.helpers import tiny_gpt
 
 USUAL = {
     "moe": {},

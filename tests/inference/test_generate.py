@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from custom_moe import use_custom_moe
 from litmoe import checkpoints
 from litmoe.cli import UserError, run_cli
+from litmoe.config import PROJECT
 from litmoe.data.tokenizers import text_ids
 from litmoe.inference.generate import (
     Model,
@@ -34,20 +35,7 @@ from litmoe.inference.generate import (
 )
 from litmoe.inference.generate_cli import read_prompts
 from litmoe.inference.text_stream import TextStream
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt, wordy_gpt
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def gpt(moe_fields: dict) -> GPT:
-    return tiny_gpt(moe_fields)
-
-
-@pytest.fixture
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_dir)
-
+from tests.helpers import load_script, save_tiny, tiny_gpt, wordy_gpt
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
@@ -485,7 +473,16 @@ def test_load_refuses_damaged_folders(tmp_path: Path, gpt: GPT, tokenizer_dir: P
 def test_script(tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
     """The newest checkpoint under checkpoints/, only text on stdout, headers for several samples."""
     save_tiny(tmp_path / "checkpoints" / "final", gpt, tokenizer_dir, step=3)
-    command = [sys.executable, str(ROOT / "generate.py"), "--prompt", "Once", "--num-samples", "2", "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(PROJECT / "generate.py"),
+        "--prompt",
+        "Once",
+        "--num-samples",
+        "2",
+        "--device",
+        "cpu",
+    ]
     command += ["--max_new_tokens=70", "--temperature", "2", "--top_k", "null", "--seed", "3"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=200)
     assert result.returncode == 0, result.stderr

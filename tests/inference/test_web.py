@@ -19,13 +19,13 @@ from litgpt import Tokenizer
 from litgpt.prompts import Phi2
 
 from litmoe.cli import UserError
+from litmoe.config import PROJECT
 from litmoe.data.conversations import Message
 from litmoe.inference.chat import Chat
 from litmoe.inference.generate import Model, Sampling, load
+from tests.helpers import load_script, save_tiny, tiny_gpt
 from tests.no_skips import find_browser
-from tests.tiny_checkpoint import load_script, save_tiny, tiny_gpt
 
-ROOT = Path(__file__).parent.parent.parent
 SAMPLING = Sampling(max_new_tokens=30, temperature=0.8, top_k=50, top_p=1.0)
 HOSTILE = (
     '<script>window.ran = 1</script><img src="http://192.0.2.1/x.png" onerror="window.ran = 1"> **bold** $x$ '
@@ -286,7 +286,7 @@ def address(folders: list[Path]) -> Iterator[str]:
     """The page with both models, served by the script itself."""
     command = [
         sys.executable,
-        str(ROOT / "chat.py"),
+        str(PROJECT / "chat.py"),
         str(folders[0]),
         "--compare",
         str(folders[1]),

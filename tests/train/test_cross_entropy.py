@@ -30,7 +30,7 @@ def test_there_are_several_blocks():
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_loss_and_gradients_are_those_of_two_steps(factor):
+def test_loss_and_gradients_equal_two_steps(factor):
     x, weight, targets = tensors()
     expected = F.cross_entropy(x @ weight.t(), targets)
     found = linear_cross_entropy(x, weight, targets)
@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_those_of_two_steps(factor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_on_a_gpu_columns_are_added_that_are_no_words(dtype):
+def test_padded_columns_change_nothing(dtype):
     x, weight, targets = tensors(dtype)
     assert (computed_columns(V, "cuda"), computed_columns(V, "cpu")) == (3072, V)
     results = []
@@ -59,7 +59,7 @@ def test_gradients_add_up_over_micro_batches():
     torch.testing.assert_close((x.grad, weight.grad), wanted)
 
 
-def test_without_any_target_there_is_neither_loss_nor_gradient():
+def test_no_targets_give_zero_loss_and_gradient():
     x, weight, targets = tensors()
     loss = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORE_INDEX))
     loss.backward()
@@ -67,7 +67,7 @@ def test_without_any_target_there_is_neither_loss_nor_gradient():
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_what_needs_no_gradient_gets_none(frozen):
+def test_no_gradient_where_none_is_needed(frozen):
     x, weight, targets = tensors()
     wanted = torch.autograd.grad(F.cross_entropy(x @ weight.t(), targets), (x, weight))
     (x if frozen == "x" else weight).requires_grad_(False)
@@ -78,7 +78,7 @@ def test_what_needs_no_gradient_gets_none(frozen):
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_in_bf16_only_the_products_are_rounded(autocast):
-    """By autocast the gradients of fp32 parameters stay fp32; their sum over blocks is fp32 in both."""
+    """Under autocast, gradients of fp32 parameters stay fp32, and sums over blocks are fp32 too."""
     x, weight, targets = tensors(torch.float32 if autocast else torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
     expected = F.cross_entropy(exact[0] @ exact[1].t(), targets)
@@ -93,7 +93,7 @@ def test_in_bf16_only_the_products_are_rounded(autocast):
         assert error < 0.01
 
 
-def test_the_logits_of_all_tokens_never_exist():
+def test_all_logits_never_exist_at_once():
     x, weight, targets = tensors()
     sizes = []
 
@@ -108,8 +108,8 @@ def test_the_logits_of_all_tokens_never_exist():
     assert max(sizes) <= rows_per_block(N, V, "cpu") * V < N * V
 
 
-def test_the_output_layers_gradient_is_there_once() -> None:
-    """The backward made a second one to scale it: 154 MB at MoE-200M's size, while all activations are there."""
+def test_output_layer_gradient_exists_once() -> None:
+    """The backward used to make a scaled copy: 154 MB at MoE-200M's size, while all activations exist."""
     x, weight, targets = tensors()
     places = set()
 
@@ -125,15 +125,15 @@ def test_the_output_layers_gradient_is_there_once() -> None:
     assert places - {weight.data_ptr()} == {weight.grad.data_ptr()}
 
 
-def test_a_second_backward_is_refused() -> None:
-    """It would scale what is scaled."""
+def test_second_backward_is_refused() -> None:
+    """It would scale the gradient twice."""
     loss = linear_cross_entropy(*tensors())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_flops_are_those_of_three_products_and_of_one_without_gradients():
+def test_flops_of_forward_and_backward():
     x, weight, targets = tensors()
     with FlopCounterMode(display=False) as counter:
         linear_cross_entropy(x, weight, targets).backward()
@@ -150,12 +150,14 @@ def test_blocks_of_one_size_are_compiled_once():
     compiled = torch.compile(loss_of_rows, backend=graphs, fullgraph=True)
     found = torch.autograd.grad(linear_cross_entropy(x, weight, targets, loss_of_rows=compiled), (x, weight))
     torch.testing.assert_close(found, torch.autograd.grad(linear_cross_entropy(x, weight, targets), (x, weight)))
-    assert (N // rows_per_block(N, V, "cpu"), graphs.frame_count) == (2, 2), "of two whole blocks and of the last one"
+    assert (N // rows_per_block(N, V, "cpu"), graphs.frame_count) == (2, 2), (
+        "of two complete blocks and of the last one"
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 512, 4096, 65536])
 @pytest.mark.parametrize("words", [2048, 50257, 200_000])
-def test_blocks_on_a_gpu_fill_its_tiles_and_are_few_and_alike(tokens, words):
+def test_gpu_blocks_fill_tiles_evenly(tokens, words):
     rows = rows_per_block(tokens, words, "cuda")
     assert -(-tokens // rows) <= 16
     assert rows % 128 == 0

@@ -1,4 +1,4 @@
-"""Finetuning by the door's own path: what is learned, what is saved, that a resumed run is the uninterrupted one."""
+"""Finetuning as ``finetune.py`` does it: losses, saved checkpoints, LoRA, refusals. (Exact resume: test_resume.py.)"""
 
 import json
 import math
@@ -22,14 +22,13 @@ from litmoe.data.conversations import encode_conversation, load_prompt_style
 from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
 from litmoe.finetune_config import parse_finetuning
 from litmoe.train.saving import locked
-from tests.tiny_checkpoint import save_tiny, tiny_gpt
-from tests.training_fixtures import column
+from tests.helpers import column, save_tiny, tiny_gpt
 
 SIGMOID = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": True}
 
 
 def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "phi-2") -> float:
-    """By stock LitGPT, one conversation at a time: nats per answer token."""
+    """Return nats per answer token, computed by stock LitGPT one conversation at a time."""
     gpt = GPT(checkpoints.load_config(folder))
     gpt.load_state_dict(checkpoints.load_weights(folder))
     tokenizer, total, tokens = Tokenizer(folder), 0.0, 0
@@ -46,8 +45,8 @@ def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_dropout", "0")], ids=["full", "lora"])
-def test_compiled_it_is_the_same_run(tune, tmp_path, flags):
-    """Whatever lengths come: a graph for each of them would end it after some steps."""
+def test_compiled_run_equals_eager_run(tune, tmp_path, flags):
+    """For any lengths: a graph for each length would raise after some steps."""
     flags = (*flags, "--train.max_steps", "24")
     plain, compiled = (
         tune("--out_dir", str(tmp_path / value), "--compile", value, *flags) for value in ("false", "true")
@@ -57,17 +56,22 @@ def test_compiled_it_is_the_same_run(tune, tmp_path, flags):
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_mlp", "true")], ids=["full", "lora"])
-def test_the_held_out_answers_become_likelier(tune, base, instructions, flags):
+def test_validation_loss_decreases(tune, base, instructions, flags):
     out = tune(*flags)
     losses = column(out, "val_loss")
     assert losses[0] == pytest.approx(answer_loss(base, instructions), rel=1e-5)
     assert losses[-1] == pytest.approx(answer_loss(out / "final", instructions), rel=1e-5)
     assert losses[-1] < losses[0] - 0.3
     assert type(load_prompt_style(out / "final")) is litgpt.prompts.Phi2
+    model = checkpoints.load_model(out / "final", torch.device("cpu"), torch.float32)
+    stock = GPT(checkpoints.load_config(out / "final"))
+    stock.load_state_dict(checkpoints.load_weights(out / "final"))
+    ids = torch.randint(0, 384, (1, 16))
+    torch.testing.assert_close(model(ids), stock(ids), rtol=1e-4, atol=1e-4)
 
 
-def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(tune, tmp_path):
-    """Two micro batches of two, of other lengths, give what one of four gives; not so with a mean of their means."""
+def test_step_loss_is_mean_over_answer_tokens(tune, tmp_path):
+    """Two micro batches of different lengths equal one large batch. A mean of their means would not."""
     flags = ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0", "--train.max_steps", "2")
     accumulated = tune(*flags, "--out_dir", str(tmp_path / "a"))
     at_once = tune(*flags, "--out_dir", str(tmp_path / "b"), "--micro-batch-size", "4")
@@ -76,7 +80,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_answer_tokens(tune, tmp_path):
     assert column(accumulated, "total_tokens") == column(at_once, "total_tokens")
 
 
-def test_routers_that_can_not_learn_are_named(tune, tmp_path, moe_fields, tokenizer_dir, capsys):
+def test_warns_of_constant_routers(tune, tmp_path, moe_fields, tokenizer_dir, capsys):
     fields = moe_fields | {"block_size": 48, "n_expert_per_token": 1}
     base = save_tiny(tmp_path / "other", tiny_gpt(fields), tokenizer_dir)
     flags = ("--checkpoint_dir", str(base), "--train.max_steps", "1")
@@ -86,14 +90,14 @@ def test_routers_that_can_not_learn_are_named(tune, tmp_path, moe_fields, tokeni
     assert "warning" not in capsys.readouterr().out
 
 
-def test_lora_leaves_selection_biases_as_they_are(tune, tmp_path, moe_fields, tokenizer_dir):
-    """They are no part of the updates that are saved by themselves; a base with them would be another one."""
+def test_lora_refuses_bias_updates(tune, tmp_path, moe_fields, tokenizer_dir):
+    """Selection biases are not part of the LoRA updates, so changing them would change the base."""
     base = save_tiny(tmp_path / "other", tiny_gpt(moe_fields | {"block_size": 48} | SIGMOID), tokenizer_dir)
     with pytest.raises(UserError, match=r"LoRA does not change the routers' selection bias.*--lora_r 0"):
         tune("--checkpoint_dir", str(base), "--lora_r", "4", "--moe.bias_update_rate", "0.01")
 
 
-def test_lora_trains_few_weights_and_litgpt_reads_its_updates(tune, base, tmp_path):
+def test_lora_updates_are_read_by_litgpt(tune, base, tmp_path):
     out = tune("--lora_r", "4", "--lora_mlp", "true", "--lora_alpha", "8")
     before, after = checkpoints.load_weights(base), checkpoints.load_weights(out / "final")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -107,32 +111,23 @@ def test_lora_trains_few_weights_and_litgpt_reads_its_updates(tune, base, tmp_pa
         torch.testing.assert_close(litgpts[name], weight, msg=name)
 
 
-def test_stock_litgpt_answers_as_the_tuned_model(tune):
-    out = tune()
-    model = checkpoints.load_model(out / "final", torch.device("cpu"), torch.float32)
-    stock = GPT(checkpoints.load_config(out / "final"))
-    stock.load_state_dict(checkpoints.load_weights(out / "final"))
-    ids = torch.randint(0, 384, (1, 16))
-    torch.testing.assert_close(model(ids), stock(ids), rtol=1e-4, atol=1e-4)
-
-
 def test_tied_embeddings_stay_tied(tune, tmp_path, moe_fields, tokenizer_dir):
     gpt = tiny_gpt({**moe_fields, "block_size": 48})
     gpt.transformer.wte.weight = gpt.lm_head.weight
     tied = save_tiny(tmp_path / "tied", gpt, tokenizer_dir)
-    out = tune("--checkpoint_dir", str(tied))
+    out = tune("--checkpoint_dir", str(tied), "--train.max_steps", "2")
     assert checkpoints.is_tied(checkpoints.load_weights(out / "final"))
-    out = tune("--checkpoint_dir", str(tied), "--resume", "auto", "--train.max_steps", "10")
+    out = tune("--checkpoint_dir", str(tied), "--resume", "auto", "--train.max_steps", "3")
     assert checkpoints.is_tied(checkpoints.load_weights(out / "final"))
 
 
 @pytest.mark.parametrize("head", ["false", "true"])
 def test_lora_on_tied_embeddings(tune, tmp_path, moe_fields, tokenizer_dir, head):
-    """Tied stays tied, but where the head gets updates of its own."""
+    """Tied weights stay tied unless the head has its own LoRA updates."""
     gpt = tiny_gpt({**moe_fields, "block_size": 48})
     gpt.transformer.wte.weight = gpt.lm_head.weight
     tied = save_tiny(tmp_path / "tied", gpt, tokenizer_dir)
-    out = tune("--checkpoint_dir", str(tied), "--lora_r", "4", "--lora_head", head)
+    out = tune("--checkpoint_dir", str(tied), "--lora_r", "4", "--lora_head", head, "--train.max_steps", "2")
     weights = checkpoints.load_weights(out / "final")
     assert checkpoints.is_tied(weights) == (head == "false")
     assert torch.equal(weights["transformer.wte.weight"], gpt.transformer.wte.weight)
@@ -147,7 +142,7 @@ def test_lora_on_tied_embeddings(tune, tmp_path, moe_fields, tokenizer_dir, head
     ],
     ids=["swiglu", "gelu"],
 )
-def test_dense_models_too(tune, tmp_path, moe_fields, tokenizer_dir, fields):
+def test_dense_models(tune, tmp_path, moe_fields, tokenizer_dir, fields):
     dense = {**moe_fields, "block_size": 48, **fields}
     folder = save_tiny(tmp_path / "dense", tiny_gpt(dense), tokenizer_dir)
     for flags in ((), ("--lora_r", "2", "--lora_mlp", "true", "--lora_head", "true", "--overwrite", "true")):
@@ -155,8 +150,8 @@ def test_dense_models_too(tune, tmp_path, moe_fields, tokenizer_dir, fields):
         assert math.isfinite(losses[-1]) and losses[-1] < losses[0]
 
 
-def test_other_lora_weights_are_not_resumed(tune):
-    tune("--lora_r", "4", "--train.max_steps", "4")
+def test_resume_rejects_other_lora_settings(tune):
+    tune("--lora_r", "4", "--train.max_steps", "1")
     for flags, message in (
         (("--lora_r", "8"), "lora_r was 4 and is now 8"),
         (("--lora_r", "4", "--lora_mlp", "true"), "lora_mlp was False and is now True"),
@@ -166,14 +161,14 @@ def test_other_lora_weights_are_not_resumed(tune):
             tune(*flags, "--resume", "auto", "--train.max_steps", "10")
 
 
-def test_a_pretraining_run_is_not_resumed(tune, base):
-    """KeyError: 'prompt_style'."""
+def test_resume_rejects_pretraining_runs(tune, base):
+    """It raised KeyError: 'prompt_style'."""
     with pytest.raises(UserError, match=r"is from a pretraining run.*finetune\.py .* --out_dir NEW"):
         tune("--resume", str(base))
 
 
-def test_a_resumed_run_knows_its_checkpoint(tune, base, tmp_path, monkeypatch):
-    out = tune("--train.max_steps", "4")
+def test_resume_finds_its_base_checkpoint(tune, base, tmp_path, monkeypatch):
+    out = tune("--train.max_steps", "1")
     flags = ["--config", str(tmp_path / "finetune.yaml"), "--out_dir", str(out)]
     assert parse_finetuning([*flags, "--resume", "auto"]).settings.checkpoint_dir == base
     monkeypatch.chdir(tmp_path)
@@ -183,14 +178,14 @@ def test_a_resumed_run_knows_its_checkpoint(tune, base, tmp_path, monkeypatch):
         parse_finetuning([".", *flags])
 
 
-def test_a_checkpoint_is_no_place_for_a_run(tune, base):
+def test_out_dir_must_not_be_a_checkpoint(tune, base):
     for place in (base, base / "deeper"):
         with pytest.raises(UserError, match="is a checkpoint; put the run elsewhere"):
             tune("--out_dir", str(place))
 
 
-def test_finetuning_holds_its_out_dir(base, tmp_path, monkeypatch, capsys):
-    """Nothing is read or prepared before: the conversations that are named are not there."""
+def test_finetuning_locks_its_out_dir(base, tmp_path, monkeypatch, capsys):
+    """The lock comes first: the data folder of the flags does not exist."""
     flags = ["--data_dir", str(tmp_path / "nowhere"), "--out_dir", str(tmp_path / "out"), "--overwrite"]
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(base), *flags])
     with locked(tmp_path / "out"), pytest.raises(SystemExit, match="1"):
@@ -198,8 +193,8 @@ def test_finetuning_holds_its_out_dir(base, tmp_path, monkeypatch, capsys):
     assert f"{tmp_path / 'out'} is used by another run (process {os.getpid()} on" in capsys.readouterr().err
 
 
-def test_another_style_is_not_resumed(tune):
-    tune("--train.max_steps", "4")
+def test_resume_rejects_other_prompt_style(tune):
+    tune("--train.max_steps", "1")
     with pytest.raises(UserError, match="prompt_style was phi-2 and is now falcon"):
         tune("--resume", "auto", "--prompt_style", "falcon", "--train.max_steps", "10")
 
@@ -216,13 +211,13 @@ def test_another_style_is_not_resumed(tune):
         (("--data.class_path", "litgpt.data.Alpaca2k"), "expected litmoe.data.InstructionData"),
     ],
 )
-def test_a_mistake_gets_one_message(tune, flags, message):
+def test_mistakes_give_one_message(tune, flags, message):
     with pytest.raises(UserError, match=message):
         tune(*flags)
 
 
-def test_a_long_first_question_is_no_obstacle(tune, tmp_path):
-    """The sample answers the first held-out question that leaves room; where none does, the message is about them."""
+def test_long_questions_are_skipped(tune, tmp_path):
+    """The sample uses the first validation question that fits the context. If none fits, the message says so."""
     short = [{"prompt": f"Where is {name}?", "response": "At the sea."} for name in ("Mia", "Tom", "Lily", "Ben")]
     long = [{"prompt": f"Where is {row['prompt']}? " * 30, "response": "At the sea."} for row in short]
 
@@ -244,7 +239,7 @@ def test_a_long_first_question_is_no_obstacle(tune, tmp_path):
         tune_on(long, short)
 
 
-def test_the_settings_that_are_saved_run_again(tune, tmp_path):
+def test_saved_settings_repeat_the_run(tune, tmp_path):
     out = tune("--lora_r", "2", "--train.max_steps", "2")
     again = tune("--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "again"))
     one, other = (checkpoints.read_metadata(path / "final").files["lit_model.pth"] for path in (out, again))
@@ -266,7 +261,7 @@ def test_finetuning_keeps_the_trained_context(tmp_path, moe_fields, tokenizer_di
     [(), ("--lora_r", "4", "--lora_mlp", "true"), ("--strategy", "fsdp")],
     ids=["full", "lora", "full by fsdp"],
 )
-def test_two_processes_are_one(tune, base, tmp_path, flags):
+def test_two_processes_equal_one(tune, base, tmp_path, flags):
     flags = ("--lora_dropout", "0.0", *flags)
     one = tune(*flags, "--out_dir", str(tmp_path / "one"))
     door = Path(__file__).resolve().parents[2] / "finetune.py"

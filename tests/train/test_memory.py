@@ -33,6 +33,7 @@ def parsed(*flags: str) -> ParsedRun:
 
 def allocated(run: ParsedRun, precision: str) -> int:
     """Return the peak of the bytes allocated in the second optimizer step of a run."""
+    torch.manual_seed(0)  # the memory depends on the load of the experts
     fabric = L.Fabric(accelerator="cpu", devices=1, precision=precision)
     train = run.settings.train
     with use_custom_moe(), use_fast_layers(), fabric.init_module():
@@ -70,7 +71,13 @@ def allocated(run: ParsedRun, precision: str) -> int:
 @pytest.mark.parametrize("vocabulary", [64, 2048], ids=["peak in a layer", "peak at the logits"])
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("dense", "bf16-mixed"), ("moe", "32-true"), ("moe", "bf16-mixed"), ("moe", "bf16-true"), ("gpt2-moe", "32-true")],
+    [
+        ("dense", "bf16-mixed"),
+        ("moe", "32-true"),
+        ("moe", "bf16-mixed"),
+        pytest.param("moe", "bf16-true", marks=pytest.mark.slow),
+        pytest.param("gpt2-moe", "32-true", marks=pytest.mark.slow),
+    ],
 )
 def test_peak_of_a_real_step(kind: str, precision: str, vocabulary: int) -> None:
     """Buffers inside the loop operators and casts inside sums are counted too."""

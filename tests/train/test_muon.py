@@ -1,4 +1,4 @@
-"""Muon against torch's own for single matrices, and against AdamW for the rest."""
+"""Muon equals torch's for single matrices, and AdamW for all other parameters."""
 
 from copy import deepcopy
 
@@ -30,7 +30,7 @@ def gpt(moe_fields: dict) -> GPT:
 
 @pytest.fixture
 def in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch.optim.Muon computes everywhere."""
+    """Compute in the dtype of torch.optim.Muon."""
     monkeypatch.setattr(muon, "products_dtype", lambda device: torch.bfloat16)
 
 
@@ -39,7 +39,7 @@ def matrix(*shape: int, seed: int = 0) -> nn.Parameter:
 
 
 def steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], count: int = 3) -> None:
-    """Updates with the same gradients for parameters of the same size, however they are cut into tensors."""
+    """Take steps with the same gradients, for any split of the parameters into tensors."""
     for step in range(count):
         random = torch.Generator().manual_seed(step)
         for parameter in parameters:
@@ -48,7 +48,7 @@ def steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], coun
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
-def test_a_matrix_moves_as_by_torchs_muon(shape: tuple[int, int], in_bf16: None) -> None:
+def test_matrix_update_equals_torch_muon(shape: tuple[int, int], in_bf16: None) -> None:
     ours, theirs = matrix(*shape), matrix(*shape)
     steps(Muon([{"params": [ours], "parts": (1,)}], lr=0.02, weight_decay=0.1), [ours])
     steps(torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95), [theirs])
@@ -56,7 +56,7 @@ def test_a_matrix_moves_as_by_torchs_muon(shape: tuple[int, int], in_bf16: None)
 
 
 @pytest.mark.parametrize("parts", [(1,), (1, 1), (4, 2, 2)])
-def test_stacked_matrices_move_as_each_by_itself(parts: tuple[int, ...], in_bf16: None) -> None:
+def test_stacked_update_equals_single_updates(parts: tuple[int, ...], in_bf16: None) -> None:
     stacked = matrix(3, 48, 16)
     heights = [48 * part // sum(parts) for part in parts]
     single = [nn.Parameter(m.detach().clone()) for expert in stacked for m in expert.split(heights)]
@@ -71,7 +71,7 @@ def test_singular_values_end_near_one_in_fp32_too() -> None:
     assert not orthogonalized(torch.zeros(2, 8, 4)).any()  # experts that got no token
 
 
-def test_flops_are_those_of_a_counted_step(gpt: GPT) -> None:
+def test_flops_equal_a_counted_step(gpt: GPT) -> None:
     optimizer = make_optimizer(SPECIFICATION, gpt, fused=False)
     with FlopCounterMode(display=False) as counter:
         steps(optimizer, list(gpt.parameters()), count=1)
@@ -89,7 +89,7 @@ def test_flops_of_moe_200m() -> None:
     assert [round(update / (tokens * per_token), 2) for tokens in (16384, 32768)] == [0.46, 0.23]
 
 
-def test_the_rest_moves_as_by_adamw(gpt: GPT, moe_fields: dict) -> None:
+def test_other_parameters_equal_adamw(gpt: GPT, moe_fields: dict) -> None:
     with use_custom_moe():
         other = GPT(gpt.config)
     other.load_state_dict(gpt.state_dict())
@@ -102,7 +102,7 @@ def test_the_rest_moves_as_by_adamw(gpt: GPT, moe_fields: dict) -> None:
         assert torch.equal(mine, theirs) != (id(theirs) in by_muon)
 
 
-def test_groups_have_their_own_rates_and_keep_their_ratio(gpt: GPT) -> None:
+def test_groups_keep_the_ratio_of_their_rates(gpt: GPT) -> None:
     optimizer = make_optimizer(SPECIFICATION, gpt, fused=False)
     set_learning_rate(optimizer, 0.5)
     rates = {bool(group["parts"]): group["lr"] for group in optimizer.param_groups}
@@ -110,7 +110,7 @@ def test_groups_have_their_own_rates_and_keep_their_ratio(gpt: GPT) -> None:
     assert optimizer.param_groups[0]["parts"]  # the schedule and the log go by the first group's rate
 
 
-def test_it_goes_on_from_its_state(gpt: GPT, moe_fields: dict) -> None:
+def test_resumes_from_its_state(gpt: GPT, moe_fields: dict) -> None:
     with use_custom_moe():
         other = GPT(gpt.config)
     first = make_optimizer(SPECIFICATION, gpt, fused=False)
@@ -128,14 +128,14 @@ def test_it_goes_on_from_its_state(gpt: GPT, moe_fields: dict) -> None:
 
 
 def matrix_and_rest(dtype: torch.dtype, **settings: float) -> tuple[Muon, list[nn.Parameter]]:
-    """Two equal parameters of the usual size of weights, one for each of Muon's ways."""
+    """Two parameters of typical size: one for Muon, one for AdamW."""
     parameters = [nn.Parameter((matrix(64, 64) * 0.02).detach().to(dtype)) for _ in range(2)]
     groups = [{"params": [parameters[0]], "parts": (1,)}, {"params": [parameters[1]]}]
     return Muon(groups, **settings), parameters
 
 
 def test_decay_reaches_bf16_weights() -> None:
-    """Rounding to the nearest would keep the norm as it is."""
+    """Rounding to nearest would not change the norm."""
     optimizer, parameters = matrix_and_rest(torch.bfloat16, lr=3e-4, adamw_lr=3e-4, weight_decay=0.1)
     before = [parameter.detach().float().norm() for parameter in parameters]
     for parameter in parameters:
@@ -163,7 +163,7 @@ def test_small_steps_reach_bf16_weights() -> None:
         assert float(rounded @ exact / (exact @ exact)) == pytest.approx(1, abs=0.03)
 
 
-def test_rounding_is_the_same_in_all_processes_and_after_a_resume() -> None:
+def test_rounding_is_reproducible() -> None:
     runs = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -196,6 +196,6 @@ def test_rounding_is_unbiased() -> None:
     torch.testing.assert_close(rounded[:, 4:6].mean(0), x[4:6], rtol=0, atol=1e-4)
 
 
-def test_mistakes_are_named(gpt: GPT) -> None:
+def test_invalid_arguments_are_refused(gpt: GPT) -> None:
     with pytest.raises(ValueError, match=r"adamw_lr -1.*expected rates above 0"):
         Muon([{"params": [matrix(2, 2)], "parts": (1,)}], adamw_lr=-1)

@@ -29,7 +29,7 @@ def build(fields, **changes) -> GPT:
         return GPT(Config(**{**fields, **changes}))
 
 
-def test_each_parameter_is_in_one_group_and_only_matrices_decay(moe_fields):
+def test_only_matrices_decay(moe_fields):
     gpt = build(moe_fields, bias=True, norm_class_name="LayerNorm")
     decayed, kept = parameter_groups(gpt)
     names = {id(p): re.sub(r"transformer\.h\.\d+\.", "", name) for name, p in gpt.named_parameters()}
@@ -47,7 +47,7 @@ def test_each_parameter_is_in_one_group_and_only_matrices_decay(moe_fields):
     }
 
 
-def test_a_tied_head_counts_as_the_embedding(moe_fields):
+def test_tied_head_counts_as_embedding(moe_fields):
     gpt = build(moe_fields)
     gpt.transformer.wte.weight = gpt.lm_head.weight
     decayed, kept = parameter_groups(gpt)
@@ -65,7 +65,7 @@ def names_by_parts(gpt: GPT) -> dict[tuple[int, ...] | None, set[str]]:
     return found
 
 
-def test_for_muon_the_matrices_of_the_blocks_are_apart(moe_fields):
+def test_muon_groups_of_block_matrices(moe_fields):
     found = names_by_parts(build(moe_fields, n_head=4, n_query_groups=2))
     assert found[4, 2, 2] == {"attn.qkv.weight"}
     assert found[1, 1] == {"mlp.experts.fc_weight"}
@@ -73,7 +73,7 @@ def test_for_muon_the_matrices_of_the_blocks_are_apart(moe_fields):
     assert {"transformer.wte.weight", "lm_head.weight", "mlp.gate.weight", "norm_1.weight"} <= found[None]
 
 
-def test_for_muon_lora_updates_divide_as_the_experts_do(moe_fields):
+def test_muon_splits_lora_updates_like_experts(moe_fields):
     with use_custom_moe():
         config = litgpt.lora.Config(**moe_fields, lora_r=4, lora_query=True, lora_value=True, lora_mlp=True)
         gpt = litgpt.lora.GPT(config)
@@ -83,7 +83,7 @@ def test_for_muon_lora_updates_divide_as_the_experts_do(moe_fields):
     assert {"attn.qkv.lora_A", "mlp.experts.proj_lora_B"} <= found[1,]
 
 
-def test_the_optimizer_leaves_the_settings_as_they_are(moe_fields):
+def test_optimizer_does_not_change_settings(moe_fields):
     """LitGPT writes `fused` into the mapping that is later saved with the run."""
     optimizer = make_optimizer(ADAMW, build(moe_fields), fused=True)
     assert ADAMW["init_args"] == {"lr": 1.0e-3, "weight_decay": 0.1, "fused": None}
@@ -98,13 +98,13 @@ def test_groups_keep_the_ratio_of_their_rates(moe_fields):
     assert [group["lr"] for group in optimizer.param_groups] == [0.5e-3, 2.5e-3]
 
 
-def test_an_optimizer_that_refuses_gives_one_message(moe_fields):
+def test_failing_optimizer_gives_one_message(moe_fields):
     with pytest.raises(UserError, match=r"torch\.optim\.Muon rejects.*muon\.Muon trains complete models"):
         make_optimizer({"class_path": "torch.optim.Muon", "init_args": {"lr": 0.1}}, build(moe_fields), fused=False)
 
 
-def test_resuming_keeps_this_runs_settings(moe_fields):
-    """A resumed run took weight decay and betas from the checkpoint but the learning rate from the run file."""
+def test_resume_keeps_new_settings(moe_fields):
+    """A resumed run used to keep the weight decay and betas of the checkpoint, but not its learning rate."""
     gpt = build(moe_fields)
     optimizer = make_optimizer(ADAMW, gpt, fused=False)
     for parameter in gpt.parameters():
@@ -127,22 +127,22 @@ EIGHT_BITS = {
 
 @pytest.fixture
 def experts() -> nn.ModuleDict:
-    """Stacked matrices of bf16 and a norm, as small as has a state of 8 bits."""
+    """Stacked bf16 matrices and a norm, of the smallest size with 8-bit state."""
     torch.manual_seed(0)
     return nn.ModuleDict({"mlp": Experts(4, 32, 64, 1, bias=False), "norm": nn.LayerNorm(32, bias=False)}).bfloat16()
 
 
 @pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def backend(request):
-    """What ``torch.compile`` ends in: as in a run, whose code takes up to a minute, or without making any."""
+    """The backend of ``torch.compile``: inductor takes up to a minute, aot_eager generates no code."""
     torch.compiler.reset()
     with torch.compiler.set_stance("default", force_backend=request.param):
         yield
     torch.compiler.reset()
 
 
-def test_eight_bit_adam_follows_the_schedule_without_compiling_anew(experts, backend):
-    """A learning rate that is a number would be compiled in, or make it compile at each step; torchao refuses one."""
+def test_8_bit_adam_does_not_recompile(experts, backend):
+    """A learning rate as a number would be compiled in, or recompile in each step. torchao refuses numbers."""
     optimizer = make_optimizer(EIGHT_BITS, experts, fused=True)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     graphs, moved = [], []
@@ -159,8 +159,8 @@ def test_eight_bit_adam_follows_the_schedule_without_compiling_anew(experts, bac
     assert moved == pytest.approx([1.0e-2, 0.5e-2, 0.33e-2, 0], abs=1.5e-3)
 
 
-def test_rounding_by_chance_keeps_what_bf16_rounds_away(experts):
-    """1 and 0.9995 are the same in bf16: without it no update as small would ever move a weight of 1."""
+def test_stochastic_rounding_keeps_small_updates(experts):
+    """1 and 0.9995 are equal in bf16: without stochastic rounding, small updates would never change a weight of 1."""
     means = []
     for by_chance in (True, False):
         specification = {**EIGHT_BITS, "init_args": {"lr": 5.0e-4, "bf16_stochastic_round": by_chance}}
@@ -173,7 +173,7 @@ def test_rounding_by_chance_keeps_what_bf16_rounds_away(experts):
     assert means == pytest.approx([1 - 5.0e-4, 1.0], abs=1e-4)
 
 
-def test_eight_bit_adam_without_a_compiler_is_refused(experts, monkeypatch, tmp_path):
+def test_8_bit_adam_needs_a_compiler(experts, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"torchao\.optim\.AdamW8bit compiles its step, but there is no C\+\+ compiler"):
@@ -182,8 +182,8 @@ def test_eight_bit_adam_without_a_compiler_is_refused(experts, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
-def test_who_loses_small_updates_is_warned(precision):
-    """With alternatives that this run could take: FSDP has neither of the two optimizers."""
+def test_warns_of_lost_small_updates(precision):
+    """The warning suggests optimizers that this run can use: FSDP supports neither Muon nor 8-bit Adam."""
     eight_bit = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"bf16_stochastic_round": True}}
     muon = {"class_path": "litmoe.train.muon.Muon", "init_args": {}}
     nearest = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"bf16_stochastic_round": False}}
@@ -196,7 +196,7 @@ def test_who_loses_small_updates_is_warned(precision):
 
 
 class Signs(torch.optim.Optimizer):
-    """An optimizer as a user adds it: one class, with groups of its own."""
+    """An optimizer as users write it: one class with its own parameter groups."""
 
     supports_fsdp = True
     rounds_stochastically = True

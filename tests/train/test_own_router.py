@@ -27,7 +27,7 @@ from litmoe.train.plan import show_plan
 from litmoe.train.saving import locked
 from litmoe.validation import check
 from tests.custom_moe.test_extension import ExpertChoice
-from tests.training_fixtures import column
+from tests.helpers import column
 
 ROUTER = "tests.custom_moe.test_extension.ExpertChoice"
 NAMED = rf"was trained with the router {ROUTER}\..*add (--moe\.router|--router) {ROUTER}"

@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that it would have been, bit for bit."""
+"""A run that was interrupted and resumed equals the uninterrupted run bit by bit."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from _pytest.mark import ParameterSet
 
 from litmoe import checkpoints
 from litmoe.cli import UserError
-from tests.tiny_checkpoint import mark_anew, save_tiny, tiny_gpt
-from tests.training_fixtures import SIGMOID_ROUTER, column, rows
+from tests.helpers import SIGMOID_FLAGS, assert_same_run, column, renew_checksums, save_tiny, tiny_gpt
 
 Call = Callable[..., Path]
 
@@ -30,7 +28,7 @@ MUON = (
     *("--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.adamw_lr", "1.0e-3"),
     *("--schedule.name", "wsd", "--schedule.decay_fraction", "0.5"),
 )
-BIASES = (*SIGMOID_ROUTER, "--moe.bias_update_rate", "0.01", "--moe.load_balancing_loss", "0.0")
+BIASES = (*SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01", "--moe.load_balancing_loss", "0.0")
 CASES = {
     "two workers, Muon, wsd": ("--data.init_args.num_workers", "2", *MUON),
     "log lines between saves": ("--train.log_interval", "3"),
@@ -55,71 +53,42 @@ def slow(names: Iterable[str]) -> list[ParameterSet]:
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def interrupted(whole: Path, step: int, folder: Path) -> Path:
-    """What a run leaves that is killed after it saved ``step``; its metrics may be further on."""
-    saved = whole / f"step-{step:08d}"
+def interrupted(full: Path, step: int, folder: Path) -> Path:
+    """Copy what a run leaves that is killed after it saved ``step``. Its metrics may have later rows."""
+    saved = full / f"step-{step:08d}"
     shutil.copytree(saved, folder / saved.name)
-    shutil.copyfile(whole / "metrics.csv", folder / "metrics.csv")
+    shutil.copyfile(full / "metrics.csv", folder / "metrics.csv")
     return folder
 
 
-def resume(call: Call, whole: Path, step: int, *flags: str) -> Path:
-    folder = interrupted(whole, step, whole.with_name(f"{whole.name}-{step}"))
+def resume(call: Call, full: Path, step: int, *flags: str) -> Path:
+    folder = interrupted(full, step, full.with_name(f"{full.name}-{step}"))
     return call(*flags, "--out_dir", str(folder), "--resume", "auto")
 
 
-def assert_same_run(resumed: Path, whole: Path) -> None:
-    """Each logged number but the times, the weights' file, and all that a further session would go on from."""
+def test_resume_equals_uninterrupted_run(train: Call, tmp_path: Path) -> None:
+    """After the first step, at an evaluation and between two, before the step in which the epoch ends, and after it.
 
-    def logged(out_dir: Path) -> list[dict[str, str]]:
-        timed = ("time", "tokens_per_second")
-        return [{name: value for name, value in row.items() if name not in timed} for row in rows(out_dir)]
-
-    assert logged(resumed) == logged(whole)
-    one, other = (checkpoints.read_metadata(folder / "final").files["lit_model.pth"] for folder in (resumed, whole))
-    assert one == other
-    states = [checkpoints.load_training_state(folder / "final") for folder in (resumed, whole)]
-    for state in states:
-        del state["progress"]["seconds"], state["interval"]["seconds"]
-    assert_equal(*states)
-
-
-def assert_equal(found: Any, expected: Any, place: str = "state") -> None:
-    assert type(found) is type(expected), place
-    if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype and torch.equal(found, expected), place
-    elif isinstance(expected, dict):
-        assert list(found) == list(expected), place
-        for name in expected:
-            assert_equal(found[name], expected[name], f"{place}[{name!r}]")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), place
-        for index, pair in enumerate(zip(found, expected, strict=True)):
-            assert_equal(*pair, f"{place}[{index}]")
-    else:
-        assert found == expected, place
-
-
-def test_interrupted_at_any_step(train: Call, tmp_path: Path) -> None:
-    """In the first epoch, in the step in which it ends, between two evaluations and at one."""
-    whole = train(*SMALL, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
-    epochs = column(whole, "epoch")
+    Every step of two epochs is a slow test below.
+    """
+    full = train(*SMALL, *EVERY_STEP, "--out_dir", str(tmp_path / "full"))
+    epochs = column(full, "epoch")
     assert len(epochs) == 12 and epochs[0] == 0 and epochs[-1] == 1
-    for step in range(1, 12):
-        assert_same_run(resume(train, whole, step, *SMALL, "--train.save_interval", "100"), whole)
+    for step in (1, 4, 6, 9, 10):
+        assert_same_run(resume(train, full, step, *SMALL, "--train.save_interval", "100"), full)
 
 
 def resumed_twice(call: Call, tmp_path: Path, *flags: str, stops: tuple[int, int] = (5, 10)) -> None:
-    """From a step of the whole run, and from a later one of what was resumed."""
+    """Resume from a step of the full run, and from a later step of the resumed run."""
     flags += ("--checkpoint.keep_last", "null")
-    whole = call(*flags, "--out_dir", str(tmp_path / "whole"))
-    once = resume(call, whole, stops[0], *flags)
-    assert_same_run(once, whole)
-    assert_same_run(resume(call, once, stops[1], *flags), whole)
+    full = call(*flags, "--out_dir", str(tmp_path / "full"))
+    once = resume(call, full, stops[0], *flags)
+    assert_same_run(once, full)
+    assert_same_run(resume(call, once, stops[1], *flags), full)
 
 
 @pytest.mark.parametrize("case", [*CASES, *slow(SLOW_CASES)])
-def test_resumed_twice(train: Call, tmp_path: Path, case: str) -> None:
+def test_resume_twice(train: Call, tmp_path: Path, case: str) -> None:
     """In the first epoch and in the second."""
     resumed_twice(train, tmp_path, *SMALL, *(CASES | SLOW_CASES)[case])
 
@@ -138,7 +107,7 @@ def tune_case(
 
 
 @pytest.mark.parametrize("tune_case", ["LoRA with dropout", *slow(list(TUNING)[1:])], indirect=True)
-def test_finetuning_resumed_twice(tune_case: Call, tmp_path: Path) -> None:
+def test_resume_finetuning_twice(tune_case: Call, tmp_path: Path) -> None:
     resumed_twice(tune_case, tmp_path, "--train.save_interval", "3", stops=(3, 6))
 
 
@@ -150,64 +119,60 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_with_deterministic_algorithms(train: Call, tmp_path: Path) -> None:
+def test_resume_with_deterministic_algorithms(train: Call, tmp_path: Path) -> None:
     resumed_twice(train, tmp_path, *SMALL, *BIASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1", "2"])
 @pytest.mark.parametrize("flags", [(), BIASES, MUON, (*MUON, *BIASES)], ids=["plain", "biases", "Muon", "Muon, biases"])
-def test_interrupted_at_any_step_of_two_epochs(
-    train: Call, tmp_path: Path, workers: str, flags: tuple[str, ...]
-) -> None:
+def test_resume_at_every_step_of_two_epochs(train: Call, tmp_path: Path, workers: str, flags: tuple[str, ...]) -> None:
     flags = (*SMALL, *flags, "--data.init_args.num_workers", workers, "--train.log_interval", "4")
     flags += ("--eval.interval", "3", "--train.max_steps", "null", "--train.epochs", "2")
-    whole = train(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
-    for step in range(1, checkpoints.read_metadata(whole / "final").step):
-        assert_same_run(resume(train, whole, step, *flags), whole)
+    full = train(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "full"))
+    for step in range(1, checkpoints.read_metadata(full / "final").step):
+        assert_same_run(resume(train, full, step, *flags), full)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tune_case", TUNING, indirect=True)
-def test_finetuning_interrupted_at_any_step(tune_case: Call, tmp_path: Path) -> None:
+def test_resume_finetuning_at_every_step(tune_case: Call, tmp_path: Path) -> None:
     flags = ("--train.max_steps", "null", "--train.epochs", "2")
-    whole = tune_case(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "whole"))
-    for step in range(1, checkpoints.read_metadata(whole / "final").step):
-        assert_same_run(resume(tune_case, whole, step, *flags), whole)
+    full = tune_case(*flags, *EVERY_STEP, "--out_dir", str(tmp_path / "full"))
+    for step in range(1, checkpoints.read_metadata(full / "final").step):
+        assert_same_run(resume(tune_case, full, step, *flags), full)
 
 
 # --- not to the bit ---
 
 
 @pytest.mark.parametrize("micro_batch", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_another_micro_batch_goes_on_at_the_same_token(train: Call, tmp_path: Path, micro_batch: int) -> None:
-    """The same steps on the same windows, so the same numbers but for rounding; and back."""
+def test_resume_with_other_micro_batch_size(train: Call, tmp_path: Path, micro_batch: int) -> None:
+    """The same steps train on the same windows, so the numbers are equal except for rounding. Then back again."""
     flags = (*SMALL, "--train.max_steps", "6", "--train.save_interval", "2", "--eval.interval", "100")
     flags += ("--train.log_interval", "3")
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    other = resume(train, whole, 2, *flags, "--micro-batch-size", str(micro_batch))
+    full = train(*flags, "--out_dir", str(tmp_path / "full"))
+    other = resume(train, full, 2, *flags, "--micro-batch-size", str(micro_batch))
     for out in (other, resume(train, other, 4, *flags)):
         for name in ("step", "learning_rate", "iter_tokens", "total_tokens", "epoch"):
-            assert column(out, name) == column(whole, name)
+            assert column(out, name) == column(full, name)
         for name in ("train_loss", "grad_norm", "load_balancing_loss", "expert_load_max/layer_1"):
-            assert column(out, name) == pytest.approx(column(whole, name), rel=1e-4)
+            assert column(out, name) == pytest.approx(column(full, name), rel=1e-4)
 
 
-def test_what_another_micro_batch_changes_is_said(
-    train: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Windows that filled none of the old size are trained on, and a last step may be another."""
+def test_message_about_other_micro_batch_size(train: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Windows that did not fill a batch of the old size may be used, and the last step may differ."""
     # 75 windows of 76
     flags = (*SMALL, "--train.max_steps", "null", "--train.max_tokens", "2400", "--eval.final_validation", "false")
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    assert column(whole, "total_tokens")[-1] == 72 * 32
+    full = train(*flags, "--out_dir", str(tmp_path / "full"))
+    assert column(full, "total_tokens")[-1] == 72 * 32
     for micro_batch, differs, steps, tokens in (
         (1, "the run ends at step 10, 2,400 tokens instead of step 9, 2,304 tokens", 10, 2400),
         (8, "4 of an epoch's 76 sequences fill no micro batch and are dropped (0 before)", 9, 2304),
     ):
-        shutil.rmtree(tmp_path / "whole-5", ignore_errors=True)
+        shutil.rmtree(tmp_path / "full-5", ignore_errors=True)
         capsys.readouterr()
-        out = resume(train, whole, 5, *flags, "--micro-batch-size", str(micro_batch))
+        out = resume(train, full, 5, *flags, "--micro-batch-size", str(micro_batch))
         said = re.search(rf"micro_batch_size was 4 and is now {micro_batch}: .*", capsys.readouterr().out)
         assert said is not None and differs in said[0]
         assert "training continues on the same tokens; sums differ in their last digits by their order" in said[0]
@@ -215,7 +180,7 @@ def test_what_another_micro_batch_changes_is_said(
         assert (column(out, "step")[-1], column(out, "total_tokens")[-1]) == (steps, tokens)
 
 
-def test_other_batches_are_not_resumed(train: Call) -> None:
+def test_resume_rejects_other_batches(train: Call) -> None:
     out = train("--train.max_steps", "1")
     for flag, value, message in (
         ("--global-batch-size", "8", "global_batch_size was 4 and is now 8"),
@@ -226,7 +191,7 @@ def test_other_batches_are_not_resumed(train: Call) -> None:
             train("--resume", str(out / "final"), flag, value)
 
 
-def test_another_optimizer_is_not_resumed(train: Call) -> None:
+def test_resume_rejects_another_optimizer(train: Call) -> None:
     out = train("--train.max_steps", "1")
     with pytest.raises(
         UserError, match=r"was trained with torch\.optim\.AdamW, and torch\.optim\.SGD can't use its state"
@@ -234,27 +199,27 @@ def test_another_optimizer_is_not_resumed(train: Call) -> None:
         train("--resume", str(out / "final"), "--optimizer", "torch.optim.SGD", "--optimizer.init_args.lr", "0.1")
 
 
-def test_a_checkpoint_of_no_run_is_not_resumed(train: Call, tmp_path: Path) -> None:
-    """An imported one has other hyperparameters: a KeyError."""
+def test_resume_rejects_imported_checkpoints(train: Call, tmp_path: Path) -> None:
+    """An imported checkpoint has other hyperparameters, which raised a KeyError."""
     out = train("--train.max_steps", "1")
     settings = out / "final" / "hyperparameters.yaml"
     settings.write_text("imported_from: a folder\n", encoding="utf-8")
-    mark_anew(out / "final")
+    renew_checksums(out / "final")
     with pytest.raises(UserError, match=r"has no training state.*--initial_checkpoint_dir"):
         train("--resume", str(out / "final"))
 
 
-def test_a_fresh_start_by_resume_auto_goes_over_nothing(train: Call) -> None:
-    """A checkpoint that can't be resumed was replaced by the run's own."""
+def test_resume_auto_overwrites_nothing(train: Call) -> None:
+    """A checkpoint that can't be resumed used to be replaced."""
     out = train("--train.max_steps", "1")
     (out / "final" / "training_state.pth").unlink()
-    mark_anew(out / "final")
+    renew_checksums(out / "final")
     with pytest.raises(UserError, match="holds final, which can't be resumed"):
         train("--resume", "auto")
 
 
-def test_a_short_last_step_is_made_up_for(train: Call) -> None:
-    """Continued with more tokens the run ended a micro batch short: its steps had counted for whole ones."""
+def test_resume_after_a_short_last_step(train: Call) -> None:
+    """With more tokens the resumed run ended one micro batch early, because the short step counted as complete."""
     flags = ("--train.max_steps", "null", "--train.max_tokens")
     out = train(*flags, "240")  # 7 micro batches of 32 tokens, two a step
     assert column(out, "iter_tokens") == [64, 64, 64, 32]
@@ -263,21 +228,21 @@ def test_a_short_last_step_is_made_up_for(train: Call) -> None:
     assert column(out, "total_tokens")[-1] == 512
 
 
-def test_state_of_another_version_is_resumed(train: Call, tmp_path: Path) -> None:
-    """With a counter that is not known here, and without a value that a later version compares."""
-    whole = train(*SMALL, "--out_dir", str(tmp_path / "whole"))
-    other = interrupted(whole, 10, tmp_path / "other")
+def test_resume_state_of_another_version(train: Call, tmp_path: Path) -> None:
+    """The state has an unknown counter, and lacks a value that this version compares."""
+    full = train(*SMALL, "--out_dir", str(tmp_path / "full"))
+    other = interrupted(full, 10, tmp_path / "other")
     folder = other / "step-00000010"
     state = checkpoints.load_training_state(folder)
     state["progress"]["samples"] = 20
     del state["layout"]["data_seed"]
     torch.save(state, folder / "training_state.pth")
-    mark_anew(folder)
-    assert_same_run(train(*SMALL, "--out_dir", str(other), "--resume", "auto"), whole)
+    renew_checksums(folder)
+    assert_same_run(train(*SMALL, "--out_dir", str(other), "--resume", "auto"), full)
 
 
-def test_tuning_of_an_older_version_is_resumed(tune: Call, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a setting that came later, and without fingerprints."""
+def test_resume_finetuning_of_an_older_version(tune: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint lacks a setting that was added later, and fingerprints."""
     out = tune("--lora_r", "2", "--train.max_steps", "1")
     state = checkpoints.load_training_state(out / "final")
     del state["made_from"]
@@ -285,7 +250,7 @@ def test_tuning_of_an_older_version_is_resumed(tune: Call, capsys: pytest.Captur
     settings = checkpoints.load_hyperparameters(out / "final")
     del settings["lora_head"], settings["data"]["init_args"]["prompt_style"]
     (out / "final" / checkpoints.HYPERPARAMETERS).write_text(yaml.safe_dump(settings), encoding="utf-8")
-    mark_anew(out / "final")
+    renew_checksums(out / "final")
     tune("--lora_r", "2", "--train.max_steps", "2", "--resume", "auto")
     said = capsys.readouterr().out
     assert "has no record of the conversations" in said and "Resuming from" in said
@@ -297,7 +262,7 @@ def test_tuning_of_an_older_version_is_resumed(tune: Call, capsys: pytest.Captur
 
 @pytest.fixture
 def moving(tmp_path: Path, prepared: Path, train: Call) -> tuple[Path, Call]:
-    """A folder with corpora/stories and its tokenizer in it, and training on it."""
+    """A folder that contains corpora/stories with its tokenizer, and a function that trains on it."""
     place = tmp_path / "place"
     data_dir = shutil.copytree(prepared / "data", place / "corpora" / "stories")
     shutil.copytree(prepared / "tokenizer", data_dir / "tokenizer")
@@ -306,15 +271,15 @@ def moving(tmp_path: Path, prepared: Path, train: Call) -> tuple[Path, Call]:
     return place, lambda *more: train(*flags, *more)
 
 
-def test_moved_data_is_found_by_its_manifest(
+def test_moved_data_is_found(
     moving: tuple[Path, Call], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not that of other tokens, which lies there too."""
+    """A folder with other tokens next to it is not used."""
     place, train = moving
     out = train("--train.save_interval", "2")
     before = (out / "final" / "lit_model.pth").read_bytes()
-    lies = place / "corpora" / "stories"
-    other = shutil.copytree(lies, place / "corpora" / "other")
+    data_dir = place / "corpora" / "stories"
+    other = shutil.copytree(data_dir, place / "corpora" / "other")
     manifest = json.loads((other / "tokens" / "manifest.json").read_text(encoding="utf-8"))
     manifest["splits"]["train"]["text"][0]["sha256"] = "0" * 64
     (other / "tokens" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -322,10 +287,10 @@ def test_moved_data_is_found_by_its_manifest(
     monkeypatch.chdir(place / "work")
     for there in ("corpora/renamed", "stories", "elsewhere/stories", "work/data/any"):
         (place / there).parent.mkdir(exist_ok=True)
-        shutil.move(lies, place / there)
-        lies = place / there
+        shutil.move(data_dir, place / there)
+        data_dir = place / there
         train("--resume", str(out / "step-00000002"), "--overwrite")
-        found = Path("data", "any") if there == "work/data/any" else lies
+        found = Path("data", "any") if there == "work/data/any" else data_dir
         assert f"is in {found} now and is used from there" in capsys.readouterr().out
         assert (out / "final" / "lit_model.pth").read_bytes() == before
         settings = checkpoints.load_hyperparameters(out / "final")
@@ -333,17 +298,17 @@ def test_moved_data_is_found_by_its_manifest(
         assert Path(settings["data"]["init_args"]["val_data_path"]) == found / "val"
 
 
-def test_data_that_is_gone_is_asked_for(moving: tuple[Path, Call]) -> None:
+def test_missing_data_is_reported(moving: tuple[Path, Call]) -> None:
     place, train = moving
     out = train("--train.save_interval", "2")
     for path in (place / "corpora" / "stories" / "tokens" / "train").glob("*.bin"):
-        os.truncate(path, 8)  # half a copy is none
+        os.truncate(path, 8)  # an incomplete copy must not be used
     shutil.move(place / "corpora" / "stories", place / "corpora" / "renamed")
     with pytest.raises(UserError, match=r"which is gone.* Give their place: --data\.init_args\.train_data"):
         train("--resume", str(out / "step-00000002"), "--overwrite")
 
 
-def test_moved_conversations_are_found_too(
+def test_moved_conversations_are_found(
     tune: Call, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data_dir = shutil.copytree(instructions, tmp_path / "place" / "data")

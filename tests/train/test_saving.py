@@ -1,4 +1,3 @@
-import csv
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ from litmoe.train import evaluate as evaluation
 from litmoe.train import loop
 from litmoe.train.model import Batch, find_first_nonfinite, find_nonfinite_weights
 from litmoe.train.saving import StopSignals, copy_to_cpu
-from tests.training_fixtures import column, rows
+from tests.helpers import assert_same_run, column, metric_rows
 
 
 def steps_in(out):
@@ -92,9 +91,8 @@ def test_rejects_settings_that_keep_too_little(train):
         train("--checkpoint.every_minutes", "0")
 
 
-def test_background_save_is_not_changed_by_training(train, monkeypatch, tmp_path):
+def test_background_save_is_not_changed_by_training(train, trained, monkeypatch, tmp_path):
     """The save of step 4 is delayed until update 8, and equals one that was not delayed."""
-    whole = train("--out_dir", str(tmp_path / "whole"))
     go, real = threading.Event(), checkpoints.save
 
     def held_back(folder, **content):
@@ -107,9 +105,9 @@ def test_background_save_is_not_changed_by_training(train, monkeypatch, tmp_path
     on_step(monkeypatch, 8, go.set)
     out = train("--out_dir", str(tmp_path / "out"))
     for name in ("step-00000004", "step-00000008", "final"):
-        one, other = (checkpoints.read_metadata(folder / name).files for folder in (whole, out))
+        one, other = (checkpoints.read_metadata(folder / name).files for folder in (trained, out))
         assert one["lit_model.pth"] == other["lit_model.pth"]
-    one, other = (checkpoints.load_training_state(folder / "step-00000004") for folder in (whole, out))
+    one, other = (checkpoints.load_training_state(folder / "step-00000004") for folder in (trained, out))
     assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
     for key, moments in one["optimizer"]["state"].items():
         assert all(torch.equal(moments[name], other["optimizer"]["state"][key][name]) for name in moments)
@@ -130,8 +128,7 @@ def test_run_continues_after_failed_save(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_signal_saves_and_stops(train, monkeypatch, tmp_path, capsys, name, code):
-    whole = train("--out_dir", str(tmp_path / "whole"))
+def test_signal_saves_and_stops(train, trained, monkeypatch, tmp_path, capsys, name, code):
     before = signal.getsignal(signal.SIGINT)
     on_step(monkeypatch, 6, lambda: signal.raise_signal(getattr(signal, name)))
     with pytest.raises(SystemExit) as stopped:
@@ -142,11 +139,11 @@ def test_signal_saves_and_stops(train, monkeypatch, tmp_path, capsys, name, code
     assert steps_in(out) == ["step-00000004", "step-00000006"]
     assert f"--resume auto continues from {out / 'step-00000006'}" in capsys.readouterr().out
     train("--resume", "auto")
-    assert_same_run(whole, out)
+    assert_same_run(out, trained)
 
 
 def test_two_signals_at_once_count_once():
-    """A terminal sends Ctrl-C to launcher and processes, and the launcher forwards its own."""
+    """A terminal sends Ctrl-C to the launcher and its processes, and the launcher forwards it."""
     messages = []
     with StopSignals(messages.append) as signals:
         signal.raise_signal(signal.SIGINT)
@@ -155,18 +152,17 @@ def test_two_signals_at_once_count_once():
     assert len(messages) == 1
 
 
-def test_error_in_loop_saves_last_step(train, monkeypatch, tmp_path):
+def test_error_in_loop_saves_last_step(train, trained, monkeypatch, tmp_path):
     def fail():
         raise RuntimeError("a bug")
 
-    whole = train("--out_dir", str(tmp_path / "whole"))
     on_step(monkeypatch, 7, fail)
     with pytest.raises(RuntimeError, match="a bug"):
         train()
     assert steps_in(tmp_path / "out") == ["step-00000004", "step-00000006"]
     monkeypatch.undo()
     train("--resume", "auto")
-    assert_same_run(whole, tmp_path / "out")
+    assert_same_run(tmp_path / "out", trained)
 
 
 def test_error_during_update_saves_nothing(train, monkeypatch, tmp_path):
@@ -201,8 +197,8 @@ def test_error_waits_for_background_save(train, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["before", "between batches"])
-def test_stop_skips_evaluation_until_resume(train, monkeypatch, tmp_path, moment):
-    whole, out = train("--out_dir", str(tmp_path / "whole")), tmp_path / "out"
+def test_stop_skips_evaluation_until_resume(train, trained, monkeypatch, tmp_path, moment):
+    out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         if moment == "before":
             on_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
@@ -211,44 +207,45 @@ def test_stop_skips_evaluation_until_resume(train, monkeypatch, tmp_path, moment
             patch.setattr(evaluation, "evaluate", lambda *run: signal.raise_signal(signal.SIGTERM) or evaluate(*run))
         train("--train.save_interval", "null")
     assert steps_in(out) == ["step-00000004"]
-    assert rows(out)[-1]["step"] == "4"
-    assert rows(out)[-1]["val_loss"] == ""
+    assert metric_rows(out)[-1]["step"] == "4"
+    assert metric_rows(out)[-1]["val_loss"] == ""
     train("--resume", "auto")
-    assert_same_run(whole, out)
+    assert_same_run(out, trained)
 
 
 def test_signal_does_not_stop_initial_validation(train, monkeypatch, tmp_path):
-    """No resumed run would make up for it."""
+    """A resumed run would not repeat it."""
     evaluate = evaluation.evaluate
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(evaluation, "evaluate", lambda *run: signal.raise_signal(signal.SIGTERM) or evaluate(*run))
         train("--eval.initial_validation", "true")
-    first = rows(tmp_path / "out")[0]
+    first = metric_rows(tmp_path / "out")[0]
     assert first["step"] == "0" and float(first["val_loss"]) > 0
     assert steps_in(tmp_path / "out") == ["step-00000001"]
 
 
 def test_max_time_skips_evaluation_until_resume(train, tmp_path):
-    whole = train("--out_dir", str(tmp_path / "whole"), "--eval.interval", "1")
-    out = train("--eval.interval", "1", "--train.save_interval", "null", "--train.max_time", "1.0e-6")
+    flags = ("--eval.interval", "1", "--train.max_steps", "4")
+    full = train("--out_dir", str(tmp_path / "full"), *flags)
+    out = train(*flags, "--train.save_interval", "null", "--train.max_time", "1.0e-6")
     assert steps_in(out) == ["step-00000001"]
     assert column(out, "val_loss") == []
-    train("--resume", "auto", "--eval.interval", "1")
-    assert_same_run(whole, out)
+    train("--resume", "auto", *flags)
+    assert_same_run(out, full)
 
 
-def test_failed_evaluation_keeps_its_step(train, monkeypatch, tmp_path):
+def test_failed_evaluation_keeps_its_step(train, trained, monkeypatch, tmp_path):
 
     def fail(*_):
         raise RuntimeError("in the sample")
 
-    whole, out = train("--out_dir", str(tmp_path / "whole")), tmp_path / "out"
+    out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the sample"):
         patch.setattr(evaluation, "write_sample", fail)
         train("--train.save_interval", "null")
     assert steps_in(out) == ["step-00000004"]
     train("--resume", "auto")
-    assert_same_run(whole, out)
+    assert_same_run(out, trained)
 
 
 def test_out_of_memory_message(train, monkeypatch, tmp_path):
@@ -259,7 +256,7 @@ def test_out_of_memory_message(train, monkeypatch, tmp_path):
 
 
 def test_run_survives_closed_stdout(train, monkeypatch, tmp_path):
-    """`| head`, or a `tee` that the same Ctrl-C ended: rich would end the process at its next line."""
+    """As with `| head`, or with a `tee` that was ended by Ctrl-C: rich would exit at its next line."""
     reading, writing = os.pipe()
     with open(writing, "w", encoding="utf-8", buffering=1) as gone, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", gone)
@@ -270,32 +267,11 @@ def test_run_survives_closed_stdout(train, monkeypatch, tmp_path):
     assert len(column(out, "train_loss")) == 12
 
 
-def test_resume_within_log_interval(train, tmp_path):
-    flags = ("--train.log_interval", "3")
-    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
-    cut = shutil.copytree(whole, tmp_path / "cut")
-    train(*flags, "--out_dir", str(cut), "--resume", str(cut / "step-00000004"), "--overwrite")
-    assert_same_run(whole, cut)
-
-
-def assert_same_run(whole, other):
-    one, two = (checkpoints.read_metadata(out / "final").files["lit_model.pth"] for out in (whole, other))
-    assert one == two
-    tables = []
-    for out in (whole, other):
-        with open(out / "metrics.csv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        tables.append([{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows])
-    assert tables[0] == tables[1]
-    assert checkpoints.leftovers(other) == []
-
-
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
-def test_damaged_checkpoint_is_skipped(train, tmp_path, capsys):
-    whole = train("--out_dir", str(tmp_path / "whole"))
-    out = shutil.copytree(whole, tmp_path / "out")
+def test_damaged_checkpoint_is_skipped(train, trained, trained_copy, capsys):
+    out = trained_copy
     shutil.rmtree(out / "final")
     weights = out / "step-00000008" / "lit_model.pth"
     content = bytearray(weights.read_bytes())
@@ -305,21 +281,20 @@ def test_damaged_checkpoint_is_skipped(train, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"warning: {weights} is damaged" in said
     assert f"Resuming from {out / 'step-00000004'}" in said
-    assert_same_run(whole, out)
+    assert_same_run(out, trained)
     checkpoints.verify(out / "step-00000008")
 
 
-def test_only_damaged_checkpoints(train, tmp_path):
-    out = train()
-    for mark in out.glob("*/complete.json"):
+def test_only_damaged_checkpoints(train, trained_copy):
+    for mark in trained_copy.glob("*/complete.json"):
         mark.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"no checkpoint in .* is complete\. Start again with --overwrite"):
         train("--resume", "auto")
-    assert len(steps_in(out)) == 3
+    assert len(steps_in(trained_copy)) == 3
 
 
-def test_overwrite_deletes_newer_checkpoints(train):
-    out = train()
+def test_overwrite_deletes_newer_checkpoints(train, trained_copy):
+    out = trained_copy
     older = str(out / "step-00000004")
     with pytest.raises(UserError, match=r"holds checkpoints of later steps than step-00000004: final, step-00000008"):
         train("--resume", older)
@@ -329,9 +304,8 @@ def test_overwrite_deletes_newer_checkpoints(train):
     assert checkpoints.read_metadata(out / "final").step == 6
 
 
-def test_resume_from_other_folder_keeps_it(train, tmp_path):
-    one = train("--out_dir", str(tmp_path / "one"))
-    two = train("--out_dir", str(tmp_path / "two"), "--train.max_steps", "16")
+def test_resume_from_other_folder_keeps_it(train, trained, tmp_path):
+    one, two = (shutil.copytree(trained, tmp_path / name) for name in ("one", "two"))
     resume = ("--out_dir", str(two), "--resume", str(one / "step-00000004"))
     train(*resume, "--overwrite", "--train.max_steps", "6")
     assert steps_in(one) == ["final", "step-00000004", "step-00000008"]
@@ -377,18 +351,17 @@ def test_names_first_layer_with_nan(tiny):
     assert find_nonfinite_weights(gpt) == "transformer.h.0.norm_1.weight"
 
 
-def test_nan_weights_are_not_saved(train, tmp_path):
-    whole = train("--train.max_steps", "8", "--out_dir", str(tmp_path / "whole"))
-    weights = checkpoints.load_weights(whole / "step-00000004")
-    state = checkpoints.load_training_state(whole / "step-00000004")
+def test_nan_weights_are_not_saved(train, trained, tmp_path):
+    weights = checkpoints.load_weights(trained / "step-00000004")
+    state = checkpoints.load_training_state(trained / "step-00000004")
     weights["transformer.h.1.norm_1.weight"][0] = float("nan")
     out = tmp_path / "out"
-    saved = checkpoints.read_metadata(whole / "step-00000004")
+    saved = checkpoints.read_metadata(trained / "step-00000004")
     checkpoints.save(
         out / "step-00000004",
         weights=weights,
-        config=checkpoints.load_config(whole / "final"),
-        hyperparameters=checkpoints.load_hyperparameters(whole / "step-00000004"),
+        config=checkpoints.load_config(trained / "final"),
+        hyperparameters=checkpoints.load_hyperparameters(trained / "step-00000004"),
         step=4,
         tokens=saved.tokens,
         training_state=state,

@@ -1,4 +1,4 @@
-"""What a sharded model saves and loads is one device's. (Two processes that train: tests/test_run_train.py.)"""
+"""A sharded model saves and loads the state of one device. (Training in two processes: tests/test_run_train.py.)"""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -24,7 +24,7 @@ ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2, "weight_
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Of this process alone: parameters are DTensors all the same, and what is gathered goes through gloo."""
+    """A mesh of one process: parameters are DTensors, and gathering uses gloo."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
     torch.distributed.destroy_process_group()
@@ -59,17 +59,17 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("name", "tied"), [("moe", False), ("moe", True), ("deepseek", False), ("pythia", False)])
-def test_what_is_gathered_is_what_one_device_saves(mesh, name, tied):
-    whole, sharded = build(name, tied), shard(build(name, tied), mesh, precision="32-true")
+def test_gathered_state_equals_one_device(mesh, name, tied):
+    full, sharded = build(name, tied), shard(build(name, tied), mesh, precision="32-true")
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
-    optimizers = [make_optimizer(ADAMW, model, fused=True) for model in (whole, sharded)]
+    optimizers = [make_optimizer(ADAMW, model, fused=True) for model in (full, sharded)]
     for seed in range(2):
-        for model, optimizer in zip((whole, sharded), optimizers, strict=True):
+        for model, optimizer in zip((full, sharded), optimizers, strict=True):
             step(model, optimizer, seed)
-    with torch.no_grad():  # validation leaves the outermost parameters whole
+    with torch.no_grad():  # validation leaves the outermost parameters unsharded
         sharded(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
     weights = gather_weights(sharded.gpt)
-    assert_same(weights, whole.gpt.state_dict())
+    assert_same(weights, full.gpt.state_dict())
     assert (weights["lm_head.weight"].data_ptr() == weights["transformer.wte.weight"].data_ptr()) == tied
     state, expected = gather_state(optimizers[1].state_dict()), optimizers[0].state_dict()
     assert state["param_groups"] == expected["param_groups"]
@@ -78,8 +78,8 @@ def test_what_is_gathered_is_what_one_device_saves(mesh, name, tied):
         assert_same(state["state"][index], moments)
 
 
-def test_what_is_gathered_is_a_copy(mesh):
-    """It is written in the background, while the next steps change the run's own tensors in place."""
+def test_gathered_state_is_a_copy(mesh):
+    """It is saved in the background, while the next steps change the tensors of the run in place."""
     sharded = shard(build("deepseek"), mesh, precision="32-true")
     optimizer = make_optimizer(ADAMW, sharded, fused=False)  # on a CPU its `step` is a plain tensor either way
     step(sharded, optimizer, 0)
@@ -92,42 +92,42 @@ def test_what_is_gathered_is_a_copy(mesh):
         assert_same(gathered["optimizer"]["state"][index], moments)
 
 
-def test_it_goes_on_from_what_one_device_saved(mesh):
-    whole = build("moe")
-    optimizer = make_optimizer(ADAMW, whole, fused=True)
-    step(whole, optimizer, 0)
+def test_resumes_from_state_of_one_device(mesh):
+    full = build("moe")
+    optimizer = make_optimizer(ADAMW, full, fused=True)
+    step(full, optimizer, 0)
     copy = build("moe")
-    copy.gpt.load_state_dict(whole.gpt.state_dict())
+    copy.gpt.load_state_dict(full.gpt.state_dict())
     sharded = shard(copy, mesh, precision="32-true")
     its_optimizer = make_optimizer(ADAMW, sharded, fused=True)
     saved = deepcopy(optimizer.state_dict())  # as from a file
     load_optimizer_state(its_optimizer, {**saved, "state": shard_state(saved["state"], its_optimizer)})
     assert isinstance(its_optimizer.state[next(iter(sharded.parameters()))]["exp_avg"], DTensor)
-    for model, each in ((whole, optimizer), (sharded, its_optimizer)):
+    for model, each in ((full, optimizer), (sharded, its_optimizer)):
         step(model, each, 1)
-    assert_same(gather_weights(sharded.gpt), whole.gpt.state_dict())
+    assert_same(gather_weights(sharded.gpt), full.gpt.state_dict())
 
 
-def test_each_process_keeps_its_part_alone():
-    """A view of the whole moments would keep them all on each device."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)  # answers by itself
+def test_each_process_keeps_only_its_part():
+    """A view of the complete moments would keep all of them on each device."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)  # without other processes
     try:
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
         sharded = shard(build("moe"), mesh, precision="32-true")
         parameter = sharded.gpt.transformer.h[0].mlp.experts.fc_weight
         optimizer = torch.optim.AdamW([parameter])
-        whole = torch.randn(parameter.shape)
-        state = shard_state({0: {"step": torch.tensor(3.0), "exp_avg": whole}}, optimizer)[0]
+        full = torch.randn(parameter.shape)
+        state = shard_state({0: {"step": torch.tensor(3.0), "exp_avg": full}}, optimizer)[0]
         mine = state["exp_avg"].to_local()
-        assert torch.equal(mine, whole.chunk(2)[1])
-        assert mine.untyped_storage().nbytes() == whole.nbytes // 2
+        assert torch.equal(mine, full.chunk(2)[1])
+        assert mine.untyped_storage().nbytes() == full.nbytes // 2
         assert state["step"] == 3
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_mixed_precision_is_that_of_autocast(mesh):
-    """Activations between the blocks stay in fp32, so do embedding and output layer, and gradients are summed there."""
+def test_mixed_precision_equals_autocast(mesh):
+    """Activations between blocks, embedding and output layer stay in fp32, and gradients are summed in fp32."""
     plain, sharded = build("moe"), shard(build("moe"), mesh, precision="bf16-mixed")
     seen: dict[str, torch.dtype] = {}
     block = sharded.gpt.transformer.h[1]

@@ -1,7 +1,9 @@
-"""Whole processes of the project's scripts that are killed at chosen moments: the life and death of one of them.
+"""Processes of the project's scripts that are killed at chosen times.
 
 Starting Python with torch and LitGPT takes ten seconds, so where the system can fork, one process imports everything
-once (multiprocessing's fork server) and each life is a fork of it: a process of its own, which the system kills.
+once (multiprocessing's fork server), and each ``Life`` is a fork of it that can be killed.
+
+This module imports neither torch nor huggingface_hub: a new process imports it before it sets its environment.
 """
 
 import atexit
@@ -21,20 +23,19 @@ from typing import Any
 
 import psutil
 
-PROJECT = Path(__file__).parents[2]
-SAVES = r"\.(step-\d+|final)\.(?:partial|old)(?:/|$)"
-"""What is written below an ``out_dir`` while a checkpoint is on its way: ``Watched.pattern``"""
+from litmoe.config import PROJECT
+
 KILL = signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM  # os.kill of Windows ends a process by any
 
 _WARM = (
     *("litmoe.config", "litmoe.train.preflight", "litmoe.train.pretrain", "litmoe.train.finetune"),
-    *("litmoe.data.sft_data", "litmoe.train.muon", "tests.chaos.lives"),
+    *("litmoe.data.sft_data", "litmoe.train.muon", "tests.chaos.processes"),
 )
 
 
 @dataclass(frozen=True)
 class Death:
-    """A moment at which a process kills itself: before its ``operation``-th of a group, or ``delay`` seconds later."""
+    """When a process kills itself: before operation number ``operation`` of a group, or ``delay`` seconds later."""
 
     group: str
     operation: int
@@ -43,7 +44,7 @@ class Death:
 
 @dataclass(frozen=True)
 class Watched:
-    """Which file operations of a life are counted and noted."""
+    """Which file operations of a process are counted and recorded."""
 
     folder: Path
     pattern: str
@@ -59,20 +60,20 @@ class Operation:
     number: int
     """Within its group, from 0"""
     seconds: float
-    """By the clock of the machine"""
+    """From ``time.monotonic``"""
     what: str
 
 
 class Life:
-    """One process of a script, from its start on; its output and its file operations lie in ``folder``.
+    """A process of a script. Its output and its file operations are recorded in ``folder``.
 
-    It ends with its test at the latest (``end_all``).
+    ``end_all`` ends it at the end of its test.
 
     Args:
-        folder: new; for what the life leaves.
+        folder: a new folder for its records.
         script: the script in the project's folder, such as ``run_train.py``.
         argv: its arguments.
-        warm: a fork of the process that has imported training; else everything is imported anew.
+        warm: a fork of the process that has imported training; otherwise a new process that imports everything.
     """
 
     def __init__(
@@ -102,13 +103,13 @@ class Life:
         _BEGUN.append(self)
 
     def kill(self) -> None:
-        """SIGKILL, or what Windows has for it."""
+        """Kill the process by SIGKILL, or as Windows does."""
         with suppress(psutil.NoSuchProcess):
             self.helpers = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
 
     def signal(self, number: int) -> None:
-        """Sends a signal."""
+        """Send a signal."""
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
@@ -118,7 +119,7 @@ class Life:
         return self.process.is_alive()
 
     def end(self, timeout: float = 1500) -> int:
-        """Waits for the process's end; its exit code, negative after a signal."""
+        """Wait for the end of the process. Return its exit code, which is negative after a signal."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.kill()
@@ -127,17 +128,17 @@ class Life:
 
     @property
     def was_killed(self) -> bool:
-        """Whether it has ended by a kill."""
+        """Whether the process was killed."""
         return abs(self.end()) == KILL  # Windows has no negative ones
 
     @property
     def said(self) -> str:
-        """Its output and errors so far."""
+        """Stdout and stderr so far."""
         return self._output.read_text(encoding="utf-8", errors="replace") if self._output.exists() else ""
 
     @property
     def operations(self) -> list[Operation]:
-        """What it did with the files that were watched."""
+        """Its operations on the watched files."""
         if not self._operations.exists():
             return []
         return [Operation(*json.loads(line)) for line in self._operations.read_text(encoding="utf-8").splitlines()]
@@ -147,7 +148,7 @@ _BEGUN: list[Life] = []
 
 
 def end_all() -> None:
-    """Kills what a failed test has left running, and what that had started."""
+    """Kill the processes of a failed test, and their child processes."""
     for life in _BEGUN:
         if life.is_alive:
             life.kill()
@@ -167,24 +168,24 @@ def _live(
     death: Death | None,
     environment: dict[str, str],
 ) -> None:
-    """In the new process: runs the script as ``python script argv`` does."""
+    """Run the script in the new process, as ``python script argv`` does."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", **environment}  # to the last bit the same: on a CPU
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", **environment}  # results are bitwise reproducible on a CPU
     sys.argv = [str(script), *argv]
-    multiprocessing.set_start_method(None, force=True)  # its data workers start as in any process, not as this one did
+    multiprocessing.set_start_method(None, force=True)  # data workers start as in any other process
     if watched is not None:
         _watch(watched, operations, death)
     try:
         runpy.run_path(str(script), run_name="__main__")
     finally:
-        # As at the end of any Python; multiprocessing's own end of a process would wait for data workers first.
+        # As at the end of any Python process. Multiprocessing would wait for data workers first.
         atexit._run_exitfuncs()
 
 
 def _watch(watched: Watched, operations: Path, death: Death | None) -> None:
-    """Notes each operation on a watched file before it is done, whichever thread does it, and dies at the one named."""
+    """Record each operation on a watched file before it happens, in any thread, and kill the process at ``death``."""
     pattern, counts, removed = re.compile(watched.pattern), dict[str, int](), set[str]()
     root = os.path.abspath(watched.folder) + os.sep
     log = os.open(operations, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
