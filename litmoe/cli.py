@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from types import UnionType
+from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -111,7 +112,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        raise UserError(explain(str(error), known_flags(parser))) from None
+        raise UserError(explain(str(error), parser, known_flags(parser), arguments)) from None
 
 
 def current_class_path(text: str) -> str:
@@ -187,8 +188,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
-def explain(message: str, known: Iterable[str]) -> str:
-    """Shorten a message of jsonargparse. For an unknown name, add the nearest known one."""
+def explain(message: str, parser: ArgumentParser, known: Iterable[str], arguments: Sequence[str] = ()) -> str:
+    """Shorten a message of jsonargparse.
+
+    Args:
+        message: of the error.
+        parser: the parser that raised it, which knows the types.
+        known: the names of all settings; the nearest one is suggested for an unknown name.
+        arguments: the flags that were parsed.
+    """
     message = re.sub(r"\n\s*\n+", "\n", message.strip())
     name = ""
     if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
@@ -202,7 +210,38 @@ def explain(message: str, known: Iterable[str]) -> str:
         suggestion = nearest(name, known)
         hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is similar"
         return f"unknown setting {name!r}; {hint}. `--help` lists all of them."
-    return message + "\n`--help` lists all flags and their types."
+    return (_wrong_value(message, parser, arguments) or message) + "\n`--help` lists all flags and their types."
+
+
+def _wrong_value(message: str, parser: ArgumentParser, arguments: Sequence[str]) -> str | None:
+    """Return a plain message for a value of the wrong type; None if the type has no plain name."""
+    key = re.match(r'Parser key "([\w.]+)":', message)
+    hints = [getattr(action, "_typehint", None) for action in parser._actions if key and action.dest == key[1]]
+    expected = _type_in_words(hints[0]) if hints else None
+    if key is None or expected is None:
+        return None
+    # For a value that is none of a Literal, jsonargparse 4.41 raises another error, which does not contain the value.
+    value = re.search(r"(?:Given|Got) value: (.*)", message) or re.search(
+        rf"(?:^|\n)--{re.escape(key[1])}[=\n](.*)", "\n".join(arguments)
+    )
+    if value is None:
+        return f"{key[1]}: expected {expected}."
+    return f"{key[1]} is {value[1].replace('None', 'null')}; expected {expected}."
+
+
+def _type_in_words(hint: Any) -> str | None:
+    names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if hint in names:
+        return names[hint]
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is list:
+        item = _type_in_words(get_args(hint)[0])
+        return None if item is None else f"a list of {item}"
+    if get_origin(hint) in (Union, UnionType):
+        parts = [_type_in_words(part) for part in get_args(hint) if part is not Path]
+        return None if None in parts else " or ".join(str(part) for part in parts)
+    return None
 
 
 def _call(function: Callable[..., Any], argv: Sequence[str] | None, optional_positional: str | None) -> Any:

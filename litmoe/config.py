@@ -372,11 +372,11 @@ def _parse_file_and_flags(parser: ArgumentParser, run_file: Path, run: dict[str,
         # First the file alone, so that a message about a key can say where the key is.
         parser.parse_object(run)
     except Exception as error:
-        raise UserError(f"in {run_file}: {explain(str(error), _known_names(parser, run))}") from None
+        raise UserError(f"in {run_file}: {explain(str(error), parser, _known_names(parser, run))}") from None
     try:
         return parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
     except ArgumentError as error:
-        raise UserError(explain(str(error), _known_names(parser, run))) from None
+        raise UserError(explain(str(error), parser, _known_names(parser, run), flags)) from None
 
 
 def parse_settings(
@@ -395,7 +395,7 @@ def parse_settings(
             warnings.filterwarnings("ignore", message="`--train.lr_warmup_steps` should be less")
             values = vars(parser.instantiate_classes(namespace))
     except ArgumentError as error:
-        raise UserError(explain(str(error), _known_names(parser, run))) from None
+        raise UserError(explain(str(error), parser, _known_names(parser, run), flags)) from None
     except UserError:
         raise
     except Exception as error:  # checks of LitGPT's dataclasses, and of the classes that the settings name

@@ -67,7 +67,7 @@ class MetricAccumulator:
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, so that a run that is resumed between two log lines logs the same numbers."""
         return {
-            "sums": None if self._sums is None else list(self._sums),
+            "sums": None if self._sums is None else self._sums._asdict(),
             "micro_batches": self.micro_batches,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -86,7 +86,14 @@ class MetricAccumulator:
         self._seconds_before_resume = state["seconds"]
         if state["sums"] is None:
             return
-        sums = Losses(*(value.to(device) for value in state["sums"]))
+        saved = state["sums"]
+        if not isinstance(saved, dict):
+            # 0.1.0 saved a list of the first five fields.
+            saved = dict(zip(Losses._fields[:5], saved, strict=True))
+        # A checkpoint of another version may lack a field. Its mean then covers only the micro batches from here on.
+        missing = {name: torch.zeros_like(saved["cross_entropy"]) for name in Losses._fields if name not in saved}
+        values = {name: value.to(device) for name, value in (saved | missing).items() if name in Losses._fields}
+        sums = Losses(**values)
         # One old micro batch stands for `weight` present ones. Counts already grow with the micro batch.
         weight = ranks * micro_batch
         if weight != 1:

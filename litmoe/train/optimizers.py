@@ -65,7 +65,7 @@ class ParameterUse(NamedTuple):
     """Within its module: ``weight``"""
     module: nn.Module
     path: str
-    """Of the module: ``transformer.h.0.attn.qkv``"""
+    """Of the module, such as ``gpt.transformer.h.0.attn.qkv``; without ``gpt.`` for a bare ``GPT``, as in ``--plan``"""
     decays: bool
     """Whether weight decay applies"""
 
@@ -176,6 +176,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Restore the moments, but keep the settings of this run (learning rate, weight decay, betas).
 
+    Entries of a group that are no argument of the optimizer, such as a counter of its steps, are restored.
+
     Raises:
         UserError: the state belongs to other parameters.
     """
@@ -185,4 +187,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             "the checkpoint's optimizer state belongs to another set of parameters; resume with the model and the"
             " optimizer that the run was started with."
         )
-    optimizer.load_state_dict({"state": state["state"], "param_groups": current})
+    groups = []
+    for group, saved in zip(current, state["param_groups"], strict=True):
+        # `initial_lr` is added by the schedule.
+        settings = {
+            name: group[name] for name in group if name in optimizer.defaults or name in ("params", "initial_lr")
+        }
+        groups.append({**group, **saved, **settings})
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})

@@ -82,8 +82,10 @@ class PlannedRun:
             return 0
         # The operations depend on the shapes only, so the model needs no storage.
         with torch.device("meta"), use_our_layers(self.run.settings.moe.router):
-            groups = traits.parameter_groups(GPT(self.run.settings.model))
-        return traits.update_flops(groups) * self.devices  # each device does the complete update
+            gpt = GPT(self.run.settings.model)
+        if self.run.settings.train.tie_embeddings:
+            gpt.transformer.wte.weight = gpt.lm_head.weight
+        return traits.update_flops(traits.parameter_groups(gpt)) * self.devices  # each device does the complete update
 
     def length(self) -> Plan | None:
         """The steps of the run; None if they depend on the size of the data."""

@@ -239,7 +239,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
     sums = run.snapshot.metrics["sums"]
     # Rank 0 writes, so its sums must be those of all ranks.
     if sums is not None and fabric.world_size > 1:
-        run.snapshot.metrics["sums"] = [mean_over_ranks(fabric, value) for value in sums]
+        run.snapshot.metrics["sums"] = {name: mean_over_ranks(fabric, value) for name, value in sums.items()}
     if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
         run.loggers.save()  # metrics up to this step must be on disk before the checkpoint

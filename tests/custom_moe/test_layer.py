@@ -48,10 +48,11 @@ CASES = {
 }
 
 
-both_backends = pytest.mark.parametrize("backend", ["loop", "grouped_mm"])  # triton: see test_triton.py
+# Triton's own tests are in test_triton.py.
+every_backend = pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if name != "triton"])
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
 def test_output_and_gradients_equal_litgpt(fields: dict, backend: Backend) -> None:
     config = moe_config(fields)
@@ -74,7 +75,7 @@ def test_output_and_gradients_equal_litgpt(fields: dict, backend: Backend) -> No
 OWN_CONFIGS = [config["name"] for config in litgpt.config.configs if config.get("mlp_class_name") == "LLaMAMoE"]
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("name", OWN_CONFIGS)
 def test_equals_litgpt_on_each_of_its_models(name: str, backend: Backend) -> None:
     """Only the widths are shrunk: experts, routing and everything else are the model's."""
@@ -147,7 +148,7 @@ class MatrixProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_autocast_experts_16_bit_router_fp32(bias: bool, backend: Backend) -> None:
     """grouped_mm is not registered for autocast: mixed precision would silently compute everything in fp32."""
@@ -166,7 +167,7 @@ def test_autocast_experts_16_bit_router_fp32(bias: bool, backend: Backend) -> No
     torch.testing.assert_close(y, y_stock, atol=0.02, rtol=0.02)
 
 
-@both_backends
+@every_backend
 def test_mixed_precision_gradients_are_fp32(backend: Backend) -> None:
     ours, stock = moe_pair(moe_config({}), backend=backend)
     x = torch.randn(2, 8, 32)
@@ -178,7 +179,7 @@ def test_mixed_precision_gradients_are_fp32(backend: Backend) -> None:
         torch.testing.assert_close(grad, grads_stock[name], atol=0.03, rtol=0.03)
 
 
-@both_backends
+@every_backend
 def test_fp16_with_scaler_gives_fp32_gradients(backend: Backend) -> None:
     """Gradients too small for fp16 (below 6e-8) arrive because the loss is scaled."""
     ours, _ = moe_pair(moe_config({}), backend=backend)
@@ -213,7 +214,7 @@ def plain_layers(layer: MoE, x_NC: torch.Tensor, router: RouterOutput) -> torch.
     return (y_NKC * router.weights.view(len(x_NC), -1, 1)).sum(dim=1)
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("sizes", [(96, 256, 8, 2), (96, 64, 32, 8), (64, 64, 32, 4)], ids=str)
 def test_saved_bytes_at_most_60_percent_of_plain(sizes: tuple[int, int, int, int], backend: Backend) -> None:
     """Bytes kept for the backward, without the weights, at an eighth of the widths of the benchmark's sizes."""
@@ -243,7 +244,7 @@ def test_saved_bytes_at_most_60_percent_of_plain(sizes: tuple[int, int, int, int
     assert bytes_ours <= 0.6 * bytes_plain
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_repeated_runs_give_the_same_bits(bias: bool, backend: Backend) -> None:
     config = moe_config({"n_embd": 64, "moe_intermediate_size": 96, "bias": bias})
@@ -262,7 +263,7 @@ def test_repeated_runs_give_the_same_bits(bias: bool, backend: Backend) -> None:
         torch.set_num_threads(threads)
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_no_tokens_give_zero_gradients(bias: bool, backend: Backend) -> None:
     ours, _ = moe_pair(moe_config({"bias": bias}), backend=backend)
@@ -272,7 +273,7 @@ def test_no_tokens_give_zero_gradients(bias: bool, backend: Backend) -> None:
     assert all(parameter.grad is not None for parameter in ours.parameters())  # DDP would wait for a missing one
 
 
-@both_backends
+@every_backend
 def test_gradient_with_stride_zero(backend: Backend) -> None:
     """``y.sum()`` sends a gradient of stride 0, which the backward of grouped_mm rejects."""
     for fields in ({}, {"n_expert_per_token": 1}, {"bias": True}):
@@ -299,7 +300,7 @@ class _AtomicAdds(TorchDispatchMode):
         return total
 
 
-@both_backends
+@every_backend
 def test_bias_gradients_are_summed_in_fp32(backend: Backend) -> None:
     generator, ends = torch.Generator().manual_seed(0), [2000, 2000, 2990, 3000]
     grad = (torch.randn(3000, 16, generator=generator) + 0.5).bfloat16()
@@ -337,7 +338,7 @@ def test_no_gradient_is_summed_by_index(dtype: torch.dtype) -> None:
     assert not by_index and seen
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_frozen_experts_get_no_gradient(dtype: torch.dtype, backend: Backend) -> None:
     """As with LoRA on the attention only: no product is computed for them, and no memory is allocated."""
@@ -447,7 +448,7 @@ def test_compiles_to_one_graph_for_any_routing(fields: dict, autocast: bool, bac
     assert graphs.frame_count == 1
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_activation_checkpointing_keeps_gradients(bias: bool, backend: Backend) -> None:
     from torch.utils.checkpoint import checkpoint

@@ -230,3 +230,11 @@ def test_class_path_with_its_own_groups(moe_fields):
     assert not optimizer_traits({"class_path": "litmoe.train.muon.Muon"}).supports_fsdp
     assert not optimizer_traits({"class_path": "torch.optim.Muon"}).supports_fsdp
     assert optimizer_traits(ADAMW).supports_fsdp
+
+
+def test_resume_restores_counters_in_groups(moe_fields):
+    optimizer = make_optimizer(ADAMW, build(moe_fields), fused=False)
+    resumed = make_optimizer(ADAMW, build(moe_fields), fused=False)
+    optimizer.param_groups[0]["steps"] = 5
+    load_optimizer_state(resumed, optimizer.state_dict())
+    assert resumed.param_groups[0]["steps"] == 5

@@ -9,7 +9,7 @@ NAMES = ("main", "choose_logger", "capture_hparams", "pprint", "FSDPStrategy")
 
 
 def patched():
-    return patched_pretraining(main=print, choose_logger=print, strategy=DDPStrategy, summary="a line")
+    return patched_pretraining(main=print, choose_logger=print, strategy=DDPStrategy, summary="a line", router=None)
 
 
 def test_litgpt_is_restored_after_an_error():
