@@ -122,12 +122,13 @@ def _artifact(data_dir: Path, metadata: Manifest, tokenizer: Path, name: str) ->
         metadata={"source": metadata.source.name, "tokenizer": metadata.tokenizer.name, "splits": counts},
     )
     # "immutable" and skip_cache: W&B reads the files where they are instead of copying them twice.
-    for folder in ("tokens", *manifest.SPLITS):
+    # Other text in these folders does not belong to the tokens.
+    text = manifest.SPLITS if metadata.source.name == "text" else ()
+    for folder in ("tokens", *text):
         if (data_dir / folder).is_dir():
             artifact.add_dir(str((data_dir / folder).absolute()), folder, policy="immutable", skip_cache=True)
     # Single files, because the folder of a tokenizer may be a checkpoint.
-    files = {"source.json": data_dir / "source.json"}
-    files |= {f"{TOKENIZER}/{file}": tokenizer / file for file in TOKENIZER_FILES}
+    files = {f"{TOKENIZER}/{file}": tokenizer / file for file in TOKENIZER_FILES}
     for entry, path in files.items():
         if path.is_file():
             artifact.add_file(str(path.absolute()), entry, policy="immutable", skip_cache=True)
