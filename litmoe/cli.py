@@ -231,6 +231,7 @@ def _wrong_value(message: str, parser: ArgumentParser, arguments: Sequence[str])
 
 def _type_in_words(hint: Any) -> str | None:
     names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names[Path] = "a path"
     if hint in names:
         return names[hint]
     if get_origin(hint) is Literal:
@@ -239,7 +240,7 @@ def _type_in_words(hint: Any) -> str | None:
         item = _type_in_words(get_args(hint)[0])
         return None if item is None else f"a list of {item}"
     if get_origin(hint) in (Union, UnionType):
-        parts = [_type_in_words(part) for part in get_args(hint) if part is not Path]
+        parts = [_type_in_words(part) for part in get_args(hint)]
         return None if None in parts else " or ".join(str(part) for part in parts)
     return None
 

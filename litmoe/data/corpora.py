@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -162,6 +163,8 @@ class Corpus:
     """Source of generated documents, in place of files."""
     notes: tuple[str, ...] = ()
     """Sentences about files that are left out, or become validation text by their name."""
+    path_sha256: str | None = None
+    """Of ``--source PATH``; see ``manifest.Source``."""
 
     @property
     def all_records(self) -> list[FileRecord]:
@@ -264,12 +267,17 @@ def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()
     found = find(source)
     if isinstance(found, Stories):
         return Corpus(source, found.location, {"train": []}, {"train": ()}, settings, generate=found.documents)
-    assert isinstance(found, Path), "Hub corpora are opened by HubDataset.open"
+    assert isinstance(found, Path), "Hub corpora are opened by open_hub"
     files = source_files(found)
     base = found.parent if found.is_file() else found
     # Only the name of the path is stored: token folders are shared.
     corpus = _open_files(FILES, found.resolve().name, files, base, settings, known)
-    return replace(corpus, notes=files.notes(base))
+    return replace(corpus, notes=files.notes(base), path_sha256=path_sha256(found))
+
+
+def path_sha256(path: Path) -> str:
+    """Return a fingerprint of a path, which tells two folders with one name apart."""
+    return sha256(str(path.resolve()).encode()).hexdigest()
 
 
 def open_hub(source: str, settings: Settings, revision: str | None = None) -> Corpus:

@@ -137,8 +137,12 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
     Raises:
         UserError: a mistake in the source or the settings. ``data_dir`` is unchanged then.
     """
-    # A call that was killed at its very end left a complete build behind.
-    _publish(args.data_dir)
+    # A call that was killed at its very end left a complete build behind. Without one, the folder may be read-only.
+    if (args.data_dir / BUILDING / MANIFEST).is_file():
+        from filelock import FileLock
+
+        with FileLock(args.data_dir / LOCK):
+            _publish(args.data_dir)
     existing = None if args.overwrite else _existing(args.data_dir)
     source = _find_source(args, existing)
     val_fraction = None if source.has_val else args.val_fraction
@@ -424,7 +428,7 @@ def read(data_dir: Path) -> Instructions:
     changes = manifest.changed_files([split.file for split in metadata.splits.values()], files)
     if changes:
         raise UserError(
-            f"{data_dir} is not as it was prepared: {'; '.join(changes)}. Restore it, or make it again: `{prepare} "
+            f"{data_dir} changed since it was prepared: {'; '.join(changes)}. Restore it, or make it again: `{prepare} "
             "--overwrite`. To add conversations of your own, give them as SOURCE."
         )
     return metadata

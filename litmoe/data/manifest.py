@@ -49,6 +49,8 @@ class Source:
     """The name of the file or folder, or a dataset and its revision."""
     sha256: str
     """``text_fingerprint`` of the text files."""
+    path_sha256: str | None = None
+    """Of the path of ``--source PATH``, to tell two folders with one name apart. The path itself is private."""
 
 
 @dataclass(frozen=True)
@@ -331,15 +333,30 @@ def flags_to_repeat(found: Manifest) -> dict[str, Any]:
     return flags
 
 
-def command_to_repeat(data_dir: Path, found: Manifest) -> str:
-    """Return the command that makes the same tokens again after their folder was removed."""
+def command_to_repeat(
+    data_dir: Path, found: Manifest, tokenizer_dir: Path | None = None, *, overwrite: bool = False
+) -> str:
+    """Return the command that makes the same tokens again after their folder was removed.
+
+    Args:
+        data_dir: the data folder.
+        found: the manifest of the tokens.
+        tokenizer_dir: where their tokenizer may be, in addition to the usual places.
+        overwrite: the tokens are still there.
+    """
     # The manifest does not contain the path of the tokenizer: token folders are shared.
-    places = (Path("data/tokenizer"), data_dir / "tokenizer", data_dir.parent / "tokenizer")
+    places = (
+        *([tokenizer_dir] if tokenizer_dir else []),
+        Path("data/tokenizer"),
+        data_dir / "tokenizer",
+        data_dir.parent / "tokenizer",
+    )
     same = [folder for folder in places if _has_fingerprint(folder, found.tokenizer.sha256)]
     arguments: list[object] = ["--data_dir", data_dir]
     arguments += ["--tokenizer_dir", same[0] if same else "FOLDER_OF_THEIR_TOKENIZER"]
     for name, value in flags_to_repeat(found).items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", value]
+    arguments += ["--overwrite"] if overwrite else []
     first = ""
     if found.source.name == "text" and not (data_dir / "train").exists():
         first = f"put its text back into {data_dir}, then "
@@ -393,7 +410,7 @@ def changed_files(old: Iterable[FileRecord], new: Iterable[FileRecord]) -> list[
     """Name the files that differ, one phrase for each."""
     before, after = contents(old), contents(new)
     changed = [f"{path} changed" for path in before if path in after and before[path] != after[path]]
-    removed = [f"{path} is gone" for path in before if path not in after]
+    removed = [f"{path} was removed" for path in before if path not in after]
     added = [f"{path} is new" for path in after if path not in before]
     return changed + removed + added
 
@@ -433,7 +450,7 @@ def _tokenizer_fingerprint(
     # Called many times in a run. Size, time and inode only tell whether the file changed.
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__} where a mapping was expected")
+        raise ValueError(f"it contains a {type(content).__name__}; expected a mapping")
     return fingerprint_of(content, eos_token, bos_token)
 
 

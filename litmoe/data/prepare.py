@@ -144,7 +144,7 @@ class PrepareArgs:
         if path == data_dir or any(path.is_relative_to(folder) for folder in prepared):
             return [f"--source {source} is the prepared text; leave out --source to use it."]
         if data_dir.is_relative_to(path):
-            return [f"--data_dir {self.data_dir} is inside of --source {source}; choose one outside of it."]
+            return [f"--data_dir {self.data_dir} is inside --source {source}; choose one outside of it."]
         return []
 
 
@@ -158,7 +158,7 @@ def prepare(args: PrepareArgs) -> Manifest:
         The manifest of the tokens.
 
     Raises:
-        UserError: the text, the tokenizer or the flags have a mistake. Nothing is written or lost then.
+        UserError: the text, the tokenizer or the flags have a mistake. Finished tokens and the text are kept.
     """
     args.check()
     with locked(args.data_dir):
@@ -173,11 +173,7 @@ def prepare(args: PrepareArgs) -> Manifest:
             # The Hub is asked only now: an unchanged folder needs no network.
             found = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
         else:
-            if tokenizer.files is not None:
-                tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
-            # What a call left that was killed after its tokens were complete.
-            if _read_started(args.data_dir).get("source") in (None, _label(source)):
-                shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
+            _keep_tokens(args, source, tokenizer)
             print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
             print(_summary(found))
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
@@ -203,10 +199,15 @@ def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
     recorded = found or manifest.read_file(manifest.manifest_path(args.data_dir))
     if recorded is None:
         return corpora.DEFAULT
-    if found is None or args.overwrite:
+    if found is None:
         raise UserError(
-            f"the tokens of {args.data_dir} must be made again, and their text is not there. Name its --source: "
-            f"{manifest.command_to_repeat(args.data_dir, recorded)}"
+            f"the tokens of {args.data_dir} are damaged, and their text is not there. Make them again: "
+            f"{manifest.command_to_repeat(args.data_dir, recorded, args.tokenizer_dir)}"
+        )
+    if args.overwrite:
+        raise UserError(
+            f"--overwrite makes the tokens of {args.data_dir} again, but their text is not there. Name the source: "
+            f"{manifest.command_to_repeat(args.data_dir, recorded, args.tokenizer_dir, overwrite=True)}"
         )
     return TOKENS
 
@@ -234,9 +235,10 @@ def _refuse_replacing(args: PrepareArgs, source: str, found: Manifest | None) ->
 def _is_same(source: str, recorded: Source) -> bool:
     if source == IN_PLACE or recorded.name == TEXT:
         return source == IN_PLACE and recorded.name == TEXT
-    # Only the name of a path is recorded: token folders are shared.
     if recorded.name == FILES:
-        return Path(source).exists() and Path(source).resolve().name == recorded.location
+        # 0.1.0 recorded only the name.
+        is_same_path = recorded.path_sha256 in (None, corpora.path_sha256(Path(source)))
+        return Path(source).exists() and Path(source).resolve().name == recorded.location and is_same_path
     return source == recorded.name
 
 
@@ -350,6 +352,15 @@ def _misplaced_text(data_dir: Path) -> Path | None:
     return None
 
 
+def _keep_tokens(args: PrepareArgs, source: str, tokenizer: TokenizerChoice) -> None:
+    """Bring back the tokenizer of tokens that are up to date, and remove what a killed call left next to them."""
+    if tokenizer.files is not None:
+        tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
+    # The unfinished tokens of another source are kept: they may have taken hours.
+    if _read_started(args.data_dir).get("source") in (None, _label(source)):
+        shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
+
+
 # --- building ---
 
 
@@ -383,12 +394,14 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
     building = manifest.tokens_dir(args.data_dir) / BUILDING
     try:
         building.mkdir(parents=True, exist_ok=True)
-        write_json(building / "started.json", {"source": _label(source), "revision": corpus.revision})
+        started_by = {
+            "source": _label(source),
+            "revision": corpus.revision,
+            "tokenizer_dir": str(args.tokenizer_dir.resolve()),
+        }
+        write_json(building / "started.json", started_by)
         info = _prepare_tokenizer(args, corpus, tokenizer, building / "tokenizer")
         found = _tokenize(args, corpus, info, building)
-        # From here on the tokens count as complete: a killed call is finished by the next one.
-        manifest.write_file(building / "manifest.json", found)
-        _publish(args.data_dir, args.tokenizer_dir)
     except Unfinished:
         raise
     except UserError:
@@ -398,6 +411,9 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
     except KeyboardInterrupt:
         print("\nStopped. Finished parts are kept; run the same command again to resume.")
         raise
+    # From here on the tokens count as complete: a killed call is finished by the next one.
+    manifest.write_file(building / "manifest.json", found)
+    _publish(args.data_dir, args.tokenizer_dir)
     print(_summary(found))
     print(f"Prepared in {time.perf_counter() - started:.1f} s. The tokens can be used with any context length.")
     return found
@@ -414,6 +430,8 @@ def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerCh
         elif args.overwrite or tokenizers.origin(args.tokenizer_dir) != origin:
             files = train_tokenizer(corpus, origin["vocab_size"])
     if files is None:
+        # One of an interrupted call with other flags must not be installed with these tokens.
+        shutil.rmtree(folder, ignore_errors=True)
         info = tokenizers.load(args.tokenizer_dir)
     else:
         tokenizers.install(files, origin, folder)
@@ -465,10 +483,12 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
             files=manifest.checksums(store.folder / split),
         )
     if args.keep_text:
-        tokens.move_text(store, records, building / "text")
+        tokens.move_text(store, records)
     return Manifest(
         format=manifest.FORMAT,
-        source=Source(corpus.name, corpus.location or None, manifest.text_fingerprint(corpus.all_records)),
+        source=Source(
+            corpus.name, corpus.location or None, manifest.text_fingerprint(corpus.all_records), corpus.path_sha256
+        ),
         tokenizer=TokenizerRecord(info.name, info.sha256, info.vocab_size, info.eos_token, info.eos_id),
         settings=corpus.settings,
         splits=splits,
@@ -480,7 +500,7 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
 def _no_text(corpus: Corpus, split: str) -> str:
     source = corpus.location if corpus.name == FILES else corpus.name
     if split == "val" and "val" not in corpus.files:
-        return f"{source}: too little text to take validation text from; give more, or a larger --val_fraction."
+        return f"{source}: too little text to take validation text from; add text, or raise --val_fraction."
     return f"{source}: no text for {split}; every document is empty or left out."
 
 
@@ -493,17 +513,17 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
         return
     # From here to the new manifest nothing counts as complete.
     manifest.manifest_path(data_dir).unlink(missing_ok=True)
+    # The call that was killed may have named another folder for its tokenizer.
+    tokenizer_dir = Path(_read_started(data_dir).get("tokenizer_dir", tokenizer_dir))
     if (building / "tokenizer" / "tokenizer.json").is_file():
         files = tokenizers.from_folder(building / "tokenizer")
         tokenizers.install(files, tokenizers.origin(building / "tokenizer"), tokenizer_dir)
-    if (building / "text").is_dir():
-        manifest.replace_folder(building / "text", folder / "text")
-    elif not found.keeps_text:
+    # All results are in the folder of the units: "units", or "cut" for few documents. tokenize_corpus leaves only one.
+    for name in (*SPLITS, "text"):
+        for result in building.glob(f"*/{name}/"):
+            manifest.replace_folder(result, folder / name)
+    if not found.keeps_text:
         shutil.rmtree(folder / "text", ignore_errors=True)
-    for split in SPLITS:
-        # The chunks are in the folder of the units, "units" or "cut".
-        for chunks in building.glob(f"*/{split}/index.json"):
-            manifest.replace_folder(chunks.parent, folder / split)
     os.replace(building / "manifest.json", manifest.manifest_path(data_dir))
     shutil.rmtree(building)
 
@@ -580,6 +600,8 @@ def locked(data_dir: Path) -> Iterator[None]:
 def _remove_folders(data_dir: Path, made: list[Path]) -> None:
     """Remove the empty folders that a failed call made, unless another process has come to use them."""
     with suppress(OSError):
-        (data_dir / LOCK).unlink(missing_ok=True)
+        # Elsewhere it was deleted before; a lock that is there now belongs to another process.
+        if os.name == "nt":
+            (data_dir / LOCK).unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()

@@ -92,6 +92,9 @@ def tokenize_corpus(
         documents = totals_of(records).documents
         # With no document at all, cutting does not help.
         if rules.val_fraction is None or len({bool(number) for number in documents.values()}) == 1:
+            if not cut:
+                # Of an interrupted call, when the corpus had fewer documents. Only one folder may have results.
+                shutil.rmtree(folder / "cut", ignore_errors=True)
             break
         if not cut:
             number = sum(documents.values())
@@ -110,7 +113,11 @@ class Progress:
         # How much of the corpus a limited number of documents needs is not known.
         self._total = sum(record.bytes for record in corpus.all_records) if not corpus.settings.max_documents else 0
         self._documents = self._text = 0
-        self._finished_units = self._text_of_unit = 0
+        self._finished_units = self._text_of_unit = self._skipped = 0
+
+    def skip(self, unit: Unit) -> None:
+        """Count a unit that an earlier call has finished."""
+        self._skipped += unit.size
 
     def add(self, item: Batch | UnitEnd) -> None:
         """Count a batch or a finished unit."""
@@ -133,8 +140,8 @@ class Progress:
         line = f"  {self._documents:,} documents, {self._text / 1e6:,.1f} MB of text"
         if not done or not self._total:
             return line
-        share = min(done / self._total, 1.0)
-        return f"{line}, {100 * share:.0f}%, {seconds * (1 - share) / share:,.0f} s left"
+        left = max(self._total - self._skipped - done, 0)
+        return f"{line}, {100 * (1 - left / self._total):.0f}%, {seconds * left / done:,.0f} s left"
 
 
 # --- units ---
@@ -234,7 +241,7 @@ def process_units(
         # Their data may be in chunks already.
         return finished
     records: list[UnitRecord] = []
-    items = _unfinished_items(groups, rules, store, max_documents, records)
+    items = _unfinished_items(groups, rules, store, max_documents, records, progress)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(num_workers)) if num_workers else None
         open_parts: dict[str, BinaryIO] = {}
@@ -271,6 +278,7 @@ def _unfinished_items(
     store: UnitStore,
     max_documents: int | None,
     records: list[UnitRecord],
+    progress: Progress,
 ) -> Iterator[Batch | UnitEnd]:
     """Yield the batches and ends of units without a record; append the records of the others.
 
@@ -285,6 +293,7 @@ def _unfinished_items(
                 counts = record.counts
                 val_hashes.update(counts.hashes)
                 records.append(record)
+                progress.skip(unit)
             else:
                 # Parts of an interrupted call; a split without documents writes none.
                 for name in PARTS:
@@ -417,6 +426,8 @@ def _copy_range(parts: list[tuple[Path, int]], start: int, stop: int, target: Bi
                 source.seek(max(start - begin, 0))
                 while left:
                     block = source.read(min(left, BLOCK))
+                    if not block:
+                        raise OSError(f"{path} is shorter than its record says")
                     target.write(block)
                     left -= len(block)
         begin = end
@@ -459,8 +470,10 @@ def encode_text(batch: Batch) -> bytes:
     return "".join(f"{text}\n{END_OF_TEXT}\n" for text in batch.texts).encode()
 
 
-def move_text(store: UnitStore, records: list[UnitRecord], folder: Path) -> None:
-    """Move the text of each unit to ``folder``/train/train-00000.txt and so on, also after an interrupted call."""
+def move_text(store: UnitStore, records: list[UnitRecord]) -> None:
+    """Move the text of each unit to text/train/train-00000.txt and so on, also after an interrupted call."""
+    # In the folder of the units, so that it is removed with them if the inputs change.
+    folder = store.folder / "text"
     for split in SPLITS:
         (folder / split).mkdir(parents=True, exist_ok=True)
         units = [number for number, record in enumerate(records) if record.sizes[f"{split}.txt"]]

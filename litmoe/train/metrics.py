@@ -90,7 +90,7 @@ class MetricAccumulator:
         if not isinstance(saved, dict):
             # 0.1.0 saved a list of the first five fields.
             saved = dict(zip(Losses._fields[:5], saved, strict=True))
-        # A checkpoint of another version may lack a field. Its mean then covers only the micro batches from here on.
+        # A checkpoint of another version may lack a field. The first mean after the resume is then too small.
         missing = {name: torch.zeros_like(saved["cross_entropy"]) for name in Losses._fields if name not in saved}
         values = {name: value.to(device) for name, value in (saved | missing).items() if name in Losses._fields}
         sums = Losses(**values)

@@ -84,8 +84,10 @@ def prepare_data(settings: RunSettings) -> None:
     manifest = read_manifest(data_dir)
     flags: dict[str, Any]
     if manifest is not None:
-        if manifest.source.name not in (TEXT, "sample"):
-            return  # only these two can always be made again here
+        has_text = bool(text_files(data_dir / "train"))
+        if manifest.source.name != "sample" and not (manifest.source.name == TEXT and has_text):
+            # The source is elsewhere, or its text was removed to save space. The tokens are used as they are.
+            return
         flags = flags_to_repeat(manifest)  # existing tokens keep their settings
     elif text_files(data_dir / "train"):
         flags = {"source": None}
@@ -304,8 +306,8 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
         return run
     if data_dir is None:
         raise UserError(
-            f"{resume_from} was trained on tokens in {data.data_dir}, which is gone. No folder next to it, next to its"
-            " parent or in data/ contains the same tokens. Give their place:"
+            f"{resume_from} was trained on tokens in {data.data_dir}, which does not exist. No folder next to it, next"
+            " to its parent or in data/ contains the same tokens. Give their place:"
             " --data.init_args.train_data_path FOLDER/train --data.init_args.val_data_path FOLDER/val"
         )
     # The tokenizer was usually moved together with the data.

@@ -236,10 +236,7 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
         last: write before returning and raise a failure, because the run ends. Otherwise write in the background.
     """
     assert run.snapshot is not None, "a save during an update"
-    sums = run.snapshot.metrics["sums"]
-    # Rank 0 writes, so its sums must be those of all ranks.
-    if sums is not None and fabric.world_size > 1:
-        run.snapshot.metrics["sums"] = {name: mean_over_ranks(fabric, value) for name, value in sums.items()}
+    _average_sums(fabric, run.snapshot)
     if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
         run.loggers.save()  # metrics up to this step must be on disk before the checkpoint
@@ -255,6 +252,13 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
         fabric.barrier()
 
 
+def _average_sums(fabric: L.Fabric, snapshot: Snapshot) -> None:
+    """Replace the sums of the metrics by those of all ranks, because rank 0 writes. Every rank must call this."""
+    sums = snapshot.metrics["sums"]
+    if sums is not None and fabric.world_size > 1:
+        snapshot.metrics["sums"] = {name: mean_over_ranks(fabric, value) for name, value in sums.items()}
+
+
 def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool = False) -> None:
     """Save the last complete step after an error in the loop, unless it is saved already.
 
@@ -268,6 +272,8 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
     # A sharded model can't be gathered if only this rank failed.
     can_save = run.snapshot is not None and run.progress.step > 0 and (on_all_ranks or not run.sharded)
     try:
+        if on_all_ranks and run.snapshot is not None:
+            _average_sums(fabric, run.snapshot)
         content = checkpoint_content(fabric, run) if can_save else None
         if fabric.global_rank == 0:
             run.writer.report_failure(wait=True)  # the save in progress may be the last one

@@ -189,7 +189,7 @@ def test_second_call_does_not_ask_the_hub(
         for settings, message in (
             ({"source": "sample"}, r"already contains the tokens of tinystories .*which --source sample would replace"),
             ({"max_documents": 5}, r"For --max_documents they .* again: add --source tinystories"),
-            ({"overwrite": True}, "Name its --source"),
+            ({"overwrite": True}, "Name the source.*--source tinystories --overwrite"),
         ):
             with pytest.raises(UserError, match=message):
                 run(**settings)

@@ -269,7 +269,7 @@ def test_changed_or_foreign_files_are_kept(tmp_path: Path) -> None:
     prepare(source, data)
     jsonl(data / "train.jsonl", [{"messages": turn("Who?", "Mia.")}])
     for call in (instructions_fingerprint, lambda data: prepare(source, data)):
-        with pytest.raises(UserError, match=r"not as it was prepared: train\.jsonl changed"):
+        with pytest.raises(UserError, match=r"changed since it was prepared: train\.jsonl changed"):
             call(data)
     (data / "instructions.json").unlink()
     with pytest.raises(UserError, match=r"train\.jsonl was not made by this command"):

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_added_and_removed_files_are_noticed(prepared: Path, run: Callable, stor
     assert "train/b.txt is new" in capsys.readouterr().out
     (prepared / "train/b.txt").unlink()
     run()
-    assert "train/b.txt is gone" in capsys.readouterr().out
+    assert "train/b.txt was removed" in capsys.readouterr().out
     assert decoded(prepared, "train") == stories[:100]
 
 
@@ -359,6 +360,61 @@ def test_files_of_the_user_are_never_removed(tmp_path: Path, run: Callable, stor
     for settings in ({}, {"keep_text": True}, {"overwrite": True}):
         run(source=source, **settings)
         assert (tmp_path / "data" / foreign).read_text(encoding="utf-8") == "mine"
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupt_second_call(function: Callable) -> Callable:
+    """Return ``function``, but its second call is interrupted before it does anything."""
+    calls = count()
+
+    def call(*arguments: object) -> object:
+        return function(*arguments) if next(calls) != 1 else interrupt()
+
+    return call
+
+
+def test_folder_of_the_same_name_is_another_source(tmp_path: Path, run: Callable, stories: list[str]) -> None:
+    put(tmp_path / "a/own/x.txt", stories)
+    put(tmp_path / "b/own/x.txt", stories[:50])
+    run(source=str(tmp_path / "a/own"))
+    with pytest.raises(UserError, match=r"already contains the tokens of files \(own\)"):
+        run(source=str(tmp_path / "b/own"))
+    run(source=str(tmp_path / "b/own"), overwrite=True)
+    assert both(tmp_path / "data") == sorted(stories[:50])
+
+
+def test_leftovers_of_another_call_are_not_published(
+    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its tokenizer, nor its text, nor the chunks of fewer documents."""
+    source = put(tmp_path / "x.txt", [" ".join(stories)])
+    tokenizer = (tmp_path / "tokenizer/tokenizer.json").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(manifest, "write_file", interrupt)
+        run(source=str(source), tokenizer="train", vocab_size=300, overwrite=True, keep_text=True)
+    put(source, stories)
+    found = run(source=str(source))
+    assert (tmp_path / "tokenizer/tokenizer.json").read_bytes() == tokenizer
+    assert both(tmp_path / "data") == sorted(stories) and manifest.read(tmp_path / "data") == found
+    assert not (tmp_path / "data/tokens/text").exists()
+    manifest.verify(tmp_path / "data")
+
+
+def test_killed_call_is_finished_with_its_own_tokenizer(
+    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next call names another --tokenizer_dir, which it must not overwrite."""
+    put(tmp_path / "data/train/x.txt", stories)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenizers, "install", interrupt_second_call(tokenizers.install))
+        run(tokenizer="train", vocab_size=300, tokenizer_dir=tmp_path / "first")
+    before = state(tmp_path / "tokenizer")
+    run()
+    assert state(tmp_path / "tokenizer") == before
+    assert tokenizers.load(tmp_path / "first").vocab_size == 300
 
 
 def test_source_may_be_called_text(prepared: Path, run: Callable, stories: list[str], monkeypatch) -> None:

@@ -401,3 +401,12 @@ def test_constant_router_needs_trained_weights(train, tmp_path, moe_fields, prep
     assert "warning: this model sends each token to 1 expert" in capsys.readouterr().out
     train(*one, "--resume", "auto", "--train.max_steps", "2")
     assert "Resuming from" in capsys.readouterr().out
+
+
+def test_text_may_be_removed_after_tokenizing(train, prepared, tmp_path):
+    shutil.copytree(prepared / "data", tmp_path / "data")
+    for split in ("train", "val"):
+        shutil.rmtree(tmp_path / "data" / split)
+    flags = [f"--data.init_args.{split}_data_path={tmp_path / 'data' / split}" for split in ("train", "val")]
+    out = train(*flags, "--train.max_steps", "1", "--train.lr_warmup_steps", "0")
+    assert (out / "final" / "lit_model.pth").is_file()

@@ -304,7 +304,7 @@ def test_missing_data_is_reported(moving: tuple[Path, Call]) -> None:
     for path in (place / "corpora" / "stories" / "tokens" / "train").glob("*.bin"):
         os.truncate(path, 8)  # an incomplete copy must not be used
     shutil.move(place / "corpora" / "stories", place / "corpora" / "renamed")
-    with pytest.raises(UserError, match=r"which is gone.* Give their place: --data\.init_args\.train_data"):
+    with pytest.raises(UserError, match=r"which does not exist.* Give their place: --data\.init_args\.train_data"):
         train("--resume", str(out / "step-00000002"), "--overwrite")
 
 
