@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import pydoc
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -341,6 +342,8 @@ def check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], f
     """
     if any(flag.split("=")[0] in ("--data.help", "--optimizer.help", "--print_config") for flag in flags):
         return  # these show the classes
+    if "torch" in sys.modules:
+        return  # the complete parse reports the same mistakes, and there is no import left to wait for
     # Checking `data` and `optimizer` would import their classes, and with them torch.
     without_classes = {name: value for name, value in run.items() if name not in CLASS_SETTINGS}
     _parse_file_and_flags(parser, run_file, without_classes, _without_class_flags(flags))
