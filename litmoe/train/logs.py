@@ -48,8 +48,16 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
         self._resume_step = resume_step
-        self._columns: list[str] = []  # of the file; empty until this run has written it
-        self._size = 0  # of the file in bytes, up to the last complete row
+        # The header of the file, as this process wrote it. Empty until then, so that the first write rewrites the file:
+        #
+        #   _columns    resume_step   the file contains           the next write
+        #   empty       None          another run, or no file     replaces it
+        #   empty       a step        rows of earlier processes   keeps those up to that step
+        #   not empty   any           rows of this process too    appends; keeps all if a column is new
+        self._columns: list[str] = []
+        # Bytes of the file up to the last complete row, to remove what a full disk cut off.
+        self._size = 0
+        # Rows that are not in the file yet; more than one only while it can't be written.
         self._waiting: list[dict[str, Any]] = []
         self._is_failing = False
 
@@ -93,6 +101,7 @@ class MetricsCSV(Logger):
     def _write(self, rows: list[dict[str, Any]]) -> None:
         # A column that the header lacks needs a new file: rows of more cells than the header are unreadable.
         names = list(dict.fromkeys(name for row in rows for name in row))
+        # A file that was deleted meanwhile is written again, with its header.
         can_append = self._columns and self.path.is_file() and set(names) <= set(self._columns)
         if can_append:
             self._append(rows)
@@ -111,6 +120,7 @@ class MetricsCSV(Logger):
     def _rewrite(self, names: list[str], rows: list[dict[str, Any]]) -> None:
         """Write a file with the earlier rows, ``rows``, and columns for ``names``; a kill leaves the old or the new."""
         columns, earlier_rows = self._read_earlier_rows(names)
+        # Columns of the file keep their places, and new ones follow. dict.fromkeys drops repeated names.
         columns = list(dict.fromkeys((*columns, *COLUMNS, *names)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -131,15 +141,19 @@ class MetricsCSV(Logger):
 
         If something is damaged, other than a row that a kill cut off, a copy of the file is kept.
         """
+        # This process has written the file, so its rows are those of this run up to now.
         is_own_file = bool(self._columns)
         is_continued = is_own_file or self._resume_step is not None
+        # The first write of a new run: what is there belongs to the run that --overwrite removes.
         if not is_continued or not self.path.is_file():
             return [], []
+        # Bytes and not text, so that a copy of a damaged file is exact.
         content = self.path.read_bytes()
         table = _read_table(content.decode("utf-8-sig", errors="replace"), numeric={*COLUMNS, *names})
         if table.damage:
             print(f"{self.path} is damaged: {table.damage}. A copy of it is kept: {_keep_copy(self.path, content)}")
         rows = table.rows
+        # The steps after the checkpoint are taken again, and log their rows again.
         if not is_own_file:
             rows = [row for row in rows if int(row["step"]) <= (self._resume_step or 0)]
         return table.columns, rows

@@ -98,9 +98,11 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
 
     if not _evaluate_before_first_step(fabric, run, display, signals):
         return "stopped"
+    # Not earlier: an evaluation is no training time.
     run.metrics.start_clock()
     session.loop_start = time.perf_counter()
     while progress.step < plan.steps:
+        # The last step may have fewer micro batches.
         taken = [next(batches) for _ in range(plan.micro_batches_in(progress.step))]
         micro_batches = [as_batch(batch, run.gpt.max_seq_length) for batch in taken]
         result = train_step(fabric, run, micro_batches, partial(_own_requests, fabric, run, signals, session))
@@ -110,6 +112,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
         progress.tokens += result.tokens
         progress.epoch = batches.epoch
         progress.seconds = session.earlier_seconds + session.seconds
+        # Before the snapshot: a step that is saved must not be logged again by the resumed run.
         log_step(fabric, run, result, display, session)
         run.snapshot = take_snapshot(fabric, run)
 
@@ -119,6 +122,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
             return ending
         if not _evaluate_if_due(fabric, run, display, signals):
             return "stopped"
+        # After the evaluation, so that the checkpoint says that it was done.
         _save_if_due(fabric, run, result.requests)
     return "finished"
 
@@ -148,6 +152,7 @@ def train_step(
         is_accumulating = index < len(micro_batches) - 1
         # FSDP shards gradients after each micro batch, so there is nothing to postpone.
         with fabric.no_backward_sync(model, enabled=is_accumulating and not run.sharded):
+            # The load of the step before, so that it is the same for all micro batches and ranks.
             losses: Losses = functional_call(model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
             losses = losses._replace(cross_entropy=losses.cross_entropy * weight)
             fabric.backward(total_loss(losses, settings.moe) / len(micro_batches))
@@ -164,10 +169,14 @@ def train_step(
 
     # Check. With a GradScaler, infinite gradients are expected while it adjusts its scale, so check the loss instead.
     checked = norm if scaler_of(fabric) is None else step_loss
+    # This exchange makes the CPU wait for the device, so the requests go along. A request of one rank becomes one of all:
+    # ranks that save or stop after different steps would wait for each other forever.
     is_bad, *requests = any_rank(fabric, ~torch.isfinite(checked), *own_requests())
     if is_bad:
-        optimizer.zero_grad()  # the search for the cause computes new gradients
+        # The search for the cause computes new gradients.
+        optimizer.zero_grad()
         message = _describe_nonfinite(fabric, run, micro_batches)
+        # The snapshot is still that of the step before. All ranks raise, so all can take part in the save.
         save_after_error(fabric, run, on_all_ranks=True)
         raise NonFiniteError(message)
 
@@ -255,6 +264,7 @@ def _own_requests(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, sess
     return Requests(
         stop=signals.received is not None,
         end=session.seconds >= max_time,
+        # Only rank 0 writes, so its clock decides.
         save=fabric.global_rank == 0 and run.writer.is_due(),
     )
 
@@ -284,15 +294,19 @@ def _save_if_due(fabric: L.Fabric, run: TrainingRun, requests: Requests) -> None
 
 
 def _evaluate_before_first_step(fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals) -> bool:
-    """Evaluate a new run if the settings say so. Returns False if a signal stopped the evaluation.
+    """Do the evaluations that come before the first step of this session. Returns False if a signal stopped one.
 
-    A run that was asked to stop at an evaluation left it out; the resumed run makes up for it here.
+    There are two of them: that of a new run, if the settings say so, and that of the last step before a stop, which did
+    not wait for it.
     """
+    # A new run. A signal does not stop this evaluation: there is no checkpoint yet, so no resumed run could repeat it.
     if run.progress.step == 0 and run.settings.eval.initial_validation:
         evaluate_and_log(fabric, run, display, signals)
-    # A signal during this evaluation saves the step that the run was resumed from.
+    # A resumed run. Its snapshot is otherwise taken after its first step, but a signal during this evaluation saves the
+    # step that it was resumed from.
     if any(evaluations_due(run)):
         run.snapshot = take_snapshot(fabric, run)
+    # At step 0 nothing is due, so this does not evaluate a new run twice.
     return _evaluate_if_due(fabric, run, display, signals)
 
 
@@ -315,6 +329,7 @@ def _set_learning_rate(run: TrainingRun) -> float:
         steps=run.plan.steps,
         schedule=run.settings.schedule,
     )
+    # As a factor, because groups may have rates of their own, such as the AdamW groups of Muon.
     set_learning_rate(run.optimizer.optimizer, rate / peak)
     return rate
 
@@ -326,6 +341,7 @@ def _describe_nonfinite(fabric: L.Fabric, run: TrainingRun, batches: Sequence[Ba
     bad_weights = find_nonfinite_weights(run.gpt)
     advice = "keeps what was trained so far. Continue with --resume auto, or from an older checkpoint"
     if any_rank(fabric, bad_weights is not None)[0]:
+        # The last complete step has these weights already, so saving it would only store NaN.
         run.snapshot = None
         cause = f"the weights{f' of {bad_weights}' if bad_weights else ''} were already not finite before this step"
         advice = "saves nothing. Continue from a checkpoint that was saved before"
