@@ -114,7 +114,8 @@ class MetricsCSV(Logger):
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self._columns, restval="").writerows(rows)
         except OSError:
-            os.truncate(self.path, self._size)  # remove a partial row
+            # Remove a partial row.
+            os.truncate(self.path, self._size)
             raise
 
     def _rewrite(self, names: list[str], rows: list[dict[str, Any]]) -> None:
@@ -130,7 +131,8 @@ class MetricsCSV(Logger):
                 writer.writeheader()
                 writer.writerows([*earlier_rows, *rows])
                 file.flush()
-                os.fsync(file.fileno())  # otherwise a power cut could leave an empty file in place of all rows
+                # Otherwise a power cut could leave an empty file in place of all rows.
+                os.fsync(file.fileno())
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
@@ -231,7 +233,8 @@ def _keep_copy(path: Path, content: bytes) -> Path:
         copy = path.with_name(f"{path.name}.damaged-{number}")
     try:
         copy.write_bytes(content)
-    except OSError:  # no partial copy on a full disk
+    except OSError:
+        # No partial copy on a full disk.
         copy.unlink(missing_ok=True)
         raise
     return copy
@@ -296,6 +299,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
     ) -> Loggers:
         # The CSV file comes first and always: other loggers may miss rows, for example on a full disk.
         loggers: list[Logger] = [MetricsCSV(out_dir / METRICS_FILE, resume_step)]
+        # A logger that is named twice is made once.
         for wanted in dict.fromkeys(names):
             if wanted == "tensorboard":
                 loggers.append(_tensorboard(out_dir, resume_step))
@@ -309,6 +313,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
 def _tensorboard(out_dir: Path, resume_step: int | None) -> Logger:
     # Steps after the checkpoint are taken again.
     purge = None if resume_step is None else resume_step + 1
+    # No version, so that a resumed run writes into the same folder.
     return TensorBoardLogger(root_dir=out_dir / "logs", name="tensorboard", version="", purge_step=purge)
 
 
@@ -333,18 +338,21 @@ def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, A
         name=run_name or log_args.get("run") or os.environ.get("WANDB_RUN_NAME"),
         group=log_args.get("group") or os.environ.get("WANDB_RUN_GROUP"),
         id=run_id,
+        # Continues the W&B run with this id, or starts one if there is none.
         resume="allow",
         save_dir=out_dir,
     )
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         out_dir.mkdir(parents=True, exist_ok=True)
         try:
-            _ = logger.experiment  # starts the run now, so that a missing login is reported before the model is built
+            # Starts the run now, so that a missing login is reported before the model is built.
+            _ = logger.experiment
         except wandb.errors.Error as error:
             raise UserError(
                 f"W&B can't start a run: {error}; log in with `uv run wandb login`, or keep the run on this machine"
                 " with WANDB_MODE=offline."
             ) from None
+        # After the start, because only a run that was started can be continued.
         id_file.write_text(run_id + "\n", encoding="utf-8")
     return logger
 
@@ -358,6 +366,7 @@ class RunDisplay:
     def __init__(self, *, enabled: bool, bar: bool | None, steps: int, first_step: int) -> None:
         self._enabled = enabled
         self._steps = steps
+        # soft_wrap: Rich would break long lines, also in a file.
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         # In a file or a CI log, each refresh of a bar would be a line of its own.
         show = enabled and (self.console.is_terminal if bar is None else bar)
@@ -386,6 +395,7 @@ class RunDisplay:
 
     def print(self, text: str) -> None:
         """Print a line above the progress bar."""
+        # No markup: Rich would read brackets in a sample as its own tags.
         self.console.print(strip_control_chars(text), markup=False)
 
     def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:

@@ -93,7 +93,8 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
     """
     plan, progress = run.plan, run.progress
     session = _Session(progress)
-    batches = CycleIterator(run.train_dataloader)  # starts the next epoch when one ends
+    # Starts the next epoch when one ends.
+    batches = CycleIterator(run.train_dataloader)
     batches.epoch = progress.epoch
 
     if not _evaluate_before_first_step(fabric, run, display, signals):
@@ -147,7 +148,8 @@ def train_step(
     # Forward and backward. The sums stay on the device: reading one would make the CPU wait for it.
     expert_counts = torch.zeros_like(run.expert_counts)
     step_loss = torch.zeros((), device=fabric.device)
-    cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)  # once for all micro batches
+    # Once for all micro batches.
+    cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
     for index, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
         is_accumulating = index < len(micro_batches) - 1
         # FSDP shards gradients after each micro batch, so there is nothing to postpone.
@@ -159,7 +161,8 @@ def train_step(
         run.metrics.add(losses)
         expert_counts += losses.expert_counts
         step_loss += losses.cross_entropy.detach()
-    del cast_parameters  # free the 16-bit copies before the update, which needs memory of its own
+    # Free the 16-bit copies before the update, which needs memory of its own.
+    del cast_parameters
     run.metrics.tokens += tokens
 
     # Clip. Without max_norm the norm is still measured: clipping at infinity changes nothing.
@@ -169,8 +172,8 @@ def train_step(
 
     # Check. With a GradScaler, infinite gradients are expected while it adjusts its scale, so check the loss instead.
     checked = norm if scaler_of(fabric) is None else step_loss
-    # This exchange makes the CPU wait for the device, so the requests go along. A request of one rank becomes one of all:
-    # ranks that save or stop after different steps would wait for each other forever.
+    # This exchange makes the CPU wait for the device, so the requests go along. A request of one rank becomes one of
+    # all: ranks that save or stop after different steps would wait for each other forever.
     is_bad, *requests = any_rank(fabric, ~torch.isfinite(checked), *own_requests())
     if is_bad:
         # The search for the cause computes new gradients.
@@ -204,7 +207,8 @@ def update_expert_balance(fabric: L.Fabric, run: TrainingRun, expert_counts: Ten
         norm: of the gradient. If it is not finite, a GradScaler skipped the step, and the biases stay.
     """
     if fabric.world_size > 1:
-        torch.distributed.all_reduce(expert_counts)  # Fabric's would also make the device wait at a barrier
+        # Not Fabric's all_reduce, which would also make the device wait at a barrier.
+        torch.distributed.all_reduce(expert_counts)
     run.expert_counts = expert_counts
     rate = run.settings.moe.bias_update_rate
     if rate:
@@ -288,7 +292,8 @@ def _save_if_due(fabric: L.Fabric, run: TrainingRun, requests: Requests) -> None
     save_interval = settings.train.save_interval
     is_interval = save_interval is not None and step % save_interval == 0
     if requests.save or is_interval:
-        with run.metrics.paused():  # copying to CPU memory is no training time
+        # Copying to CPU memory is no training time.
+        with run.metrics.paused():
             save_checkpoint(fabric, run, settings.out_dir / f"step-{step:08d}")
     run.writer.report_failure()
 

@@ -97,7 +97,8 @@ def _build_model(run: ParsedRun, precision: str, hardware: Hardware | None) -> P
 def _build_optimizer(
     run: ParsedRun, precision: str, hardware: Hardware | None, model: nn.Module
 ) -> torch.optim.Optimizer:
-    fused = precision != "16-mixed"  # as in the training loop
+    # As in the training loop: fused kernels unscale gradients themselves.
+    fused = precision != "16-mixed"
     optimizer = make_optimizer(run.optimizer, model, fused=fused)
     if hardware is not None and not fused:
         # torch's default on a GPU: updates many tensors at once, which needs memory for temporary results.
@@ -227,7 +228,8 @@ class _Ledger(TorchDispatchMode):
 
     def _count_new(self, part: str, tensor: Tensor) -> None:
         for storage in get_untyped_storages(tensor):
-            if id(storage) not in self._alive:  # else a view or an operation in place
+            # A known storage belongs to a view, or to an operation in place.
+            if id(storage) not in self._alive:
                 self._count(part, storage)
 
     def _part_of(self, func: Any, args: Any, result: Tensor) -> str:

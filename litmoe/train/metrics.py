@@ -165,7 +165,8 @@ def _expert_columns(means: Losses) -> dict[str, float]:
         "router_confidence": means.router_confidence,
     }
     # One column for each layer, because a mean over layers would hide a layer with dead experts.
-    by_layer = torch.stack(list(statistics.values()), dim=1).tolist()  # one transfer from the device
+    # One transfer from the device.
+    by_layer = torch.stack(list(statistics.values()), dim=1).tolist()
     columns = {}
     for layer, values in enumerate(by_layer):
         for name, value in zip(statistics, values, strict=True):

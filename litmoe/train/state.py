@@ -210,7 +210,8 @@ def _load_unlogged_row(run: TrainingRun, state: dict[str, Any]) -> None:
     row = state.get("row")
     if row is None:
         return
-    run.progress.evaluated_step = 0  # the resumed run evaluates this step
+    # The resumed run evaluates this step.
+    run.progress.evaluated_step = 0
     if row:
         run.loggers.log_metrics({**row, "time": round(run.progress.seconds, 3)}, run.progress.step)
 
@@ -253,14 +254,17 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
         run.snapshot.metrics["sums"] = {name: mean_over_ranks(fabric, value) for name, value in sums.items()}
     if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
-        run.loggers.save()  # metrics up to this step must be on disk before the checkpoint
+        # Metrics up to this step must be on disk before the checkpoint.
+        run.loggers.save()
         content = checkpoint_content(fabric, run)
         if last:
             run.writer.write_now(folder, content)
         else:
-            run.writer.write(folder, content, copy=not run.sharded)  # gathered tensors are copies already
+            # Gathered tensors are copies already.
+            run.writer.write(folder, content, copy=not run.sharded)
     elif run.sharded:
-        checkpoint_content(fabric, run)  # sends the shards of this rank to rank 0
+        # Sends the shards of this rank to rank 0.
+        checkpoint_content(fabric, run)
     # A rank that ends early would look like a lost one.
     if last:
         fabric.barrier()
@@ -282,14 +286,16 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
     try:
         content = checkpoint_content(fabric, run) if can_save else None
         if fabric.global_rank == 0:
-            run.writer.report_failure(wait=True)  # the save in progress may be the last one
+            # The save in progress may be the last one.
+            run.writer.report_failure(wait=True)
             if content is not None and run.writer.saved != folder:
                 # As in `save_checkpoint`: a resumed run writes no row for steps before its checkpoint.
                 run.loggers.save()
                 run.writer.write_now(folder, content)
                 fabric.print(f"Saved {folder}")
     except Exception as error:
-        with suppress(OSError):  # the terminal may be closed
+        # The terminal may be closed.
+        with suppress(OSError):
             fabric.print(f"warning: {error}")
     if on_all_ranks:
         fabric.barrier()
