@@ -88,6 +88,7 @@ class Chat:
 
     def undo(self) -> str | None:
         """Remove the last question and its answer; return the question, or None if there is none."""
+        # Questions and answers take turns, so the last turn is the last two messages.
         question = self.messages[-2]["content"] if self.messages else None
         del self.messages[-2:]
         return question
@@ -102,6 +103,7 @@ class Chat:
             raise UserError("there is nothing to save: the conversation is empty.")
         messages = [*self._system_messages(), *self.messages]
         if path.suffix.lower() in (".json", ".jsonl"):
+            # The shape of rows that prepare_data.py --instruct reads.
             text = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         else:
             text = f"# A chat with {self.model.folder.as_posix()}\n"

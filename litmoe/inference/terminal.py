@@ -192,10 +192,12 @@ class Terminal:
 
         keys = KeyBindings()
 
+        # With multiline=True, Enter alone would start a new line instead of sending the question.
         @keys.add("enter")
         def _(event: KeyPressEvent) -> None:
             event.current_buffer.validate_and_handle()
 
+        # Terminals send Alt-Enter as Escape and Enter.
         @keys.add("escape", "enter")
         def _(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")

@@ -57,6 +57,7 @@ class TextStream:
 
     def flush(self) -> str:
         """Return the rest at the end of a sample; an unfinished character becomes U+FFFD."""
+        # The difference of two texts, because the text of a token depends on those before it.
         text = self._decode([*self._before, *self._waiting])[len(self._decode(self._before)) :]
         self._mark_returned()
         return text
@@ -73,6 +74,7 @@ class TextStream:
         return size
 
     def _mark_returned(self) -> None:
+        # Only the last tokens have an effect on the next one, and decoding all would get slower and slower.
         self._before = [*self._before, *self._waiting][-2 * _MAX_WAITING :]
         self._waiting = []
 
@@ -113,6 +115,7 @@ class StopSequences:
         return certain, False
 
     def _overlap(self, sequence: list[int]) -> int:
+        # Longest first. A complete sequence was found before, so at least its last token is missing.
         for size in range(len(sequence) - 1, 0, -1):
             if self.held[-size:] == sequence[:size]:
                 return size
