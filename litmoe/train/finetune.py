@@ -159,6 +159,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     use_expandable_segments(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
+    # The loggers drop what was logged after this step, because these steps are taken again.
     resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
     module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full
     arguments: dict[str, Any] = {

@@ -108,6 +108,7 @@ class PlannedRun:
         Raises:
             UserError: the optimizer can't run on tensors without contents.
         """
+        # As if Triton were installed, because the GPU may be in another machine.
         hardware = None if self.gpu is None else Hardware(self.gpu.capability, triton=True)
         try:
             return training_memory(self.run, self.precision, hardware)

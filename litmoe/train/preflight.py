@@ -92,6 +92,7 @@ def prepare_data(settings: RunSettings) -> None:
         # Existing tokens keep their settings.
         flags = flags_to_repeat(manifest)
     elif text_files(data_dir / "train"):
+        # No source: the text in the folder itself.
         flags = {"source": None}
     else:
         # The `prepare` section of the run file only fills an empty folder.

@@ -46,6 +46,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir
+    # The loggers drop what was logged after this step, because these steps are taken again.
     resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
     patched = patched_pretraining(
         main=partial(main, run=run, resume_from=resume_from, precision_note=note),

@@ -55,6 +55,7 @@ def refusal(folder: Path, settings: RunSettings, problem: str, fix: str) -> User
 def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
     """Raise ``UserError`` if ``folder`` has the state of another optimizer, or none."""
     saved = checkpoints.load_hyperparameters(folder)
+    # Only the settings of a run name an optimizer.
     if "optimizer" not in saved:
         problem = f"{folder} has no training state (an imported checkpoint, for example)"
         raise refusal(folder, run.settings, problem, "Resume from another checkpoint")
@@ -98,6 +99,7 @@ def check_same_provenance(
     """Raise ``UserError`` if an input of the run (the conversations, the base checkpoint) changed."""
     for name, fingerprint in present.items():
         if name not in saved:
+            # An older version did not record this input.
             fabric.print(f"{folder} has no record of {name}, so changes there can't be detected.")
         elif saved[name] != fingerprint:
             raise refusal(folder, settings, f"{name} changed since {folder} was saved", "Restore the old version")
