@@ -45,7 +45,8 @@ from litmoe.evaluation.common import (
 PROTOCOL = "lm-eval, 0-shot"
 ENDINGS = 4
 
-_BATCH_TOKENS = 1 << 12  # small, because the evaluation may run during a training that needs most of the memory
+# Small, because the evaluation may run during a training that needs most of the memory.
+_BATCH_TOKENS = 1 << 12
 _FIELDS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 _EXPECTED = (
     "expected the validation set of HellaSwag: a file in its JSONL (hellaswag_val.jsonl from"

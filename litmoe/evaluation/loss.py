@@ -288,7 +288,8 @@ def _check_tokenizer(
     elif training_data is not None:
         sha256 = training_data.tokenizer.sha256
     else:
-        sha256 = tokenizer.sha256  # nothing to compare with
+        # There is nothing to compare with.
+        sha256 = tokenizer.sha256
     if sha256 != tokenizer.sha256:
         raise UserError(
             f"the tokens of {data_dir} were made by another tokenizer ({tokenizer.name}, {tokenizer.vocab_size:,}"

@@ -243,7 +243,8 @@ class Harness(TemplateLM):
         super().__init__()
         self.gpt = gpt
         self.max_length = max_length
-        self._litgpt_tokenizer = tokenizer  # in lm-eval, `tokenizer` is one of transformers
+        # Not `tokenizer`, which in lm-eval is one of transformers.
+        self._litgpt_tokenizer = tokenizer
         self._autocast = autocast
         self._device = gpt.lm_head.weight.device
         self._generator = torch.Generator(self._device).manual_seed(_SEED)

@@ -45,7 +45,8 @@ def same_logits(gpt: GPT, theirs: Any, *, seed: int = 0) -> Check:
     our_logits, their_logits = gpt(ids), theirs(ids).logits
     check_finite(our_logits)
     difference = (our_logits - their_logits).abs().max().item()
-    if not difference <= TOLERANCE:  # also if it is NaN
+    # Written with `not`, so that NaN is an error too.
+    if not difference <= TOLERANCE:
         raise RuntimeError(f"the logits of both models differ by {difference:.2g}; expected at most {TOLERANCE:g}")
     return Check("logits", f"differ by {difference:.1e} at most, on {ids.numel()} tokens ({TOLERANCE:.0e} is allowed)")
 

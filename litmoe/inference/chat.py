@@ -127,7 +127,8 @@ class Chat:
         context = self.model.gpt.max_seq_length
         # At most a quarter of the context is reserved, so that a long max_new_tokens does not remove the history.
         reserved = min(max_new_tokens, max(1, context // 4))
-        max_prompt = context - reserved + 1  # the last token of an answer is not read
+        # The last token of an answer is not read.
+        max_prompt = context - reserved + 1
         if self.is_tuned:
             messages = [*self.messages, Message(role="user", content=question)]
             kept, prompt = encode_newest(
@@ -169,7 +170,8 @@ class Reply:
             self.prompt,
             stop=stop_sequences(chat.style, model.tokenizer),
             seed=chat.generator,
-            join=not chat.is_tuned,  # answers are tokenized on their own in training
+            # Answers are tokenized on their own in training.
+            join=not chat.is_tuned,
             **sampling,  # type: ignore[misc]
         )
         try:

@@ -81,7 +81,8 @@ def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float
         # Ascending, so that the tokens to remove are the first ones, with a total of at most 1 - top_p.
         ascending, indices = torch.sort(logits)
         remove = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        remove[:, -1] = False  # always keep the most probable token
+        # Always keep the most probable token.
+        remove[:, -1] = False
         logits = logits.masked_fill(torch.zeros_like(remove).scatter(-1, indices, remove), float("-inf"))
     return logits
 
@@ -97,7 +98,8 @@ def sample_tokens(
 
     With one generator for each row, the result of a row equals that of `torch.multinomial` for this row alone.
     """
-    if temperature < 1e-30 or top_p == 0.0:  # dividing by less would make logits infinite
+    # Dividing by a smaller temperature would make logits infinite.
+    if temperature < 1e-30 or top_p == 0.0:
         return logits.argmax(dim=-1)
     # In fp32, because the probabilities of a large vocabulary lose too many digits in 16 bits.
     probabilities_BV = restrict(logits.float(), temperature, top_k, top_p).softmax(dim=-1)

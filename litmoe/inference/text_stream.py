@@ -33,7 +33,8 @@ class TextStream:
         # The last tokens that were returned as text; the text of the next tokens depends on them
         self._before = context[:complete]
         self._waiting: list[int] = []
-        self._repeated = 0  # characters that the decoder returns again, because its first tokens end within a character
+        # Characters that the decoder returns again, because its first tokens end within a character.
+        self._repeated = 0
         self._stream = DecodeStream(self._before, skip_special_tokens=True)
         for token in context[complete:]:
             self.push(token)
@@ -46,7 +47,8 @@ class TextStream:
         self._waiting.append(token)
         try:
             text = self._stream.step(self._processor, token)
-        except Exception:  # tokenizers has no class for it: a stray byte changed the text of the bytes before it
+        except Exception:
+            # The library tokenizers has no class for it: a stray byte changed the text of the bytes before it.
             return self._restart()
         if text is None:
             return self._restart() if len(self._waiting) == _MAX_WAITING else ""

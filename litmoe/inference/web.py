@@ -253,7 +253,8 @@ class _ChatPage:
 
     def answer(self, question: str, busy: bool, conversations: Conversations, *settings: Any) -> Iterator[list[Any]]:
         """Fill the empty answers of all models, token by token."""
-        if not busy:  # stopped before the answer started
+        if not busy:
+            # Stopped before the answer started.
             # A value for each output: box, conversations, and chat and caption of each model.
             yield [gr.skip()] * (2 + 2 * len(self.models))
             return
