@@ -53,7 +53,7 @@ class MetricsCSV(Logger):
         #   _columns    resume_step   the file contains           the next write
         #   empty       None          another run, or no file     replaces it
         #   empty       a step        rows of earlier processes   keeps those up to that step
-        #   not empty   any           rows of this process too    appends; keeps all if a column is new
+        #   not empty   any           rows of this process too    appends, or rewrites all rows with new columns
         self._columns: list[str] = []
         # Bytes of the file up to the last complete row, to remove what a full disk cut off.
         self._size = 0

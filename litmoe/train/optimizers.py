@@ -77,6 +77,7 @@ def parameter_uses(model: nn.Module) -> Iterator[ParameterUse]:
     Weight decay applies to matrices. It does not apply to norms, biases, embeddings (also not to an output head that is
     tied to them) and routers.
     """
+    # By id, because a router may be a module of any class.
     routers = {id(module.gate) for module in model.modules() if isinstance(module, MoE)}
     seen: set[int] = set()
     # Embeddings first, so that a matrix shared with the output head counts as an embedding.

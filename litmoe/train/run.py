@@ -80,13 +80,13 @@ def run_training(
     # Resume.
     if resume_from:
         resume_training(fabric, run, resume_from)
-    # Also for a new run: its data may have been prepared on each machine.
+    # Also for a new run: its data may have been prepared on each machine, with other settings.
     check_same_on_all_machines(fabric, run)
     if resume_from and run.progress.step >= run.plan.steps:
         _report_finished(fabric, run, resume_from)
         return
 
-    # From here on the run changes out_dir.
+    # From here on the run changes out_dir. Everything that can be refused was checked before.
     _prepare_out_dir(fabric, run, resume_from)
     run.loggers.log_hyperparams(run.hyperparameters)
     lines = [

@@ -174,7 +174,7 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
     if run.sharded:
         state["optimizer"]["state"] = shard_state(state["optimizer"]["state"], optimizer)
     load_optimizer_state(optimizer, state["optimizer"])
-    # Empty if the run was saved in another precision.
+    # A checkpoint of another precision has no state of a scaler.
     scaler = scaler_of(fabric)
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
