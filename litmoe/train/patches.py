@@ -122,6 +122,7 @@ def patched_pretraining(
             # LitGPT passes what this returns to pprint.pformat, and prints the text at every start.
             "capture_hparams": lambda: {},
             "pprint": SimpleNamespace(pformat=lambda settings: summary),
+            # LitGPT makes one if a run has more than one device.
             "FSDPStrategy": _class_that_makes(strategy),
         },
         router,
