@@ -153,10 +153,18 @@ def swiglu_backward(
     gate_SI, up_SI = h_SJ.chunk(2, dim=1)
     weights_S1 = weights_S.to(h_SJ.dtype).unsqueeze(1)
 
+    # What the memory of each buffer holds, line by line of the formulas below. An empty cell keeps what is above it.
+    #
+    #   silu         a              da                   dgate (left of dh)   dup (right of dh)
+    #                               gradient of result
+    #   silu(gate)   silu * up                           da * a, for dweights
+    #                a * weight     da * weight                               dup
+    #                               da * weight * up     dgate
     silu_SI = _silu(gate_SI, silu_out)
     a_SI = torch.mul(silu_SI, up_SI, out=a_out)
     # The weight is applied to the activation, the narrowest place, so its gradient needs no expert output (SonicMoE,
-    # arXiv 2512.14080). The memory of dgate is free until dgate itself is computed.
+    # arXiv 2512.14080). It needs a and da without the weight, so it comes before they are multiplied with it: to divide
+    # by the weight again would fail where it is 0. Summed in fp32, the type of the router's weights.
     product_SI = torch.mul(da_SI, a_SI, out=dgate_out)
     dweights_S = torch.sum(product_SI, dim=1, dtype=torch.float32, out=dweights_out)
 
@@ -164,6 +172,7 @@ def swiglu_backward(
     da_SI = torch.mul(da_SI, weights_S1, out=da_out)
     dup_SI = torch.mul(da_SI, silu_SI, out=dup_out)
     dgate_SI = _silu_backward(torch.mul(da_SI, up_SI, out=da_out), gate_SI, dgate_out)
+    # With buffers, dgate and dup are the two halves of dh already.
     dh_SJ = torch.cat([dgate_SI, dup_SI], dim=1) if dh_out is None else dh_out
     return dh_SJ, a_SI, dweights_S
 
@@ -477,16 +486,27 @@ def loop_backward(
     dfc_EJC, dproj_ECI = _empty_like(fc_EJC, need_fc), _empty_like(proj_ECI, need_proj)
     blocks = _blocks(ends_E, 2 * I)
     largest = max(block.n_rows for block in blocks)
+    # Five buffers, used again by each block. What they hold after each line of the loop; an empty cell keeps it:
+    #
+    #   line                   dy and x (C)   da (I)          a (I)            dh (J)          silu (I)
+    #   index_select, dy       dy
+    #   _multiply, da                         gradient of a
+    #   swiglu_backward                       overwritten     weighted a       gradient of h   silu(gate)
+    #   _weight_gradient, a    read                           read
+    #   index_select, x        x
+    #   _weight_gradient, dh   read                                            read
+    #   _multiply, dx                                                          read
     buffers = [x_NC.new_empty(largest, width) for width in (C, 2 * I, I, I, I)]
     for start, n_rows, spans in blocks:
         x, dh, da, silu, a = (buffer.narrow(0, 0, n_rows) for buffer in buffers)
         tokens, h = token_R.narrow(0, start, n_rows), h_RJ.narrow(0, start, n_rows)
         weights, dweights = weights_R.narrow(0, start, n_rows), dweights_R.narrow(0, start, n_rows)
-        dy = x  # the same memory: x is gathered when dy is not needed any more
+        # The same memory under two names: x is gathered when dy is not needed any more.
+        dy = x
         torch.index_select(dy_NC, 0, tokens, out=dy)
         _multiply(dy, proj_ECI.transpose(1, 2), spans, out=da)
         swiglu_backward(h, weights, da, SwiGLUBuffers(dh, silu, a, dweights, da))
-        # swiglu_backward left the activation in a and the gradient of h in dh.
+        # Frozen weights, as under LoRA, need no gradient, but the layers before still need dx.
         if need_proj:
             _weight_gradient(dy, a, spans, out=dproj_ECI)
         if need_fc:
@@ -538,10 +558,12 @@ def _spans(ends_E: Tensor) -> list[Span]:
 
 def _blocks(ends_E: Tensor, width: int) -> list[_Block]:
     """Divide the rows into blocks of at most ``BLOCK_SIZE // width``, or of one expert."""
+    # At least one block, so that `largest` exists without any row.
     blocks = [_Block(0, 0, [])]
     for expert, start, n_rows in _spans(ends_E):
         # An expert's rows stay together, so that each product is computed in one piece.
         block = blocks.pop()
+        # An expert with more rows than a block holds gets a block of its own, of any size.
         if block.n_rows > 0 and (block.n_rows + n_rows) * width > BLOCK_SIZE:
             blocks.append(block)
             block = _Block(start, 0, [])
@@ -561,6 +583,7 @@ def _multiply(x_BC: Tensor, weight_EOC: Tensor, spans: list[Span], out: Tensor) 
 def _weight_gradient(grad_BO: Tensor, x_BC: Tensor, spans: list[Span], out: Tensor) -> None:
     """Multiply each expert's transposed gradients with its rows; the result is 0 for an expert without rows."""
     for expert, start, n_rows in spans:
+        # Also for an expert without rows: the product over no rows is 0, and the memory of `out` is not initialized.
         grad_OB = grad_BO.narrow(0, start, n_rows).t()
         torch.mm(grad_OB, x_BC.narrow(0, start, n_rows), out=out.select(0, expert))
 

@@ -55,6 +55,22 @@ def dispatch(router: RouterOutput, row_multiple: int = 1) -> Dispatch:
         row_multiple: the number of rows that each expert's are padded to a multiple of. ``R`` is then an upper bound;
             rows after the last end are unused.
     """
+    # An example with 2 tokens, 3 experts and K = 2. Token 0 goes to experts 2 and 0, token 1 to experts 0 and 1:
+    #
+    #   tokens    0 0 1 1      the assignments as the router lists them
+    #   experts   2 0 0 1
+    #   expert_S  0 0 1 2      sorted by expert
+    #   order_S   1 2 3 0      which assignment that is
+    #   token_R   0 1 1 0      row 0: token 0 by expert 0, row 1: token 1 by expert 0, ...
+    #   ends_E    2 3 4        expert 0 has rows 0 and 1, expert 1 row 2, expert 2 row 3
+    #   row_S     3 0 1 2      assignment 0 (token 0, expert 2) is row 3
+    #   rows      (3 0) (1 2)  token 0 is the sum of rows 3 and 0
+    #
+    # With row_multiple = 2, experts 1 and 2 get a row of padding each (token 0 with weight 0):
+    #
+    #   token_R   0 1 1 0 0 0 0   the last row is after the last end, so no expert computes it
+    #   ends_E    2 4 6
+    #   row_S     4 0 1 2
     S, E, device = router.experts.size(0), router.logits.size(1), router.experts.device
     # Stable: tokens keep their order within an expert, so each run adds in the same order.
     expert_S, order_S = router.experts.sort(stable=True)
@@ -68,6 +84,7 @@ def dispatch(router: RouterOutput, row_multiple: int = 1) -> Dispatch:
         ends_E = padded_counts_E.cumsum(0, dtype=torch.int32)
         shift_E = ends_E - padded_counts_E - starts_E  # by how much the padding moves each expert's rows
         sorted_row_S = sorted_row_S + shift_E.index_select(0, expert_S)
+        # The largest possible padding, because a size that depends on the values would wait for the GPU.
         token_R = token_R.new_zeros(S + E * (row_multiple - 1)).index_copy_(0, sorted_row_S, token_R)
     # The inverse of order_S: assignment order_S[s] is computed in row s.
     row_S = torch.empty_like(order_S).index_copy_(0, order_S, sorted_row_S)
@@ -264,6 +281,7 @@ def run_assignments(x_NC: Tensor, router: RouterOutput, fc: Sequence[Tensor], pr
     x_rows = x_NC.chunk(x_NC.size(0))
     h_SJ = torch.cat([torch.mm(x_rows[token], fc[expert]) for token, expert in zip(tokens, experts, strict=True)])
     a_rows = swiglu(h_SJ, router.weights).chunk(len(experts))
+    # Views of y, so that each product is added to its token in place.
     y_NC = torch.zeros_like(x_NC)
     y_rows = y_NC.chunk(x_NC.size(0))
     for a, token, expert in zip(a_rows, tokens, experts, strict=True):

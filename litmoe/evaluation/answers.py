@@ -51,6 +51,7 @@ def find_conversations(folder: Path, data_dir: Path | None) -> Path | None:
     if data_dir is not None:
         return data_dir if _has_conversations(data_dir) else None
     data = checkpoints.load_hyperparameters(folder).get("data")
+    # Imported checkpoints have no settings of a run.
     arguments = data.get("init_args") if isinstance(data, dict) else None
     if not arguments or arguments.get("data_dir") is None:
         return None
@@ -92,6 +93,7 @@ def evaluate(
     # A base model has no prompt style: it is measured as it would be before finetuning.
     if not is_tuned(style):
         style = prompt_style(DEFAULT_STYLE)
+    # Compares the files with their checksums.
     instructions.read(data_dir)
     messages = instructions.conversations(data_dir, "val")
     encoded = EncodedConversations((encode_conversation(each, tokenizer, style) for each in messages), context)
@@ -103,6 +105,7 @@ def evaluate(
         )
     size = batch_size or _BATCH_SIZE
     indices = range(len(encoded))[: None if max_iters is None else max_iters * size]
+    # After everything that can fail quickly.
     model = load_model(folder, device, precision, context, router)
     nats, tokens = _sum_loss(model, encoded, indices, size, tokenizer.eos_id or 0, context)
     return AnswersEvaluation(
@@ -134,6 +137,7 @@ def _sum_loss(
             logits_BTV = logits_of(model.gpt, hidden_states(model.gpt, input_ids.to(device))[0])
         # Tokens of prompts and padding are IGNORE_INDEX in the targets.
         targets = targets.flatten().to(device)
+        # A sum and not a mean, because batches have different numbers of answer tokens.
         loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
         nats += float(loss)
         tokens += int((targets != IGNORE_INDEX).sum())

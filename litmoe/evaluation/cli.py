@@ -60,6 +60,7 @@ def main(
     selected = {"--hellaswag": hellaswag is not None, "--tasks": tasks is not None, "--experts": experts}
     text_flags: dict[str, Any] = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
     task_flags: dict[str, Any] = {"tasks_dir": tasks_dir, "limit": limit, "num_fewshot": num_fewshot}
+    # Mistakes in the flags come before the slow imports.
     evaluation = _selected_evaluation(selected, text_flags | task_flags | {"plot": plot})
     _check_values(text_flags | task_flags | {"max_seq_length": max_seq_length}, json_file, plot)
     folder = find_checkpoint(checkpoint, router)
@@ -92,6 +93,7 @@ def main(
         conversations = answers.find_conversations(folder, data_dir)
         module = loss if conversations is None else answers
         result = module.evaluate(folder, **text_flags | {"data_dir": conversations or data_dir}, **common)
+    # Before the heat map, so that an error there loses no numbers.
     _write(result, module, json_file)
     if plot is not None:
         module.draw(result, plot)
@@ -107,6 +109,7 @@ def _write(result: Any, module: ModuleType, json_file: Path | None) -> None:
     text = json.dumps(asdict(result), indent=2)
     print(text)
     if json_file is not None:
+        # The same bytes on every system.
         json_file.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
@@ -130,11 +133,13 @@ def _selected_evaluation(selected: dict[str, bool], values: dict[str, Any]) -> s
 def _check_values(numbers: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
     """Raise UserError if a number is out of range or an output file can't be written."""
     for name, value in numbers.items():
+        # Zero examples are a valid choice.
         smallest = 0 if name == "num_fewshot" else 1
         if isinstance(value, int) and value < smallest:
             raise UserError(f"--{name} is {value}; expected {smallest} or more.")
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UserError(f"--plot is {plot}; expected a name that ends in .png or .svg.")
+    # Before the evaluation, which may take long and would be lost.
     for flag, path in (("--json_file", json_file), ("--plot", plot)):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{flag} is {path}, but the folder {path.parent} does not exist.")

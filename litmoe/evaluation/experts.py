@@ -153,7 +153,8 @@ def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counts:
         seen += ids_BT.flatten().bincount(minlength=vocab_size).cpu()
         with autocast or nullcontext():
             _, block_routers = hidden_states(gpt, ids_BT)
-        routers = [router for router in block_routers if router is not None]  # dense blocks have none
+        # Dense blocks have none.
+        routers = [router for router in block_routers if router is not None]
         for layer, router in enumerate(routers):
             # One counter for each pair of expert and token.
             pairs = (router.experts * vocab_size + ids_BT.flatten()[router.tokens]).cpu()
@@ -263,7 +264,9 @@ def draw(result: ExpertStatistics, path: Path) -> None:
     """Draw a heat map of experts and layers. The color is the load; each cell has the load and preferred tokens."""
     from matplotlib import rc_context
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure  # not pyplot, which has global state and may open windows
+
+    # Not pyplot, which has global state and may open windows.
+    from matplotlib.figure import Figure
 
     loads = [layer.load for layer in result.layers]
     n_layer, n_expert = len(loads), result.n_expert

@@ -45,7 +45,8 @@ from litmoe.evaluation.common import (
 PROTOCOL = "lm-eval, 0-shot"
 ENDINGS = 4
 
-_BATCH_TOKENS = 1 << 12  # small, because the evaluation may run during a training that needs most of the memory
+# Small, because the evaluation may run during a training that needs most of the memory.
+_BATCH_TOKENS = 1 << 12
 _FIELDS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 _EXPECTED = (
     "expected the validation set of HellaSwag: a file in its JSONL (hellaswag_val.jsonl from"
@@ -191,6 +192,7 @@ def _read_hub(name: str) -> Iterable[Any]:
 
 
 def _prepare(rows: list[dict[str, Any]]) -> list[Question]:
+    # Imported here, because training reads this module and both packages take seconds.
     import datasets
     from lm_eval.tasks.hellaswag.utils import process_docs
 
@@ -249,8 +251,10 @@ def encode(questions: Sequence[Question], tokenizer: Tokenizer, config: Config, 
 
 def encode_question(question: Question, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
     """Return the token ids of the context and of each ending, as ``TemplateLM._encode_pair`` of lm-eval does."""
+    # lm-eval moves spaces at the end of a context to the ending.
     context = text_ids(tokenizer, question.context.rstrip())
     endings = [text_ids(tokenizer, f"{question.context} {ending}")[len(context) :] for ending in question.endings]
+    # The first token of an ending needs a token before it.
     if not context:
         context = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     return context, endings
@@ -274,6 +278,7 @@ def log_probabilities(gpt: GPT, batches: Iterable[list[int]], encoded: Encoded) 
     scores = torch.zeros(len(encoded.rows), dtype=torch.float64)
     for batch in batches:
         answers = score_continuations(gpt, [encoded.rows[index] for index in batch])
+        # Batches are by length; the scores return to the order of the questions.
         scores[batch] = torch.tensor([answer.log_probability for answer in answers], dtype=torch.float64)
     return scores.view(-1, ENDINGS)
 
@@ -296,5 +301,6 @@ def accuracy(questions: Sequence[Question], scores: Tensor) -> HellaSwag:
 def _mean_and_error(hits: Tensor) -> tuple[float, float | None]:
     hits = hits.double()
     if len(hits) == 1:
+        # One question has no standard deviation.
         return hits.item(), None
     return hits.mean().item(), hits.std().item() / math.sqrt(len(hits))

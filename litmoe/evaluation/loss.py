@@ -100,6 +100,7 @@ def evaluate(
     nats, tokens, n_windows = sum_loss(model.gpt, text.batches, model.autocast)
     check_finite(torch.tensor(nats))
     loss = nats / tokens
+    # All bytes, or with max_iters the share of the tokens that were read.
     n_bytes = round(text.split.bytes * tokens / text.split.tokens)
     return Evaluation(
         **model.about,
@@ -212,6 +213,7 @@ def windows(chunks: Iterable[Tensor], context: int, first: int) -> Iterator[Tens
     Yields:
         ``(context + 1,)``: the last token of the previous window, then the tokens to predict. The last one is shorter.
     """
+    # The first token of the text is predicted as well, from the token that ends a document.
     remaining = torch.tensor([first])
     for chunk in chunks:
         remaining = torch.cat((remaining, chunk))
@@ -219,6 +221,7 @@ def windows(chunks: Iterable[Tensor], context: int, first: int) -> Iterator[Tens
         count = (remaining.numel() - 1) // context
         for index in range(count):
             yield remaining[index * context : (index + 1) * context + 1]
+        # What fills no window continues in the next chunk. It begins with the token that was predicted last.
         remaining = remaining[count * context :]
     if remaining.numel() > 1:
         yield remaining
@@ -229,6 +232,7 @@ def batched(rows: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
     waiting: list[Tensor] = []
     for row in rows:
         is_full = len(waiting) == batch_size
+        # The last window of the text is shorter, so it gets a batch of its own.
         if waiting and (is_full or row.numel() != waiting[0].numel()):
             yield torch.stack(waiting)
             waiting = []
@@ -278,12 +282,14 @@ def _check_tokenizer(
     """Raise UserError if the tokens were made by another tokenizer than that of the checkpoint."""
     tokenizer = data.tokenizer
     if "tokenizer.json" in metadata.files:
+        # A damaged file would look like another tokenizer.
         checkpoints.verify(folder, metadata.files.keys() & set(checkpoints.TOKENIZER_FILES))
         sha256 = manifest.tokenizer_fingerprint(folder)
     elif training_data is not None:
         sha256 = training_data.tokenizer.sha256
     else:
-        sha256 = tokenizer.sha256  # nothing to compare with
+        # There is nothing to compare with.
+        sha256 = tokenizer.sha256
     if sha256 != tokenizer.sha256:
         raise UserError(
             f"the tokens of {data_dir} were made by another tokenizer ({tokenizer.name}, {tokenizer.vocab_size:,}"
@@ -291,6 +297,7 @@ def _check_tokenizer(
             f" {quoted(data_dir)} --tokenizer {quoted(folder)} --data_dir ANOTHER_FOLDER --tokenizer_dir"
             " ANOTHER_FOLDER`, then use --data_dir ANOTHER_FOLDER here."
         )
+    # Such ids would be an error without an explanation in the embedding, on a GPU an assertion in a kernel.
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokens of {data_dir} have ids up to {tokenizer.vocab_size - 1:,}, but the vocabulary of {folder} has"

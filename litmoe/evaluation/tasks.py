@@ -116,6 +116,7 @@ def evaluate(
         task_manager=manager,
         limit=limit,
         num_fewshot=num_fewshot,
+        # The texts of all questions are no part of the result.
         log_samples=False,
     )
     return TaskEvaluation(
@@ -242,7 +243,8 @@ class Harness(TemplateLM):
         super().__init__()
         self.gpt = gpt
         self.max_length = max_length
-        self._litgpt_tokenizer = tokenizer  # in lm-eval, `tokenizer` is one of transformers
+        # Not `tokenizer`, which in lm-eval is one of transformers.
+        self._litgpt_tokenizer = tokenizer
         self._autocast = autocast
         self._device = gpt.lm_head.weight.device
         self._generator = torch.Generator(self._device).manual_seed(_SEED)
@@ -279,6 +281,7 @@ class Harness(TemplateLM):
                     f" {self.max_length:,}, the context. Use a longer --max_seq_length."
                 )
             rows.append(make_continuation(context, continuation, self.max_length))
+        # Batches are by length, and answers in the order of the requests.
         answers = [ContinuationScore(0.0, False)] * len(rows)
         batches = batches_by_length(rows, _BATCH_TOKENS)
         for batch in with_progress(batches, len(batches)):
@@ -286,6 +289,7 @@ class Harness(TemplateLM):
                 scores = score_continuations(self.gpt, [rows[index] for index in batch])
             for index, score in zip(batch, scores, strict=True):
                 answers[index] = score
+                # The windows of loglikelihood_rolling are parts of a request and have no key.
                 if requests[index][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], score)
         return answers
@@ -328,6 +332,7 @@ class Harness(TemplateLM):
         room = self.max_length - wanted.max_new_tokens
         # A long context is cut from the left, as in HFLM.
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        # HFLM also stops where a text contains the text of the end-of-text token.
         stops = [*wanted.stops, self._decode_token(self.eot_token_id)]
         stream, text = TextStream(self._litgpt_tokenizer), ""
         with self._autocast:
@@ -345,8 +350,10 @@ class Harness(TemplateLM):
                 if int(token) == self.eot_token_id:
                     break
                 text += stream.push(int(token))
+                # In the whole text, because a stop string can come from several tokens.
                 if any(stop in text for stop in stops if stop):
                     break
+        # Cuts the text before the first stop string.
         complete: str = postprocess_generated_text(text + stream.flush(), stop=stops, think_end_token=None)
         return complete
 
@@ -374,7 +381,9 @@ def _generation_settings(settings: dict[str, Any]) -> _GenerationSettings:
     wanted = _GenerationSettings(
         stops=values.pop("until"),
         max_new_tokens=values.pop("max_gen_toks"),
+        # transformers ignores the temperature without do_sample.
         temperature=temperature if do_sample else 0.0,
+        # The default of transformers.
         top_k=values.pop("top_k", 50),
         top_p=float(values.pop("top_p", 1.0)),
     )

@@ -68,6 +68,7 @@ def model_card(
         chat: whether the tokenizer has a chat template.
         style: prompt style of finetuning in LitGPT, None for a base model.
     """
+    # A tied matrix counts once.
     total, active, _ = count_parameters(config, described["tie_word_embeddings"])
     imported = checkpoints.load_hyperparameters(folder).get("imported_from")
     tags, kind, size = ["litgpt"], "language model", f"{_short(total)} parameters"
@@ -117,11 +118,13 @@ def _model_rows(config: Config, described: dict[str, Any], total: int, active: i
 def _training_rows(folder: Path, imported: str | None, style: str | None) -> dict[str, str | None]:
     """Return what is known about the training; None for what is unknown."""
     metadata = checkpoints.read_metadata(folder)
+    # Imported checkpoints have step 0.
     duration = f"{metadata.step:,} steps, {metadata.tokens:,} tokens" if metadata.step else None
     loss = _validation_loss(folder, metadata.step)
     conversations = _conversations(folder)
     rows = {"imported from": imported, "training text": _training_text(folder)}
     if conversations:
+        # The loss on answers can't be compared with that on a text, so it gets another name.
         rows |= {
             "finetuned on": conversations,
             "finetuned for": duration,
@@ -149,18 +152,21 @@ def _training_text(folder: Path) -> str | None:
         manifest = json.loads((folder / checkpoints.MANIFEST).read_text(encoding="utf-8"))
         source, train = manifest["source"], manifest["splits"]["train"]
         name = source["name"]
+        # A name or path of the user would be published with the model.
         if name in ("files", "text"):
             name = "the author's own files"
         elif "@" in (source["location"] or ""):  # a repository on the Hub with its commit
             name += f" ({source['location']})"
         return f"{name}: {train['tokens']:,} tokens of {train['documents']:,} documents"
     except (OSError, ValueError, KeyError, TypeError):
+        # Checkpoints of 0.1.0 and of other programs may lack the file.
         return None
 
 
 def _conversations(folder: Path) -> str | None:
     """Describe the data of finetuning; names of the user's own files stay private."""
     try:
+        # Only checkpoints of finetuning have this file.
         data = json.loads((folder / checkpoints.INSTRUCTIONS).read_text(encoding="utf-8"))
         name = "the author's own files" if data["source"] == "files" else data["source"]
         return f"{name}: {data['splits']['train']['conversations']:,} conversations"
@@ -171,8 +177,10 @@ def _conversations(folder: Path) -> str | None:
 def _validation_loss(folder: Path, step: int) -> str | None:
     """Return the last validation loss up to the checkpoint, from the metrics of its run."""
     try:
+        # Checkpoints contain no validation loss. Rows of later steps belong to later checkpoints of the same run.
         with open(folder.parent / "metrics.csv", encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["val_loss"] and int(row["step"]) <= step]
         return f"{float(rows[-1]['val_loss']):.4f} nats per token, at step {int(rows[-1]['step']):,}"
     except (OSError, ValueError, KeyError, TypeError, IndexError):
+        # A checkpoint may be copied without its metrics, and a short run may have no evaluation.
         return None

@@ -15,6 +15,7 @@ from litmoe.data.conversations import Message, encode_prompt, is_tuned
 _USER, _SYSTEM = "\x02user\x03", "\x02system\x03"
 """Placeholders that no prompt style contains"""
 
+# With what a template could change: quotes, braces, line breaks, and spaces at both ends.
 _TEST_CONVERSATIONS: list[list[Message]] = [
     [{"role": "user", "content": "Write a story about a cat named Mia."}],
     [{"role": "user", "content": "  Is {{ this }} \\ \"one\" 'line'?\nNo: {% two %}.\n"}],
@@ -66,9 +67,11 @@ def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | Non
             before_user=parts.before_user.removeprefix(bos_token),
             before_system=parts.before_system.removeprefix(bos_token),
         )
+        # Once before the conversation, not before each turn.
         if tokenizer.use_bos:
             bos = f"{{{{- {_literal(bos_token)} }}}}"
     before_user, after_user, before_system, after_system, after_first_user = map(_literal, parts)
+    # {%- removes the line break before it, so that none of this text gets into the prompt.
     return f"""\
 {{%- if messages[0]['role'] == 'system' %}}
 {{%- set system, turns = messages[0]['content'], messages[1:] %}}
@@ -100,6 +103,7 @@ def _parts_of(style: PromptStyle) -> _Parts | None:
     if with_system.count(_SYSTEM) != 1 or with_system.count(_USER) != 1:
         return None
     before_system, rest = with_system.split(_SYSTEM)
+    # The template writes the system message before the question.
     if _USER not in rest:
         return None
     after_system, after_first_user = rest.split(_USER)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+# Not imported when the program runs: the module imports torch.
 if TYPE_CHECKING:
     from litmoe.export.verify import Check
 
@@ -21,6 +22,7 @@ def main(
     from litmoe.export import huggingface  # takes seconds
 
     if push is not None:
+        # Before the export, which takes longer.
         huggingface.check_can_push(push)
     _print_checks(huggingface.export(checkpoint, out, dtype=dtype, title=push), out)
     if push is not None:

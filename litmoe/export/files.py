@@ -27,6 +27,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     # In the same parent folder, because a rename is atomic only within one file system.
     partial = out.with_name(f".{out.name}.partial")
     try:
+        # A killed export may have left one.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial

@@ -104,6 +104,7 @@ def export(checkpoint: Path, out: Path, *, dtype: Dtype | None = None, title: st
         (partial / "README.md").write_text(card, encoding="utf-8", newline="\n")
         checks += _compare(weights, config, tokenizer, partial)
         if described["dtype"] != "float32":
+            # The comparison ran in fp32, so loading in 16 bits is tested as well.
             checks.append(_check_dtype(partial, described["dtype"]))
     return checks
 
@@ -123,8 +124,10 @@ def _write_model(weights: dict[str, Tensor], config: Config, tokenizer: Tokenize
     # config.json first: its permissions are copied to the weights below.
     write_json(out / "config.json", described)
     converted = to_huggingface(weights, config, tied=tied)
+    # Writes several files and an index if the model is large.
     huggingface_hub.save_torch_state_dict(converted, out, metadata={"format": "pt"})
-    for path in out.glob("*.safetensors"):  # written with permissions for the user only
+    # They are written with permissions for the user only.
+    for path in out.glob("*.safetensors"):
         shutil.copymode(out / "config.json", path)
     return described
 
@@ -153,7 +156,8 @@ def litgpt_model(weights: dict[str, Tensor], config: Config) -> GPT:
         gpt = GPT(config)
     # In fp32, because both models must be compared without rounding errors of 16 bits.
     gpt.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-    gpt.cos, gpt.sin = gpt.rope_cache(device=torch.device("cpu"))  # not part of the state dict
+    # The rotary tables are not part of the state dict.
+    gpt.cos, gpt.sin = gpt.rope_cache(device=torch.device("cpu"))
     return gpt.eval()
 
 

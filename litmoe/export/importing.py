@@ -101,7 +101,8 @@ def _load_without_code(loader: Any, source: Path) -> Any:
 
 def _convert_config(theirs: Any, source: Path, vocab_size: int) -> Config:
     name = source.resolve().name
-    if "Gemma" in name or "OLMo" in name:  # LitGPT uses other norms for models with these names
+    # LitGPT uses other norms for models with these names.
+    if "Gemma" in name or "OLMo" in name:
         name = theirs.model_type
     try:
         config, problems = litgpt_config(theirs, name, vocab_size)
@@ -123,7 +124,8 @@ def _load_weights(source: Path) -> Any:
         return load_model(source, "auto")
     except RuntimeError as error:
         raise UserError(f"the weights in {source} do not fit its config.json: {in_short(error)}.") from error
-    except Exception as error:  # each format has its own errors for a damaged file
+    except Exception as error:
+        # Each format has its own errors for a damaged file.
         raise UserError(f"the weights in {source} can't be read: {in_short(error)}. Download them again.") from error
 
 

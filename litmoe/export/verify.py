@@ -13,6 +13,7 @@ from litmoe.inference.text_stream import TextStream
 
 TOLERANCE = 1e-4  # largest allowed difference between two logits in fp32
 PROMPTS = ("Once upon a time", "The", "Hello, I am", "What is a fox?")
+# Where tokenizers differ: spaces, apostrophes, numbers, accents, other scripts, an emoji, code.
 TEXTS = (
     *PROMPTS,
     "Mia's dog isn't here;  it ran\taway.\n\n\"Why?\" - 3,141.59",
@@ -39,11 +40,13 @@ def same_logits(gpt: GPT, theirs: Any, *, seed: int = 0) -> Check:
     """
     length = min(gpt.config.block_size, 256)
     generator = torch.Generator().manual_seed(seed)
+    # Random ids, because a short text uses few rows of the embedding and the output layer.
     ids = torch.randint(gpt.config.padded_vocab_size, (2, length), generator=generator)
     our_logits, their_logits = gpt(ids), theirs(ids).logits
     check_finite(our_logits)
     difference = (our_logits - their_logits).abs().max().item()
-    if not difference <= TOLERANCE:  # also if it is NaN
+    # Written with `not`, so that NaN is an error too.
+    if not difference <= TOLERANCE:
         raise RuntimeError(f"the logits of both models differ by {difference:.2g}; expected at most {TOLERANCE:g}")
     return Check("logits", f"differ by {difference:.1e} at most, on {ids.numel()} tokens ({TOLERANCE:.0e} is allowed)")
 
@@ -59,6 +62,7 @@ def same_text(gpt: GPT, tokenizer: Tokenizer, theirs: Any, their_tokenizer: Any)
     for prompt in PROMPTS:
         prompt_ids = torch.tensor(text_ids(tokenizer, prompt))
         if not 1 <= len(prompt_ids) <= gpt.config.block_size:
+            # A prompt may be longer than the context of a small model.
             continue
         limit = min(_NEW_TOKENS, room_after(len(prompt_ids), gpt.config.block_size))
         # Greedy, because sampling would use different random numbers in both models.
@@ -86,6 +90,7 @@ def _generate_greedily(theirs: Any, ids: Tensor, limit: int, eos_id: int | None)
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
+        # None, because transformers warns about settings of sampling that greedy text does not use.
         temperature=None,
         top_k=None,
         top_p=None,

@@ -22,9 +22,11 @@ _LLAMA = (
     (".norm_2.", ".post_attention_layernorm."),
     (".post_attention_norm.", ".post_attention_layernorm."),
     (".post_mlp_norm.", ".post_feedforward_layernorm."),
+    # Before `.proj.` at the end of the table, which would match it too.
     (".attn.proj.", ".self_attn.o_proj."),
     (".attn.norm_q.", ".self_attn.q_norm."),
     (".attn.norm_k.", ".self_attn.k_norm."),
+    # {} becomes q, k and v: three weights of Llama.
     (".attn.qkv.", ".self_attn.{}_proj."),
     (".fc_1.", ".gate_proj."),
     (".fc_2.", ".up_proj."),
@@ -49,6 +51,7 @@ def to_huggingface(weights: dict[str, Tensor], config: Config, *, tied: bool) ->
     """
     model_type = model_type_of(config)
     result: dict[str, Tensor] = {}
+    # A copy, because the caller compares both models with these weights later.
     weights = dict(weights)
     if tied:
         # transformers shares the embedding with the output matrix when it loads the model.
@@ -95,6 +98,7 @@ def from_huggingface(state_dict: dict[str, Tensor], config: Config) -> dict[str,
         convert_hf_checkpoint.copy_weights_gpt_neox(config, result, state_dict)
         return result
     theirs = _split_stacked_experts(state_dict)
+    # The names of all weights that the model needs, without memory for them.
     with torch.device("meta"):
         names = list(GPT(config).state_dict())
     for name in names:
@@ -124,6 +128,7 @@ def _split_stacked_experts(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Split stacked experts, ``gate_up_proj`` (E, 2I, C) and ``down_proj`` (E, C, I), into one tensor per expert."""
     result = {}
     for name, tensor in state_dict.items():
+        # transformers stacks experts in memory, but not in the files of a model.
         stacked = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
         if stacked is None:
             result[name] = tensor

@@ -88,6 +88,7 @@ class Chat:
 
     def undo(self) -> str | None:
         """Remove the last question and its answer; return the question, or None if there is none."""
+        # Questions and answers take turns, so the last turn is the last two messages.
         question = self.messages[-2]["content"] if self.messages else None
         del self.messages[-2:]
         return question
@@ -102,6 +103,7 @@ class Chat:
             raise UserError("there is nothing to save: the conversation is empty.")
         messages = [*self._system_messages(), *self.messages]
         if path.suffix.lower() in (".json", ".jsonl"):
+            # The shape of rows that prepare_data.py --instruct reads.
             text = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         else:
             text = f"# A chat with {self.model.folder.as_posix()}\n"
@@ -125,7 +127,8 @@ class Chat:
         context = self.model.gpt.max_seq_length
         # At most a quarter of the context is reserved, so that a long max_new_tokens does not remove the history.
         reserved = min(max_new_tokens, max(1, context // 4))
-        max_prompt = context - reserved + 1  # the last token of an answer is not read
+        # The last token of an answer is not read.
+        max_prompt = context - reserved + 1
         if self.is_tuned:
             messages = [*self.messages, Message(role="user", content=question)]
             kept, prompt = encode_newest(
@@ -167,7 +170,8 @@ class Reply:
             self.prompt,
             stop=stop_sequences(chat.style, model.tokenizer),
             seed=chat.generator,
-            join=not chat.is_tuned,  # answers are tokenized on their own in training
+            # Answers are tokenized on their own in training.
+            join=not chat.is_tuned,
             **sampling,  # type: ignore[misc]
         )
         try:

@@ -55,6 +55,7 @@ def main(
 
     from litmoe.inference.generate import Sampling, check_sampling, check_seed, load  # takes seconds
 
+    # Before the models are loaded, which takes longest.
     check_sampling(1, max_new_tokens, temperature, top_k, top_p)
     if seed is not None:
         check_seed(seed)
@@ -73,6 +74,7 @@ def main(
 
     model = load(folders[0], device, precision, max_seq_length, router)
     terminal = Terminal(Chat(model, seed=seed), sampling)
+    # Bytes that are not UTF-8 stay recognizable, so that the terminal can report the line.
     use_utf8(sys.stdin, errors="surrogateescape")
     use_utf8(sys.stdout)
     try:

@@ -194,7 +194,8 @@ def _prepare(gpt: GPT) -> list[_Layer]:
 
 def _function(module: nn.Module | None) -> Any:
     """Return a function that computes what a module does, without gradients."""
-    if type(module) is nn.Linear:  # not LoRA's, and not a quantized one
+    # Exactly this class: not LoRA's layer, and not a quantized one.
+    if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
     if isinstance(module, (MoE, RMSNorm)):
         return module.for_inference()
@@ -248,12 +249,15 @@ class _CUDAGraph:
 def _can_be_recorded(gpt: GPT) -> bool:
     """Return whether a step runs on CUDA without waiting for the device."""
     device = gpt.cos.device
-    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # autocast casts weights outside of the graph
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+        # Autocast casts weights outside of the graph.
         return False
-    if not _is_usual(gpt):  # LitGPT's own attention asks the device for positions
+    if not _is_usual(gpt):
+        # LitGPT's own attention asks the device for positions.
         return False
     for block in gpt.transformer.h:
-        if isinstance(block.mlp, LLaMAMoE):  # LitGPT's own asks for the rows of an expert
+        if isinstance(block.mlp, LLaMAMoE):
+            # LitGPT's own MoE asks the device for the rows of an expert.
             return False
         if isinstance(block.mlp, MoE):
             # The loop waits for the device, and a router of the user's own may.

@@ -74,12 +74,15 @@ def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     """
     if top_k is not None and top_k < logits.size(-1):
         largest, indices = torch.topk(logits, top_k)
+        # By index: a threshold would keep more than top_k tokens if their logits are equal.
         logits = torch.full_like(logits, float("-inf")).scatter(-1, indices, largest)
     logits = logits / temperature
     if top_p < 1.0:
+        # Ascending, so that the tokens to remove are the first ones, with a total of at most 1 - top_p.
         ascending, indices = torch.sort(logits)
         remove = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        remove[:, -1] = False  # always keep the most probable token
+        # Always keep the most probable token.
+        remove[:, -1] = False
         logits = logits.masked_fill(torch.zeros_like(remove).scatter(-1, indices, remove), float("-inf"))
     return logits
 
@@ -95,7 +98,8 @@ def sample_tokens(
 
     With one generator for each row, the result of a row equals that of `torch.multinomial` for this row alone.
     """
-    if temperature < 1e-30 or top_p == 0.0:  # dividing by less would make logits infinite
+    # Dividing by a smaller temperature would make logits infinite.
+    if temperature < 1e-30 or top_p == 0.0:
         return logits.argmax(dim=-1)
     # In fp32, because the probabilities of a large vocabulary lose too many digits in 16 bits.
     probabilities_BV = restrict(logits.float(), temperature, top_k, top_p).softmax(dim=-1)
@@ -104,6 +108,7 @@ def sample_tokens(
     # What torch.multinomial computes for one sample: the largest ratio of probability and exponential noise.
     noise_BV = torch.empty_like(probabilities_BV)
     for noise_V, row_generator in zip(noise_BV, generator, strict=True):
+        # One draw per row, in the order in which a row alone would take them from its generator.
         noise_V.exponential_(generator=row_generator)
     return (probabilities_BV / noise_BV).argmax(dim=-1)
 
@@ -170,6 +175,7 @@ def generate_tokens(
             ended_B |= tokens_B == eos_id
             if ended_B.all():
                 return
+        # No row reaches its limit before the smallest one, so the comparison is skipped until then.
         if step >= min(steps):
             ended_B |= last_step_B <= step
         logits_BV = decoder.step(tokens_B)
@@ -319,6 +325,8 @@ def stream_pieces(
             stream = TextStream(tokenizer, context)
             samples.append(_SampleState(len(samples), stop, stream, room, max_new_tokens))
     generator = seed if isinstance(seed, torch.Generator) else _generators(seed, len(samples), device)
+    # Without eos_id: the end-of-text token is one of the stop sequences, and _in_turn stops when all samples have
+    # ended.
     steps = generate_tokens(
         gpt,
         prompts,
@@ -329,6 +337,7 @@ def stream_pieces(
         top_p=top_p,
         generator=generator,
     )
+    # If the caller stops early, the caches are freed at once.
     with closing(steps):
         yield from _in_turn(samples, steps)
 
@@ -337,6 +346,7 @@ def _in_turn(samples: list[_SampleState], steps: Iterator[Tensor]) -> Iterator[P
     """Give each sample its next token at each step, and yield the texts of the samples one after the other."""
     current = 0
     for tokens_B in steps:
+        # tolist waits for the device once for all samples.
         for sample, token in zip(samples, tokens_B.tolist(), strict=True):
             sample.push(token)
         # Samples after the current one may have ended too: they follow at once.
@@ -374,6 +384,7 @@ def draw_samples(
 
     Neither the global random state nor the model is changed.
     """
+    # Pieces come in the order of the samples, and a dictionary keeps it.
     texts: dict[int, str] = {}
     ends: dict[int, End | None] = {}
     for piece in stream_pieces(gpt, tokenizer, prompt, **sampling):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from litmoe.cli import UserError, strip_control_chars
 from litmoe.inference.console import discard_output, find_checkpoint, use_utf8
 
+# Not imported when the program runs: the module imports torch.
 if TYPE_CHECKING:
     from litmoe.inference.generate import Piece
 
@@ -50,6 +51,7 @@ def main(
     if prompts is not None:
         texts = read_prompts(prompts)
     else:
+        # An empty prompt is allowed, so only None is replaced.
         texts = ["Once upon a time" if prompt is None else prompt]
     folder = find_checkpoint(checkpoint, router)
 
@@ -57,6 +59,7 @@ def main(
 
     model = load(folder, device, precision, max_seq_length, router)
     use_utf8(sys.stdout)
+    # Loading the model does not count.
     start = time.perf_counter()
     pieces = stream_pieces(
         model.gpt,
@@ -75,6 +78,7 @@ def main(
         discard_output()
         return
     if n_full:
+        # To stderr, so that a file with the output contains only the texts.
         context, n_samples = model.gpt.max_seq_length, len(texts) * num_samples
         print(f"Note: {n_full} of {n_samples} samples filled the context of {context:,} tokens.", file=sys.stderr)
     print(f"Generated in {time.perf_counter() - start:.1f} s", file=sys.stderr)
@@ -105,12 +109,14 @@ def read_prompts(path: Path) -> list[str]:
     from litmoe.data.files import first_bad_line, open_text, undecoded
 
     try:
+        # newline=None, so that line ends of Windows are not part of a prompt.
         with open_text(path, newline=None) as file:
             text = file.read()
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"found no file {path}; expected a text file with one prompt per line.") from None
     if undecoded(text):
         raise UserError(first_bad_line(path))
+    # Not splitlines(), which also splits at U+2028 and other characters that a prompt may contain.
     prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{path} is empty; expected one prompt per line.")

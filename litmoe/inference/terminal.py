@@ -125,7 +125,8 @@ class Terminal:
             self.answer(question)
         finally:
             # The new answer may fail, for example because the system message has become too long.
-            if len(self.chat.messages) == n_before:  # no new answer: keep the old one
+            if len(self.chat.messages) == n_before:
+                # No new answer: keep the old one.
                 self.chat.messages = messages
 
     def do_temperature(self, value: str) -> None:
@@ -192,10 +193,12 @@ class Terminal:
 
         keys = KeyBindings()
 
+        # With multiline=True, Enter alone would start a new line instead of sending the question.
         @keys.add("enter")
         def _(event: KeyPressEvent) -> None:
             event.current_buffer.validate_and_handle()
 
+        # Terminals send Alt-Enter as Escape and Enter.
         @keys.add("escape", "enter")
         def _(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
@@ -205,7 +208,8 @@ class Terminal:
             multiline=True,
             key_bindings=keys,
             completer=WordCompleter(self.commands, sentence=True),
-            output=create_output(always_prefer_tty=True),  # stderr if stdout is redirected to a file
+            # To stderr if stdout is redirected to a file.
+            output=create_output(always_prefer_tty=True),
         )
         while True:
             try:

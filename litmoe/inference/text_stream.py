@@ -33,7 +33,8 @@ class TextStream:
         # The last tokens that were returned as text; the text of the next tokens depends on them
         self._before = context[:complete]
         self._waiting: list[int] = []
-        self._repeated = 0  # characters that the decoder returns again, because its first tokens end within a character
+        # Characters that the decoder returns again, because its first tokens end within a character.
+        self._repeated = 0
         self._stream = DecodeStream(self._before, skip_special_tokens=True)
         for token in context[complete:]:
             self.push(token)
@@ -46,7 +47,8 @@ class TextStream:
         self._waiting.append(token)
         try:
             text = self._stream.step(self._processor, token)
-        except Exception:  # tokenizers has no class for it: a stray byte changed the text of the bytes before it
+        except Exception:
+            # The library tokenizers has no class for it: a stray byte changed the text of the bytes before it.
             return self._restart()
         if text is None:
             return self._restart() if len(self._waiting) == _MAX_WAITING else ""
@@ -57,6 +59,7 @@ class TextStream:
 
     def flush(self) -> str:
         """Return the rest at the end of a sample; an unfinished character becomes U+FFFD."""
+        # The difference of two texts, because the text of a token depends on those before it.
         text = self._decode([*self._before, *self._waiting])[len(self._decode(self._before)) :]
         self._mark_returned()
         return text
@@ -73,6 +76,7 @@ class TextStream:
         return size
 
     def _mark_returned(self) -> None:
+        # Only the last tokens have an effect on the next one, and decoding all would get slower and slower.
         self._before = [*self._before, *self._waiting][-2 * _MAX_WAITING :]
         self._waiting = []
 
@@ -113,6 +117,7 @@ class StopSequences:
         return certain, False
 
     def _overlap(self, sequence: list[int]) -> int:
+        # Longest first. A complete sequence was found before, so at least its last token is missing.
         for size in range(len(sequence) - 1, 0, -1):
             if self.held[-size:] == sequence[:size]:
                 return size

@@ -35,6 +35,7 @@ BEGINNINGS = (
     "In spring Ben put a seed into the earth.",
 )
 
+# Each update sends complete conversations to the browser, so not every token gets its own.
 SECONDS_BETWEEN_UPDATES = 0.05
 
 # Gradio's page needs inline code. The policy forbids to load from, or send to, any other server.
@@ -58,6 +59,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--port is {port}; expected 0 (any free port) to 65535.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        # Opened here and not by uvicorn, so that a used port is reported before the models are loaded.
         return socket.create_server((host, port), family=family)
     except (OSError, ValueError) as error:  # ValueError: the host has a NUL character or an empty label
         reason = getattr(error, "strerror", None) or error
@@ -80,6 +82,7 @@ def serve(models: Sequence[Model], sampling: Sampling, seed: int | None, sock: s
 
 def make_app(models: Sequence[Model], sampling: Sampling, seed: int | None) -> fastapi.FastAPI:
     """Return the page as a web application."""
+    # Without FastAPI's pages about the interface, which load scripts from another server.
     app = fastapi.FastAPI(openapi_url=None)
     app.add_middleware(_ContentPolicy)
     return gr.mount_gradio_app(
@@ -89,10 +92,12 @@ def make_app(models: Sequence[Model], sampling: Sampling, seed: int | None) -> f
         theme=theme(),
         css=CSS.read_text(encoding="utf-8"),
         footer_links=[],
+        # Rendering on the server needs Node.js.
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
         pwa=False,
+        # Gradio accepts uploads even if a page has no place for them.
         max_file_size="1kb",
     )
 
@@ -105,6 +110,7 @@ class _ContentPolicy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_policy(message: MutableMapping[str, Any]) -> None:
+            # Only the start of a response has headers.
             if message["type"] == "http.response.start":
                 message["headers"] = [
                     *message["headers"],
@@ -201,7 +207,8 @@ class _ChatPage:
                 show_progress="hidden",
                 api_visibility="private",
             )
-            # One answer at a time, because the models share the device. Other tabs wait in the queue.
+            # One answer at a time, because the models share the device. Other tabs wait in the queue. `success` and not
+            # `then`: no answer follows a question that `begin` refused.
             answer = started.success(
                 self.answer,
                 [self.question, self.busy, self.conversations, *self.settings],
@@ -211,6 +218,7 @@ class _ChatPage:
                 show_progress="hidden",
                 api_visibility="private",
             )
+            # `then` also runs after an error, so the page never stays busy.
             answer.then(self.ready, None, [self.busy, self.box], queue=False, api_visibility="private")
             answers.append(answer)
         # These cancel a running answer, so they must not wait behind it in the queue.
@@ -245,7 +253,9 @@ class _ChatPage:
 
     def answer(self, question: str, busy: bool, conversations: Conversations, *settings: Any) -> Iterator[list[Any]]:
         """Fill the empty answers of all models, token by token."""
-        if not busy:  # stopped before the answer started
+        if not busy:
+            # Stopped before the answer started.
+            # A value for each output: box, conversations, and chat and caption of each model.
             yield [gr.skip()] * (2 + 2 * len(self.models))
             return
         history = _without_last_turn(conversations)
@@ -272,6 +282,7 @@ class _ChatPage:
         sampling, seed, system = _read_settings(*settings)
         replies = []
         for model, messages, is_tuned in zip(self.models, history, self.is_tuned, strict=True):
+            # A new object for each question, because the messages belong to a browser tab.
             chat = Chat(model, messages, seed=seed)
             chat.system = system if is_tuned else ""
             replies.append(chat.ask(question, **sampling))
@@ -326,6 +337,7 @@ def _chatbot(model: Model) -> gr.Chatbot:
         show_label=False,
         container=False,
         height="auto",
+        # What a model writes must not become links, images or formulas.
         render_markdown=False,
         latex_delimiters=[],
         feedback_options=None,

@@ -42,13 +42,16 @@ def loss_of_rows(
         share: weight of each row in the mean.
         gradient: whether to compute it.
     """
+    # Two index tensors pick one element of each row.
     at_target = torch.arange(len(logits_RW), device=logits_RW.device), target_R
-    log_probs_RW = logits_RW.float().log_softmax(dim=1)  # 16 bits would lose the difference of large logits
+    # 16 bits would lose the difference of large logits.
+    log_probs_RW = logits_RW.float().log_softmax(dim=1)
     loss = -(log_probs_RW[at_target] * counted_R).sum()
     if not gradient:
         return loss, None
     # The gradient of a logit is its probability, minus 1 at the target.
     probs_RW, factor_R = log_probs_RW.exp_(), counted_R * share
+    # Subtracted in fp32, before the next line overwrites the probabilities and rounds them.
     dtarget_R = (probs_RW[at_target] - 1) * factor_R
     dlogits_RW = probs_RW.mul_(factor_R.unsqueeze(1)).to(logits_RW.dtype)
     dlogits_RW[at_target] = dtarget_R.to(logits_RW.dtype)
@@ -102,7 +105,8 @@ def rows_per_block(N: int, W: int, device_type: str) -> int:
     """Return the number of tokens in one block."""
     if device_type == "cpu":
         return max(128, CPU_BLOCK // W)
-    rows = 128  # a tile. Powers of two, as token counts mostly are: equal blocks share one compiled kernel
+    # A tile. Powers of two, as token counts mostly are: equal blocks share one compiled kernel.
+    rows = 128
     while 2 * rows * W <= GPU_BLOCK or rows * MAX_BLOCKS < N:
         rows *= 2
     return rows
@@ -128,8 +132,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight = F.pad(weight, (0, 0, 0, W - V))
         # Ignored targets become token 0, so that every row has a valid index; their weight in the loss is 0.
         target_N, counted_N = targets_N.clamp(min=0), (targets_N != IGNORE_INDEX).float()
+        # clamp: if all targets are ignored, the loss is 0 instead of NaN.
         share = 1 / counted_N.sum().clamp(min=1)
         loss = torch.zeros((), device=x.device)
+        # Each block writes its own rows of dx, but all blocks add to the gradient of the weight, in fp32.
         dx_NC = torch.empty_like(x) if needs_x else None
         dweight_WC = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(x), size):
@@ -144,17 +150,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = loss + loss_of_block
             if dlogits_RW is not None:
                 _add_gradients(dlogits_RW, x[rows], weight, None if dx_NC is None else dx_NC[rows], dweight_WC)
-            del logits_RW, dlogits_RW  # free the memory for the next block
+            # Free the memory for the next block.
+            del logits_RW, dlogits_RW
         ctx.save_for_backward(dx_NC, None if dweight_WC is None else dweight_WC[:V].to(weight_VC.dtype))
         ctx.x_dtype = x_NC.dtype
         return loss * share
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx_NC, dweight_VC = ctx.saved_tensors  # scaled in place: autograd rejects a second backward through them
+        # Scaled in place, to save the memory of a second gradient of the output layer. Autograd rejects a second
+        # backward through the changed tensors.
+        dx_NC, dweight_VC = ctx.saved_tensors
         return (
             None if dx_NC is None else dx_NC.mul_(grad).to(ctx.x_dtype),
             None if dweight_VC is None else dweight_VC.mul_(grad.to(dweight_VC.dtype)),
+            # The other arguments of forward have no gradient.
             *[None] * 6,
         )
 
@@ -172,6 +182,7 @@ def _add_gradients(
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Compute ``total += a @ b``, without a copy if the types are equal."""
     if total.dtype == a.dtype:
-        torch.addmm(total, a, b, out=total)  # FLOP counters do not know addmm_
+        # Not addmm_, which FLOP counters do not know.
+        torch.addmm(total, a, b, out=total)
     else:
         total += a @ b

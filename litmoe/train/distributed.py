@@ -79,7 +79,8 @@ def any_rank(fabric: L.Fabric, *conditions: bool | Tensor) -> list[bool]:
     if fabric.world_size == 1:
         return [bool(condition) for condition in conditions]
     values = torch.stack([torch.as_tensor(condition, device=fabric.device).float() for condition in conditions])
-    torch.distributed.all_reduce(values)  # Fabric's all_reduce would also make the device wait at a barrier
+    # Not Fabric's all_reduce, which would also make the device wait at a barrier.
+    torch.distributed.all_reduce(values)
     return [bool(value) for value in values.tolist()]
 
 
@@ -112,13 +113,15 @@ def gather_weights(gpt: GPT) -> dict[str, Tensor]:
     """
     for module in gpt.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # validation leaves gathered parameters behind
+            # Validation leaves gathered parameters behind.
+            module.reshard()
     # A model without memory takes the gathered parameters, because its state-dict hooks write LitGPT's keys.
     with torch.device("meta"):
         target = type(gpt)(gpt.config)
     gathered: dict[int, nn.Parameter] = {}
     for name, parameter in gpt.named_parameters(remove_duplicate=False):
-        if id(parameter) not in gathered:  # tied embeddings are one parameter under two names
+        # Tied embeddings are one parameter under two names.
+        if id(parameter) not in gathered:
             gathered[id(parameter)] = nn.Parameter(_gather(parameter), requires_grad=False)
         owner, _, attribute = name.rpartition(".")
         setattr(target.get_submodule(owner), attribute, gathered[id(parameter)])
@@ -154,7 +157,8 @@ def _shard_like(parameter: Tensor, value: Any) -> Any:
         return value
     value = value.to(parameter.device)
     sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return sharded.clone()  # a view would keep the full tensor alive
+    # A view would keep the full tensor alive.
+    return sharded.clone()
 
 
 def _gather(tensor: Tensor) -> Tensor:
@@ -214,6 +218,7 @@ def _exit_if_launcher_died(launcher: int) -> None:
     # The parent id changes on POSIX when the parent ends; Windows keeps it, so look the process up as well.
     while os.getppid() == launcher and psutil.pid_exists(launcher):
         time.sleep(5)
-    time.sleep(10)  # the run may be finished, or a closed connection may report the cause
+    # The run may be finished, or a closed connection may report the cause.
+    time.sleep(10)
     print(f"error: {_lost_rank_message()}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -30,6 +30,7 @@ def evaluations_due(run: TrainingRun) -> tuple[bool, bool]:
     # A resumed run must not repeat the evaluation of its checkpoint's step.
     if step == 0 or step == run.progress.evaluated_step:
         return False, False
+    # The last step is evaluated even if no interval ends there.
     at_the_end = step == run.plan.steps and settings.final_validation
     hellaswag_interval = settings.hellaswag_interval or settings.interval
     return step % settings.interval == 0 or at_the_end, step % hellaswag_interval == 0 or at_the_end
@@ -60,10 +61,12 @@ def evaluate_and_log(
                 row |= evaluate(fabric, run, display, stop_on)
             if with_hellaswag:
                 row |= score_hellaswag(fabric, run, display, stop_on)
-    except EvaluationStopped:  # the resumed run repeats it from its beginning
+    except EvaluationStopped:
+        # The resumed run repeats it from its beginning.
         return False
     if row:
         fabric.log_dict({**row, "time": round(run.progress.seconds, 3)}, step=run.progress.step)
+    # Saved with the next checkpoint, so that a resumed run does not log this evaluation again.
     run.progress.evaluated_step = run.progress.step
     return True
 
@@ -76,7 +79,8 @@ def evaluate(
         return {}
     step = run.progress.step
     loss = validate(fabric, run, _until_signal(stop_on, run.val_dataloader))
-    perplexity = math.exp(min(loss, 700))  # exp(710) overflows
+    # exp overflows above 709.
+    perplexity = math.exp(min(loss, 700))
     display.print(f"step {step}/{run.plan.steps} | val loss {loss:.4f}, perplexity {perplexity:.2f}")
     # One sample of rank 0 is enough. The others wait, so that they do not time out in the next exchange.
     text = write_sample(fabric, run) if fabric.global_rank == 0 else None
@@ -96,9 +100,11 @@ def score_hellaswag(
     start = time.perf_counter()
     # The ranks share the questions.
     own_batches = run.questions.batches[fabric.global_rank :: fabric.world_size]
+    # Fabric's wrapper turns autocast on, but this is the model inside of it.
     with fabric.autocast():
         scores = hellaswag.log_probabilities(run.gpt, _until_signal(stop_on, own_batches), run.questions)
     if fabric.world_size > 1:
+        # Questions of other ranks have the score 0.
         scores = sum_over_ranks(fabric, scores).cpu()
     score = hellaswag.accuracy(run.questions.questions, scores)
     display.print(

@@ -91,6 +91,7 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
     if "lora_r" not in saved:
         problem = f"{folder} is from a pretraining run, which finetuning can't resume"
         raise refusal(folder, settings, problem, "Resume a finetuning run")
+    # The prompt style is a setting of the data.
     saved |= saved["data"].get("init_args", {})
     present = {"prompt_style": settings.data.prompt_style}
     # Without LoRA before and now, its other settings have no effect.
@@ -98,7 +99,8 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
         present |= {name: getattr(settings, name) for name in LORA_FIELDS}
     changed = []
     for name, value in present.items():
-        if name in saved and saved[name] != value:  # older versions did not have all of these settings
+        # Older versions did not have all of these settings.
+        if name in saved and saved[name] != value:
             changed.append(f"{name} was {saved[name]} and is now {value}")
     if changed:
         problem = f"{folder} can't be resumed with other settings: {'; '.join(changed)}"
@@ -153,9 +155,11 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     """
     settings = run.settings
     assert isinstance(settings, FinetuneSettings)
+    # Before the first allocation on the GPU.
     use_expandable_segments(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
+    # The loggers drop what was logged after this step, because these steps are taken again.
     resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
     module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full
     arguments: dict[str, Any] = {
@@ -169,6 +173,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
         "eval": settings.eval,
         "log": settings.log,
         "optimizer": run.optimizer,
+        # Has no effect, because choose_logger is replaced.
         "logger_name": "csv",
         "seed": settings.seed,
     }
@@ -195,6 +200,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     settings = run.settings
     assert isinstance(settings, FinetuneSettings)
     folder, data = settings.checkpoint_dir, settings.data
+    # Before the model: LoRA's A matrices are drawn from it, the same on every rank.
     fabric.seed_everything(settings.seed, verbose=False)
     if settings.uses_lora:
         gpt = _build_lora_model(fabric, settings, resume_from)
@@ -227,6 +233,7 @@ def _build_model(fabric: L.Fabric, settings: FinetuneSettings, folder: Path) -> 
     weights = checkpoints.load_weights(folder)
     with fabric.init_module(empty_init=not is_sharded(settings)):
         gpt = GPT(settings.model)
+    # The weights decide, not the settings.
     settings.train.tie_embeddings = checkpoints.is_tied(weights)
     if settings.train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.weight
@@ -241,6 +248,7 @@ def _build_lora_model(fabric: L.Fabric, settings: FinetuneSettings, resume_from:
     """Return LitGPT's LoRA model with the weights of the base checkpoint, and the updates of a run to resume."""
     # The checkpoints of a LoRA run have merged weights, so a resumed run starts from the base weights as well.
     weights = checkpoints.load_weights(settings.checkpoint_dir)
+    # All parameters are loaded or drawn by load_base_weights.
     with fabric.init_module(empty_init=True):
         gpt = litgpt.lora.GPT(lora_config(settings))
     # Tied embeddings stay tied, unless LoRA changes the head only.
@@ -299,6 +307,7 @@ def divide_weights(gpt: GPT) -> tuple[dict[str, Tensor], dict[str, Tensor] | Non
     """
     state = gpt.state_dict()
     if not isinstance(gpt, litgpt.lora.GPT):
+        # Full finetuning has nothing to merge.
         return state, None
     modules = dict(gpt.named_modules())
     lora = {key: value for key, value in state.items() if litgpt.lora.lora_filter(key, value)}
@@ -306,7 +315,8 @@ def divide_weights(gpt: GPT) -> tuple[dict[str, Tensor], dict[str, Tensor] | Non
     weights = {key.replace(".linear.", "."): value for key, value in state.items() if key not in lora}
     for key in lora:
         name, _, attribute = key.rpartition(".")
-        if attribute != "lora_B":  # one update for each pair of A and B
+        # One update for each pair of A and B.
+        if attribute != "lora_B":
             continue
         module = modules.get(name)
         if isinstance(module, litgpt.lora.LoRALinear):
@@ -316,5 +326,6 @@ def divide_weights(gpt: GPT) -> tuple[dict[str, Tensor], dict[str, Tensor] | Non
             # parameters belong to the stacked experts, two levels above.
             owner: nn.Module = module or modules[name.rsplit(".", 2)[0]]
             update = owner.scaling * (lora[key] @ lora[f"{name}.lora_A"])
+        # Not in place: the tensor belongs to the model, whose base weights must not change.
         weights[f"{name}.weight"] = weights[f"{name}.weight"] + update
     return weights, lora

@@ -48,8 +48,16 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
         self._resume_step = resume_step
-        self._columns: list[str] = []  # of the file; empty until this run has written it
-        self._size = 0  # of the file in bytes, up to the last complete row
+        # The header of the file, as this process wrote it. Empty until then, so that the first write rewrites the file:
+        #
+        #   _columns    resume_step   the file contains           the next write
+        #   empty       None          another run, or no file     replaces it
+        #   empty       a step        rows of earlier processes   keeps those up to that step
+        #   not empty   any           rows of this process too    appends, or rewrites all rows with new columns
+        self._columns: list[str] = []
+        # Bytes of the file up to the last complete row, to remove what a full disk cut off.
+        self._size = 0
+        # Rows that are not in the file yet; more than one only while it can't be written.
         self._waiting: list[dict[str, Any]] = []
         self._is_failing = False
 
@@ -93,6 +101,7 @@ class MetricsCSV(Logger):
     def _write(self, rows: list[dict[str, Any]]) -> None:
         # A column that the header lacks needs a new file: rows of more cells than the header are unreadable.
         names = list(dict.fromkeys(name for row in rows for name in row))
+        # A file that was deleted meanwhile is written again, with its header.
         can_append = self._columns and self.path.is_file() and set(names) <= set(self._columns)
         if can_append:
             self._append(rows)
@@ -105,12 +114,14 @@ class MetricsCSV(Logger):
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self._columns, restval="").writerows(rows)
         except OSError:
-            os.truncate(self.path, self._size)  # remove a partial row
+            # Remove a partial row.
+            os.truncate(self.path, self._size)
             raise
 
     def _rewrite(self, names: list[str], rows: list[dict[str, Any]]) -> None:
         """Write a file with the earlier rows, ``rows``, and columns for ``names``; a kill leaves the old or the new."""
         columns, earlier_rows = self._read_earlier_rows(names)
+        # Columns of the file keep their places, and new ones follow. dict.fromkeys drops repeated names.
         columns = list(dict.fromkeys((*columns, *COLUMNS, *names)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -120,7 +131,8 @@ class MetricsCSV(Logger):
                 writer.writeheader()
                 writer.writerows([*earlier_rows, *rows])
                 file.flush()
-                os.fsync(file.fileno())  # otherwise a power cut could leave an empty file in place of all rows
+                # Otherwise a power cut could leave an empty file in place of all rows.
+                os.fsync(file.fileno())
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
@@ -131,15 +143,19 @@ class MetricsCSV(Logger):
 
         If something is damaged, other than a row that a kill cut off, a copy of the file is kept.
         """
+        # This process has written the file, so its rows are those of this run up to now.
         is_own_file = bool(self._columns)
         is_continued = is_own_file or self._resume_step is not None
+        # The first write of a new run: what is there belongs to the run that --overwrite removes.
         if not is_continued or not self.path.is_file():
             return [], []
+        # Bytes and not text, so that a copy of a damaged file is exact.
         content = self.path.read_bytes()
         table = _read_table(content.decode("utf-8-sig", errors="replace"), numeric={*COLUMNS, *names})
         if table.damage:
             print(f"{self.path} is damaged: {table.damage}. A copy of it is kept: {_keep_copy(self.path, content)}")
         rows = table.rows
+        # The steps after the checkpoint are taken again, and log their rows again.
         if not is_own_file:
             rows = [row for row in rows if int(row["step"]) <= (self._resume_step or 0)]
         return table.columns, rows
@@ -217,7 +233,8 @@ def _keep_copy(path: Path, content: bytes) -> Path:
         copy = path.with_name(f"{path.name}.damaged-{number}")
     try:
         copy.write_bytes(content)
-    except OSError:  # no partial copy on a full disk
+    except OSError:
+        # No partial copy on a full disk.
         copy.unlink(missing_ok=True)
         raise
     return copy
@@ -282,6 +299,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
     ) -> Loggers:
         # The CSV file comes first and always: other loggers may miss rows, for example on a full disk.
         loggers: list[Logger] = [MetricsCSV(out_dir / METRICS_FILE, resume_step)]
+        # A logger that is named twice is made once.
         for wanted in dict.fromkeys(names):
             if wanted == "tensorboard":
                 loggers.append(_tensorboard(out_dir, resume_step))
@@ -295,6 +313,7 @@ def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: i
 def _tensorboard(out_dir: Path, resume_step: int | None) -> Logger:
     # Steps after the checkpoint are taken again.
     purge = None if resume_step is None else resume_step + 1
+    # No version, so that a resumed run writes into the same folder.
     return TensorBoardLogger(root_dir=out_dir / "logs", name="tensorboard", version="", purge_step=purge)
 
 
@@ -319,18 +338,21 @@ def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, A
         name=run_name or log_args.get("run") or os.environ.get("WANDB_RUN_NAME"),
         group=log_args.get("group") or os.environ.get("WANDB_RUN_GROUP"),
         id=run_id,
+        # Continues the W&B run with this id, or starts one if there is none.
         resume="allow",
         save_dir=out_dir,
     )
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         out_dir.mkdir(parents=True, exist_ok=True)
         try:
-            _ = logger.experiment  # starts the run now, so that a missing login is reported before the model is built
+            # Starts the run now, so that a missing login is reported before the model is built.
+            _ = logger.experiment
         except wandb.errors.Error as error:
             raise UserError(
                 f"W&B can't start a run: {error}; log in with `uv run wandb login`, or keep the run on this machine"
                 " with WANDB_MODE=offline."
             ) from None
+        # After the start, because only a run that was started can be continued.
         id_file.write_text(run_id + "\n", encoding="utf-8")
     return logger
 
@@ -344,6 +366,7 @@ class RunDisplay:
     def __init__(self, *, enabled: bool, bar: bool | None, steps: int, first_step: int) -> None:
         self._enabled = enabled
         self._steps = steps
+        # soft_wrap: Rich would break long lines, also in a file.
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         # In a file or a CI log, each refresh of a bar would be a line of its own.
         show = enabled and (self.console.is_terminal if bar is None else bar)
@@ -372,6 +395,7 @@ class RunDisplay:
 
     def print(self, text: str) -> None:
         """Print a line above the progress bar."""
+        # No markup: Rich would read brackets in a sample as its own tags.
         self.console.print(strip_control_chars(text), markup=False)
 
     def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:

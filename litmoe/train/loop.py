@@ -93,14 +93,17 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
     """
     plan, progress = run.plan, run.progress
     session = _Session(progress)
-    batches = CycleIterator(run.train_dataloader)  # starts the next epoch when one ends
+    # Starts the next epoch when one ends.
+    batches = CycleIterator(run.train_dataloader)
     batches.epoch = progress.epoch
 
     if not _evaluate_before_first_step(fabric, run, display, signals):
         return "stopped"
+    # Not earlier: an evaluation is no training time.
     run.metrics.start_clock()
     session.loop_start = time.perf_counter()
     while progress.step < plan.steps:
+        # The last step may have fewer micro batches.
         taken = [next(batches) for _ in range(plan.micro_batches_in(progress.step))]
         micro_batches = [as_batch(batch, run.gpt.max_seq_length) for batch in taken]
         result = train_step(fabric, run, micro_batches, partial(_own_requests, fabric, run, signals, session))
@@ -110,6 +113,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
         progress.tokens += result.tokens
         progress.epoch = batches.epoch
         progress.seconds = session.earlier_seconds + session.seconds
+        # Before the snapshot: a step that is saved must not be logged again by the resumed run.
         log_step(fabric, run, result, display, session)
         run.snapshot = take_snapshot(fabric, run)
 
@@ -119,6 +123,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
             return ending
         if not _evaluate_if_due(fabric, run, display, signals):
             return "stopped"
+        # After the evaluation, so that the checkpoint says that it was done.
         _save_if_due(fabric, run, result.requests)
     return "finished"
 
@@ -143,18 +148,21 @@ def train_step(
     # Forward and backward. The sums stay on the device: reading one would make the CPU wait for it.
     expert_counts = torch.zeros_like(run.expert_counts)
     step_loss = torch.zeros((), device=fabric.device)
-    cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)  # once for all micro batches
+    # Once for all micro batches.
+    cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
     for index, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
         is_accumulating = index < len(micro_batches) - 1
         # FSDP shards gradients after each micro batch, so there is nothing to postpone.
         with fabric.no_backward_sync(model, enabled=is_accumulating and not run.sharded):
+            # The load of the step before, so that it is the same for all micro batches and ranks.
             losses: Losses = functional_call(model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
             losses = losses._replace(cross_entropy=losses.cross_entropy * weight)
             fabric.backward(total_loss(losses, settings.moe) / len(micro_batches))
         run.metrics.add(losses)
         expert_counts += losses.expert_counts
         step_loss += losses.cross_entropy.detach()
-    del cast_parameters  # free the 16-bit copies before the update, which needs memory of its own
+    # Free the 16-bit copies before the update, which needs memory of its own.
+    del cast_parameters
     run.metrics.tokens += tokens
 
     # Clip. Without max_norm the norm is still measured: clipping at infinity changes nothing.
@@ -164,10 +172,14 @@ def train_step(
 
     # Check. With a GradScaler, infinite gradients are expected while it adjusts its scale, so check the loss instead.
     checked = norm if scaler_of(fabric) is None else step_loss
+    # This exchange makes the CPU wait for the device, so the requests go along. A request of one rank becomes one of
+    # all: ranks that save or stop after different steps would wait for each other forever.
     is_bad, *requests = any_rank(fabric, ~torch.isfinite(checked), *own_requests())
     if is_bad:
-        optimizer.zero_grad()  # the search for the cause computes new gradients
+        # The search for the cause computes new gradients.
+        optimizer.zero_grad()
         message = _describe_nonfinite(fabric, run, micro_batches)
+        # The snapshot is still that of the step before. All ranks raise, so all can take part in the save.
         save_after_error(fabric, run, on_all_ranks=True)
         raise NonFiniteError(message)
 
@@ -195,7 +207,8 @@ def update_expert_balance(fabric: L.Fabric, run: TrainingRun, expert_counts: Ten
         norm: of the gradient. If it is not finite, a GradScaler skipped the step, and the biases stay.
     """
     if fabric.world_size > 1:
-        torch.distributed.all_reduce(expert_counts)  # Fabric's would also make the device wait at a barrier
+        # Not Fabric's all_reduce, which would also make the device wait at a barrier.
+        torch.distributed.all_reduce(expert_counts)
     run.expert_counts = expert_counts
     rate = run.settings.moe.bias_update_rate
     if rate:
@@ -255,6 +268,7 @@ def _own_requests(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, sess
     return Requests(
         stop=signals.received is not None,
         end=session.seconds >= max_time,
+        # Only rank 0 writes, so its clock decides.
         save=fabric.global_rank == 0 and run.writer.is_due(),
     )
 
@@ -278,21 +292,26 @@ def _save_if_due(fabric: L.Fabric, run: TrainingRun, requests: Requests) -> None
     save_interval = settings.train.save_interval
     is_interval = save_interval is not None and step % save_interval == 0
     if requests.save or is_interval:
-        with run.metrics.paused():  # copying to CPU memory is no training time
+        # Copying to CPU memory is no training time.
+        with run.metrics.paused():
             save_checkpoint(fabric, run, settings.out_dir / f"step-{step:08d}")
     run.writer.report_failure()
 
 
 def _evaluate_before_first_step(fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals) -> bool:
-    """Evaluate a new run if the settings say so. Returns False if a signal stopped the evaluation.
+    """Do the evaluations that come before the first step of this session. Returns False if a signal stopped one.
 
-    A run that was asked to stop at an evaluation left it out; the resumed run makes up for it here.
+    There are two of them: that of a new run, if the settings say so, and that of the last step before a stop, which did
+    not wait for it.
     """
+    # A new run. A signal does not stop this evaluation: there is no checkpoint yet, so no resumed run could repeat it.
     if run.progress.step == 0 and run.settings.eval.initial_validation:
         evaluate_and_log(fabric, run, display, signals)
-    # A signal during this evaluation saves the step that the run was resumed from.
+    # A resumed run. Its snapshot is otherwise taken after its first step, but a signal during this evaluation saves the
+    # step that it was resumed from.
     if any(evaluations_due(run)):
         run.snapshot = take_snapshot(fabric, run)
+    # At step 0 nothing is due, so this does not evaluate a new run twice.
     return _evaluate_if_due(fabric, run, display, signals)
 
 
@@ -315,6 +334,7 @@ def _set_learning_rate(run: TrainingRun) -> float:
         steps=run.plan.steps,
         schedule=run.settings.schedule,
     )
+    # As a factor, because groups may have rates of their own, such as the AdamW groups of Muon.
     set_learning_rate(run.optimizer.optimizer, rate / peak)
     return rate
 
@@ -326,6 +346,7 @@ def _describe_nonfinite(fabric: L.Fabric, run: TrainingRun, batches: Sequence[Ba
     bad_weights = find_nonfinite_weights(run.gpt)
     advice = "keeps what was trained so far. Continue with --resume auto, or from an older checkpoint"
     if any_rank(fabric, bad_weights is not None)[0]:
+        # The last complete step has these weights already, so saving it would only store NaN.
         run.snapshot = None
         cause = f"the weights{f' of {bad_weights}' if bad_weights else ''} were already not finite before this step"
         advice = "saves nothing. Continue from a checkpoint that was saved before"

@@ -66,6 +66,7 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
     """
     train = run.settings.train
     context = train.max_seq_length or run.settings.model.block_size
+    # Our layers, because their backward keeps other tensors than that of LitGPT's layers.
     with FakeTensorMode(allow_non_fake_inputs=True), use_our_layers(run.settings.moe.router):
         model = _build_model(run, precision, hardware)
         optimizer = _build_optimizer(run, precision, hardware, model)
@@ -75,6 +76,7 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
         _simulate_step(run, precision, model, optimizer, tokens, ledger)
     memory = TrainingMemory(**{part: ledger.at_peak[part] for part in TrainingMemory._fields})
     if optimizer_traits(run.optimizer).compiles_step:
+        # The step was left out, so the ledger has seen no state.
         memory = memory._replace(optimizer=_torchao_state_bytes(optimizer))
     return memory
 
@@ -87,6 +89,7 @@ def _build_model(run: ParsedRun, precision: str, hardware: Hardware | None) -> P
     if settings.train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.weight
     model = PretrainingModel(gpt, settings.activation_checkpointing)
+    # The tensors are the CPU's, but the loss must be divided into the blocks of the planned device.
     model.loss_on = "cuda" if hardware else "cpu"
     return model
 
@@ -94,7 +97,8 @@ def _build_model(run: ParsedRun, precision: str, hardware: Hardware | None) -> P
 def _build_optimizer(
     run: ParsedRun, precision: str, hardware: Hardware | None, model: nn.Module
 ) -> torch.optim.Optimizer:
-    fused = precision != "16-mixed"  # as in the training loop
+    # As in the training loop: fused kernels unscale gradients themselves.
+    fused = precision != "16-mixed"
     optimizer = make_optimizer(run.optimizer, model, fused=fused)
     if hardware is not None and not fused:
         # torch's default on a GPU: updates many tensors at once, which needs memory for temporary results.
@@ -120,15 +124,18 @@ def _simulate_step(
     with ledger:
         ledger.add("weights", *model.parameters(), *model.buffers())
         for parameter in parameters:
+            # An unfinished gradient is workspace. The hook runs when autograd has stored it in `grad`.
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.add("gradients", p.grad))
             parameter.grad = torch.zeros_like(parameter)
         ledger.add("gradients", *(parameter.grad for parameter in parameters))
+        # Optimizers create their state in their first step.
         if can_step:
             optimizer.step()
         ledger.add("optimizer", *tree_leaves(list(optimizer.state.values())))
         # With accumulation, the gradients of the previous micro batches exist during the forward.
         if run.settings.train.gradient_accumulation_iters(1) == 1:
             optimizer.zero_grad()
+        # Temporary results of the first step must not count: the run repeats the second one.
         ledger.reset_peak()
 
         ledger.part = "activations"
@@ -151,7 +158,13 @@ def _vocabulary_widths(run: ParsedRun, hardware: Hardware | None) -> set[int]:
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts the bytes of living tensors by part, while it is active."""
+    """Counts the bytes of living tensors by part, while it is active.
+
+    torch calls ``__torch_dispatch__`` for each operation, forward, backward and update. The ledger runs the operation
+    and counts the memory of its results. It counts storages, because a view is a tensor without memory of its own. A
+    weak reference to each storage reports when Python frees it. (torch's ``MemTracker`` records each module as well,
+    which took 100 s for 48 layers.)
+    """
 
     def __init__(self, vocabulary_widths: set[int], unit: int) -> None:
         super().__init__()
@@ -159,8 +172,12 @@ class _Ledger(TorchDispatchMode):
         """Where new tensors are counted"""
         self.at_peak: Counter[str] = Counter()
         self._vocabulary_widths, self._unit = vocabulary_widths, unit
+        # Only CUDA's allocator rounds sizes up.
+        self._is_for_cpu = unit == 1
+        # Bytes by part now, their sum, and the largest sum since `reset_peak`.
         self._current: Counter[str] = Counter()
         self._total = self._peak = 0
+        # By id of the storage: its part, its bytes, and the weak reference, which only calls back while it is kept.
         self._alive: dict[int, tuple[str, int, ReferenceType[Any]]] = {}
 
     def reset_peak(self) -> None:
@@ -176,10 +193,11 @@ class _Ledger(TorchDispatchMode):
 
     def _count(self, part: str, storage: torch.UntypedStorage) -> None:
         key = id(storage)
+        # A storage that changes its part, such as a finished gradient, is counted in one part only.
         if key in self._alive:
             self._remove(key)
         size = -(-storage.nbytes() // self._unit) * self._unit
-        # The weak reference calls back when the storage is freed.
+        # The callback removes the entry before another storage can get the same id.
         self._alive[key] = part, size, ref(storage, partial(self._remove, key))
         self._current[part] += size
         self._total += size
@@ -193,6 +211,7 @@ class _Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in _LOOP_OPERATORS:
             # To the dispatcher a custom operator is one operation; its Python function shows its temporary buffers.
+            # `with self`, because torch switches the mode off inside of this method.
             with self:
                 results = _run_loop(_LOOP_OPERATORS[func], args)
         else:
@@ -200,27 +219,33 @@ class _Ledger(TorchDispatchMode):
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
                 self._count_new(self._part_of(func, args, result), result)
-        if "sum" in func.__name__ and self._unit == 1 and kwargs.get("dtype"):
-            # On a CPU a sum in a wider type first casts its input, below the level of the dispatcher.
+        if self._is_for_cpu and "sum" in func.__name__ and kwargs.get("dtype"):
+            # On a CPU a sum in a wider type first casts its input, below the level of the dispatcher. The same cast is
+            # made here to count it; its result is freed at once.
             with self:
                 args[0].to(kwargs["dtype"])
+        # After each operation and not only at the end of a pass: the peak can be at any of them.
         if self._total > self._peak:
             self.reset_peak()
         return results
 
     def _count_new(self, part: str, tensor: Tensor) -> None:
         for storage in get_untyped_storages(tensor):
-            if id(storage) not in self._alive:  # else a view or an operation in place
+            # A known storage belongs to a view, or to an operation in place.
+            if id(storage) not in self._alive:
                 self._count(part, storage)
 
     def _part_of(self, func: Any, args: Any, result: Tensor) -> str:
+        # By shape, because the same function makes logits in the forward and their gradients in the backward.
         if result.ndim > 1 and result.size(-1) in self._vocabulary_widths:
             return "logits"
+        # Weights cast to 16 bits. Counted apart from the activations, although the forward makes both.
         if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
             return "workspace"
         return self.part
 
 
+# _init_fn is the decorated Python function, and _opoverload is what the dispatcher passes as `func`.
 _LOOP_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator._opoverload: operator._init_fn
     for operator in (
@@ -234,7 +259,10 @@ _LOOP_OPERATORS: dict[Any, Callable[..., Any]] = {
 
 
 class _Ends(list[int]):
-    """The last row of each expert as numbers, which a fake tensor does not have."""
+    """Stands for ``ends_E``, the row at which each expert ends.
+
+    The loop backend reads these numbers with ``tolist``. A fake tensor has no contents to read.
+    """
 
     def tolist(self) -> list[int]:
         return self
@@ -243,10 +271,16 @@ class _Ends(list[int]):
 def _run_loop(body: Callable[..., Any], args: Any) -> Any:
     """Run an operator as if each expert had the same number of tokens, with half of the possible padding."""
     named = dict(zip(inspect.signature(body).parameters, args, strict=True))
-    # The real numbers depend on the router. Even ones are the typical case in a balanced model.
-    rows, n_experts = named.get("token_R", args[0]).size(0), named["ends_E"].size(0)
+    n_experts = named["ends_E"].size(0)
     if "token_R" in named:
-        rows -= n_experts * (backends.BACKENDS["loop"].row_multiple(named["x_NC"]) - 1) // 2
+        # The complete layer. token_R has room for the largest possible padding, row_multiple - 1 rows for each expert;
+        # half of it is the average.
+        largest_padding = n_experts * (backends.BACKENDS["loop"].row_multiple(named["x_NC"]) - 1)
+        rows = named["token_R"].size(0) - largest_padding // 2
+    else:
+        # A single product, whose first argument has its rows. It is used for biases and LoRA, without padding.
+        rows = args[0].size(0)
+    # The real numbers depend on the router. Even ones are the typical case in a balanced model.
     ends = _Ends(rows * (expert + 1) // n_experts for expert in range(n_experts))
     return body(**named | {"ends_E": ends})
 
@@ -254,6 +288,8 @@ def _run_loop(body: Callable[..., Any], args: Any) -> Any:
 def _fabric_precision(name: str) -> Precision:
     """Return Fabric's plugin, without its messages and without the gradient scaler of fp16."""
     if name.endswith("mixed"):
+        # The plugin of 16-mixed would make a GradScaler. Its name alone decides whether autocast uses fp16, which the
+        # fused loss does not support: then all logits exist at once.
         mixed = MixedPrecision("bf16-mixed", "cpu")
         mixed.precision = name  # type: ignore[assignment]
         return mixed
@@ -266,6 +302,7 @@ def _torchao_state_bytes(optimizer: Any) -> int:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            # exp_avg has a sign, exp_avg_sq has none, and each has its own 8-bit format.
             for signed in (True, False):
                 moment = optimizer._new_buffer(empty, signed)
                 total += sum(storage.nbytes() for storage in get_untyped_storages(moment))

@@ -23,6 +23,7 @@ class MetricAccumulator:
 
     def __init__(self) -> None:
         self._sums: Losses | None = None
+        # Of this rank. A float, because a resumed run may count fractions of its own micro batches.
         self.micro_batches: float = 0
         self.tokens = 0
         """Tokens trained on, over all ranks"""
@@ -45,6 +46,7 @@ class MetricAccumulator:
     def means(self, fabric: L.Fabric) -> Losses:
         """Return means over micro batches and ranks. The CPU waits for the device."""
         assert self._sums is not None
+        # All ranks must call this together, with equally many micro batches each.
         return Losses(*(mean_over_ranks(fabric, value / self.micro_batches) for value in self._sums))
 
     @property
@@ -60,6 +62,7 @@ class MetricAccumulator:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Stop the clock: evaluation and saving do not count as training time."""
+        # Moving the start is enough: `seconds` is the distance to it.
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before
@@ -73,13 +76,15 @@ class MetricAccumulator:
             "seconds": self.seconds,
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device, *, ranks: float, micro_batch: float) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], device: torch.device, *, rank_ratio: float, micro_batch_ratio: float
+    ) -> None:
         """Restore the sums of ``state`` on every rank.
 
         Args:
             state: what ``state_dict`` returned, with sums averaged over its ranks.
-            ranks: number of ranks of the saved run, divided by the present number.
-            micro_batch: micro-batch size of the saved run, divided by the present size.
+            rank_ratio: number of ranks of the saved run, divided by the present number.
+            micro_batch_ratio: micro-batch size of the saved run, divided by the present size.
         """
         self.micro_batches = state["micro_batches"]
         self.tokens = state["tokens"]
@@ -94,12 +99,15 @@ class MetricAccumulator:
         missing = {name: torch.zeros_like(saved["cross_entropy"]) for name in Losses._fields if name not in saved}
         values = {name: value.to(device) for name, value in (saved | missing).items() if name in Losses._fields}
         sums = Losses(**values)
-        # One old micro batch stands for `weight` present ones. Counts already grow with the micro batch.
-        weight = ranks * micro_batch
-        if weight != 1:
-            self.micro_batches *= weight
-            expert_counts = sums.expert_counts * ranks
-            sums = Losses(*(value * weight for value in sums))._replace(expert_counts=expert_counts)
+        # Convert to micro batches of this run. An example: 10 micro batches of 8 sequences on each of 2 ranks are 160
+        # sequences. One rank with micro batches of 4 needs 40 for them, so 1 old micro batch equals 2 * 2 = 4 present
+        # ones: `micro_batches` and the sums of losses (means over a micro batch) are multiplied by 4. Expert counts are
+        # sums over sequences, so a smaller micro batch changes nothing; they are multiplied by the 2 ranks only.
+        present_per_saved = rank_ratio * micro_batch_ratio
+        if present_per_saved != 1:
+            self.micro_batches *= present_per_saved
+            expert_counts = sums.expert_counts * rank_ratio
+            sums = Losses(*(value * present_per_saved for value in sums))._replace(expert_counts=expert_counts)
         self._sums = sums
 
 
@@ -157,7 +165,8 @@ def _expert_columns(means: Losses) -> dict[str, float]:
         "router_confidence": means.router_confidence,
     }
     # One column for each layer, because a mean over layers would hide a layer with dead experts.
-    by_layer = torch.stack(list(statistics.values()), dim=1).tolist()  # one transfer from the device
+    # One transfer from the device.
+    by_layer = torch.stack(list(statistics.values()), dim=1).tolist()
     columns = {}
     for layer, values in enumerate(by_layer):
         for name, value in zip(statistics, values, strict=True):

@@ -106,7 +106,8 @@ class PretrainingModel(nn.Module):
             input_ids, targets, lengths: see ``Batch``. Padding follows the tokens of a row, which do not attend to it.
             last_counts: ``(MoE layers, n_expert)``, the load for the load-balancing loss; None: that of this batch.
         """
-        mask_N = None  # padding is computed like other tokens, but does not count as load
+        # Padding is computed like other tokens, but does not count as load.
+        mask_N = None
         if lengths is not None:
             positions = torch.arange(input_ids.size(1), device=lengths.device)
             mask_N = (positions < lengths.unsqueeze(1)).flatten()  # (B, T) -> (B * T,)
@@ -114,11 +115,13 @@ class PretrainingModel(nn.Module):
         balances: list[Balance] = []
         for router in routers:
             if router is not None:
+                # Dense blocks have no row in last_counts.
                 last_counts_E = None if last_counts is None else last_counts[len(balances)]
                 balances.append(self._balance_of(router, mask_N, last_counts_E))
 
         cross_entropy = self._cross_entropy(x, targets)
         if not balances:
+            # A dense model has the same fields, so that the loop needs no second path.
             zero = torch.zeros((), device=x.device)
             no_counts = zero.new_zeros(0, 0, dtype=torch.int64)
             return Losses(cross_entropy, zero, zero, zero.new_zeros(0), no_counts)
@@ -130,8 +133,11 @@ class PretrainingModel(nn.Module):
 
         The fused loss needs an output layer that is only a matrix. Otherwise all logits are computed at once.
         """
-        head = getattr(self.gpt.lm_head, "linear", self.gpt.lm_head)  # inside LoRA's layer
+        # LoRA's layer has the output layer inside.
+        head = getattr(self.gpt.lm_head, "linear", self.gpt.lm_head)
+        # A trained LoRA head (r > 0) adds a second product, which the fused loss does not compute.
         is_matrix = isinstance(head, nn.Linear) and head.bias is None and not getattr(self.gpt.lm_head, "r", 0)
+        # In fp16 all logits are computed, because the fused loss makes gradients before a scaler has scaled the loss.
         if is_matrix and self.gpt.config.final_logit_softcapping is None and compute_dtype(x) != torch.float16:
             x_NC = self._norm(self.gpt.transformer.ln_f, x).flatten(0, 1)
             return linear_cross_entropy(x_NC, head.weight, targets.flatten(), self.loss_on, self._loss_of_rows)
@@ -177,6 +183,7 @@ def _cross_entropy_of_logits(gpt: GPT, x: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of hidden states through all logits."""
     logits_NV = logits_of(gpt, x).flatten(0, 1)
     total = F.cross_entropy(logits_NV.float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    # Not reduction="mean", which is NaN if there is no target.
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
@@ -191,6 +198,7 @@ def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -
     """
     if not precision.endswith("mixed") or recomputed != "none":
         return {}
+    # The weights of matrix products are those that decay. Embeddings are only looked up, and routers compute in fp32.
     decayed = (group["params"] for group in parameter_groups(model) if "weight_decay" not in group)
     matrices = {id(parameter) for parameters in decayed for parameter in parameters}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in matrices}
@@ -231,7 +239,9 @@ def update_selection_biases(gpt: GPT, counts: Tensor, rate: float | Tensor) -> N
 
 # --- Find NaN
 
-_NOT_FOUND = "each micro batch is finite when it is computed alone; only their sum, or the sum over devices, is not"
+_NOT_FOUND = (
+    "every micro batch, and their sum on each device, is finite when computed again; the sum over devices is not"
+)
 
 
 def find_nonfinite_weights(gpt: GPT) -> str | None:
@@ -280,6 +290,7 @@ def _first_nonfinite_here(
 ) -> str | None:
     for number, batch in enumerate(batches, 1):
         place = f"in micro batch {number} of {len(batches)}"
+        # Autocast by hand: this model is not inside of Fabric's wrapper.
         with _nonfinite_outputs(model.gpt) as layers, fabric.autocast():
             loss = loss_of(model(*batch))
         # Checked before the loss, because it names the layer.
@@ -317,4 +328,5 @@ def _nonfinite_outputs(gpt: GPT) -> Iterator[list[str]]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    # Routers also return integers, which are always finite.
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -84,6 +84,7 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1.0e-8,
         fused: bool | None = None,
     ) -> None:
+        # Written with `not`, so that NaN is refused too.
         if not (lr > 0 and adamw_lr > 0):
             raise ValueError(f"lr is {lr} and adamw_lr {adamw_lr}; expected rates above 0")
         if not all(0 <= beta < 1 for beta in (momentum, *betas)):
@@ -138,6 +139,7 @@ class Muon(torch.optim.Optimizer):
         """Load as torch does, but keep the moments of bf16 parameters in fp32: torch would cast them to bf16."""
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
+        # The state numbers the parameters in the order of the groups.
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
         for index, parameter in zip(indices, self._parameters(), strict=True):
             if parameter.dtype == torch.bfloat16:
@@ -155,6 +157,7 @@ class Muon(torch.optim.Optimizer):
         state, parameters = self.state[parameter], self._parameters()
         # The seed depends on saved state only, so that all ranks and a resumed run round alike.
         state["updates"] = state.get("updates", 0) + 1
+        # By identity: list.index would compare the elements of tensors.
         number = next(index for index, other in enumerate(parameters) if other is parameter)
         generator = torch.Generator(parameter.device)
         generator.manual_seed((state["updates"] * len(parameters) + number) % 2**32)
@@ -167,6 +170,7 @@ class Muon(torch.optim.Optimizer):
             weight, gradient, state = _wide(parameter), _wide(parameter.grad), self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
+            # An average of gradients, as in torch.optim.Muon: m = momentum * m + (1 - momentum) * gradient.
             average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
             direction = gradient.lerp(average, momentum)  # Nesterov
             weight.mul_(1 - lr * group["weight_decay"])
@@ -197,8 +201,10 @@ class Muon(torch.optim.Optimizer):
             gradients,
             averages,
             squares,
+            # No max_exp_avg_sqs: only AMSGrad has them.
             [],
             steps,
+            # None and not False: then torch may update many tensors at once (foreach).
             fused=group["fused"] or None,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -218,6 +224,7 @@ def _stacked_parts(model: nn.Module, use: ParameterUse) -> tuple[int, ...]:
         return 1, 1
     parent = model.get_submodule(use.path.rpartition(".")[0])
     if isinstance(parent, CausalSelfAttention) and use.module is parent.qkv and use.name == "weight":
+        # All heads have the same size, so their numbers are the relative heights of queries, keys and values.
         return parent.config.n_head, parent.config.n_query_groups, parent.config.n_query_groups
     return (1,)
 
@@ -250,12 +257,16 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     They are computed in bf16 if the device multiplies fast in it, which is exact enough for a direction, else in fp32.
     """
     a, b, c = COEFFICIENTS
-    tall = matrices.size(-2) > matrices.size(-1)  # then the transpose has the smaller Gram matrix
+    # Then the transpose has the smaller Gram matrix.
+    tall = matrices.size(-2) > matrices.size(-1)
     x = (matrices.mT if tall else matrices).to(products_dtype(matrices.device))
+    # baddbmm takes exactly three dimensions.
     x = x.reshape(-1, *x.shape[-2:])
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # so that no singular value is above 1
+    # So that no singular value is above 1.
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
+        # X = a X + (b G + c G G) X with G = X X^T
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrices.shape)
 

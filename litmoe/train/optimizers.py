@@ -47,6 +47,7 @@ def optimizer_traits(optimizer: dict[str, Any]) -> OptimizerTraits:
     is_torchao = class_path.startswith("torchao.")
     needs_matrices = is_torchao or class_path == "torch.optim.Muon"
     init_args = optimizer.get("init_args") or {}
+    # torchao rounds stochastically only if the run file asks for it.
     torchao_rounds = bool(init_args.get("bf16_stochastic_round"))
     return OptimizerTraits(
         parameter_groups=getattr(optimizer_class, "parameter_groups", parameter_groups),
@@ -76,7 +77,9 @@ def parameter_uses(model: nn.Module) -> Iterator[ParameterUse]:
     Weight decay applies to matrices. It does not apply to norms, biases, embeddings (also not to an output head that is
     tied to them) and routers.
     """
-    routers = {id(module.gate) for module in model.modules() if isinstance(module, MoE)}
+    # By id, because a router may be a module of any class.
+    # With the modules inside a router of the user's own.
+    routers = {id(part) for module in model.modules() if isinstance(module, MoE) for part in module.gate.modules()}
     seen: set[int] = set()
     # Embeddings first, so that a matrix shared with the output head counts as an embedding.
     modules = sorted(model.named_modules(), key=lambda item: not isinstance(item[1], nn.Embedding))
@@ -85,7 +88,8 @@ def parameter_uses(model: nn.Module) -> Iterator[ParameterUse]:
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            is_vector = parameter.ndim < 2 or name.endswith("bias")  # stacked biases of experts have two dimensions
+            # Stacked biases of experts have two dimensions.
+            is_vector = parameter.ndim < 2 or name.endswith("bias")
             decays = not (is_vector or isinstance(module, nn.Embedding) or id(module) in routers)
             yield ParameterUse(parameter, name, module, path, decays)
 
@@ -109,7 +113,8 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
     Raises:
         UserError: the optimizer rejects its arguments or these parameters.
     """
-    specification = deepcopy(optimizer)  # LitGPT writes `fused` into it, and it is saved with the run
+    # LitGPT writes `fused` into it, and it is saved with the run.
+    specification = deepcopy(optimizer)
     init_args = specification.get("init_args") or {}
     # jsonargparse lists all arguments of the class; null stands for its own default.
     specification["init_args"] = {name: value for name, value in init_args.items() if value is not None}
@@ -118,7 +123,8 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
         result: torch.optim.Optimizer = instantiate_torch_optimizer(specification, groups, fused=fused)
     except (TypeError, ValueError) as error:
         hint = ""
-        if optimizer["class_path"] == "torch.optim.Muon":  # it takes matrices only
+        if optimizer["class_path"] == "torch.optim.Muon":
+            # torch's own Muon takes matrices only.
             hint = "; litmoe.train.muon.Muon trains complete models"
         message = f"the optimizer {optimizer['class_path']} rejects these settings or this model: {error}{hint}"
         raise UserError(message) from None
@@ -182,6 +188,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         UserError: the state belongs to other parameters.
     """
     current = optimizer.state_dict()["param_groups"]
+    # torch compares the same numbers, but its message has no fix.
     if [len(group["params"]) for group in current] != [len(group["params"]) for group in state["param_groups"]]:
         raise UserError(
             "the checkpoint's optimizer state belongs to another set of parameters; resume with the model and the"
@@ -193,5 +200,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         settings = {
             name: group[name] for name in group if name in optimizer.defaults or name in ("params", "initial_lr")
         }
+        # Later ones win: entries that an older version did not save, the checkpoint, the settings of this run.
         groups.append({**group, **saved, **settings})
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})

@@ -65,6 +65,7 @@ _EXPECTED: dict[ModuleType, dict[str, tuple[str, ...] | None]] = {
         "choose_logger": _LOGGER,
         "capture_hparams": (),
         "pprint": None,
+        # None: the name must exist, with any signature.
         "FSDPStrategy": None,
         # Called, not replaced.
         "setup": None,
@@ -72,6 +73,7 @@ _EXPECTED: dict[ModuleType, dict[str, tuple[str, ...] | None]] = {
         "get_dataloaders": ("fabric", "data", "tokenizer", "train", "block_size"),
     },
     litgpt.finetune.full: {
+        # The first ten parameters are those that pretraining and finetuning share.
         "main": (*_MAIN[:10], "resume", "checkpoint_dir"),
         "choose_logger": _LOGGER,
         "pprint": None,
@@ -93,6 +95,7 @@ def _class_that_makes(strategy: Callable[[], Strategy]) -> type:
 
     LitGPT skips the initialization of weights for instances of its FSDP strategy, so this is not a subclass of it.
     """
+    # `__new__` returns an object of another class, so Python does not call `__init__` with LitGPT's arguments.
     return type("ChosenStrategy", (), {"__new__": lambda cls, *args, **kwargs: strategy()})
 
 
@@ -116,8 +119,10 @@ def patched_pretraining(
         {
             "main": main,
             "choose_logger": choose_logger,
+            # LitGPT passes what this returns to pprint.pformat, and prints the text at every start.
             "capture_hparams": lambda: {},
             "pprint": SimpleNamespace(pformat=lambda settings: summary),
+            # LitGPT makes one if a run has more than one device.
             "FSDPStrategy": _class_that_makes(strategy),
         },
         router,
@@ -133,12 +138,14 @@ def patched_finetuning(
     router: str | None,
 ) -> AbstractContextManager[None]:
     """Let the ``setup`` of ``litgpt.finetune.full`` or ``litgpt.finetune.lora`` run with this project's parts."""
+    # LitGPT's LoRA finetuning uses another class of Fabric than its full finetuning.
     theirs = "ModelParallelStrategy" if module is litgpt.finetune.lora else "FSDPStrategy"
     return _replaced(
         module,
         {
             "main": main,
             "choose_logger": choose_logger,
+            # Finetuning calls pprint with all of its arguments. The run prints its own summary.
             "pprint": lambda *_: None,
             theirs: _class_that_makes(strategy),
         },
@@ -154,9 +161,11 @@ def _replaced(module: ModuleType, replacements: dict[str, Any], router: str | No
     try:
         for name, replacement in replacements.items():
             setattr(module, name, replacement)
+        # litgpt.GPT looks its layers up in litgpt.model when it is built, which happens inside.
         with use_our_layers(router):
             yield
     finally:
+        # Also after an error: other code of the process uses LitGPT as it is.
         for name, original in originals.items():
             setattr(module, name, original)
 

@@ -56,7 +56,8 @@ class PlannedRun:
         # As many as torchrun started, or as the settings ask for.
         devices, num_nodes = processes(self.run.settings)
         if self.gpu is not None and not self.gpu.is_local and self.run.settings.devices == "auto":
-            devices = 1  # the GPUs of this machine say nothing about another one
+            # The GPUs of this machine say nothing about another one.
+            devices = 1
         return devices * num_nodes
 
     @property
@@ -85,7 +86,8 @@ class PlannedRun:
             gpt = GPT(self.run.settings.model)
         if self.run.settings.train.tie_embeddings:
             gpt.transformer.wte.weight = gpt.lm_head.weight
-        return traits.update_flops(traits.parameter_groups(gpt)) * self.devices  # each device does the complete update
+        # Each device does the complete update.
+        return traits.update_flops(traits.parameter_groups(gpt)) * self.devices
 
     def length(self) -> Plan | None:
         """The steps of the run; None if they depend on the size of the data."""
@@ -106,10 +108,12 @@ class PlannedRun:
         Raises:
             UserError: the optimizer can't run on tensors without contents.
         """
+        # As if Triton were installed, because the GPU may be in another machine.
         hardware = None if self.gpu is None else Hardware(self.gpu.capability, triton=True)
         try:
             return training_memory(self.run, self.precision, hardware)
-        except Exception as error:  # optimizers of other packages can do anything
+        except Exception as error:
+            # Optimizers of other packages can do anything.
             raise UserError(
                 f"the memory that {self.run.optimizer['class_path']} needs can't be computed in advance"
                 f" ({type(error).__name__}: {error}). Without --plan, the run reports its memory at the end."
@@ -149,11 +153,13 @@ def show_plan(argv: Sequence[str]) -> None:
     else:
         print("\nIt does not fit. Possible changes, cheapest first; each line includes the changes above it:\n")
         for line in _ways_to_fit(flags, gpu):
-            print(line, flush=True)  # each line takes seconds
+            # Each line takes seconds, so it is shown at once.
+            print(line, flush=True)
 
 
 def _split_off_plan(arguments: list[str]) -> tuple[list[str], str | None]:
     """Return the other arguments, and the name of the GPU if one is given."""
+    # Both `--plan GPU` and `--plan=GPU` work.
     names = [argument.partition("=")[0] for argument in arguments]
     index = names.index("--plan")
     # Removed before parsing: it is no setting of the run.
@@ -293,7 +299,8 @@ def _describe_speed(planned: PlannedRun, peak: float, source: str, devices: int)
 def _measure_cpu_peak() -> float:
     """Return the FLOP/s of matrix products in fp32."""
     x = torch.rand(1024, 1024)
-    x @ x  # the first product starts the threads
+    # The first product starts the threads.
+    x @ x
     start, n_products = time.perf_counter(), 0
     while time.perf_counter() - start < 0.2:
         x @ x
@@ -329,7 +336,8 @@ class _Change:
 def _ways_to_fit(flags: list[str], gpu: GPUSpec) -> Iterator[str]:
     """Yield lines: changes until the run fits, and the command with those of them that are needed."""
 
-    @cache  # a later change of a setting replaces an earlier one, so different lists have the same flags
+    # A later change of a setting replaces an earlier one, so different lists have the same flags.
+    @cache
     def memory_with(changed_flags: tuple[str, ...]) -> TrainingMemory:
         return _plan([*flags, *changed_flags], gpu)[0].memory()
 
@@ -341,6 +349,7 @@ def _ways_to_fit(flags: list[str], gpu: GPUSpec) -> Iterator[str]:
         if _fits(memory, gpu):
             break
     else:
+        # The loop ended without a break.
         yield "\nThese changes are not enough. Take a smaller model (configs/models) or another GPU."
         return
     # The last change may make earlier ones unnecessary. Drop the most expensive ones first.
@@ -358,6 +367,7 @@ def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
     """Yield changes from the cheapest to the most expensive; a later one of a setting replaces an earlier one."""
     settings, optimizer, gpu = planned.run.settings, planned.run.optimizer, planned.gpu
     micro_batch = settings.train.micro_batch_size
+    # Largest first, because small micro batches are slower. Divisors, so that the global batch stays the same.
     for size in range(micro_batch - 1, 0, -1):
         if micro_batch % size == 0:
             cost = "the same result (more micro batches are accumulated), a little slower"
@@ -391,6 +401,7 @@ def _eight_bit_flags(optimizer: dict[str, Any]) -> tuple[str, ...]:
     if "adamw_lr" in arguments:
         flags += ["--optimizer.init_args.lr", str(arguments["adamw_lr"])]
         flags += ["--optimizer.init_args.weight_decay", str(arguments["weight_decay"])]
+        # Without spaces, so that the list is one argument of the command.
         flags += ["--optimizer.init_args.betas", str(arguments["betas"]).replace(" ", "")]
     return tuple(flags)
 

@@ -41,10 +41,12 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     settings = run.settings
     # What can fail in seconds comes first, because tokenizing can take hours.
     resume_from = find_checkpoint(settings)
-    if settings.resume and resume_from is None:  # `auto` starts a new run, which has stricter checks
+    # `auto` starts a new run, which has stricter checks.
+    if settings.resume and resume_from is None:
         check(replace(settings, resume=False), run.optimizer)
     _check_start(settings, resume_from)
     if settings.eval.hellaswag is not None and main_process():
+        # The run reads them again. Here only a mistake is found before the text is tokenized.
         read_questions(settings.eval.hellaswag, settings.eval.hellaswag_limit)
 
     if resume_from is not None:
@@ -88,8 +90,10 @@ def prepare_data(settings: RunSettings) -> None:
         if manifest.source.name != "sample" and not (manifest.source.name == TEXT and has_text):
             # The source is elsewhere, or its text was removed to save space. The tokens are used as they are.
             return
-        flags = flags_to_repeat(manifest)  # existing tokens keep their settings
+        # Existing tokens keep their settings.
+        flags = flags_to_repeat(manifest)
     elif text_files(data_dir / "train"):
+        # No source: the text in the folder itself.
         flags = {"source": None}
     else:
         # The `prepare` section of the run file only fills an empty folder.
@@ -115,7 +119,8 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
     """
     try:
         tokenizer = litgpt_tokenizer(tokenizer_dir)
-    except Exception as error:  # any error of the tokenizers library for a broken file
+    except Exception as error:
+        # Any error of the tokenizers library for a broken file.
         download = command("prepare_data.py", "--tokenizer", "gpt2", "--tokenizer_dir", tokenizer_dir)
         raise UserError(
             f"no usable tokenizer in {tokenizer_dir} ({error or type(error).__name__}); expected a tokenizer.json."
@@ -123,7 +128,8 @@ def check_vocabulary(tokenizer_dir: Path, config: Config) -> Tokenizer:
         ) from None
     size = tokenizer.vocab_size
     if tokenizer.backend == "huggingface":
-        size = max(tokenizer.processor.get_vocab().values()) + 1  # ids may have gaps
+        # Ids may have gaps.
+        size = max(tokenizer.processor.get_vocab().values()) + 1
     if size > (config.padded_vocab_size or 0):
         raise UserError(
             f"the tokenizer in {tokenizer_dir} has {size:,} tokens, but the model's vocabulary holds"
@@ -165,6 +171,7 @@ def find_checkpoint(settings: RunSettings) -> Path | None:
 def _named_checkpoint(settings: RunSettings, path: Path) -> Path:
     folder = checkpoints.resolve(path)
     checkpoints.verify(folder)
+    # A checkpoint of another run, which this run does not write into.
     if folder.resolve().parent != settings.out_dir.resolve():
         check_unoccupied(settings)
         return folder
@@ -294,7 +301,8 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
     if not isinstance(data, TokenizedText) or not saved.is_file() or manifest_path(data.data_dir).is_file():
         return run
     if text_files(data.data_dir / "train"):
-        return run  # the tokens can be made again
+        # The tokens can be made again.
+        return run
     provenance = tokens_provenance(saved, *SPLITS)
 
     def has_same_tokens(folder: Path) -> bool:
@@ -335,7 +343,8 @@ def find_moved_data(old: Path, is_same: Callable[[Path], bool]) -> Path | None:
     for folder in candidates:
         try:
             found = is_same(folder)
-        except (OSError, UserError):  # not a data folder, or one of a newer version
+        except (OSError, UserError):
+            # Not a data folder, or one of a newer version.
             continue
         if found:
             _print_once(f"The data of {old} is in {folder} now and is used from there.")
@@ -350,6 +359,7 @@ def _with_data(run: ParsedRun, data_dir: Path, tokenizer_dir: Path) -> ParsedRun
     paths: dict[str, Any] = {"train_data_path": data_dir / "train", "val_data_path": data_dir / "val"}
     data = replace(settings.data, **paths)
     resolved: dict[str, Any] = {**run.resolved, "tokenizer_dir": str(tokenizer_dir)}
+    # The settings are saved as YAML, which has no paths.
     texts = {name: str(path) for name, path in paths.items()}
     resolved["data"] = {**resolved["data"], "init_args": {**resolved["data"]["init_args"], **texts}}
     return replace(run, settings=replace(settings, data=data, tokenizer_dir=tokenizer_dir), resolved=resolved)

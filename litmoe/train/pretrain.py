@@ -41,10 +41,12 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             a lost rank.
     """
     settings = run.settings
-    use_expandable_segments(torch.cuda.is_available())  # before the first allocation
+    # Before the first allocation.
+    use_expandable_segments(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir
+    # The loggers drop what was logged after this step, because these steps are taken again.
     resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
     patched = patched_pretraining(
         main=partial(main, run=run, resume_from=resume_from, precision_note=note),
@@ -71,7 +73,8 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
             devices=devices,
             num_nodes=num_nodes,
             tokenizer_dir=settings.tokenizer_dir,
-            logger_name="csv",  # has no effect: `choose_logger` is replaced
+            # Has no effect, because choose_logger is replaced.
+            logger_name="csv",
             seed=settings.seed,
         )
 
@@ -97,14 +100,21 @@ def main(
     precision_note: str | None,
 ) -> None:
     """Build the model and train it. Replaces ``litgpt.pretrain.main``."""
-    with fabric.init_module(empty_init=not is_sharded(run.settings)):  # FSDP would leave the weights on the meta device
+    # FSDP would leave the weights on the meta device.
+    with fabric.init_module(empty_init=not is_sharded(run.settings)):
         gpt = GPT(config)
-    fabric.seed_everything(seed, verbose=False)  # the same on every rank, so that all start from the same weights
+    # The same on every rank, so that all start from the same weights. After the model, because one that is not built
+    # empty has drawn random numbers already.
+    fabric.seed_everything(seed, verbose=False)
     litgpt.pretrain.initialize_weights(fabric, gpt, n_layer=config.n_layer, n_embd=config.n_embd)
+    # After LitGPT's initialization, which it corrects.
     scale_gelu_projections(gpt)
+    # After the initialization, so that the shared matrix has the values of the output layer.
     if train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.weight
+    # Also sets the length of the rotary tables.
     gpt.max_seq_length = train.max_seq_length or config.block_size
+    # Before Fabric wraps or shards the model, while its state dict has LitGPT's keys.
     if initial_checkpoint_dir:
         gpt.load_state_dict(checkpoints.load_weights(initial_checkpoint_dir))
     elif resume_from:

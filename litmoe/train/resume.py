@@ -37,6 +37,7 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     if run.finetuning is not None:
         check_same_provenance(fabric, folder, state.get("made_from", {}), run.finetuning.provenance, run.settings)
     check_same_tokens(folder, run.settings)
+    # After all checks, so that a refused checkpoint changes nothing.
     load_training_state(fabric, run, state)
     if changes:
         fabric.print(f"{'; '.join(changes)}: {_describe_effects(run, state['layout'])}.")
@@ -54,6 +55,7 @@ def refusal(folder: Path, settings: RunSettings, problem: str, fix: str) -> User
 def check_same_optimizer(folder: Path, run: TrainingRun) -> None:
     """Raise ``UserError`` if ``folder`` has the state of another optimizer, or none."""
     saved = checkpoints.load_hyperparameters(folder)
+    # Only the settings of a run name an optimizer.
     if "optimizer" not in saved:
         problem = f"{folder} has no training state (an imported checkpoint, for example)"
         raise refusal(folder, run.settings, problem, "Resume from another checkpoint")
@@ -77,7 +79,8 @@ def check_same_batches(folder: Path, saved: dict[str, int], present: dict[str, i
     accepts_other_division = isinstance(stateful_loader(run.train_dataloader), TrainLoader)
     accepted, refused = [], []
     for name, value in present.items():
-        if name not in saved or saved[name] == value:  # older versions did not save every entry
+        if name not in saved or saved[name] == value:
+            # Older versions did not save every entry.
             continue
         description = f"{name} was {saved[name]} and is now {value}"
         if accepts_other_division and name in ("devices", "micro_batch_size"):
@@ -96,6 +99,7 @@ def check_same_provenance(
     """Raise ``UserError`` if an input of the run (the conversations, the base checkpoint) changed."""
     for name, fingerprint in present.items():
         if name not in saved:
+            # An older version did not record this input.
             fabric.print(f"{folder} has no record of {name}, so changes there can't be detected.")
         elif saved[name] != fingerprint:
             raise refusal(folder, settings, f"{name} changed since {folder} was saved", "Restore the old version")
@@ -104,6 +108,7 @@ def check_same_provenance(
 def check_same_tokens(folder: Path, settings: RunSettings) -> None:
     """Raise ``UserError`` if the data position saved in ``folder`` would point to other tokens."""
     saved, present = folder / checkpoints.MANIFEST, tokens_manifest(settings)
+    # Data modules of LitGPT have no metadata, and neither have checkpoints of old versions.
     if present is None or not saved.is_file():
         return
     if tokens_provenance(saved, "train") != tokens_provenance(present, "train"):
@@ -129,6 +134,7 @@ def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
     }
     if run.finetuning is not None:
         own |= run.finetuning.provenance
+    # Every rank gets the values of all, so that all raise the same error.
     by_rank: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(by_rank, own)
     different = [name for name in own if any(other[name] != by_rank[0][name] for other in by_rank)]
@@ -167,7 +173,8 @@ def _describe_effects(run: TrainingRun, saved: dict[str, int]) -> str:
         effects.append(
             f"{dropped} of an epoch's {items:,} sequences fill no micro batch and are dropped ({dropped_before} before)"
         )
-    if is_finetuning:  # micro batches of conversations differ in length
+    if is_finetuning:
+        # Micro batches of conversations differ in length.
         effects.append("balance losses and LoRA's dropout are computed per micro batch")
     if run.val_dataloader is not None and micro_batch != saved_micro_batch:
         # Both read the same windows only if both read the complete set.
@@ -176,6 +183,7 @@ def _describe_effects(run: TrainingRun, saved: dict[str, int]) -> str:
             effects.append("validation reads other windows (eval.max_iters counts micro batches)")
 
     # The end of the run is a complete micro batch, so another size can move it.
+    # A copy, because the settings of the run must not change.
     old_train = copy(train)
     old_train.micro_batch_size = saved_micro_batch
     old_plan = plan_from(old_train, run.train_dataloader, saved["max_seq_length"], saved["devices"], run.progress)

@@ -80,12 +80,13 @@ def run_training(
     # Resume.
     if resume_from:
         resume_training(fabric, run, resume_from)
+    # Also for a new run: its data may have been prepared on each machine, with other settings.
     check_same_on_all_machines(fabric, run)
     if resume_from and run.progress.step >= run.plan.steps:
         _report_finished(fabric, run, resume_from)
         return
 
-    # From here on the run changes out_dir.
+    # From here on the run changes out_dir. Everything that can be refused was checked before.
     _prepare_out_dir(fabric, run, resume_from)
     run.loggers.log_hyperparams(run.hyperparameters)
     lines = [
@@ -104,7 +105,9 @@ def run_training(
     tokens_before, start = run.progress.tokens, time.perf_counter()
     is_main = fabric.global_rank == 0
     display = RunDisplay(enabled=is_main, bar=settings.progress, steps=run.plan.steps, first_step=run.progress.step)
+    # A signal during the final save must not interrupt it, so the save is inside as well.
     with StopSignals(fabric.print) as signals, compiler_settings():
+        # The display ends first, so that no progress bar is drawn over the messages about the error.
         with _save_after_errors(fabric, run), display:
             ending = train(fabric, run, signals, display)
         _save_final(fabric, run, ending)
@@ -133,6 +136,7 @@ def choose_experts_backend(fabric: L.Fabric, gpt: GPT, moe: MoESettings) -> str 
     if not layers:
         return None
     set_backend(gpt, None if moe.backend == "auto" else moe.backend)
+    # The choice depends on the type of the products, which autocast decides.
     with fabric.autocast():
         try:
             return layers[0].experts.backend_on(fabric.device)
@@ -157,7 +161,8 @@ def make_dataloaders(
                 f" of {seq_length + 1} tokens for each of {fabric.world_size} device(s); lower --micro-batch-size or"
                 " --max-seq-length, or add more text."
             )
-    stateful_loader(loaders[0])  # raises now instead of at the first save
+    # Raises now instead of at the first save.
+    stateful_loader(loaders[0])
     prepared = []
     for loader in loaders:
         # TokenizedText divides the batches over the ranks on its own.
@@ -179,9 +184,11 @@ def _build_run(
     settings = parsed.settings
     precision = fabric._precision.precision
     if fabric.device.type == "cuda" and precision == "32-true":
-        torch.set_float32_matmul_precision("high")  # TF32, as in LitGPT's commands
+        # TF32, as in LitGPT's commands.
+        torch.set_float32_matmul_precision("high")
     # fullgraph: fail on graph breaks instead of silently running eager.
     compiler = partial(torch.compile, fullgraph=True) if compiled else None
+    # Before the optimizer is made, because FSDP replaces the parameters.
     model = fabric.setup(PretrainingModel(gpt, settings.activation_checkpointing, compiler))
     # bf16-true rounded the rotary embeddings along with the weights. Generation has them in fp32.
     gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
@@ -202,7 +209,8 @@ def _build_run(
         compiled=compiled,
         sharded=sharded,
         optimizer=cast(_FabricOptimizer, optimizer),
-        loggers=cast(Loggers, fabric.logger),  # made by `logger_factory`
+        # Made by `logger_factory`.
+        loggers=cast(Loggers, fabric.logger),
         train_dataloader=train_dataloader,
         val_dataloader=val_dataloader,
         tokenizer=tokenizer,
@@ -226,9 +234,11 @@ def _prepare_out_dir(fabric: L.Fabric, run: TrainingRun, resume_from: Path | Non
     settings = run.settings
     out_dir = settings.out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
+    # A killed save may have left the newest checkpoint under a hidden name.
     checkpoints.finish_interrupted_saves(out_dir)
     is_own_checkpoint = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
     if settings.overwrite and not is_own_checkpoint:
+        # Here and not earlier: a mistake found by then would have destroyed the old run for nothing.
         remove_run(out_dir)
     elif settings.overwrite and resume_from is not None and resume_from.exists():
         # If it does not exist, it was an interrupted save that has just got its final name. Nothing is newer then.
@@ -272,7 +282,8 @@ def _save_final(fabric: L.Fabric, run: TrainingRun, ending: Ending) -> None:
     """Save the last step, unless the loop has just done so."""
     folder = _final_folder(run, ending)
     run.writer.report_failure(wait=True)
-    is_missing = fabric.global_rank == 0 and run.writer.saved != folder  # other ranks do not know
+    # Only rank 0 knows what was written.
+    is_missing = fabric.global_rank == 0 and run.writer.saved != folder
     if any_rank(fabric, is_missing)[0]:
         save_checkpoint(fabric, run, folder, last=True)
 
@@ -288,7 +299,8 @@ def describe_run(gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]
     trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
     if parsed.settings.uses_lora:
         yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
-    if is_finetuning:  # conversations differ in length
+    if is_finetuning:
+        # Conversations differ in length.
         size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
     else:
         step_tokens = plan.accumulation * plan.tokens_per_micro_batch

@@ -64,7 +64,9 @@ class CheckpointWriter:
             copy: False if nothing changes the content any more.
         """
         self.report_failure(wait=True)
+        # From the beginning of the save, so that a slow disk does not delay the next one.
         self._last_save = time.monotonic()
+        # Training changes the tensors while they are written.
         if copy:
             content = copy_to_cpu(content)
         # A daemon, so that a second Ctrl-C ends the process at once. A partial save is never taken for a checkpoint.
@@ -95,7 +97,8 @@ class CheckpointWriter:
         self._thread.join()
         failure = self._failure
         self._thread, self._failure = None, None
-        if isinstance(failure, UserError):  # a full disk; there may be space for the next checkpoint
+        if isinstance(failure, UserError):
+            # A full disk; there may be space for the next checkpoint.
             self._warn(f"warning: {failure} The run continues without this checkpoint.")
         elif failure is not None:
             raise failure
@@ -104,7 +107,8 @@ class CheckpointWriter:
         """Remove the checkpoints that need not be kept next to ``newest``, which is complete."""
         try:
             checkpoints.remove_old(newest, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
-        except OSError as error:  # another process has one of its files open (Windows, NFS)
+        except OSError as error:
+            # Another process has one of its files open (Windows, NFS).
             self._warn(f"warning: an old checkpoint in {newest.parent} could not be removed: {error}")
 
     def _is_writing(self) -> bool:
@@ -114,8 +118,10 @@ class CheckpointWriter:
         try:
             checkpoints.save(folder, **content)
             self.saved = folder
+            # Last: nothing is deleted before its successor is complete.
             self.remove_old(folder)
-        except BaseException as error:  # `report_failure` shows or raises it in the training thread
+        except BaseException as error:
+            # `report_failure` shows or raises it in the training thread.
             self._failure = error
 
 
@@ -129,6 +135,7 @@ def copy_to_cpu(value: Any) -> Any:
             names, context = tensor.__tensor_flatten__()
             inner = {name: copy_tensor(getattr(tensor, name)) for name in names}
             return cast(Any, type(tensor)).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
+        # Tied tensors share an address. Tensors without memory all have the address 0, so they are known by id.
         key = (tensor.data_ptr() or id(tensor), *tensor.shape, *tensor.stride())
         if key not in copies:
             copies[key] = tensor.detach().to("cpu", copy=True)
@@ -155,7 +162,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is not threading.main_thread():
-            return self  # only the main thread may set handlers
+            # Only the main thread may set handlers.
+            return self
         for number in STOP_SIGNALS:
             # nohup ignores SIGHUP, so that the run survives a closed terminal.
             is_hangup = number == getattr(signal, "SIGHUP", None)
@@ -172,7 +180,8 @@ class StopSignals:
         if self.received is None:
             self.received = signal.Signals(number)
             self._received_at = time.monotonic()
-            with suppress(RuntimeError, ValueError):  # the signal interrupted another print
+            # The signal interrupted another print.
+            with suppress(RuntimeError, ValueError):
                 self._warn(f"{self.received.name}: finishing this step, then saving. A second one exits immediately.")
         elif time.monotonic() - self._received_at >= 1:
             # The default handler ends the process without clean-up, which could take long. A partial save is ignored
@@ -262,6 +271,8 @@ def locked(out_dir: Path) -> Iterator[None]:
         yield
         return
     new_folders = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    # The lock of the system ends with its process, also after SIGKILL. The file with the holder is for messages, and
+    # for machines that do not see the lock.
     lock, holder_file = FileLock(out_dir / LOCK), out_dir / HOLDER
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

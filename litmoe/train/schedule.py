@@ -93,13 +93,16 @@ def plan_run(
     # The last step may have fewer micro batches.
     steps = step + math.ceil(micro_batches / accumulation)
     warmup_steps = train.lr_warmup_steps or 0
-    if train.lr_warmup_fraction:  # LitGPT's: a fraction of an epoch
+    if train.lr_warmup_fraction:
+        # LitGPT's: a fraction of an epoch.
         warmup_steps = math.ceil(train.lr_warmup_fraction * epoch_sequences / train.global_batch_size)
     return Plan(
         micro_batches=micro_batches,
         accumulation=accumulation,
-        warmup_steps=min(warmup_steps, steps - 1),  # the last step has the minimum
+        # The last step has the minimum.
+        warmup_steps=min(warmup_steps, steps - 1),
         tokens_per_micro_batch=tokens_per_micro_batch,
+        # The current epoch is complete, epoch + 1, after in_this_epoch micro batches.
         epochs=epoch + 1 + (micro_batches * devices - in_this_epoch) / per_epoch,
         ended_by=ended_by,
         first_step=step,

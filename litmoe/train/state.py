@@ -158,22 +158,31 @@ def training_state(fabric: L.Fabric, run: TrainingRun, optimizer_state: dict[str
 def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any]) -> None:
     """Restore what ``training_state`` returned, also on another number of ranks or with another micro batch.
 
-    Entries that older versions did not save keep the values of a new run.
+    The order matters: the plan needs the progress and the position in the data, and random states come last. Entries
+    that older versions did not save keep the values of a new run.
     """
     saved_layout, layout = state["layout"], batch_layout(fabric, run)
-    run.progress = Progress(**{"evaluated_step": state["progress"]["step"]} | known_fields(Progress, state["progress"]))
+    # 0.1.0 did not save evaluated_step. Its checkpoints contain a row if the evaluation of their step is missing.
+    saved_progress = known_fields(Progress, state["progress"])
+    saved_progress.setdefault("evaluated_step", state["progress"]["step"])
+    run.progress = Progress(**saved_progress)
     _load_unlogged_row(run, state)
 
+    # The optimizer and what decides the next update: the scale of fp16 losses, and the load of the last step.
     optimizer = run.optimizer.optimizer
+    # Checkpoints have the complete state, whatever number of ranks saved them.
     if run.sharded:
         state["optimizer"]["state"] = shard_state(state["optimizer"]["state"], optimizer)
     load_optimizer_state(optimizer, state["optimizer"])
+    # A checkpoint of another precision has no state of a scaler.
     scaler = scaler_of(fabric)
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     if "expert_counts" in state:
+        # In place, so that the counts stay on the device of the run.
         run.expert_counts.copy_(state["expert_counts"])
 
+    # The position in the data, and the length of the run from there.
     loader = stateful_loader(run.train_dataloader)
     loader.load_state_dict(state["train_dataloader"])
     if isinstance(loader, TrainLoader):
@@ -183,14 +192,16 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
     run.plan = plan_from(
         run.settings.train, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, run.progress
     )
-    # The sums since the last log line are means over the old ranks and micro batches, so they are scaled to the new.
+    # The sums since the last log line count micro batches of the old size on the old number of ranks. The ratios
+    # convert them to those of this run.
     if "interval" in state:
         run.metrics.load_state_dict(
             state["interval"],
             fabric.device,
-            ranks=saved_layout["devices"] / layout["devices"],
-            micro_batch=saved_layout["micro_batch_size"] / layout["micro_batch_size"],
+            rank_ratio=saved_layout["devices"] / layout["devices"],
+            micro_batch_ratio=saved_layout["micro_batch_size"] / layout["micro_batch_size"],
         )
+    # Last: a random number drawn after this line would shift all that follow.
     load_random_state(state["random"], fabric.device)
 
 
@@ -199,7 +210,8 @@ def _load_unlogged_row(run: TrainingRun, state: dict[str, Any]) -> None:
     row = state.get("row")
     if row is None:
         return
-    run.progress.evaluated_step = 0  # the resumed run evaluates this step
+    # The resumed run evaluates this step.
+    run.progress.evaluated_step = 0
     if row:
         run.loggers.log_metrics({**row, "time": round(run.progress.seconds, 3)}, run.progress.step)
 
@@ -239,14 +251,17 @@ def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: b
     _average_sums(fabric, run.snapshot)
     if fabric.global_rank == 0:
         fabric.print(f"Saving {folder}")
-        run.loggers.save()  # metrics up to this step must be on disk before the checkpoint
+        # Metrics up to this step must be on disk before the checkpoint.
+        run.loggers.save()
         content = checkpoint_content(fabric, run)
         if last:
             run.writer.write_now(folder, content)
         else:
-            run.writer.write(folder, content, copy=not run.sharded)  # gathered tensors are copies already
+            # Gathered tensors are copies already.
+            run.writer.write(folder, content, copy=not run.sharded)
     elif run.sharded:
-        checkpoint_content(fabric, run)  # sends the shards of this rank to rank 0
+        # Sends the shards of this rank to rank 0.
+        checkpoint_content(fabric, run)
     # A rank that ends early would look like a lost one.
     if last:
         fabric.barrier()
@@ -268,6 +283,7 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
         on_all_ranks: every rank calls this at the same step, so that a sharded model can be gathered. All wait for the
             save, because a launcher kills the other ranks soon after one ends.
     """
+    # A step, never final/: an unfinished run must not look finished.
     folder = run.settings.out_dir / f"step-{run.progress.step:08d}"
     # A sharded model can't be gathered if only this rank failed.
     can_save = run.snapshot is not None and run.progress.step > 0 and (on_all_ranks or not run.sharded)
@@ -276,13 +292,16 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
             _average_sums(fabric, run.snapshot)
         content = checkpoint_content(fabric, run) if can_save else None
         if fabric.global_rank == 0:
-            run.writer.report_failure(wait=True)  # the save in progress may be the last one
+            # The save in progress may be the last one.
+            run.writer.report_failure(wait=True)
             if content is not None and run.writer.saved != folder:
+                # As in `save_checkpoint`: a resumed run writes no row for steps before its checkpoint.
                 run.loggers.save()
                 run.writer.write_now(folder, content)
                 fabric.print(f"Saved {folder}")
     except Exception as error:
-        with suppress(OSError):  # the terminal may be closed
+        # The terminal may be closed.
+        with suppress(OSError):
             fabric.print(f"warning: {error}")
     if on_all_ranks:
         fabric.barrier()
@@ -291,11 +310,14 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
 def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
     """Return the arguments of ``checkpoints.save``, with the run's own tensors or gathered copies."""
     settings, finetuning = run.settings, run.finetuning
+    # References, no copies: the writer copies them, unless the run waits for the save.
     optimizer_state = run.optimizer.state_dict()
     lora_weights = None
+    # Collective: all ranks must be here, although only rank 0 receives something.
     if run.sharded:
         weights, optimizer_state = gather_weights(run.gpt), gather_state(optimizer_state)
     elif finetuning is not None:
+        # Merged weights work in every LitGPT command; the LoRA parameters are what a resumed run needs.
         weights, lora_weights = finetuning.merge_weights(run.gpt)
     else:
         weights = run.gpt.state_dict()
@@ -366,9 +388,11 @@ def unwrap_loader(loader: DataLoader) -> Any:
 
 def tokens_manifest(settings: RunSettings) -> Path | None:
     """Return the metadata file of the tokens that the model was pretrained on; None where there is none."""
+    # Conversations have metadata of their own. This is about the text of the pretraining.
     if settings.is_finetuning and settings.initial_checkpoint_dir is not None:
         path = settings.initial_checkpoint_dir / checkpoints.MANIFEST
     else:
+        # Data modules of LitGPT have no metadata file.
         train_data_path = getattr(settings.data, "train_data_path", None)
         if train_data_path is None:
             return None

@@ -32,7 +32,7 @@ def test_sums_are_restored_by_name(version: str) -> None:
     elif version == "without a field":
         del state["sums"]["z_loss"]
     resumed = MetricAccumulator()
-    resumed.load_state_dict(state, torch.device("cpu"), ranks=1, micro_batch=1)
+    resumed.load_state_dict(state, torch.device("cpu"), rank_ratio=1, micro_batch_ratio=1)
     resumed.add(FIRST)
     sums = resumed.state_dict()["sums"]
     assert list(sums) == list(Losses._fields)

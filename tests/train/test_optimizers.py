@@ -8,6 +8,7 @@ from torch import nn
 
 from custom_moe import use_custom_moe
 from custom_moe.experts import Experts
+from custom_moe.router import TopKRouter
 from litmoe.cli import UserError
 from litmoe.train.muon import Muon
 from litmoe.train.optimizers import (
@@ -238,3 +239,19 @@ def test_resume_restores_counters_in_groups(moe_fields):
     optimizer.param_groups[0]["steps"] = 5
     load_optimizer_state(resumed, optimizer.state_dict())
     assert resumed.param_groups[0]["steps"] == 5
+
+
+class RouterWithLayer(TopKRouter):
+    """A router with parameters in a module of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = torch.nn.Linear(config.n_embd, config.n_expert)
+
+
+def test_modules_inside_a_router_do_not_decay(moe_fields):
+    with use_custom_moe(router=RouterWithLayer):
+        gpt = GPT(Config(**moe_fields))
+    _, not_decayed = parameter_groups(gpt)
+    extra = [parameter for name, parameter in gpt.named_parameters() if ".gate.extra." in name]
+    assert extra and all(any(parameter is other for other in not_decayed["params"]) for parameter in extra)
