@@ -257,13 +257,7 @@ def _articles(rows: Iterator[str]) -> Iterator[str]:
 
 def _row_texts(location: Location, row_groups: range | None, rules: Rules, counts: Counts) -> Iterator[str]:
     """Yield the text of each row; broken rows are counted or raised."""
-    column = rules.text_column
-    if suffix(location) == ".parquet":
-        with connection_errors(location):
-            column = parquet_text_column(location, column)
-    elif suffix(location) in (".csv", ".tsv"):
-        # The only column is not taken as the text: the first line may be text instead of names.
-        column = column or "text"
+    column = _column_to_read(location, rules.text_column)
     for place, row in read_rows(location, columns=[column] if column else None, row_groups=row_groups):
         try:
             if isinstance(row, BadRow):
@@ -279,6 +273,17 @@ def _row_texts(location: Location, row_groups: range | None, rules: Rules, count
                     "--skip_broken."
                 ) from None
             counts.broken_rows += 1
+
+
+def _column_to_read(location: Location, column: str | None) -> str | None:
+    """Return the column with the text before any row is read; None if only the first row of the file can tell."""
+    if suffix(location) == ".parquet":
+        with connection_errors(location):
+            return parquet_text_column(location, column)
+    if suffix(location) in (".csv", ".tsv"):
+        # The only column is not taken as the text: the first line may be text instead of names.
+        return column or "text"
+    return column
 
 
 def _text_of(row: dict[str, Any], column: str) -> str:

@@ -18,6 +18,11 @@ PARQUET_BRANCH = "refs/convert/parquet"
 """The branch of a Hub dataset with the Hub's own conversion."""
 
 
+def _is_streamable(file: Location) -> bool:
+    """Return whether a file has one of the formats that are streamed from the Hub."""
+    return suffix(file) in (".parquet", ".jsonl") and not is_compressed(file)
+
+
 class HubFiles(NamedTuple):
     """The files of a dataset at one revision."""
 
@@ -126,6 +131,7 @@ class Dataset:
 
         datasets.disable_progress_bars()
         try:
+            # The builder only lists the files; it downloads no rows.
             data_files = datasets.load_dataset_builder(self.path, self.config, revision=sha).config.data_files or {}
         except (RuntimeError, DatasetNotFoundError, DataFilesNotFoundError):
             # RuntimeError: a loading script, which the library no longer runs.
@@ -136,8 +142,7 @@ class Dataset:
         for split, names in data_files.items():
             files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
         every = [file for names in files.values() for file in names]
-        readable = all(suffix(file) in (".parquet", ".jsonl") and not is_compressed(file) for file in every)
-        return files if every and readable else None
+        return files if every and all(map(_is_streamable, every)) else None
 
     def _load_error(self, error: Exception) -> UserError:
         # The message of a missing config contains the list of configs.
@@ -156,6 +161,19 @@ class Dataset:
 
     def _find_converted_files(self, sha: str) -> dict[str, list[Location]]:
         """Return the files of each split in the Hub's own conversion to parquet: ``CONFIG/SPLIT/NNNN.parquet``."""
+        configs = self._list_converted_files(sha)
+        if not configs:
+            raise UserError(self._unreadable())
+        wanted = self.config
+        if wanted is None:
+            # The only config, or the one that is called default. With several others, the error lists them.
+            wanted = next(iter(configs)) if len(configs) == 1 else "default"
+        if wanted not in configs:
+            raise self._wrong_config(f"[{', '.join(configs)}]")
+        return configs[wanted]
+
+    def _list_converted_files(self, sha: str) -> dict[str, dict[str, list[Location]]]:
+        """Return the files in the Hub's own conversion by config and split."""
         from huggingface_hub import HfApi
 
         configs: dict[str, dict[str, list[Location]]] = {}
@@ -168,14 +186,7 @@ class Dataset:
             if split == "train" and folders[0] != split and name.startswith("0000."):
                 print(f"The Hub has only the beginning of {self.path} as parquet ({config}/{folders[0]}).")
             configs.setdefault(config, {}).setdefault(split, []).append(f"{HUB}datasets/{self.path}@{sha}/{entry}")
-        if not configs:
-            raise UserError(self._unreadable())
-        wanted = self.config
-        if wanted is None:
-            wanted = "default" if "default" in configs or len(configs) > 1 else next(iter(configs))
-        if wanted not in configs:
-            raise self._wrong_config(f"[{', '.join(configs)}]")
-        return configs[wanted]
+        return configs
 
     def _splits(self, found: dict[str, list[Location]]) -> dict[str, list[Location]]:
         """Return the files of train and val under these names. A test split is never used."""

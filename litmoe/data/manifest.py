@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cache
 from pathlib import Path, PureWindowsPath
@@ -299,25 +299,31 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
 
 def _damaged_files(data_dir: Path, found: Manifest, splits: Collection[str]) -> list[tuple[Path, str]]:
     """Return the files that differ from their checksum or cannot be read, each with the reason."""
-    wanted = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in found.splits[s].files.items()}
+    expected = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in found.splits[s].files.items()}
+    damaged = []
+    for path, digest in _hash_in_threads(expected).items():
+        if error := digest.exception():
+            damaged.append((path, f"it can't be read: {error}"))
+        elif digest.result() != expected[path]:
+            damaged.append((path, f"its checksum differs from {manifest_path(data_dir)}"))
+    return damaged
+
+
+def _hash_in_threads(paths: Collection[Path]) -> dict[Path, Future[str]]:
+    """Return the SHA-256 of each file, or the error of reading it, as a future that is done."""
     # Hashing releases Python's lock, so threads use all cores.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        sums = {path: threads.submit(file_sha256, path) for path in wanted}
+        sums = {path: threads.submit(file_sha256, path) for path in paths}
         try:
             if wait(sums.values(), QUIET_SECONDS).not_done:
-                size = sum(path.stat().st_size for path in wanted if path.exists())
+                size = sum(path.stat().st_size for path in paths if path.exists())
                 print(f"Verifying checksums of {size / 1e9:,.1f} GB of tokens ...", flush=True)
             wait(sums.values())
         except KeyboardInterrupt:
+            # Otherwise leaving the block would wait for all files that are still queued.
             threads.shutdown(cancel_futures=True)
             raise
-    damaged = []
-    for path, digest in sums.items():
-        if error := digest.exception():
-            damaged.append((path, f"it can't be read: {error}"))
-        elif digest.result() != wanted[path]:
-            damaged.append((path, f"its checksum differs from {manifest_path(data_dir)}"))
-    return damaged
+    return sums
 
 
 def flags_to_repeat(found: Manifest) -> dict[str, Any]:

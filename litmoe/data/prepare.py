@@ -14,12 +14,12 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from litmoe.data.documents import END_OF_TEXT
 from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_files, unread_files
 from litmoe.data.manifest import SPLITS, Manifest, Settings, Source, Split, TokenizerRecord
 from litmoe.data.tokenizers import TokenizerInfo
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # What a call without --source uses. No file has these names.
 IN_PLACE = "(text in place)"
@@ -162,9 +165,11 @@ def prepare(args: PrepareArgs) -> Manifest:
     """
     args.check()
     with locked(args.data_dir):
+        # First finish a call that was killed while it moved complete tokens into place.
         _publish(args.data_dir, args.tokenizer_dir)
         found = manifest.read(args.data_dir)
         source = args.source or _source_in_place(args, found)
+        # Refuse before the source is opened: that reads its files for their checksums, which can take minutes.
         _refuse_replacing(args, source, found)
         corpus = _open_local(args, source, found)
         tokenizer = _choose_tokenizer(args, corpus, found)
@@ -200,6 +205,7 @@ def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
     was_written = found is not None and found.source.name != TEXT and (args.data_dir / "source.json").exists()
     if has_text and not was_written:
         return IN_PLACE
+    # If chunks are missing, the manifest does not count as complete, but it still names the source.
     recorded = found or manifest.read_file(manifest.manifest_path(args.data_dir))
     if recorded is None:
         return corpora.DEFAULT
@@ -265,6 +271,7 @@ def _open_local(args: PrepareArgs, source: str, found: Manifest | None) -> Corpu
 
 
 def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, found: Manifest | None) -> TokenizerChoice:
+    # A trained tokenizer depends on the text as it is now. The manifest stands in for text that is not opened yet.
     if corpus is not None:
         return choose_tokenizer(args, corpus.records["train"], corpus.settings)
     if found is not None:
@@ -289,6 +296,7 @@ def _changes(
         _require_source(args, found, changes)
         return []
     changes += _changed_settings(found.settings, corpus.settings if corpus else _settings(args, source))
+    # Only local files can have changed: a Hub corpus was tokenized at a fixed commit, and stories have no files.
     if corpus is not None and corpus.generate is None:
         changes += manifest.changed_files(found.text, corpus.all_records)
     if args.keep_text and not found.keeps_text:
@@ -356,6 +364,7 @@ def _misplaced_text(data_dir: Path) -> Path | None:
 def _label(source: str) -> str:
     """Return what identifies a source on this machine."""
     is_path = source not in (IN_PLACE, TOKENS, *corpora.CORPORA) and not corpora.is_hub(source)
+    # The full path: unlike the manifest, the unfinished folder is not shared, and two folders may have the same name.
     return str(Path(source).resolve()) if is_path else source
 
 
@@ -370,6 +379,7 @@ def _read_started(data_dir: Path) -> dict[str, Any]:
 def _open_stream(args: PrepareArgs, source: str) -> Corpus:
     """Open a Hub corpus. An interrupted call is resumed with the same revision of the dataset."""
     started = _read_started(args.data_dir)
+    # Finished units must come from the same commit as the rest, or documents could be missing or doubled.
     revision = started.get("revision") if started.get("source") == source else None
     return corpora.open_hub(source, _settings(args, source), revision)
 
@@ -383,12 +393,14 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
     building = manifest.tokens_dir(args.data_dir) / BUILDING
     try:
         building.mkdir(parents=True, exist_ok=True)
+        # Written before any token, so that a later call knows whose work it would resume or delete.
         write_json(building / "started.json", {"source": _label(source), "revision": corpus.revision})
         info = _prepare_tokenizer(args, corpus, tokenizer, building / "tokenizer")
         found = _tokenize(args, corpus, info, building)
         # From here on the tokens count as complete: a killed call is finished by the next one.
         manifest.write_file(building / "manifest.json", found)
         _publish(args.data_dir, args.tokenizer_dir)
+    # Must come before its base class: finished units are kept, so a lost connection does not lose hours of work.
     except Unfinished:
         raise
     except UserError:
@@ -430,15 +442,9 @@ def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerCh
 
 def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: Path) -> Manifest:
     """Write the chunks of both splits, and with ``--keep_text`` the text, below ``building``."""
-    tokenizer_json = info.folder / "tokenizer.json"
-    fast = tokenizers.agrees_with_tiktoken(tokenizer_json, proof_documents(corpus))
-    encoder = tokenizers.Encoder(tokenizer_json, info.eos_id, info.bos_id, fast=fast)
     dtype = tokens.dtype_for(info.vocab_size)
-
-    def encode(texts: list[str]) -> bytes:
-        # Little-endian on every machine.
-        return encoder(texts).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-
+    encode = _encoder_to_bytes(corpus, info, dtype)
+    # Which encoder runs is no input of the units: both give the same ids, so either may resume the other's work.
     store, records = tokens.tokenize_corpus(
         corpus, encode, building, inputs=[info.sha256], keep_text=args.keep_text, num_workers=args.num_workers
     )
@@ -450,20 +456,23 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
         if not totals.documents[split]:
             raise UserError(_no_text(corpus, split))
         number, chunks = tokens.write_chunks(store, records, split, dtype)
-        is_first = not splits
         splits[split] = Split(
             documents=totals.documents[split],
             tokens=number,
             bytes=totals.bytes[split],
-            # These were counted for both splits together; the summary adds up the splits.
-            empty_documents=totals.empty_documents if is_first else 0,
-            dropped_duplicates=totals.dropped_duplicates if is_first else 0,
-            broken_rows=totals.broken_rows if is_first else 0,
+            empty_documents=0,
             chunks=chunks,
             dtype=dtype,
             text=corpus.records_of(split),
             files=manifest.checksums(store.folder / split),
         )
+    # These were counted for both splits together. The summary adds up the splits, so one of them holds all.
+    splits["train"] = replace(
+        splits["train"],
+        empty_documents=totals.empty_documents,
+        dropped_duplicates=totals.dropped_duplicates,
+        broken_rows=totals.broken_rows,
+    )
     if args.keep_text:
         tokens.move_text(store, records, building / "text")
     return Manifest(
@@ -475,6 +484,20 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
         versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         keeps_text=args.keep_text,
     )
+
+
+def _encoder_to_bytes(corpus: Corpus, info: TokenizerInfo, dtype: str) -> Callable[[list[str]], bytes]:
+    """Return the function that makes the stored tokens of documents, with the fastest encoder that is exact."""
+    tokenizer_json = info.folder / "tokenizer.json"
+    # tiktoken encodes several times as fast. Its ids are compared with the tokenizer's on this text at each start.
+    fast = tokenizers.agrees_with_tiktoken(tokenizer_json, proof_documents(corpus))
+    encoder = tokenizers.Encoder(tokenizer_json, info.eos_id, info.bos_id, fast=fast)
+
+    def encode(texts: list[str]) -> bytes:
+        # Little-endian on every machine.
+        return encoder(texts).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+
+    return encode
 
 
 def _no_text(corpus: Corpus, split: str) -> str:
@@ -502,8 +525,10 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
         shutil.rmtree(folder / "text", ignore_errors=True)
     for split in SPLITS:
         # The chunks are in the folder of the units, "units" or "cut".
+        # A split that a killed call has moved already is not found again.
         for chunks in building.glob(f"*/{split}/index.json"):
             manifest.replace_folder(chunks.parent, folder / split)
+    # Last: from here on the tokens count as complete.
     os.replace(building / "manifest.json", manifest.manifest_path(data_dir))
     shutil.rmtree(building)
 
@@ -551,14 +576,17 @@ def locked(data_dir: Path) -> Iterator[None]:
     for folder in parents:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--data_dir {data_dir}: {folder} is a file; expected a folder.")
+    # Only folders that this call makes are removed again if it is refused.
     made = [folder for folder in parents if not folder.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(data_dir, os.W_OK):
         # Prepared tokens can be used from a read-only folder.
         yield
         return
+    # The operating system releases the lock when a process ends, so a killed call does not block the next one.
     lock = FileLock(data_dir / LOCK)
     try:
+        # Try without waiting first, to tell the user why the call waits.
         lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is preparing {data_dir}; waiting for it.")
@@ -566,15 +594,20 @@ def locked(data_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # not empty, or not there
-            (data_dir / "tokens").rmdir()
-        is_unused = bool(made) and [entry.name for entry in data_dir.iterdir()] == [LOCK]
-        # POSIX must delete the lock file before another process locks it; Windows cannot delete an open file.
-        if is_unused and os.name != "nt":
-            (data_dir / LOCK).unlink()
-        lock.release()
-        if is_unused:
-            _remove_folders(data_dir, made)
+        _unlock(lock, data_dir, made)
+
+
+def _unlock(lock: "FileLock", data_dir: Path, made: list[Path]) -> None:
+    """Release the lock. If the call left nothing in ``data_dir``, remove the folders that it made."""
+    with suppress(OSError):  # not empty, or not there
+        (data_dir / "tokens").rmdir()
+    is_unused = bool(made) and [entry.name for entry in data_dir.iterdir()] == [LOCK]
+    # POSIX must delete the lock file before another process locks it; Windows cannot delete an open file.
+    if is_unused and os.name != "nt":
+        (data_dir / LOCK).unlink()
+    lock.release()
+    if is_unused:
+        _remove_folders(data_dir, made)
 
 
 def _remove_folders(data_dir: Path, made: list[Path]) -> None:

@@ -181,7 +181,25 @@ def _completed(
             f"the tokenizer of {origin} has no token {eos!r}, which its tokenizer_config.json names as eos_token; name "
             "the token that ends a text there."
         )
-    before = _token_before_texts(tokenizer)
+    config = _completed_config(config, eos, _token_before_texts(tokenizer))
+    if config.get("add_bos_token") and parsed.token_to_id(config["bos_token"]) is None:
+        raise UserError(
+            f"the tokenizer of {origin} has no token {config['bos_token']!r}, which its tokenizer_config.json puts "
+            "before each text (bos_token, add_bos_token); name the token that begins a text there, or "
+            'set "add_bos_token": false.'
+        )
+    return TokenizerFiles(tokenizer, config, others, inferred=named is None)
+
+
+def _completed_config(config: dict[str, Any], eos: str, before: str | None) -> dict[str, Any]:
+    """Add to ``tokenizer_config.json`` the tokens around texts and a class.
+
+    Args:
+        config: as it was given.
+        eos: the token that ends a text.
+        before: the token that the template of ``tokenizer.json`` puts before each text; None without one.
+    """
+    # LitGPT's TextFiles fails without a bos_token. Whether texts begin with it is decided below.
     defaults = {"bos_token": before or eos, "tokenizer_class": "PreTrainedTokenizerFast"}
     given = {key: value for key, value in config.items() if value is not None and key != ORIGIN}
     config = defaults | given | {"eos_token": eos}
@@ -189,13 +207,7 @@ def _completed(
     # LitGPT does not read the template, so the rule is written out.
     if config.get("add_bos_token", before is not None or config["tokenizer_class"] == "LlamaTokenizer"):
         config["add_bos_token"] = True
-        if parsed.token_to_id(config["bos_token"]) is None:
-            raise UserError(
-                f"the tokenizer of {origin} has no token {config['bos_token']!r}, which its tokenizer_config.json puts "
-                "before each text (bos_token, add_bos_token); name the token that begins a text there, or "
-                'set "add_bos_token": false.'
-            )
-    return TokenizerFiles(tokenizer, config, others, inferred=named is None)
+    return config
 
 
 def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
@@ -464,7 +476,12 @@ def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int
     pattern = _pattern(tokenizer_json.get("pre_tokenizer") or {})
     if pattern is None or not _is_plain_bpe(tokenizer_json):
         return None
-    model = tokenizer_json["model"]
+    ranks = _ranks(tokenizer_json["model"])
+    return None if ranks is None else (pattern, ranks)
+
+
+def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
+    """Return the id of each token by its bytes; None if tiktoken would merge in another order."""
     vocab: dict[str, int] = model["vocab"]
     to_byte = {character: byte for byte, character in byte_characters().items()}
     # tiktoken ends the process for a byte without a token.
@@ -480,7 +497,7 @@ def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int
             return None
         last = rank
         ranks[bytes(map(to_byte.__getitem__, token))] = rank
-    return pattern, ranks
+    return ranks
 
 
 def _is_plain_bpe(tokenizer_json: dict[str, Any]) -> bool:

@@ -79,7 +79,7 @@ def tokenize_corpus(
         The finished units and their records.
     """
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = _available_cores()
     limit = corpus.settings.max_documents
     contents = {split: manifest.contents(records) for split, records in corpus.records.items()}
     for cut in (False, True):
@@ -100,6 +100,13 @@ def tokenize_corpus(
                 f"{100 * rules.val_fraction:g}% of each becomes validation text."
             )
     return store, records
+
+
+def _available_cores() -> int:
+    # Of all cores, a container or a batch system may have given this process only some. Not every system can tell.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Progress:
