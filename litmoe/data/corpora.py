@@ -46,6 +46,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(VALIDATION_FOLDERS, "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# The word must stand alone, possibly with set, data or split after it: testset and c4-train, but not contest or
+# trained.
 SPLIT_NAME = re.compile(rf"(?:.*[^a-z])?({'|'.join(SPLIT_NAMES)})(?:set|data|split)?(?:[^a-z].*)?", re.I)
 
 
@@ -92,12 +94,14 @@ CORPORA: dict[str, Stories | HubDataset] = {
     "openwebtext": HubDataset(
         "8.0 million web pages, 9.0 B GPT-2 tokens, a reproduction of GPT-2's training text",
         "Skylion007/openwebtext",
+        # The fraction that nanoGPT uses: 4.5 M tokens.
         val_fraction=0.0005,
     ),
     "fineweb-edu": HubDataset(
         "9.7 million educational web pages, 10 B GPT-2 tokens (28 GB of parquet)",
         "HuggingFaceFW/fineweb-edu",
         "sample-10BT",
+        # 10 M tokens.
         val_fraction=0.001,
     ),
 }
@@ -110,6 +114,7 @@ def find(source: str) -> Stories | HubDataset | Path:
     Raises:
         UserError: there is no such corpus or path.
     """
+    # A corpus comes before a file of the same name, which can be given as ./NAME.
     if source in CORPORA:
         return CORPORA[source]
     if source.startswith("hf:"):
@@ -194,6 +199,7 @@ class Corpus:
 
     def unit_groups(self) -> list[Iterator[Unit]]:
         """Return the units of the validation files, if there are any, and those of the training files."""
+        # One sequence for both splits, because the number is the file name of a finished unit.
         numbers = count()
         if self.generate is not None:
             return [iter([Unit(next(numbers), None, (), SAMPLE_BYTES, generate=self.generate)])]
@@ -202,6 +208,7 @@ class Corpus:
 
     def _units(self, split: str, numbers: Iterator[int]) -> Iterator[Unit]:
         """Yield the units of a split in the order of its files."""
+        # Without validation files both splits come from the same units, by the hash of each document.
         unit_split = split if "val" in self.files else None
         for files, size in self._file_groups(split):
             if suffix(files[0]) != ".parquet" or self.articles:
@@ -240,7 +247,9 @@ class Corpus:
 def _row_group_ranges(location: Location) -> Iterator[tuple[range, float]]:
     """Yield ranges of row groups with ``UNIT_BYTES`` or more, and the share of the file that each of them is."""
     with connection_errors(location), open_parquet(location) as file:
+        # Only the footer is read. Sizes are uncompressed, as the amount of work depends on the text.
         sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    # Avoids a division by zero for a file without rows.
     total = sum(sizes) or 1
     start = size = 0
     for group, group_size in enumerate(sizes):
@@ -266,6 +275,7 @@ def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()
         return Corpus(source, found.location, {"train": []}, {"train": ()}, settings, generate=found.documents)
     assert isinstance(found, Path), "Hub corpora are opened by HubDataset.open"
     files = source_files(found)
+    # Records hold paths relative to the source, so the source can be moved.
     base = found.parent if found.is_file() else found
     # Only the name of the path is stored: token folders are shared.
     corpus = _open_files(FILES, found.resolve().name, files, base, settings, known)
@@ -291,6 +301,7 @@ def open_hub(source: str, settings: Settings, revision: str | None = None) -> Co
         found.location,
         found.files,
         found.records,
+        # The fraction has no effect then. It is not recorded, so that another one does not build the tokens again.
         replace(settings, val_fraction=None) if "val" in found.files else settings,
         entry.column,
         entry.articles,
@@ -310,6 +321,7 @@ def open_text(data_dir: Path, settings: Settings, known: Iterable[FileRecord] = 
             f"{data_dir / 'val'} contains text and {data_dir / 'train'} none; put the training text there, or name a "
             "--source."
         )
+    # Name files of other formats in a note. Their text would otherwise be missing without a message.
     unread = unread_files(data_dir / "train") + unread_files(data_dir / "val")
     corpus = _open_files(TEXT, "", SourceFiles(train, val), data_dir, settings, known)
     return replace(corpus, notes=SourceFiles([], unread=unread).notes(data_dir))
@@ -319,6 +331,7 @@ def _open_files(
     name: str, location: str, files: "SourceFiles", base: Path, settings: Settings, known: Iterable[FileRecord]
 ) -> Corpus:
     paths = {"train": files.train, "val": files.val} if files.val else {"train": files.train}
+    # An iterator would be empty for the second split.
     known = list(known)
     return Corpus(
         name,
@@ -373,6 +386,7 @@ def split_name(name: str) -> str | None:
 
 def split_of_path(path: Path) -> str | None:
     """Return the split that the outermost folder with such a name says, or else the name of the file."""
+    # A compressed file has two endings.
     stem = Path(path.stem).stem if is_compressed(path) else path.stem
     return next(filter(None, map(split_name, (*path.parts[:-1], stem))), None)
 
@@ -385,6 +399,7 @@ def split_names(folder: Path, files: list[Path]) -> dict[Path, str | None]:
     """
     names = {file: split_of_path(file.relative_to(folder)) for file in files}
     named = [file for file in files if names[file]]
+    # Several names distinguish the files already.
     if len({names[file] for file in named}) != 1:
         return names
     shared = Path(os.path.commonpath([file.parent for file in named]))

@@ -55,11 +55,13 @@ class Dataset:
         Raises:
             UserError: without a network, or for a dataset that does not exist or cannot be read.
         """
+        # huggingface_hub reads this variable when it is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         sha = None
         if Path(self.path).is_dir():
             found, location = self._find_in_folder(), Path(self.path).name
         else:
+            # A branch may change between two requests, so all of them name one commit.
             found, sha, revision = self._find_on_hub(revision)
             location = f"{self.path}@{sha}"
         files = self._splits(found)
@@ -140,6 +142,7 @@ class Dataset:
             raise self._load_error(error) from None
         files: dict[str, list[Location]] = {}
         for split, names in data_files.items():
+            # The library's split names are objects of its own.
             files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
         every = [file for names in files.values() for file in names]
         return files if every and all(map(_is_streamable, every)) else None
@@ -183,6 +186,7 @@ class Dataset:
                 continue
             # The Hub converts only the beginning of large datasets, into partial-train.
             split = folders[0].removeprefix("partial-")
+            # Print this once per split: at its first file.
             if split == "train" and folders[0] != split and name.startswith("0000."):
                 print(f"The Hub has only the beginning of {self.path} as parquet ({config}/{folders[0]}).")
             configs.setdefault(config, {}).setdefault(split, []).append(f"{HUB}datasets/{self.path}@{sha}/{entry}")
@@ -192,6 +196,7 @@ class Dataset:
         """Return the files of train and val under these names. A test split is never used."""
         if "train" not in found:
             raise UserError(f"{self.path} has no split called train, but {', '.join(found)}; name another dataset.")
+        # Publishers use all of these names for the same split.
         validation = next((name for name in ("validation", "valid", "val", "dev") if name in found), None)
         unused = [name for name in found if name not in ("train", validation)]
         if unused:
@@ -203,6 +208,7 @@ class Dataset:
 
     def _records(self, files: list[Location], sha: str | None) -> tuple[FileRecord, ...]:
         if sha is None:
+            # Without times: only the content of a file identifies it, as on the Hub.
             folder = Path(self.path).resolve()
             records = [manifest.record(Path(file).resolve(), folder) for file in files]
             return tuple(replace(entry, path=f"{folder.name}/{entry.path}", mtime_ns=0) for entry in records)

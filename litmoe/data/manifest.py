@@ -150,8 +150,10 @@ def read(data_dir: Path) -> Manifest | None:
     """
     path = manifest_path(data_dir)
     try:
+        # Read alone first: a newer format may lack fields that this version expects.
         version = read_json(path)["format"]
         found = read_file(path)
+        # Inside of the try: in a file of another program, the format may be no number.
         is_newer = version > FORMAT
     except UNREADABLE:
         return None
@@ -187,6 +189,8 @@ def from_dict(values: dict[str, Any]) -> Manifest:
 
 
 def _split(values: dict[str, Any]) -> Split:
+    # Checked when the manifest is read, so that no later step can leave the folder: datasets of W&B and copied folders
+    # come from elsewhere.
     text = _records(values["text"])
     for name in (*(record.path for record in text), *values.get("files", {})):
         if not lies_inside(name):
@@ -226,6 +230,7 @@ def _chunk_tokens(folder: Path) -> int:
             # The index may come from somebody else, as in a downloaded data set.
             if not lies_inside(name) or (folder / name).stat().st_size != chunk["chunk_bytes"]:
                 return -1
+        # litdata calls the number of tokens of a chunk its dim.
         return sum(chunk["dim"] for chunk in chunks)
     except UNREADABLE:
         return -1
@@ -234,6 +239,7 @@ def _chunk_tokens(folder: Path) -> int:
 def replace_folder(new: Path, old: Path) -> None:
     """Put ``new`` in the place of ``old``. Windows cannot rename over a folder, so the old one is deleted first."""
     if old.exists():
+        # A kill between the two steps leaves neither folder, so the caller deletes the manifest before.
         shutil.rmtree(old)
     os.replace(new, old)
 
@@ -266,6 +272,7 @@ def checked_manifest(data_dir: Path) -> Manifest:
     """
     found = complete_manifest(data_dir)
     files = [path for split in SPLITS for path in text_files(data_dir / split)]
+    # The text of another source is not in this folder, and may be on another machine.
     if found.source.name != "text" or not files:
         return found
     # Without validation text both splits were made from the same files.
@@ -287,6 +294,7 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
     """
     found = read(data_dir)
     assert found is not None, "the caller has read the manifest"
+    # Sizes do not show a flipped bit, so the contents are compared.
     damaged = _damaged_files(data_dir, found, splits)
     if damaged:
         paths = [str(path) for path, _ in damaged[:3]]
@@ -332,6 +340,7 @@ def flags_to_repeat(found: Manifest) -> dict[str, Any]:
     # An empty value on the command line means no separator.
     if flags.get("document_separator") == "":
         flags["document_separator"] = r"\n"
+    # Text in place is what a call without --source uses.
     if found.source.name != "text":
         flags["source"] = found.source.location if found.source.name == "files" else found.source.name
     return flags
@@ -341,6 +350,7 @@ def command_to_repeat(data_dir: Path, found: Manifest) -> str:
     """Return the command that makes the same tokens again after their folder was removed."""
     # The manifest does not contain the path of the tokenizer: token folders are shared.
     places = (Path("data/tokenizer"), data_dir / "tokenizer", data_dir.parent / "tokenizer")
+    # These places are only guesses; the fingerprint tells whether it is the right tokenizer.
     same = [folder for folder in places if _has_fingerprint(folder, found.tokenizer.sha256)]
     arguments: list[object] = ["--data_dir", data_dir]
     arguments += ["--tokenizer_dir", same[0] if same else "FOLDER_OF_THEIR_TOKENIZER"]
@@ -367,6 +377,7 @@ def _has_fingerprint(folder: Path, sha256: str) -> bool:
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the chunks of a split and of their index, by name."""
     paths = [*sorted(folder.glob("chunk-*.bin")), folder / "index.json"]
+    # Hashing releases Python's lock, so threads use all cores.
     with ThreadPoolExecutor() as threads:
         return {path.name: digest for path, digest in zip(paths, threads.map(file_sha256, paths), strict=True)}
 
@@ -392,11 +403,13 @@ def refresh(paths: Iterable[Path], folder: Path, known: Iterable[FileRecord]) ->
 
 def contents(records: Iterable[FileRecord]) -> dict[str, str]:
     """Return path to checksum, to compare two sets of files."""
+    # Without times, which differ between two copies of the same file.
     return {entry.path: entry.sha256 for entry in records}
 
 
 def changed_files(old: Iterable[FileRecord], new: Iterable[FileRecord]) -> list[str]:
     """Name the files that differ, one phrase for each."""
+    # A file that was renamed is both gone and new: the name decides its place in the order of documents.
     before, after = contents(old), contents(new)
     changed = [f"{path} changed" for path in before if path in after and before[path] != after[path]]
     removed = [f"{path} is gone" for path in before if path not in after]
@@ -406,6 +419,7 @@ def changed_files(old: Iterable[FileRecord], new: Iterable[FileRecord]) -> list[
 
 def text_fingerprint(records: Iterable[FileRecord]) -> str:
     """Return one fingerprint of many files."""
+    # Sorted: systems list files in different orders.
     return hashlib.sha256(json.dumps(sorted(contents(records).items())).encode()).hexdigest()
 
 
@@ -421,6 +435,7 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     path = Path(tokenizer_dir) / "tokenizer.json"
     try:
         status = path.stat()
+        # Both are passed to the cached function, because they come from another file, tokenizer_config.json.
         eos_token, bos_token = end_of_text_token(Path(tokenizer_dir)), begin_of_text_token(Path(tokenizer_dir))
         return _tokenizer_fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino, eos_token, bos_token)
     except OSError:
@@ -447,6 +462,7 @@ def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None, bos_to
     """Return ``tokenizer_fingerprint`` of a loaded tokenizer; ``bos_token`` is None if texts do not begin with one."""
     # Truncation and padding change no id, since this project switches them off.
     essence = {key: value for key, value in tokenizer_json.items() if key not in ("truncation", "padding")}
+    # No entry for a missing begin-of-text token: fingerprints from before such tokens were known stay valid.
     tokens = [eos_token] if bos_token is None else [eos_token, bos_token]
     return hashlib.sha256(json.dumps([essence, *tokens], sort_keys=True).encode()).hexdigest()
 
@@ -474,6 +490,7 @@ def token_text(token: Any) -> Any:
 
 def _tokenizer_config(tokenizer_dir: Path) -> dict[str, Any]:
     try:
+        # Without a readable file no token is named. ``tokenizers.load`` reports that with a fix.
         config = read_json(tokenizer_dir / "tokenizer_config.json")
     except (OSError, ValueError):
         return {}

@@ -38,6 +38,7 @@ ORIGIN = "prepared_from"
 # Copied if they exist, in addition to tokenizer.json and tokenizer_config.json.
 OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")
+# The pattern of the ByteLevel pre-tokenizer in tokenizers. tokenizer.json does not contain it, and tiktoken needs it.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 OFFLINE_WAYS = """Without a network:
@@ -131,6 +132,7 @@ def from_hub(name: str) -> TokenizerFiles:
     except Exception as error:  # the transport raises many kinds of errors without a network
         reachable, problem = False, in_short(error)
     found: dict[str, str] = {}
+    # File by file, because only tokenizer.json is required. Without a network the cache may hold them.
     for file in ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES):
         try:
             found[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=not reachable)
@@ -154,11 +156,13 @@ def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
+    # tiktoken knows no prefix space, so a tokenizer with one would be encoded slowly.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
+        # All bytes, so that any text can be encoded. alphabet() returns them in another order in each process.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -288,6 +292,7 @@ def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None
 def origin(folder: Path) -> dict[str, Any]:
     """Return what ``prepare_data.py`` made the folder from; empty for a folder from elsewhere or a changed one."""
     try:
+        # A tokenizer that was edited since has another fingerprint, so where it came from does not count.
         noted = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[ORIGIN])
         return noted if noted.pop("sha256") == tokenizer_fingerprint(folder) else {}
     except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
@@ -337,6 +342,7 @@ def load(folder: Path) -> TokenizerInfo:
             f"bos_token in tokenizer_config.json, against {_token_before_texts(values)!r} in the template); "
             f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it."
         )
+    # Ids may have gaps: a model needs a row for the largest one.
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     name = str(origin(folder).get("name", folder))
     sha256 = tokenizer_fingerprint(folder)
@@ -422,6 +428,7 @@ class Encoder:
         tokenizer = Tokenizer.from_file(str(self._path))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # Contrary to its name, this encodes special tokens in a text as ordinary text.
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -440,6 +447,7 @@ class Encoder:
         """Encode all texts in one call, during which other threads run; None if that is not possible."""
         # One call for all texts takes half of the time of one for each.
         joined = DOCUMENT_BREAK.join([*texts, ""])
+        # A text that contains the break itself must not be cut there.
         if joined.count(DOCUMENT_BREAK) != len(texts):
             return None
         try:
@@ -521,6 +529,7 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
         return None
     # GPT-4's and Llama 3's kind: a pattern, then bytes.
     split, level = steps
+    # Isolated keeps every match as a piece of its own, as tiktoken does.
     isolates = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
     return split["pattern"].get("Regex") if isolates and _is_byte_level(level, use_regex=False) else None
 
