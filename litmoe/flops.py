@@ -31,11 +31,14 @@ def count_parameters(config: Config, tie_embeddings: bool = False) -> ParameterC
     embedding = config.padded_vocab_size * config.n_embd
     norm = _norm_parameters(config, config.n_embd)
 
+    # LitGPT computes queries, keys and values with one matrix.
     attention = _linear(config.n_embd, _qkv_width(config), config.bias or config.attn_bias)
     attention += _linear(config.head_size * config.n_head, config.n_embd, config.bias)
     if config.norm_qk:
+        # olmo2 normalizes the full width of queries and of keys. The default normalizes each head, with shared weights.
         heads = (config.n_head, config.n_query_groups) if config.norm_qk_type == "olmo2" else (1, 1)
         attention += sum(_norm_parameters(config, n * config.head_size) for n in heads)
+    # A shared attention norm is norm_1 used twice.
     has_norm_2 = config.norm_2 and not config.shared_attention_norm
     norms = norm * (config.norm_1 + has_norm_2 + config.post_attention_norm + config.post_mlp_norm)
 
@@ -76,6 +79,7 @@ def training_flops_per_token(config: Config, seq_length: int, causal: bool = Tru
         matrices += _mlp_matrices(config, layer)
         # Queries times keys, and weights times values: a multiply-add per head dimension and visible position.
         attention += 2 * config.n_head * config.head_size * _positions_seen(config, layer, seq_length, causal)
+    # The backward pass has two products for each one forward: for the inputs and for the weights.
     flops: int = round(3 * 2 * (matrices + attention))
     return flops
 
@@ -151,6 +155,7 @@ def _mlp_parameters(config: Config, layer: int) -> tuple[int, int]:
 
 
 def _feed_forward(config: Config, width: int) -> int:
+    # GELU without a gate has one matrix in front of the activation, a gated unit two.
     n_in = 1 if config.mlp_class_name == "GptNeoxMLP" else 2
     return n_in * _linear(config.n_embd, width, config.bias) + _linear(width, config.n_embd, config.bias)
 
