@@ -191,8 +191,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     if not close:
         # Reversed: of several settings with the same last part, the first one is suggested.
         by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
-        found = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
-        close = [by_last_part[found[0]]] if found else []
+        similar = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
+        close = [by_last_part[similar[0]]] if similar else []
     return close[0] if close else None
 
 
@@ -208,13 +208,13 @@ def explain(message: str, parser: ArgumentParser, known: Iterable[str], argument
     message = re.sub(r"\n\s*\n+", "\n", message.strip())
     # jsonargparse reports an unknown name in one of three ways: for a flag, below a group, or in a YAML file.
     name = ""
-    if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
-        name = found.group(1)
-    elif found := re.search(r"Group '([\w.]+)' does not accept nested key '([\w.]+)'", message):
-        name = ".".join(found.groups())
-    elif found := re.search(r"[Kk]ey '([\w.]+)' (?:is not expected|does not exist)", message):
+    if match := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
+        name = match.group(1)
+    elif match := re.search(r"Group '([\w.]+)' does not accept nested key '([\w.]+)'", message):
+        name = ".".join(match.groups())
+    elif match := re.search(r"[Kk]ey '([\w.]+)' (?:is not expected|does not exist)", message):
         parent = re.search(r'Parser key "([\w.]+)"', message)
-        name = f"{parent.group(1)}.{found.group(1)}" if parent else found.group(1)
+        name = f"{parent.group(1)}.{match.group(1)}" if parent else match.group(1)
     if name:
         suggestion = nearest(name, known)
         hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is similar"

@@ -270,15 +270,16 @@ def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()
     Raises:
         UserError: there is no readable text.
     """
-    found = find(source)
-    if isinstance(found, Stories):
-        return Corpus(source, found.location, {"train": []}, {"train": ()}, settings, generate=found.documents)
-    assert isinstance(found, Path), "Hub corpora are opened by HubDataset.open"
-    files = source_files(found)
+    entry = find(source)
+    if isinstance(entry, Stories):
+        return Corpus(source, entry.location, {"train": []}, {"train": ()}, settings, generate=entry.documents)
+    assert isinstance(entry, Path), "Hub corpora are opened by open_hub"
+    path = entry
+    files = source_files(path)
     # Records hold paths relative to the source, so the source can be moved.
-    base = found.parent if found.is_file() else found
+    base = path.parent if path.is_file() else path
     # Only the name of the path is stored: token folders are shared.
-    corpus = _open_files(FILES, found.resolve().name, files, base, settings, known)
+    corpus = _open_files(FILES, path.resolve().name, files, base, settings, known)
     return replace(corpus, notes=files.notes(base))
 
 
@@ -295,17 +296,17 @@ def open_hub(source: str, settings: Settings, revision: str | None = None) -> Co
     """
     entry = find(source)
     assert isinstance(entry, HubDataset), "the caller has checked the kind of the source"
-    found = Dataset(entry.path, entry.config).find(revision)
+    hub_files = Dataset(entry.path, entry.config).find(revision)
     return Corpus(
         source,
-        found.location,
-        found.files,
-        found.records,
+        hub_files.location,
+        hub_files.files,
+        hub_files.records,
         # The fraction has no effect then. It is not recorded, so that another one does not build the tokens again.
-        replace(settings, val_fraction=None) if "val" in found.files else settings,
+        replace(settings, val_fraction=None) if "val" in hub_files.files else settings,
         entry.column,
         entry.articles,
-        found.revision,
+        hub_files.revision,
     )
 
 
@@ -380,8 +381,8 @@ def split_name(name: str) -> str | None:
     The split is a word of the name in any letter case, as in ``train``, ``valid-0``, ``testset``, ``train_sft``,
     ``dev-v2.0``, ``TinyStories-train`` and ``c4-validation.00000-of-00008``.
     """
-    found = SPLIT_NAME.fullmatch(name)
-    return SPLIT_NAMES[found.group(1).lower()] if found else None
+    match = SPLIT_NAME.fullmatch(name)
+    return SPLIT_NAMES[match.group(1).lower()] if match else None
 
 
 def split_of_path(path: Path) -> str | None:
@@ -419,8 +420,8 @@ def sort_files(folder: Path) -> SourceFiles:
     """
     files, unread = text_files(folder), unread_files(folder)
     if not files:
-        found = f"it has {kinds(unread)}" if unread else "it is empty"
-        raise UserError(f"--source {folder}: nothing there can be read ({found}); expected files of {READABLE}.")
+        content = f"it has {kinds(unread)}" if unread else "it is empty"
+        raise UserError(f"--source {folder}: nothing there can be read ({content}); expected files of {READABLE}.")
     by_name: dict[str | None, list[Path]] = {}
     for path, name in split_names(folder, files).items():
         by_name.setdefault(name, []).append(path)

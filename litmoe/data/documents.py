@@ -330,9 +330,9 @@ def parquet_text_column(location: Location, column: str | None) -> str:
         except BadRow as problem:
             raise UserError(f"{location}: {problem}") from None
     if kinds.get(column) != "string":
-        found = f"the column {column!r} holds {kinds[column]}" if column in kinds else f"no column {column!r}"
+        reason = f"the column {column!r} holds {kinds[column]}" if column in kinds else f"no column {column!r}"
         texts = [name for name, kind in kinds.items() if kind == "string"]
-        raise UserError(f"{location}: {found}; its columns with text: {_names(texts)} (--text_column).")
+        raise UserError(f"{location}: {reason}; its columns with text: {_names(texts)} (--text_column).")
     return column
 
 

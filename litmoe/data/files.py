@@ -435,14 +435,14 @@ def unread_files(folder: Path) -> list[Path]:
 
 def visible_files(folder: Path) -> list[Path]:
     """Return the files and links below ``folder`` in a fixed order, without hidden ones and those of the system."""
-    found = []
+    visible = []
     for path in folder.rglob("*"):
         names = path.relative_to(folder).parts
         is_hidden = any(name.startswith(".") or name.lower() in SYSTEM_FILES for name in names)
         if not is_hidden and (path.is_file() or path.is_symlink()):
-            found.append(path)
+            visible.append(path)
     # By text: paths of Windows are compared without case, and the order of documents must be the same everywhere.
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def is_readable(path: Path) -> bool:

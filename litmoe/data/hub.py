@@ -59,32 +59,32 @@ class Dataset:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         sha = None
         if Path(self.path).is_dir():
-            found, location = self._find_in_folder(), Path(self.path).name
+            splits, location = self._find_in_folder(), Path(self.path).name
         else:
             # A branch may change between two requests, so all of them name one commit.
-            found, sha, revision = self._find_on_hub(revision)
+            splits, sha, revision = self._find_on_hub(revision)
             location = f"{self.path}@{sha}"
-        files = self._splits(found)
+        files = self._splits(splits)
         with connection_errors(f"{HUB}datasets/{self.path}" if sha else Path(self.path)):
             records = {split: self._records(paths, sha) for split, paths in files.items()}
         return HubFiles(files, records, location, revision)
 
     def _find_in_folder(self) -> dict[str, list[Location]]:
-        found = self._find_files(None)
-        if found is None:
+        splits = self._find_files(None)
+        if splits is None:
             raise UserError(
                 f"{self.path} is a local folder without .parquet or plain .jsonl files, the only ones that hf: "
                 f"reads. Name the folder without hf: {self.flag} {quoted(self.path)}"
             )
-        return found
+        return splits
 
     def _find_on_hub(self, revision: str | None) -> tuple[dict[str, list[Location]], str, str]:
         """Return the files of each split, their commit, and the revision that finds them again."""
         if revision is None or not revision.startswith(PARQUET_BRANCH):
             sha = self._commit(revision)
-            found = self._find_files(sha)
-            if found is not None:
-                return found, sha, sha
+            splits = self._find_files(sha)
+            if splits is not None:
+                return splits, sha, sha
             revision = PARQUET_BRANCH
         # A dataset with a loading script or in another format: the Hub has converted it to parquet.
         sha = self._commit(revision)
@@ -192,18 +192,18 @@ class Dataset:
             configs.setdefault(config, {}).setdefault(split, []).append(f"{HUB}datasets/{self.path}@{sha}/{entry}")
         return configs
 
-    def _splits(self, found: dict[str, list[Location]]) -> dict[str, list[Location]]:
+    def _splits(self, splits: dict[str, list[Location]]) -> dict[str, list[Location]]:
         """Return the files of train and val under these names. A test split is never used."""
-        if "train" not in found:
-            raise UserError(f"{self.path} has no split called train, but {', '.join(found)}; name another dataset.")
+        if "train" not in splits:
+            raise UserError(f"{self.path} has no split called train, but {', '.join(splits)}; name another dataset.")
         # Publishers use all of these names for the same split.
-        validation = next((name for name in ("validation", "valid", "val", "dev") if name in found), None)
-        unused = [name for name in found if name not in ("train", validation)]
+        validation = next((name for name in ("validation", "valid", "val", "dev") if name in splits), None)
+        unused = [name for name in splits if name not in ("train", validation)]
         if unused:
             print(f"Splits of {self.path} that are not used: {', '.join(unused)}")
-        files = {"train": found["train"]}
+        files = {"train": splits["train"]}
         if validation:
-            files["val"] = found[validation]
+            files["val"] = splits[validation]
         return files
 
     def _records(self, files: list[Location], sha: str | None) -> tuple[FileRecord, ...]:

@@ -152,7 +152,7 @@ def read(data_dir: Path) -> Manifest | None:
     try:
         # Read alone first: a newer format may lack fields that this version expects.
         version = read_json(path)["format"]
-        found = read_file(path)
+        manifest = read_file(path)
         # Inside of the try: in a file of another program, the format may be no number.
         is_newer = version > FORMAT
     except UNREADABLE:
@@ -162,11 +162,11 @@ def read(data_dir: Path) -> Manifest | None:
             f"{path} has format {version}, but this version of the project knows only {FORMAT}. Use the newer version "
             "that made these tokens, or another --data_dir."
         )
-    if found is None or found.format != FORMAT:
+    if manifest is None or manifest.format != FORMAT:
         return None
     # Sizes only, because this is asked often. ``verify`` compares the checksums.
-    complete = all(_chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in found.splits.items())
-    return found if complete else None
+    complete = all(_chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in manifest.splits.items())
+    return manifest if complete else None
 
 
 def read_file(path: Path) -> Manifest | None:
@@ -253,13 +253,13 @@ def complete_manifest(data_dir: Path) -> Manifest:
     Raises:
         UserError: the tokens are missing or incomplete.
     """
-    found = read(data_dir)
-    if found is None:
+    manifest = read(data_dir)
+    if manifest is None:
         state = "are not complete" if tokens_dir(data_dir).is_dir() else "do not exist"
         raise UserError(
             f"the tokens of {data_dir} {state}. Make them: `{command('prepare_data.py', '--data_dir', data_dir)}`"
         )
-    return found
+    return manifest
 
 
 def checked_manifest(data_dir: Path) -> Manifest:
@@ -270,20 +270,20 @@ def checked_manifest(data_dir: Path) -> Manifest:
     Raises:
         UserError: the tokens are missing, incomplete or stale.
     """
-    found = complete_manifest(data_dir)
+    manifest = complete_manifest(data_dir)
     files = [path for split in SPLITS for path in text_files(data_dir / split)]
     # The text of another source is not in this folder, and may be on another machine.
-    if found.source.name != "text" or not files:
-        return found
+    if manifest.source.name != "text" or not files:
+        return manifest
     # Without validation text both splits were made from the same files.
-    recorded = {record.path: record for record in found.text}.values()
+    recorded = {record.path: record for record in manifest.text}.values()
     changes = changed_files(recorded, refresh(files, data_dir, recorded))
     if changes:
         raise UserError(
             f"the text of {data_dir} changed since it was tokenized ({'; '.join(changes[:3])}). Tokenize it again: "
             f"`{command('prepare_data.py', '--data_dir', data_dir)}`"
         )
-    return found
+    return manifest
 
 
 def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
@@ -292,22 +292,22 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
     Raises:
         UserError: a file is damaged.
     """
-    found = read(data_dir)
-    assert found is not None, "the caller has read the manifest"
+    manifest = read(data_dir)
+    assert manifest is not None, "the caller has read the manifest"
     # Sizes do not show a flipped bit, so the contents are compared.
-    damaged = _damaged_files(data_dir, found, splits)
+    damaged = _damaged_files(data_dir, manifest, splits)
     if damaged:
         paths = [str(path) for path, _ in damaged[:3]]
         raise UserError(
             f"damaged since it was made: {', '.join(paths)} ({damaged[0][1]}). Remove {tokens_dir(data_dir)} and make "
-            f"the tokens again: {command_to_repeat(data_dir, found)}. (A dataset of W&B: remove {data_dir}; it is "
+            f"the tokens again: {command_to_repeat(data_dir, manifest)}. (A dataset of W&B: remove {data_dir}; it is "
             "downloaded again.)"
         )
 
 
-def _damaged_files(data_dir: Path, found: Manifest, splits: Collection[str]) -> list[tuple[Path, str]]:
+def _damaged_files(data_dir: Path, manifest: Manifest, splits: Collection[str]) -> list[tuple[Path, str]]:
     """Return the files that differ from their checksum or cannot be read, each with the reason."""
-    expected = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in found.splits[s].files.items()}
+    expected = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in manifest.splits[s].files.items()}
     damaged = []
     for path, digest in _hash_in_threads(expected).items():
         if error := digest.exception():
@@ -334,33 +334,33 @@ def _hash_in_threads(paths: Collection[Path]) -> dict[Path, Future[str]]:
     return sums
 
 
-def flags_to_repeat(found: Manifest) -> dict[str, Any]:
+def flags_to_repeat(manifest: Manifest) -> dict[str, Any]:
     """Return the flags of ``prepare_data.py`` that decide which text becomes which documents."""
-    flags = {name: value for name, value in asdict(found.settings).items() if value not in (None, False)}
+    flags = {name: value for name, value in asdict(manifest.settings).items() if value not in (None, False)}
     # An empty value on the command line means no separator.
     if flags.get("document_separator") == "":
         flags["document_separator"] = r"\n"
     # Text in place is what a call without --source uses.
-    if found.source.name != "text":
-        flags["source"] = found.source.location if found.source.name == "files" else found.source.name
+    if manifest.source.name != "text":
+        flags["source"] = manifest.source.location if manifest.source.name == "files" else manifest.source.name
     return flags
 
 
-def command_to_repeat(data_dir: Path, found: Manifest) -> str:
+def command_to_repeat(data_dir: Path, manifest: Manifest) -> str:
     """Return the command that makes the same tokens again after their folder was removed."""
     # The manifest does not contain the path of the tokenizer: token folders are shared.
     places = (Path("data/tokenizer"), data_dir / "tokenizer", data_dir.parent / "tokenizer")
     # These places are only guesses; the fingerprint tells whether it is the right tokenizer.
-    same = [folder for folder in places if _has_fingerprint(folder, found.tokenizer.sha256)]
+    same = [folder for folder in places if _has_fingerprint(folder, manifest.tokenizer.sha256)]
     arguments: list[object] = ["--data_dir", data_dir]
     arguments += ["--tokenizer_dir", same[0] if same else "FOLDER_OF_THEIR_TOKENIZER"]
-    for name, value in flags_to_repeat(found).items():
+    for name, value in flags_to_repeat(manifest).items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", value]
     first = ""
-    if found.source.name == "text" and not (data_dir / "train").exists():
+    if manifest.source.name == "text" and not (data_dir / "train").exists():
         first = f"put its text back into {data_dir}, then "
-    elif found.source.name == "files" and not Path(str(found.source.location)).exists():
-        first = f"its text came from {found.source.location}, which is not in {Path.cwd()}; bring it back, then "
+    elif manifest.source.name == "files" and not Path(str(manifest.source.location)).exists():
+        first = f"its text came from {manifest.source.location}, which is not in {Path.cwd()}; bring it back, then "
     return f"{first}`{command('prepare_data.py', *arguments)}`"
 
 

@@ -167,33 +167,34 @@ def prepare(args: PrepareArgs) -> Manifest:
     with locked(args.data_dir):
         # First finish a call that was killed while it moved complete tokens into place.
         _publish(args.data_dir, args.tokenizer_dir)
-        found = manifest.read(args.data_dir)
-        source = args.source or _source_in_place(args, found)
+        previous = manifest.read(args.data_dir)
+        source = args.source or _source_in_place(args, previous)
         # Refuse before the source is opened: that reads its files for their checksums, which can take minutes.
-        _refuse_replacing(args, source, found)
-        corpus = _open_local(args, source, found)
-        tokenizer = _choose_tokenizer(args, corpus, found)
-        changes = _changes(args, source, corpus, tokenizer, found)
-        if found is None or changes:
+        _refuse_replacing(args, source, previous)
+        corpus = _open_local(args, source, previous)
+        tokenizer = _choose_tokenizer(args, corpus, previous)
+        changes = _changes(args, source, corpus, tokenizer, previous)
+        if previous is None or changes:
             # The Hub is asked only now: an unchanged folder needs no network.
-            found = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
+            result = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
         else:
+            result = previous
             if tokenizer.files is not None:
                 tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
             # What a call left that was killed after its tokens were complete.
             if _read_started(args.data_dir).get("source") in (None, _label(source)):
                 shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
             print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
-            print(_summary(found))
+            print(_summary(result))
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
         _log_to_wandb(args)
-    return found
+    return result
 
 
 # --- what to do ---
 
 
-def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
+def _source_in_place(args: PrepareArgs, previous: Manifest | None) -> str:
     """Return the source of a call without ``--source``: ``IN_PLACE``, ``TOKENS`` as they are, or the default.
 
     Raises:
@@ -202,14 +203,14 @@ def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
     check_placed_text(args.data_dir)
     has_text = any(text_files(args.data_dir / split) for split in SPLITS)
     # 0.1.0 wrote the text of every source to train/ and val/, and said so in source.json.
-    was_written = found is not None and found.source.name != TEXT and (args.data_dir / "source.json").exists()
+    was_written = previous is not None and previous.source.name != TEXT and (args.data_dir / "source.json").exists()
     if has_text and not was_written:
         return IN_PLACE
     # If chunks are missing, the manifest does not count as complete, but it still names the source.
-    recorded = found or manifest.read_file(manifest.manifest_path(args.data_dir))
+    recorded = previous or manifest.read_file(manifest.manifest_path(args.data_dir))
     if recorded is None:
         return corpora.DEFAULT
-    if found is None or args.overwrite:
+    if previous is None or args.overwrite:
         raise UserError(
             f"the tokens of {args.data_dir} must be made again, and their text is not there. Name its --source: "
             f"{manifest.command_to_repeat(args.data_dir, recorded)}"
@@ -217,19 +218,21 @@ def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
     return TOKENS
 
 
-def _refuse_replacing(args: PrepareArgs, source: str, found: Manifest | None) -> None:
+def _refuse_replacing(args: PrepareArgs, source: str, previous: Manifest | None) -> None:
     """Raise ``UserError`` if a source would replace the tokens of another one, finished or not."""
     if args.overwrite:
         return
-    if found is None:
+    if previous is None:
         unfinished = _read_started(args.data_dir).get("source")
         if unfinished not in (None, _label(source)):
             raise UserError(
                 f"{args.data_dir} contains the unfinished preparation of {unfinished}. Resume it with --source "
                 f"{quoted(unfinished)}, choose another --data_dir, or delete it with --overwrite."
             )
-    elif source != TOKENS and not _is_same(source, found.source):
-        existing = f"{found.source.name} ({found.source.location})" if found.source.location else found.source.name
+    elif source != TOKENS and not _is_same(source, previous.source):
+        existing = previous.source.name
+        if previous.source.location:
+            existing += f" ({previous.source.location})"
         new = f"the text in {args.data_dir}" if source == IN_PLACE else f"--source {source}"
         raise UserError(
             f"{args.data_dir} already contains the tokens of {existing}, which {new} would replace. Choose another "
@@ -258,11 +261,11 @@ def _settings(args: PrepareArgs, source: str) -> Settings:
     return Settings(fraction, args.separator, args.text_column, args.max_documents, args.skip_broken)
 
 
-def _open_local(args: PrepareArgs, source: str, found: Manifest | None) -> Corpus | None:
+def _open_local(args: PrepareArgs, source: str, previous: Manifest | None) -> Corpus | None:
     """Open a source on this machine; None for the Hub, which is asked only if something changed."""
     if source == TOKENS or corpora.is_hub(source):
         return None
-    known = found.text if found is not None else []
+    known = previous.text if previous is not None else []
     if source != IN_PLACE:
         return corpora.open_local(source, _settings(args, source), known)
     if args.max_documents is not None:
@@ -270,47 +273,47 @@ def _open_local(args: PrepareArgs, source: str, found: Manifest | None) -> Corpu
     return corpora.open_text(args.data_dir, _settings(args, source), known)
 
 
-def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, found: Manifest | None) -> TokenizerChoice:
+def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, previous: Manifest | None) -> TokenizerChoice:
     # A trained tokenizer depends on the text as it is now. The manifest stands in for text that is not opened yet.
     if corpus is not None:
         return choose_tokenizer(args, corpus.records["train"], corpus.settings)
-    if found is not None:
-        return choose_tokenizer(args, found.splits["train"].text, found.settings)
+    if previous is not None:
+        return choose_tokenizer(args, previous.splits["train"].text, previous.settings)
     return choose_tokenizer(args, (), None)
 
 
 def _changes(
-    args: PrepareArgs, source: str, corpus: Corpus | None, tokenizer: TokenizerChoice, found: Manifest | None
+    args: PrepareArgs, source: str, corpus: Corpus | None, tokenizer: TokenizerChoice, previous: Manifest | None
 ) -> list[str]:
     """Name what differs between the manifest and this call; nothing if the tokens are up to date.
 
     Raises:
         UserError: finished tokens were to be used as they are, and that is not possible.
     """
-    if found is None:
+    if previous is None:
         return ["not tokenized yet"]
     if args.overwrite:
         return ["--overwrite"]
-    changes = [] if tokenizer.sha256 == found.tokenizer.sha256 else ["another tokenizer"]
+    changes = [] if tokenizer.sha256 == previous.tokenizer.sha256 else ["another tokenizer"]
     if source == TOKENS:
-        _require_source(args, found, changes)
+        _require_source(args, previous, changes)
         return []
-    changes += _changed_settings(found.settings, corpus.settings if corpus else _settings(args, source))
+    changes += _changed_settings(previous.settings, corpus.settings if corpus else _settings(args, source))
     # Only local files can have changed: a Hub corpus was tokenized at a fixed commit, and stories have no files.
     if corpus is not None and corpus.generate is None:
-        changes += manifest.changed_files(found.text, corpus.all_records)
-    if args.keep_text and not found.keeps_text:
+        changes += manifest.changed_files(previous.text, corpus.all_records)
+    if args.keep_text and not previous.keeps_text:
         changes.append("--keep_text")
     return changes
 
 
-def _require_source(args: PrepareArgs, found: Manifest, changes: list[str]) -> None:
+def _require_source(args: PrepareArgs, previous: Manifest, changes: list[str]) -> None:
     """Raise ``UserError`` if finished tokens cannot be used as they are."""
     given = [f"--{name}" for name in SOURCE_FLAGS if getattr(args, name) not in (None, False, "")]
     if not changes and not given:
         return
-    source = found.source.location if found.source.name == FILES else found.source.name
-    where = f"put its text back into {args.data_dir}" if found.source.name == TEXT else f"add --source {source}"
+    source = previous.source.location if previous.source.name == FILES else previous.source.name
+    where = f"put its text back into {args.data_dir}" if previous.source.name == TEXT else f"add --source {source}"
     raise UserError(
         f"the tokens of {args.data_dir} were made from {source}, which this call does not name. For "
         f"{' and '.join(given + changes)} they must be made again: {where}."
@@ -396,9 +399,9 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
         # Written before any token, so that a later call knows whose work it would resume or delete.
         write_json(building / "started.json", {"source": _label(source), "revision": corpus.revision})
         info = _prepare_tokenizer(args, corpus, tokenizer, building / "tokenizer")
-        found = _tokenize(args, corpus, info, building)
+        result = _tokenize(args, corpus, info, building)
         # From here on the tokens count as complete: a killed call is finished by the next one.
-        manifest.write_file(building / "manifest.json", found)
+        manifest.write_file(building / "manifest.json", result)
         _publish(args.data_dir, args.tokenizer_dir)
     # Must come before its base class: finished units are kept, so a lost connection does not lose hours of work.
     except Unfinished:
@@ -410,9 +413,9 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
     except KeyboardInterrupt:
         print("\nStopped. Finished parts are kept; run the same command again to resume.")
         raise
-    print(_summary(found))
+    print(_summary(result))
     print(f"Prepared in {time.perf_counter() - started:.1f} s. The tokens can be used with any context length.")
-    return found
+    return result
 
 
 def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerChoice, folder: Path) -> TokenizerInfo:
@@ -511,8 +514,8 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
     """Move complete tokens and their tokenizer into place; also finishes this for a killed call."""
     folder = manifest.tokens_dir(data_dir)
     building = folder / BUILDING
-    found = manifest.read_file(building / "manifest.json")
-    if found is None:
+    finished = manifest.read_file(building / "manifest.json")
+    if finished is None:
         return
     # From here to the new manifest nothing counts as complete.
     manifest.manifest_path(data_dir).unlink(missing_ok=True)
@@ -521,7 +524,7 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
         tokenizers.install(files, tokenizers.origin(building / "tokenizer"), tokenizer_dir)
     if (building / "text").is_dir():
         manifest.replace_folder(building / "text", folder / "text")
-    elif not found.keeps_text:
+    elif not finished.keeps_text:
         shutil.rmtree(folder / "text", ignore_errors=True)
     for split in SPLITS:
         # The chunks are in the folder of the units, "units" or "cut".
@@ -533,9 +536,9 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
     shutil.rmtree(building)
 
 
-def _summary(found: Manifest) -> str:
+def _summary(result: Manifest) -> str:
     lines = [f"{'':6} {'documents':>12} {'tokens':>15} {'text':>12}"]
-    for name, split in found.splits.items():
+    for name, split in result.splits.items():
         lines.append(f"{name:6} {split.documents:>12,} {split.tokens:>15,} {split.bytes / 1e6:>9,.2f} MB")
     left_out = {
         "empty documents left out.": "empty_documents",
@@ -543,7 +546,7 @@ def _summary(found: Manifest) -> str:
         "rows left out that could not be read (--skip_broken).": "broken_rows",
     }
     for what, name in left_out.items():
-        number = sum(getattr(split, name) for split in found.splits.values())
+        number = sum(getattr(split, name) for split in result.splits.values())
         if number:
             lines.append(f"{number:,} {what}")
     return "\n".join(lines)

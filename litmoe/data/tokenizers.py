@@ -131,24 +131,24 @@ def from_hub(name: str) -> TokenizerFiles:
         ) from None
     except Exception as error:  # the transport raises many kinds of errors without a network
         reachable, problem = False, in_short(error)
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     # File by file, because only tokenizer.json is required. Without a network the cache may hold them.
     for file in ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES):
         try:
-            found[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=not reachable)
+            paths[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=not reachable)
         except EntryNotFoundError:  # also LocalEntryNotFoundError
             continue
         except Exception as error:
             raise UserError(
                 f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
             ) from None
-    if not found and not reachable:
+    if not paths and not reachable:
         raise UserError(
             f"the tokenizer {name!r} is not available from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}"
         )
-    if "tokenizer.json" not in found:
+    if "tokenizer.json" not in paths:
         raise UserError(f"{name!r} on the Hub has no tokenizer.json; name another one.")
-    return from_folder(Path(next(iter(found.values()))).parent, name)
+    return from_folder(Path(next(iter(paths.values()))).parent, name)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
