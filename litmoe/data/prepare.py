@@ -179,16 +179,21 @@ def prepare(args: PrepareArgs) -> Manifest:
             result = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
         else:
             result = previous
-            if tokenizer.files is not None:
-                tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
-            # What a call left that was killed after its tokens were complete.
-            if _read_started(args.data_dir).get("source") in (None, _label(source)):
-                shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
-            print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
-            print(_summary(result))
+            _keep(args, source, tokenizer, previous)
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
         _log_to_wandb(args)
     return result
+
+
+def _keep(args: PrepareArgs, source: str, tokenizer: TokenizerChoice, previous: Manifest) -> None:
+    """Keep tokens that are up to date. Their tokenizer is put into ``tokenizer_dir`` if it is not there."""
+    if tokenizer.files is not None:
+        tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
+    # What a call left that was killed after its tokens were complete. The unfinished work of another source stays.
+    if _read_started(args.data_dir).get("source") in (None, _label(source)):
+        shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
+    print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
+    print(_summary(previous))
 
 
 # --- what to do ---
@@ -324,8 +329,9 @@ def _changed_settings(old: Settings, new: Settings) -> list[str]:
     # A corpus with its own validation text has no fraction, which its flags can't tell.
     if old.val_fraction is None:
         new = replace(new, val_fraction=None)
-    before = asdict(old)
-    return [f"{name} {before[name]!r} became {value!r}" for name, value in asdict(new).items() if before[name] != value]
+    old_values, new_values = asdict(old), asdict(new)
+    changed = [name for name, value in new_values.items() if value != old_values[name]]
+    return [f"{name} {old_values[name]!r} became {new_values[name]!r}" for name in changed]
 
 
 def check_placed_text(data_dir: Path) -> None:

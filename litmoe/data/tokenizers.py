@@ -195,21 +195,21 @@ def _completed(
     return TokenizerFiles(tokenizer, config, others, inferred=named is None)
 
 
-def _completed_config(config: dict[str, Any], eos: str, before: str | None) -> dict[str, Any]:
+def _completed_config(config: dict[str, Any], eos: str, begin_token: str | None) -> dict[str, Any]:
     """Add to ``tokenizer_config.json`` the tokens around texts and a class.
 
     Args:
         config: as it was given.
         eos: the token that ends a text.
-        before: the token that the template of ``tokenizer.json`` puts before each text; None without one.
+        begin_token: the token that the template of ``tokenizer.json`` puts before each text; None without one.
     """
     # LitGPT's TextFiles fails without a bos_token. Whether texts begin with it is decided below.
-    defaults = {"bos_token": before or eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    defaults = {"bos_token": begin_token or eos, "tokenizer_class": "PreTrainedTokenizerFast"}
     given = {key: value for key, value in config.items() if value is not None and key != ORIGIN}
     config = defaults | given | {"eos_token": eos}
     config["bos_token"] = token_text(config["bos_token"])
     # LitGPT does not read the template, so the rule is written out.
-    if config.get("add_bos_token", before is not None or config["tokenizer_class"] == "LlamaTokenizer"):
+    if config.get("add_bos_token", begin_token is not None or config["tokenizer_class"] == "LlamaTokenizer"):
         config["add_bos_token"] = True
     return config
 
