@@ -410,15 +410,19 @@ def remove_old(newest: Path, *, keep_last: int | None, keep_every: int | None) -
     others = _readable(newest.parent, "step-*")
     others.pop(newest, None)
     steps = {folder: metadata.step for folder, metadata in others.items()}
-    earlier = sorted((folder for folder in steps if steps[folder] <= last_step), key=steps.__getitem__)
-    # Incomplete ones do not count, so that `keep_last` of them can be resumed from.
-    complete = [folder for folder in earlier if is_complete(folder)]
+    earlier = {folder: step for folder, step in steps.items() if step <= last_step}
     # The newest one is one of the keep_last.
-    kept = set(complete[max(0, len(complete) - keep_last + 1) :])
-    if keep_every:
-        kept |= {folder for folder in earlier if steps[folder] % keep_every == 0}
-    for folder in steps.keys() - kept:
+    for folder in steps.keys() - _checkpoints_to_keep(earlier, keep_last - 1, keep_every):
         _remove(folder)
+
+
+def _checkpoints_to_keep(steps: dict[Path, int], keep_last: int, keep_every: int | None) -> set[Path]:
+    # Incomplete ones do not count, so that `keep_last` of them can be resumed from.
+    complete = [folder for folder in sorted(steps, key=steps.__getitem__) if is_complete(folder)]
+    kept = set(complete[max(0, len(complete) - keep_last) :])
+    if keep_every:
+        kept |= {folder for folder, step in steps.items() if step % keep_every == 0}
+    return kept
 
 
 def remove_newer(checkpoint: Path) -> None:

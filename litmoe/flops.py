@@ -30,27 +30,32 @@ def count_parameters(config: Config, tie_embeddings: bool = False) -> ParameterC
     _check(config)
     embedding = config.padded_vocab_size * config.n_embd
     norm = _norm_parameters(config, config.n_embd)
-
-    # LitGPT computes queries, keys and values with one matrix.
-    attention = _linear(config.n_embd, _qkv_width(config), config.bias or config.attn_bias)
-    attention += _linear(config.head_size * config.n_head, config.n_embd, config.bias)
-    if config.norm_qk:
-        # olmo2 normalizes the full width of queries and of keys. The default normalizes each head, with shared weights.
-        heads = (config.n_head, config.n_query_groups) if config.norm_qk_type == "olmo2" else (1, 1)
-        attention += sum(_norm_parameters(config, n * config.head_size) for n in heads)
     # A shared attention norm is norm_1 used twice.
     has_norm_2 = config.norm_2 and not config.shared_attention_norm
     norms = norm * (config.norm_1 + has_norm_2 + config.post_attention_norm + config.post_mlp_norm)
 
-    total = active = embedding + norm + config.n_layer * (attention + norms)
-    total += 0 if tie_embeddings else embedding
-    active += 0 if tie_embeddings else embedding
+    # Every token uses all parameters outside of the feed-forwards. `norm` here is the one after the last layer.
+    used_by_all = embedding + norm + config.n_layer * (_attention_parameters(config) + norms)
+    if not tie_embeddings:
+        used_by_all += embedding
     if config.lm_head_bias:
-        total, active = total + config.padded_vocab_size, active + config.padded_vocab_size
+        used_by_all += config.padded_vocab_size
+    total = active = used_by_all
     for layer in range(config.n_layer):
         mlp_total, mlp_active = _mlp_parameters(config, layer)
         total, active = total + mlp_total, active + mlp_active
     return ParameterCounts(total=total, active=active, embedding=embedding)
+
+
+def _attention_parameters(config: Config) -> int:
+    # LitGPT computes queries, keys and values with one matrix.
+    parameters = _linear(config.n_embd, _qkv_width(config), config.bias or config.attn_bias)
+    parameters += _linear(config.head_size * config.n_head, config.n_embd, config.bias)
+    if config.norm_qk:
+        # olmo2 normalizes the full width of queries and of keys. The default normalizes each head, with shared weights.
+        heads = (config.n_head, config.n_query_groups) if config.norm_qk_type == "olmo2" else (1, 1)
+        parameters += sum(_norm_parameters(config, n * config.head_size) for n in heads)
+    return parameters
 
 
 def training_flops_per_token(config: Config, seq_length: int, causal: bool = True) -> int:

@@ -219,10 +219,14 @@ def _check_moe(settings: RunSettings) -> Iterator[str]:
     if moe.router is not None:
         # A router of the user's own may use the rate in any way.
         yield from _check_own_router(moe.router, settings)
-        return
     # NaN and negative rates are reported by their rule.
-    if not moe.bias_update_rate > 0:
-        return
+    elif moe.bias_update_rate > 0:
+        yield from _check_bias_updates(settings)
+
+
+def _check_bias_updates(settings: RunSettings) -> Iterator[str]:
+    config, moe = settings.model, settings.moe
+    is_moe = config.mlp_class_name == "LLaMAMoE"
     if not is_moe or not config.n_expert_groups:
         flags = "--moe.bias_update_rate 0"
         # Finetuning can't change the router, and a single expert has nothing to route.
