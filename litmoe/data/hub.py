@@ -2,10 +2,11 @@
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from litmoe.cli import UserError, quoted
 from litmoe.data import manifest
@@ -124,9 +125,21 @@ class Dataset:
         )
 
     def _find_files(self, sha: str | None) -> dict[str, list[Location]] | None:
-        """Return the files of each split by the dataset's card and the Hub's conventions; None if they can't be read.
+        """Return the files of each split by the dataset's card and the Hub's conventions; None if not readable."""
+        data_files = self._load_data_files(sha)
+        if not data_files:
+            return None
+        files: dict[str, list[Location]] = {}
+        for split, names in data_files.items():
+            # The library's split names are objects of its own.
+            files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
+        every = [file for names in files.values() for file in names]
+        return files if every and all(map(_is_streamable, every)) else None
 
-        The datasets library knows these conventions. It takes 0.9 s to import, so only this method imports it.
+    def _load_data_files(self, sha: str | None) -> Mapping[Any, Iterable[Any]] | None:
+        """Return the files of each split as the datasets library lists them; None for a dataset that it can't load.
+
+        The library knows the conventions of the Hub. It takes 0.9 s to import, so only this method imports it.
         """
         import datasets
         from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
@@ -134,18 +147,14 @@ class Dataset:
         datasets.disable_progress_bars()
         try:
             # The builder only lists the files; it downloads no rows.
-            data_files = datasets.load_dataset_builder(self.path, self.config, revision=sha).config.data_files or {}
+            builder = datasets.load_dataset_builder(self.path, self.config, revision=sha)
+            data_files: Mapping[Any, Iterable[Any]] | None = builder.config.data_files
+            return data_files
         except (RuntimeError, DatasetNotFoundError, DataFilesNotFoundError):
             # RuntimeError: a loading script, which the library no longer runs.
             return None
         except Exception as error:
             raise self._load_error(error) from None
-        files: dict[str, list[Location]] = {}
-        for split, names in data_files.items():
-            # The library's split names are objects of its own.
-            files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
-        every = [file for names in files.values() for file in names]
-        return files if every and all(map(_is_streamable, every)) else None
 
     def _load_error(self, error: Exception) -> UserError:
         # The message of a missing config contains the list of configs.

@@ -116,12 +116,41 @@ def from_hub(name: str) -> TokenizerFiles:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
+
+    problem = _connection_problem(name)
+    paths: dict[str, str] = {}
+    # File by file, because only tokenizer.json is required. Without a network the cache may hold them.
+    for file in ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES):
+        try:
+            paths[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=problem is not None)
+        except EntryNotFoundError:  # also LocalEntryNotFoundError
+            continue
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
+            ) from None
+    if not paths and problem is not None:
+        raise UserError(
+            f"the tokenizer {name!r} is not available from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}"
+        )
+    if "tokenizer.json" not in paths:
+        raise UserError(f"{name!r} on the Hub has no tokenizer.json; name another one.")
+    return from_folder(Path(next(iter(paths.values()))).parent, name)
+
+
+def _connection_problem(name: str) -> str | None:
+    """Return why the Hub can't be reached; None if it has this tokenizer.
+
+    Raises:
+        UserError: the Hub has no such tokenizer, or gives it only to users who accept its terms.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         # One short request first: without a network, a download would retry for a long time.
         huggingface_hub.HfApi().model_info(name, timeout=10)
-        reachable, problem = True, ""
     except GatedRepoError:
         raise UserError(f"the tokenizer {name!r} is gated: accept its terms on the Hub and `hf auth login`.") from None
     except (RepositoryNotFoundError, HFValidationError):
@@ -130,25 +159,8 @@ def from_hub(name: str) -> TokenizerFiles:
             "as gpt2, a folder with a tokenizer.json, or the word train."
         ) from None
     except Exception as error:  # the transport raises many kinds of errors without a network
-        reachable, problem = False, in_short(error)
-    paths: dict[str, str] = {}
-    # File by file, because only tokenizer.json is required. Without a network the cache may hold them.
-    for file in ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES):
-        try:
-            paths[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=not reachable)
-        except EntryNotFoundError:  # also LocalEntryNotFoundError
-            continue
-        except Exception as error:
-            raise UserError(
-                f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
-            ) from None
-    if not paths and not reachable:
-        raise UserError(
-            f"the tokenizer {name!r} is not available from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}"
-        )
-    if "tokenizer.json" not in paths:
-        raise UserError(f"{name!r} on the Hub has no tokenizer.json; name another one.")
-    return from_folder(Path(next(iter(paths.values()))).parent, name)
+        return in_short(error)
+    return None
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
