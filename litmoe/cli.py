@@ -249,7 +249,7 @@ def _type_in_words(hint: Any) -> str | None:
         item = _type_in_words(get_args(hint)[0])
         return None if item is None else f"a list of {item}"
     if get_origin(hint) in (Union, UnionType):
-        # Paths are left out: any text is one, so a wrong value was meant as another type.
+        # Paths are left out, because any text is one.
         parts = [_type_in_words(part) for part in get_args(hint) if part is not Path]
         return None if None in parts else " or ".join(str(part) for part in parts)
     return None

@@ -464,6 +464,7 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
     for split in SPLITS:
         if not totals.documents[split]:
             raise UserError(_no_text(corpus, split))
+        # From the records of all units, so the chunks of a resumed call equal those of an uninterrupted one.
         number, chunks = tokens.write_chunks(store, records, split, dtype)
         splits[split] = Split(
             documents=totals.documents[split],
@@ -490,6 +491,7 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
         tokenizer=TokenizerRecord(info.name, info.sha256, info.vocab_size, info.eos_token, info.eos_id),
         settings=corpus.settings,
         splits=splits,
+        # For the user; tokens made by other versions are used as they are.
         versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         keeps_text=args.keep_text,
     )
