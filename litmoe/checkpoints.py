@@ -60,6 +60,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+# EFBIG: a limit on the size of a file. EDQUOT, an exceeded quota, is not defined on every system.
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -130,6 +131,7 @@ def save(
         TypeError: ``training_state`` holds other objects.
     """
     folder = Path(folder)
+    # Before anything is written: torch.save accepts objects that a resume would refuse to load.
     _check_loadable(training_state)
     partial, old = _hidden(folder, "partial"), _hidden(folder, "old")
     try:
@@ -144,6 +146,7 @@ def save(
         _write_huggingface_config(partial, config, hyperparameters, weights, tokenizer_dir)
         # From here on the folder is a complete checkpoint, only its name is missing.
         _write_metadata(partial, step, tokens, checksums)
+        # First the names of the files, then the rename: after a power cut the new name implies all files.
         _sync(partial)
         _move_into_place(partial, folder)
         _sync(folder.parent)
@@ -205,6 +208,7 @@ def _own_storage(tensor: "Tensor") -> "Tensor":
 def is_tied(weights: "dict[str, Tensor]") -> bool:
     """Return whether embedding and output head are the same matrix."""
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
+    # Tensors without storage all have the address 0.
     return head.data_ptr() == embedding.data_ptr() and head.numel() > 0
 
 
@@ -227,6 +231,7 @@ def _write_torch(path: Path, content: Any) -> str:
 
     # torch's own writer reports a full disk without its cause, a Python file does not.
     with open(path, "wb") as file:
+        # The hash is of what was to be written. `_write_metadata` compares what is on the disk with it.
         hashing_file = _HashingFile(file)
         torch.save(content, cast(BinaryIO, hashing_file))
     return hashing_file.sha256.hexdigest()
@@ -238,6 +243,7 @@ def _write_descriptions(
     from litgpt.prompts import Default, save_prompt_style
     from litgpt.utils import save_config
 
+    # LitGPT's own writers, so that its commands read these files.
     save_config(config, folder)
     # Without a saved style LitGPT chooses a chat format by the model's name ("Llama-3-small-Instruct", "R1").
     save_prompt_style(prompt_style or Default(), folder)
@@ -266,6 +272,7 @@ def _write_huggingface_config(
     tokenizer_dir: Path | None,
 ) -> None:
     """Write ``config.json``, if transformers has an equivalent model."""
+    # A config.json that does not describe exactly this model would make other programs compute something else.
     if not converted_by_litgpt(config) or without_counterpart(config) or _router_in(hyperparameters):
         return
     bos_id = eos_id = None
@@ -308,6 +315,7 @@ def _write_metadata(folder: Path, step: int, tokens: int, checksums: dict[str, s
 def _sync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     if not path.is_dir():
+        # Windows can sync a file only if it is open for writing.
         flags = os.O_RDWR
     elif os.name == "nt":  # Windows can't open folders; its journal protects their lists of names
         return
@@ -327,6 +335,7 @@ def _check_loadable(training_state: Any) -> None:
 
     plain_types = (bool, int, float, str, bytes, type(None))
     for path, value in tree_flatten_with_path(training_state)[0]:
+        # The exact type: a NumPy float is a float, but loading would refuse it.
         if not isinstance(value, Tensor) and type(value) not in plain_types:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(f"training_state{keystr(path)} is a {kind}; expected tensors and plain values")
@@ -401,14 +410,19 @@ def remove_old(newest: Path, *, keep_last: int | None, keep_every: int | None) -
     others = _readable(newest.parent, "step-*")
     others.pop(newest, None)
     steps = {folder: metadata.step for folder, metadata in others.items()}
-    earlier = sorted((folder for folder in steps if steps[folder] <= last_step), key=steps.__getitem__)
-    # Incomplete ones do not count, so that `keep_last` of them can be resumed from.
-    complete = [folder for folder in earlier if is_complete(folder)]
-    kept = set(complete[max(0, len(complete) - keep_last + 1) :])
-    if keep_every:
-        kept |= {folder for folder in earlier if steps[folder] % keep_every == 0}
-    for folder in steps.keys() - kept:
+    earlier = {folder: step for folder, step in steps.items() if step <= last_step}
+    # The newest one is one of the keep_last.
+    for folder in steps.keys() - _checkpoints_to_keep(earlier, keep_last - 1, keep_every):
         _remove(folder)
+
+
+def _checkpoints_to_keep(steps: dict[Path, int], keep_last: int, keep_every: int | None) -> set[Path]:
+    # Incomplete ones do not count, so that `keep_last` of them can be resumed from.
+    complete = [folder for folder in sorted(steps, key=steps.__getitem__) if is_complete(folder)]
+    kept = set(complete[max(0, len(complete) - keep_last) :])
+    if keep_every:
+        kept |= {folder for folder, step in steps.items() if step % keep_every == 0}
+    return kept
 
 
 def remove_newer(checkpoint: Path) -> None:
@@ -487,6 +501,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         content = read_checksummed(path)
         files = {name: FileRecord(**known_fields(FileRecord, record)) for name, record in content["files"].items()}
         metadata = CheckpointMetadata(**{**known_fields(CheckpointMetadata, content), "files": files})
+        # Checkpoints are sorted by these values, so they must be comparable.
         if (type(metadata.step), type(metadata.tokens), type(metadata.time)) != (int, int, str):
             raise TypeError("step and tokens are integers, the time is a string")
         for name in files:
@@ -506,6 +521,7 @@ def _check_files(folder: Path, files: Collection[str] | None, *, checksums: bool
             raise DamagedCheckpointError(f"{folder} was saved without {name}.")
         try:
             size = path.stat().st_size
+            # A file of another size need not be read.
             is_changed = size == record.size and checksums and file_sha256(path) != record.sha256
         except OSError as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
@@ -542,6 +558,7 @@ def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
         except DamagedCheckpointError as error:
             damages[folder] = str(error).removesuffix(".")
     # Newest first. Reading stops at the first good one, so usually only one checkpoint is read.
+    # The step decides, not the time: a clock may have been set back.
     for _, _, folder in sorted(candidates, reverse=True):
         try:
             if TRAINING_STATE in _check_files(folder, None, checksums=True).files:
@@ -676,6 +693,7 @@ def load_hyperparameters(folder: Path) -> dict[str, Any]:
     path = as_folder(folder) / HYPERPARAMETERS
     _verify_file(path)
     try:
+        # safe_load builds no objects from tags, which could run code of a stranger.
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except Exception as error:  # YAML errors, wrong values
         raise UserError(f"cannot read {path}: {error}.") from None
@@ -775,6 +793,7 @@ def load_model(
 
     config, context = load_config(folder), context_of(folder, max_seq_length)
     check_router(folder, router)
+    # The user's router has no effect on a checkpoint with the router of its config.
     if recorded_router(folder) is None:
         router = None
     # Mapped, the weights are in memory once. On Windows the folder could then not be replaced.
@@ -854,6 +873,7 @@ def _load_torch(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
+        # torch's own message names the way to disable the check, so it is not shown.
         refused = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
             f"{path} is refused, and nothing in it was run: it is damaged, or holds more than tensors and plain values"

@@ -50,6 +50,7 @@ def run_cli(
 def exit_with_message(call: Callable[[], Any]) -> Any:
     """Run ``call``. A user mistake, a full disk or a refused file becomes one message and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
+        # A stream that was replaced, as in a notebook, cannot be reconfigured.
         if isinstance(stream, io.TextIOWrapper):
             # Write line by line, also into files and pipes, and never fail on a console's code page.
             stream.reconfigure(line_buffering=True, errors="replace")
@@ -59,8 +60,10 @@ def exit_with_message(call: Callable[[], Any]) -> Any:
         message = str(error)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
+        # 128 + SIGINT: the exit code of a process that Ctrl-C ended, as shells report it.
         raise SystemExit(130) from None
     except OSError as error:
+        # Other errors of the operating system are bugs, so they keep their traceback.
         message = _describe_os_error(error)
         if not message:
             raise
@@ -97,7 +100,9 @@ def quoted(argument: object, *, windows: bool = os.name == "nt") -> str:
 
 def make_parser(**kwargs: Any) -> ArgumentParser:
     """Return a jsonargparse parser that raises ``ArgumentError`` and uses field docstrings as help texts."""
+    # A setting of the process, not of one parser. By default docstrings of fields are ignored.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Otherwise the parser prints its own message and exits, before `explain` can shorten it.
     return ArgumentParser(exit_on_error=False, **kwargs)
 
 
@@ -117,6 +122,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
 
 def current_class_path(text: str) -> str:
     """Replace the module names of 0.1.0 in a class path, alone or within a flag: ``recipe.training.muon.Muon``."""
+    # Checkpoints and run files of 0.1.0 contain these paths.
     text = re.sub(r"\brecipe\.data\.(module\.)?", "litmoe.data.", text)
     return re.sub(r"\brecipe\.training\.", "litmoe.train.", text)
 
@@ -148,6 +154,7 @@ def underscored(argv: Iterable[str]) -> list[str]:
                     f"the argument {argument!r} holds bytes that are not UTF-8; expected UTF-8. Use a terminal in UTF-8"
                     " (locale: a name that ends in .UTF-8), or write the value into a file that the script reads."
                 )
+        # What follows a -- is never a flag.
         only_values = only_values or argument == "--"
         if argument.startswith("--") and not only_values:
             name, equals, value = argument[2:].partition("=")
@@ -182,9 +189,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:
+        # Reversed: of several settings with the same last part, the first one is suggested.
         by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
-        found = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
-        close = [by_last_part[found[0]]] if found else []
+        similar = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
+        close = [by_last_part[similar[0]]] if similar else []
     return close[0] if close else None
 
 
@@ -198,14 +206,15 @@ def explain(message: str, parser: ArgumentParser, known: Iterable[str], argument
         arguments: the flags that were parsed.
     """
     message = re.sub(r"\n\s*\n+", "\n", message.strip())
+    # jsonargparse reports an unknown name in one of three ways: for a flag, below a group, or in a YAML file.
     name = ""
-    if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
-        name = found.group(1)
-    elif found := re.search(r"Group '([\w.]+)' does not accept nested key '([\w.]+)'", message):
-        name = ".".join(found.groups())
-    elif found := re.search(r"[Kk]ey '([\w.]+)' (?:is not expected|does not exist)", message):
+    if match := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
+        name = match.group(1)
+    elif match := re.search(r"Group '([\w.]+)' does not accept nested key '([\w.]+)'", message):
+        name = ".".join(match.groups())
+    elif match := re.search(r"[Kk]ey '([\w.]+)' (?:is not expected|does not exist)", message):
         parent = re.search(r'Parser key "([\w.]+)"', message)
-        name = f"{parent.group(1)}.{found.group(1)}" if parent else found.group(1)
+        name = f"{parent.group(1)}.{match.group(1)}" if parent else match.group(1)
     if name:
         suggestion = nearest(name, known)
         hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is similar"
@@ -226,6 +235,7 @@ def _wrong_value(message: str, parser: ArgumentParser, arguments: Sequence[str])
     )
     if value is None:
         return f"{key[1]}: expected {expected}."
+    # jsonargparse shows Python's None, but a run file contains null.
     return f"{key[1]} is {value[1].replace('None', 'null')}; expected {expected}."
 
 
@@ -249,6 +259,7 @@ def _call(function: Callable[..., Any], argv: Sequence[str] | None, optional_pos
     parser = make_parser()
     parser.add_function_arguments(function, as_positional=True, sub_configs=True)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # argparse offers a parameter either as positional or as a flag, so the value gets its flag here.
     if optional_positional and arguments and not arguments[0].startswith("-"):
         arguments[0] = f"--{optional_positional}={arguments[0]}"
     settings = parse(parser, arguments)
@@ -257,6 +268,7 @@ def _call(function: Callable[..., Any], argv: Sequence[str] | None, optional_pos
 
 def _describe_os_error(error: OSError) -> str:
     place = f" ({error.filename})" if error.filename else ""
+    # EDQUOT, an exceeded quota, is not defined on every system.
     if error.errno in (errno.ENOSPC, errno.EDQUOT if hasattr(errno, "EDQUOT") else errno.ENOSPC):
         return f"the disk is full{place}; free some space and run the same command again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

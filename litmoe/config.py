@@ -32,6 +32,7 @@ from litmoe.cli import (
     with_current_class_paths,
 )
 
+# At run time only these two files of LitGPT are imported. A type checker reads the same classes in the usual way.
 if TYPE_CHECKING:
     import litgpt.args as litgpt_args
     from litgpt.config import Config
@@ -40,6 +41,7 @@ else:
     Config = fast_imports.import_litgpt_module("config").Config
 
 PROJECT = Path(__file__).resolve().parent.parent
+# Next to the package, so that scripts work in any folder.
 DEFAULT_RUN = PROJECT / "train_config.yaml"
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
@@ -205,6 +207,7 @@ class RunSettings:
     """Batches, limits, learning-rate schedule, clipping"""
     eval: EvalArgs
     """Validation and HellaSwag during training"""
+    # Any, because importing the types of these two fields imports torch.
     data: Any
     """A LitGPT data module; see `CLASS_SETTINGS`"""
     optimizer: Any
@@ -318,9 +321,11 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     if dense is not None:
         flags.append(f"--upcycle={dense}")
     elif not run.get("model") and isinstance(run.get("upcycle"), str):
+        # The type is asked for, because the values of the file are checked only below.
         dense = Path(run["upcycle"])
     check_quickly(run_parser(with_classes=False), run_file, run, flags)
     if dense is not None and files["model"] is None:
+        # Reading the config of a checkpoint imports LitGPT, so the quick check comes before.
         from litmoe.upcycling import upcycled_model
 
         run["model"] = upcycled_model(dense)
@@ -357,6 +362,7 @@ def _without_class_flags(flags: list[str]) -> list[str]:
         if skips_value and not flag.startswith("--"):
             skips_value = False
             continue
+        # --data.init_args.seed=1 belongs to data.
         group = flag.removeprefix("--").split("=")[0].split(".")[0]
         is_class_flag = flag.startswith("--") and group in CLASS_SETTINGS
         skips_value = is_class_flag and "=" not in flag
@@ -377,6 +383,7 @@ def _parse_file_and_flags(parser: ArgumentParser, run_file: Path, run: dict[str,
     except Exception as error:
         raise UserError(f"in {run_file}: {explain(str(error), parser, _known_names(parser, run))}") from None
     try:
+        # The file is given as a first argument, so that the flags after it override it.
         return parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
     except ArgumentError as error:
         raise UserError(explain(str(error), parser, _known_names(parser, run), flags)) from None
@@ -392,6 +399,7 @@ def parse_settings(
         namespace = _parse_file_and_flags(parser, run_file, run, flags)
         # Plain values before the classes are instantiated: these are saved with each checkpoint.
         resolved = yaml.safe_load(parser.dump(namespace, skip_none=False))
+        # Top-level nulls now, because they would fail while the classes are instantiated.
         _check_nulls(kind, resolved)
         with warnings.catch_warnings():
             # LitGPT warns of a warm-up as long as the run. Ours is shortened then, and the run says so.
@@ -400,9 +408,11 @@ def parse_settings(
     except ArgumentError as error:
         raise UserError(explain(str(error), parser, _known_names(parser, run), flags)) from None
     except UserError:
+        # Already a message with a fix, for example of a data module.
         raise
     except Exception as error:  # checks of LitGPT's dataclasses, and of the classes that the settings name
         raise UserError(f"these settings do not fit together: {_describe_failed_check(error)}") from None
+    # Nested ones here: only now the groups of settings are objects with known types.
     _check_nulls(kind, values)
     return resolved, values
 
@@ -410,6 +420,7 @@ def parse_settings(
 def _describe_failed_check(error: Exception) -> str:
     # LitGPT checks some values with a bare assert, or not at all. Then the line of code says what failed.
     failed_line = traceback.extract_tb(error.__traceback__)[-1].line
+    # The message of such an error, for example a missing key, means nothing without its type.
     if isinstance(error, ArithmeticError | LookupError):
         return f"{type(error).__name__} in `{failed_line}`"
     return str(error) or f"LitGPT requires `{failed_line}`"  # an assert has no message
@@ -428,6 +439,7 @@ def _find_nulls(kind: type, values: dict[str, Any], path: str = "") -> Iterator[
         value = values.get(setting.name)
         hint = hints[setting.name]
         is_optional = setting.default is None or hint is Any or type(None) in get_args(hint)
+        # Settings that name a class have the type Any, but can't be null.
         accepts_null = is_optional and setting.name not in CLASS_SETTINGS
         if value is None and setting.name in values and not accepts_null:
             yield path + setting.name
@@ -445,6 +457,7 @@ def run_parser(*, with_classes: bool = True) -> ArgumentParser:
     parser = make_parser(description="Pretrain a model with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
     add_settings(parser, RunSettings, set(), with_classes)
+    # SUPPRESS: a flag that is not given leaves no entry in the settings that are saved.
     parser.add_argument(
         "--plan",
         default=SUPPRESS,
@@ -454,6 +467,7 @@ def run_parser(*, with_classes: bool = True) -> ArgumentParser:
     add_short_flags(parser, SHORT_FLAGS)
     if with_classes:
         paths = {"train_data_path": "data/custom_text/train", "val_data_path": "data/custom_text/val"}
+        # Only here, because parsing these defaults imports the classes.
         parser.set_defaults(
             {
                 "data": {"class_path": "litmoe.data.TokenizedText", "init_args": paths},
@@ -471,11 +485,14 @@ def add_settings(parser: ArgumentParser, kind: type[RunSettings], skip: set[str]
         from litgpt.data import DataModule
 
         optimizer_type = Callable[[Iterable[Any]], torch.optim.Optimizer]
+        # A class made here, because the types of its fields need torch and LitGPT.
         classes = make_dataclass("ClassSettings", [("data", DataModule), ("optimizer", optimizer_type)])
         parser.add_class_arguments(classes, sub_configs=True, fail_untyped=False)
+        # Such a class has no docstrings for its fields, so the help texts are set afterwards.
         for action in parser._actions:
             action.help = CLASS_SETTINGS.get(action.dest, action.help)
         return
+    # For --help only: the second pass parses these settings.
     for name, description in CLASS_SETTINGS.items():
         parser.add_argument(
             f"--{name}.help", default=SUPPRESS, metavar="CLASS", help=f"Show the parameters of a {name} class"
@@ -517,6 +534,7 @@ def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
         with suppress(Exception):  # an import error, or a name that does not exist
             chosen_class: Any = pydoc.locate(class_path or parser.get_default(group)["class_path"])
             parameters = inspect.signature(chosen_class).parameters
+            # params is what the training loop gives to an optimizer, not a setting.
             names += [f"{group}.init_args.{name}" for name in parameters if name != "params"]
     return names
 
@@ -525,6 +543,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones are in configs/.")
     try:
+        # safe_load builds no objects from tags, which could run code of a stranger.
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         json.dumps(content, default=str, skipkeys=True)  # rejects anchors that contain themselves, an endless structure
     except OSError:
@@ -546,6 +565,7 @@ def extract_files(
     for argument in remaining:
         name, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and name in files:
+            # Both --config=FILE and --config FILE are allowed.
             value = value if equals else next(remaining, "")
             if not value:
                 expected = "a checkpoint folder" if name == "upcycle" else "a YAML file"
@@ -554,5 +574,6 @@ def extract_files(
         elif argument.startswith("--") and name in short_flags:
             flags.append(f"--{short_flags[name]}{equals}{value}")
         else:
+            # Commands written for 0.1.0 may name classes by its paths.
             flags.append(current_class_path(argument))
     return files, flags

@@ -21,6 +21,7 @@ def install() -> None:
     Does nothing if torchmetrics is imported already.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        # In front of Python's own finders, which would find both packages first.
         sys.meta_path.insert(0, _Finder())
 
 
@@ -68,6 +69,7 @@ class _LightLoader(_WrappedLoader):
 
         def is_torch(check: imports.RequirementCache) -> bool:
             requirement = check.requirement or ""
+            # torchmetrics chooses code by the versions of torch and of itself, so these answers stay true.
             return requirement.startswith(("torch>", "torch<", "torchmetrics")) and original_check(check)
 
         imports.RequirementCache.__bool__ = is_torch  # type: ignore[method-assign,assignment]
@@ -75,6 +77,7 @@ class _LightLoader(_WrappedLoader):
         try:
             self._loader.exec_module(module)
         finally:
+            # Other packages ask the same functions later.
             imports.RequirementCache.__bool__ = original_check  # type: ignore[method-assign]
             imports.package_available = original_function
 
@@ -94,6 +97,7 @@ def import_litgpt_module(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(full_name, Path(package.origin).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Registered before it runs: a dataclass looks up its own module there.
     sys.modules[full_name] = module
     spec.loader.exec_module(module)
     return module

@@ -93,6 +93,7 @@ class FinetuneSettings(RunSettings):
         if self.train.max_tokens:
             yield "train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps."
         parts = ("query", "key", "value", "projection", "mlp", "head")
+        # LoRA without a part to update would leave nothing to train.
         if self.uses_lora and not any(getattr(self, f"lora_{part}") for part in parts):
             yield "lora_r is set but no part of the model gets LoRA; turn one on: --lora_query true"
 
@@ -107,17 +108,21 @@ def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
     Raises:
         UserError, SystemExit: as ``parse_run``; also if there is no such checkpoint.
     """
+    # The checkpoint may be given without its flag, as for the other scripts that read one.
     if argv and not argv[0].startswith("-"):
         argv = [f"--checkpoint_dir={argv[0]}", *argv[1:]]
     files, flags = extract_files(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
     run_file = files["config"] or DEFAULT_FINETUNING
     run = read_yaml(run_file)
+    # Mistakes in the settings are reported before torch is imported and before a checkpoint is searched for.
     check_quickly(finetuning_parser(with_classes=False), run_file, run, flags)
     resolved, values = parse_settings(finetuning_parser(), FinetuneSettings, run_file, run, flags)
     folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
+    # The folder that was found is stored, because another one may be the newest when the run is resumed.
     resolved["checkpoint_dir"] = str(folder)
     if resolved["train"]["max_seq_length"] is None:  # positions beyond it were never trained
         values["train"].max_seq_length = resolved["train"]["max_seq_length"] = checkpoints.context_of(folder)
+    # Settings that the checkpoint decides have no flags, so they have no value yet.
     given = {field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
     from_checkpoint = {
         "model": checkpoints.load_config(folder),
@@ -133,6 +138,7 @@ def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
     """Return the checkpoint to tune: the one given, or that of the run to resume, or the newest."""
     if given != FinetuneSettings.checkpoint_dir:
         return checkpoints.resolve(given)
+    # A resumed run keeps its base. The newest checkpoint may be one of the run itself.
     run_file = out_dir / "run_config.yaml"
     if resume and run_file.is_file():
         base_of_run = read_yaml(run_file).get("checkpoint_dir")

@@ -30,24 +30,32 @@ def count_parameters(config: Config, tie_embeddings: bool = False) -> ParameterC
     _check(config)
     embedding = config.padded_vocab_size * config.n_embd
     norm = _norm_parameters(config, config.n_embd)
-
-    attention = _linear(config.n_embd, _qkv_width(config), config.bias or config.attn_bias)
-    attention += _linear(config.head_size * config.n_head, config.n_embd, config.bias)
-    if config.norm_qk:
-        heads = (config.n_head, config.n_query_groups) if config.norm_qk_type == "olmo2" else (1, 1)
-        attention += sum(_norm_parameters(config, n * config.head_size) for n in heads)
+    # A shared attention norm is norm_1 used twice.
     has_norm_2 = config.norm_2 and not config.shared_attention_norm
     norms = norm * (config.norm_1 + has_norm_2 + config.post_attention_norm + config.post_mlp_norm)
 
-    total = active = embedding + norm + config.n_layer * (attention + norms)
-    total += 0 if tie_embeddings else embedding
-    active += 0 if tie_embeddings else embedding
+    # Every token uses all parameters outside of the feed-forwards. `norm` here is the one after the last layer.
+    used_by_all = embedding + norm + config.n_layer * (_attention_parameters(config) + norms)
+    if not tie_embeddings:
+        used_by_all += embedding
     if config.lm_head_bias:
-        total, active = total + config.padded_vocab_size, active + config.padded_vocab_size
+        used_by_all += config.padded_vocab_size
+    total = active = used_by_all
     for layer in range(config.n_layer):
         mlp_total, mlp_active = _mlp_parameters(config, layer)
         total, active = total + mlp_total, active + mlp_active
     return ParameterCounts(total=total, active=active, embedding=embedding)
+
+
+def _attention_parameters(config: Config) -> int:
+    # LitGPT computes queries, keys and values with one matrix.
+    parameters = _linear(config.n_embd, _qkv_width(config), config.bias or config.attn_bias)
+    parameters += _linear(config.head_size * config.n_head, config.n_embd, config.bias)
+    if config.norm_qk:
+        # olmo2 normalizes the full width of queries and of keys. The default normalizes each head, with shared weights.
+        heads = (config.n_head, config.n_query_groups) if config.norm_qk_type == "olmo2" else (1, 1)
+        parameters += sum(_norm_parameters(config, n * config.head_size) for n in heads)
+    return parameters
 
 
 def training_flops_per_token(config: Config, seq_length: int, causal: bool = True) -> int:
@@ -76,6 +84,7 @@ def training_flops_per_token(config: Config, seq_length: int, causal: bool = Tru
         matrices += _mlp_matrices(config, layer)
         # Queries times keys, and weights times values: a multiply-add per head dimension and visible position.
         attention += 2 * config.n_head * config.head_size * _positions_seen(config, layer, seq_length, causal)
+    # The backward pass has two products for each one forward: for the inputs and for the weights.
     flops: int = round(3 * 2 * (matrices + attention))
     return flops
 
@@ -151,6 +160,7 @@ def _mlp_parameters(config: Config, layer: int) -> tuple[int, int]:
 
 
 def _feed_forward(config: Config, width: int) -> int:
+    # GELU without a gate has one matrix in front of the activation, a gated unit two.
     n_in = 1 if config.mlp_class_name == "GptNeoxMLP" else 2
     return n_in * _linear(config.n_embd, width, config.bias) + _linear(width, config.n_embd, config.bias)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from litgpt import Config
     from transformers import PreTrainedConfig
 
+# An object of its own, because None and False are values of fields.
 _ANY = object()
 
 # Llama in the fields of LitGPT: those that change what is computed, not only a size.
@@ -229,6 +230,7 @@ def huggingface_config(
         "head_dim": config.head_size,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
+        # transformers 5 reads rope_parameters, version 4 reads rope_theta.
         "rope_theta": float(config.rope_base),
         "rope_parameters": _rope_parameters(config),
     }
@@ -255,6 +257,7 @@ def _gpt_neox_fields(config: "Config") -> dict[str, Any]:
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.parallel_residual,
         "attention_bias": True,
+        # transformers 4 reads these two fields, version 5 reads rope_parameters.
         "rotary_pct": config.rotary_percentage,
         "rotary_emb_base": config.rope_base,
         "rope_parameters": _rope_parameters(config) | {"partial_rotary_factor": config.rotary_percentage},
@@ -272,6 +275,7 @@ def _moe_fields(config: "Config", model_type: str) -> dict[str, Any]:
             "num_local_experts": config.n_expert,
             "sliding_window": None,
         }
+    # Olmoe and Qwen3-MoE do not normalize the weights by default. LitGPT's softmax over the chosen experts always does.
     if model_type == "olmoe":
         return {**per_token, "intermediate_size": width, "num_experts": config.n_expert, "norm_topk_prob": True}
     if model_type == "qwen3_moe":
@@ -280,6 +284,7 @@ def _moe_fields(config: "Config", model_type: str) -> dict[str, Any]:
             "moe_intermediate_size": width,
             "num_experts": config.n_expert,
             "norm_topk_prob": True,
+            # Qwen3-MoE lists its dense layers, LitGPT counts them from the first.
             "mlp_only_layers": list(range(config.first_k_dense_replace or 0)),
         }
     # glm4_moe. If no group is excluded, a single group computes the same, whatever the score of a group is.
@@ -319,12 +324,14 @@ def litgpt_config(theirs: "PreTrainedConfig", name: str, vocab_size: int) -> tup
     fields: dict[str, Any] = {
         "name": name,
         "vocab_size": vocab_size,
+        # The rows of the embedding, of which a tokenizer may use fewer.
         "padded_vocab_size": theirs.vocab_size,
         "block_size": theirs.max_position_embeddings,
         "n_layer": theirs.num_hidden_layers,
         "n_embd": theirs.hidden_size,
         "n_head": theirs.num_attention_heads,
         "intermediate_size": theirs.intermediate_size,
+        # LitGPT's field is an int. A theta with a fraction shows as a difference below.
         "rope_base": int(rope["rope_theta"]),
         "rotary_percentage": rope.get("partial_rotary_factor", 1.0),
     }
@@ -363,6 +370,7 @@ def _from_llama_like(theirs: "PreTrainedConfig", rope: dict[str, Any]) -> dict[s
         "norm_class_name": "RMSNorm",
         "norm_eps": theirs.rms_norm_eps,
         "bias": kind == "llama" and theirs.mlp_bias,
+        # Qwen2 always has biases on queries, keys and values, without a field for it.
         "attn_bias": kind == "qwen2" or (kind == "glm4_moe" and theirs.attention_bias),
         "parallel_residual": False,
         "n_query_groups": theirs.num_key_value_heads,
@@ -379,6 +387,7 @@ def _from_llama_like(theirs: "PreTrainedConfig", rope: dict[str, Any]) -> dict[s
 
 
 def _from_moe(theirs: "PreTrainedConfig") -> dict[str, Any]:
+    # Only the number: dense layers elsewhere than at the beginning show in the comparison.
     dense_layers = len(getattr(theirs, "mlp_only_layers", [])) or getattr(theirs, "first_k_dense_replace", 0)
     fields = {
         "mlp_class_name": "LLaMAMoE",

@@ -63,6 +63,7 @@ def upcycled_model(folder: Path) -> dict[str, Any]:
         "mlp_class_name": "LLaMAMoE",
         "n_expert": EXPERTS,
         "n_expert_per_token": EXPERTS_PER_TOKEN,
+        # Each expert is a copy of the complete feed-forward.
         "moe_intermediate_size": dense.intermediate_size,
     }
 
@@ -70,6 +71,7 @@ def upcycled_model(folder: Path) -> dict[str, Any]:
 def check_experts(folder: Path, config: "Config", *, tie_embeddings: bool) -> None:
     """Raise UserError if the mixture would not compute the same as the dense checkpoint."""
     dense = load_dense_config(folder)
+    # As in LitGPT, experts without a width of their own have that of the dense layers.
     width = config.moe_intermediate_size or config.intermediate_size
     # If all of these are fine, the mixture is a sum of equal experts with weights that sum to 1.
     checks = [
@@ -96,6 +98,7 @@ def check_experts(folder: Path, config: "Config", *, tie_embeddings: bool) -> No
         ),
     ]
     problems = [problem for is_fine, problem in checks if not is_fine]
+    # Last, because this check reads the weights.
     if not problems and tie_embeddings and not _has_tied_embeddings(folder):
         problems.append("train.tie_embeddings is true, but its embedding and output matrix differ")
     if problems:
@@ -117,6 +120,7 @@ def check_same_tokenizer(folder: Path, tokenizer_dir: Path) -> None:
     folder = checkpoints.as_folder(folder)
     if not (folder / checkpoints.COMPLETE_FILE).is_file() or not (folder / "tokenizer.json").is_file():
         return  # a checkpoint of LitGPT, with a tokenizer that ours may extend; or one without a tokenizer
+    # The rows of the checkpoint's embedding belong to the ids of its own tokenizer.
     if tokenizer_fingerprint(folder) != tokenizer_fingerprint(tokenizer_dir):
         raise UserError(
             f"the tokenizer in {tokenizer_dir} is not the one of {folder}, which the run starts from: ids would mean"

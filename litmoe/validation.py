@@ -105,6 +105,7 @@ def _check_rules(settings: RunSettings, rules: tuple[Rule, ...]) -> Iterator[str
 def _check_paths(settings: RunSettings) -> Iterator[str]:
     for field in fields(settings):
         value = getattr(settings, field.name)
+        # Python raises a bare ValueError for such a path, wherever it is first used.
         if isinstance(value, str | Path) and "\0" in str(value):
             yield f"{field.name} contains a zero byte, which no file name can have."
 
@@ -150,6 +151,7 @@ def _check_groups(config: Config) -> Iterator[str]:
     """Check groups of experts: LitGPT accepts values that crash in the first step or route in another way."""
     if config.mlp_class_name != "LLaMAMoE" or not 1 <= config.n_expert_per_token <= config.n_expert:
         return
+    # Wrong numbers of experts were reported by `_check_experts`.
     groups, chosen = config.n_expert_groups, config.n_topk_groups
     # Without groups the router is a softmax router, and LitGPT ignores the other two fields.
     if groups is None:
@@ -177,6 +179,7 @@ def _check_groups(config: Config) -> Iterator[str]:
 def _check_router_learns(settings: RunSettings) -> Iterator[str]:
     """Check that a new model's routers get a gradient. A trained model only gets ``constant_weights_note``."""
     config = settings.model
+    # A router of the user's own may learn in another way.
     if settings.moe.router or settings.initial_checkpoint_dir or settings.resume:
         return
     if constant_weights_note(config) is None:
@@ -196,8 +199,10 @@ def _check_router_learns(settings: RunSettings) -> Iterator[str]:
 
 def _sigmoid_router_flags(config: Config) -> str:
     """Return the flags that replace a softmax router with a sigmoid router that chooses among all experts."""
+    # All groups are chosen, so they have no effect. LitGPT requires at least two.
     groups = next(number for number in range(2, config.n_expert + 1) if config.n_expert % number == 0)
     scores = min(2, config.n_expert // groups)
+    # The normalized weight of a single expert is always 1 and gives no gradient.
     normalized = str(config.n_expert_per_token > 1).lower()
     return (
         f"--model.n_expert_groups {groups} --model.n_topk_groups {groups} --model.n_topk_scores_per_group {scores}"
@@ -214,9 +219,14 @@ def _check_moe(settings: RunSettings) -> Iterator[str]:
     if moe.router is not None:
         # A router of the user's own may use the rate in any way.
         yield from _check_own_router(moe.router, settings)
-        return
-    if not moe.bias_update_rate > 0:
-        return
+    # NaN and negative rates are reported by their rule.
+    elif moe.bias_update_rate > 0:
+        yield from _check_bias_updates(settings)
+
+
+def _check_bias_updates(settings: RunSettings) -> Iterator[str]:
+    config, moe = settings.model, settings.moe
+    is_moe = config.mlp_class_name == "LLaMAMoE"
     if not is_moe or not config.n_expert_groups:
         flags = "--moe.bias_update_rate 0"
         # Finetuning can't change the router, and a single expert has nothing to route.
@@ -270,6 +280,7 @@ def _check_batch_sizes(micro_batch: int, global_batch: int, ranks: int) -> Itera
     smallest = micro_batch * ranks
     if micro_batch >= 1 and global_batch >= smallest and global_batch % smallest == 0:
         return
+    # LitGPT would train a global batch of 10 with micro batches of 4 as 8, without a message.
     product = f"micro_batch_size {micro_batch}"
     if ranks > 1:
         product += f" x {ranks} devices"

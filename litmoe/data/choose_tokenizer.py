@@ -23,6 +23,7 @@ TRAIN = "train"
 """The value of ``--tokenizer`` that trains one on the text."""
 # The built-in stories use few words: 4 MB give nearly the same tokens as all of them, in a quarter of the time.
 STORY_BYTES = 4 << 20
+# The comparison of the two encoders runs in every call, so it must be short.
 PROOF_DOCUMENTS = 64
 PROOF_CHARACTERS = 1 << 16
 
@@ -64,6 +65,7 @@ def choose_tokenizer(args: "PrepareArgs", text: tuple[FileRecord, ...], settings
     if name != TRAIN:
         files = tokenizers.from_folder(Path(name)) if Path(name).is_dir() else tokenizers.from_hub(name)
     exists = (args.tokenizer_dir / "tokenizer.json").is_file()
+    # Other data and checkpoints may depend on the tokenizer that is there.
     if exists and not args.overwrite and not _may_replace(args, name, files):
         existing = tokenizers.origin(args.tokenizer_dir).get("name", "of unknown origin")
         what = "a newly trained one" if name == TRAIN else name
@@ -186,6 +188,7 @@ def _every_block(texts: Iterator[str], every: int) -> Iterator[str]:
 
 
 def _train_documents(units: Iterable[Unit], rules: Rules, limit: int | None) -> Iterator[str]:
+    # Documents beyond --max_documents are not part of the corpus.
     left = limit
     for unit in units:
         for item in read_unit(unit, rules, set(), left):
@@ -206,6 +209,7 @@ def proof_documents(corpus: Corpus) -> list[str]:
     else:
         files = corpus.files["train"]
         chosen = sorted({0, len(files) // 2, len(files) - 1})
+        # range(1): of a .parquet only the first row group, because a file may be large.
         units = [Unit(0, "train", (files[number],), 0, range(1)) for number in chosen]
     sample: list[str] = []
     for unit in units:

@@ -47,6 +47,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(VALIDATION_FOLDERS, "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# The word must stand alone, possibly with set, data or split after it: testset and c4-train, but not contest or
+# trained.
 SPLIT_NAME = re.compile(rf"(?:.*[^a-z])?({'|'.join(SPLIT_NAMES)})(?:set|data|split)?(?:[^a-z].*)?", re.I)
 
 
@@ -93,12 +95,14 @@ CORPORA: dict[str, Stories | HubDataset] = {
     "openwebtext": HubDataset(
         "8.0 million web pages, 9.0 B GPT-2 tokens, a reproduction of GPT-2's training text",
         "Skylion007/openwebtext",
+        # The fraction that nanoGPT uses: 4.5 M tokens.
         val_fraction=0.0005,
     ),
     "fineweb-edu": HubDataset(
         "9.7 million educational web pages, 10 B GPT-2 tokens (28 GB of parquet)",
         "HuggingFaceFW/fineweb-edu",
         "sample-10BT",
+        # 10 M tokens.
         val_fraction=0.001,
     ),
 }
@@ -111,6 +115,7 @@ def find(source: str) -> Stories | HubDataset | Path:
     Raises:
         UserError: there is no such corpus or path.
     """
+    # A corpus comes before a file of the same name, which can be given as ./NAME.
     if source in CORPORA:
         return CORPORA[source]
     if source.startswith("hf:"):
@@ -197,6 +202,7 @@ class Corpus:
 
     def unit_groups(self) -> list[Iterator[Unit]]:
         """Return the units of the validation files, if there are any, and those of the training files."""
+        # One sequence for both splits, because the number is the file name of a finished unit.
         numbers = count()
         if self.generate is not None:
             return [iter([Unit(next(numbers), None, (), SAMPLE_BYTES, generate=self.generate)])]
@@ -205,6 +211,7 @@ class Corpus:
 
     def _units(self, split: str, numbers: Iterator[int]) -> Iterator[Unit]:
         """Yield the units of a split in the order of its files."""
+        # Without validation files both splits come from the same units, by the hash of each document.
         unit_split = split if "val" in self.files else None
         for files, size in self._file_groups(split):
             if suffix(files[0]) != ".parquet" or self.articles:
@@ -243,7 +250,9 @@ class Corpus:
 def _row_group_ranges(location: Location) -> Iterator[tuple[range, float]]:
     """Yield ranges of row groups with ``UNIT_BYTES`` or more, and the share of the file that each of them is."""
     with connection_errors(location), open_parquet(location) as file:
+        # Only the footer is read. Sizes are uncompressed, as the amount of work depends on the text.
         sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    # Avoids a division by zero for a file without rows.
     total = sum(sizes) or 1
     start = size = 0
     for group, group_size in enumerate(sizes):
@@ -264,15 +273,17 @@ def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()
     Raises:
         UserError: there is no readable text.
     """
-    found = find(source)
-    if isinstance(found, Stories):
-        return Corpus(source, found.location, {"train": []}, {"train": ()}, settings, generate=found.documents)
-    assert isinstance(found, Path), "Hub corpora are opened by open_hub"
-    files = source_files(found)
-    base = found.parent if found.is_file() else found
+    entry = find(source)
+    if isinstance(entry, Stories):
+        return Corpus(source, entry.location, {"train": []}, {"train": ()}, settings, generate=entry.documents)
+    assert isinstance(entry, Path), "Hub corpora are opened by open_hub"
+    path = entry
+    files = source_files(path)
+    # Records hold paths relative to the source, so the source can be moved.
+    base = path.parent if path.is_file() else path
     # Only the name of the path is stored: token folders are shared.
-    corpus = _open_files(FILES, found.resolve().name, files, base, settings, known)
-    return replace(corpus, notes=files.notes(base), path_sha256=path_sha256(found))
+    corpus = _open_files(FILES, path.resolve().name, files, base, settings, known)
+    return replace(corpus, notes=files.notes(base), path_sha256=path_sha256(path))
 
 
 def path_sha256(path: Path) -> str:
@@ -293,16 +304,17 @@ def open_hub(source: str, settings: Settings, revision: str | None = None) -> Co
     """
     entry = find(source)
     assert isinstance(entry, HubDataset), "the caller has checked the kind of the source"
-    found = Dataset(entry.path, entry.config).find(revision)
+    hub_files = Dataset(entry.path, entry.config).find(revision)
     return Corpus(
         source,
-        found.location,
-        found.files,
-        found.records,
-        replace(settings, val_fraction=None) if "val" in found.files else settings,
+        hub_files.location,
+        hub_files.files,
+        hub_files.records,
+        # The fraction has no effect then. It is not recorded, so that another one does not build the tokens again.
+        replace(settings, val_fraction=None) if "val" in hub_files.files else settings,
         entry.column,
         entry.articles,
-        found.revision,
+        hub_files.revision,
     )
 
 
@@ -318,6 +330,7 @@ def open_text(data_dir: Path, settings: Settings, known: Iterable[FileRecord] = 
             f"{data_dir / 'val'} contains text and {data_dir / 'train'} none; put the training text there, or name a "
             "--source."
         )
+    # Name files of other formats in a note. Their text would otherwise be missing without a message.
     unread = unread_files(data_dir / "train") + unread_files(data_dir / "val")
     corpus = _open_files(TEXT, "", SourceFiles(train, val), data_dir, settings, known)
     return replace(corpus, notes=SourceFiles([], unread=unread).notes(data_dir))
@@ -327,6 +340,7 @@ def _open_files(
     name: str, location: str, files: "SourceFiles", base: Path, settings: Settings, known: Iterable[FileRecord]
 ) -> Corpus:
     paths = {"train": files.train, "val": files.val} if files.val else {"train": files.train}
+    # An iterator would be empty for the second split.
     known = list(known)
     return Corpus(
         name,
@@ -375,12 +389,13 @@ def split_name(name: str) -> str | None:
     The split is a word of the name in any letter case, as in ``train``, ``valid-0``, ``testset``, ``train_sft``,
     ``dev-v2.0``, ``TinyStories-train`` and ``c4-validation.00000-of-00008``.
     """
-    found = SPLIT_NAME.fullmatch(name)
-    return SPLIT_NAMES[found.group(1).lower()] if found else None
+    match = SPLIT_NAME.fullmatch(name)
+    return SPLIT_NAMES[match.group(1).lower()] if match else None
 
 
 def split_of_path(path: Path) -> str | None:
     """Return the split that the outermost folder with such a name says, or else the name of the file."""
+    # A compressed file has two endings.
     stem = Path(path.stem).stem if is_compressed(path) else path.stem
     return next(filter(None, map(split_name, (*path.parts[:-1], stem))), None)
 
@@ -393,6 +408,7 @@ def split_names(folder: Path, files: list[Path]) -> dict[Path, str | None]:
     """
     names = {file: split_of_path(file.relative_to(folder)) for file in files}
     named = [file for file in files if names[file]]
+    # Several names distinguish the files already.
     if len({names[file] for file in named}) != 1:
         return names
     shared = Path(os.path.commonpath([file.parent for file in named]))
@@ -412,8 +428,8 @@ def sort_files(folder: Path) -> SourceFiles:
     """
     files, unread = text_files(folder), unread_files(folder)
     if not files:
-        found = f"it has {kinds(unread)}" if unread else "it is empty"
-        raise UserError(f"--source {folder}: nothing there can be read ({found}); expected files of {READABLE}.")
+        content = f"it has {kinds(unread)}" if unread else "it is empty"
+        raise UserError(f"--source {folder}: nothing there can be read ({content}); expected files of {READABLE}.")
     by_name: dict[str | None, list[Path]] = {}
     for path, name in split_names(folder, files).items():
         by_name.setdefault(name, []).append(path)

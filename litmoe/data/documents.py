@@ -33,6 +33,7 @@ from litmoe.data.files import (
 from litmoe.data.manifest import SPLITS
 
 END_OF_TEXT = "<|endoftext|>"
+# Characters in a batch, which one thread encodes in one call.
 BATCH_CHARACTERS = 1 << 20
 # The beginning of a document decides its split. 64 KiB are enough to tell documents apart.
 HASHED_BYTES = 1 << 16
@@ -142,6 +143,7 @@ def read_unit(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None 
             continue
         for split, document in _split_document(text, unit.split, rules, counts, val_hashes):
             counts.documents[split] += 1
+            # ASCII text has as many bytes as characters, so it need not be encoded to be counted.
             counts.bytes[split] += len(document) if document.isascii() else len(document.encode())
             counts.eot_in_text += document.count(END_OF_TEXT)
             texts[split].append(document)
@@ -168,10 +170,12 @@ def _split_document(
         identity = document_hash(text)
         if split == "val":
             val_hashes.add(identity)
+            # Kept in the unit's record: a restarted call gets them without reading the unit again.
             counts.hashes.append(identity)
         elif identity in val_hashes:
             counts.dropped_duplicates += 1
             return []
+    # Dropped duplicates do not count towards --max_documents.
     counts.read += 1
     if split is not None:
         return [(split, text)]
@@ -217,6 +221,7 @@ def _divided(lines: Iterable[str], separator: str | None) -> Iterator[str]:
     document: list[str] = []
     is_first = True
     for line in lines:
+        # White space after a separator is invisible in an editor, so it is ignored.
         if line.rstrip(" \t\n") not in separators:
             document.append(line)
             continue
@@ -237,6 +242,7 @@ def documents_of_row(text: str) -> list[str]:
     # Nearly all rows take this way.
     if END_OF_TEXT not in text:
         return [text]
+    # The lookbehind finds a separator directly after another one, which has consumed the line end between them.
     return re.split(rf"(?:\A|\r?\n|(?<=\n)){re.escape(END_OF_TEXT)}[ \t]*(?:\r?\n|\Z)", text)
 
 
@@ -257,13 +263,8 @@ def _articles(rows: Iterator[str]) -> Iterator[str]:
 
 def _row_texts(location: Location, row_groups: range | None, rules: Rules, counts: Counts) -> Iterator[str]:
     """Yield the text of each row; broken rows are counted or raised."""
-    column = rules.text_column
-    if suffix(location) == ".parquet":
-        with connection_errors(location):
-            column = parquet_text_column(location, column)
-    elif suffix(location) in (".csv", ".tsv"):
-        # The only column is not taken as the text: the first line may be text instead of names.
-        column = column or "text"
+    column = _column_to_read(location, rules.text_column)
+    # Of a .parquet on the Hub, only the bytes of this column are downloaded.
     for place, row in read_rows(location, columns=[column] if column else None, row_groups=row_groups):
         try:
             if isinstance(row, BadRow):
@@ -281,10 +282,22 @@ def _row_texts(location: Location, row_groups: range | None, rules: Rules, count
             counts.broken_rows += 1
 
 
+def _column_to_read(location: Location, column: str | None) -> str | None:
+    """Return the column with the text before any row is read; None if only the first row of the file can tell."""
+    if suffix(location) == ".parquet":
+        with connection_errors(location):
+            return parquet_text_column(location, column)
+    if suffix(location) in (".csv", ".tsv"):
+        # The only column is not taken as the text: the first line may be text instead of names.
+        return column or "text"
+    return column
+
+
 def _text_of(row: dict[str, Any], column: str) -> str:
     if column not in row:
         raise BadRow(f"no field {column!r} (it has {_names(row)}); --text_column names the field with the text")
     value = row[column]
+    # A null becomes an empty document, which is left out and counted.
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -317,9 +330,9 @@ def parquet_text_column(location: Location, column: str | None) -> str:
         except BadRow as problem:
             raise UserError(f"{location}: {problem}") from None
     if kinds.get(column) != "string":
-        found = f"the column {column!r} holds {kinds[column]}" if column in kinds else f"no column {column!r}"
+        reason = f"the column {column!r} holds {kinds[column]}" if column in kinds else f"no column {column!r}"
         texts = [name for name, kind in kinds.items() if kind == "string"]
-        raise UserError(f"{location}: {found}; its columns with text: {_names(texts)} (--text_column).")
+        raise UserError(f"{location}: {reason}; its columns with text: {_names(texts)} (--text_column).")
     return column
 
 
@@ -396,6 +409,8 @@ def clean(text: str) -> str:
 def document_hash(text: str) -> int:
     """Return 64 bits that identify a document; line ends and white space at the ends do not count."""
     # Cut twice: first cheaply in characters, then exactly in bytes.
+    # 64 bits: among 10 million documents, the chance of any two with the same hash is 1 in 370,000. Python's own hash()
+    # differs between processes.
     beginning = clean(text)[:HASHED_BYTES].encode()[:HASHED_BYTES]
     return int.from_bytes(blake2b(beginning, digest_size=8).digest(), "big")
 
@@ -416,6 +431,7 @@ def cut_document(text: str, val_fraction: float) -> tuple[str, str]:
         The beginning and the end, without the line end or space between them. The end is empty if there is no place.
     """
     middle = round(len(text) * (1 - val_fraction))
+    # So the end has between half and one and a half times its share.
     reach = round(len(text) * val_fraction / 2)
     for blank in ("\n", ". ", " "):
         # The nearest place before or after the middle, near enough to keep the share.

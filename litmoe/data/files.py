@@ -42,7 +42,9 @@ METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json"
 DESCRIPTIONS = ("readme.md", "license.md", "license.txt")
 # On the Hub every block is one request.
 BUFFER_BYTES = 8 << 20
+# The csv module stores its limit in a C long, which has 32 bits on Windows.
 MAX_CSV_FIELD = 2**31 - 1
+# Rows that exist as Python objects at the same time, to limit the memory.
 PARQUET_ROWS = 256
 # UTF-32 comes first: its little-endian mark begins with the one of UTF-16.
 BYTE_ORDER_MARKS = {
@@ -92,6 +94,7 @@ def open_file(location: Location) -> BinaryIO:
         # Imported here, because reading local files must not wait for it.
         from huggingface_hub import HfFileSystem
 
+        # No cache of the file system: the readers request large blocks themselves.
         raw: Any = HfFileSystem().open(location, "rb", cache_type="none")
     else:
         raw = open(location, "rb")  # noqa: SIM115 - the caller closes it
@@ -148,6 +151,7 @@ def _encoding(location: Location) -> str:
     for mark, name in BYTE_ORDER_MARKS.items():
         if beginning.startswith(mark):
             return name
+    # Half of the bytes of ASCII text in UTF-16 are NUL.
     if 4 * beginning.count(0) > len(beginning):
         raise UserError(
             f"{location} is not UTF-8 text: a quarter or more of its first bytes are NUL. If it is UTF-16, convert it: "
@@ -251,6 +255,7 @@ def read_rows(
 
 
 def _json_lines(location: Location) -> Iterator[tuple[str, Any]]:
+    # A lone carriage return is white space in JSON and ends no line.
     with open_text(location, newline="\n") as file:
         yield from _decode_lines(file)
 
@@ -279,6 +284,7 @@ def _decode_line(line: str) -> Any:
 
 def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
     with open_text(location) as file:
+        # A list of rows is a single JSON value, so the complete file is read.
         text = file.read().removeprefix("\ufeff")
     try:
         content = json.loads(text)
@@ -294,6 +300,7 @@ def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{location} cannot be read as JSON ({str(error).partition(';')[0]}).") from None
     rows = content if isinstance(content, list) else [content]
+    # Checked once for the file. Only a file with bad bytes is searched row by row.
     has_bad_bytes = undecoded(text) is not None
     for number, row in enumerate(rows, 1):
         problem = undecoded(json.dumps(row, ensure_ascii=False)) if has_bad_bytes else None
@@ -305,8 +312,10 @@ def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(MAX_CSV_FIELD)
     header: list[str] | None = None
     with open_text(location) as file:
+        # strict: otherwise the reader accepts a quote that is never closed, and the rest of the file is one cell.
         lines = csv.reader(file, delimiter="\t" if suffix(location) == ".tsv" else ",", strict=True)
         while True:
+            # Named before the row is read: a quoted cell may span many lines.
             place = f"line {lines.line_num + 1}"
             try:
                 cells = next(lines, None)
@@ -376,6 +385,7 @@ def _parquet_rows(
                     number += 1
                     yield f"row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
+            # pyarrow raises an OSError without a number for damaged data. One with a number is the system's.
             if isinstance(error, OSError) and (is_remote(location) or error.errno is not None):
                 raise
             raise UserError(f"{location} cannot be read as parquet ({in_short(error)}); get the file again.") from None
@@ -425,18 +435,20 @@ def unread_files(folder: Path) -> list[Path]:
 
 def visible_files(folder: Path) -> list[Path]:
     """Return the files and links below ``folder`` in a fixed order, without hidden ones and those of the system."""
-    found = []
+    visible = []
     for path in folder.rglob("*"):
         names = path.relative_to(folder).parts
         is_hidden = any(name.startswith(".") or name.lower() in SYSTEM_FILES for name in names)
         if not is_hidden and (path.is_file() or path.is_symlink()):
-            found.append(path)
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+            visible.append(path)
+    # By text: paths of Windows are compared without case, and the order of documents must be the same everywhere.
+    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def is_readable(path: Path) -> bool:
     """Return whether a file has one of the formats of ``READABLE``, by its name."""
     is_known = suffix(path) in (*TEXT_SUFFIXES, *ROW_SUFFIXES)
+    # Parquet is read from its end, which a compressed stream does not allow.
     if suffix(path) == ".parquet" and is_compressed(path):
         is_known = False
     return is_known and path.name not in METADATA_FILES and path.is_file()

@@ -2,10 +2,11 @@
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from litmoe.cli import UserError, quoted
 from litmoe.data import manifest
@@ -16,6 +17,11 @@ from litmoe.data.tokenizers import OFFLINE_WAYS
 HUB_NAME = re.compile(r"hf:(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?")
 PARQUET_BRANCH = "refs/convert/parquet"
 """The branch of a Hub dataset with the Hub's own conversion."""
+
+
+def _is_streamable(file: Location) -> bool:
+    """Return whether a file has one of the formats that are streamed from the Hub."""
+    return suffix(file) in (".parquet", ".jsonl") and not is_compressed(file)
 
 
 class HubFiles(NamedTuple):
@@ -50,34 +56,36 @@ class Dataset:
         Raises:
             UserError: without a network, or for a dataset that does not exist or cannot be read.
         """
+        # huggingface_hub reads this variable when it is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         sha = None
         if Path(self.path).is_dir():
-            found, location = self._find_in_folder(), Path(self.path).name
+            splits, location = self._find_in_folder(), Path(self.path).name
         else:
-            found, sha, revision = self._find_on_hub(revision)
+            # A branch may change between two requests, so all of them name one commit.
+            splits, sha, revision = self._find_on_hub(revision)
             location = f"{self.path}@{sha}"
-        files = self._splits(found)
+        files = self._splits(splits)
         with connection_errors(f"{HUB}datasets/{self.path}" if sha else Path(self.path)):
             records = {split: self._records(paths, sha) for split, paths in files.items()}
         return HubFiles(files, records, location, revision)
 
     def _find_in_folder(self) -> dict[str, list[Location]]:
-        found = self._find_files(None)
-        if found is None:
+        splits = self._find_files(None)
+        if splits is None:
             raise UserError(
                 f"{self.path} is a local folder without .parquet or plain .jsonl files, the only ones that hf: "
                 f"reads. Name the folder without hf: {self.flag} {quoted(self.path)}"
             )
-        return found
+        return splits
 
     def _find_on_hub(self, revision: str | None) -> tuple[dict[str, list[Location]], str, str]:
         """Return the files of each split, their commit, and the revision that finds them again."""
         if revision is None or not revision.startswith(PARQUET_BRANCH):
             sha = self._commit(revision)
-            found = self._find_files(sha)
-            if found is not None:
-                return found, sha, sha
+            splits = self._find_files(sha)
+            if splits is not None:
+                return splits, sha, sha
             revision = PARQUET_BRANCH
         # A dataset with a loading script or in another format: the Hub has converted it to parquet.
         sha = self._commit(revision)
@@ -117,27 +125,36 @@ class Dataset:
         )
 
     def _find_files(self, sha: str | None) -> dict[str, list[Location]] | None:
-        """Return the files of each split by the dataset's card and the Hub's conventions; None if they can't be read.
+        """Return the files of each split by the dataset's card and the Hub's conventions; None if not readable."""
+        data_files = self._load_data_files(sha)
+        if not data_files:
+            return None
+        files: dict[str, list[Location]] = {}
+        for split, names in data_files.items():
+            # The library's split names are objects of its own.
+            files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
+        every = [file for names in files.values() for file in names]
+        return files if every and all(map(_is_streamable, every)) else None
 
-        The datasets library knows these conventions. It takes 0.9 s to import, so only this method imports it.
+    def _load_data_files(self, sha: str | None) -> Mapping[Any, Iterable[Any]] | None:
+        """Return the files of each split as the datasets library lists them; None for a dataset that it can't load.
+
+        The library knows the conventions of the Hub. It takes 0.9 s to import, so only this method imports it.
         """
         import datasets
         from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
         datasets.disable_progress_bars()
         try:
-            data_files = datasets.load_dataset_builder(self.path, self.config, revision=sha).config.data_files or {}
+            # The builder only lists the files; it downloads no rows.
+            builder = datasets.load_dataset_builder(self.path, self.config, revision=sha)
+            data_files: Mapping[Any, Iterable[Any]] | None = builder.config.data_files
+            return data_files
         except (RuntimeError, DatasetNotFoundError, DataFilesNotFoundError):
             # RuntimeError: a loading script, which the library no longer runs.
             return None
         except Exception as error:
             raise self._load_error(error) from None
-        files: dict[str, list[Location]] = {}
-        for split, names in data_files.items():
-            files[str(split)] = [name if is_remote(name) else Path(name) for name in map(str, names)]
-        every = [file for names in files.values() for file in names]
-        readable = all(suffix(file) in (".parquet", ".jsonl") and not is_compressed(file) for file in every)
-        return files if every and readable else None
 
     def _load_error(self, error: Exception) -> UserError:
         # The message of a missing config contains the list of configs.
@@ -156,6 +173,19 @@ class Dataset:
 
     def _find_converted_files(self, sha: str) -> dict[str, list[Location]]:
         """Return the files of each split in the Hub's own conversion to parquet: ``CONFIG/SPLIT/NNNN.parquet``."""
+        configs = self._list_converted_files(sha)
+        if not configs:
+            raise UserError(self._unreadable())
+        wanted = self.config
+        if wanted is None:
+            # The only config, or the one that is called default. With several others, the error lists them.
+            wanted = next(iter(configs)) if len(configs) == 1 else "default"
+        if wanted not in configs:
+            raise self._wrong_config(f"[{', '.join(configs)}]")
+        return configs[wanted]
+
+    def _list_converted_files(self, sha: str) -> dict[str, dict[str, list[Location]]]:
+        """Return the files in the Hub's own conversion by config and split."""
         from huggingface_hub import HfApi
 
         configs: dict[str, dict[str, list[Location]]] = {}
@@ -165,33 +195,29 @@ class Dataset:
                 continue
             # The Hub converts only the beginning of large datasets, into partial-train.
             split = folders[0].removeprefix("partial-")
+            # Print this once per split: at its first file.
             if split == "train" and folders[0] != split and name.startswith("0000."):
                 print(f"The Hub has only the beginning of {self.path} as parquet ({config}/{folders[0]}).")
             configs.setdefault(config, {}).setdefault(split, []).append(f"{HUB}datasets/{self.path}@{sha}/{entry}")
-        if not configs:
-            raise UserError(self._unreadable())
-        wanted = self.config
-        if wanted is None:
-            wanted = "default" if "default" in configs or len(configs) > 1 else next(iter(configs))
-        if wanted not in configs:
-            raise self._wrong_config(f"[{', '.join(configs)}]")
-        return configs[wanted]
+        return configs
 
-    def _splits(self, found: dict[str, list[Location]]) -> dict[str, list[Location]]:
+    def _splits(self, splits: dict[str, list[Location]]) -> dict[str, list[Location]]:
         """Return the files of train and val under these names. A test split is never used."""
-        if "train" not in found:
-            raise UserError(f"{self.path} has no split called train, but {', '.join(found)}; name another dataset.")
-        validation = next((name for name in ("validation", "valid", "val", "dev") if name in found), None)
-        unused = [name for name in found if name not in ("train", validation)]
+        if "train" not in splits:
+            raise UserError(f"{self.path} has no split called train, but {', '.join(splits)}; name another dataset.")
+        # Publishers use all of these names for the same split.
+        validation = next((name for name in ("validation", "valid", "val", "dev") if name in splits), None)
+        unused = [name for name in splits if name not in ("train", validation)]
         if unused:
             print(f"Splits of {self.path} that are not used: {', '.join(unused)}")
-        files = {"train": found["train"]}
+        files = {"train": splits["train"]}
         if validation:
-            files["val"] = found[validation]
+            files["val"] = splits[validation]
         return files
 
     def _records(self, files: list[Location], sha: str | None) -> tuple[FileRecord, ...]:
         if sha is None:
+            # Without times: only the content of a file identifies it, as on the Hub.
             folder = Path(self.path).resolve()
             records = [manifest.record(Path(file).resolve(), folder) for file in files]
             return tuple(replace(entry, path=f"{folder.name}/{entry.path}", mtime_ns=0) for entry in records)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cache
 from pathlib import Path, PureWindowsPath
@@ -152,8 +152,10 @@ def read(data_dir: Path) -> Manifest | None:
     """
     path = manifest_path(data_dir)
     try:
+        # Read alone first: a newer format may lack fields that this version expects.
         version = read_json(path)["format"]
-        found = read_file(path)
+        manifest = read_file(path)
+        # Inside of the try: in a file of another program, the format may be no number.
         is_newer = version > FORMAT
     except UNREADABLE:
         return None
@@ -162,11 +164,11 @@ def read(data_dir: Path) -> Manifest | None:
             f"{path} has format {version}, but this version of the project knows only {FORMAT}. Use the newer version "
             "that made these tokens, or another --data_dir."
         )
-    if found is None or found.format != FORMAT:
+    if manifest is None or manifest.format != FORMAT:
         return None
     # Sizes only, because this is asked often. ``verify`` compares the checksums.
-    complete = all(_chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in found.splits.items())
-    return found if complete else None
+    complete = all(_chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in manifest.splits.items())
+    return manifest if complete else None
 
 
 def read_file(path: Path) -> Manifest | None:
@@ -189,6 +191,8 @@ def from_dict(values: dict[str, Any]) -> Manifest:
 
 
 def _split(values: dict[str, Any]) -> Split:
+    # Checked when the manifest is read, so that no later step can leave the folder: datasets of W&B and copied folders
+    # come from elsewhere.
     text = _records(values["text"])
     for name in (*(record.path for record in text), *values.get("files", {})):
         if not lies_inside(name):
@@ -228,6 +232,7 @@ def _chunk_tokens(folder: Path) -> int:
             # The index may come from somebody else, as in a downloaded data set.
             if not lies_inside(name) or (folder / name).stat().st_size != chunk["chunk_bytes"]:
                 return -1
+        # litdata calls the number of tokens of a chunk its dim.
         return sum(chunk["dim"] for chunk in chunks)
     except UNREADABLE:
         return -1
@@ -236,6 +241,7 @@ def _chunk_tokens(folder: Path) -> int:
 def replace_folder(new: Path, old: Path) -> None:
     """Put ``new`` in the place of ``old``. Windows cannot rename over a folder, so the old one is deleted first."""
     if old.exists():
+        # A kill between the two steps leaves neither folder, so the caller deletes the manifest before.
         shutil.rmtree(old)
     os.replace(new, old)
 
@@ -249,13 +255,13 @@ def complete_manifest(data_dir: Path) -> Manifest:
     Raises:
         UserError: the tokens are missing or incomplete.
     """
-    found = read(data_dir)
-    if found is None:
+    manifest = read(data_dir)
+    if manifest is None:
         state = "are not complete" if tokens_dir(data_dir).is_dir() else "do not exist"
         raise UserError(
             f"the tokens of {data_dir} {state}. Make them: `{command('prepare_data.py', '--data_dir', data_dir)}`"
         )
-    return found
+    return manifest
 
 
 def checked_manifest(data_dir: Path) -> Manifest:
@@ -266,19 +272,20 @@ def checked_manifest(data_dir: Path) -> Manifest:
     Raises:
         UserError: the tokens are missing, incomplete or stale.
     """
-    found = complete_manifest(data_dir)
+    manifest = complete_manifest(data_dir)
     files = [path for split in SPLITS for path in text_files(data_dir / split)]
-    if found.source.name != "text" or not files:
-        return found
+    # The text of another source is not in this folder, and may be on another machine.
+    if manifest.source.name != "text" or not files:
+        return manifest
     # Without validation text both splits were made from the same files.
-    recorded = {record.path: record for record in found.text}.values()
+    recorded = {record.path: record for record in manifest.text}.values()
     changes = changed_files(recorded, refresh(files, data_dir, recorded))
     if changes:
         raise UserError(
             f"the text of {data_dir} changed since it was tokenized ({'; '.join(changes[:3])}). Tokenize it again: "
             f"`{command('prepare_data.py', '--data_dir', data_dir)}`"
         )
-    return found
+    return manifest
 
 
 def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
@@ -287,60 +294,68 @@ def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
     Raises:
         UserError: a file is damaged.
     """
-    found = read(data_dir)
-    assert found is not None, "the caller has read the manifest"
-    damaged = _damaged_files(data_dir, found, splits)
+    manifest = read(data_dir)
+    assert manifest is not None, "the caller has read the manifest"
+    # Sizes do not show a flipped bit, so the contents are compared.
+    damaged = _damaged_files(data_dir, manifest, splits)
     if damaged:
         paths = [str(path) for path, _ in damaged[:3]]
         raise UserError(
             f"damaged since it was made: {', '.join(paths)} ({damaged[0][1]}). Remove {tokens_dir(data_dir)} and make "
-            f"the tokens again: {command_to_repeat(data_dir, found)}. (A dataset of W&B: remove {data_dir}; it is "
+            f"the tokens again: {command_to_repeat(data_dir, manifest)}. (A dataset of W&B: remove {data_dir}; it is "
             "downloaded again.)"
         )
 
 
-def _damaged_files(data_dir: Path, found: Manifest, splits: Collection[str]) -> list[tuple[Path, str]]:
+def _damaged_files(data_dir: Path, manifest: Manifest, splits: Collection[str]) -> list[tuple[Path, str]]:
     """Return the files that differ from their checksum or cannot be read, each with the reason."""
-    wanted = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in found.splits[s].files.items()}
-    # Hashing releases Python's lock, so threads use all cores.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        sums = {path: threads.submit(file_sha256, path) for path in wanted}
-        try:
-            if wait(sums.values(), QUIET_SECONDS).not_done:
-                size = sum(path.stat().st_size for path in wanted if path.exists())
-                print(f"Verifying checksums of {size / 1e9:,.1f} GB of tokens ...", flush=True)
-            wait(sums.values())
-        except KeyboardInterrupt:
-            threads.shutdown(cancel_futures=True)
-            raise
+    expected = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in manifest.splits[s].files.items()}
     damaged = []
-    for path, digest in sums.items():
+    for path, digest in _hash_in_threads(expected).items():
         if error := digest.exception():
             damaged.append((path, f"it can't be read: {error}"))
-        elif digest.result() != wanted[path]:
+        elif digest.result() != expected[path]:
             damaged.append((path, f"its checksum differs from {manifest_path(data_dir)}"))
     return damaged
 
 
-def flags_to_repeat(found: Manifest) -> dict[str, Any]:
+def _hash_in_threads(paths: Collection[Path]) -> dict[Path, Future[str]]:
+    """Return the SHA-256 of each file, or the error of reading it, as a future that is done."""
+    # Hashing releases Python's lock, so threads use all cores.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        sums = {path: threads.submit(file_sha256, path) for path in paths}
+        try:
+            if wait(sums.values(), QUIET_SECONDS).not_done:
+                size = sum(path.stat().st_size for path in paths if path.exists())
+                print(f"Verifying checksums of {size / 1e9:,.1f} GB of tokens ...", flush=True)
+            wait(sums.values())
+        except KeyboardInterrupt:
+            # Otherwise leaving the block would wait for all files that are still queued.
+            threads.shutdown(cancel_futures=True)
+            raise
+    return sums
+
+
+def flags_to_repeat(manifest: Manifest) -> dict[str, Any]:
     """Return the flags of ``prepare_data.py`` that decide which text becomes which documents."""
-    flags = {name: value for name, value in asdict(found.settings).items() if value not in (None, False)}
+    flags = {name: value for name, value in asdict(manifest.settings).items() if value not in (None, False)}
     # An empty value on the command line means no separator.
     if flags.get("document_separator") == "":
         flags["document_separator"] = r"\n"
-    if found.source.name != "text":
-        flags["source"] = found.source.location if found.source.name == "files" else found.source.name
+    # Text in place is what a call without --source uses.
+    if manifest.source.name != "text":
+        flags["source"] = manifest.source.location if manifest.source.name == "files" else manifest.source.name
     return flags
 
 
 def command_to_repeat(
-    data_dir: Path, found: Manifest, tokenizer_dir: Path | None = None, *, overwrite: bool = False
+    data_dir: Path, manifest: Manifest, tokenizer_dir: Path | None = None, *, overwrite: bool = False
 ) -> str:
     """Return the command that makes the same tokens again after their folder was removed.
 
     Args:
         data_dir: the data folder.
-        found: the manifest of the tokens.
+        manifest: the manifest of the tokens.
         tokenizer_dir: where their tokenizer may be, in addition to the usual places.
         overwrite: the tokens are still there.
     """
@@ -351,17 +366,18 @@ def command_to_repeat(
         data_dir / "tokenizer",
         data_dir.parent / "tokenizer",
     )
-    same = [folder for folder in places if _has_fingerprint(folder, found.tokenizer.sha256)]
+    # These places are only guesses; the fingerprint tells whether it is the right tokenizer.
+    same = [folder for folder in places if _has_fingerprint(folder, manifest.tokenizer.sha256)]
     arguments: list[object] = ["--data_dir", data_dir]
     arguments += ["--tokenizer_dir", same[0] if same else "FOLDER_OF_THEIR_TOKENIZER"]
-    for name, value in flags_to_repeat(found).items():
+    for name, value in flags_to_repeat(manifest).items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", value]
     arguments += ["--overwrite"] if overwrite else []
     first = ""
-    if found.source.name == "text" and not (data_dir / "train").exists():
+    if manifest.source.name == "text" and not (data_dir / "train").exists():
         first = f"put its text back into {data_dir}, then "
-    elif found.source.name == "files" and not Path(str(found.source.location)).exists():
-        first = f"its text came from {found.source.location}, which is not in {Path.cwd()}; bring it back, then "
+    elif manifest.source.name == "files" and not Path(str(manifest.source.location)).exists():
+        first = f"its text came from {manifest.source.location}, which is not in {Path.cwd()}; bring it back, then "
     return f"{first}`{command('prepare_data.py', *arguments)}`"
 
 
@@ -378,6 +394,7 @@ def _has_fingerprint(folder: Path, sha256: str) -> bool:
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the chunks of a split and of their index, by name."""
     paths = [*sorted(folder.glob("chunk-*.bin")), folder / "index.json"]
+    # Hashing releases Python's lock, so threads use all cores.
     with ThreadPoolExecutor() as threads:
         return {path.name: digest for path, digest in zip(paths, threads.map(file_sha256, paths), strict=True)}
 
@@ -403,11 +420,13 @@ def refresh(paths: Iterable[Path], folder: Path, known: Iterable[FileRecord]) ->
 
 def contents(records: Iterable[FileRecord]) -> dict[str, str]:
     """Return path to checksum, to compare two sets of files."""
+    # Without times, which differ between two copies of the same file.
     return {entry.path: entry.sha256 for entry in records}
 
 
 def changed_files(old: Iterable[FileRecord], new: Iterable[FileRecord]) -> list[str]:
     """Name the files that differ, one phrase for each."""
+    # A file that was renamed is both gone and new: the name decides its place in the order of documents.
     before, after = contents(old), contents(new)
     changed = [f"{path} changed" for path in before if path in after and before[path] != after[path]]
     removed = [f"{path} was removed" for path in before if path not in after]
@@ -417,6 +436,7 @@ def changed_files(old: Iterable[FileRecord], new: Iterable[FileRecord]) -> list[
 
 def text_fingerprint(records: Iterable[FileRecord]) -> str:
     """Return one fingerprint of many files."""
+    # Sorted: systems list files in different orders.
     return hashlib.sha256(json.dumps(sorted(contents(records).items())).encode()).hexdigest()
 
 
@@ -432,6 +452,7 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     path = Path(tokenizer_dir) / "tokenizer.json"
     try:
         status = path.stat()
+        # Both are passed to the cached function, because they come from another file, tokenizer_config.json.
         eos_token, bos_token = end_of_text_token(Path(tokenizer_dir)), begin_of_text_token(Path(tokenizer_dir))
         return _tokenizer_fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino, eos_token, bos_token)
     except OSError:
@@ -458,6 +479,7 @@ def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None, bos_to
     """Return ``tokenizer_fingerprint`` of a loaded tokenizer; ``bos_token`` is None if texts do not begin with one."""
     # Truncation and padding change no id, since this project switches them off.
     essence = {key: value for key, value in tokenizer_json.items() if key not in ("truncation", "padding")}
+    # No entry for a missing begin-of-text token: fingerprints from before such tokens were known stay valid.
     tokens = [eos_token] if bos_token is None else [eos_token, bos_token]
     return hashlib.sha256(json.dumps([essence, *tokens], sort_keys=True).encode()).hexdigest()
 
@@ -485,6 +507,7 @@ def token_text(token: Any) -> Any:
 
 def _tokenizer_config(tokenizer_dir: Path) -> dict[str, Any]:
     try:
+        # Without a readable file no token is named. ``tokenizers.load`` reports that with a fix.
         config = read_json(tokenizer_dir / "tokenizer_config.json")
     except (OSError, ValueError):
         return {}

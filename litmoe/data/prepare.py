@@ -14,12 +14,12 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from litmoe.data.documents import END_OF_TEXT
 from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_files, unread_files
 from litmoe.data.manifest import SPLITS, Manifest, Settings, Source, Split, TokenizerRecord
 from litmoe.data.tokenizers import TokenizerInfo
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # What a call without --source uses. No file has these names.
 IN_PLACE = "(text in place)"
@@ -162,29 +165,41 @@ def prepare(args: PrepareArgs) -> Manifest:
     """
     args.check()
     with locked(args.data_dir):
+        # First finish a call that was killed while it moved complete tokens into place.
         _publish(args.data_dir, args.tokenizer_dir)
-        found = manifest.read(args.data_dir)
-        source = args.source or _source_in_place(args, found)
-        _refuse_replacing(args, source, found)
-        corpus = _open_local(args, source, found)
-        tokenizer = _choose_tokenizer(args, corpus, found)
-        changes = _changes(args, source, corpus, tokenizer, found)
-        if found is None or changes:
+        previous = manifest.read(args.data_dir)
+        source = args.source or _source_in_place(args, previous)
+        # Refuse before the source is opened: that reads its files for their checksums, which can take minutes.
+        _refuse_replacing(args, source, previous)
+        corpus = _open_local(args, source, previous)
+        tokenizer = _choose_tokenizer(args, corpus, previous)
+        changes = _changes(args, source, corpus, tokenizer, previous)
+        if previous is None or changes:
             # The Hub is asked only now: an unchanged folder needs no network.
-            found = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
+            result = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
         else:
-            _keep_tokens(args, source, tokenizer)
-            print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
-            print(_summary(found))
+            result = previous
+            _keep(args, source, tokenizer, previous)
     if args.log_to_wandb or os.environ.get("WANDB_LOG_DATASET") == "1":
         _log_to_wandb(args)
-    return found
+    return result
+
+
+def _keep(args: PrepareArgs, source: str, tokenizer: TokenizerChoice, previous: Manifest) -> None:
+    """Keep tokens that are up to date. Their tokenizer is put into ``tokenizer_dir`` if it is not there."""
+    if tokenizer.files is not None:
+        tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
+    # What a call left that was killed after its tokens were complete. The unfinished work of another source stays.
+    if _read_started(args.data_dir).get("source") in (None, _label(source)):
+        shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
+    print(f"{args.data_dir} is prepared and nothing changed; nothing to do.")
+    print(_summary(previous))
 
 
 # --- what to do ---
 
 
-def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
+def _source_in_place(args: PrepareArgs, previous: Manifest | None) -> str:
     """Return the source of a call without ``--source``: ``IN_PLACE``, ``TOKENS`` as they are, or the default.
 
     Raises:
@@ -193,13 +208,14 @@ def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
     check_placed_text(args.data_dir)
     has_text = any(text_files(args.data_dir / split) for split in SPLITS)
     # 0.1.0 wrote the text of every source to train/ and val/, and said so in source.json.
-    was_written = found is not None and found.source.name != TEXT and (args.data_dir / "source.json").exists()
+    was_written = previous is not None and previous.source.name != TEXT and (args.data_dir / "source.json").exists()
     if has_text and not was_written:
         return IN_PLACE
-    recorded = found or manifest.read_file(manifest.manifest_path(args.data_dir))
+    # If chunks are missing, the manifest does not count as complete, but it still names the source.
+    recorded = previous or manifest.read_file(manifest.manifest_path(args.data_dir))
     if recorded is None:
         return corpora.DEFAULT
-    if found is None:
+    if previous is None:
         raise UserError(
             f"the tokens of {args.data_dir} are damaged, and their text is not there. Make them again: "
             f"{manifest.command_to_repeat(args.data_dir, recorded, args.tokenizer_dir)}"
@@ -212,19 +228,21 @@ def _source_in_place(args: PrepareArgs, found: Manifest | None) -> str:
     return TOKENS
 
 
-def _refuse_replacing(args: PrepareArgs, source: str, found: Manifest | None) -> None:
+def _refuse_replacing(args: PrepareArgs, source: str, previous: Manifest | None) -> None:
     """Raise ``UserError`` if a source would replace the tokens of another one, finished or not."""
     if args.overwrite:
         return
-    if found is None:
+    if previous is None:
         unfinished = _read_started(args.data_dir).get("source")
         if unfinished not in (None, _label(source)):
             raise UserError(
                 f"{args.data_dir} contains the unfinished preparation of {unfinished}. Resume it with --source "
                 f"{quoted(unfinished)}, choose another --data_dir, or delete it with --overwrite."
             )
-    elif source != TOKENS and not _is_same(source, found.source):
-        existing = f"{found.source.name} ({found.source.location})" if found.source.location else found.source.name
+    elif source != TOKENS and not _is_same(source, previous.source):
+        existing = previous.source.name
+        if previous.source.location:
+            existing += f" ({previous.source.location})"
         new = f"the text in {args.data_dir}" if source == IN_PLACE else f"--source {source}"
         raise UserError(
             f"{args.data_dir} already contains the tokens of {existing}, which {new} would replace. Choose another "
@@ -254,11 +272,11 @@ def _settings(args: PrepareArgs, source: str) -> Settings:
     return Settings(fraction, args.separator, args.text_column, args.max_documents, args.skip_broken)
 
 
-def _open_local(args: PrepareArgs, source: str, found: Manifest | None) -> Corpus | None:
+def _open_local(args: PrepareArgs, source: str, previous: Manifest | None) -> Corpus | None:
     """Open a source on this machine; None for the Hub, which is asked only if something changed."""
     if source == TOKENS or corpora.is_hub(source):
         return None
-    known = found.text if found is not None else []
+    known = previous.text if previous is not None else []
     if source != IN_PLACE:
         return corpora.open_local(source, _settings(args, source), known)
     if args.max_documents is not None:
@@ -266,45 +284,47 @@ def _open_local(args: PrepareArgs, source: str, found: Manifest | None) -> Corpu
     return corpora.open_text(args.data_dir, _settings(args, source), known)
 
 
-def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, found: Manifest | None) -> TokenizerChoice:
+def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, previous: Manifest | None) -> TokenizerChoice:
+    # A trained tokenizer depends on the text as it is now. The manifest stands in for text that is not opened yet.
     if corpus is not None:
         return choose_tokenizer(args, corpus.records["train"], corpus.settings)
-    if found is not None:
-        return choose_tokenizer(args, found.splits["train"].text, found.settings)
+    if previous is not None:
+        return choose_tokenizer(args, previous.splits["train"].text, previous.settings)
     return choose_tokenizer(args, (), None)
 
 
 def _changes(
-    args: PrepareArgs, source: str, corpus: Corpus | None, tokenizer: TokenizerChoice, found: Manifest | None
+    args: PrepareArgs, source: str, corpus: Corpus | None, tokenizer: TokenizerChoice, previous: Manifest | None
 ) -> list[str]:
     """Name what differs between the manifest and this call; nothing if the tokens are up to date.
 
     Raises:
         UserError: finished tokens were to be used as they are, and that is not possible.
     """
-    if found is None:
+    if previous is None:
         return ["not tokenized yet"]
     if args.overwrite:
         return ["--overwrite"]
-    changes = [] if tokenizer.sha256 == found.tokenizer.sha256 else ["another tokenizer"]
+    changes = [] if tokenizer.sha256 == previous.tokenizer.sha256 else ["another tokenizer"]
     if source == TOKENS:
-        _require_source(args, found, changes)
+        _require_source(args, previous, changes)
         return []
-    changes += _changed_settings(found.settings, corpus.settings if corpus else _settings(args, source))
+    changes += _changed_settings(previous.settings, corpus.settings if corpus else _settings(args, source))
+    # Only local files can have changed: a Hub corpus was tokenized at a fixed commit, and stories have no files.
     if corpus is not None and corpus.generate is None:
-        changes += manifest.changed_files(found.text, corpus.all_records)
-    if args.keep_text and not found.keeps_text:
+        changes += manifest.changed_files(previous.text, corpus.all_records)
+    if args.keep_text and not previous.keeps_text:
         changes.append("--keep_text")
     return changes
 
 
-def _require_source(args: PrepareArgs, found: Manifest, changes: list[str]) -> None:
+def _require_source(args: PrepareArgs, previous: Manifest, changes: list[str]) -> None:
     """Raise ``UserError`` if finished tokens cannot be used as they are."""
     given = [f"--{name}" for name in SOURCE_FLAGS if getattr(args, name) not in (None, False, "")]
     if not changes and not given:
         return
-    source = found.source.location if found.source.name == FILES else found.source.name
-    where = f"put its text back into {args.data_dir}" if found.source.name == TEXT else f"add --source {source}"
+    source = previous.source.location if previous.source.name == FILES else previous.source.name
+    where = f"put its text back into {args.data_dir}" if previous.source.name == TEXT else f"add --source {source}"
     raise UserError(
         f"the tokens of {args.data_dir} were made from {source}, which this call does not name. For "
         f"{' and '.join(given + changes)} they must be made again: {where}."
@@ -315,8 +335,9 @@ def _changed_settings(old: Settings, new: Settings) -> list[str]:
     # A corpus with its own validation text has no fraction, which its flags can't tell.
     if old.val_fraction is None:
         new = replace(new, val_fraction=None)
-    before = asdict(old)
-    return [f"{name} {before[name]!r} became {value!r}" for name, value in asdict(new).items() if before[name] != value]
+    old_values, new_values = asdict(old), asdict(new)
+    changed = [name for name, value in new_values.items() if value != old_values[name]]
+    return [f"{name} {old_values[name]!r} became {new_values[name]!r}" for name in changed]
 
 
 def check_placed_text(data_dir: Path) -> None:
@@ -352,21 +373,13 @@ def _misplaced_text(data_dir: Path) -> Path | None:
     return None
 
 
-def _keep_tokens(args: PrepareArgs, source: str, tokenizer: TokenizerChoice) -> None:
-    """Bring back the tokenizer of tokens that are up to date, and remove what a killed call left next to them."""
-    if tokenizer.files is not None:
-        tokenizers.install(tokenizer.files, tokenizer.origin, args.tokenizer_dir)
-    # The unfinished tokens of another source are kept: they may have taken hours.
-    if _read_started(args.data_dir).get("source") in (None, _label(source)):
-        shutil.rmtree(manifest.tokens_dir(args.data_dir) / BUILDING, ignore_errors=True)
-
-
 # --- building ---
 
 
 def _label(source: str) -> str:
     """Return what identifies a source on this machine."""
     is_path = source not in (IN_PLACE, TOKENS, *corpora.CORPORA) and not corpora.is_hub(source)
+    # The full path: unlike the manifest, the unfinished folder is not shared, and two folders may have the same name.
     return str(Path(source).resolve()) if is_path else source
 
 
@@ -381,6 +394,7 @@ def _read_started(data_dir: Path) -> dict[str, Any]:
 def _open_stream(args: PrepareArgs, source: str) -> Corpus:
     """Open a Hub corpus. An interrupted call is resumed with the same revision of the dataset."""
     started = _read_started(args.data_dir)
+    # Finished units must come from the same commit as the rest, or documents could be missing or doubled.
     revision = started.get("revision") if started.get("source") == source else None
     return corpora.open_hub(source, _settings(args, source), revision)
 
@@ -394,6 +408,7 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
     building = manifest.tokens_dir(args.data_dir) / BUILDING
     try:
         building.mkdir(parents=True, exist_ok=True)
+        # Written before any token, so that a later call knows whose work it would resume or delete.
         started_by = {
             "source": _label(source),
             "revision": corpus.revision,
@@ -401,7 +416,8 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
         }
         write_json(building / "started.json", started_by)
         info = _prepare_tokenizer(args, corpus, tokenizer, building / "tokenizer")
-        found = _tokenize(args, corpus, info, building)
+        result = _tokenize(args, corpus, info, building)
+    # Must come before its base class: finished units are kept, so a lost connection does not lose hours of work.
     except Unfinished:
         raise
     except UserError:
@@ -412,11 +428,11 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
         print("\nStopped. Finished parts are kept; run the same command again to resume.")
         raise
     # From here on the tokens count as complete: a killed call is finished by the next one.
-    manifest.write_file(building / "manifest.json", found)
+    manifest.write_file(building / "manifest.json", result)
     _publish(args.data_dir, args.tokenizer_dir)
-    print(_summary(found))
+    print(_summary(result))
     print(f"Prepared in {time.perf_counter() - started:.1f} s. The tokens can be used with any context length.")
-    return found
+    return result
 
 
 def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerChoice, folder: Path) -> TokenizerInfo:
@@ -448,15 +464,9 @@ def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerCh
 
 def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: Path) -> Manifest:
     """Write the chunks of both splits, and with ``--keep_text`` the text, below ``building``."""
-    tokenizer_json = info.folder / "tokenizer.json"
-    fast = tokenizers.agrees_with_tiktoken(tokenizer_json, proof_documents(corpus))
-    encoder = tokenizers.Encoder(tokenizer_json, info.eos_id, info.bos_id, fast=fast)
     dtype = tokens.dtype_for(info.vocab_size)
-
-    def encode(texts: list[str]) -> bytes:
-        # Little-endian on every machine.
-        return encoder(texts).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-
+    encode = _encoder_to_bytes(corpus, info, dtype)
+    # Which encoder runs is no input of the units: both give the same ids, so either may resume the other's work.
     store, records = tokens.tokenize_corpus(
         corpus, encode, building, inputs=[info.sha256], keep_text=args.keep_text, num_workers=args.num_workers
     )
@@ -467,21 +477,25 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
     for split in SPLITS:
         if not totals.documents[split]:
             raise UserError(_no_text(corpus, split))
+        # From the records of all units, so the chunks of a resumed call equal those of an uninterrupted one.
         number, chunks = tokens.write_chunks(store, records, split, dtype)
-        is_first = not splits
         splits[split] = Split(
             documents=totals.documents[split],
             tokens=number,
             bytes=totals.bytes[split],
-            # These were counted for both splits together; the summary adds up the splits.
-            empty_documents=totals.empty_documents if is_first else 0,
-            dropped_duplicates=totals.dropped_duplicates if is_first else 0,
-            broken_rows=totals.broken_rows if is_first else 0,
+            empty_documents=0,
             chunks=chunks,
             dtype=dtype,
             text=corpus.records_of(split),
             files=manifest.checksums(store.folder / split),
         )
+    # These were counted for both splits together. The summary adds up the splits, so one of them holds all.
+    splits["train"] = replace(
+        splits["train"],
+        empty_documents=totals.empty_documents,
+        dropped_duplicates=totals.dropped_duplicates,
+        broken_rows=totals.broken_rows,
+    )
     if args.keep_text:
         tokens.move_text(store, records)
     return Manifest(
@@ -492,9 +506,24 @@ def _tokenize(args: PrepareArgs, corpus: Corpus, info: TokenizerInfo, building: 
         tokenizer=TokenizerRecord(info.name, info.sha256, info.vocab_size, info.eos_token, info.eos_id),
         settings=corpus.settings,
         splits=splits,
+        # For the user; tokens made by other versions are used as they are.
         versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         keeps_text=args.keep_text,
     )
+
+
+def _encoder_to_bytes(corpus: Corpus, info: TokenizerInfo, dtype: str) -> Callable[[list[str]], bytes]:
+    """Return the function that makes the stored tokens of documents, with the fastest encoder that is exact."""
+    tokenizer_json = info.folder / "tokenizer.json"
+    # tiktoken encodes several times as fast. Its ids are compared with the tokenizer's on this text at each start.
+    fast = tokenizers.agrees_with_tiktoken(tokenizer_json, proof_documents(corpus))
+    encoder = tokenizers.Encoder(tokenizer_json, info.eos_id, info.bos_id, fast=fast)
+
+    def encode(texts: list[str]) -> bytes:
+        # Little-endian on every machine.
+        return encoder(texts).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+
+    return encode
 
 
 def _no_text(corpus: Corpus, split: str) -> str:
@@ -508,8 +537,8 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
     """Move complete tokens and their tokenizer into place; also finishes this for a killed call."""
     folder = manifest.tokens_dir(data_dir)
     building = folder / BUILDING
-    found = manifest.read_file(building / "manifest.json")
-    if found is None:
+    finished = manifest.read_file(building / "manifest.json")
+    if finished is None:
         return
     # From here to the new manifest nothing counts as complete.
     manifest.manifest_path(data_dir).unlink(missing_ok=True)
@@ -519,18 +548,20 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
         files = tokenizers.from_folder(building / "tokenizer")
         tokenizers.install(files, tokenizers.origin(building / "tokenizer"), tokenizer_dir)
     # All results are in the folder of the units: "units", or "cut" for few documents. tokenize_corpus leaves only one.
+    # What a killed call has moved already is not found again.
     for name in (*SPLITS, "text"):
-        for result in building.glob(f"*/{name}/"):
-            manifest.replace_folder(result, folder / name)
-    if not found.keeps_text:
+        for folder_of_results in building.glob(f"*/{name}/"):
+            manifest.replace_folder(folder_of_results, folder / name)
+    if not finished.keeps_text:
         shutil.rmtree(folder / "text", ignore_errors=True)
+    # Last: from here on the tokens count as complete.
     os.replace(building / "manifest.json", manifest.manifest_path(data_dir))
     shutil.rmtree(building)
 
 
-def _summary(found: Manifest) -> str:
+def _summary(result: Manifest) -> str:
     lines = [f"{'':6} {'documents':>12} {'tokens':>15} {'text':>12}"]
-    for name, split in found.splits.items():
+    for name, split in result.splits.items():
         lines.append(f"{name:6} {split.documents:>12,} {split.tokens:>15,} {split.bytes / 1e6:>9,.2f} MB")
     left_out = {
         "empty documents left out.": "empty_documents",
@@ -538,7 +569,7 @@ def _summary(found: Manifest) -> str:
         "rows left out that could not be read (--skip_broken).": "broken_rows",
     }
     for what, name in left_out.items():
-        number = sum(getattr(split, name) for split in found.splits.values())
+        number = sum(getattr(split, name) for split in result.splits.values())
         if number:
             lines.append(f"{number:,} {what}")
     return "\n".join(lines)
@@ -571,14 +602,17 @@ def locked(data_dir: Path) -> Iterator[None]:
     for folder in parents:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--data_dir {data_dir}: {folder} is a file; expected a folder.")
+    # Only folders that this call makes are removed again if it is refused.
     made = [folder for folder in parents if not folder.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(data_dir, os.W_OK):
         # Prepared tokens can be used from a read-only folder.
         yield
         return
+    # The operating system releases the lock when a process ends, so a killed call does not block the next one.
     lock = FileLock(data_dir / LOCK)
     try:
+        # Try without waiting first, to tell the user why the call waits.
         lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is preparing {data_dir}; waiting for it.")
@@ -586,15 +620,20 @@ def locked(data_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # not empty, or not there
-            (data_dir / "tokens").rmdir()
-        is_unused = bool(made) and [entry.name for entry in data_dir.iterdir()] == [LOCK]
-        # POSIX must delete the lock file before another process locks it; Windows cannot delete an open file.
-        if is_unused and os.name != "nt":
-            (data_dir / LOCK).unlink()
-        lock.release()
-        if is_unused:
-            _remove_folders(data_dir, made)
+        _unlock(lock, data_dir, made)
+
+
+def _unlock(lock: "FileLock", data_dir: Path, made: list[Path]) -> None:
+    """Release the lock. If the call left nothing in ``data_dir``, remove the folders that it made."""
+    with suppress(OSError):  # not empty, or not there
+        (data_dir / "tokens").rmdir()
+    is_unused = bool(made) and [entry.name for entry in data_dir.iterdir()] == [LOCK]
+    # POSIX must delete the lock file before another process locks it; Windows cannot delete an open file.
+    if is_unused and os.name != "nt":
+        (data_dir / LOCK).unlink()
+    lock.release()
+    if is_unused:
+        _remove_folders(data_dir, made)
 
 
 def _remove_folders(data_dir: Path, made: list[Path]) -> None:

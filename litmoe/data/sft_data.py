@@ -73,6 +73,7 @@ class EncodedConversations(Dataset[tuple[Tensor, Tensor]]):
             if not any(conversation.is_answer[:size]):
                 left_out_prompts.append(conversation.is_answer.index(True))
                 continue
+            # int32 in memory, half of the int64 that the loss needs.
             ids.append(torch.tensor(conversation.input_ids[:size], dtype=torch.int32))
             is_answer.append(torch.tensor(conversation.is_answer[:size]))
             self.counts.cut += len(ids[-1]) < len(conversation.input_ids)
@@ -98,8 +99,10 @@ def collate(items: list[tuple[Tensor, Tensor]], pad_id: int, max_seq_length: int
     lengths = torch.tensor([len(ids) - 1 for ids, _ in items])
     # Rounded up: the longest conversation with its padding.
     width = -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    # The model has no positions beyond the context, so rounding must not pass it.
     if max_seq_length > 0:
         width = min(width, max_seq_length)
+    # Padding comes after the text, so causal attention never reads it, and it has no target.
     input_ids = torch.full((len(items), width), pad_id)
     targets = torch.full((len(items), width), IGNORE_INDEX)
     for row, (ids, is_answer) in enumerate(items):
@@ -137,11 +140,13 @@ class InstructionData(DataModule):
     seed: int = 42
     """Determines the training order."""
 
+    # Set by ``connect``. init=False keeps these fields out of run files and of the help.
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
     max_seq_length: int = field(default=-1, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # A dataclass does not call the constructor of its base class.
         super().__init__()
         self.data_dir = Path(self.data_dir)
         self._encoded: dict[str, EncodedConversations] = {}
@@ -187,6 +192,7 @@ class InstructionData(DataModule):
         for split in instructions.SPLITS:
             if split not in self._encoded:
                 messages = instructions.conversations(self.data_dir, split)
+                # A generator, so that the lists of ids exist for one conversation at a time.
                 encoded = (encode_conversation(one, tokenizer, style) for one in messages)
                 self._encoded[split] = EncodedConversations(encoded, self.max_seq_length)
 

@@ -37,12 +37,15 @@ class TokenizedText(DataModule):
     seed: int = 42
     """Determines the training order."""
 
+    # Set by ``connect``. init=False keeps these fields out of run files and of the help.
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
     max_seq_length: int = field(default=-1, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # A dataclass does not call the constructor of its base class.
         super().__init__()
+        # A script may pass str. LitGPT's TextFiles fails for it.
         self.train_data_path, self.val_data_path = Path(self.train_data_path), Path(self.val_data_path)
         self.data_dir = self.train_data_path.parent
         # The tokens of both splits are in one folder next to them, as prepare_data.py writes them.

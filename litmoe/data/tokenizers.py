@@ -38,6 +38,7 @@ ORIGIN = "prepared_from"
 # Copied if they exist, in addition to tokenizer.json and tokenizer_config.json.
 OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")
+# The pattern of the ByteLevel pre-tokenizer in tokenizers. tokenizer.json does not contain it, and tiktoken needs it.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 OFFLINE_WAYS = """Without a network:
@@ -115,12 +116,41 @@ def from_hub(name: str) -> TokenizerFiles:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
+
+    problem = _connection_problem(name)
+    paths: dict[str, str] = {}
+    # File by file, because only tokenizer.json is required. Without a network the cache may hold them.
+    for file in ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES):
+        try:
+            paths[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=problem is not None)
+        except EntryNotFoundError:  # also LocalEntryNotFoundError
+            continue
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
+            ) from None
+    if not paths and problem is not None:
+        raise UserError(
+            f"the tokenizer {name!r} is not available from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}"
+        )
+    if "tokenizer.json" not in paths:
+        raise UserError(f"{name!r} on the Hub has no tokenizer.json; name another one.")
+    return from_folder(Path(next(iter(paths.values()))).parent, name)
+
+
+def _connection_problem(name: str) -> str | None:
+    """Return why the Hub can't be reached; None if it has this tokenizer.
+
+    Raises:
+        UserError: the Hub has no such tokenizer, or gives it only to users who accept its terms.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         # One short request first: without a network, a download would retry for a long time.
         huggingface_hub.HfApi().model_info(name, timeout=10)
-        reachable, problem = True, ""
     except GatedRepoError:
         raise UserError(f"the tokenizer {name!r} is gated: accept its terms on the Hub and `hf auth login`.") from None
     except (RepositoryNotFoundError, HFValidationError):
@@ -129,24 +159,8 @@ def from_hub(name: str) -> TokenizerFiles:
             "as gpt2, a folder with a tokenizer.json, or the word train."
         ) from None
     except Exception as error:  # the transport raises many kinds of errors without a network
-        reachable, problem = False, in_short(error)
-    found: dict[str, str] = {}
-    for file in ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES):
-        try:
-            found[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=not reachable)
-        except EntryNotFoundError:  # also LocalEntryNotFoundError
-            continue
-        except Exception as error:
-            raise UserError(
-                f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
-            ) from None
-    if not found and not reachable:
-        raise UserError(
-            f"the tokenizer {name!r} is not available from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}"
-        )
-    if "tokenizer.json" not in found:
-        raise UserError(f"{name!r} on the Hub has no tokenizer.json; name another one.")
-    return from_folder(Path(next(iter(found.values()))).parent, name)
+        return in_short(error)
+    return None
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
@@ -154,11 +168,13 @@ def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
+    # tiktoken knows no prefix space, so a tokenizer with one would be encoded slowly.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
+        # All bytes, so that any text can be encoded. alphabet() returns them in another order in each process.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -181,21 +197,33 @@ def _completed(
             f"the tokenizer of {origin} has no token {eos!r}, which its tokenizer_config.json names as eos_token; name "
             "the token that ends a text there."
         )
-    before = _token_before_texts(tokenizer)
-    defaults = {"bos_token": before or eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = _completed_config(config, eos, _token_before_texts(tokenizer))
+    if config.get("add_bos_token") and parsed.token_to_id(config["bos_token"]) is None:
+        raise UserError(
+            f"the tokenizer of {origin} has no token {config['bos_token']!r}, which its tokenizer_config.json puts "
+            "before each text (bos_token, add_bos_token); name the token that begins a text there, or "
+            'set "add_bos_token": false.'
+        )
+    return TokenizerFiles(tokenizer, config, others, inferred=named is None)
+
+
+def _completed_config(config: dict[str, Any], eos: str, begin_token: str | None) -> dict[str, Any]:
+    """Add to ``tokenizer_config.json`` the tokens around texts and a class.
+
+    Args:
+        config: as it was given.
+        eos: the token that ends a text.
+        begin_token: the token that the template of ``tokenizer.json`` puts before each text; None without one.
+    """
+    # LitGPT's TextFiles fails without a bos_token. Whether texts begin with it is decided below.
+    defaults = {"bos_token": begin_token or eos, "tokenizer_class": "PreTrainedTokenizerFast"}
     given = {key: value for key, value in config.items() if value is not None and key != ORIGIN}
     config = defaults | given | {"eos_token": eos}
     config["bos_token"] = token_text(config["bos_token"])
     # LitGPT does not read the template, so the rule is written out.
-    if config.get("add_bos_token", before is not None or config["tokenizer_class"] == "LlamaTokenizer"):
+    if config.get("add_bos_token", begin_token is not None or config["tokenizer_class"] == "LlamaTokenizer"):
         config["add_bos_token"] = True
-        if parsed.token_to_id(config["bos_token"]) is None:
-            raise UserError(
-                f"the tokenizer of {origin} has no token {config['bos_token']!r}, which its tokenizer_config.json puts "
-                "before each text (bos_token, add_bos_token); name the token that begins a text there, or "
-                'set "add_bos_token": false.'
-            )
-    return TokenizerFiles(tokenizer, config, others, inferred=named is None)
+    return config
 
 
 def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
@@ -213,7 +241,8 @@ def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
 def _infer_end_of_text(tokenizer: dict[str, Any], others: dict[str, str], origin: str) -> str:
     """Return the token that can end a text: where generation ends, the one with a usual name, or the only one."""
     special = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or [] if token.get("special")}
-    with suppress(KeyError, ValueError):
+    # TypeError: a list of ids, as Llama 3 has, does not say which one ends a text.
+    with suppress(KeyError, ValueError, TypeError):
         return special[json.loads(others["generation_config.json"])["eos_token_id"]]
     # Prefer a usual name, because special tokens are also used for padding and chat.
     usual = [content for content in special.values() if content in END_OF_TEXT_NAMES]
@@ -276,6 +305,7 @@ def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None
 def origin(folder: Path) -> dict[str, Any]:
     """Return what ``prepare_data.py`` made the folder from; empty for a folder from elsewhere or a changed one."""
     try:
+        # A tokenizer that was edited since has another fingerprint, so where it came from does not count.
         noted = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[ORIGIN])
         return noted if noted.pop("sha256") == tokenizer_fingerprint(folder) else {}
     except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
@@ -325,6 +355,7 @@ def load(folder: Path) -> TokenizerInfo:
             f"bos_token in tokenizer_config.json, against {_token_before_texts(values)!r} in the template); "
             f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it."
         )
+    # Ids may have gaps: a model needs a row for the largest one.
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     name = str(origin(folder).get("name", folder))
     sha256 = tokenizer_fingerprint(folder)
@@ -410,6 +441,7 @@ class Encoder:
         tokenizer = Tokenizer.from_file(str(self._path))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # Contrary to its name, this encodes special tokens in a text as ordinary text.
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -428,6 +460,7 @@ class Encoder:
         """Encode all texts in one call, during which other threads run; None if that is not possible."""
         # One call for all texts takes half of the time of one for each.
         joined = DOCUMENT_BREAK.join([*texts, ""])
+        # A text that contains the break itself must not be cut there.
         if joined.count(DOCUMENT_BREAK) != len(texts):
             return None
         try:
@@ -464,7 +497,12 @@ def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int
     pattern = _pattern(tokenizer_json.get("pre_tokenizer") or {})
     if pattern is None or not _is_plain_bpe(tokenizer_json):
         return None
-    model = tokenizer_json["model"]
+    ranks = _ranks(tokenizer_json["model"])
+    return None if ranks is None else (pattern, ranks)
+
+
+def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
+    """Return the id of each token by its bytes; None if tiktoken would merge in another order."""
     vocab: dict[str, int] = model["vocab"]
     to_byte = {character: byte for byte, character in byte_characters().items()}
     # tiktoken ends the process for a byte without a token.
@@ -480,7 +518,7 @@ def byte_level_bpe(tokenizer_json: dict[str, Any]) -> tuple[str, dict[bytes, int
             return None
         last = rank
         ranks[bytes(map(to_byte.__getitem__, token))] = rank
-    return pattern, ranks
+    return ranks
 
 
 def _is_plain_bpe(tokenizer_json: dict[str, Any]) -> bool:
@@ -504,6 +542,7 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
         return None
     # GPT-4's and Llama 3's kind: a pattern, then bytes.
     split, level = steps
+    # Isolated keeps every match as a piece of its own, as tiktoken does.
     isolates = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
     return split["pattern"].get("Regex") if isolates and _is_byte_level(level, use_regex=False) else None
 

@@ -34,7 +34,8 @@ MAX_CHUNK_TOKENS = 1 << 24
 CHUNKS = 16
 LITDATA_DTYPES = {"int32": 16, "uint16": 20}  # litdata.constants._TORCH_DTYPES_MAPPING
 BLOCK = 1 << 20
-# Waits before a unit on the Hub is read again after its connection was lost.
+# Waits before a unit on the Hub is read again after its connection was lost. huggingface_hub does not repeat a request
+# that the server closed.
 RETRY_SECONDS = (1.0, 5.0)
 
 PROGRESS_SECONDS = 10
@@ -79,11 +80,13 @@ def tokenize_corpus(
         The finished units and their records.
     """
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = _available_cores()
     limit = corpus.settings.max_documents
     contents = {split: manifest.contents(records) for split, records in corpus.records.items()}
     for cut in (False, True):
         rules = replace(corpus.rules, cut=cut)
+        # Everything that decides the bytes of a unit: if it changes, units are made again. The number of threads
+        # is not among them, because results are written in order.
         values = json.dumps([contents, asdict(rules), limit, keep_text, inputs])
         # Both attempts have a folder, so that a restarted call does not repeat the first one.
         store = UnitStore(folder / ("cut" if cut else "units"), sha256(values.encode()).hexdigest())
@@ -103,6 +106,13 @@ def tokenize_corpus(
                 f"{100 * rules.val_fraction:g}% of each becomes validation text."
             )
     return store, records
+
+
+def _available_cores() -> int:
+    # Of all cores, a container or a batch system may have given this process only some. Not every system can tell.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Progress:
@@ -245,12 +255,14 @@ def process_units(
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(num_workers)) if num_workers else None
         open_parts: dict[str, BinaryIO] = {}
+        # A limit on the batches in advance keeps memory constant, however fast the reader is.
         for item, data in _encode_in_order(items, encode, pool, 2 * num_workers):
             if isinstance(item, Batch):
                 parts = {item.split: data}
                 if keep_text:
                     parts[f"{item.split}.txt"] = encode_text(item)
                 for name, content in parts.items():
+                    # Opened at the first document, because a unit may have none for a split.
                     if name not in open_parts:
                         open_parts[name] = open(store.part(item.unit.number, name), "wb")  # noqa: SIM115
                     open_parts[name].write(content)
@@ -312,6 +324,7 @@ def _unfinished_items(
 def _read_with_retries(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None) -> Iterator[Batch | UnitEnd]:
     """Read a unit; if the connection to the Hub is lost, read it again and skip what was already given out."""
     given = 0
+    # None: the last attempt, after which the error is raised.
     for wait in (*RETRY_SECONDS, None):
         try:
             # Reading a unit again gives the same batches.
@@ -387,6 +400,7 @@ def write_chunks(store: UnitStore, records: list[UnitRecord], split: str, dtype:
     for number, length in enumerate(lengths):
         path = folder / f"chunk-0-{number}.bin"
         stop = start + length * item_bytes
+        # A chunk under its final name is complete: an interrupted call has written it.
         if not path.exists():
             partial = path.with_suffix(".tmp")
             with open(partial, "wb") as file:
@@ -396,6 +410,7 @@ def write_chunks(store: UnitStore, records: list[UnitRecord], split: str, dtype:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
+        # Only now, when the chunk is on the disk, can the parts that it was made from go.
         _delete_before(parts, stop)
         start = stop
     _write_index(folder, lengths, dtype)
@@ -424,6 +439,7 @@ def _copy_range(parts: list[tuple[Path, int]], start: int, stop: int, target: Bi
         if left > 0:
             with open(path, "rb") as source:
                 source.seek(max(start - begin, 0))
+                # In blocks, so that memory does not depend on the size of a unit.
                 while left:
                     block = source.read(min(left, BLOCK))
                     if not block:
@@ -444,6 +460,7 @@ def _delete_before(parts: list[tuple[Path, int]], stop: int) -> None:
 
 
 def _write_index(folder: Path, lengths: list[int], dtype: str) -> None:
+    # litdata's writer stores these keys too, without a value. A test compares the bytes.
     unused = ("chunk_bytes", "compression", "compression_batch_size", "compression_level", "encryption")
     config: dict[str, Any] = dict.fromkeys((*unused, "ipc_compression"))
     config |= {
@@ -455,6 +472,7 @@ def _write_index(folder: Path, lengths: list[int], dtype: str) -> None:
     }
     item_bytes = np.dtype(dtype).itemsize
     chunks = [
+        # 12 bytes: the three numbers at the beginning of a chunk.
         {"chunk_bytes": 12 + length * item_bytes, "chunk_size": 1, "dim": length, "filename": f"chunk-0-{number}.bin"}
         for number, length in enumerate(lengths)
     ]
@@ -479,5 +497,6 @@ def move_text(store: UnitStore, records: list[UnitRecord]) -> None:
         units = [number for number, record in enumerate(records) if record.sizes[f"{split}.txt"]]
         for file_number, number in enumerate(units):
             part = store.part(number, f"{split}.txt")
+            # A part that an interrupted call has moved is gone from here.
             if part.exists():
                 os.replace(part, folder / split / f"{split}-{file_number:05}.txt")

@@ -378,7 +378,7 @@ def test_list_instead_of_mapping_is_reported(tmp_path: Path, tokenizer_dir: Path
     folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
     (folder / name).write_text("[]")
     if name == "tokenizer.json":
-        with pytest.raises(UserError, match=r"tokenizer\.json is broken \(it holds a list"):
+        with pytest.raises(UserError, match=r"tokenizer\.json is broken \(it contains a list"):
             manifest.tokenizer_fingerprint(folder)
     else:
         assert manifest.tokenizer_fingerprint(folder) != manifest.tokenizer_fingerprint(tokenizer_dir)
