@@ -77,5 +77,5 @@ def test_a_process_whose_launcher_is_gone_ends():
     launcher.kill()
     said = launcher.stdout.read()  # until the child closes it
     launcher.wait()
-    assert "lost another one of this run" in said
+    assert "lost the connection to another rank of this run" in said
     assert time.monotonic() - start < 60
