@@ -4,7 +4,8 @@
 PYTHON ?= $(shell command -v python3 2>/dev/null || command -v python 2>/dev/null || echo python3)
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := "$(UV)" run
-WORKERS ?= 2
+# One more than two cores: some tests wait for other processes, signals or the disk.
+WORKERS ?= 3
 KILLS ?= 200
 ARGS ?=
 
@@ -43,7 +44,7 @@ ddp-train: venv ## The same on several GPUs of this machine: make ddp-train NGPU
 tensorboard: venv ## Show the curves of all runs under checkpoints/ in the browser (LOGDIR=... for another folder)
 	$(RUN) tensorboard --logdir "$(or $(LOGDIR),checkpoints)"
 
-test: venv ## Run the quick tests, WORKERS=2 at a time
+test: venv ## Run the quick tests, WORKERS=3 at a time
 	$(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: venv ## Run the tests that take minutes each

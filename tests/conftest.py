@@ -2,7 +2,7 @@
 
 import os
 
-# Two tests run at the same time on two cores, so each gets one thread. Small matrices gain nothing from more.
+# Several tests run at the same time, so each gets one thread. Small matrices gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
