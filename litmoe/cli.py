@@ -240,8 +240,14 @@ def _wrong_value(message: str, parser: ArgumentParser, arguments: Sequence[str])
 
 
 def _type_in_words(hint: Any) -> str | None:
-    names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    names[Path] = "a path"
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        Path: "a path",
+    }
     if hint in names:
         return names[hint]
     if get_origin(hint) is Literal:

@@ -123,7 +123,7 @@ def _artifact(data_dir: Path, metadata: Manifest, tokenizer: Path, name: str) ->
     )
     # "immutable" and skip_cache: W&B reads the files where they are instead of copying them twice.
     # Other text in these folders does not belong to the tokens.
-    text = manifest.SPLITS if metadata.source.name == "text" else ()
+    text = manifest.SPLITS if metadata.source.name == manifest.TEXT else ()
     for folder in ("tokens", *text):
         if (data_dir / folder).is_dir():
             artifact.add_dir(str((data_dir / folder).absolute()), folder, policy="immutable", skip_cache=True)

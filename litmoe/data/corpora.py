@@ -30,14 +30,10 @@ from litmoe.data.files import (
     unread_files,
 )
 from litmoe.data.hub import HUB_NAME, Dataset
-from litmoe.data.manifest import FileRecord, Settings
+from litmoe.data.manifest import FILES, TEXT, FileRecord, Settings
 from litmoe.data.stories import SAMPLE_BYTES, stories_until
 
 DEFAULT_VAL_FRACTION = 0.1
-FILES = "files"
-"""Name of the corpus of ``--source PATH``."""
-TEXT = "text"
-"""Name of the corpus that the user put into DATA_DIR/train and DATA_DIR/val."""
 # Small files, and small row groups of a .parquet, are joined to units of this size.
 UNIT_BYTES = 16 << 20
 VALIDATION_FOLDERS = ("val", "validation", "valid", "dev")

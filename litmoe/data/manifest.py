@@ -22,6 +22,10 @@ from litmoe.data.files import text_files
 FORMAT = 1
 """Of the tokens and their manifest. Tokens of another format are not used."""
 SPLITS = ("train", "val")
+FILES = "files"
+"""Recorded name of the corpus of ``--source PATH``."""
+TEXT = "text"
+"""Recorded name of the text that the user put into DATA_DIR/train and DATA_DIR/val."""
 QUIET_SECONDS = 5
 """Verifying the checksums is reported only if it takes longer."""
 # Raised for JSON that is missing, corrupt, or of another program.
@@ -275,7 +279,7 @@ def checked_manifest(data_dir: Path) -> Manifest:
     manifest = complete_manifest(data_dir)
     files = [path for split in SPLITS for path in text_files(data_dir / split)]
     # The text of another source is not in this folder, and may be on another machine.
-    if manifest.source.name != "text" or not files:
+    if manifest.source.name != TEXT or not files:
         return manifest
     # Without validation text both splits were made from the same files.
     recorded = {record.path: record for record in manifest.text}.values()
@@ -343,8 +347,8 @@ def flags_to_repeat(manifest: Manifest) -> dict[str, Any]:
     if flags.get("document_separator") == "":
         flags["document_separator"] = r"\n"
     # Text in place is what a call without --source uses.
-    if manifest.source.name != "text":
-        flags["source"] = manifest.source.location if manifest.source.name == "files" else manifest.source.name
+    if manifest.source.name != TEXT:
+        flags["source"] = manifest.source.location if manifest.source.name == FILES else manifest.source.name
     return flags
 
 
@@ -374,9 +378,9 @@ def command_to_repeat(
         arguments += [f"--{name}"] if value is True else [f"--{name}", value]
     arguments += ["--overwrite"] if overwrite else []
     first = ""
-    if manifest.source.name == "text" and not (data_dir / "train").exists():
+    if manifest.source.name == TEXT and not (data_dir / "train").exists():
         first = f"put its text back into {data_dir}, then "
-    elif manifest.source.name == "files" and not Path(str(manifest.source.location)).exists():
+    elif manifest.source.name == FILES and not Path(str(manifest.source.location)).exists():
         first = f"its text came from {manifest.source.location}, which is not in {Path.cwd()}; bring it back, then "
     return f"{first}`{command('prepare_data.py', *arguments)}`"
 

@@ -34,10 +34,10 @@ from litmoe.data.choose_tokenizer import (
     train_origin,
     train_tokenizer,
 )
-from litmoe.data.corpora import DEFAULT_VAL_FRACTION, FILES, TEXT, Corpus, HubDataset
+from litmoe.data.corpora import DEFAULT_VAL_FRACTION, Corpus, HubDataset
 from litmoe.data.documents import END_OF_TEXT
 from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_files, unread_files
-from litmoe.data.manifest import SPLITS, Manifest, Settings, Source, Split, TokenizerRecord
+from litmoe.data.manifest import FILES, SPLITS, TEXT, Manifest, Settings, Source, Split, TokenizerRecord
 from litmoe.data.tokenizers import TokenizerInfo
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class PrepareArgs:
             problems.append(
                 f"--document_separator {self.document_separator!r}: expected one line; '\\n' is an empty one."
             )
-        if self.vocab_size is not None and self.tokenizer != "train":
+        if self.vocab_size is not None and self.tokenizer != TRAIN:
             problems.append("--vocab_size needs --tokenizer train; other tokenizers have a fixed size.")
         return problems
 
@@ -235,9 +235,10 @@ def _refuse_replacing(args: PrepareArgs, source: str, previous: Manifest | None)
     if previous is None:
         unfinished = _read_started(args.data_dir).get("source")
         if unfinished not in (None, _label(source)):
+            resume = "without --source" if unfinished == IN_PLACE else f"with --source {quoted(unfinished)}"
             raise UserError(
-                f"{args.data_dir} contains the unfinished preparation of {unfinished}. Resume it with --source "
-                f"{quoted(unfinished)}, choose another --data_dir, or delete it with --overwrite."
+                f"{args.data_dir} contains the unfinished preparation of {unfinished}. Resume it {resume}, choose "
+                "another --data_dir, or delete it with --overwrite."
             )
     elif source != TOKENS and not _is_same(source, previous.source):
         existing = previous.source.name
@@ -285,7 +286,7 @@ def _open_local(args: PrepareArgs, source: str, previous: Manifest | None) -> Co
 
 
 def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, previous: Manifest | None) -> TokenizerChoice:
-    # A trained tokenizer depends on the text as it is now. The manifest stands in for text that is not opened yet.
+    # A trained tokenizer depends on the text as it is now. The manifest describes text that is not opened yet.
     if corpus is not None:
         return choose_tokenizer(args, corpus.records["train"], corpus.settings)
     if previous is not None:

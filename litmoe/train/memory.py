@@ -259,7 +259,7 @@ _LOOP_OPERATORS: dict[Any, Callable[..., Any]] = {
 
 
 class _Ends(list[int]):
-    """Stands for ``ends_E``, the row at which each expert ends.
+    """Replaces ``ends_E``, the row at which each expert ends.
 
     The loop backend reads these numbers with ``tolist``. A fake tensor has no contents to read.
     """

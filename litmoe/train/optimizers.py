@@ -116,7 +116,7 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
     # LitGPT writes `fused` into it, and it is saved with the run.
     specification = deepcopy(optimizer)
     init_args = specification.get("init_args") or {}
-    # jsonargparse lists all arguments of the class; null stands for its own default.
+    # jsonargparse lists all arguments of the class; null means its own default.
     specification["init_args"] = {name: value for name, value in init_args.items() if value is not None}
     groups = optimizer_traits(optimizer).parameter_groups(model)
     try:

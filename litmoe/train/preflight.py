@@ -11,9 +11,8 @@ from litgpt import Config, Tokenizer
 from litmoe import checkpoints
 from litmoe.cli import UserError, command, quoted
 from litmoe.config import ParsedRun, RunSettings
-from litmoe.data.corpora import TEXT
 from litmoe.data.files import text_files
-from litmoe.data.manifest import SPLITS, flags_to_repeat, manifest_path, tokenizer_fingerprint
+from litmoe.data.manifest import SPLITS, TEXT, flags_to_repeat, manifest_path, tokenizer_fingerprint
 from litmoe.data.manifest import read as read_manifest
 from litmoe.data.prepare import PrepareArgs, check_placed_text, prepare
 from litmoe.data.text_data import TokenizedText
