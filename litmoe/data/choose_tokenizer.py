@@ -52,8 +52,8 @@ def choose_tokenizer(args: "PrepareArgs", text: tuple[FileRecord, ...], settings
 
     Args:
         args: the flags.
-        text: the training files, and
-        settings: how they are read: what a trained tokenizer depends on. None: not known yet.
+        text: the training files. A trained tokenizer depends on them and on ``settings``.
+        settings: how the files are read; None if that is not known yet.
 
     Raises:
         UserError: the tokenizer does not exist, is broken, or would replace another one.

@@ -417,6 +417,17 @@ def test_killed_call_is_finished_with_its_own_tokenizer(
     assert tokenizers.load(tmp_path / "first").vocab_size == 300
 
 
+def test_unfinished_text_in_place_is_resumed_without_source(
+    tmp_path: Path, run: Callable, stories: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "data/train/x.txt", stories)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(manifest, "write_file", interrupt)
+        run()
+    with pytest.raises(UserError, match=r"Resume it without --source, choose another --data_dir"):
+        run(source=str(put(tmp_path / "other.txt", stories)))
+
+
 def test_source_may_be_called_text(prepared: Path, run: Callable, stories: list[str], monkeypatch) -> None:
     monkeypatch.chdir(put(prepared.parent / "text/a.txt", stories).parents[1])
     with pytest.raises(UserError, match="which --source text would replace"):
