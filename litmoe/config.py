@@ -8,12 +8,13 @@ import inspect
 import json
 import logging
 import pydoc
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -21,6 +22,7 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
 from litmoe import fast_imports
+from litmoe.checksummed_json import known_fields
 from litmoe.cli import (
     UserError,
     current_class_path,
@@ -54,6 +56,9 @@ SHORT_FLAGS = {
     "max_seq_length": "train.max_seq_length",
 }
 """Short flags, and the settings that they set."""
+
+RUN_FILES = {"--config": "a YAML file", "--model": "a YAML file", "--upcycle": "a checkpoint folder"}
+"""Flags of `run_train.py` with files that are read before the other flags, and what each expects."""
 
 # LitGPT's classes under names of this module: jsonargparse imports the package of each class that it meets.
 
@@ -275,10 +280,6 @@ class RunSettings:
         """Whether the run trains LoRA updates instead of the weights."""
         return False
 
-    def own_problems(self) -> Iterator[str]:
-        """Yield what is wrong with settings that only a subclass has."""
-        yield from ()
-
 
 CLASS_SETTINGS = {
     "data": "Where the batches come from; `litgpt.data.TextFiles` works too",
@@ -314,25 +315,24 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         SystemExit: after ``--help`` and ``--print_config``.
     """
     # Flags that name files come first, because the contents of these files decide the defaults of all others.
-    files, flags = extract_files(underscored(argv), ("config", "model", "upcycle"), SHORT_FLAGS)
-    run_file = files["config"] or DEFAULT_RUN
-    run = read_run_file(run_file, files["model"])
-    dense = files["upcycle"]
-    if dense is not None:
-        flags.append(f"--upcycle={dense}")
-    elif not run.get("model") and isinstance(run.get("upcycle"), str):
-        # The type is asked for, because the values of the file are checked only below.
-        dense = Path(run["upcycle"])
+    files, flags = extract_files(underscored(argv), RUN_FILES, SHORT_FLAGS)
+    run_file = files["--config"] or DEFAULT_RUN
+    run = read_run_file(run_file, files["--model"])
+    if files["--upcycle"]:
+        run["upcycle"] = str(files["--upcycle"])
+        # The model is that of the checkpoint, unless a flag names another one.
+        if not files["--model"]:
+            run.pop("model", None)
     check_quickly(run_parser(with_classes=False), run_file, run, flags)
-    if dense is not None and files["model"] is None:
+    if run.get("upcycle") and not run.get("model"):
         # Reading the config of a checkpoint imports LitGPT, so the quick check comes before.
         from litmoe.upcycling import upcycled_model
 
-        run["model"] = upcycled_model(dense)
+        run["model"] = upcycled_model(Path(str(run["upcycle"])))
     resolved, values = parse_settings(run_parser(), RunSettings, run_file, run, flags)
     # LitGPT's own class, so that it equals the config of a checkpoint.
-    values["model"] = Config(**{field.name: getattr(values["model"], field.name) for field in fields(Config)})
-    settings = RunSettings(**{field.name: values[field.name] for field in fields(RunSettings)})
+    values["model"] = Config(**asdict(values["model"]))
+    settings = RunSettings(**known_fields(RunSettings, values))
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
 
 
@@ -350,24 +350,22 @@ def check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], f
     if "torch" in sys.modules:
         return  # the complete parse reports the same mistakes, and there is no import left to wait for
     # Checking `data` and `optimizer` would import their classes, and with them torch.
-    without_classes = {name: value for name, value in run.items() if name not in CLASS_SETTINGS}
+    without_classes = dict(run)
+    for name in CLASS_SETTINGS:
+        without_classes.pop(name, None)
     _parse_file_and_flags(parser, run_file, without_classes, _without_class_flags(flags))
 
 
 def _without_class_flags(flags: list[str]) -> list[str]:
     """Remove ``--data...`` and ``--optimizer...`` with their values."""
-    remaining = []
-    skips_value = False
-    for flag in flags:
-        if skips_value and not flag.startswith("--"):
-            skips_value = False
-            continue
-        # --data.init_args.seed=1 belongs to data.
-        group = flag.removeprefix("--").split("=")[0].split(".")[0]
-        is_class_flag = flag.startswith("--") and group in CLASS_SETTINGS
-        skips_value = is_class_flag and "=" not in flag
+    remaining, is_class_flag = [], False
+    for argument in flags:
+        # A value belongs to the flag before it.
+        if argument.startswith("--"):
+            # --data.init_args.seed=1 belongs to data.
+            is_class_flag = re.split("[.=]", argument[2:])[0] in CLASS_SETTINGS
         if not is_class_flag:
-            remaining.append(flag)
+            remaining.append(argument)
     return remaining
 
 
@@ -513,15 +511,12 @@ def read_run_file(path: Path, model_file: Path | None = None) -> dict[str, Any]:
     A path under ``model:`` is looked up next to the run file, then in the working directory.
     """
     run = read_yaml(path)
-    model: Any = model_file or run.get("model")
-    if not isinstance(model, (str, Path)):
-        return run
-    # A run file and its model file can be moved together.
-    next_to_run_file = path.parent / model
-    if model_file is None and next_to_run_file.is_file():
-        run["model"] = read_yaml(next_to_run_file)
-    else:
-        run["model"] = read_yaml(Path(model))
+    if model_file is None and isinstance(run.get("model"), str):
+        # A run file and its model file can be moved together.
+        next_to_run_file = path.parent / run["model"]
+        model_file = next_to_run_file if next_to_run_file.is_file() else Path(run["model"])
+    if model_file is not None:
+        run["model"] = read_yaml(model_file)
     return run
 
 
@@ -540,6 +535,11 @@ def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file, with the class paths of today's modules.
+
+    Raises:
+        UserError: there is no such file, or it is no mapping in YAML.
+    """
     if not path.is_file():
         raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones are in configs/.")
     try:
@@ -556,24 +556,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def extract_files(
-    arguments: list[str], names: tuple[str, ...], short_flags: dict[str, str]
+    arguments: list[str], expected: dict[str, str], short_flags: dict[str, str]
 ) -> tuple[dict[str, Path | None], list[str]]:
-    """Split the flags that name files from the others, and replace short flags by full ones."""
-    files: dict[str, Path | None] = dict.fromkeys(names)
+    """Split the flags that name files from the others, and replace short flags by full ones.
+
+    Args:
+        arguments: from the command line.
+        expected: the flags that name files, and what each expects.
+        short_flags: names of short flags, and of the full ones.
+    """
+    files: dict[str, Path | None] = dict.fromkeys(expected)
+    full_flags = {f"--{short}": f"--{full}" for short, full in short_flags.items()}
     flags: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and name in files:
-            # Both --config=FILE and --config FILE are allowed.
-            value = value if equals else next(remaining, "")
-            if not value:
-                expected = "a checkpoint folder" if name == "upcycle" else "a YAML file"
-                raise UserError(f"--{name} expects the path of {expected}.")
-            files[name] = Path(value)
-        elif argument.startswith("--") and name in short_flags:
-            flags.append(f"--{short_flags[name]}{equals}{value}")
-        else:
+        flag, equals, value = argument.partition("=")
+        if flag not in files:
             # Commands written for 0.1.0 may name classes by its paths.
-            flags.append(current_class_path(argument))
+            flags.append(current_class_path(full_flags.get(flag, flag) + equals + value))
+            continue
+        # Both --config=FILE and --config FILE are allowed.
+        value = value if equals else next(remaining, "")
+        if not value:
+            raise UserError(f"{flag} expects the path of {expected[flag]}.")
+        files[flag] = Path(value)
     return files, flags
