@@ -12,43 +12,38 @@ GPU of 6 GB: what do few bits cost, with stochastic rounding and without?
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
-from benchmarks.common import Row, make_table, print_table, with_verdict
-from benchmarks.moe_vs_dense import score
-from benchmarks.runs import Corpus, RunFailed, find_corpus, seed_flags, train, validation_curve
+from benchmarks.common import Row, make_table, with_verdict
+from benchmarks.runs import NOTHING_ELSE, Corpus, RunFailed, difference, find_corpus, score, seed_flags, train
 
 CONFIG = "configs/quickstart.yaml"
 MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 0.02, "adamw_lr": 2.0e-3, "weight_decay": 0.1}}
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One row: the question that it answers, and the flags that differ from the default."""
 
     question: str
     flags: tuple[str, ...] = ()
 
 
-def low_memory(stochastic_rounding: bool) -> tuple[str, ...]:
-    """Return the flags for bf16 weights and 8-bit Adam with the quickstart's learning rate."""
-    return (
-        "--precision=bf16-true",
-        "--activation_checkpointing=block",
-        "--optimizer=torchao.optim.AdamW8bit",
-        "--optimizer.init_args.lr=2.0e-3",
-        "--optimizer.init_args.betas=[0.9, 0.95]",
-        "--optimizer.init_args.weight_decay=0.1",
-        f"--optimizer.init_args.bf16_stochastic_round={str(stochastic_rounding).lower()}",
-    )
-
-
+# bf16 weights and 8-bit Adam, with the quickstart's learning rate.
+LOW_MEMORY = (
+    "--precision=bf16-true",
+    "--activation_checkpointing=block",
+    "--optimizer=torchao.optim.AdamW8bit",
+    "--optimizer.init_args.lr=2.0e-3",
+    "--optimizer.init_args.betas=[0.9, 0.95]",
+    "--optimizer.init_args.weight_decay=0.1",
+)
+STOCHASTIC = "--optimizer.init_args.bf16_stochastic_round=true"
 # A sigmoid router, with a bias per expert that is changed after each step instead of a loss (DeepSeek-V3).
 SELECTION_BIAS = (
     "--model.n_expert_groups=2",
@@ -68,22 +63,20 @@ CHOICES = {
     "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",)),
     "32 experts, top-8": Choice("experts", FINE_EXPERTS),
     "QK-norm": Choice("attention", ("--model.norm_qk=true",)),
-    "bf16, 8-bit Adam, stochastic rounding": Choice("memory", low_memory(True)),
-    "bf16, 8-bit Adam, rounding to nearest": Choice("memory", low_memory(False)),
+    "bf16, 8-bit Adam, stochastic rounding": Choice("memory", (*LOW_MEMORY, STOCHASTIC)),
+    "bf16, 8-bit Adam, rounding to nearest": Choice("memory", LOW_MEMORY),
 }
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__, "ablations_cpu", devices=False, runs=True)
+    parser = common.make_parser(__doc__, "ablations_cpu", runs=True)
     parser.add_argument("--only", nargs="+", choices=tuple(CHOICES), default=list(CHOICES), metavar="ROW")
     parser.add_argument("--tokens", type=int, default=120_000, help="of each run")
     parser.add_argument("--seeds", type=int, choices=(1, *common.T_95), default=3, metavar="N")
     args = parser.parse_args()
-    common.select_device("cpu")
-    corpus, output = find_corpus(args.data_dir), common.output_path(args, "ablations_cpu")
-    result = common.describe_run(("torch", "torchao", "litgpt", "lightning"))
+    result = common.start(args, "torch", "torchao", "litgpt", "lightning")
     result |= {"run_file": CONFIG, "tokens": args.tokens, "seeds": args.seeds}
-    rows = common.earlier_rows(output, result, "rows")
+    corpus, rows = find_corpus(args.data_dir), common.earlier_rows(args.output, result, "rows")
     # The file is written after each row, so an interrupted run keeps what it has.
     for name in args.only:
         rows[name] = measure(CHOICES[name], args.tokens, args.seeds, corpus)
@@ -91,8 +84,8 @@ def main() -> None:
         result["rows"] = {name: rows[name] for name in CHOICES if name in rows}
         add_differences(result["rows"])
         add_table(result)
-        common.write_result(result, output)
-    print_table(result)
+        common.write_result(result, args.output)
+    common.print_table(result)
 
 
 def measure(choice: Choice, tokens: int, seeds: int, corpus: Corpus) -> Row:
@@ -109,38 +102,23 @@ def measure(choice: Choice, tokens: int, seeds: int, corpus: Corpus) -> Row:
 
 
 def run_once(flags: Sequence[str], seed: int, tokens: int, corpus: Corpus) -> Row:
-    # One validation, after the last step, and nothing else that takes time.
+    # One validation, after the last step.
     command = ["--config", CONFIG, *flags, *corpus.flags, *seed_flags(seed), f"--train.max_tokens={tokens}"]
-    command += ["--train.save_interval=null", "--checkpoint.every_minutes=null", "--sample.prompt=null"]
-    command += ["--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=50"]
+    command += [*NOTHING_ELSE, "--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=50"]
     rows = train(command).rows
-    return {"seed": seed, **score(validation_curve(rows), corpus), **expert_load(rows)}
-
-
-def expert_load(rows: Sequence[Row]) -> Row:
-    """Return the busiest expert's load over the mean load (mean over the layers) and the dead experts, at the end."""
-    # The statistics of the experts are in the rows of training steps.
+    # The statistics of the experts at the end are in the last row of a training step.
     last = next(row for row in reversed(rows) if "train_loss" in row)
-    loads, dead_experts = [], 0.0
-    for name, value in last.items():
-        if name.startswith("expert_load_max/"):
-            loads.append(value)
-        elif name.startswith("dead_experts/"):
-            dead_experts += value
-    return {"busiest_expert": round(mean(loads), 3), "dead_experts": dead_experts}
+    # The busiest expert's load over the mean load, in each layer.
+    loads = [value for name, value in last.items() if name.startswith("expert_load_max/")]
+    dead_experts = sum(value for name, value in last.items() if name.startswith("dead_experts/"))
+    return {"seed": seed, **score(rows, corpus), "busiest_expert": round(mean(loads), 3), "dead_experts": dead_experts}
 
 
 def add_differences(rows: Row) -> None:
     """Add to each row its difference to the default's run of the same seed; below 0 is better."""
-    default = rows.get("default", {})
-    if "runs" not in default:
-        return
-    for name, row in rows.items():
-        if name == "default" or "runs" not in row:
-            continue
-        pairs = zip(row["runs"], default["runs"], strict=True)
-        changes = [run["bits_per_byte"] - base["bits_per_byte"] for run, base in pairs]
-        row["difference"] = common.spread(changes)._asdict()
+    default = rows.get("default", {}).get("runs", [])
+    for name in rows.keys() - {"default"}:
+        rows[name] |= difference(rows[name].get("runs", []), default)
 
 
 def add_table(result: Row) -> None:
@@ -149,12 +127,11 @@ def add_table(result: Row) -> None:
         if "runs" not in row:
             rows.append([name, row["status"], "", "", ""])
             continue
-        score, difference = row["bits_per_byte"], ""
-        if "difference" in row:
-            difference = with_verdict(row["difference"])
+        bits = row["bits_per_byte"]
+        change = with_verdict(row["difference"]) if "difference" in row else ""
         speed = f"{row['tokens_per_second']['mean']:,.0f}"
         load = f"{mean(run['busiest_expert'] for run in row['runs']):.2f}"
-        rows.append([name, f"{score['mean']:.4f} ± {score['deviation']:.4f}", difference, speed, load])
+        rows.append([name, f"{bits['mean']:.4f} ± {bits['deviation']:.4f}", change, speed, load])
     heads = ("", "bits per byte", "minus the default's", "tokens/s", "busiest expert, times the mean")
     result["table"] = make_table(heads, rows)
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,70 +28,54 @@ Table = list[list[str]]  # the heads, then the rows
 T = TypeVar("T")
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def make_parser(doc: str | None, name: str, *, devices: bool = True, runs: bool = False) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, result: str, *, runs: bool = False) -> argparse.ArgumentParser:
     """Return a parser with the flags that every benchmark has.
 
     Args:
         doc: the docstring of the script, shown by --help.
-        name: of the script, which is also the name of the result file.
-        devices: whether the script runs on a GPU too; the result file then has the device in its name.
+        result: name of the result file, with ``DEVICE`` if the script runs on a GPU too.
         runs: whether the script starts training runs on a corpus.
     """
-    file = f"{name}.json"
-    if devices:
-        file = f"{name}_DEVICE.json"
     # No abbreviations: some scripts hand unknown flags on to run_train.py.
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    if devices:
-        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.set_defaults(device="cpu")
+    if "DEVICE" in result:
+        parser.add_argument("--device", choices=("cpu", "cuda"))
     if runs:
         parser.add_argument("--data-dir", type=Path, help="a prepared corpus (default: the quickstart's)")
-    parser.add_argument("--output", type=Path, help=f"result file (default: benchmarks/results/{file})")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{result}.json", help="result file")
     return parser
 
 
-def output_path(args: argparse.Namespace, name: str) -> Path:
-    """Return the result file that the command line asks for."""
-    device = f"_{args.device}" if "device" in args else ""
-    return args.output or RESULTS / f"{name}{device}.json"
+def start(args: argparse.Namespace, *packages: str) -> Row:
+    """Select the device and return what every result starts with: command, commit, date, hardware and versions.
 
-
-def select_device(device: str) -> None:
-    """Hide all GPUs from this process and its children (cpu), or exit with a message if there is none (cuda)."""
+    ``args.output`` becomes the result file of the device. GPUs are hidden from this process and its children (cpu), or
+    the process exits with a message if there is none (cuda).
+    """
     import torch
 
     # Before anything initializes CUDA, which reads the variable once.
-    if device == "cpu":
+    if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         sys.exit("error: PyTorch sees no CUDA GPU on this machine. Use --device cpu.")
-
-
-# ---------------------------------------------------------------------------------------------------- the result file
-
-
-def describe_run(packages: Sequence[str], device: str = "cpu") -> Row:
-    """Return what every result starts with: command, commit, date, hardware and versions."""
-    import torch
-
+    args.output = args.output.with_name(args.output.name.replace("DEVICE", args.device))
     # A busy machine explains odd numbers. Windows has no load average.
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "command": shlex.join(["uv", "run", "python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": current_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device,
+        "device": args.device,
         "hardware": {
             "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "load_before": load,
             "threads": torch.get_num_threads(),
-            "gpu": describe_gpu() if device == "cuda" else None,
+            "gpu": describe_gpu() if args.device == "cuda" else None,
         },
         "versions": {"python": platform.python_version(), **installed_versions(packages)},
     }
@@ -115,13 +99,11 @@ def output_of(command: list[str]) -> str:
         return ""
 
 
-def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     versions = {}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):  # an optional peer
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue  # an optional peer
     return versions
 
 
@@ -180,10 +162,8 @@ class Spread(NamedTuple):
     """The mean of a few measurements and how certain it is."""
 
     mean: float
-    # Standard deviation of one measurement
-    deviation: float
-    # Half of the 95% confidence interval of the mean (Student's t); 0 for a single measurement
-    interval: float
+    deviation: float  # standard deviation of one measurement
+    interval: float  # half of the 95% confidence interval of the mean (Student's t); 0 for a single measurement
 
 
 # Student's t for a 95% interval, by the number of measurements.
@@ -228,15 +208,10 @@ def peak_memory(process: "subprocess.Popen[str]", seconds: float = 0.1) -> Itera
 
     def watch() -> None:
         while not stopped.wait(seconds):
-            try:
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                if sys.platform == "linux":
-                    total = sum(member.memory_full_info().pss for member in family)
-                else:
-                    total = sum(member.memory_info().rss for member in family)
-                peak["bytes"] = max(peak["bytes"], total)
-            except psutil.Error:
-                continue  # one of the processes has just ended
+            with suppress(psutil.Error):  # one of the processes has just ended
+                parent = psutil.Process(process.pid)
+                sizes = [member.memory_full_info() for member in (parent, *parent.children(recursive=True))]
+                peak["bytes"] = max(peak["bytes"], sum(getattr(size, "pss", size.rss) for size in sizes))
 
     # A thread, because the caller reads the output of the process meanwhile.
     watcher = threading.Thread(target=watch)
@@ -267,37 +242,24 @@ def print_table(result: Row) -> None:
 
 
 def ranged(values: Sequence[float], form: str = "{:,.0f}") -> str:
-    """Format (lowest, median, highest) as `median (lowest to highest)`."""
-    # A single round has no range.
+    """Format (lowest, median, highest) as `median (lowest to highest)`; a single round has no range."""
     low, middle, high = (form.format(value) for value in values)
-    if low == high:
-        return middle
-    return f"{middle} ({low} to {high})"
-
-
-def plus_minus(spread: Row, form: str = "{:+.4f}") -> str:
-    """Format a mean and half of its 95% interval."""
-    # The interval has no sign of its own.
-    half = form.replace("+", "").format(spread["interval"])
-    return f"{form.format(spread['mean'])} ± {half}"
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def with_verdict(difference: Row) -> str:
-    """Format a difference of losses and say whether it is clear; below 0 is better."""
-    text = plus_minus(difference)
+    """Format a mean difference of losses with its interval, and say whether it is clear; below 0 is better."""
+    change, interval = difference["mean"], difference["interval"]
+    verdict = "better" if change < 0 else "worse"
     # A single seed has no interval, so nothing is clear.
-    if difference["interval"] == 0 or abs(difference["mean"]) <= difference["interval"]:
-        return f"{text}: no clear difference"
-    if difference["mean"] < 0:
-        return f"{text}: better"
-    return f"{text}: worse"
+    if interval == 0 or abs(change) <= interval:
+        verdict = "no clear difference"
+    return f"{change:+.4f} ± {interval:.4f}: {verdict}"
 
 
 def bold_ours(name: str) -> str:
     """Return a name as it appears in a table."""
-    if name == "ours":
-        return "**ours**"
-    return name
+    return "**ours**" if name == "ours" else name
 
 
 def gib(number_of_bytes: float) -> str:

@@ -23,17 +23,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import (
-    Row,
-    describe_run,
-    make_parser,
-    make_table,
-    output_path,
-    peak_memory,
-    print_table,
-    take_turns,
-    write_result,
-)
+from benchmarks import common
+from benchmarks.common import Row, make_table
 
 SEPARATOR = "<|endoftext|>"
 TRAINING_FILES = 8  # TextFiles divides its work by files
@@ -41,26 +32,19 @@ TOKEN_FOLDERS = {"TextFiles": ("train/train", "val/val"), "ours": ("tokens/train
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "data_prep", devices=False)
-    parser.add_argument("mode", choices=("prepare", "textfiles"), metavar="prepare")
+    parser = common.make_parser(__doc__, "data_prep")
+    parser.add_argument("mode", choices=("prepare",))
     parser.add_argument("--megabytes", type=float, default=20, help="size of the text")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
     parser.add_argument("--side", choices=("both", "ours"), default="both", help="measure both, or only ours")
-    parser.add_argument("folder", nargs="?", type=Path, help="(used by prepare itself, for TextFiles)")
     args = parser.parse_args()
-    if args.mode == "textfiles":
-        run_text_files(args.folder)
-        return
-    result = describe_run(("litgpt", "litdata", "torch", "tokenizers", "tiktoken"))
+    result = common.start(args, "litgpt", "litdata", "torch", "tokenizers", "tiktoken")
     sides = ("TextFiles", "ours") if args.side == "both" else ("ours",)
     with tempfile.TemporaryDirectory() as folder:
         result |= measure_preparation(sides, args.megabytes, args.repeat, Path(folder))
     add_preparation_table(result)
-    write_result(result, output_path(args, "data_prep"))
-    print_table(result)
-
-
-# ---------------------------------------------------------------------------------------------------------- preparation
+    common.write_result(result, args.output)
+    common.print_table(result)
 
 
 def measure_preparation(sides: Iterable[str], megabytes: float, repeat: int, folder: Path) -> Row:
@@ -71,7 +55,7 @@ def measure_preparation(sides: Iterable[str], megabytes: float, repeat: int, fol
     # Both sides use one tokenizer. prepare_data.py trains it on this text, before anything is timed.
     prepare(folder, "--tokenizer", "train", "--vocab_size", "8192")
 
-    turns = take_turns({side: partial(timed_preparation, side, folder) for side in sides}, repeat)
+    turns = common.take_turns({side: partial(timed_preparation, side, folder) for side in sides}, repeat)
     documents = read_documents("ours", folder)
     tokens = sum(map(len, documents)) // 4  # int32
     result: Row = {"text_bytes": text_bytes, "documents": len(documents), "tokens": tokens}
@@ -90,42 +74,33 @@ def measure_preparation(sides: Iterable[str], megabytes: float, repeat: int, fol
 
 def write_text(megabytes: float, folder: Path) -> int:
     """Write 8 training files and a small validation file of built-in stories. Return their size in bytes."""
-    documents = take_stories(megabytes * 1e6)
+    from litmoe.data.stories import generate_stories
+
+    stories, size = [], 0
+    for story in generate_stories():
+        if size >= megabytes * 1e6:
+            break
+        stories.append(story)
+        size += len(story)
     # The validation set is small, as in real corpora.
-    number_of_val = max(1, len(documents) // 20)
-    files = {"val/0.txt": documents[:number_of_val]}
+    number_of_val = max(1, len(stories) // 20)
+    files = {"val/0.txt": stories[:number_of_val]}
     for index in range(TRAINING_FILES):
-        files[f"train/{index}.txt"] = documents[number_of_val + index :: TRAINING_FILES]
-    size = 0
+        files[f"train/{index}.txt"] = stories[number_of_val + index :: TRAINING_FILES]
     for name, texts in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"\n{SEPARATOR}\n".join(texts), encoding="utf-8", newline="\n")
-        size += path.stat().st_size
-    return size
-
-
-def take_stories(size: float) -> list[str]:
-    """Return built-in stories of so many bytes in total."""
-    from litmoe.data.stories import generate_stories
-
-    stories, taken = [], 0
-    for story in generate_stories():
-        if taken >= size:
-            break
-        stories.append(story)
-        taken += len(story)
-    return stories
+    return sum(path.stat().st_size for path in folder.rglob("*.txt"))
 
 
 def timed_preparation(side: str, folder: Path) -> tuple[float, float]:
     """Return the seconds of one side's process, and the peak memory of it and its children in GB."""
-    for place in TOKEN_FOLDERS[side]:
+    for place in (*TOKEN_FOLDERS[side], "tokens"):  # tokens: with our metadata
         shutil.rmtree(folder / side / place, ignore_errors=True)
     if side == "ours":
-        shutil.rmtree(folder / side / "tokens", ignore_errors=True)  # with the metadata
         return prepare(folder)
-    return run([sys.executable, __file__, "textfiles", str(folder)])
+    return run([sys.executable, "-c", f"from benchmarks.data import run_text_files as f; f({str(folder)!r})"])
 
 
 def prepare(folder: Path, *flags: str) -> tuple[float, float]:
@@ -136,9 +111,9 @@ def prepare(folder: Path, *flags: str) -> tuple[float, float]:
 def run(command: list[str]) -> tuple[float, float]:
     """Run a command. Return its seconds and its peak memory in GB."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     # Both sides start worker processes, whose memory counts.
-    with peak_memory(process) as peak:
+    with common.peak_memory(process) as peak:
         output, _ = process.communicate()
         seconds = time.perf_counter() - start
     if process.returncode != 0:
@@ -147,13 +122,13 @@ def run(command: list[str]) -> tuple[float, float]:
     return seconds, peak["bytes"] / 1e9
 
 
-def run_text_files(folder: Path) -> None:
+def run_text_files(folder: str) -> None:
     from litgpt.data import TextFiles
     from litgpt.tokenizer import Tokenizer
 
     # As in `litgpt pretrain`, with LitGPT's defaults.
-    data = TextFiles(folder / "TextFiles" / "train", folder / "TextFiles" / "val")
-    data.connect(Tokenizer(folder / "tokenizer"), batch_size=1, max_seq_length=256)
+    data = TextFiles(Path(folder, "TextFiles", "train"), Path(folder, "TextFiles", "val"))
+    data.connect(Tokenizer(Path(folder, "tokenizer")), batch_size=1, max_seq_length=256)
     data.prepare_data()
 
 

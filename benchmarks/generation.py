@@ -27,7 +27,7 @@ from litgpt.generate.base import generate_fn
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.common import Row, bold_ours, make_table, print_table, ranged
+from benchmarks.common import Row, bold_ours, make_table, ranged
 from litmoe import checkpoints
 from litmoe.export.huggingface import export
 from litmoe.inference.generate import choose_dtype, generate_tokens
@@ -43,39 +43,37 @@ Peer = Callable[[Tensor, int, OnStep], None]  # prompts (batch, PROMPT_TOKENS), 
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__, "generation")
+    parser = common.make_parser(__doc__, "generation_DEVICE")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints/quickstart/final")
     parser.add_argument("--model", type=Path, help="a model file, used with random weights instead of a checkpoint")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    common.select_device(args.device)
-    if args.model is None and not args.checkpoint.is_dir():
+    if args.model:  # a result file for each model
+        args.output = args.output.with_name(args.output.name.replace("DEVICE", f"{args.model.stem}_DEVICE"))
+    elif not args.checkpoint.is_dir():
         sys.exit(f"error: no checkpoint in {args.checkpoint}. Run: make quickstart. Or name a model file: --model FILE")
+    result = common.start(args, "torch", "litgpt", "transformers", "triton")
     # As LitGPT's command line does; it applies to all peers.
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
     dtype = choose_dtype("auto", device)
-    if args.model is None:
-        gpt = checkpoints.load_model(args.checkpoint, device, dtype)
-        output = common.output_path(args, "generation")
-    else:
+    peers: dict[str, Peer] = {}
+    if args.model:
         gpt = random_model(Config.from_file(args.model), device, dtype)
-        output = args.output or common.RESULTS / f"generation_{args.model.stem}_{args.device}.json"
-
-    result = common.describe_run(("torch", "litgpt", "transformers", "triton"), args.device)
-    result |= {"model": gpt.config.name, "trained": args.model is None, "dtype": str(dtype).removeprefix("torch.")}
-    result |= {"prompt_tokens": PROMPT_TOKENS, "new_tokens": args.new_tokens, "batches": {}}
-    prompts = sample_prompts(gpt, max(BATCHES))
-    peers: dict[str, Peer] = {"ours": partial(ours, gpt), STOCK: partial(litgpt_one_by_one, stock_model(gpt))}
-    if args.model is None:
+    else:
+        gpt = checkpoints.load_model(args.checkpoint, device, dtype)
         # Only a checkpoint can be exported to Hugging Face's format.
         peers["huggingface generate"] = hugging_face(args.checkpoint, device, dtype)
+    peers = {"ours": partial(ours, gpt), STOCK: partial(litgpt_one_by_one, stock_model(gpt)), **peers}
+    result |= {"model": gpt.config.name, "trained": not args.model, "dtype": str(dtype).removeprefix("torch.")}
+    result |= {"prompt_tokens": PROMPT_TOKENS, "new_tokens": args.new_tokens, "batches": {}}
+    prompts = sample_prompts(gpt, max(BATCHES))
     for batch in BATCHES:
         result["batches"][str(batch)] = measure(peers, prompts[:batch], args.new_tokens, args.rounds)
         add_table(result)
-        common.write_result(result, output)
-    print_table(result)
+        common.write_result(result, args.output)
+    common.print_table(result)
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -199,17 +197,13 @@ def timed(peer: Peer, prompts: Tensor, new_tokens: int) -> tuple[float, float, l
 
     start = time.perf_counter()
     peer(prompts, new_tokens, on_step)
-    first_token_seconds = times[0] - start
-    if len(steps) == new_tokens:
-        rows = [list(row) for row in zip(*steps, strict=True)]
-        seconds = times[-1] - times[0]
-    else:
-        # One text after the other: the steps of a text follow each other, and its first token does not count.
-        rows, seconds = [], 0.0
-        for first in range(0, len(steps), new_tokens):
-            rows.append([step[0] for step in steps[first : first + new_tokens]])
-            seconds += times[first + new_tokens - 1] - times[first]
-    return first_token_seconds, len(prompts) * (new_tokens - 1) / seconds, rows
+    rows: list[list[int]] = []
+    seconds = 0.0
+    # All texts together, or one text after the other. The first token of each does not count.
+    for first in range(0, len(steps), new_tokens):
+        rows += [list(row) for row in zip(*steps[first : first + new_tokens], strict=True)]
+        seconds += times[first + new_tokens - 1] - times[first]
+    return times[0] - start, len(prompts) * (new_tokens - 1) / seconds, rows
 
 
 def add_table(result: Row) -> None:

@@ -7,13 +7,14 @@ no GPU is needed. To compare with a real run: `run_train.py --plan` predicts, an
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
-from benchmarks.common import Row, gib, make_table, print_table
+from benchmarks.common import Row, gib, make_table
 from custom_moe.backends import Hardware
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters
@@ -28,17 +29,12 @@ A100 = Hardware((8, 0), triton=True)
 
 
 def main() -> None:
-    args = common.make_parser(__doc__, "memory", devices=False).parse_args()
-    common.select_device("cpu")
-    result = common.describe_run(("torch", "litgpt", "lightning"))
-    result["rows"] = []
-    for name in RUNS:
-        for layers in LAYERS:
-            for micro_batch_size in MICRO_BATCHES:
-                result["rows"].append(work_out(name, layers, micro_batch_size))
+    args = common.make_parser(__doc__, "memory").parse_args()
+    result = common.start(args, "torch", "litgpt", "lightning")
+    result["rows"] = [work_out(*case) for case in product(RUNS, LAYERS, MICRO_BATCHES)]
     add_table(result)
-    common.write_result(result, common.output_path(args, "memory"))
-    print_table(result)
+    common.write_result(result, args.output)
+    common.print_table(result)
 
 
 def work_out(name: str, layers: int, micro_batch_size: int) -> Row:
@@ -46,18 +42,18 @@ def work_out(name: str, layers: int, micro_batch_size: int) -> Row:
     run_file = f"configs/runs/{name}.yaml"
     flags = [f"--model.n_layer={layers}", f"--micro-batch-size={micro_batch_size}"]
     run = parse_run(["--config", str(ROOT / run_file), *flags])
-    settings = run.settings
-    sizes = count_parameters(settings.model, tie_embeddings=bool(settings.train.tie_embeddings))
+    train, precision = run.settings.train, run.settings.precision
+    sizes = count_parameters(run.settings.model, tie_embeddings=bool(train.tie_embeddings))
     # With the precision that a GPU would choose; this machine may have none.
-    memory = training_memory(run, settings.precision or "bf16-mixed", A100)
+    memory = training_memory(run, precision or "bf16-mixed", A100)
     return {
         "run": run_file,
         "n_layer": layers,
         "total_parameters": sizes.total,
         "active_parameters": sizes.active,
         "micro_batch_size": micro_batch_size,
-        "max_seq_length": settings.train.max_seq_length,
-        "precision": settings.precision,
+        "max_seq_length": train.max_seq_length,
+        "precision": precision,
         "optimizer_class": run.optimizer["class_path"],
         **memory._asdict(),
         "peak": memory.peak,

@@ -19,8 +19,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import median, quantiles
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,9 +32,10 @@ from litgpt import Config
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.common import Row, bold_ours, make_table, print_table
+from benchmarks.common import Row, bold_ours, make_table
 from benchmarks.moe_peers import GPU_ONLY, Size, layer_builders, litgpt_config, stacked_weights
 from custom_moe import MoE
+from litmoe.data.files import in_short
 from litmoe.hardware import cpu_has_bf16
 
 PACKAGES = ("torch", "litgpt", "lightning", "transformers", "triton", "liger-kernel")
@@ -46,8 +49,7 @@ EAGER_LAYERS = tuple(name for name in ALL_LAYERS if "compiled" not in name)
 BOUNDS = {"fp32": 1e-4, "bf16": 2e-2}
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Layers that are compared with each other."""
 
     size: Size
@@ -59,15 +61,14 @@ class Case:
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__, "moe_layer")
-    args = parser.parse_args()
-    common.select_device(args.device)
+    args = common.make_parser(__doc__, "moe_layer_DEVICE").parse_args()
+    result = common.start(args, *PACKAGES)
     if args.device == "cpu":
         keep_freed_memory()
         cases, seconds = cpu_cases(), 0.1
     else:
         cases, seconds = gpu_cases(), 0.03
-    print_table(run(args.device, cases, common.output_path(args, "moe_layer"), seconds))
+    common.print_table(run(result, cases, args.output, seconds))
 
 
 def keep_freed_memory() -> None:
@@ -95,10 +96,8 @@ def cpu_cases() -> list[Case]:
     cases = []
     # On a CPU without support bf16 takes a hundred times as long as fp32.
     for precision in ("fp32", "bf16") if cpu_has_bf16() else ("fp32",):
-        for size in SIZES[:3]:
-            cases.append(Case(size, 2048, precision, EAGER_LAYERS, rounds=5))
-        for size in (SIZES[3], quickstart_size()):
-            cases.append(Case(size, 2048, precision, ALL_LAYERS, rounds=5))
+        cases += [Case(size, 2048, precision, EAGER_LAYERS, rounds=5) for size in SIZES[:3]]
+        cases += [Case(size, 2048, precision, ALL_LAYERS, rounds=5) for size in (SIZES[3], quickstart_size())]
         cases.append(Case(SIZES[0], 2048, precision, ("LitGPT", "ours"), rounds=5, skewed=True))
     return cases
 
@@ -109,23 +108,23 @@ def gpu_cases() -> list[Case]:
     cases.append(Case(SIZES[0], 16384, "bf16", ("LitGPT", "ours"), rounds=15, skewed=True))
     cases.append(Case(SIZES[0], 2048, "fp32", EAGER_LAYERS, rounds=15))
     # Few tokens per expert, and many.
-    for tokens in (2048, 65536):
-        for size in SIZES:
-            cases.append(Case(size, tokens, "bf16", EAGER_LAYERS, rounds=15))
-    return cases
+    few_and_many = product((2048, 65536), SIZES)
+    return cases + [Case(size, tokens, "bf16", EAGER_LAYERS, rounds=15) for tokens, size in few_and_many]
 
 
-def run(device: str, cases: list[Case], output: Path, seconds: float) -> Row:
+def run(result: Row, cases: list[Case], output: Path, seconds: float) -> Row:
     """Measure all cases. The file is written after each one, so an interrupted run keeps what it has.
 
     Args:
+        result: with the description of the machine; the cases are added to it.
+        cases: to measure.
+        output: result file.
         seconds: that a layer is timed for in each round.
     """
-    result = common.describe_run(PACKAGES, device)
     result |= {"quickstart": quickstart_size(), "bounds": BOUNDS, "cases": []}
     for number, case in enumerate(cases, 1):
         try:
-            result["cases"].append(measure(case, device, seconds))
+            result["cases"].append(measure(case, result["device"], seconds))
         except torch.OutOfMemoryError:
             print(f"{number}/{len(cases)}: {case.size}, {case.tokens} tokens: LitGPT's layer does not fit into the GPU")
             continue
@@ -190,14 +189,13 @@ def measure(case: Case, device: str, seconds: float) -> Row:
                 layer = builders[name](weights).to(bench.x.dtype)
             rows[name] = examine(name, layer, bench, reference, case, config)
         except Exception as error:  # whatever a peer's layer raises goes into the table
-            rows[name] = {"status": one_line(error)}
+            rows[name] = {"status": in_short(error)}
         if rows[name]["status"] == "measured":
             layers[name] = layer
     del reference  # memory for the larger cases
 
-    times = time_layers(layers, bench, case.rounds, seconds)
-    for name, layer_times in times.items():
-        rows[name] |= speed(layer_times, times.get("LitGPT"), case.tokens)
+    for name, turns in time_layers(layers, bench, case.rounds, seconds).items():
+        rows[name] |= turns
     return result
 
 
@@ -226,13 +224,6 @@ def prepare(case: Case, device: str) -> tuple[dict[str, Tensor], Bench, float]:
     return weights, Bench(x, torch.randn_like(x)), largest_share
 
 
-def one_line(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"not installed: {error.name}"
-    first_line = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first_line}"[:200]
-
-
 def outputs_and_gradients(layer: nn.Module, bench: Bench, config: Config) -> dict[str, Tensor]:
     """Return the output of one iteration and the gradients, in the same layout for every layer."""
     y = bench.iteration(layer).detach()
@@ -249,7 +240,10 @@ def examine(name: str, layer: nn.Module, bench: Bench, reference: dict[str, Tens
     """Return deviation and memory of a layer. These iterations also warm it up."""
     row: Row = {"status": "measured"}
     if name != "dense":  # which computes something else
-        row["deviation"] = deviations(outputs_and_gradients(layer, bench, config), reference)
+        actual = outputs_and_gradients(layer, bench, config)
+        # Relative, in the Frobenius norm, with two digits.
+        relative = {key: (actual[key].float() - exact).norm() / exact.norm() for key, exact in reference.items()}
+        row["deviation"] = {key: float(f"{value.item():.2g}") for key, value in relative.items()}
         # `not <=` is also true for NaN.
         wrong = [key for key, value in row["deviation"].items() if not value <= BOUNDS[case.precision]]
         if wrong:
@@ -260,18 +254,8 @@ def examine(name: str, layer: nn.Module, bench: Bench, reference: dict[str, Tens
     return row
 
 
-def deviations(actual: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-    """Return the relative deviation of each tensor in the Frobenius norm, with two digits."""
-    result = {}
-    for key, exact in reference.items():
-        relative = (actual[key].float() - exact).norm() / exact.norm()
-        result[key] = float(f"{relative.item():.2g}")
-    return result
-
-
 def saved_bytes(layer: nn.Module, bench: Bench) -> int:
     """Return what autograd saves for the backward: each storage once, with the input, without the parameters."""
-    # Parameters exist anyway; only what a forward adds is counted.
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     storages: dict[int, int] = {}
 
@@ -291,16 +275,22 @@ def saved_bytes(layer: nn.Module, bench: Bench) -> int:
 # --------------------------------------------------------------------------------------------------------------- timing
 
 
-def time_layers(layers: dict[str, nn.Module], bench: Bench, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Return the seconds per iteration of each layer, one value per round."""
+def time_layers(layers: dict[str, nn.Module], bench: Bench, rounds: int, seconds: float) -> dict[str, Row]:
+    """Return the seconds per iteration of each layer, and its speedup over LitGPT's: lowest, median, highest."""
     functions: dict[str, Callable[[], float]] = {}
     for name, layer in layers.items():
         # The first iteration warms up, the second one tells how many fill the time.
         time_iterations(layer, bench, 1)
         iterations = max(1, round(seconds / time_iterations(layer, bench, 1)))
-        functions[name] = lambda layer=layer, iterations=iterations: time_iterations(layer, bench, iterations)
+        functions[name] = partial(time_iterations, layer, bench, iterations)
     turns = common.take_turns(functions, rounds)
-    return {name: [turn[name] for turn in turns] for name in layers}
+    rows: dict[str, Row] = {}
+    for name in layers:
+        times = common.low_median_high([turn[name] for turn in turns])
+        rows[name] = {"seconds": times, "tokens_per_second": round(bench.x.size(1) / times[1])}
+        if "LitGPT" in layers:
+            rows[name]["speedup"] = common.low_median_high([turn["LitGPT"] / turn[name] for turn in turns])
+    return rows
 
 
 def time_iterations(layer: nn.Module, bench: Bench, iterations: int) -> float:
@@ -315,18 +305,6 @@ def time_iterations(layer: nn.Module, bench: Bench, iterations: int) -> float:
     elapsed = time.perf_counter() - start
     bench.clear_gradients(layer)
     return elapsed / iterations
-
-
-def speed(times: list[float], litgpt_times: list[float] | None, tokens: int) -> Row:
-    """Return seconds per iteration and the speedup over LitGPT's layer, both as quartiles over the rounds."""
-    row: Row = {"seconds": quartiles(times), "tokens_per_second": round(tokens / median(times))}
-    if litgpt_times:
-        row["speedup"] = quartiles([theirs / ours for theirs, ours in zip(litgpt_times, times, strict=True)])
-    return row
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return [float(f"{value:.4g}") for value in quantiles(values, n=4, method="inclusive")]
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -345,24 +323,17 @@ def add_table(result: Row) -> None:
     # A layer was not timed at every size, so some cells stay empty.
     cells = [[*key, *(by_size.get(size, "") for size in sizes)] for key, by_size in rows.items()]
     result["table"] = make_table(("", "tokens", "layer", *sizes), cells)
-    result["headline"] = headline(result["cases"])
-
-
-def headline(cases: list[Row]) -> list[list[str]]:
-    """Return the range of our layer's speedup over all cases."""
-    ours = [case["layers"]["ours"] for case in cases]
+    ours = [case["layers"]["ours"] for case in result["cases"]]
     speedups = [layer["speedup"][1] for layer in ours if "speedup" in layer]
-    if not speedups:
-        return []
-    return [["speed of the MoE layer", f"{min(speedups):.2f} to {max(speedups):.2f} times LitGPT's"]]
+    if speedups:
+        text = f"{min(speedups):.2f} to {max(speedups):.2f} times LitGPT's"
+        result["headline"] = [["speed of the MoE layer", text]]
 
 
 def size_of(case: Row) -> str:
     """Name the column of a case."""
     sizes = (case["n_embd"], case["intermediate_size"], case["n_expert"], case["n_expert_per_token"])
-    if case["routing"] == "skewed":
-        return f"{sizes}, skewed"
-    return str(sizes)
+    return f"{sizes}, skewed" if case["routing"] == "skewed" else str(sizes)
 
 
 if __name__ == "__main__":

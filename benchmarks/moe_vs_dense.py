@@ -19,35 +19,25 @@ are those of training, without start, validation and saving. The result file is 
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import (
-    T_95,
-    Row,
-    describe_run,
-    make_parser,
-    make_table,
-    output_path,
-    print_table,
-    select_device,
-    spread,
-    with_verdict,
-    write_result,
-)
-from benchmarks.runs import Corpus, Point, RunFailed, find_corpus, seed_flags, train, validation_curve
+from benchmarks import common
+from benchmarks.common import Row, make_table, spread, with_verdict
+from benchmarks.runs import NOTHING_ELSE, Corpus, RunFailed, difference, find_corpus, score, seed_flags, train
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters
 
 VALIDATIONS = 6  # per run
+MODELS = ("MoE", "dense")
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """The comparison of a device."""
 
     config: str
@@ -71,33 +61,25 @@ PRESETS = {
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "moe_vs_dense", runs=True)
+    parser = common.make_parser(__doc__, "moe_vs_dense_DEVICE", runs=True)
     parser.add_argument("--config", help="run file of the mixture of experts")
     parser.add_argument("--dense", help="model file of its dense twin")
     parser.add_argument("--tokens", type=int, help="of each run at equal tokens")
     parser.add_argument("--learning-rates", type=float, nargs="+", help="the grid")
-    parser.add_argument("--seeds", type=int, choices=(1, *T_95), default=3, metavar="N")
+    parser.add_argument("--seeds", type=int, choices=(1, *common.T_95), default=3, metavar="N")
     args, other_flags = parser.parse_known_args()
-    select_device(args.device)
+    header = common.start(args, "torch", "litgpt", "lightning")
     preset = PRESETS[args.device]
     # The flags of a preset belong to its run file.
-    if args.config:
-        preset = replace(preset, config=args.config, flags=())
-    preset = replace(
-        preset,
-        dense=args.dense or preset.dense,
-        tokens=args.tokens or preset.tokens,
-        learning_rates=tuple(args.learning_rates or preset.learning_rates),
-        flags=(*preset.flags, *other_flags),
-    )
-    output = output_path(args, "moe_vs_dense")
-    header = describe_run(("torch", "litgpt", "lightning"), args.device)
+    flags = (*(() if args.config else preset.flags), *other_flags)
+    given = {name: value for name, value in vars(args).items() if name in Preset._fields and value}
+    preset = preset._replace(flags=flags, **given)
 
     def save(comparison: Row) -> None:
-        write_result(header | comparison, output)
+        common.write_result(header | comparison, args.output)
 
     try:
-        print_table(compare(preset, args.seeds, find_corpus(args.data_dir), save))
+        common.print_table(compare(preset, args.seeds, find_corpus(args.data_dir), save))
     except RunFailed as error:
         sys.exit(f"error: {error}")
 
@@ -111,10 +93,9 @@ def compare(preset: Preset, seeds: int, corpus: Corpus, save: Callable[[Row], No
     comparison = Comparison(preset, corpus, save)
     result = comparison.result
     # Step 1: the learning rates, with the first seed.
-    for rate in preset.learning_rates:
-        comparison.run("MoE", rate, 0, preset.tokens, result["grid"])
-        comparison.run("dense", rate, 0, preset.tokens, result["grid"])
-    best_runs = {"MoE": best_run(result["grid"], "MoE"), "dense": best_run(result["grid"], "dense")}
+    for rate, model in product(preset.learning_rates, MODELS):
+        comparison.run(model, rate, 0, preset.tokens, result["grid"])
+    best_runs = {model: best_run(result["grid"], model) for model in MODELS}
     rates = {model: run["learning_rate"] for model, run in best_runs.items()}
     # A best rate at the edge of the grid may have a better one beyond it.
     edges = (min(preset.learning_rates), max(preset.learning_rates))
@@ -124,12 +105,11 @@ def compare(preset: Preset, seeds: int, corpus: Corpus, save: Callable[[Row], No
     # Step 2: the other seeds, with equal tokens.
     equal_tokens = result["equal_tokens"]["runs"]
     equal_tokens += best_runs.values()
-    for seed in range(1, seeds):
-        comparison.run("MoE", rates["MoE"], seed, preset.tokens, equal_tokens)
-        comparison.run("dense", rates["dense"], seed, preset.tokens, equal_tokens)
+    for seed, model in product(range(1, seeds), MODELS):
+        comparison.run(model, rates[model], seed, preset.tokens, equal_tokens)
 
     # Step 3: the dense model with more tokens, so that both train for equal seconds.
-    speeds = {model: median_speed(equal_tokens, model) for model in rates}
+    speeds = {model: median(row["tokens_per_second"] for row in of_model(equal_tokens, model)) for model in MODELS}
     result["tokens_per_second"] = speeds
     more_tokens = round(preset.tokens * speeds["dense"] / speeds["MoE"])
     equal_seconds = result["equal_seconds"]["runs"]
@@ -165,10 +145,10 @@ class Comparison:
         flags += [*seed_flags(seed), f"--train.max_tokens={tokens}", "--train.max_steps=null"]
         flags += [f"--optimizer.init_args.lr={rate}", f"--train.min_lr={rate * self.min_lr_share}"]
         flags += [f"--eval.interval={interval}", f"--train.log_interval={interval}", "--eval.max_iters=25"]
-        flags += ["--train.save_interval=null", "--checkpoint.every_minutes=null", "--sample.prompt=null"]
+        flags += NOTHING_ELSE
         row: Row = {"model": model, "learning_rate": rate, "seed": seed, "max_tokens": tokens}
         try:
-            row |= score(validation_curve(train(flags).rows), self.corpus)
+            row |= score(train(flags).rows, self.corpus)
             runs.append(row)
             print(f"  {model}, rate {rate:g}, seed {seed}: {row['bits_per_byte']:.4f} bits per byte", flush=True)
         except RunFailed as error:  # for example a learning rate that is too high
@@ -179,22 +159,6 @@ class Comparison:
             self.result[f"equal_{equal}"] |= differences(self.result[f"equal_{equal}"]["runs"])
         add_table(self.result)
         self.save(self.result)
-
-
-def score(points: Sequence[Point], corpus: Corpus) -> Row:
-    """Return the end of a run, and its curve as (tokens, seconds, bits per byte)."""
-    # The last validation is after the last step.
-    last = points[-1]
-    curve = []
-    for point in points:
-        curve.append([point.tokens, round(point.seconds, 2), round(corpus.bits_per_byte(point.loss), 5)])
-    return {
-        "bits_per_byte": corpus.bits_per_byte(last.loss),
-        "tokens": last.tokens,
-        "seconds": round(last.seconds, 2),
-        "tokens_per_second": round(last.tokens / last.seconds, 1),
-        "curve": curve,
-    }
 
 
 def of_model(runs: Sequence[Row], model: str) -> list[Row]:
@@ -209,25 +173,14 @@ def best_run(grid: Sequence[Row], model: str) -> Row:
     return min(runs, key=lambda row: row["bits_per_byte"])
 
 
-def median_speed(runs: Sequence[Row], model: str) -> float:
-    return median(row["tokens_per_second"] for row in of_model(runs, model))
-
-
 def differences(runs: Sequence[Row]) -> Row:
     """Return the mean score of both models, and of MoE minus dense with the same seed. Empty without a pair."""
-    moe, dense = scores_by_seed(runs, "MoE"), scores_by_seed(runs, "dense")
-    seeds = sorted(moe.keys() & dense.keys())  # a run that failed has no score
-    if not seeds:
-        return {}
-    means = {
-        "MoE": spread([moe[seed] for seed in seeds])._asdict(),
-        "dense": spread([dense[seed] for seed in seeds])._asdict(),
-    }
-    return {"means": means, "difference": spread([moe[seed] - dense[seed] for seed in seeds])._asdict()}
-
-
-def scores_by_seed(runs: Sequence[Row], model: str) -> dict[int, float]:
-    return {row["seed"]: row["bits_per_byte"] for row in of_model(runs, model)}
+    result = difference(of_model(runs, "MoE"), of_model(runs, "dense"))
+    if result:
+        result["means"] = {}
+        for model in MODELS:
+            result["means"][model] = spread([row["bits_per_byte"] for row in of_model(runs, model)])._asdict()
+    return result
 
 
 def add_table(result: Row) -> None:
@@ -237,9 +190,8 @@ def add_table(result: Row) -> None:
         if "difference" not in comparison:
             rows.append([f"equal {equal}", "not measured yet", "", "", "", ""])
             continue
-        means, runs = comparison["means"], comparison["runs"]
-        scores = [f"{means['MoE']['mean']:.4f}", f"{means['dense']['mean']:.4f}"]
-        spent = [describe_length(runs, "MoE"), describe_length(runs, "dense")]
+        scores = [f"{comparison['means'][model]['mean']:.4f}" for model in MODELS]
+        spent = [describe_length(comparison["runs"], model) for model in MODELS]
         rows.append([f"equal {equal}", *scores, with_verdict(comparison["difference"]), *spent])
     heads = ("", "MoE", "dense", "MoE minus dense", "tokens of the MoE", "tokens of the dense model")
     result["table"] = make_table(heads, rows)

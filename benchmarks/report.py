@@ -16,9 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Row, make_table, markdown
+from benchmarks.common import RESULTS, Row, make_table, markdown
 
-RESULTS = ROOT / "benchmarks" / "results"
 # The name must be the same in both markers.
 MARKERS = re.compile(r"(<!-- begin:([\w.-]+) -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
 # The overview starts with these files; the others follow by name.
@@ -72,18 +71,12 @@ def lines_of(name: str, results: Results) -> list[str]:
 def overview(results: Results) -> list[str]:
     """The headlines of all benchmarks."""
     # Results without a headline (a detail, or a script that was removed) are only in the list of measurements.
+    first = [name for prefix in FIRST for name in sorted(results) if name.startswith(prefix)]
     rows = []
-    for name in sorted(results, key=position):
+    for name in dict.fromkeys([*first, *sorted(results)]):
         for what, number in results[name].get("headline", []):
             rows.append([what, number, hardware(results[name])])
     return markdown(make_table(("what", "result", "hardware"), rows))
-
-
-def position(name: str) -> tuple[int, str]:
-    for index, prefix in enumerate(FIRST):
-        if name.startswith(prefix):
-            return index, name
-    return len(FIRST), name
 
 
 def measurements(results: Results) -> list[str]:
@@ -98,10 +91,8 @@ def measurements(results: Results) -> list[str]:
 
 def hardware(result: Row) -> str:
     """Name the hardware of a result."""
-    gpu = result["hardware"].get("gpu")
-    if gpu:
-        return gpu["name"]
-    return f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores"
+    hardware = result["hardware"]
+    return hardware["gpu"]["name"] if hardware.get("gpu") else f"{hardware['cpu']}, {hardware['cores']} cores"
 
 
 if __name__ == "__main__":

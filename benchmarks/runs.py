@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import ROOT, peak_memory
+from benchmarks.common import ROOT, Row, peak_memory, spread
 from litmoe.data import manifest
 
 
@@ -54,8 +54,10 @@ def find_corpus(data_dir: Path | None) -> Corpus:
     """
     if data_dir is None:
         data_dir = ROOT / "data" / "stories"
-        if manifest.read(data_dir) is None:
-            prepare_stories(data_dir)
+        if manifest.read(data_dir) is None:  # as the quickstart's run file prepares it
+            flags = ["--source", "sample", "--tokenizer", "train", "--vocab_size", "2048"]
+            flags += ["--data_dir", str(data_dir), "--tokenizer_dir", str(data_dir / "tokenizer")]
+            subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *flags], cwd=ROOT, check=True)
     # A tokenizer next to the folder serves several corpora.
     tokenizer_dir = data_dir / "tokenizer"
     if not tokenizer_dir.is_dir():
@@ -68,11 +70,8 @@ def find_corpus(data_dir: Path | None) -> Corpus:
     return Corpus(data_dir.resolve(), tokenizer_dir.resolve())
 
 
-def prepare_stories(data_dir: Path) -> None:
-    """Prepare the quickstart's corpus as its run file does."""
-    flags = ["--source", "sample", "--tokenizer", "train", "--vocab_size", "2048"]
-    flags += ["--data_dir", str(data_dir), "--tokenizer_dir", str(data_dir / "tokenizer")]
-    subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *flags], cwd=ROOT, check=True)
+# Flags for runs that only train and validate.
+NOTHING_ELSE = ("--train.save_interval=null", "--checkpoint.every_minutes=null", "--sample.prompt=null")
 
 
 def seed_flags(seed: int) -> list[str]:
@@ -87,16 +86,11 @@ def seed_flags(seed: int) -> list[str]:
 class Run:
     """The measurements of a run that has ended."""
 
-    # Of the complete command, with imports, validation and the last checkpoint
-    seconds: float
-    # Step of the first log line, and seconds until it was printed
-    first_log_line: tuple[int, float]
-    # Reserved by CUDA's allocator; on a CPU the memory of all processes
-    peak_bytes: int
-    # Of its metrics file
-    rows: list[dict[str, float]]
-    # The last one printed, in nats per token (LitGPT's own never reaches its metrics file)
-    val_loss: float | None
+    seconds: float  # of the complete command, with imports, validation and the last checkpoint
+    first_log_line: tuple[int, float]  # its step, and seconds until it was printed
+    peak_bytes: int  # reserved by CUDA's allocator; on a CPU the memory of all processes
+    rows: list[dict[str, float]]  # of its metrics file
+    val_loss: float | None  # the last one printed, in nats per token (LitGPT's own never reaches its metrics file)
 
     @property
     def tokens_per_second(self) -> float:
@@ -122,7 +116,7 @@ class Run:
 def train(
     flags: Sequence[str],
     *,
-    script: str = "run_train.py",
+    script: Sequence[str] = ("run_train.py",),
     environment: Mapping[str, str] | None = None,
     limit: float | None = None,
 ) -> Run:
@@ -130,7 +124,7 @@ def train(
 
     Args:
         flags: of the script, without --out_dir.
-        script: run_train.py, or another one with the same flags.
+        script: its path from the root, and arguments before the flags.
         environment: added to the environment of this process.
         limit: seconds after which the run is killed.
 
@@ -139,9 +133,16 @@ def train(
     """
     with tempfile.TemporaryDirectory() as folder:
         out_dir = Path(folder, "run")
-        command = [sys.executable, str(ROOT / script), *flags, "--out_dir", str(out_dir)]
         start = time.perf_counter()
-        process = start_process(command, environment or {})
+        process = subprocess.Popen(
+            [sys.executable, *script, *flags, "--out_dir", str(out_dir)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+        )
         timer = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
         timer.start()
         try:
@@ -157,7 +158,9 @@ def train(
         if limit and seconds >= limit:
             raise RunFailed(f"killed after {limit:.0f} s")
         if code != 0 or first_log_line is None:
-            raise RunFailed(reason(lines, code))
+            print("\n".join(lines[-30:]), file=sys.stderr)
+            last_line = [f"exit code {code}", *lines][-1][:200]
+            raise RunFailed(last_line if code != 0 else "the run printed no line about a step")
         reserved_gib = last_number(r"Peak memory ([\d.]+) GiB", lines)
         return Run(
             seconds=seconds,
@@ -168,39 +171,17 @@ def train(
         )
 
 
-def start_process(command: list[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """Start a command whose output can be read line by line while it runs."""
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-    )
-
-
 def follow_output(process: "subprocess.Popen[str]", start: float) -> tuple[list[str], tuple[int, float] | None]:
     """Read a run's output to its end. Return its lines, and the step and time of the first log line."""
     assert process.stdout is not None
     lines, first_log_line = [], None
-    for line in process.stdout:
+    for line in filter(str.strip, process.stdout):
         lines.append(line.strip())
         # Ours: `step 10/1953 | ...`, LitGPT's: `Epoch 1 | iter 10 step 10 | ...`. Step 0 is the first validation.
         match = re.search(r"\bstep ([1-9]\d*)\b.* \| ", line)
         if match and first_log_line is None:
             first_log_line = int(match[1]), time.perf_counter() - start
     return lines, first_log_line
-
-
-def reason(lines: list[str], code: int) -> str:
-    """Print the end of a failed run's output. Return its last line."""
-    print("\n".join(lines[-30:]), file=sys.stderr)
-    if code == 0:
-        return "the run printed no line about a step"
-    last_line = next((line for line in reversed(lines) if line), f"exit code {code}")
-    return last_line[:200]
 
 
 def last_number(pattern: str, lines: list[str]) -> float | None:
@@ -237,3 +218,25 @@ def validation_curve(rows: Sequence[dict[str, float]]) -> list[Point]:
         if "val_loss" in row:
             points.append(Point(tokens, seconds, row["val_loss"]))
     return points
+
+
+def score(rows: Sequence[dict[str, float]], corpus: Corpus) -> Row:
+    """Return the end of a run from its metrics, and its curve as (tokens, seconds, bits per byte)."""
+    points = validation_curve(rows)
+    curve = [[point.tokens, round(point.seconds, 2), round(corpus.bits_per_byte(point.loss), 5)] for point in points]
+    # The last validation is after the last step.
+    last = points[-1]
+    return {
+        "bits_per_byte": corpus.bits_per_byte(last.loss),
+        "tokens": last.tokens,
+        "seconds": round(last.seconds, 2),
+        "tokens_per_second": round(last.tokens / last.seconds, 1),
+        "curve": curve,
+    }
+
+
+def difference(runs: Sequence[Row], base: Sequence[Row]) -> Row:
+    """Return the mean difference of the scores to those with the same seed in ``base``; empty without a pair."""
+    scores = {run["seed"]: run["bits_per_byte"] for run in base}
+    changes = [run["bits_per_byte"] - scores[run["seed"]] for run in runs if run["seed"] in scores]
+    return {"difference": spread(changes)._asdict()} if changes else {}

@@ -4,10 +4,11 @@
     uv run python benchmarks/train_step.py --device cuda --models moe-200m    # keeps the other models of an earlier run
     uv run python benchmarks/train_step.py --device cuda --quick              # one short round, for a few GPU minutes
 
-Both sides are commands in processes of their own: run_train.py, and stock_pretrain.py, which calls LitGPT's own
-pretraining. Both read the same tokens in the same order, validate on the same batches before the first and after the
-last step, write no samples and save one checkpoint. Stock LitGPT runs twice, compiled and not compiled. All ways take
-turns, and ratios are formed within a round against the better of the two.
+Both sides are commands in processes of their own: run_train.py, and `train_step.py stock` with the same flags, which
+runs LitGPT's own `setup`, `main`, `fit`, model and loss. Both read the same tokens in the same order, validate on the
+same batches before the first and after the last step, write no samples and save one checkpoint. Stock LitGPT runs
+twice, compiled and not compiled. All ways take turns, and ratios are formed within a round against the better of the
+two.
 
 Tokens per second are those of the second half of a run's steps, from its own log. "First step" is the time from the
 start of the command to the end of the first step, with imports, compilation and the first validation.
@@ -15,9 +16,9 @@ start of the command to the end of the first step, with imports, compilation and
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,13 +26,14 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks import common
-from benchmarks.common import Row, bold_ours, gib, make_table, print_table, ranged
+from benchmarks.common import Row, bold_ours, gib, make_table, ranged
 from benchmarks.runs import Corpus, RunFailed, find_corpus, train
 from litmoe.config import parse_run
 from litmoe.flops import training_flops_per_token
+from litmoe.hardware import choose_precision, processes
 
-# FLOP/s of dense bf16 matrix products: measured on such a GPU, and the data sheet's.
-GPU_PEAKS = {"NVIDIA H200": {"measured": 790e12, "datasheet": 989e12}}
+# FLOP/s of dense bf16 matrix products, measured on such a GPU.
+GPU_PEAKS = {"NVIDIA H200": 790e12}
 
 # The same work besides the steps on both sides.
 SAME_ON_BOTH_SIDES = {
@@ -45,25 +47,18 @@ VALIDATION_SEQUENCES = 64  # eval.max_iters counts micro batches, so it is compu
 SECONDS_LIMIT = 300.0  # a way that takes longer is reported as too slow; GPU time is expensive
 
 
-@dataclass(frozen=True)
-class Case:
+# Each side, and its torch.compile: ours decides by its own rules, as a user gets it.
+WAYS = {"ours": None, "stock": False, "stock compiled": True}
+
+
+class Case(NamedTuple):
     """A model and how it is trained."""
 
     run_file: str
     flags: tuple[str, ...]
-    # Sequences per forward pass on both sides; gradients are accumulated to the same batch
-    micro_batch: int
+    micro_batch: int  # sequences per forward pass on both sides; gradients are accumulated to the same batch
     tokens: int
     rounds: int
-
-
-@dataclass(frozen=True)
-class Way:
-    """One side with its settings."""
-
-    who: str  # "ours" or "stock"
-    micro_batch: int
-    compile: bool | None  # None: the side decides
 
 
 def gpu_case(run_file: str, context: int, model: str | None = None) -> Case:
@@ -90,7 +85,10 @@ CASES = {
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__, "train_step", runs=True)
+    if sys.argv[1:2] == ["stock"]:
+        pretrain_with_stock(sys.argv[2:])
+        return
+    parser = common.make_parser(__doc__, "train_step_DEVICE", runs=True)
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="some of the device's models (default: all)")
     parser.add_argument("--quick", action="store_true", help="one round with a quarter of the tokens")
     args = parser.parse_args()
@@ -98,34 +96,31 @@ def main() -> None:
     unknown = sorted(set(args.models or ()) - set(cases))
     if unknown:
         sys.exit(f"error: no model {', '.join(unknown)} on {args.device}. Available: {', '.join(cases)}.")
-    common.select_device(args.device)
+    result = common.start(args, "torch", "litgpt", "lightning")
+    result |= {"peaks": {"measured": matmul_peak(args.device)}, "same_on_both_sides": SAME_ON_BOTH_SIDES}
+    result["models"] = common.earlier_rows(args.output, result, "models")
     corpus = find_corpus(args.data_dir)
-    output = common.output_path(args, "train_step")
-
-    result = common.describe_run(("torch", "litgpt", "lightning"), args.device)
-    result |= {"peaks": matmul_peaks(args.device), "same_on_both_sides": SAME_ON_BOTH_SIDES}
-    result["models"] = common.earlier_rows(output, result, "models")
     for name in args.models or cases:
         case = cases[name]
         # For a few GPU minutes: the same comparison with fewer tokens.
         if args.quick:
-            case = replace(case, tokens=case.tokens // 4, rounds=1)
+            case = case._replace(tokens=case.tokens // 4, rounds=1)
 
         # Called after each round: a run that is cut short keeps what it has.
         def save(model_result: Row, name: str = name) -> None:
             result["models"][name] = model_result
             add_table(result)
-            common.write_result(result, output)
+            common.write_result(result, args.output)
 
         print(f"{name}: {case.tokens:,} tokens", flush=True)
         measure(case, corpus, save)
-    print_table(result)
+    common.print_table(result)
 
 
-def matmul_peaks(device: str) -> dict[str, float]:
+def matmul_peak(device: str) -> float | None:
     """Return the FLOP/s of matrix products: of a known GPU in bf16, of this CPU in fp32, measured now."""
     if device == "cuda":
-        return GPU_PEAKS.get(torch.cuda.get_device_name(), {})
+        return GPU_PEAKS.get(torch.cuda.get_device_name())
     # The best of two seconds: other programs only make it slower.
     size, rates, start = 2048, [], time.perf_counter()
     a, b = torch.randn(2, size, size)
@@ -133,18 +128,13 @@ def matmul_peaks(device: str) -> dict[str, float]:
         before = time.perf_counter()
         a @ b
         rates.append(2 * size**3 / (time.perf_counter() - before))
-    return {"measured": max(rates)}
+    return max(rates)
 
 
 def measure(case: Case, corpus: Corpus, save: Callable[[Row], None]) -> Row:
     """Let all ways take turns. ``save`` receives the result after each round."""
     settings = parse_run(["--config", str(ROOT / case.run_file), *case.flags]).settings
     context = settings.train.max_seq_length or settings.model.block_size
-    ways = {
-        "ours": Way("ours", case.micro_batch, compile=None),
-        "stock": Way("stock", case.micro_batch, compile=False),
-        "stock compiled": Way("stock", case.micro_batch, compile=True),
-    }
     result: Row = {
         "run_file": case.run_file,
         "flags": case.flags,
@@ -152,34 +142,29 @@ def measure(case: Case, corpus: Corpus, save: Callable[[Row], None]) -> Row:
         "context": context,
         "batch": settings.train.global_batch_size,
         "tokens": case.tokens,
-        "flops_per_token": {
-            "causal": training_flops_per_token(settings.model, context),
-            "full": training_flops_per_token(settings.model, context, causal=False),
-        },
-        "ways": {name: asdict(way) for name, way in ways.items()},
+        "flops_per_token": {"causal": training_flops_per_token(settings.model, context)},
+        "ways": WAYS,
         "rounds": [],
     }
     for _ in range(case.rounds):
-        functions = {name: lambda way=way: run_way(way, case, corpus) for name, way in ways.items()}
-        result["rounds"] += common.take_turns(functions, rounds=1)
+        result["rounds"].append({way: run_way(way, case, corpus) for way in WAYS})
         result["summary"] = summarize(result["rounds"])
         print("  " + "; ".join(f"{name} {row}" for name, row in result["rounds"][-1].items()), flush=True)
         save(result)
     return result
 
 
-def run_way(way: Way, case: Case, corpus: Corpus) -> Row:
+def run_way(way: str, case: Case, corpus: Corpus) -> Row:
     """Run one side once. A failure (out of memory, too slow) is a result, too."""
     flags = ["--config", case.run_file, *case.flags, *corpus.flags]
     flags += [f"--train.max_tokens={case.tokens}", "--train.max_steps=null"]
-    flags += [f"--train.micro_batch_size={way.micro_batch}"]
-    flags += [f"--eval.max_iters={max(1, VALIDATION_SEQUENCES // way.micro_batch)}"]
+    flags += [f"--train.micro_batch_size={case.micro_batch}"]
+    flags += [f"--eval.max_iters={max(1, VALIDATION_SEQUENCES // case.micro_batch)}"]
     flags += [f"--{name}={value}" for name, value in SAME_ON_BOTH_SIDES.items()]
-    script, environment = "run_train.py", {}
-    # Ours decides about compilation by its own rules, as a user gets it.
-    if way.who == "stock":
-        script = "benchmarks/stock_pretrain.py"
-        environment = {"TORCH_COMPILE_DISABLE": "0" if way.compile else "1"}
+    script, environment = ["run_train.py"], {}
+    if way != "ours":
+        script = ["benchmarks/train_step.py", "stock"]
+        environment = {"TORCH_COMPILE_DISABLE": "0" if WAYS[way] else "1"}
     try:
         run = train(flags, script=script, environment=environment, limit=SECONDS_LIMIT)
         return {
@@ -194,6 +179,45 @@ def run_way(way: Way, case: Case, corpus: Corpus) -> Row:
         return {"status": str(error)}
 
 
+def pretrain_with_stock(flags: Sequence[str]) -> None:
+    """Pretrain with stock LitGPT. Only what would crash is replaced. Prints the allocator's peak on a GPU.
+
+    Args:
+        flags: those of run_train.py. TORCH_COMPILE_DISABLE=1 in the environment turns LitGPT's torch.compile off.
+    """
+    import litgpt.pretrain
+
+    torch.set_float32_matmul_precision("high")  # as LitGPT's command line does
+    run = parse_run(flags)
+    settings = run.settings
+    # LitGPT parses sys.argv again at each checkpoint and would exit, because the flags are not its own.
+    litgpt.pretrain.save_hyperparameters = lambda *_: None
+    if settings.model.mlp_class_name == "LLaMAMoE":
+        # It runs the model on the meta device, where LLaMAMoE calls `nonzero` and crashes.
+        litgpt.pretrain.measure_flops = lambda *_: 0
+
+    devices, num_nodes = processes(settings)
+    litgpt.pretrain.setup(
+        model_name=settings.model.name,
+        model_config=settings.model,
+        out_dir=settings.out_dir,
+        precision=choose_precision(settings.precision)[0],
+        # Not litgpt.data.TextFiles, which loses the ends of documents: the same tokens in the same order.
+        data=settings.data,
+        train=settings.train,
+        eval=settings.eval,
+        log=settings.log,
+        optimizer=run.optimizer,
+        devices=devices,
+        num_nodes=num_nodes,
+        tokenizer_dir=settings.tokenizer_dir,
+        logger_name="csv",
+        seed=settings.seed,
+    )
+    if torch.cuda.is_available():
+        print(f"Peak memory {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB.")
+
+
 # ------------------------------------------------------------------------------------------------------------- summary
 
 
@@ -203,35 +227,28 @@ def summarize(rounds: list[Row]) -> Row:
     for way in rounds[0]:
         summary[way] = {}
         for number in ("tokens_per_second", "seconds", "first_step_seconds", "peak_bytes", "val_loss"):
-            values = values_of(rounds, way, number)
+            values = [row[way][number] for row in rounds if row[way].get(number) is not None]
             if values:
                 summary[way][number] = common.low_median_high(values)
 
-    # Stock's eager and compiled runs compete: the one that is better by the number is the opponent.
+    speed = ratios_to_stock(rounds, summary, "tokens_per_second", max)
+    seconds = ratios_to_stock(rounds, summary, "seconds", min)
     summary["times_stock"] = {}
-    speed = ratios_to(best_stock(summary, "tokens_per_second", max), rounds, "tokens_per_second")
-    seconds = ratios_to(best_stock(summary, "seconds", min), rounds, "seconds")
     if speed:
         summary["times_stock"]["tokens_per_second"] = common.low_median_high(speed)
         summary["times_stock"]["whole_command"] = common.low_median_high([1 / ratio for ratio in seconds])
     return summary
 
 
-def values_of(rounds: list[Row], way: str, number: str) -> list[float]:
-    """Return a number from the rounds in which a way ran and reported it."""
-    return [row[way][number] for row in rounds if row[way].get(number) is not None]
+def ratios_to_stock(rounds: list[Row], summary: Row, number: str, best: Callable[..., str]) -> list[float]:
+    """Return ours divided by stock's, for each round in which both ran.
 
-
-def best_stock(summary: Row, number: str, choose: Callable[..., str]) -> str | None:
-    """Return which of stock's ways is best by the median; None if none ran."""
-    medians = {way: summary[way][number][1] for way in ("stock", "stock compiled") if number in summary.get(way, {})}
-    return choose(medians, key=medians.get) if medians else None
-
-
-def ratios_to(stock: str | None, rounds: list[Row], number: str) -> list[float]:
-    """Return ours divided by stock's, for each round in which both ran."""
-    if stock is None:
+    Stock's eager and compiled runs compete: the one that is better by the median of the number is the opponent.
+    """
+    medians = {way: summary[way][number][1] for way in ("stock", "stock compiled") if number in summary[way]}
+    if not medians:
         return []
+    stock = best(medians, key=medians.get)
     both = [row for row in rounds if number in row["ours"] and number in row[stock]]
     return [row["ours"][number] / row[stock][number] for row in both]
 
@@ -240,30 +257,28 @@ def add_table(result: Row) -> None:
     heads = ("model", "", "tokens/s", "times stock", "MFU", "peak memory", "first step, s", "complete command, s")
     rows, headline = [], []
     for model, row in result["models"].items():
-        times_stock = row["summary"]["times_stock"]
+        times_stock = {name: ranged(values, "{:.2f}") for name, values in row["summary"]["times_stock"].items()}
+        if times_stock:
+            text = f"{times_stock['tokens_per_second']} times stock LitGPT"
+            headline.append([f"training step of {model}, tokens/s", text])
         for way in row["ways"]:
             if row["summary"].get(way):  # it ran
-                rows.append([model, bold_ours(way), *describe_way(result, row, way)])
-        if times_stock:
-            text = f"{ranged(times_stock['tokens_per_second'], '{:.2f}')} times stock LitGPT"
-            headline.append([f"training step of {model}, tokens/s", text])
+                rows.append([model, bold_ours(way), *describe_way(result, row, way, times_stock)])
     result["table"] = make_table((*heads, "times stock"), rows)
     result["headline"] = headline
 
 
-def describe_way(result: Row, row: Row, way: str) -> list[str]:
-    """Return the cells of one way."""
-    numbers, times_stock = row["summary"][way], {}
-    if way == "ours":
-        times_stock = row["summary"]["times_stock"]
+def describe_way(result: Row, row: Row, way: str, times_stock: dict[str, str]) -> list[str]:
+    """Return the cells of one way. Only ours has the ratios to stock."""
+    numbers, ratios = row["summary"][way], times_stock if way == "ours" else {}
     return [
         ranged(numbers["tokens_per_second"]),
-        ranged(times_stock["tokens_per_second"], "{:.2f}") if times_stock else "",
+        ratios.get("tokens_per_second", ""),
         utilization(result, row, numbers["tokens_per_second"][1]),
         gib(numbers["peak_bytes"][2]),
         ranged(numbers["first_step_seconds"], "{:.1f}"),
         ranged(numbers["seconds"], "{:.1f}"),
-        ranged(times_stock["whole_command"], "{:.2f}") if times_stock else "",
+        ratios.get("whole_command", ""),
     ]
 
 

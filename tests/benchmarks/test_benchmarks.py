@@ -151,7 +151,7 @@ def test_earlier_rows_of_other_versions_are_dropped(tmp_path: Path) -> None:
 def test_every_layer_is_compared_and_timed(tmp_path: Path) -> None:
     cases = [moe_layer.Case(TINY_SIZE, 64, precision, EAGER_LAYERS, 2) for precision in ("fp32", "bf16")]
     cases.append(moe_layer.Case(TINY_SIZE, 64, "fp32", ("LitGPT", "ours"), 2, skewed=True))
-    result = moe_layer.run("cpu", cases, tmp_path / "moe_layer_cpu.json", seconds=1e-4)
+    result = moe_layer.run({"device": "cpu"}, cases, tmp_path / "moe_layer_cpu.json", seconds=1e-4)
     for case in result["cases"]:
         for name, row in case["layers"].items():
             if name in moe_peers.GPU_ONLY:
