@@ -126,9 +126,8 @@ def _sum_loss(
 ) -> tuple[float, int]:
     """Return the summed negative log-probability of the answer tokens in nats, and their number."""
     device = gpt.transformer.wte.weight.device
-    starts = indices[::batch_size]
     nats, tokens = 0.0, 0
-    for start in with_progress(starts, len(starts)):
+    for start in with_progress(indices[::batch_size]):
         batch = [encoded[index] for index in indices[start : start + batch_size]]
         input_ids, targets, _ = collate(batch, padding, context)
         logits_BTV = logits_of(gpt, hidden_states(gpt, input_ids.to(device))[0])

@@ -206,8 +206,8 @@ def score_continuations(gpt: GPT, rows: Sequence[Continuation]) -> list[Continua
 # ------------------------------------------------------------------------------------------------------------- display
 
 
-def with_progress(batches: Iterable[T], total: int) -> Iterator[T]:
-    """Yield the batches and show a progress bar on stderr."""
+def with_progress(batches: Iterable[T], total: int | None = None) -> Iterator[T]:
+    """Yield the batches and show a progress bar on stderr; ``total`` is their number, if they are not a sequence."""
     columns = (
         TextColumn("evaluating"),
         BarColumn(),

@@ -113,7 +113,7 @@ def evaluate(
     model = load_model(folder, **options)
     start = time.perf_counter()
     with model.autocast:
-        scores = log_probabilities(model.gpt, with_progress(encoded.batches, len(encoded.batches)), encoded)
+        scores = log_probabilities(model.gpt, with_progress(encoded.batches), encoded)
     return HellaSwagEvaluation(
         **vars(accuracy(questions, scores)),
         **model.about,

@@ -270,9 +270,9 @@ class Harness(TemplateLM):
             # The windows of loglikelihood_rolling have no text.
             name = f"the answer {text and text[1]!r} of a task"
             rows.append(make_continuation(context, continuation, self.max_length, name=name, block_size=block_size))
-        batches = batches_by_length(rows, _BATCH_TOKENS)
+        batches = with_progress(batches_by_length(rows, _BATCH_TOKENS))
         with self._autocast:
-            scores = dict(score_batches(self.gpt, rows, with_progress(batches, len(batches))))
+            scores = dict(score_batches(self.gpt, rows, batches))
         # Batches are by length, and answers in the order of the requests.
         return [scores[index] for index in range(len(rows))]
 
@@ -295,7 +295,7 @@ class Harness(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate after each context until a stop string, the end-of-text token or the requested length."""
-        return [self._generate(*request.args) for request in with_progress(requests, len(requests))]
+        return [self._generate(*request.args) for request in with_progress(requests)]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         wanted = _generation_settings(settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from litmoe.cli import UserError, nearest, strip_control_chars
+from litmoe.data.files import undecoded
 from litmoe.inference.chat import NOT_TUNED, Chat, describe
 from litmoe.inference.generate import Sampling, check_sampling, check_seed
 
@@ -52,8 +53,7 @@ class Terminal:
     def _handle(self, line: str) -> None:
         if not line.strip():
             return
-        # With errors="surrogateescape", Python reads bytes that are not UTF-8 as these characters.
-        if any(0xDC80 <= ord(character) < 0xDD00 for character in line):
+        if undecoded(line):
             raise UserError(f"the line {line.strip()!r} is not UTF-8; save the text as UTF-8.")
         if line.startswith("/"):
             self.command(line)
