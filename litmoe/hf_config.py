@@ -288,14 +288,16 @@ def _moe_fields(config: "Config", model_type: str) -> dict[str, Any]:
             "mlp_only_layers": list(range(config.first_k_dense_replace or 0)),
         }
     # glm4_moe. If no group is excluded, a single group computes the same, whatever the score of a group is.
-    is_grouped = config.n_topk_groups != config.n_expert_groups
+    groups, chosen_groups = config.n_expert_groups, config.n_topk_groups
+    if chosen_groups == groups:
+        groups = chosen_groups = 1
     return {
         **per_token,
         "moe_intermediate_size": width,
         "n_routed_experts": config.n_expert,
         "n_shared_experts": config.n_shared_expert or 0,
-        "n_group": config.n_expert_groups if is_grouped else 1,
-        "topk_group": config.n_topk_groups if is_grouped else 1,
+        "n_group": groups,
+        "topk_group": chosen_groups,
         "first_k_dense_replace": config.first_k_dense_replace or 0,
         "norm_topk_prob": config.norm_topk_prob,
         "routed_scaling_factor": config.routed_scaling_factor,
@@ -369,7 +371,7 @@ def _from_llama_like(theirs: "PreTrainedConfig", rope: dict[str, Any]) -> dict[s
     fields = {
         "norm_class_name": "RMSNorm",
         "norm_eps": theirs.rms_norm_eps,
-        "bias": kind == "llama" and theirs.mlp_bias,
+        "bias": getattr(theirs, "mlp_bias", False),
         # Qwen2 always has biases on queries, keys and values, without a field for it.
         "attn_bias": kind == "qwen2" or (kind == "glm4_moe" and theirs.attention_bias),
         "parallel_residual": False,
@@ -397,12 +399,15 @@ def _from_moe(theirs: "PreTrainedConfig") -> dict[str, Any]:
         "first_k_dense_replace": dense_layers or None,
     }
     if theirs.model_type == "glm4_moe":
-        is_grouped = theirs.topk_group != theirs.n_group
+        groups, chosen_groups, scores = theirs.n_group, theirs.topk_group, 2
+        # The sigmoid router of LitGPT needs at least two groups. If none is excluded, their number has no effect.
+        if chosen_groups == groups:
+            groups, chosen_groups, scores = 2, 2, 1
         fields |= {
             "n_shared_expert": theirs.n_shared_experts or None,
-            "n_expert_groups": theirs.n_group if is_grouped else 2,  # the sigmoid router of LitGPT needs at least two
-            "n_topk_groups": theirs.topk_group if is_grouped else 2,
-            "n_topk_scores_per_group": 2 if is_grouped else 1,
+            "n_expert_groups": groups,
+            "n_topk_groups": chosen_groups,
+            "n_topk_scores_per_group": scores,
             "norm_topk_prob": theirs.norm_topk_prob,
             "routed_scaling_factor": theirs.routed_scaling_factor,
         }

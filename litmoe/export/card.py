@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,9 @@ def _training_rows(folder: Path, imported: str | None, style: str | None) -> dic
     metadata = checkpoints.read_metadata(folder)
     # Imported checkpoints have step 0.
     duration = f"{metadata.step:,} steps, {metadata.tokens:,} tokens" if metadata.step else None
-    loss = _validation_loss(folder, metadata.step)
-    conversations = _conversations(folder)
-    rows = {"imported from": imported, "training text": _training_text(folder)}
+    loss = _known(_validation_loss, folder, metadata.step)
+    conversations = _known(_conversations, folder)
+    rows = {"imported from": imported, "training text": _known(_training_text, folder)}
     if conversations:
         # The loss on answers can't be compared with that on a text, so it gets another name.
         rows |= {
@@ -146,41 +147,39 @@ def _short(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
-def _training_text(folder: Path) -> str | None:
-    """Describe the training text by its manifest; names of the user's own files stay private."""
+def _known(describe: Callable[..., str], *arguments: Any) -> str | None:
+    """Return a description; None if its file is missing or lacks something, as in checkpoints of other programs."""
     try:
-        manifest = json.loads((folder / checkpoints.MANIFEST).read_text(encoding="utf-8"))
-        source, train = manifest["source"], manifest["splits"]["train"]
-        name = source["name"]
-        # A name or path of the user would be published with the model.
-        if name in ("files", "text"):
-            name = "the author's own files"
-        elif "@" in (source["location"] or ""):  # a repository on the Hub with its commit
-            name += f" ({source['location']})"
-        return f"{name}: {train['tokens']:,} tokens of {train['documents']:,} documents"
-    except (OSError, ValueError, KeyError, TypeError):
-        # Checkpoints of 0.1.0 and of other programs may lack the file.
-        return None
-
-
-def _conversations(folder: Path) -> str | None:
-    """Describe the data of finetuning; names of the user's own files stay private."""
-    try:
-        # Only checkpoints of finetuning have this file.
-        data = json.loads((folder / checkpoints.INSTRUCTIONS).read_text(encoding="utf-8"))
-        name = "the author's own files" if data["source"] == "files" else data["source"]
-        return f"{name}: {data['splits']['train']['conversations']:,} conversations"
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _validation_loss(folder: Path, step: int) -> str | None:
-    """Return the last validation loss up to the checkpoint, from the metrics of its run."""
-    try:
-        # Checkpoints contain no validation loss. Rows of later steps belong to later checkpoints of the same run.
-        with open(folder.parent / "metrics.csv", encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["val_loss"] and int(row["step"]) <= step]
-        return f"{float(rows[-1]['val_loss']):.4f} nats per token, at step {int(rows[-1]['step']):,}"
+        return describe(*arguments)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        # A checkpoint may be copied without its metrics, and a short run may have no evaluation.
         return None
+
+
+def _training_text(folder: Path) -> str:
+    """Describe the training text by its manifest; names of the user's own files stay private."""
+    manifest = json.loads((folder / checkpoints.MANIFEST).read_text(encoding="utf-8"))
+    source, train = manifest["source"], manifest["splits"]["train"]
+    name = source["name"]
+    # A name or path of the user would be published with the model.
+    if name in ("files", "text"):
+        name = "the author's own files"
+    elif "@" in (source["location"] or ""):  # a repository on the Hub with its commit
+        name += f" ({source['location']})"
+    return f"{name}: {train['tokens']:,} tokens of {train['documents']:,} documents"
+
+
+def _conversations(folder: Path) -> str:
+    """Describe the data of finetuning; names of the user's own files stay private."""
+    # Only checkpoints of finetuning have this file.
+    data = json.loads((folder / checkpoints.INSTRUCTIONS).read_text(encoding="utf-8"))
+    name = "the author's own files" if data["source"] == "files" else data["source"]
+    return f"{name}: {data['splits']['train']['conversations']:,} conversations"
+
+
+def _validation_loss(folder: Path, step: int) -> str:
+    """Return the last validation loss up to the checkpoint, from the metrics of its run."""
+    # Checkpoints contain no validation loss. Rows of later steps belong to later checkpoints of the same run. A
+    # checkpoint may be copied without its metrics, and a short run may have no evaluation.
+    with open(folder.parent / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val_loss"] and int(row["step"]) <= step]
+    return f"{float(rows[-1]['val_loss']):.4f} nats per token, at step {int(rows[-1]['step']):,}"

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from litgpt import GPT, Config, Tokenizer
 from litgpt.prompts import PromptStyle
@@ -111,7 +110,7 @@ def export(checkpoint: Path, out: Path, *, dtype: Dtype | None = None, title: st
 
 def _cast(name: str, tensor: Tensor, dtype: Dtype | None) -> Tensor:
     # The bias that balances the experts moves in steps too small for bf16; transformers keeps it in fp32 too.
-    if dtype is None or name.endswith("e_score_correction_bias") or not tensor.is_floating_point():
+    if dtype is None or name.endswith("e_score_correction_bias"):
         return tensor
     return tensor.to(getattr(torch, dtype))
 
@@ -185,7 +184,8 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, style: Promp
     write_json(out / "tokenizer.json", _with_litgpts_bos(folder / "tokenizer.json", tokenizer))
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings = {key: value for key, value in settings.items() if key not in _NOT_EXPORTED}
+    for name in _NOT_EXPORTED:
+        settings.pop(name, None)
     # Names of the tokens that LitGPT uses, which may be in other files of the checkpoint.
     for name, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if id is not None:
@@ -202,10 +202,12 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, style: Promp
 
 def _write_generation_config(out: Path, tokenizer: Tokenizer, style: PromptStyle, config: Config) -> list[Check]:
     sequences = stop_sequences(style, tokenizer)
+    # generation_config.json can express only single tokens.
     stop_ids = [sequence[0] for sequence in sequences if len(sequence) == 1]
+    longer = [tokenizer.decode(torch.tensor(sequence)) for sequence in sequences if len(sequence) > 1]
     settings = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,
         # The defaults of generate.py
         "do_sample": True,
@@ -213,11 +215,7 @@ def _write_generation_config(out: Path, tokenizer: Tokenizer, style: PromptStyle
         "top_k": 50,
         "max_new_tokens": new_tokens(config),
     }
-    if len(stop_ids) > 1:
-        settings["eos_token_id"] = stop_ids
-    write_json(out / "generation_config.json", {key: value for key, value in settings.items() if value is not None})
-    # generation_config.json can express only single tokens.
-    longer = [tokenizer.decode(torch.tensor(sequence)) for sequence in sequences if len(sequence) > 1]
+    write_json(out / "generation_config.json", settings)
     if not longer:
         return []
     return [Check("end of an answer", f"transformers does not stop at {longer}, chat.py does")]
@@ -258,11 +256,9 @@ def check_can_push(repository: str) -> None:
     """Raise UserError if the Hub does not accept the name, or no user is logged in."""
     try:
         validate_repo_id(repository)
-        is_valid = repository.count("/") == 1
-    except HFValidationError:
-        is_valid = False
-    if not is_valid:
-        raise UserError(f"--push is {repository}, which the Hub does not accept; expected ORG/NAME.")
+        _organization, _name = repository.split("/")
+    except ValueError:  # of the client of the Hub, or no organization
+        raise UserError(f"--push is {repository}, which the Hub does not accept; expected ORG/NAME.") from None
     if huggingface_hub.get_token() is None:
         raise UserError("--push needs a token of the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN.")
 

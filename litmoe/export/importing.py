@@ -107,8 +107,8 @@ def _convert_config(theirs: Any, source: Path, vocab_size: int) -> Config:
     try:
         config, problems = litgpt_config(theirs, name, vocab_size)
     except (AssertionError, ValueError) as error:  # of litgpt.Config
-        config, problems = None, [str(error) or "sizes that can't be divided"]
-    if config is None or problems:
+        problems = [str(error) or "sizes that can't be divided"]
+    if problems:
         raise UserError(
             f"LitGPT can't compute the same as {source}, so nothing was written. Without counterpart in its"
             f" config.json: {'; '.join(problems)}."

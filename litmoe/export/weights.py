@@ -60,13 +60,11 @@ def to_huggingface(weights: dict[str, Tensor], config: Config, *, tied: bool) ->
         convert_lit_checkpoint.copy_weights_gpt_neox(config, result, weights)
         return result
     for name, tensor in weights.items():
-        names = _llama_names(name)
-        if len(names) == 1:
-            result[names[0]] = tensor
-        else:
+        names, parts = _llama_names(name), [tensor]
+        if len(names) > 1:
             # Copies, because safetensors needs one storage per tensor.
             parts = [part.clone() for part in tensor.split(_qkv_rows(config))]
-            result |= dict(zip(names, parts, strict=True))
+        result.update(zip(names, parts, strict=True))
     if model_type == "mixtral":
         result = {_replace(name, _MIXTRAL): tensor for name, tensor in result.items()}
     if model_type == "glm4_moe" and not config.n_shared_expert:
