@@ -298,25 +298,18 @@ def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> Iterato
     """Check for features that FSDP does not support, because they need complete matrices in one process."""
     if not is_sharded(settings):
         return
-    unsupported = (
-        (
-            not optimizer_traits(optimizer).supports_fsdp,
-            f"shards every matrix, and {optimizer['class_path']} needs complete ones; --optimizer torch.optim.AdamW, or"
-            " --strategy ddp.",
-        ),
-        (
-            settings.eval.hellaswag is not None,
-            "can't score HellaSwag during training; --eval.hellaswag null, and evaluate.py afterwards.",
-        ),
+    needs_matrices = f"{optimizer['class_path']} needs complete ones; --optimizer torch.optim.AdamW, or --strategy ddp."
+    scores_hellaswag = settings.eval.hellaswag is not None
+    uses_fp16 = choose_precision(settings.precision)[0] == "16-mixed"
+    problems = (
+        (not optimizer_traits(optimizer).supports_fsdp, f"shards every matrix, and {needs_matrices}"),
+        (scores_hellaswag, "can't score HellaSwag during training; --eval.hellaswag null, and evaluate.py afterwards."),
         (settings.compile, "does not support torch.compile; --compile false, or --strategy ddp."),
         (settings.uses_lora, "does not support LoRA, which needs little memory: --strategy ddp, or --lora_r 0."),
-        (
-            choose_precision(settings.precision)[0] == "16-mixed",
-            "has no gradient scaler for fp16; --precision 32-true, or --strategy ddp.",
-        ),
+        (uses_fp16, "has no gradient scaler for fp16; --precision 32-true, or --strategy ddp."),
     )
-    for is_used, problem in unsupported:
-        if is_used:
+    for is_present, problem in problems:
+        if is_present:
             yield f"strategy fsdp {problem}"
 
 
