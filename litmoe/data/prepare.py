@@ -453,13 +453,11 @@ def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerCh
         origin = train_origin(args, corpus.records["train"], corpus.settings)
         if args.overwrite or tokenizers.origin(args.tokenizer_dir) != origin:
             files = train_tokenizer(corpus, origin["vocab_size"])
-    if files is None:
-        # One of an interrupted call with other flags must not be installed with these tokens.
-        shutil.rmtree(folder, ignore_errors=True)
-        info = tokenizers.load(args.tokenizer_dir)
-    else:
+    # One of an interrupted call with other flags must not be installed with these tokens.
+    shutil.rmtree(folder, ignore_errors=True)
+    if files is not None:
         tokenizers.install(files, origin, folder)
-        info = tokenizers.load(folder)
+    info = tokenizers.load(folder if files is not None else args.tokenizer_dir)
     begins = f"begins with {info.bos_token!r}, id {info.bos_id}, and " if info.bos_token else ""
     print(
         f"Tokenizer in {args.tokenizer_dir} ({info.name}): {info.vocab_size:,} tokens, so a model needs a "
