@@ -134,11 +134,11 @@ def open_text(location: Location, newline: str | None = "") -> Iterator[TextIO]:
     Raises:
         UserError: the file is damaged, or does not have the encoding of its byte order mark.
     """
-    encoding = _encoding(location)
-    # UTF-16 and UTF-32 have no way to mark single bad bytes.
-    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     with open_file(location) as file, damage_errors(location):
-        source: Any = file if is_compressed(location) else io.BufferedReader(file, BUFFER_BYTES)
+        source = io.BufferedReader(file, BUFFER_BYTES)  # type: ignore[type-var]
+        encoding = _encoding(location, source.peek(4096)[:4096])
+        # UTF-16 and UTF-32 have no way to mark single bad bytes.
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
         try:
             yield io.TextIOWrapper(source, encoding, errors, newline)
         except UnicodeDecodeError as error:
@@ -148,14 +148,12 @@ def open_text(location: Location, newline: str | None = "") -> Iterator[TextIO]:
             ) from None
 
 
-def _encoding(location: Location) -> str:
+def _encoding(location: Location, beginning: bytes) -> str:
     """Return the Python encoding that the byte order mark names, ``utf-8`` without one.
 
     Raises:
         UserError: the file is binary, or UTF-16 without a mark. Its NUL bytes would be valid UTF-8.
     """
-    with open_file(location) as file, damage_errors(location):
-        beginning = file.read(4096)
     if not beginning and is_compressed(location):
         raise UserError(f"{location} is damaged or truncated (it is empty); get the file again.")
     for mark, name in BYTE_ORDER_MARKS.items():
