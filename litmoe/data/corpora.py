@@ -175,7 +175,7 @@ class Corpus:
         return Rules(
             separator=self.settings.document_separator,
             text_column=self.settings.text_column or self.column,
-            val_fraction=None if "val" in self.files else self.settings.val_fraction,
+            val_fraction=self.settings.val_fraction or 0.0,
             skip_broken=self.settings.skip_broken,
             # Text that the user has put in place is tokenized unchanged. Without validation files the hash of a
             # document decides its split, so its copies are in the same one.

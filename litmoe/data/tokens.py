@@ -94,7 +94,7 @@ def tokenize_corpus(
         records = process_units(groups, rules, encode, store, num_workers, limit, keep_text, Progress(corpus))
         documents = totals_of(records).documents
         # With no document at all, cutting does not help.
-        if rules.val_fraction is None or len({bool(number) for number in documents.values()}) == 1:
+        if "val" in corpus.files or len({bool(number) for number in documents.values()}) == 1:
             if not cut:
                 # Of an interrupted call, when the corpus had fewer documents. Only one folder may have results.
                 shutil.rmtree(folder / "cut", ignore_errors=True)
