@@ -67,6 +67,9 @@ def test_parquet_rows_and_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
     assert values(path) == ROWS
     assert list(read_rows(path, ["text"], range(1, 2))) == [("row 3", {"text": ROWS[2]["text"]})]
+    # A part of a data set may be empty, and has no row group then.
+    pq.ParquetWriter(path, pa.schema({"text": pa.string()})).close()
+    assert list(read_rows(path, ["text"], range(1))) == []
 
 
 def test_json_may_hold_one_object(tmp_path: Path) -> None:
