@@ -415,8 +415,10 @@ def sort_files(folder: Path) -> SourceFiles:
     """
     files, unread = text_files(folder), unread_files(folder)
     if not files:
-        content = f"it has {kinds(unread)}" if unread else "it is empty"
-        raise UserError(f"--source {folder}: nothing there can be read ({content}); expected files of {READABLE}.")
+        content = kinds(unread) or "no files"
+        raise UserError(
+            f"--source {folder}: nothing there can be read (it has {content}); expected files of {READABLE}."
+        )
     train, val, test, unnamed = files_by_split(folder, files).values()
     # A folder of test files alone is more likely a mistake than training text.
     if not train and not unnamed:
