@@ -219,20 +219,19 @@ def _divided(lines: Iterable[str], separator: str | None) -> Iterator[str]:
     if separator is not None:
         separators.append(separator.rstrip(" \t"))
     document: list[str] = []
-    is_divided = False
+    # The line end before a separator belongs to the separator. A file without one is kept exactly.
+    line_end = ""
     for line in lines:
         # White space after a separator is invisible in an editor, so it is ignored.
         if line.rstrip(" \t\n") in separators:
-            # The line end before the separator belongs to the separator.
-            yield "".join(document).removesuffix("\n")
-            document, is_divided = [], True
+            line_end = "\n"
+            yield "".join(document).removesuffix(line_end)
+            document = []
         else:
             document.append(line)
     rest = "".join(document)
-    if not is_divided:
-        yield rest
-    elif not is_blank(rest):
-        yield rest.removesuffix("\n")
+    if not is_blank(rest):
+        yield rest.removesuffix(line_end)
 
 
 def documents_of_row(text: str) -> list[str]:
