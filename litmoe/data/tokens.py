@@ -248,10 +248,12 @@ def process_units(
         UserError: the text cannot be read.
         Unfinished: the connection to the Hub was lost.
     """
-    records = store.finished()
-    if records:
+    finished = store.finished()
+    if finished:
         # Their data may be in chunks already.
-        return records
+        return finished
+    # By number: a unit that is read again may end after later units that were finished.
+    records: dict[int, UnitRecord] = {}
     items = _unfinished_items(groups, rules, store, max_documents, records, progress)
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         open_parts: dict[str, BinaryIO] = {}
@@ -269,10 +271,11 @@ def process_units(
             else:
                 # The record comes after the data, so a unit with a record is complete.
                 _close(open_parts)
-                records.append(store.write(item.unit.number, item.counts))
+                records[item.unit.number] = store.write(item.unit.number, item.counts)
             progress.add(item)
-    store.finish(records)
-    return records
+    finished = [records[number] for number in sorted(records)]
+    store.finish(finished)
+    return finished
 
 
 def _close(parts: dict[str, BinaryIO]) -> None:
@@ -289,13 +292,10 @@ def _unfinished_items(
     rules: Rules,
     store: UnitStore,
     max_documents: int | None,
-    records: list[UnitRecord],
+    records: dict[int, UnitRecord],
     progress: Progress,
 ) -> Iterator[Batch | UnitEnd]:
-    """Yield the batches and ends of units without a record; append the records of the others.
-
-    Units finish in order, so all finished ones come before the first unfinished one.
-    """
+    """Yield the batches and ends of units without a record; add the records of the others to ``records``."""
     val_hashes: set[int] = set()
     for units in groups:
         left = max_documents or inf
@@ -304,7 +304,7 @@ def _unfinished_items(
             if record is not None:
                 counts = record.counts
                 val_hashes.update(counts.hashes)
-                records.append(record)
+                records[unit.number] = record
                 progress.skip(unit)
             else:
                 # Part files of an interrupted call are overwritten: the same unit writes the same files.
