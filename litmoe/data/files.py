@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from litmoe.cli import UserError
+from litmoe.cli import UserError, strip_control_chars
 
 Location = Path | str
 """A local path, or the ``hf://`` address of a file on the Hub."""
@@ -231,9 +231,9 @@ def in_short(error: Exception) -> str:
 
 
 def first_names(names: Sequence[str], limit: int = 5) -> str:
-    """Return the first names for a message, and how many more there are."""
+    """Return the first names of files or fields for a message, and how many more there are."""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return strip_control_chars(", ".join(names[:limit]) + more)
 
 
 # --- rows ---
@@ -323,10 +323,10 @@ def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
 def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:
     # Python's own limit for a cell is 131,072 characters.
     csv.field_size_limit(MAX_CSV_FIELD)
-    header: list[str] | None = None
     with open_text(location) as file:
         # strict: otherwise the reader accepts a quote that is never closed, and the rest of the file is one cell.
         lines = csv.reader(file, delimiter=DELIMITERS[suffix(location)], strict=True)
+        header = _csv_header(location, lines)
         while True:
             # Named before the row is read: a quoted cell may span many lines.
             place = f"line {lines.line_num + 1}"
@@ -343,14 +343,16 @@ def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:
                     ) from None
                 yield place, BadRow(f"not a row of a {suffix(location)} file ({error})")
                 continue
-            if header is None:
-                header = _checked_header(location, cells)
             # An empty line has no cells.
-            elif cells:
+            if cells:
                 yield place, _csv_row(header, cells)
 
 
-def _checked_header(location: Location, names: list[str]) -> list[str]:
+def _csv_header(location: Location, lines: Iterator[list[str]]) -> list[str]:
+    try:
+        names = next(lines, [])
+    except csv.Error as error:
+        raise UserError(f"{location}, line 1: the names of the columns cannot be read ({error}).") from None
     if problem := undecoded("".join(names)):
         raise UserError(f"{location}, line 1: {problem}.")
     repeated = [name for name in names if names.count(name) > 1]
