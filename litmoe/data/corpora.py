@@ -355,10 +355,11 @@ class SourceFiles(NamedTuple):
             "Left out, named neither train nor validation": self.unnamed,
             f"Not read: {number} ({kinds(self.unread)})": self.unread,
         }
-        return tuple(f"{what}: {_listed(folder, paths)}" for what, paths in groups.items() if paths)
+        return tuple(f"{what}: {listed(folder, paths)}" for what, paths in groups.items() if paths)
 
 
-def _listed(folder: Path, paths: Sequence[Path]) -> str:
+def listed(folder: Path, paths: Sequence[Path]) -> str:
+    """Return the first paths below ``folder`` for a message, and how many more there are."""
     return first_names([path.relative_to(folder).as_posix() for path in paths])
 
 

@@ -20,7 +20,7 @@ from litmoe.checksummed_json import known_fields, read_checksummed, write_checks
 from litmoe.cli import UserError, command, nearest, quoted, strip_control_chars
 from litmoe.data import manifest
 from litmoe.data.conversations import Message
-from litmoe.data.corpora import DEFAULT_VAL_FRACTION, files_by_split
+from litmoe.data.corpora import DEFAULT_VAL_FRACTION, files_by_split, listed
 from litmoe.data.documents import split_of
 from litmoe.data.files import METADATA_FILES, ROW_SUFFIXES, Location, first_names, read_rows, suffix, visible_files
 from litmoe.data.hub import HUB_NAME, Dataset
@@ -248,21 +248,17 @@ def _sort_files(folder: Path, files: list[Path]) -> tuple[dict[str, list[Path]],
     train, val = by_split["train"] or by_split[None], by_split["val"]
     unused = sorted({*files} - {*train, *val})
     if not train:
-        content = _names(unused, folder) or "no files"
+        content = listed(folder, unused) or "no files"
         raise UserError(f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {content}.")
     notes = {
-        f"files are used for validation: {_names(val, folder)}": len(val),
-        f"files are not used, because of name (test data) or type: {_names(unused, folder)}": len(unused),
+        f"files are used for validation: {listed(folder, val)}": len(val),
+        f"files are not used, because of name (test data) or type: {listed(folder, unused)}": len(unused),
     }
     return {"train": train, "val": val}, notes
 
 
 def _has_rows(file: Path) -> bool:
     return suffix(file) in ROW_SUFFIXES and file.name not in (MANIFEST, *METADATA_FILES)
-
-
-def _names(files: list[Path], folder: Path) -> str:
-    return strip_control_chars(first_names([file.relative_to(folder).as_posix() for file in files]))
 
 
 # --- reading the rows ---
@@ -280,10 +276,10 @@ def _read_rows(source: Source, val_fraction: float) -> tuple[dict[str, list[Row]
             row = conversation_of(value)
         except ValueError as error:
             problems[place] = strip_control_chars(str(error))
-            continue
-        # The hash of the question alone: a row keeps its split when rows are added or removed.
-        split = file_split if source.has_val else split_of(_first_question(row), val_fraction)
-        rows[split].append(row)
+        else:
+            # The hash of the question alone: a row keeps its split when rows are added or removed.
+            split = file_split if source.has_val else split_of(_first_question(row), val_fraction)
+            rows[split].append(row)
     return rows, problems
 
 
@@ -327,7 +323,7 @@ def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row
         "duplicates are left out": len(train) + len(rows["val"]) - len(all_kept),
         "that begin like a validation conversation are left out of training": len(rows["train"]) - len(train),
         "prompts were taken out of a template; finetuning applies its own": sum(row.unwrapped for row in all_kept),
-        f"fields are not used: {strip_control_chars(first_names(unused))}": len(unused),
+        f"fields are not used: {first_names(unused)}": len(unused),
     }
     return kept, notes
 
@@ -396,8 +392,9 @@ def read(data_dir: Path) -> Instructions:
     try:
         metadata = _parse(read_checksummed(data_dir / MANIFEST))
     except FileNotFoundError:
-        state = f"holds no {MANIFEST}" if data_dir.is_dir() else "does not exist"
-        raise UserError(f"{data_dir} {state}; expected prepared instructions. Make them: `{prepare}`") from None
+        raise UserError(
+            f"{data_dir / MANIFEST} does not exist; expected prepared instructions. Make them: `{prepare}`"
+        ) from None
     except manifest.UNREADABLE as error:
         raise UserError(
             f"{data_dir / MANIFEST} cannot be read ({error}). Make it again: `{prepare} --overwrite`"
