@@ -159,8 +159,6 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     use_expandable_segments(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
-    # The loggers drop what was logged after this step, because these steps are taken again.
-    resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
     module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full
     arguments: dict[str, Any] = {
         "checkpoint_dir": settings.checkpoint_dir,
@@ -182,9 +180,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     patched = patched_finetuning(
         module,
         main=partial(main, run=run, resume_from=resume_from, precision_note=note),
-        choose_logger=logger_factory(
-            settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
-        ),
+        choose_logger=logger_factory(settings, resume_from),
         strategy=partial(make_strategy, settings, precision),
         router=settings.moe.router,
     )
