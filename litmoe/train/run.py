@@ -236,13 +236,13 @@ def _prepare_out_dir(fabric: L.Fabric, run: TrainingRun, resume_from: Path | Non
     out_dir.mkdir(parents=True, exist_ok=True)
     # A killed save may have left the newest checkpoint under a hidden name.
     checkpoints.finish_interrupted_saves(out_dir)
-    is_own_checkpoint = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
-    if settings.overwrite and not is_own_checkpoint:
-        # Here and not earlier: a mistake found by then would have destroyed the old run for nothing.
-        remove_run(out_dir)
-    elif settings.overwrite and resume_from is not None and resume_from.exists():
-        # If it does not exist, it was an interrupted save that has just got its final name. Nothing is newer then.
-        checkpoints.remove_newer(resume_from)
+    if settings.overwrite:
+        if resume_from is None or resume_from.resolve().parent != out_dir.resolve():
+            # Here and not earlier: a mistake found by then would have destroyed the old run for nothing.
+            remove_run(out_dir)
+        elif resume_from.exists():
+            # If it does not exist, it was an interrupted save that has just got its final name. Nothing is newer then.
+            checkpoints.remove_newer(resume_from)
     # Replaced in one operation, so that a killed run leaves the old file or the new one.
     partial_file = out_dir / f".{RUN_CONFIG}.partial"
     partial_file.write_text(yaml.safe_dump(run.hyperparameters, sort_keys=False), encoding="utf-8")
@@ -286,6 +286,8 @@ def _save_final(fabric: L.Fabric, run: TrainingRun, ending: Ending) -> None:
     is_missing = fabric.global_rank == 0 and run.writer.saved != folder
     if any_rank(fabric, is_missing)[0]:
         save_checkpoint(fabric, run, folder, last=True)
+        # A rank that ends early would look like a lost one.
+        fabric.barrier()
 
 
 # --- What is printed
