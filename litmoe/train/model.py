@@ -23,7 +23,8 @@ from custom_moe import (
     router_z_loss,
 )
 from custom_moe.experts import compute_dtype
-from litmoe.forward import Recomputed, hidden_states, logits_of, run_block
+from litmoe.config import Recomputed
+from litmoe.layers import hidden_states, logits_of, run_block
 from litmoe.train.cross_entropy import IGNORE_INDEX, linear_cross_entropy, loss_of_rows
 from litmoe.train.optimizers import parameter_uses
 
