@@ -90,11 +90,11 @@ def run_training(
     _prepare_out_dir(fabric, run, resume_from)
     run.loggers.log_hyperparams(run.hyperparameters)
     lines = [
-        *describe_run(gpt, parsed, run),
+        *_describe_run(run),
         _describe_hardware(fabric, compiled, experts_backend),
         precision_note,
         compile_note,
-        *_notes(fabric, gpt, parsed, run),
+        *_notes(fabric, run),
     ]
     for line in filter(None, lines):
         fabric.print(line)
@@ -293,16 +293,16 @@ def _save_final(fabric: L.Fabric, run: TrainingRun, ending: Ending) -> None:
 # --- What is printed
 
 
-def describe_run(gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]:
+def _describe_run(run: TrainingRun) -> Iterator[str]:
     """Yield the size of the run, as ``run_train.py --plan`` prints it."""
-    train, plan = parsed.settings.train, run.plan
-    is_finetuning = run.finetuning is not None
-    yield describe_size(gpt.config, None if is_finetuning else gpt.max_seq_length, bool(train.tie_embeddings))
-    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
-    if parsed.settings.uses_lora:
+    gpt, train, plan = run.gpt, run.settings.train, run.plan
+    # Conversations differ in length.
+    seq_length = None if run.settings.is_finetuning else gpt.max_seq_length
+    yield describe_size(gpt.config, seq_length, bool(train.tie_embeddings))
+    if run.settings.uses_lora:
+        trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
         yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
-    if is_finetuning:
-        # Conversations differ in length.
+    if run.settings.is_finetuning:
         size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
     else:
         step_tokens = plan.accumulation * plan.tokens_per_micro_batch
@@ -324,18 +324,18 @@ def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | 
     return f"On {device} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}{experts}."
 
 
-def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str | None]:
+def _notes(fabric: L.Fabric, run: TrainingRun) -> Iterator[str | None]:
     """Yield what the user should know about the settings before the run starts."""
-    settings = parsed.settings
-    yield rounding_note(parsed.optimizer, fabric._precision.precision, sharded=run.sharded)
+    settings = run.settings
+    yield rounding_note(run.hyperparameters["optimizer"], fabric._precision.precision, sharded=run.sharded)
     if run.plan.warmup_steps < (settings.train.lr_warmup_steps or 0):
         steps = run.plan.warmup_steps
         yield f"The run is shorter than its warm-up (train.lr_warmup_steps), so the warm-up ends at step {steps:,}."
     if run.sharded:
         yield "Sharded by FSDP: no samples are written during training."
-    routers = [parameter for layer in moe_layers(gpt) for parameter in layer.gate.parameters()]
+    routers = [parameter for layer in moe_layers(run.gpt) for parameter in layer.gate.parameters()]
     if any(parameter.requires_grad for parameter in routers):
-        yield constant_weights_note(gpt.config)
+        yield constant_weights_note(run.gpt.config)
     if settings.is_finetuning:
         yield settings.data.summary()
 
