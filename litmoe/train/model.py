@@ -137,7 +137,7 @@ class PretrainingModel(nn.Module):
         # LoRA's layer has the output layer inside.
         head = getattr(self.gpt.lm_head, "linear", self.gpt.lm_head)
         # A trained LoRA head (r > 0) adds a second product, which the fused loss does not compute.
-        is_matrix = isinstance(head, nn.Linear) and head.bias is None and not getattr(self.gpt.lm_head, "r", 0)
+        is_matrix = head.bias is None and not getattr(self.gpt.lm_head, "r", 0)
         # In fp16 all logits are computed, because the fused loss makes gradients before a scaler has scaled the loss.
         if is_matrix and self.gpt.config.final_logit_softcapping is None and compute_dtype(x) != torch.float16:
             x_NC = self._norm(self.gpt.transformer.ln_f, x).flatten(0, 1)
