@@ -221,6 +221,9 @@ def _print_once(line: str) -> None:
 def check_unoccupied(settings: RunSettings) -> None:
     """Raise ``UserError`` if ``out_dir`` holds another run that must not be deleted."""
     _check_not_in_checkpoint(settings.out_dir)
+    if not main_process():
+        # Rank 0 of this run may have written there already.
+        return
     # A settings file alone is not worth protecting.
     occupied = [path for path in run_files(settings.out_dir) if path.name == METRICS_FILE or path.is_dir()]
     if occupied and not settings.overwrite:
