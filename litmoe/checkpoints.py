@@ -28,13 +28,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import yaml
 
 from litmoe.checksummed_json import file_sha256, known_fields, read_checksummed, write_checksummed
-from litmoe.cli import UserError, quoted, with_current_class_paths
+from litmoe.cli import DISK_FULL, UserError, quoted
 from litmoe.hf_config import converted_by_litgpt, huggingface_config, without_counterpart
 
 # Functions import torch and litgpt when they need them: that takes seconds, and a wrong path is reported before.
@@ -60,8 +60,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-# EFBIG: a limit on the size of a file. EDQUOT, an exceeded quota, is not defined on every system.
-_DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @dataclass(frozen=True)
@@ -183,23 +181,28 @@ def _write_tensors(
     lora_weights: "dict[str, Tensor] | None",
 ) -> dict[str, str]:
     """Return the checksum of each file as it was written."""
-    contents: dict[str, Any] = {WEIGHTS: {name: _own_storage(tensor) for name, tensor in weights.items()}}
+    saved_weights = _own_storages(weights)
     if is_tied(weights):
         # Copies from a GPU would be two tensors; torch.save stores one tensor under two keys once.
-        contents[WEIGHTS]["lm_head.weight"] = contents[WEIGHTS]["transformer.wte.weight"]
-    if training_state is not None:
-        contents[TRAINING_STATE] = training_state
-    if lora_weights is not None:
-        contents[LORA_WEIGHTS] = {name: _own_storage(tensor) for name, tensor in lora_weights.items()}
-    return {name: _write_torch(folder / name, content) for name, content in contents.items()}
+        saved_weights["lm_head.weight"] = saved_weights["transformer.wte.weight"]
+    contents = {
+        WEIGHTS: saved_weights,
+        TRAINING_STATE: training_state,
+        LORA_WEIGHTS: None if lora_weights is None else _own_storages(lora_weights),
+    }
+    return {name: _write_torch(folder / name, content) for name, content in contents.items() if content is not None}
 
 
-def _own_storage(tensor: "Tensor") -> "Tensor":
-    """Return the tensor on the CPU in a storage of exactly its size.
+def _own_storages(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Return the tensors on the CPU, each in a storage of exactly its size.
 
     A view of a stacked parameter (one expert of many) would be saved with the storage of the complete stack, and
     LitGPT's lazy loading would read that storage once per expert.
     """
+    return {name: _own_storage(tensor) for name, tensor in tensors.items()}
+
+
+def _own_storage(tensor: "Tensor") -> "Tensor":
     tensor = tensor.detach().cpu()
     owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if owns_storage else tensor.contiguous().clone()
@@ -273,7 +276,7 @@ def _write_huggingface_config(
 ) -> None:
     """Write ``config.json``, if transformers has an equivalent model."""
     # A config.json that does not describe exactly this model would make other programs compute something else.
-    if not converted_by_litgpt(config) or without_counterpart(config) or _router_in(hyperparameters):
+    if not converted_by_litgpt(config) or without_counterpart(config) or setting(hyperparameters, "moe.router"):
         return
     bos_id = eos_id = None
     if tokenizer_dir is not None:
@@ -354,16 +357,16 @@ def _save_error(folder: Path, cause: OSError, weights: "dict[str, Tensor]", trai
 
     kept = _last_saved(_readable(folder.parent, "*"))
     kept_text = f"the newest complete checkpoint is {kept}" if kept else "there is no older checkpoint"
-    if cause.errno in _DISK_FULL:
-        tensors = [leaf for leaf in tree_leaves((weights, training_state)) if isinstance(leaf, Tensor)]
-        needed = sum(tensor.nbytes for tensor in tensors) / 1e6
+    if cause.errno in DISK_FULL:
+        leaves = tree_leaves((weights, training_state))
+        needed = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)) / 1e6
         free = shutil.disk_usage(folder.parent).free / 1e6
         return (
             f"the disk is full: the checkpoint {folder} needs about {needed:,.1f} MB and {free:,.1f} MB are free;"
             f" {kept_text}. Free some space, or choose another --out_dir, and continue with `--resume auto`."
         )
     return (
-        f"cannot write the checkpoint {folder}: {cause.strerror or cause} ({cause.filename or folder}); {kept_text}."
+        f"cannot write the checkpoint {folder}: {cause}; {kept_text}."
         " Choose a writable folder with --out_dir, or change the permissions."
     )
 
@@ -504,10 +507,9 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         # Checkpoints are sorted by these values, so they must be comparable.
         if (type(metadata.step), type(metadata.tokens), type(metadata.time)) != (int, int, str):
             raise TypeError("step and tokens are integers, the time is a string")
-        for name in files:
-            # Metadata from elsewhere must not make us read other files. A Windows path has all separators.
-            if name in ("", "..") or PureWindowsPath(name).name != name:
-                raise ValueError(f"{name!r} is no file of this folder")
+        # Metadata from elsewhere must not make us read files of other folders.
+        if not all(re.fullmatch(r"\w[\w.-]*", name) for name in files):
+            raise ValueError("a name is no file of this folder")
         return metadata
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise DamagedCheckpointError(f"{path} is damaged: it can't be read.") from None
@@ -522,14 +524,14 @@ def _check_files(folder: Path, files: Collection[str] | None, *, checksums: bool
         try:
             size = path.stat().st_size
             # A file of another size need not be read.
-            is_changed = size == record.size and checksums and file_sha256(path) != record.sha256
+            if size != record.size:
+                raise DamagedCheckpointError(f"{path} is truncated: {size:,} bytes instead of {record.size:,}.")
+            if checksums and file_sha256(path) != record.sha256:
+                reason = f"its checksum differs from the one in {COMPLETE_FILE}"
+                raise DamagedCheckpointError(f"{path} is damaged: {reason}.")
         except OSError as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
             raise DamagedCheckpointError(f"{path} {reason}.") from None
-        if size != record.size:
-            raise DamagedCheckpointError(f"{path} is truncated: {size:,} bytes instead of {record.size:,}.")
-        if is_changed:
-            raise DamagedCheckpointError(f"{path} is damaged: its checksum differs from the one in {COMPLETE_FILE}.")
     return metadata
 
 
@@ -546,28 +548,26 @@ def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
 
     It is the one of the highest step with a training state and correct checksums, or None.
     """
+    out_dir = Path(out_dir)
+    # An incomplete folder that a killed save left under a hidden name is no damage.
+    folders = [*out_dir.glob("step-*/"), *out_dir.glob("final/"), *filter(is_complete, leftovers(out_dir))]
     candidates: list[tuple[int, str, Path]] = []
-    damages: dict[Path, str] = {}
-    result = None
-    for folder in (*Path(out_dir).glob("step-*"), Path(out_dir) / "final", *leftovers(Path(out_dir))):
-        if not folder.is_dir():
-            continue
+    damages: list[str] = []
+    for folder in folders:
         try:
             metadata = read_metadata(folder)
             candidates.append((metadata.step, metadata.time, folder))
         except DamagedCheckpointError as error:
-            damages[folder] = str(error).removesuffix(".")
+            damages.append(str(error).removesuffix("."))
     # Newest first. Reading stops at the first good one, so usually only one checkpoint is read.
     # The step decides, not the time: a clock may have been set back.
     for _, _, folder in sorted(candidates, reverse=True):
         try:
             if TRAINING_STATE in _check_files(folder, None, checksums=True).files:
-                result = folder
-                break
+                return folder, damages
         except DamagedCheckpointError as error:
-            damages[folder] = str(error).removesuffix(".")
-    # What a killed save left under a hidden name is no damage.
-    return result, [damage for folder, damage in damages.items() if not folder.name.startswith(".")]
+            damages.append(str(error).removesuffix("."))
+    return None, damages
 
 
 def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
@@ -645,8 +645,6 @@ def load_config(folder: Path) -> "Config":
         if not all(isinstance(getattr(config, size), int) for size in ("n_layer", "n_embd", "n_head", "block_size")):
             raise TypeError("n_layer, n_embd, n_head and block_size are integers")
         return config
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; expected a checkpoint folder with its model config.") from None
     except Exception as error:  # YAML errors, wrong values, LitGPT's own checks
         raise UserError(f"{path} is no LitGPT model config: {type(error).__name__}: {error}.") from None
 
@@ -690,16 +688,22 @@ def load_hyperparameters(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: they are missing or damaged.
     """
+    from litmoe.config import read_yaml
+
     path = as_folder(folder) / HYPERPARAMETERS
     _verify_file(path)
-    try:
-        # safe_load builds no objects from tags, which could run code of a stranger.
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except Exception as error:  # YAML errors, wrong values
-        raise UserError(f"cannot read {path}: {error}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
-    return with_current_class_paths(content)
+    return read_yaml(path)
+
+
+def setting(hyperparameters: dict[str, Any], name: str) -> Any:
+    """Return a setting of a run by its dotted name, such as ``train.max_seq_length``; None if it is not set.
+
+    Hyperparameters may come from elsewhere, so they can contain anything.
+    """
+    value: Any = hyperparameters
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def context_of(folder: Path, max_seq_length: int | None = None) -> int:
@@ -727,9 +731,7 @@ def context_of(folder: Path, max_seq_length: int | None = None) -> int:
 
 
 def _trained_context(hyperparameters: dict[str, Any], block_size: int) -> int:
-    train = hyperparameters.get("train")
-    length = train.get("max_seq_length") if isinstance(train, dict) else None
-    # Hyperparameters may come from elsewhere, so they can contain anything.
+    length = setting(hyperparameters, "train.max_seq_length")
     if isinstance(length, int) and 1 <= length <= block_size:
         return length
     return block_size
@@ -742,22 +744,20 @@ def recorded_router(folder: Path) -> str | None:
     """
     if not (as_folder(folder) / HYPERPARAMETERS).exists():  # written by `litgpt download`, for example
         return None
-    return _router_in(load_hyperparameters(folder))
-
-
-def _router_in(hyperparameters: dict[str, Any]) -> str | None:
-    moe = hyperparameters.get("moe")
-    router = moe.get("router") if isinstance(moe, dict) else None
+    router = setting(load_hyperparameters(folder), "moe.router")
     return None if router is None else str(router)
 
 
-def check_router(folder: Path, router: str | None, flag: str = "--router") -> None:
-    """Raise ``UserError`` if a checkpoint was trained with a router of the user's own, unless the user names it again.
+def check_router(folder: Path, router: str | None, flag: str = "--router") -> str | None:
+    """Return the router of the user's own that a checkpoint was trained with; None for the router of its config.
 
     Args:
         folder: the checkpoint.
         router: class path that the user names; it has no effect on a checkpoint with the router of its config.
         flag: the flag for it, for the message.
+
+    Raises:
+        UserError: there is one, and the user did not name it.
     """
     recorded = recorded_router(folder)
     if recorded is not None and recorded != router:
@@ -765,6 +765,7 @@ def check_router(folder: Path, router: str | None, flag: str = "--router") -> No
             f"{folder} was trained with the router {recorded}. Its code is not part of the checkpoint; to import it,"
             f" add {flag} {quoted(recorded)}."
         )
+    return recorded
 
 
 def load_model(
@@ -792,10 +793,7 @@ def load_model(
     from litmoe.layers import use_our_layers
 
     config, context = load_config(folder), context_of(folder, max_seq_length)
-    check_router(folder, router)
-    # The user's router has no effect on a checkpoint with the router of its config.
-    if recorded_router(folder) is None:
-        router = None
+    router = check_router(folder, router)
     # Mapped, the weights are in memory once. On Windows the folder could then not be replaced.
     weights = load_weights(folder, mmap=os.name != "nt")
     try:
@@ -807,10 +805,9 @@ def load_model(
     except Exception as error:
         raise UserError(f"no model can be built from {as_folder(folder) / MODEL_CONFIG}: {error}.") from error
     for name, tensor in weights.items():
-        if name.endswith("e_score_correction_bias"):  # a router's selection bias is fp32 in any model
-            weights[name] = tensor.to(device, torch.float32)
-        else:
-            weights[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        # A router's selection bias is fp32 in any model.
+        is_selection_bias = name.endswith("e_score_correction_bias")
+        weights[name] = tensor.to(device, torch.float32 if is_selection_bias else dtype)
     try:
         gpt.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -15,11 +15,34 @@ from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+# EFBIG: a limit on the size of a file. EDQUOT, an exceeded quota, is not defined on every system.
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 # Errors of the operating system for paths that only the user can have named.
-_NO_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+_NO_NAMES = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 
 # Control characters, except line breaks and tabs: a terminal would obey them instead of showing them.
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+# Python reads bytes that are not UTF-8 as these characters.
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
+_FLAG_NAME = re.compile("(?<=^--)[^=]+")
+
+# How jsonargparse reports an unknown name: for a flag, below a group, or in a YAML file (with or without its parent).
+_UNKNOWN_NAME = (
+    r"[Uu]nrecognized arguments: --([\w.]+)",
+    r"Group '([\w.]+)' does not accept nested key '([\w.]+)'",
+    r"Parser key \"([\w.]+)\".*[Kk]ey '([\w.]+)' (?:is not expected|does not exist)",
+    r"[Kk]ey '([\w.]+)' (?:is not expected|does not exist)",
+)
+_TYPE_NAMES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
 
 
 class UserError(ValueError):
@@ -98,12 +121,23 @@ def quoted(argument: object, *, windows: bool = os.name == "nt") -> str:
     return f'"{escaped}{backslashes * chr(92)}"'
 
 
-def make_parser(**kwargs: Any) -> ArgumentParser:
-    """Return a jsonargparse parser that raises ``ArgumentError`` and uses field docstrings as help texts."""
-    # A setting of the process, not of one parser. By default docstrings of fields are ignored.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+def make_parser(*, with_help: bool = True, **kwargs: Any) -> ArgumentParser:
+    """Return a jsonargparse parser that raises ``ArgumentError``.
+
+    Args:
+        with_help: use the docstrings of fields as help texts. Reading them from the source files takes about as long
+            as parsing.
+        kwargs: of the parser.
+    """
+    # A setting of the process, not of one parser.
+    set_parsing_settings(docstring_parse_attribute_docstrings=with_help)
     # Otherwise the parser prints its own message and exits, before `explain` can shorten it.
     return ArgumentParser(exit_on_error=False, **kwargs)
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Return whether the arguments contain ``--help``, or that of one class (``--data.help``)."""
+    return any(argument == "-h" or argument.split("=")[0].endswith("help") for argument in argv)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
@@ -145,22 +179,18 @@ def underscored(argv: Iterable[str]) -> list[str]:
     Raises:
         UserError: an argument is not UTF-8, as in a Latin-1 terminal, and not the name of an existing file.
     """
-    result, only_values = [], False
-    for argument in argv:
-        if any(0xD800 <= ord(character) < 0xE000 for character in argument):  # Python's surrogates for such bytes
-            name, equals, value = argument.partition("=")
-            if not Path(value if equals else name).exists():
-                raise UserError(
-                    f"the argument {argument!r} holds bytes that are not UTF-8; expected UTF-8. Use a terminal in UTF-8"
-                    " (locale: a name that ends in .UTF-8), or write the value into a file that the script reads."
-                )
-        # What follows a -- is never a flag.
-        only_values = only_values or argument == "--"
-        if argument.startswith("--") and not only_values:
-            name, equals, value = argument[2:].partition("=")
-            argument = "--" + name.replace("-", "_") + equals + value
-        result.append(argument)
-    return result
+    arguments = list(argv)
+    for argument in arguments:
+        value = re.sub("^--[^=]*=", "", argument)
+        if _NOT_UTF8.search(argument) and not Path(value).exists():
+            raise UserError(
+                f"the argument {argument!r} holds bytes that are not UTF-8; expected UTF-8. Use a terminal in UTF-8"
+                " (locale: a name that ends in .UTF-8), or write the value into a file that the script reads."
+            )
+    # What follows a -- is never a flag.
+    end = [*arguments, "--"].index("--")
+    flags = [_FLAG_NAME.sub(lambda name: name[0].replace("-", "_"), argument) for argument in arguments[:end]]
+    return flags + arguments[end:]
 
 
 def with_bare_switches(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
@@ -206,33 +236,27 @@ def explain(message: str, parser: ArgumentParser, known: Iterable[str], argument
         arguments: the flags that were parsed.
     """
     message = re.sub(r"\n\s*\n+", "\n", message.strip())
-    # jsonargparse reports an unknown name in one of three ways: for a flag, below a group, or in a YAML file.
-    name = ""
-    if match := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
-        name = match.group(1)
-    elif match := re.search(r"Group '([\w.]+)' does not accept nested key '([\w.]+)'", message):
-        name = ".".join(match.groups())
-    elif match := re.search(r"[Kk]ey '([\w.]+)' (?:is not expected|does not exist)", message):
-        parent = re.search(r'Parser key "([\w.]+)"', message)
-        name = f"{parent.group(1)}.{match.group(1)}" if parent else match.group(1)
-    if name:
-        suggestion = nearest(name, known)
-        hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is similar"
-        return f"unknown setting {name!r}; {hint}. `--help` lists all of them."
+    for pattern in _UNKNOWN_NAME:
+        if match := re.search(pattern, message, re.DOTALL):
+            name = ".".join(match.groups())
+            suggestion = nearest(name, known)
+            hint = f"the nearest known one is {suggestion!r}" if suggestion else "no known one is similar"
+            return f"unknown setting {name!r}; {hint}. `--help` lists all of them."
     return (_wrong_value(message, parser, arguments) or message) + "\n`--help` lists all flags and their types."
 
 
 def _wrong_value(message: str, parser: ArgumentParser, arguments: Sequence[str]) -> str | None:
     """Return a plain message for a value of the wrong type; None if the type has no plain name."""
     key = re.match(r'Parser key "([\w.]+)":', message)
-    hints = [getattr(action, "_typehint", None) for action in parser._actions if key and action.dest == key[1]]
-    expected = _type_in_words(hints[0]) if hints else None
-    if key is None or expected is None:
+    if key is None:
         return None
-    # For a value that is none of a Literal, jsonargparse 4.41 raises another error, which does not contain the value.
-    value = re.search(r"(?:Given|Got) value: (.*)", message) or re.search(
-        rf"(?:^|\n)--{re.escape(key[1])}[=\n](.*)", "\n".join(arguments)
-    )
+    types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    expected = _type_in_words(types.get(key[1]))
+    if expected is None:
+        return None
+    # For a value that is none of a Literal, the message of jsonargparse 4.41 does not contain the value: the flags do.
+    before_value = rf"(?:Given value: |Got value: |^--{re.escape(key[1])}[=\n])"
+    value = re.search(f"{before_value}(.*)", "\n".join([message, *arguments]), re.MULTILINE)
     if value is None:
         return f"{key[1]}: expected {expected}."
     # jsonargparse shows Python's None, but a run file contains null.
@@ -240,31 +264,22 @@ def _wrong_value(message: str, parser: ArgumentParser, arguments: Sequence[str])
 
 
 def _type_in_words(hint: Any) -> str | None:
-    names = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        Path: "a path",
-    }
-    if hint in names:
-        return names[hint]
-    if get_origin(hint) is Literal:
+    origin = get_origin(hint)
+    if origin is Literal:
         return ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is list:
-        item = _type_in_words(get_args(hint)[0])
-        return None if item is None else f"a list of {item}"
-    if get_origin(hint) in (Union, UnionType):
-        parts = [_type_in_words(part) for part in get_args(hint)]
-        return None if None in parts else " or ".join(str(part) for part in parts)
-    return None
+    if origin not in (list, Union, UnionType):
+        return _TYPE_NAMES.get(hint)
+    parts = [_type_in_words(part) for part in get_args(hint)]
+    if None in parts:
+        return None
+    beginning = "a list of " if origin is list else ""
+    return beginning + " or ".join(map(str, parts))
 
 
 def _call(function: Callable[..., Any], argv: Sequence[str] | None, optional_positional: str | None) -> Any:
-    parser = make_parser()
-    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(with_help=asks_for_help(arguments))
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
     # argparse offers a parameter either as positional or as a flag, so the value gets its flag here.
     if optional_positional and arguments and not arguments[0].startswith("-"):
         arguments[0] = f"--{optional_positional}={arguments[0]}"
@@ -274,10 +289,9 @@ def _call(function: Callable[..., Any], argv: Sequence[str] | None, optional_pos
 
 def _describe_os_error(error: OSError) -> str:
     place = f" ({error.filename})" if error.filename else ""
-    # EDQUOT, an exceeded quota, is not defined on every system.
-    if error.errno in (errno.ENOSPC, errno.EDQUOT if hasattr(errno, "EDQUOT") else errno.ENOSPC):
+    if error.errno in DISK_FULL:
         return f"the disk is full{place}; free some space and run the same command again."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in _NO_PERMISSION:
         return f"no permission to write or read{place}; choose another folder or change its permissions."
     if error.errno in _NO_NAMES and place:
         return f"{error.strerror}{place}; name another file or folder."

@@ -8,12 +8,14 @@ import inspect
 import json
 import logging
 import pydoc
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -21,8 +23,10 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
 from litmoe import fast_imports
+from litmoe.checksummed_json import known_fields
 from litmoe.cli import (
     UserError,
+    asks_for_help,
     current_class_path,
     explain,
     known_flags,
@@ -54,6 +58,9 @@ SHORT_FLAGS = {
     "max_seq_length": "train.max_seq_length",
 }
 """Short flags, and the settings that they set."""
+
+RUN_FILES = {"--config": "a YAML file", "--model": "a YAML file", "--upcycle": "a checkpoint folder"}
+"""Flags of `run_train.py` with files that are read before the other flags, and what each expects."""
 
 # LitGPT's classes under names of this module: jsonargparse imports the package of each class that it meets.
 
@@ -275,10 +282,6 @@ class RunSettings:
         """Whether the run trains LoRA updates instead of the weights."""
         return False
 
-    def own_problems(self) -> Iterator[str]:
-        """Yield what is wrong with settings that only a subclass has."""
-        yield from ()
-
 
 CLASS_SETTINGS = {
     "data": "Where the batches come from; `litgpt.data.TextFiles` works too",
@@ -314,33 +317,36 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         SystemExit: after ``--help`` and ``--print_config``.
     """
     # Flags that name files come first, because the contents of these files decide the defaults of all others.
-    files, flags = extract_files(underscored(argv), ("config", "model", "upcycle"), SHORT_FLAGS)
-    run_file = files["config"] or DEFAULT_RUN
-    run = read_run_file(run_file, files["model"])
-    dense = files["upcycle"]
-    if dense is not None:
-        flags.append(f"--upcycle={dense}")
-    elif not run.get("model") and isinstance(run.get("upcycle"), str):
-        # The type is asked for, because the values of the file are checked only below.
-        dense = Path(run["upcycle"])
-    check_quickly(run_parser(with_classes=False), run_file, run, flags)
-    if dense is not None and files["model"] is None:
+    files, flags = extract_files(underscored(argv), RUN_FILES, SHORT_FLAGS)
+    run_file = files["--config"] or DEFAULT_RUN
+    run = read_run_file(run_file, files["--model"])
+    if files["--upcycle"]:
+        run["upcycle"] = str(files["--upcycle"])
+        # The model is that of the checkpoint, unless a flag names another one.
+        if not files["--model"]:
+            run.pop("model", None)
+    new_parser = partial(run_parser, with_help=asks_for_help(flags))
+    check_quickly(new_parser, run_file, run, flags)
+    if run.get("upcycle") and not run.get("model"):
         # Reading the config of a checkpoint imports LitGPT, so the quick check comes before.
         from litmoe.upcycling import upcycled_model
 
-        run["model"] = upcycled_model(dense)
-    resolved, values = parse_settings(run_parser(), RunSettings, run_file, run, flags)
+        run["model"] = upcycled_model(Path(str(run["upcycle"])))
+    resolved, values = parse_settings(new_parser(), RunSettings, run_file, run, flags)
     # LitGPT's own class, so that it equals the config of a checkpoint.
-    values["model"] = Config(**{field.name: getattr(values["model"], field.name) for field in fields(Config)})
-    settings = RunSettings(**{field.name: values[field.name] for field in fields(RunSettings)})
+    values["model"] = Config(**asdict(values["model"]))
+    settings = RunSettings(**known_fields(RunSettings, values))
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
 
 
-def check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]) -> None:
+def check_quickly(
+    new_parser: Callable[..., ArgumentParser], run_file: Path, run: dict[str, Any], flags: list[str]
+) -> None:
     """Report mistakes, ``--help`` included, before anything imports torch.
 
     Args:
-        parser: one without the settings ``data`` and ``optimizer``, whose classes would have to be imported.
+        new_parser: such as ``run_parser``. Its parser without the settings ``data`` and ``optimizer`` is used, because
+            their classes would have to be imported.
 
     Raises:
         UserError: as ``parse_run``.
@@ -350,24 +356,22 @@ def check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], f
     if "torch" in sys.modules:
         return  # the complete parse reports the same mistakes, and there is no import left to wait for
     # Checking `data` and `optimizer` would import their classes, and with them torch.
-    without_classes = {name: value for name, value in run.items() if name not in CLASS_SETTINGS}
-    _parse_file_and_flags(parser, run_file, without_classes, _without_class_flags(flags))
+    without_classes = dict(run)
+    for name in CLASS_SETTINGS:
+        without_classes.pop(name, None)
+    _parse_file_and_flags(new_parser(with_classes=False), run_file, without_classes, _without_class_flags(flags))
 
 
 def _without_class_flags(flags: list[str]) -> list[str]:
     """Remove ``--data...`` and ``--optimizer...`` with their values."""
-    remaining = []
-    skips_value = False
-    for flag in flags:
-        if skips_value and not flag.startswith("--"):
-            skips_value = False
-            continue
-        # --data.init_args.seed=1 belongs to data.
-        group = flag.removeprefix("--").split("=")[0].split(".")[0]
-        is_class_flag = flag.startswith("--") and group in CLASS_SETTINGS
-        skips_value = is_class_flag and "=" not in flag
+    remaining, is_class_flag = [], False
+    for argument in flags:
+        # A value belongs to the flag before it.
+        if argument.startswith("--"):
+            # --data.init_args.seed=1 belongs to data.
+            is_class_flag = re.split("[.=]", argument[2:])[0] in CLASS_SETTINGS
         if not is_class_flag:
-            remaining.append(flag)
+            remaining.append(argument)
     return remaining
 
 
@@ -378,15 +382,25 @@ def _parse_file_and_flags(parser: ArgumentParser, run_file: Path, run: dict[str,
         UserError: an unknown key or a value of the wrong type.
     """
     try:
-        # First the file alone, so that a message about a key can say where the key is.
-        parser.parse_object(run)
-    except Exception as error:
-        raise UserError(f"in {run_file}: {explain(str(error), parser, _known_names(parser, run))}") from None
-    try:
         # The file is given as a first argument, so that the flags after it override it.
         return parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
-    except ArgumentError as error:
+    except Exception as error:
+        # Only now the file alone, because each parse takes some tenths of a second.
+        mistake = _mistake_in_file(parser, run)
+        if mistake is not None:
+            raise UserError(f"in {run_file}: {explain(mistake, parser, _known_names(parser, run))}") from None
+        if not isinstance(error, ArgumentError):
+            raise
         raise UserError(explain(str(error), parser, _known_names(parser, run), flags)) from None
+
+
+def _mistake_in_file(parser: ArgumentParser, run: dict[str, Any]) -> str | None:
+    """Return the error message about the contents of a run file, None without a mistake."""
+    try:
+        parser.parse_object(run)
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def parse_settings(
@@ -447,14 +461,15 @@ def _find_nulls(kind: type, values: dict[str, Any], path: str = "") -> Iterator[
             yield from _find_nulls(type(value), vars(value), f"{path}{setting.name}.")
 
 
-def run_parser(*, with_classes: bool = True) -> ArgumentParser:
+def run_parser(*, with_classes: bool = True, with_help: bool = True) -> ArgumentParser:
     """Return the parser of ``run_train.py``: a flag for each field of ``RunSettings``, nested ones included.
 
     Args:
         with_classes: also parse ``data`` and ``optimizer``, which imports torch. Otherwise they are only listed in the
             help.
+        with_help: as in ``make_parser``.
     """
-    parser = make_parser(description="Pretrain a model with LitGPT.")
+    parser = make_parser(with_help=with_help, description="Pretrain a model with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
     add_settings(parser, RunSettings, set(), with_classes)
     # SUPPRESS: a flag that is not given leaves no entry in the settings that are saved.
@@ -513,15 +528,12 @@ def read_run_file(path: Path, model_file: Path | None = None) -> dict[str, Any]:
     A path under ``model:`` is looked up next to the run file, then in the working directory.
     """
     run = read_yaml(path)
-    model: Any = model_file or run.get("model")
-    if not isinstance(model, (str, Path)):
-        return run
-    # A run file and its model file can be moved together.
-    next_to_run_file = path.parent / model
-    if model_file is None and next_to_run_file.is_file():
-        run["model"] = read_yaml(next_to_run_file)
-    else:
-        run["model"] = read_yaml(Path(model))
+    if model_file is None and isinstance(run.get("model"), str):
+        # A run file and its model file can be moved together.
+        next_to_run_file = path.parent / run["model"]
+        model_file = next_to_run_file if next_to_run_file.is_file() else Path(run["model"])
+    if model_file is not None:
+        run["model"] = read_yaml(model_file)
     return run
 
 
@@ -540,6 +552,11 @@ def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file, with the class paths of today's modules.
+
+    Raises:
+        UserError: there is no such file, or it is no mapping in YAML.
+    """
     if not path.is_file():
         raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones are in configs/.")
     try:
@@ -556,24 +573,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def extract_files(
-    arguments: list[str], names: tuple[str, ...], short_flags: dict[str, str]
+    arguments: list[str], expected: dict[str, str], short_flags: dict[str, str]
 ) -> tuple[dict[str, Path | None], list[str]]:
-    """Split the flags that name files from the others, and replace short flags by full ones."""
-    files: dict[str, Path | None] = dict.fromkeys(names)
+    """Split the flags that name files from the others, and replace short flags by full ones.
+
+    Args:
+        arguments: from the command line.
+        expected: the flags that name files, and what each expects.
+        short_flags: names of short flags, and of the full ones.
+    """
+    files: dict[str, Path | None] = dict.fromkeys(expected)
+    full_flags = {f"--{short}": f"--{full}" for short, full in short_flags.items()}
     flags: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and name in files:
-            # Both --config=FILE and --config FILE are allowed.
-            value = value if equals else next(remaining, "")
-            if not value:
-                expected = "a checkpoint folder" if name == "upcycle" else "a YAML file"
-                raise UserError(f"--{name} expects the path of {expected}.")
-            files[name] = Path(value)
-        elif argument.startswith("--") and name in short_flags:
-            flags.append(f"--{short_flags[name]}{equals}{value}")
-        else:
+        flag, equals, value = argument.partition("=")
+        if flag not in files:
             # Commands written for 0.1.0 may name classes by its paths.
-            flags.append(current_class_path(argument))
+            flags.append(current_class_path(full_flags.get(flag, flag) + equals + value))
+            continue
+        # Both --config=FILE and --config FILE are allowed.
+        value = value if equals else next(remaining, "")
+        if not value:
+            raise UserError(f"{flag} expects the path of {expected[flag]}.")
+        files[flag] = Path(value)
     return files, flags

@@ -1,13 +1,15 @@
 """The settings of ``finetune.py``: those of a training run, and LoRA. Like ``config.py``, this imports no torch."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from litmoe import checkpoints
-from litmoe.cli import make_parser, underscored
+from litmoe.checksummed_json import known_fields
+from litmoe.cli import asks_for_help, make_parser, underscored
 from litmoe.config import (
     PROJECT,
     SHORT_FLAGS,
@@ -81,22 +83,6 @@ class FinetuneSettings(RunSettings):
         """Whether the run trains LoRA updates instead of the weights."""
         return self.lora_r > 0
 
-    def own_problems(self) -> Iterator[str]:
-        """Yield what is wrong with the settings of finetuning."""
-        if self.lora_r < 0:
-            yield f"lora_r is {self.lora_r}; expected a rank from 1, or 0 to train all weights."
-        if self.lora_alpha < 1:
-            yield f"lora_alpha is {self.lora_alpha}; expected at least 1."
-        if not 0 <= self.lora_dropout < 1:
-            yield f"lora_dropout is {self.lora_dropout}; expected a probability from 0 to below 1."
-        # Conversations have different lengths, so a number of tokens is no number of steps.
-        if self.train.max_tokens:
-            yield "train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps."
-        parts = ("query", "key", "value", "projection", "mlp", "head")
-        # LoRA without a part to update would leave nothing to train.
-        if self.uses_lora and not any(getattr(self, f"lora_{part}") for part in parts):
-            yield "lora_r is set but no part of the model gets LoRA; turn one on: --lora_query true"
-
 
 def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
     """Read the run file and the flags of ``finetune.py``. Model and tokenizer are those of the checkpoint.
@@ -111,19 +97,20 @@ def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
     # The checkpoint may be given without its flag, as for the other scripts that read one.
     if argv and not argv[0].startswith("-"):
         argv = [f"--checkpoint_dir={argv[0]}", *argv[1:]]
-    files, flags = extract_files(underscored(argv), ("config",), FINETUNE_SHORT_FLAGS)
-    run_file = files["config"] or DEFAULT_FINETUNING
+    files, flags = extract_files(underscored(argv), {"--config": "a YAML file"}, FINETUNE_SHORT_FLAGS)
+    run_file = files["--config"] or DEFAULT_FINETUNING
     run = read_yaml(run_file)
     # Mistakes in the settings are reported before torch is imported and before a checkpoint is searched for.
-    check_quickly(finetuning_parser(with_classes=False), run_file, run, flags)
-    resolved, values = parse_settings(finetuning_parser(), FinetuneSettings, run_file, run, flags)
+    new_parser = partial(finetuning_parser, with_help=asks_for_help(flags))
+    check_quickly(new_parser, run_file, run, flags)
+    resolved, values = parse_settings(new_parser(), FinetuneSettings, run_file, run, flags)
     folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
     # The folder that was found is stored, because another one may be the newest when the run is resumed.
     resolved["checkpoint_dir"] = str(folder)
     if resolved["train"]["max_seq_length"] is None:  # positions beyond it were never trained
         values["train"].max_seq_length = resolved["train"]["max_seq_length"] = checkpoints.context_of(folder)
     # Settings that the checkpoint decides have no flags, so they have no value yet.
-    given = {field.name: values[field.name] for field in fields(FinetuneSettings) if field.name in values}
+    given = known_fields(FinetuneSettings, values)
     from_checkpoint = {
         "model": checkpoints.load_config(folder),
         "checkpoint_dir": folder,
@@ -140,16 +127,13 @@ def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
         return checkpoints.resolve(given)
     # A resumed run keeps its base. The newest checkpoint may be one of the run itself.
     run_file = out_dir / "run_config.yaml"
-    if resume and run_file.is_file():
-        base_of_run = read_yaml(run_file).get("checkpoint_dir")
-        if base_of_run:
-            return checkpoints.resolve(Path(str(base_of_run)))
-    return checkpoints.resolve(None)
+    base = read_yaml(run_file).get("checkpoint_dir") if resume and run_file.is_file() else None
+    return checkpoints.resolve(Path(str(base)) if base else None)
 
 
-def finetuning_parser(*, with_classes: bool = True) -> ArgumentParser:
+def finetuning_parser(*, with_classes: bool = True, with_help: bool = True) -> ArgumentParser:
     """Return the parser of ``finetune.py``; see ``run_parser``."""
-    parser = make_parser(description="Tune a checkpoint to follow instructions, with LitGPT.")
+    parser = make_parser(with_help=with_help, description="Tune a checkpoint to follow instructions, with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: configs/finetune.yaml")
     add_settings(parser, FinetuneSettings, OF_THE_CHECKPOINT, with_classes)
     add_short_flags(parser, FINETUNE_SHORT_FLAGS)

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
 import sys
 import sysconfig
 from contextlib import AbstractContextManager
@@ -78,14 +77,11 @@ def choose_precision(requested: str | None) -> tuple[str, str | None]:
 
 
 def _choose_cpu_precision(requested: str | None) -> tuple[str, str | None]:
-    if requested is None or requested == "32-true":
-        return "32-true", None
-    if requested != "bf16-true":
+    if requested not in (None, "32-true", "bf16-true"):
         return "32-true", f"precision {requested} needs a GPU; this run uses 32-true on the CPU."
-    note = None
-    if not cpu_has_bf16():
-        note = "this CPU has no instructions for bf16: 32-true is many times faster on it than bf16-true."
-    return requested, note
+    if requested == "bf16-true" and not cpu_has_bf16():
+        return requested, "this CPU has no instructions for bf16: 32-true is many times faster on it than bf16-true."
+    return requested or "32-true", None
 
 
 def use_expandable_segments(cuda: bool) -> None:
@@ -140,20 +136,18 @@ def missing_for_compile(device_type: str) -> str | None:
 
     Without this check it would fail in the first step.
     """
-    is_windows = sys.platform == "win32"
-    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
-        return f"the package {'triton-windows' if is_windows else 'triton'} is not installed"
-    if device_type == "cuda" and is_windows:
-        return None  # triton-windows includes a compiler
+    if device_type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton (on Windows: triton-windows) is not installed"
+        if sys.platform == "win32":
+            return None  # triton-windows includes a compiler
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        compiler = get_cpp_compiler()
+        get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError):
         return "there is no C++ compiler (Debian and Ubuntu: apt-get install g++)"
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler} is not found)"
     # Compiled code is linked into Python. Some distributions package the headers separately.
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python's headers are missing (Debian and Ubuntu: apt-get install python3-dev)"

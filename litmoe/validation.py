@@ -12,7 +12,7 @@ from litgpt.args import LogArgs
 
 from custom_moe import weights_are_constant
 from litmoe.cli import UserError
-from litmoe.config import RunSettings, ScheduleSettings
+from litmoe.config import MoESettings, RunSettings, ScheduleSettings
 from litmoe.hardware import choose_precision, is_sharded, processes
 from litmoe.layers import import_router
 from litmoe.train.optimizers import optimizer_traits
@@ -51,6 +51,13 @@ RULES = (
     Rule("eval.hellaswag_interval", lambda value: value >= 1, "at least 1, or null"),
     Rule("eval.hellaswag_limit", lambda value: value >= 1, "at least 1, or null"),
 )
+# Only `finetune.py` has these settings.
+LORA_RULES = (
+    Rule("lora_r", lambda value: value >= 0, "a rank from 1, or 0 to train all weights"),
+    Rule("lora_alpha", lambda value: value >= 1, "at least 1"),
+    Rule("lora_dropout", lambda value: 0 <= value < 1, "a probability from 0 to below 1"),
+)
+LORA_PARTS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
 
 
 def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
@@ -68,7 +75,6 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_rules(settings, RULES),
         *_check_paths(settings),
         *_check_model(settings.model),
-        *_check_groups(settings.model),
         *_check_router_learns(settings),
         *_check_moe(settings),
         *_check_batches(settings),
@@ -79,7 +85,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_evaluation(settings),
         *_check_start(settings),
         *_check_log(settings),
-        *settings.own_problems(),
+        *_check_finetuning(settings),
     ]
     if problems:
         raise UserError("\n  ".join(["the settings do not fit together:", *problems]))
@@ -137,6 +143,8 @@ def _check_experts(config: Config) -> Iterator[str]:
             f"n_expert_per_token is {config.n_expert_per_token}; expected a number from 1 to n_expert"
             f" ({config.n_expert})."
         )
+    else:
+        yield from _check_groups(config)
     if config.moe_intermediate_size is None:
         yield "moe_intermediate_size is not set; expected the width of one expert, such as 2048."
     dense_layers = config.first_k_dense_replace
@@ -149,9 +157,6 @@ def _check_experts(config: Config) -> Iterator[str]:
 
 def _check_groups(config: Config) -> Iterator[str]:
     """Check groups of experts: LitGPT accepts values that crash in the first step or route in another way."""
-    if config.mlp_class_name != "LLaMAMoE" or not 1 <= config.n_expert_per_token <= config.n_expert:
-        return
-    # Wrong numbers of experts were reported by `_check_experts`.
     groups, chosen = config.n_expert_groups, config.n_topk_groups
     # Without groups the router is a softmax router, and LitGPT ignores the other two fields.
     if groups is None:
@@ -163,7 +168,7 @@ def _check_groups(config: Config) -> Iterator[str]:
     if not 1 <= chosen <= groups:
         yield f"n_topk_groups is {chosen}; expected a number from 1 to n_expert_groups ({groups})."
     elif chosen * group_size < config.n_expert_per_token:
-        needed = (config.n_expert_per_token + group_size - 1) // group_size
+        needed = math.ceil(config.n_expert_per_token / group_size)
         yield (
             f"n_topk_groups is {chosen}, and {chosen} of the {groups} groups have {chosen * group_size} experts, fewer"
             f" than n_expert_per_token ({config.n_expert_per_token}), so experts of other groups would be chosen too."
@@ -211,12 +216,13 @@ def _sigmoid_router_flags(config: Config) -> str:
 
 
 def _check_moe(settings: RunSettings) -> Iterator[str]:
-    config, moe = settings.model, settings.moe
-    is_moe = config.mlp_class_name == "LLaMAMoE"
-    # The setting would have no effect, and users set it to compare backends.
-    if moe.backend != "auto" and not is_moe:
-        yield f"moe.backend is {moe.backend}, but this model has no experts; --moe.backend auto"
-    if moe.router is not None:
+    moe = settings.moe
+    if settings.model.mlp_class_name != "LLaMAMoE":
+        # Without experts these settings would have no effect.
+        for name, unused in (("backend", "auto"), ("router", "null"), ("bias_update_rate", "0")):
+            if getattr(moe, name) != getattr(MoESettings, name):
+                yield f"moe.{name} is {getattr(moe, name)}, but this model has no experts; --moe.{name} {unused}"
+    elif moe.router is not None:
         # A router of the user's own may use the rate in any way.
         yield from _check_own_router(moe.router, settings)
     # NaN and negative rates are reported by their rule.
@@ -225,28 +231,25 @@ def _check_moe(settings: RunSettings) -> Iterator[str]:
 
 
 def _check_bias_updates(settings: RunSettings) -> Iterator[str]:
-    config, moe = settings.model, settings.moe
-    is_moe = config.mlp_class_name == "LLaMAMoE"
-    if not is_moe or not config.n_expert_groups:
+    config, rate = settings.model, settings.moe.bias_update_rate
+    if not config.n_expert_groups:
         flags = "--moe.bias_update_rate 0"
         # Finetuning can't change the router, and a single expert has nothing to route.
-        if is_moe and config.n_expert >= 2 and not settings.is_finetuning:
+        if config.n_expert >= 2 and not settings.is_finetuning:
             flags += f", or train a model with sigmoid routers: {_sigmoid_router_flags(config)}"
         yield (
-            f"moe.bias_update_rate is {moe.bias_update_rate}, but only a sigmoid router has a selection bias and this"
-            f" model has none; {flags}"
+            f"moe.bias_update_rate is {rate}, but only a sigmoid router has a selection bias and this model has none;"
+            f" {flags}"
         )
     elif settings.uses_lora:
         yield (
-            f"moe.bias_update_rate is {moe.bias_update_rate}, but LoRA does not change the routers' selection bias;"
+            f"moe.bias_update_rate is {rate}, but LoRA does not change the routers' selection bias;"
             " --moe.bias_update_rate 0, or train all weights: --lora_r 0"
         )
 
 
 def _check_own_router(router: str, settings: RunSettings) -> Iterator[str]:
-    if settings.model.mlp_class_name != "LLaMAMoE":
-        yield f"moe.router is {router}, but this model has no experts; --moe.router null"
-    elif settings.upcycle:
+    if settings.upcycle:
         yield (
             f"moe.router is {router}, but a mixture computes the same as its dense checkpoint only if the weights of a"
             " token sum to 1, as those of the softmax router; --moe.router null"
@@ -295,19 +298,26 @@ def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> Iterato
     """Check for features that FSDP does not support, because they need complete matrices in one process."""
     if not is_sharded(settings):
         return
-    if not optimizer_traits(optimizer).supports_fsdp:
-        yield (
-            f"strategy fsdp shards every matrix, and {optimizer['class_path']} needs complete ones; --optimizer"
-            " torch.optim.AdamW, or --strategy ddp."
-        )
-    if settings.eval.hellaswag is not None:
-        yield "strategy fsdp can't score HellaSwag during training; --eval.hellaswag null, and evaluate.py afterwards."
-    if settings.compile:
-        yield "strategy fsdp does not support torch.compile; --compile false, or --strategy ddp."
-    if settings.uses_lora:
-        yield "strategy fsdp does not support LoRA, which needs little memory: --strategy ddp, or --lora_r 0."
-    if choose_precision(settings.precision)[0] == "16-mixed":
-        yield "strategy fsdp has no gradient scaler for fp16; --precision 32-true, or --strategy ddp."
+    unsupported = (
+        (
+            not optimizer_traits(optimizer).supports_fsdp,
+            f"shards every matrix, and {optimizer['class_path']} needs complete ones; --optimizer torch.optim.AdamW, or"
+            " --strategy ddp.",
+        ),
+        (
+            settings.eval.hellaswag is not None,
+            "can't score HellaSwag during training; --eval.hellaswag null, and evaluate.py afterwards.",
+        ),
+        (settings.compile, "does not support torch.compile; --compile false, or --strategy ddp."),
+        (settings.uses_lora, "does not support LoRA, which needs little memory: --strategy ddp, or --lora_r 0."),
+        (
+            choose_precision(settings.precision)[0] == "16-mixed",
+            "has no gradient scaler for fp16; --precision 32-true, or --strategy ddp.",
+        ),
+    )
+    for is_used, problem in unsupported:
+        if is_used:
+            yield f"strategy fsdp {problem}"
 
 
 def _check_schedule(settings: RunSettings) -> Iterator[str]:
@@ -371,6 +381,18 @@ def _check_start(settings: RunSettings) -> Iterator[str]:
             "both `initial_checkpoint_dir` and `resume` are set; choose one: the first starts a new run from weights,"
             " the second continues an old one."
         )
+
+
+def _check_finetuning(settings: RunSettings) -> Iterator[str]:
+    if not settings.is_finetuning:
+        return
+    yield from _check_rules(settings, LORA_RULES)
+    # Conversations have different lengths, so a number of tokens is no number of steps.
+    if settings.train.max_tokens:
+        yield "train.max_tokens counts tokens of a text; expected train.epochs or train.max_steps."
+    # LoRA without a part to update would leave nothing to train.
+    if settings.uses_lora and not any(attrgetter(*LORA_PARTS)(settings)):
+        yield "lora_r is set but no part of the model gets LoRA; turn one on: --lora_query true"
 
 
 def _check_log(settings: RunSettings) -> Iterator[str]:

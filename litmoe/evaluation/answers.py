@@ -6,9 +6,11 @@ Only the tokens of the answers count, including the end-of-text token after each
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
+from litgpt import GPT
 from rich.table import Table
 
 from litmoe import checkpoints
@@ -16,7 +18,7 @@ from litmoe.cli import UserError
 from litmoe.data import instructions
 from litmoe.data.conversations import DEFAULT_STYLE, encode_conversation, is_tuned, load_prompt_style, prompt_style
 from litmoe.data.sft_data import IGNORE_INDEX, EncodedConversations, collate, longer_context
-from litmoe.evaluation.common import LoadedModel, Precision, Result, as_table, load_model, with_progress
+from litmoe.evaluation.common import ModelOptions, Result, as_table, load_model, with_progress
 from litmoe.inference.generate import check_finite
 from litmoe.layers import hidden_states, logits_of
 
@@ -50,12 +52,10 @@ def find_conversations(folder: Path, data_dir: Path | None) -> Path | None:
     """
     if data_dir is not None:
         return data_dir if _has_conversations(data_dir) else None
-    data = checkpoints.load_hyperparameters(folder).get("data")
-    # Imported checkpoints have no settings of a run.
-    arguments = data.get("init_args") if isinstance(data, dict) else None
-    if not arguments or arguments.get("data_dir") is None:
+    trained_on = checkpoints.setting(checkpoints.load_hyperparameters(folder), "data.init_args.data_dir")
+    if trained_on is None:  # as in imported checkpoints
         return None
-    data_dir = Path(arguments["data_dir"])
+    data_dir = Path(trained_on)
     if not _has_conversations(data_dir):
         raise UserError(
             f"{folder} was finetuned on the conversations of {data_dir}, which do not exist (relative to {Path.cwd()})."
@@ -74,10 +74,7 @@ def evaluate(
     *,
     max_iters: int | None = None,
     batch_size: int | None = None,
-    max_seq_length: int | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
-    router: str | None = None,
+    **options: Unpack[ModelOptions],
 ) -> AnswersEvaluation:
     """Evaluate a checkpoint on the validation conversations of a folder that ``prepare_data.py --instruct`` wrote.
 
@@ -88,7 +85,7 @@ def evaluate(
     Raises:
         UserError: checkpoint or conversations are missing, the context is out of range, or the loss is not finite.
     """
-    context = checkpoints.context_of(folder, max_seq_length)
+    context = checkpoints.context_of(folder, options.get("max_seq_length"))
     tokenizer, style = checkpoints.load_tokenizer(folder), load_prompt_style(folder)
     # A base model has no prompt style: it is measured as it would be before finetuning.
     if not is_tuned(style):
@@ -106,8 +103,9 @@ def evaluate(
     size = batch_size or _BATCH_SIZE
     indices = range(len(encoded))[: None if max_iters is None else max_iters * size]
     # After everything that can fail quickly.
-    model = load_model(folder, device, precision, context, router)
-    nats, tokens = _sum_loss(model, encoded, indices, size, tokenizer.eos_id or 0, context)
+    model = load_model(folder, **options)
+    with model.autocast:
+        nats, tokens = _sum_loss(model.gpt, encoded, indices, size, tokenizer.eos_id or 0, context)
     return AnswersEvaluation(
         **model.about,
         data_dir=str(data_dir),
@@ -124,17 +122,16 @@ def evaluate(
 
 @torch.inference_mode()
 def _sum_loss(
-    model: LoadedModel, encoded: EncodedConversations, indices: range, batch_size: int, padding: int, context: int
+    gpt: GPT, encoded: EncodedConversations, indices: range, batch_size: int, padding: int, context: int
 ) -> tuple[float, int]:
     """Return the summed negative log-probability of the answer tokens in nats, and their number."""
-    device = model.gpt.transformer.wte.weight.device
+    device = gpt.transformer.wte.weight.device
     starts = indices[::batch_size]
     nats, tokens = 0.0, 0
     for start in with_progress(starts, len(starts)):
         batch = [encoded[index] for index in indices[start : start + batch_size]]
         input_ids, targets, _ = collate(batch, padding, context)
-        with model.autocast:
-            logits_BTV = logits_of(model.gpt, hidden_states(model.gpt, input_ids.to(device))[0])
+        logits_BTV = logits_of(gpt, hidden_states(gpt, input_ids.to(device))[0])
         # Tokens of prompts and padding are IGNORE_INDEX in the targets.
         targets = targets.flatten().to(device)
         # A sum and not a mean, because batches have different numbers of answer tokens.
@@ -148,15 +145,11 @@ def _sum_loss(
 def table(result: AnswersEvaluation) -> Table:
     """Return the result as a table for the terminal."""
     conversations = f"{result.conversations:,} with {result.answer_tokens:,} answer tokens"
+    limit = f"{result.max_seq_length:,} tokens"
     if result.cut:
-        conversations += (
-            f"; {result.cut:,} of all conversations are longer than {result.max_seq_length:,} tokens and cut"
-        )
+        conversations += f"; {result.cut:,} of all conversations are longer than {limit} and cut"
     if result.left_out:
-        conversations += (
-            f"; {result.left_out:,} of all conversations are skipped: no answer in their first"
-            f" {result.max_seq_length:,} tokens"
-        )
+        conversations += f"; {result.left_out:,} of all conversations are skipped: no answer in their first {limit}"
     rows = {
         "answers": f"{result.data_dir}, validation",
         "loss": f"{result.loss:.4f} nats per answer token",

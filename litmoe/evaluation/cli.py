@@ -10,12 +10,15 @@ from typing import Any, Literal
 from litmoe.cli import UserError
 from litmoe.inference.console import find_checkpoint
 
-# The flags that only some evaluations use, by the flag that selects the evaluation.
-_FLAGS = {
-    "the loss": {"data_dir", "max_iters", "batch_size"},
-    "--hellaswag": {"limit"},
-    "--tasks": {"tasks_dir", "limit", "num_fewshot"},
-    "--experts": {"data_dir", "max_iters", "batch_size", "plot"},
+# The evaluations that use a flag, by the flags that select them.
+_USED_BY = {
+    "data_dir": ("the loss", "--experts"),
+    "max_iters": ("the loss", "--experts"),
+    "batch_size": ("the loss", "--experts"),
+    "tasks_dir": ("--tasks",),
+    "limit": ("--hellaswag", "--tasks"),
+    "num_fewshot": ("--tasks",),
+    "plot": ("--experts",),
 }
 
 
@@ -66,33 +69,28 @@ def main(
     folder = find_checkpoint(checkpoint, router)
 
     # Each import takes seconds, so only the module in use is imported.
-    common: dict[str, Any] = {
-        "max_seq_length": max_seq_length,
-        "device": device,
-        "precision": precision,
-        "router": router,
-    }
+    options = {"max_seq_length": max_seq_length, "device": device, "precision": precision, "router": router}
     module: ModuleType
     if evaluation == "--hellaswag":
         from litmoe.evaluation import hellaswag as module
 
-        result = module.evaluate(folder, hellaswag, limit=limit, **common)
+        result = module.evaluate(folder, hellaswag, limit=limit, **options)
     elif evaluation == "--tasks":
         from litmoe.evaluation import tasks as module
 
         names = [name.strip() for name in str(tasks).split(",")]
-        result = module.evaluate(folder, names, **task_flags, **common)
+        result = module.evaluate(folder, names, **task_flags, **options)
     elif evaluation == "--experts":
         from litmoe.evaluation import experts as module
 
-        result = module.evaluate(folder, **text_flags, **common)
+        result = module.evaluate(folder, **text_flags, **options)
     else:
         from litmoe.evaluation import answers, loss
 
         # A finetuned checkpoint is evaluated on its answers, unless the user names a corpus.
         conversations = answers.find_conversations(folder, data_dir)
         module = loss if conversations is None else answers
-        result = module.evaluate(folder, **text_flags | {"data_dir": conversations or data_dir}, **common)
+        result = module.evaluate(folder, **text_flags | {"data_dir": conversations or data_dir}, **options)
     # Before the heat map, so that an error there loses no numbers.
     _write(result, module, json_file)
     if plot is not None:
@@ -119,14 +117,12 @@ def _selected_evaluation(selected: dict[str, bool], values: dict[str, Any]) -> s
     Raises:
         UserError: several evaluations are selected, or a flag has no effect on the selected one.
     """
-    names = [name for name, is_selected in selected.items() if is_selected]
-    if len(names) > 1:
-        raise UserError(f"{' and '.join(names)} are different evaluations; use one of them per call.")
-    evaluation = names[0] if names else "the loss"
-    unused = [name for name, value in values.items() if value is not None and name not in _FLAGS[evaluation]]
-    if unused:
-        users = [name for name, flags in _FLAGS.items() if unused[0] in flags]
-        raise UserError(f"--{unused[0]} has no effect on {evaluation}; it is used by {' and '.join(users)}.")
+    evaluation, *others = [name for name, is_selected in selected.items() if is_selected] or ["the loss"]
+    if others:
+        raise UserError(f"{' and '.join([evaluation, *others])} are different evaluations; use one of them per call.")
+    for name, users in _USED_BY.items():
+        if values[name] is not None and evaluation not in users:
+            raise UserError(f"--{name} has no effect on {evaluation}; it is used by {' and '.join(users)}.")
     return evaluation
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from litmoe import checkpoints
-from litmoe.cli import strip_control_chars
+from litmoe.cli import UserError, strip_control_chars
 from litmoe.inference.generate import check_finite, supports_bf16
 from litmoe.layers import hidden_states, logits_of
 
@@ -40,6 +40,15 @@ class Result:
     precision: str
 
 
+class ModelOptions(TypedDict, total=False):
+    """How a checkpoint is loaded; `load_model` has the defaults."""
+
+    max_seq_length: int | None
+    device: str
+    precision: Precision
+    router: str | None
+
+
 class LoadedModel(NamedTuple):
     """The model of a checkpoint on a device."""
 
@@ -48,18 +57,25 @@ class LoadedModel(NamedTuple):
     about: dict[str, Any]  # fields of `Result`
 
 
-def load_model(folder: Path, device: str, precision: Precision, context: int, router: str | None = None) -> LoadedModel:
-    """Load the model of a checkpoint. The ``evaluate`` functions have the same arguments.
+def load_model(
+    folder: Path,
+    max_seq_length: int | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    router: str | None = None,
+) -> LoadedModel:
+    """Load the model of a checkpoint. The ``evaluate`` functions have the same options.
 
     Args:
         folder: checkpoint folder.
+        max_seq_length: maximum number of tokens that the model is given; as many as in training if None.
         device: a torch device; "auto" takes a GPU if there is one.
         precision: "auto" is bf16-mixed on a GPU with bf16 support, else 32-true.
-        context: maximum number of tokens that the model is given.
         router: see `checkpoints.load_model`.
 
     Raises:
-        UserError: the checkpoint is missing, damaged or has another router, or there is no such device.
+        UserError: the checkpoint is missing, damaged or has another router, the context is too long, or there is no
+            such device.
     """
     step = checkpoints.read_metadata(folder).step
     torch_device = checkpoints.choose_device(device)
@@ -74,7 +90,7 @@ def load_model(folder: Path, device: str, precision: Precision, context: int, ro
         weights_dtype = torch.float32
     device_name = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else torch_device.type
     # Last, because it takes longest: errors of the arguments come first.
-    gpt = checkpoints.load_model(folder, torch_device, weights_dtype, context, router)
+    gpt = checkpoints.load_model(folder, torch_device, weights_dtype, max_seq_length, router)
     about = {"checkpoint": str(folder), "step": step, "device": device_name, "precision": precision}
     return LoadedModel(gpt, autocast, about)
 
@@ -96,14 +112,26 @@ class ContinuationScore(NamedTuple):
     is_greedy: bool  # whether each token is the most probable one
 
 
-def make_continuation(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Continuation:
+def make_continuation(
+    context: Sequence[int], continuation: Sequence[int], max_length: int, *, name: str, block_size: int
+) -> Continuation:
     """Join context and continuation, cut from the left to what fits.
 
     Args:
         context: token ids, at least one.
-        continuation: token ids, 1 to ``max_length``.
+        continuation: token ids.
         max_length: tokens that the model can read. The last token is predicted but not read, so one more fits.
+        name: of the continuation, for the message.
+        block_size: of the model, for the message.
+
+    Raises:
+        UserError: the continuation has no tokens, or does not fit.
     """
+    if not 1 <= len(continuation) <= max_length:
+        raise UserError(
+            f"{name} has {len(continuation):,} tokens; expected 1 to {max_length:,}, the context. Use a longer"
+            f" --max_seq_length, up to {block_size:,}."
+        )
     ids = [*context, *continuation][-(max_length + 1) :]
     return Continuation(ids, len(continuation))
 
@@ -126,6 +154,14 @@ def batches_by_length(rows: Sequence[Continuation], batch_tokens: int) -> list[l
             batches.append([index])
             longest = len(rows[index].ids)
     return batches
+
+
+def score_batches(
+    gpt: GPT, rows: Sequence[Continuation], batches: Iterable[list[int]]
+) -> Iterator[tuple[int, ContinuationScore]]:
+    """Yield the index and the score of each row in the batches, which are lists of indices."""
+    for batch in batches:
+        yield from zip(batch, score_continuations(gpt, [rows[index] for index in batch]), strict=True)
 
 
 @torch.no_grad()

@@ -16,10 +16,9 @@ each token to ``n_expert_per_token`` experts in every layer; a router of the use
 
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from litgpt import GPT, Tokenizer
@@ -32,7 +31,7 @@ from custom_moe.balance import DEAD, expert_load, load_statistics, normalized_en
 from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.data.tokenizers import text_ids
-from litmoe.evaluation.common import Precision, Result, as_table, load_model
+from litmoe.evaluation.common import ModelOptions, Result, as_table, load_model
 from litmoe.evaluation.loss import open_validation
 from litmoe.inference.text_stream import TextStream
 from litmoe.layers import hidden_states
@@ -85,10 +84,7 @@ def evaluate(
     *,
     max_iters: int | None = None,
     batch_size: int | None = None,
-    max_seq_length: int | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
-    router: str | None = None,
+    **options: Unpack[ModelOptions],
 ) -> ExpertStatistics:
     """Observe the routers of a checkpoint over the validation text; arguments as `litmoe.evaluation.loss.evaluate`.
 
@@ -101,11 +97,12 @@ def evaluate(
             f"--experts: {folder} is a dense model ({config.mlp_class_name}) without experts. `uv run python"
             f" run_train.py --upcycle {folder}` converts a model with LLaMAMLP to a mixture of experts."
         )
-    text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
+    text = open_validation(folder, data_dir, max_iters, batch_size, options.get("max_seq_length"))
     tokenizer = checkpoints.load_tokenizer(folder)
-    model = load_model(folder, device, precision, text.context, router)
+    model = load_model(folder, **options)
     start = time.perf_counter()
-    counts = count(model.gpt, text.batches, model.autocast)
+    with model.autocast:
+        counts = count(model.gpt, text.batches)
     first_block = config.n_layer - len(counts.assigned)
     layers = [
         describe(first_block + index, assigned_EV, counts.seen, counts.router_entropy[index], tokenizer)
@@ -134,13 +131,12 @@ class Counts(NamedTuple):
 
 
 @torch.inference_mode()
-def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counts:
+def count(gpt: GPT, batches: Iterable[Tensor]) -> Counts:
     """Count which expert takes which token.
 
     Args:
         gpt: model with experts, built within ``use_custom_moe()``.
         batches: token ids, each ``(B, T + 1)``; the last one of a row is not read.
-        autocast: context of the forward passes.
     """
     config, device = gpt.config, gpt.lm_head.weight.device
     vocab_size = config.padded_vocab_size
@@ -151,8 +147,7 @@ def count(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> Counts:
     for batch in batches:
         ids_BT = batch[:, :-1].to(device)
         seen += ids_BT.flatten().bincount(minlength=vocab_size).cpu()
-        with autocast or nullcontext():
-            _, block_routers = hidden_states(gpt, ids_BT)
+        _, block_routers = hidden_states(gpt, ids_BT)
         # Dense blocks have none.
         routers = [router for router in block_routers if router is not None]
         for layer, router in enumerate(routers):

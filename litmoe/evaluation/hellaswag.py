@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from litgpt import GPT, Config, Tokenizer
@@ -32,13 +32,13 @@ from litmoe.data.files import in_short
 from litmoe.data.tokenizers import text_ids
 from litmoe.evaluation.common import (
     Continuation,
-    Precision,
+    ModelOptions,
     Result,
     as_table,
     batches_by_length,
     load_model,
     make_continuation,
-    score_continuations,
+    score_batches,
     with_progress,
 )
 
@@ -96,10 +96,7 @@ def evaluate(
     source: str,
     *,
     limit: int | None = None,
-    max_seq_length: int | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
-    router: str | None = None,
+    **options: Unpack[ModelOptions],
 ) -> HellaSwagEvaluation:
     """Score a checkpoint and show a progress bar on stderr.
 
@@ -109,11 +106,11 @@ def evaluate(
         UserError: the checkpoint or the questions can't be read, the questions do not fit the context, or the output of
             the model is not finite.
     """
-    context = checkpoints.context_of(folder, max_seq_length)
+    context = checkpoints.context_of(folder, options.get("max_seq_length"))
     # Read and tokenize the questions first. The model needs more time, and a wrong file is a common mistake.
     questions = read_questions(source, limit)
     encoded = encode(questions, checkpoints.load_tokenizer(folder), checkpoints.load_config(folder), context)
-    model = load_model(folder, device, precision, context, router)
+    model = load_model(folder, **options)
     start = time.perf_counter()
     with model.autocast:
         scores = log_probabilities(model.gpt, with_progress(encoded.batches, len(encoded.batches)), encoded)
@@ -233,12 +230,8 @@ def encode(questions: Sequence[Question], tokenizer: Tokenizer, config: Config, 
     for number, question in enumerate(questions, start=1):
         context, endings = encode_question(question, tokenizer)
         for text, ids in zip(question.endings, endings, strict=True):
-            if not 1 <= len(ids) <= max_length:
-                raise UserError(
-                    f"the ending {text!r} of HellaSwag question {number:,} has {len(ids):,} tokens; expected 1 to"
-                    f" {max_length:,}. Use a longer --max_seq_length, up to {config.block_size:,}."
-                )
-            rows.append(make_continuation(context, ids, max_length))
+            name = f"the ending {text!r} of HellaSwag question {number:,}"
+            rows.append(make_continuation(context, ids, max_length, name=name, block_size=config.block_size))
     # On a GPU, an id outside the vocabulary would be an assertion in a kernel, without a useful message.
     largest = max(max(row.ids) for row in rows)
     if largest >= config.padded_vocab_size:
@@ -276,10 +269,9 @@ def log_probabilities(gpt: GPT, batches: Iterable[list[int]], encoded: Encoded) 
         can be added.
     """
     scores = torch.zeros(len(encoded.rows), dtype=torch.float64)
-    for batch in batches:
-        answers = score_continuations(gpt, [encoded.rows[index] for index in batch])
-        # Batches are by length; the scores return to the order of the questions.
-        scores[batch] = torch.tensor([answer.log_probability for answer in answers], dtype=torch.float64)
+    # Batches are by length; the scores return to the order of the questions.
+    for index, score in score_batches(gpt, encoded.rows, batches):
+        scores[index] = score.log_probability
     return scores.view(-1, ENDINGS)
 
 

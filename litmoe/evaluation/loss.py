@@ -16,11 +16,10 @@ With ``max_iters``, the bytes are those of all documents times the share of the 
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from litmoe.cli import UserError, quoted
 from litmoe.data import manifest
 from litmoe.data.loader import token_chunks
 from litmoe.data.manifest import Manifest, Split, checked_manifest
-from litmoe.evaluation.common import Precision, Result, as_table, load_model, with_progress
+from litmoe.evaluation.common import ModelOptions, Result, as_table, load_model, with_progress
 from litmoe.inference.generate import check_finite
 
 _LOGITS = 1 << 28  # logits of a batch, 1 GiB in fp32: decides the batch size
@@ -73,10 +72,7 @@ def evaluate(
     *,
     max_iters: int | None = None,
     batch_size: int | None = None,
-    max_seq_length: int | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
-    router: str | None = None,
+    **options: Unpack[ModelOptions],
 ) -> Evaluation:
     """Evaluate a checkpoint on the validation text of a prepared corpus and show a progress bar on stderr.
 
@@ -85,19 +81,17 @@ def evaluate(
         data_dir: prepared corpus; the one of training if None.
         max_iters: maximum number of batches.
         batch_size: windows in a batch; as many as give 2^28 logits if None.
-        max_seq_length: tokens in a window; as many as in training if None.
-        device: see `load_model`.
-        precision: see `load_model`.
-        router: see `load_model`.
+        options: see `load_model`; ``max_seq_length`` is the number of tokens in a window.
 
     Raises:
         UserError: the checkpoint is missing or damaged, there are no tokens, they were made by another tokenizer, the
             context is longer than that of the model, or the loss is not finite.
     """
-    text = open_validation(folder, data_dir, max_iters=max_iters, batch_size=batch_size, max_seq_length=max_seq_length)
-    model = load_model(folder, device, precision, text.context, router)
+    text = open_validation(folder, data_dir, max_iters, batch_size, options.get("max_seq_length"))
+    model = load_model(folder, **options)
     start = time.perf_counter()
-    nats, tokens, n_windows = sum_loss(model.gpt, text.batches, model.autocast)
+    with model.autocast:
+        nats, tokens, n_windows = sum_loss(model.gpt, text.batches)
     check_finite(torch.tensor(nats))
     loss = nats / tokens
     # All bytes, or with max_iters the share of the tokens that were read.
@@ -118,7 +112,7 @@ def evaluate(
 
 
 def open_validation(
-    folder: Path, data_dir: Path | None, *, max_iters: int | None, batch_size: int | None, max_seq_length: int | None
+    folder: Path, data_dir: Path | None, max_iters: int | None, batch_size: int | None, max_seq_length: int | None
 ) -> ValidationText:
     """Open the validation text for a checkpoint; arguments and errors as `evaluate`."""
     metadata = checkpoints.read_metadata(folder)
@@ -163,13 +157,12 @@ def table(result: Evaluation) -> Table:
 
 
 @torch.inference_mode()
-def sum_loss(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> tuple[float, int, int]:
+def sum_loss(gpt: GPT, batches: Iterable[Tensor]) -> tuple[float, int, int]:
     """Sum the negative log-probability of all tokens but the first one of each row.
 
     Args:
         gpt: model.
         batches: token ids, each ``(B, T + 1)``.
-        autocast: context of the forward passes.
 
     Returns:
         The sum in nats, the number of predicted tokens, and the number of rows.
@@ -180,8 +173,7 @@ def sum_loss(gpt: GPT, batches: Iterable[Tensor], autocast: Any = None) -> tuple
     tokens, rows = 0, 0
     for batch in batches:
         ids = batch.to(device)
-        with autocast or nullcontext():
-            logits_BTV = gpt(ids[:, :-1])
+        logits_BTV = gpt(ids[:, :-1])
         targets = ids[:, 1:].flatten()
         losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, reduction="none")
         nats += losses.double().sum().cpu()
@@ -250,11 +242,11 @@ def trained_on(settings: dict[str, Any], folder: Path) -> Path:
     Raises:
         UserError: they name none, or it does not exist.
     """
-    data = settings.get("data")
-    paths = data.get("init_args", data) if isinstance(data, dict) else {}
-    if not isinstance(paths, dict) or not paths.get("val_data_path"):
+    path = checkpoints.setting(settings, "data.init_args.val_data_path")
+    path = path or checkpoints.setting(settings, "data.val_data_path")
+    if not path:
         raise UserError(f"{folder} does not name its training data. Name a prepared corpus with --data_dir.")
-    data_dir = Path(paths["val_data_path"]).parent
+    data_dir = Path(path).parent
     if not data_dir.is_dir():
         raise UserError(
             f"{folder} was trained on {data_dir}, which does not exist (relative to {Path.cwd()}). Name a prepared"

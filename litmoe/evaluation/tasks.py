@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from litgpt import GPT, Tokenizer
@@ -32,15 +32,13 @@ from litmoe.cli import UserError
 from litmoe.data.files import in_short
 from litmoe.data.tokenizers import text_ids
 from litmoe.evaluation.common import (
-    Continuation,
-    ContinuationScore,
-    Precision,
+    ModelOptions,
     Result,
     as_table,
     batches_by_length,
     load_model,
     make_continuation,
-    score_continuations,
+    score_batches,
     with_progress,
 )
 from litmoe.inference.generate import generate_tokens
@@ -85,10 +83,7 @@ def evaluate(
     tasks_dir: Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    max_seq_length: int | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
-    router: str | None = None,
+    **options: Unpack[ModelOptions],
 ) -> TaskEvaluation:
     """Score a checkpoint and show a progress bar on stderr. lm-eval seeds the random states of Python, numpy and torch.
 
@@ -102,12 +97,12 @@ def evaluate(
         UserError: the checkpoint can't be read; a task is unknown, can't be loaded or would run code that the model
             wrote; or the questions do not fit the context.
     """
-    context = checkpoints.context_of(folder, max_seq_length)
+    context = checkpoints.context_of(folder, options.get("max_seq_length"))
     tokenizer = checkpoints.load_tokenizer(folder)
     manager = find_tasks(names, tasks_dir)
     # Load the data before the model, because a missing network is a common problem.
     tasks = load_tasks(manager, names)
-    model = load_model(folder, device, precision, context, router)
+    model = load_model(folder, **options)
     start = time.perf_counter()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     results = evaluator.simple_evaluate(
@@ -169,12 +164,12 @@ def find_tasks(names: Sequence[str], tasks_dir: Path | None) -> TaskManager:
         if set(names) <= set(manager.all_subtasks):
             return manager
     manager = TaskManager(include_path=tasks_dir)
-    for name in names:
-        if name not in manager.all_tasks:
-            place = "lm-eval" if tasks_dir is None else f"lm-eval or {tasks_dir}"
-            close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
-            hint = f" Similar names: {', '.join(close)}." if close else ""
-            raise UserError(f"found no task {name!r} in {place}.{hint} `uv run lm-eval ls tasks` lists all tasks.")
+    for name in set(names) - set(manager.all_tasks):
+        close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
+        raise UserError(
+            f"found no task {name!r} in lm-eval or --tasks_dir. Similar names: {', '.join(close) or 'none'}."
+            " `uv run lm-eval ls tasks` lists all tasks."
+        )
     return manager
 
 
@@ -201,10 +196,8 @@ def load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
 
 def _first_cause(error: Exception) -> Exception:
     """Return the first error of a chain: without a network, the last one says something else."""
-    cause = error.__cause__ or error.__context__
-    while isinstance(cause, Exception):
+    while isinstance(cause := error.__cause__ or error.__context__, Exception):
         error = cause
-        cause = error.__cause__ or error.__context__
     return error
 
 
@@ -272,27 +265,16 @@ class Harness(TemplateLM):
         return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any) -> Any:
-        rows: list[Continuation] = []
+        rows, block_size = [], self.gpt.config.block_size
         for text, context, continuation in requests:
-            if not 1 <= len(continuation) <= self.max_length:
-                answer = text[1] if text else ""
-                raise UserError(
-                    f"the answer {answer!r} of a task has {len(continuation):,} tokens; expected 1 to"
-                    f" {self.max_length:,}, the context. Use a longer --max_seq_length."
-                )
-            rows.append(make_continuation(context, continuation, self.max_length))
-        # Batches are by length, and answers in the order of the requests.
-        answers = [ContinuationScore(0.0, False)] * len(rows)
+            # The windows of loglikelihood_rolling have no text.
+            name = f"the answer {text and text[1]!r} of a task"
+            rows.append(make_continuation(context, continuation, self.max_length, name=name, block_size=block_size))
         batches = batches_by_length(rows, _BATCH_TOKENS)
-        for batch in with_progress(batches, len(batches)):
-            with self._autocast:
-                scores = score_continuations(self.gpt, [rows[index] for index in batch])
-            for index, score in zip(batch, scores, strict=True):
-                answers[index] = score
-                # The windows of loglikelihood_rolling are parts of a request and have no key.
-                if requests[index][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[index][0], score)
-        return answers
+        with self._autocast:
+            scores = dict(score_batches(self.gpt, rows, with_progress(batches, len(batches))))
+        # Batches are by length, and answers in the order of the requests.
+        return [scores[index] for index in range(len(rows))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score complete texts in windows of the context, each token once and after as many tokens as fit."""
@@ -309,17 +291,11 @@ class Harness(TemplateLM):
         totals = [0.0] * len(requests)
         for index, score in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[index] += score.log_probability
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate after each context until a stop string, the end-of-text token or the requested length."""
-        texts = []
-        for context, settings in with_progress((request.args for request in requests), len(requests)):
-            texts.append(self._generate(context, settings))
-            self.cache_hook.add_partial("generate_until", (context, settings), texts[-1])
-        return texts
+        return [self._generate(*request.args) for request in with_progress(requests, len(requests))]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         wanted = _generation_settings(settings)

@@ -76,14 +76,11 @@ class Chat:
             UserError: the question is empty or too long, or a sampling setting is out of range.
         """
         # Check the settings now. The generator of the answer would raise only when the iteration starts.
-        max_new_tokens = sampling.get("max_new_tokens", 256)
-        check_sampling(
-            1, max_new_tokens, sampling.get("temperature", 0.8), sampling.get("top_k"), sampling.get("top_p", 1.0)
-        )
+        check_sampling(**sampling)
         question = _encodable(question)
         if not question.strip():
             raise UserError("the question is empty.")
-        prompt, forgotten = self._encode(question, max_new_tokens)
+        prompt, forgotten = self._encode(question, sampling.get("max_new_tokens", 256))
         return Reply(self, question, prompt, forgotten, sampling)
 
     def undo(self) -> str | None:
@@ -114,9 +111,7 @@ class Chat:
                 file.write(text)
         except FileExistsError:
             raise UserError(f"{path} exists; use another name, or overwrite it.") from None
-        except OSError as error:
-            raise UserError(f"cannot write {str(path)!r}: {error.strerror}.") from None
-        except ValueError as error:  # a name with a NUL character
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
             raise UserError(f"cannot write {str(path)!r}: {error}.") from None
 
     def _system_messages(self) -> list[Message]:

@@ -56,10 +56,10 @@ def main(
     from litmoe.inference.generate import Sampling, check_sampling, check_seed, load  # takes seconds
 
     # Before the models are loaded, which takes longest.
-    check_sampling(1, max_new_tokens, temperature, top_k, top_p)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_sampling(**sampling)
     if seed is not None:
         check_seed(seed)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if web:
         from litmoe.inference.web import listen, serve
 

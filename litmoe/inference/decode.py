@@ -248,11 +248,8 @@ class _CUDAGraph:
 def _can_be_recorded(gpt: GPT) -> bool:
     """Return whether a step runs on CUDA without waiting for the device."""
     device = gpt.cos.device
-    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
-        # Autocast casts weights outside of the graph.
-        return False
-    if not _is_usual(gpt):
-        # LitGPT's own attention asks the device for positions.
+    # Autocast casts weights outside of the graph. LitGPT's own attention asks the device for positions.
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda") or not _is_usual(gpt):
         return False
     for block in gpt.transformer.h:
         if isinstance(block.mlp, LLaMAMoE):

@@ -194,8 +194,16 @@ def room_after(length: int, context: int) -> int:
     return context - length + 1
 
 
-def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
-    """Raise UserError with a list of the settings that are out of range."""
+def check_sampling(
+    num_samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    seed: int = 42,
+) -> None:
+    """Raise UserError with a list of the settings that are out of range; the arguments are those of `Sampling`."""
+    check_seed(seed)
     checks = (
         (num_samples >= 1, f"num_samples is {num_samples}; expected 1 or more"),
         (max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; expected 1 or more"),

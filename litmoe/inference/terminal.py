@@ -178,7 +178,7 @@ class Terminal:
         """Change a sampling setting, or show it if no value is given."""
         if value:
             sampling: Sampling = {**self.sampling, name: _parse_setting(name, value)}  # type: ignore[misc]
-            check_sampling(1, sampling["max_new_tokens"], sampling["temperature"], sampling["top_k"], sampling["top_p"])
+            check_sampling(**sampling)
             self.sampling = sampling
         self.say(f"{name} {self.sampling[name]}")  # type: ignore[literal-required]
 
