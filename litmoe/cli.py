@@ -121,12 +121,23 @@ def quoted(argument: object, *, windows: bool = os.name == "nt") -> str:
     return f'"{escaped}{backslashes * chr(92)}"'
 
 
-def make_parser(**kwargs: Any) -> ArgumentParser:
-    """Return a jsonargparse parser that raises ``ArgumentError`` and uses field docstrings as help texts."""
-    # A setting of the process, not of one parser. By default docstrings of fields are ignored.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+def make_parser(*, with_help: bool = True, **kwargs: Any) -> ArgumentParser:
+    """Return a jsonargparse parser that raises ``ArgumentError``.
+
+    Args:
+        with_help: use the docstrings of fields as help texts. Reading them from the source files takes about as long
+            as parsing.
+        kwargs: of the parser.
+    """
+    # A setting of the process, not of one parser.
+    set_parsing_settings(docstring_parse_attribute_docstrings=with_help)
     # Otherwise the parser prints its own message and exits, before `explain` can shorten it.
     return ArgumentParser(exit_on_error=False, **kwargs)
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Return whether the arguments contain ``--help``, or that of one class (``--data.help``)."""
+    return any(argument == "-h" or argument.split("=")[0].endswith("help") for argument in argv)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
@@ -266,9 +277,9 @@ def _type_in_words(hint: Any) -> str | None:
 
 
 def _call(function: Callable[..., Any], argv: Sequence[str] | None, optional_positional: str | None) -> Any:
-    parser = make_parser()
-    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(with_help=asks_for_help(arguments))
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
     # argparse offers a parameter either as positional or as a flag, so the value gets its flag here.
     if optional_positional and arguments and not arguments[0].startswith("-"):
         arguments[0] = f"--{optional_positional}={arguments[0]}"

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -25,6 +26,7 @@ from litmoe import fast_imports
 from litmoe.checksummed_json import known_fields
 from litmoe.cli import (
     UserError,
+    asks_for_help,
     current_class_path,
     explain,
     known_flags,
@@ -323,24 +325,28 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         # The model is that of the checkpoint, unless a flag names another one.
         if not files["--model"]:
             run.pop("model", None)
-    check_quickly(run_parser(with_classes=False), run_file, run, flags)
+    new_parser = partial(run_parser, with_help=asks_for_help(flags))
+    check_quickly(new_parser, run_file, run, flags)
     if run.get("upcycle") and not run.get("model"):
         # Reading the config of a checkpoint imports LitGPT, so the quick check comes before.
         from litmoe.upcycling import upcycled_model
 
         run["model"] = upcycled_model(Path(str(run["upcycle"])))
-    resolved, values = parse_settings(run_parser(), RunSettings, run_file, run, flags)
+    resolved, values = parse_settings(new_parser(), RunSettings, run_file, run, flags)
     # LitGPT's own class, so that it equals the config of a checkpoint.
     values["model"] = Config(**asdict(values["model"]))
     settings = RunSettings(**known_fields(RunSettings, values))
     return ParsedRun(settings=settings, optimizer=resolved["optimizer"], resolved=resolved)
 
 
-def check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], flags: list[str]) -> None:
+def check_quickly(
+    new_parser: Callable[..., ArgumentParser], run_file: Path, run: dict[str, Any], flags: list[str]
+) -> None:
     """Report mistakes, ``--help`` included, before anything imports torch.
 
     Args:
-        parser: one without the settings ``data`` and ``optimizer``, whose classes would have to be imported.
+        new_parser: such as ``run_parser``. Its parser without the settings ``data`` and ``optimizer`` is used, because
+            their classes would have to be imported.
 
     Raises:
         UserError: as ``parse_run``.
@@ -353,7 +359,7 @@ def check_quickly(parser: ArgumentParser, run_file: Path, run: dict[str, Any], f
     without_classes = dict(run)
     for name in CLASS_SETTINGS:
         without_classes.pop(name, None)
-    _parse_file_and_flags(parser, run_file, without_classes, _without_class_flags(flags))
+    _parse_file_and_flags(new_parser(with_classes=False), run_file, without_classes, _without_class_flags(flags))
 
 
 def _without_class_flags(flags: list[str]) -> list[str]:
@@ -376,15 +382,25 @@ def _parse_file_and_flags(parser: ArgumentParser, run_file: Path, run: dict[str,
         UserError: an unknown key or a value of the wrong type.
     """
     try:
-        # First the file alone, so that a message about a key can say where the key is.
-        parser.parse_object(run)
-    except Exception as error:
-        raise UserError(f"in {run_file}: {explain(str(error), parser, _known_names(parser, run))}") from None
-    try:
         # The file is given as a first argument, so that the flags after it override it.
         return parser.parse_args(["--config", yaml.safe_dump(run), *with_bare_switches(parser, flags)])
-    except ArgumentError as error:
+    except Exception as error:
+        # Only now the file alone, because each parse takes some tenths of a second.
+        mistake = _mistake_in_file(parser, run)
+        if mistake is not None:
+            raise UserError(f"in {run_file}: {explain(mistake, parser, _known_names(parser, run))}") from None
+        if not isinstance(error, ArgumentError):
+            raise
         raise UserError(explain(str(error), parser, _known_names(parser, run), flags)) from None
+
+
+def _mistake_in_file(parser: ArgumentParser, run: dict[str, Any]) -> str | None:
+    """Return the error message about the contents of a run file, None without a mistake."""
+    try:
+        parser.parse_object(run)
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def parse_settings(
@@ -445,14 +461,15 @@ def _find_nulls(kind: type, values: dict[str, Any], path: str = "") -> Iterator[
             yield from _find_nulls(type(value), vars(value), f"{path}{setting.name}.")
 
 
-def run_parser(*, with_classes: bool = True) -> ArgumentParser:
+def run_parser(*, with_classes: bool = True, with_help: bool = True) -> ArgumentParser:
     """Return the parser of ``run_train.py``: a flag for each field of ``RunSettings``, nested ones included.
 
     Args:
         with_classes: also parse ``data`` and ``optimizer``, which imports torch. Otherwise they are only listed in the
             help.
+        with_help: as in ``make_parser``.
     """
-    parser = make_parser(description="Pretrain a model with LitGPT.")
+    parser = make_parser(with_help=with_help, description="Pretrain a model with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: train_config.yaml")
     add_settings(parser, RunSettings, set(), with_classes)
     # SUPPRESS: a flag that is not given leaves no entry in the settings that are saved.

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from litmoe import checkpoints
 from litmoe.checksummed_json import known_fields
-from litmoe.cli import make_parser, underscored
+from litmoe.cli import asks_for_help, make_parser, underscored
 from litmoe.config import (
     PROJECT,
     SHORT_FLAGS,
@@ -100,8 +101,9 @@ def parse_finetuning(argv: Sequence[str]) -> ParsedRun:
     run_file = files["--config"] or DEFAULT_FINETUNING
     run = read_yaml(run_file)
     # Mistakes in the settings are reported before torch is imported and before a checkpoint is searched for.
-    check_quickly(finetuning_parser(with_classes=False), run_file, run, flags)
-    resolved, values = parse_settings(finetuning_parser(), FinetuneSettings, run_file, run, flags)
+    new_parser = partial(finetuning_parser, with_help=asks_for_help(flags))
+    check_quickly(new_parser, run_file, run, flags)
+    resolved, values = parse_settings(new_parser(), FinetuneSettings, run_file, run, flags)
     folder = _find_base(values["checkpoint_dir"], values["out_dir"], bool(values["resume"]))
     # The folder that was found is stored, because another one may be the newest when the run is resumed.
     resolved["checkpoint_dir"] = str(folder)
@@ -129,9 +131,9 @@ def _find_base(given: Path, out_dir: Path, resume: bool) -> Path:
     return checkpoints.resolve(Path(str(base)) if base else None)
 
 
-def finetuning_parser(*, with_classes: bool = True) -> ArgumentParser:
+def finetuning_parser(*, with_classes: bool = True, with_help: bool = True) -> ArgumentParser:
     """Return the parser of ``finetune.py``; see ``run_parser``."""
-    parser = make_parser(description="Tune a checkpoint to follow instructions, with LitGPT.")
+    parser = make_parser(with_help=with_help, description="Tune a checkpoint to follow instructions, with LitGPT.")
     parser.add_argument("--config", action="config", help="The run file (YAML); default: configs/finetune.yaml")
     add_settings(parser, FinetuneSettings, OF_THE_CHECKPOINT, with_classes)
     add_short_flags(parser, FINETUNE_SHORT_FLAGS)

@@ -16,22 +16,15 @@ from typing import TYPE_CHECKING
 
 from litmoe.cli import UserError, command, quoted
 from litmoe.data import manifest
-from litmoe.data.manifest import Manifest, checked_manifest
+from litmoe.data.manifest import DEFAULT_TOKENIZER_DIR, Manifest, checked_manifest
+from litmoe.data.tokenizers import FILES as TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import wandb
 
 DEFAULT_PROJECT = "litmoe"
-DEFAULT_TOKENIZER = Path("data/tokenizer")
 # Folder of the tokenizer inside an artifact.
 TOKENIZER = "tokenizer"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 API_SECONDS = 30
 # The parts of a reference become folder names, so ".." and the like are not allowed.
 PART = r"[\w-](?:[\w .+@()-]*[\w+@()-])?"
@@ -137,16 +130,13 @@ def _artifact(data_dir: Path, metadata: Manifest, tokenizer: Path, name: str) ->
 
 def _tokenizer_folder(data_dir: Path, metadata: Manifest, tokenizer_dir: Path | None) -> Path:
     """Return the folder of the tokenizer that made the tokens."""
-    candidates = [tokenizer_dir] if tokenizer_dir else [data_dir / TOKENIZER, DEFAULT_TOKENIZER]
-    for folder in candidates:
-        # Another tokenizer in a default folder is no error: the next folder may have the right one.
-        if not (folder / "tokenizer.json").is_file():
-            continue
-        if manifest.tokenizer_fingerprint(folder) == metadata.tokenizer.sha256:
-            return folder
+    places = [tokenizer_dir] if tokenizer_dir else [data_dir / TOKENIZER, DEFAULT_TOKENIZER_DIR]
+    folder = manifest.find_tokenizer(places, metadata.tokenizer.sha256)
+    if folder is not None:
+        return folder
     raise UserError(
         f"the tokenizer that made the tokens of {data_dir} ({metadata.tokenizer.name}, "
-        f"{metadata.tokenizer.vocab_size} tokens) is not in {' or '.join(map(str, candidates))}; name its folder with "
+        f"{metadata.tokenizer.vocab_size} tokens) is not in {' or '.join(map(str, places))}; name its folder with "
         "--tokenizer-dir."
     )
 
@@ -179,13 +169,13 @@ def parse_reference(reference: str) -> Reference:
         raise UserError(
             f"{reference!r} names no W&B dataset; expected entity/project/name:alias, like me/litmoe/dataset-texts:v0."
         )
-    entity = match["entity"] or os.environ.get("WANDB_ENTITY")
-    project = match["project"] or os.environ.get("WANDB_PROJECT")
-    if not project:
-        raise UserError(f"{reference!r} names no project; write entity/project/name:alias, or set WANDB_PROJECT.")
-    if not entity:
-        raise UserError(f"{reference!r} names no entity; write entity/project/name:alias, or set WANDB_ENTITY.")
-    return Reference(entity, project, match["name"], match["alias"] or "latest")
+    parts = match.groupdict(default="")
+    for part in ("project", "entity"):
+        variable = f"WANDB_{part.upper()}"
+        parts[part] = parts[part] or os.environ.get(variable, "")
+        if not parts[part]:
+            raise UserError(f"{reference!r} names no {part}; write entity/project/name:alias, or set {variable}.")
+    return Reference(parts["entity"], parts["project"], parts["name"], parts["alias"] or "latest")
 
 
 def fetch_dataset(reference: str, into: Path) -> Path:
@@ -254,11 +244,10 @@ def _download(reference: Reference, artifact: "wandb.Artifact", target: Path) ->
         metadata = manifest.read(folder)
         if metadata is None:
             raise UserError(f"the tokens in {reference} are incomplete; log them again with wandb_dataset.py.")
-        for split in metadata.splits.values():
-            for text in split.text:
-                if (folder / text.path).is_file():
-                    # With its old time, the text counts as unchanged without reading it at each start of a run.
-                    os.utime(folder / text.path, ns=(text.mtime_ns, text.mtime_ns))
+        for text in metadata.text:
+            if (folder / text.path).is_file():
+                # With its old time, the text counts as unchanged without reading it at each start of a run.
+                os.utime(folder / text.path, ns=(text.mtime_ns, text.mtime_ns))
         shutil.rmtree(target, ignore_errors=True)  # a damaged copy
         os.replace(folder, target)
 

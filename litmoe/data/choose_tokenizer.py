@@ -2,9 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,83 +30,68 @@ PROOF_CHARACTERS = 1 << 16
 class TokenizerChoice:
     """The tokenizer that a preparation uses."""
 
-    name: str | None
-    """A Hub name, a folder or ``TRAIN``, to be put into ``tokenizer_dir``; None: the right one is there."""
     files: TokenizerFiles | None
-    """What to put there; None if the right one is there, or it will be trained."""
+    """What to put into ``tokenizer_dir``; None if the right one is there, or it will be trained."""
+    origin: dict[str, Any]
+    """What is stored with ``files``."""
     sha256: str | None
     """Its fingerprint; None if it will be trained."""
 
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What is stored in the folder of the tokenizer."""
-        name = str(self.name)
-        # The name of a folder without its path: token folders are shared.
-        return {"name": Path(name).resolve().name if Path(name).is_dir() else name}
 
-
-def choose_tokenizer(args: "PrepareArgs", text: tuple[FileRecord, ...], settings: Settings | None) -> TokenizerChoice:
+def choose_tokenizer(args: "PrepareArgs", trained: dict[str, Any]) -> TokenizerChoice:
     """Return the tokenizer for the flags, downloaded if it must be.
 
     Args:
         args: the flags.
-        text: the training files. A trained tokenizer depends on them and on ``settings``.
-        settings: how the files are read; None if that is not known yet.
+        trained: ``train_origin`` of the text, for ``--tokenizer train``.
 
     Raises:
         UserError: the tokenizer does not exist, is broken, or would replace another one.
     """
-    name = _name_to_install(args, text, settings)
-    if name is None:
-        return TokenizerChoice(None, None, tokenizers.load(args.tokenizer_dir).sha256)
-    files = None
-    if name != TRAIN:
-        files = tokenizers.from_folder(Path(name)) if Path(name).is_dir() else tokenizers.from_hub(name)
-    exists = (args.tokenizer_dir / "tokenizer.json").is_file()
-    # Other data and checkpoints may depend on the tokenizer that is there.
-    if exists and not args.overwrite and not _may_replace(args, name, files):
-        existing = tokenizers.origin(args.tokenizer_dir).get("name", "of unknown origin")
-        what = "a newly trained one" if name == TRAIN else name
-        raise UserError(
-            f"{args.tokenizer_dir} already contains another tokenizer ({existing}), which {what} would replace. Choose "
-            "another --tokenizer_dir, leave out --tokenizer to use the existing one, or replace it with --overwrite."
-        )
-    return TokenizerChoice(name, files, files.sha256 if files else None)
-
-
-def _name_to_install(args: "PrepareArgs", text: tuple[FileRecord, ...], settings: Settings | None) -> str | None:
-    """Return the tokenizer to put into ``tokenizer_dir``, None if the right one is there."""
-    wanted = args.tokenizer
-    if not (args.tokenizer_dir / "tokenizer.json").is_file():
-        return wanted or tokenizers.DEFAULT
-    if wanted is None:
+    folder, name = args.tokenizer_dir, args.tokenizer
+    if not (folder / "tokenizer.json").is_file():
+        return _new(name or tokenizers.DEFAULT)
+    if name is None or Path(name) == folder:
         # A tokenizer.json from elsewhere may not say which tokens begin and end a text: complete it.
-        return None if tokenizers.is_complete(args.tokenizer_dir) else str(args.tokenizer_dir)
+        return _existing(folder) if tokenizers.is_complete(folder) else _new(str(folder))
     if args.overwrite:
-        return wanted
-    origin = tokenizers.origin(args.tokenizer_dir)
-    if wanted == TRAIN:
-        is_right = settings is not None and origin == train_origin(args, text, settings)
-    elif Path(wanted).is_dir():
-        is_right = tokenizers.from_folder(Path(wanted)).sha256 == manifest.tokenizer_fingerprint(args.tokenizer_dir)
+        return _new(name)
+    origin = tokenizers.origin(folder)
+    if name == TRAIN:
+        if origin == trained:
+            return _existing(folder)
+        # A tokenizer trained on the text of another folder may be in use by other data and models.
+        if (origin.get("name"), origin.get("data_dir")) == (TRAIN, trained["data_dir"]):
+            return _new(name)
     else:
         # The Hub is not asked again for a tokenizer with this name.
-        is_right = origin.get("name") == wanted
-    return None if is_right else wanted
+        if origin == {"name": name} and not Path(name).is_dir():
+            return _existing(folder)
+        if _new(name).sha256 == manifest.tokenizer_fingerprint(folder):
+            return _existing(folder)
+    raise UserError(
+        f"{folder} already contains another tokenizer ({origin.get('name', 'of unknown origin')}), which --tokenizer "
+        f"{name} would replace. Choose another --tokenizer_dir, leave out --tokenizer to use the existing one, or "
+        "replace it with --overwrite."
+    )
 
 
-def _may_replace(args: "PrepareArgs", name: str, files: TokenizerFiles | None) -> bool:
-    """Return whether the existing tokenizer is the same one, or was trained on an earlier state of the same text."""
-    if files is None:
-        # A tokenizer trained on the text of another folder may be in use by other data and models.
-        existing = tokenizers.origin(args.tokenizer_dir)
-        own_folder = _relative(args.tokenizer_dir, args.data_dir)
-        return existing.get("name") == TRAIN and existing.get("data_dir") == own_folder
-    if Path(name) == args.tokenizer_dir:
-        return True
-    with suppress(UserError):
-        return manifest.tokenizer_fingerprint(args.tokenizer_dir) == files.sha256
-    return False
+def _existing(folder: Path) -> TokenizerChoice:
+    """Keep the tokenizer that is there."""
+    return TokenizerChoice(None, {}, manifest.tokenizer_fingerprint(folder))
+
+
+def _new(name: str) -> TokenizerChoice:
+    """Read a folder or download from the Hub. ``TRAIN`` is left to the time when the text is open."""
+    if name == TRAIN:
+        return TokenizerChoice(None, {}, None)
+    if Path(name).is_dir():
+        files = tokenizers.from_folder(Path(name))
+        # Without its path: token folders are shared.
+        name = Path(name).resolve().name
+    else:
+        files = tokenizers.from_hub(name)
+    return TokenizerChoice(files, {"name": name}, files.sha256)
 
 
 # --- training ---
@@ -159,7 +142,7 @@ def _sample(corpus: Corpus, rules: Rules) -> Iterator[str]:
     documents = _train_documents(corpus.unit_groups()[-1], rules, corpus.settings.max_documents)
     if corpus.generate is not None:
         return _first(documents, STORY_BYTES)
-    if any(is_remote(file) for file in corpus.files["train"]):
+    if is_remote(corpus.files["train"][0]):
         # Reading all of a stream only for a tokenizer would take as long as tokenizing it.
         return _first(documents, tokenizers.TRAINING_BYTES)
     # One block of so many: rounded up, so that no more than the limit is taken.
@@ -211,7 +194,5 @@ def proof_documents(corpus: Corpus) -> list[str]:
         chosen = sorted({0, len(files) // 2, len(files) - 1})
         # range(1): of a .parquet only the first row group, because a file may be large.
         units = [Unit(0, "train", (files[number],), 0, range(1)) for number in chosen]
-    sample: list[str] = []
-    for unit in units:
-        sample += islice(_train_documents([unit], corpus.rules, PROOF_DOCUMENTS), PROOF_DOCUMENTS)
-    return [text[:PROOF_CHARACTERS] for text in sample]
+    documents = [text for unit in units for text in _train_documents([unit], corpus.rules, PROOF_DOCUMENTS)]
+    return [text[:PROOF_CHARACTERS] for text in documents]

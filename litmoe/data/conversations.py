@@ -204,13 +204,11 @@ def without_special_tokens(message: Message, tokenizer: "Tokenizer") -> Message:
     They would be encoded as the tokens themselves: an answer with ``<|endoftext|>`` would teach the model to continue
     after the end.
     """
-    # sentencepiece encodes them as ordinary text.
-    special = _special_tokens(tokenizer) if tokenizer.backend == "huggingface" else []
     content, previous = message["content"], None
     # Removing a token can put the halves of another one together, so repeat until nothing changes.
     while content != previous:
         previous = content
-        for token in special:
+        for token in _special_tokens(tokenizer):
             content = content.replace(token, "")
     return Message(role=message["role"], content=content)
 
@@ -218,6 +216,9 @@ def without_special_tokens(message: Message, tokenizer: "Tokenizer") -> Message:
 @lru_cache(maxsize=4)
 def _special_tokens(tokenizer: "Tokenizer") -> list[str]:
     # Cached: for a tokenizer with hundreds of them this takes longer than encoding a message.
+    if tokenizer.backend != "huggingface":
+        # sentencepiece encodes them as ordinary text.
+        return []
     return [token.content for token in tokenizer.processor.get_added_tokens_decoder().values() if token.special]
 
 

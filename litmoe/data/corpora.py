@@ -6,10 +6,12 @@ that were found, and how they are read.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from litmoe.data.files import (
     READABLE,
     Location,
     connection_errors,
+    first_names,
     is_compressed,
     is_readable,
     kinds,
@@ -34,7 +37,7 @@ from litmoe.data.manifest import FILES, TEXT, FileRecord, Settings
 from litmoe.data.stories import SAMPLE_BYTES, stories_until
 
 DEFAULT_VAL_FRACTION = 0.1
-# Small files, and small row groups of a .parquet, are joined to units of this size.
+# Small files, and small row groups of a large .parquet, are joined to units of about this size.
 UNIT_BYTES = 16 << 20
 VALIDATION_FOLDERS = ("val", "validation", "valid", "dev")
 # The names that the datasets library uses.
@@ -56,12 +59,6 @@ class Stories:
     """The built-in corpus, generated from a seed."""
 
     about: str
-    location = "generate_stories(seed=0)"
-    val_fraction = DEFAULT_VAL_FRACTION
-
-    def documents(self) -> Iterator[str]:
-        """Yield stories up to ``SAMPLE_BYTES``."""
-        return stories_until(SAMPLE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ class Corpus:
     """Name of a corpus, ``FILES`` for ``--source PATH``, ``TEXT`` for text in place."""
     location: str
     """Name of the file or folder, or dataset and revision; empty for text in place."""
-    files: dict[str, list[Location]]
+    files: Mapping[str, Sequence[Location]]
     """``train``, and ``val`` if the corpus has its own validation text."""
     records: dict[str, tuple[FileRecord, ...]]
     """The same files as the manifest stores them."""
@@ -178,7 +175,7 @@ class Corpus:
         return Rules(
             separator=self.settings.document_separator,
             text_column=self.settings.text_column or self.column,
-            val_fraction=None if "val" in self.files else self.settings.val_fraction,
+            val_fraction=self.settings.val_fraction or 0.0,
             skip_broken=self.settings.skip_broken,
             # Text that the user has put in place is tokenized unchanged. Without validation files the hash of a
             # document decides its split, so its copies are in the same one.
@@ -189,8 +186,8 @@ class Corpus:
     @property
     def training_bytes(self) -> int:
         """About the bytes of its training text, decompressed."""
-        factors = [COMPRESSED_TO_TEXT if is_compressed(record.path) else 1 for record in self.records["train"]]
-        return sum(f * record.bytes for f, record in zip(factors, self.records["train"], strict=True))
+        records = self.records["train"]
+        return sum(record.bytes * (COMPRESSED_TO_TEXT if is_compressed(record.path) else 1) for record in records)
 
     def records_of(self, split: str) -> tuple[FileRecord, ...]:
         """Return the files that a split is made from. Without validation text, both splits come from train."""
@@ -198,10 +195,10 @@ class Corpus:
 
     def unit_groups(self) -> list[Iterator[Unit]]:
         """Return the units of the validation files, if there are any, and those of the training files."""
+        if self.generate is not None:
+            return [iter([Unit(0, None, (), SAMPLE_BYTES, generate=self.generate)])]
         # One sequence for both splits, because the number is the file name of a finished unit.
         numbers = count()
-        if self.generate is not None:
-            return [iter([Unit(next(numbers), None, (), SAMPLE_BYTES, generate=self.generate)])]
         # Validation comes first: its documents are dropped from the training text.
         return [self._units(split, numbers) for split in ("val", "train") if split in self.files]
 
@@ -210,7 +207,7 @@ class Corpus:
         # Without validation files both splits come from the same units, by the hash of each document.
         unit_split = split if "val" in self.files else None
         for files, size in self._file_groups(split):
-            if suffix(files[0]) != ".parquet" or self.articles:
+            if len(files) > 1 or suffix(files[0]) != ".parquet" or self.articles:
                 yield Unit(next(numbers), unit_split, files, size)
                 continue
             # A .parquet is opened only when its first unit is asked for.
@@ -218,27 +215,20 @@ class Corpus:
                 yield Unit(next(numbers), unit_split, files, round(size * share), groups)
 
     def _file_groups(self, split: str) -> Iterator[tuple[tuple[Location, ...], int]]:
-        """Yield the files that are read together, with their bytes: a large file or .parquet alone, small ones joined.
+        """Yield the files that are read together, with their bytes: a large file alone, small ones joined.
 
         Many small files would be many small units, each with part files of its own.
         """
-        sizes = [record.bytes for record in self.records[split]]
-        if self.articles:
-            # Articles continue across files.
-            yield tuple(self.files[split]), sum(sizes)
-            return
+        # Articles continue across files.
+        limit = inf if self.articles else UNIT_BYTES
         group: list[Location] = []
         group_size = 0
-        for file, size in zip(self.files[split], sizes, strict=True):
-            is_alone = size >= UNIT_BYTES or suffix(file) == ".parquet"
-            if group and (is_alone or group_size >= UNIT_BYTES):
+        for file, record in zip(self.files[split], self.records[split], strict=True):
+            if group and group_size + record.bytes > limit:
                 yield tuple(group), group_size
                 group, group_size = [], 0
-            if is_alone:
-                yield (file,), size
-            else:
-                group.append(file)
-                group_size += size
+            group.append(file)
+            group_size += record.bytes
         if group:
             yield tuple(group), group_size
 
@@ -258,7 +248,7 @@ def _row_group_ranges(location: Location) -> Iterator[tuple[range, float]]:
             start, size = group + 1, 0
 
 
-def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()) -> Corpus:
+def open_local(source: str, settings: Settings, known: Sequence[FileRecord] = ()) -> Corpus:
     """Open the built-in corpus or the user's own files.
 
     Args:
@@ -271,15 +261,14 @@ def open_local(source: str, settings: Settings, known: Iterable[FileRecord] = ()
     """
     entry = find(source)
     if isinstance(entry, Stories):
-        return Corpus(source, entry.location, {"train": []}, {"train": ()}, settings, generate=entry.documents)
+        generate = partial(stories_until, SAMPLE_BYTES)
+        return Corpus(source, "generate_stories(seed=0)", {"train": []}, {"train": ()}, settings, generate=generate)
     assert isinstance(entry, Path), "Hub corpora are opened by open_hub"
-    path = entry
-    files = source_files(path)
     # Records hold paths relative to the source, so the source can be moved.
-    base = path.parent if path.is_file() else path
+    base = entry.parent if entry.is_file() else entry
     # Only the name of the path is stored: token folders are shared.
-    corpus = _open_files(FILES, path.resolve().name, files, base, settings, known)
-    return replace(corpus, notes=files.notes(base), path_sha256=path_sha256(path))
+    corpus = _open_files(FILES, entry.resolve().name, source_files(entry), base, settings, known)
+    return replace(corpus, path_sha256=path_sha256(entry))
 
 
 def path_sha256(path: Path) -> str:
@@ -314,7 +303,7 @@ def open_hub(source: str, settings: Settings, revision: str | None = None) -> Co
     )
 
 
-def open_text(data_dir: Path, settings: Settings, known: Iterable[FileRecord] = ()) -> Corpus:
+def open_text(data_dir: Path, settings: Settings, known: Sequence[FileRecord] = ()) -> Corpus:
     """Open the text in DATA_DIR/train and DATA_DIR/val; the arguments are those of ``open_local``.
 
     Raises:
@@ -326,25 +315,20 @@ def open_text(data_dir: Path, settings: Settings, known: Iterable[FileRecord] = 
             f"{data_dir / 'val'} contains text and {data_dir / 'train'} none; put the training text there, or name a "
             "--source."
         )
-    # Name files of other formats in a note. Their text would otherwise be missing without a message.
+    # Files of other formats are named in a note. Their text would otherwise be missing without a message.
     unread = unread_files(data_dir / "train") + unread_files(data_dir / "val")
-    corpus = _open_files(TEXT, "", SourceFiles(train, val), data_dir, settings, known)
-    return replace(corpus, notes=SourceFiles([], unread=unread).notes(data_dir))
+    return _open_files(TEXT, "", SourceFiles(train, val, unread=unread), data_dir, settings, known)
 
 
 def _open_files(
-    name: str, location: str, files: "SourceFiles", base: Path, settings: Settings, known: Iterable[FileRecord]
+    name: str, location: str, files: "SourceFiles", base: Path, settings: Settings, known: Sequence[FileRecord]
 ) -> Corpus:
-    paths = {"train": files.train, "val": files.val} if files.val else {"train": files.train}
-    # An iterator would be empty for the second split.
-    known = list(known)
-    return Corpus(
-        name,
-        location,
-        files={split: list(some) for split, some in paths.items()},
-        records={split: manifest.refresh(some, base, known) for split, some in paths.items()},
-        settings=replace(settings, val_fraction=None) if files.val else settings,
-    )
+    paths = {"train": files.train}
+    if files.val:
+        paths["val"] = files.val
+        settings = replace(settings, val_fraction=None)
+    records = {split: manifest.refresh(some, base, known) for split, some in paths.items()}
+    return Corpus(name, location, paths, records, settings, notes=files.notes(base))
 
 
 # --- the user's own files ---
@@ -353,13 +337,13 @@ def _open_files(
 class SourceFiles(NamedTuple):
     """The files of a user's folder, sorted by their names."""
 
-    train: list[Path]
-    val: list[Path] = []  # noqa: RUF012 - a tuple's default is never changed
-    test: list[Path] = []  # noqa: RUF012
+    train: Sequence[Path]
+    val: Sequence[Path] = ()
+    test: Sequence[Path] = ()
     """Left out."""
-    unnamed: list[Path] = []  # noqa: RUF012
+    unnamed: Sequence[Path] = ()
     """Left out, since other files are named train."""
-    unread: list[Path] = []  # noqa: RUF012
+    unread: Sequence[Path] = ()
     """Files of formats that are not read."""
 
     def notes(self, folder: Path) -> tuple[str, ...]:
@@ -371,12 +355,12 @@ class SourceFiles(NamedTuple):
             "Left out, named neither train nor validation": self.unnamed,
             f"Not read: {number} ({kinds(self.unread)})": self.unread,
         }
-        return tuple(f"{what}: {_listed(folder, paths)}" for what, paths in groups.items() if paths)
+        return tuple(f"{what}: {listed(folder, paths)}" for what, paths in groups.items() if paths)
 
 
-def _listed(folder: Path, paths: list[Path]) -> str:
-    more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
-    return ", ".join(path.relative_to(folder).as_posix() for path in paths[:5]) + more
+def listed(folder: Path, paths: Sequence[Path]) -> str:
+    """Return the first paths below ``folder`` for a message, and how many more there are."""
+    return first_names([path.relative_to(folder).as_posix() for path in paths])
 
 
 def split_name(name: str) -> str | None:
@@ -396,7 +380,15 @@ def split_of_path(path: Path) -> str | None:
     return next(filter(None, map(split_name, (*path.parts[:-1], stem))), None)
 
 
-def split_names(folder: Path, files: list[Path]) -> dict[Path, str | None]:
+def files_by_split(folder: Path, files: list[Path]) -> dict[str | None, list[Path]]:
+    """Return the files below ``folder`` by the split that their names say: train, val, test and None."""
+    by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
+    for file, split in _split_names(folder, files).items():
+        by_split[split].append(file)
+    return by_split
+
+
+def _split_names(folder: Path, files: list[Path]) -> dict[Path, str | None]:
     """Return the split that the name of each file below ``folder`` says (``split_of_path``).
 
     A folder that contains all files with such names, as ``train_data`` around train/ and test/, distinguishes none of
@@ -424,24 +416,23 @@ def sort_files(folder: Path) -> SourceFiles:
     """
     files, unread = text_files(folder), unread_files(folder)
     if not files:
-        content = f"it has {kinds(unread)}" if unread else "it is empty"
-        raise UserError(f"--source {folder}: nothing there can be read ({content}); expected files of {READABLE}.")
-    by_name: dict[str | None, list[Path]] = {}
-    for path, name in split_names(folder, files).items():
-        by_name.setdefault(name, []).append(path)
+        content = kinds(unread) or "no files"
+        raise UserError(
+            f"--source {folder}: nothing there can be read (it has {content}); expected files of {READABLE}."
+        )
+    train, val, test, unnamed = files_by_split(folder, files).values()
     # A folder of test files alone is more likely a mistake than training text.
-    if not {"train", None} & set(by_name):
+    if not train and not unnamed:
         raise UserError(
             f"--source {folder}: by their names all files are validation or test text, such as {files[0].name};"
             f" expected some named train. To train on one of them, name it: --source {quoted(files[0])}"
         )
-    test_folder = any("test" in map(split_name, path.relative_to(folder).parts[:-1]) for path in files)
-    if "val" not in by_name and not {"train", "test"} <= set(by_name) and not test_folder:
+    has_test_folder = any("test" in map(split_name, path.relative_to(folder).parts[:-1]) for path in test)
+    if not (val or has_test_folder or (train and test)):
         return SourceFiles(files, unread=unread)
-    unnamed = by_name.get(None, [])
-    train = by_name.get("train", unnamed)
-    left_out = unnamed if "train" in by_name else []
-    return SourceFiles(train, by_name.get("val", []), by_name.get("test", []), left_out, unread)
+    if not train:
+        train, unnamed = unnamed, []
+    return SourceFiles(train, val, test, unnamed, unread)
 
 
 def source_files(path: Path) -> SourceFiles:

@@ -11,7 +11,7 @@ The text of a document is kept exactly, including white space at its ends. These
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 
 from litmoe.cli import UserError
 from litmoe.data.files import (
+    DELIMITERS,
     TEXT_SUFFIXES,
     BadRow,
     Location,
     connection_errors,
     first_bad_line,
+    first_names,
     open_parquet,
     open_text,
     read_rows,
@@ -37,6 +39,8 @@ END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARACTERS = 1 << 20
 # The beginning of a document decides its split. 64 KiB are enough to tell documents apart.
 HASHED_BYTES = 1 << 16
+# Types of pyarrow.
+PARQUET_TEXTS = ("string", "large_string", "string_view")
 # WikiText: ` = Title = ` begins an article, ` = = Section = = ` does not.
 ARTICLE_HEADING = re.compile(r" = (?!= )(?:.*[^=] )?= \s*")
 
@@ -49,12 +53,13 @@ class Rules:
     """A line of a text file that separates documents, in addition to ``<|endoftext|>``."""
     text_column: str | None = None
     """Field or column with the text; None finds it."""
-    val_fraction: float | None = None
-    """Share of documents that become validation text; None for a corpus with its own validation text."""
+    val_fraction: float = 0.0
+    """Share of the documents of a unit without a split that become validation text."""
     skip_broken: bool = False
     """Leave out rows that cannot be read, and count them."""
     drop_duplicates: bool = False
-    """Leave training documents out that also occur in the validation text."""
+    """Leave training documents out that also occur in the validation text, for units with a split. Copies of a document
+    need no check in units without one, because its hash decides their split."""
     articles: bool = False
     """Rows are lines of WikiText articles."""
     cut: bool = False
@@ -121,7 +126,7 @@ class UnitEnd(NamedTuple):
 # --- from a unit to batches ---
 
 
-def read_unit(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None = None) -> Iterator[Batch | UnitEnd]:
+def read_unit(unit: Unit, rules: Rules, val_hashes: set[int], limit: float | None = None) -> Iterator[Batch | UnitEnd]:
     """Yield the documents of a unit in batches, then its counts.
 
     Args:
@@ -137,14 +142,9 @@ def read_unit(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None 
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
     for text in _texts(unit, rules, counts):
-        # A blank document would be an end-of-text token after another one.
-        if is_blank(text):
-            counts.empty_documents += 1
-            continue
-        for split, document in _split_document(text, unit.split, rules, counts, val_hashes):
+        for split, document in _documents_of(text, unit.split, rules, counts, val_hashes):
             counts.documents[split] += 1
-            # ASCII text has as many bytes as characters, so it need not be encoded to be counted.
-            counts.bytes[split] += len(document) if document.isascii() else len(document.encode())
+            counts.bytes[split] += len(document.encode())
             counts.eot_in_text += document.count(END_OF_TEXT)
             texts[split].append(document)
             sizes[split] += len(document)
@@ -155,18 +155,19 @@ def read_unit(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None 
         if counts.read == limit:
             break
     # The rest is no full batch, but the unit ends here.
-    for split in SPLITS:
-        if texts[split]:
-            yield Batch(unit, split, texts[split])
+    yield from (Batch(unit, split, rest) for split, rest in texts.items() if rest)
     yield UnitEnd(unit, counts)
 
 
-def _split_document(
+def _documents_of(
     text: str, split: str | None, rules: Rules, counts: Counts, val_hashes: set[int]
 ) -> list[tuple[str, str]]:
-    """Return the documents, each with its split, that come from one: none for a duplicate, two if it is cut."""
-    # A split by hash needs no check: copies of a document are always in the same split.
-    if split is not None and rules.drop_duplicates:
+    """Return the documents that a text becomes, each with its split: none if it is left out, two if it is cut."""
+    # A blank document would be an end-of-text token after another one.
+    if is_blank(text):
+        counts.empty_documents += 1
+        return []
+    if rules.drop_duplicates:
         identity = document_hash(text)
         if split == "val":
             val_hashes.add(identity)
@@ -175,15 +176,12 @@ def _split_document(
         elif identity in val_hashes:
             counts.dropped_duplicates += 1
             return []
-    # Dropped duplicates do not count towards --max_documents.
+    # Documents that are left out do not count towards --max_documents.
     counts.read += 1
-    if split is not None:
-        return [(split, text)]
-    assert rules.val_fraction is not None, "units without a split need a fraction"
-    if not rules.cut:
-        return [(split_of(text, rules.val_fraction), text)]
-    head, tail = cut_document(text, rules.val_fraction)
-    return [("train", head), ("val", tail)] if tail else [("train", head)]
+    if rules.cut:
+        head, tail = cut_document(text, rules.val_fraction)
+        return [("train", head), ("val", tail)] if tail else [("train", head)]
+    return [(split or split_of(text, rules.val_fraction), text)]
 
 
 # --- from files to texts ---
@@ -216,25 +214,24 @@ def _text_file_documents(location: Location, rules: Rules) -> Iterator[str]:
 
 
 def _divided(lines: Iterable[str], separator: str | None) -> Iterator[str]:
-    """Join lines to documents. White space before the first or after the last separator is no document."""
-    separators = {END_OF_TEXT} if separator is None else {END_OF_TEXT, separator.rstrip(" \t")}
+    """Join lines to documents. White space after the last separator is no document."""
+    separators = [END_OF_TEXT]
+    if separator is not None:
+        separators.append(separator.rstrip(" \t"))
     document: list[str] = []
-    is_first = True
+    # The line end before a separator belongs to the separator. A file without one is kept exactly.
+    line_end = ""
     for line in lines:
         # White space after a separator is invisible in an editor, so it is ignored.
-        if line.rstrip(" \t\n") not in separators:
+        if line.rstrip(" \t\n") in separators:
+            line_end = "\n"
+            yield "".join(document).removesuffix(line_end)
+            document = []
+        else:
             document.append(line)
-            continue
-        # The line end before the separator belongs to the separator.
-        text = "".join(document).removesuffix("\n")
-        if not (is_first and is_blank(text)):
-            yield text
-        document, is_first = [], False
-    text = "".join(document)
-    if is_first:
-        yield text
-    elif not is_blank(text):
-        yield text.removesuffix("\n")
+    rest = "".join(document)
+    if not is_blank(rest):
+        yield rest.removesuffix(line_end)
 
 
 def documents_of_row(text: str) -> list[str]:
@@ -263,15 +260,10 @@ def _articles(rows: Iterator[str]) -> Iterator[str]:
 
 def _row_texts(location: Location, row_groups: range | None, rules: Rules, counts: Counts) -> Iterator[str]:
     """Yield the text of each row; broken rows are counted or raised."""
-    column = _column_to_read(location, rules.text_column)
+    column = _text_column(location, rules.text_column)
     # Of a .parquet on the Hub, only the bytes of this column are downloaded.
-    for place, row in read_rows(location, columns=[column] if column else None, row_groups=row_groups):
+    for place, row in read_rows(location, columns=[column], row_groups=row_groups):
         try:
-            if isinstance(row, BadRow):
-                raise row
-            if not isinstance(row, dict):
-                raise BadRow(f'{type(row).__name__} where an object was expected, such as {{"text": "Once ..."}}')
-            column = column or _text_column(location, row)
             yield _text_of(row, column)
         except BadRow as problem:
             if not rules.skip_broken:
@@ -282,104 +274,78 @@ def _row_texts(location: Location, row_groups: range | None, rules: Rules, count
             counts.broken_rows += 1
 
 
-def _column_to_read(location: Location, column: str | None) -> str | None:
-    """Return the column with the text before any row is read; None if only the first row of the file can tell."""
-    if suffix(location) == ".parquet":
-        with connection_errors(location):
-            return parquet_text_column(location, column)
-    if suffix(location) in (".csv", ".tsv"):
-        # The only column is not taken as the text: the first line may be text instead of names.
-        return column or "text"
-    return column
-
-
-def _text_of(row: dict[str, Any], column: str) -> str:
+def _text_of(row: Any, column: str) -> str:
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRow(f'{type(row).__name__} where an object was expected, such as {{"text": "Once ..."}}')
     if column not in row:
         raise BadRow(f"no field {column!r} (it has {_names(row)}); --text_column names the field with the text")
     value = row[column]
     # A null becomes an empty document, which is left out and counted.
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise BadRow(f"{type(value).__name__} where text was expected, in {column!r}; use --text_column")
-    return writable(value)
+    return writable(value or "")
 
 
-def _text_column(location: Location, row: dict[str, Any]) -> str:
-    """Return the field with the text: ``text`` if it exists, or else the only one that holds a string."""
-    # The type of null says nothing, but the name does.
-    if row.get("text", 0) is None:
-        return "text"
-    return _choose_column(location, {name: type(value).__name__ for name, value in row.items()}, "str")
+def _text_column(location: Location, wanted: str | None) -> str:
+    """Return the field that holds the text: the wanted one, or else ``text`` or the only one with text."""
+    if suffix(location) == ".parquet":
+        with connection_errors(location):
+            return _parquet_text_column(location, wanted)
+    # The only column of a .csv is not taken as the text: its first line may be text instead of names.
+    if wanted is not None or suffix(location) in DELIMITERS:
+        return wanted or "text"
+    # The first object of a .jsonl or .json decides.
+    for _, row in read_rows(location):
+        if isinstance(row, dict):
+            return _text_field(location, row, [name for name, value in row.items() if isinstance(value, str)])
+    return "text"
 
 
-def parquet_text_column(location: Location, column: str | None) -> str:
-    """Return the column of a .parquet file that holds the text.
-
-    Args:
-        location: the file; only its footer is read.
-        column: the wanted column; None finds it.
+def _parquet_text_column(location: Location, wanted: str | None) -> str:
+    """Return the column of a .parquet file that holds the text; only the footer of the file is read.
 
     Raises:
         UserError: there is no such column, or it does not hold text.
     """
-    kinds = _parquet_types(location)
-    if column is None:
-        try:
-            return _choose_column(location, kinds, "string")
-        except BadRow as problem:
-            raise UserError(f"{location}: {problem}") from None
-    if kinds.get(column) != "string":
-        reason = f"the column {column!r} holds {kinds[column]}" if column in kinds else f"no column {column!r}"
-        texts = [name for name, kind in kinds.items() if kind == "string"]
-        raise UserError(f"{location}: {reason}; its columns with text: {_names(texts)} (--text_column).")
-    return column
-
-
-def _parquet_types(location: Location) -> dict[str, str]:
-    """Return the type of each column, ``string`` for all kinds of text."""
-    import pyarrow.types as types
-
     with open_parquet(location) as file:
-        schema = file.schema_arrow
-    kinds = {}
-    for column in schema:
-        # A dictionary stores repeated texts once.
-        kind = column.type.value_type if types.is_dictionary(column.type) else column.type
-        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-        kinds[column.name] = "string" if is_text else str(kind)
-    return kinds
+        types = {column.name: column.type for column in file.schema_arrow}
+    texts = [name for name, kind in types.items() if _is_text(kind)]
+    column = wanted or _text_field(location, types, texts)
+    if column in texts:
+        return column
+    problem = f"no column {column!r}"
+    if column in types:
+        problem = f"the column {column!r} holds {types[column]}, expected a string"
+    raise UserError(f"{location}: {problem}; its columns with text: {_names(texts)} (--text_column).")
 
 
-def _choose_column(location: Location, kinds: dict[str, str], text_kind: str) -> str:
-    """Return ``text``, or the only field of text.
+def _is_text(kind: Any) -> bool:
+    from pyarrow.types import is_dictionary
 
-    Args:
-        location: of the file, for messages.
-        kinds: field to type name.
-        text_kind: the name of the type of text.
+    # A dictionary stores repeated texts once.
+    return str(kind.value_type if is_dictionary(kind) else kind) in PARQUET_TEXTS
+
+
+def _text_field(location: Location, fields: Collection[str], texts: list[str]) -> str:
+    """Return ``text`` if there is such a field, or else the only one of ``texts``, the fields that hold text.
 
     Raises:
-        BadRow: the field ``text`` is not a string.
         UserError: it is not clear which field holds the text.
     """
-    texts = [name for name, kind in kinds.items() if kind == text_kind]
-    if "text" in texts:
+    if "text" in fields:
         return "text"
-    if "text" in kinds:
-        raise BadRow(f"the field 'text' holds {kinds['text']}, expected a string (other fields: {_names(texts)})")
     if len(texts) == 1:
         return texts[0]
     raise UserError(
         f"{location}: expected a field 'text', or one field with text; found {len(texts)} with text ({_names(texts)}) "
-        f"among {_names(kinds)}. --text_column NAME selects one."
+        f"among {_names(fields)}. --text_column NAME selects one."
     )
 
 
 def _names(fields: Iterable[str]) -> str:
-    names = [repr(name) for name in fields]
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return (", ".join(names[:10]) + more) or "none"
+    return first_names([repr(name) for name in fields], limit=10) or "none"
 
 
 # --- one document ---
@@ -401,9 +367,7 @@ def writable(text: str) -> str:
 
 def clean(text: str) -> str:
     """Return a text with ``\\n`` line ends and without white space at its ends, to compare documents."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text.strip()
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def document_hash(text: str) -> int:
@@ -434,10 +398,9 @@ def cut_document(text: str, val_fraction: float) -> tuple[str, str]:
     # So the end has between half and one and a half times its share.
     reach = round(len(text) * val_fraction / 2)
     for blank in ("\n", ". ", " "):
-        # The nearest place before or after the middle, near enough to keep the share.
-        after = text.find(blank, middle, middle + reach)
-        before = text.rfind(blank, middle - reach, middle)
-        at = before if after < 0 or 0 <= middle - before < after - middle else after
+        # The nearest place after or before the middle, near enough to keep the share. -1, for none, is farther away.
+        places = text.find(blank, middle, middle + reach), text.rfind(blank, middle - reach, middle)
+        at = min(places, key=lambda place: abs(place - middle))
         if at < 0:
             continue
         head, tail = text[:at] + blank.rstrip(), text[at + len(blank) :]

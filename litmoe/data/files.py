@@ -18,21 +18,23 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from litmoe.cli import UserError
+from litmoe.cli import UserError, strip_control_chars
 
 Location = Path | str
 """A local path, or the ``hf://`` address of a file on the Hub."""
 
 HUB = "hf://"
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 COMPRESSED_TO_TEXT = 3
 """About how many bytes of text a byte of a compressed file gives."""
 TEXT_SUFFIXES = (".txt", ".md")
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READABLE = ".txt, .md, .jsonl, .json, .csv, .tsv (each also as .gz, .bz2, .xz or .zst) or .parquet"
 # Operating systems leave these in folders, in addition to names that begin with a dot.
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
@@ -59,6 +61,21 @@ UNDECODED = re.compile("[\udc80-\udcff]")
 DECOMPRESSION_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
+def _open_zstd(file: BinaryIO) -> Any:
+    # Python's standard library reads zstd only since 3.14.
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(file, "zstd")
+
+
+DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+
+
 class Unfinished(UserError):
     """An outside event ended the work. Finished parts are kept, and the same command resumes."""
 
@@ -72,12 +89,12 @@ class BadRow(ValueError):
 
 def is_remote(location: Location) -> bool:
     """Return whether a file is stored on the Hub."""
-    return isinstance(location, str) and location.startswith(HUB)
+    return str(location).startswith(HUB)
 
 
 def is_compressed(location: Location) -> bool:
     """Return whether the name of a file ends with a compression suffix."""
-    return Path(str(location)).suffix.lower() in COMPRESSIONS
+    return Path(str(location)).suffix.lower() in DECOMPRESSORS
 
 
 def suffix(location: Location) -> str:
@@ -100,15 +117,8 @@ def open_file(location: Location) -> BinaryIO:
         raw = open(location, "rb")  # noqa: SIM115 - the caller closes it
     if not is_compressed(location):
         return raw
-    compression = Path(str(location)).suffix.lower()
-    buffered = io.BufferedReader(raw, BUFFER_BYTES)
-    if compression == ".zst":
-        # Python's standard library reads zstd only since 3.14.
-        import pyarrow
-
-        return pyarrow.CompressedInputStream(buffered, "zstd")
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers[compression](buffered, "rb")
+    decompress = DECOMPRESSORS[Path(str(location)).suffix.lower()]
+    return decompress(io.BufferedReader(raw, BUFFER_BYTES))
 
 
 @contextmanager
@@ -124,11 +134,11 @@ def open_text(location: Location, newline: str | None = "") -> Iterator[TextIO]:
     Raises:
         UserError: the file is damaged, or does not have the encoding of its byte order mark.
     """
-    encoding = _encoding(location)
-    # UTF-16 and UTF-32 have no way to mark single bad bytes.
-    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-    with open_file(location) as file, decompression_errors(location):
-        source: Any = file if is_compressed(location) else io.BufferedReader(file, BUFFER_BYTES)
+    with open_file(location) as file, damage_errors(location):
+        source = io.BufferedReader(file, BUFFER_BYTES)  # type: ignore[type-var]
+        encoding = _encoding(location, source.peek(4096)[:4096])
+        # UTF-16 and UTF-32 have no way to mark single bad bytes.
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
         try:
             yield io.TextIOWrapper(source, encoding, errors, newline)
         except UnicodeDecodeError as error:
@@ -138,14 +148,12 @@ def open_text(location: Location, newline: str | None = "") -> Iterator[TextIO]:
             ) from None
 
 
-def _encoding(location: Location) -> str:
+def _encoding(location: Location, beginning: bytes) -> str:
     """Return the Python encoding that the byte order mark names, ``utf-8`` without one.
 
     Raises:
         UserError: the file is binary, or UTF-16 without a mark. Its NUL bytes would be valid UTF-8.
     """
-    with open_file(location) as file, decompression_errors(location):
-        beginning = file.read(4096)
     if not beginning and is_compressed(location):
         raise UserError(f"{location} is damaged or truncated (it is empty); get the file again.")
     for mark, name in BYTE_ORDER_MARKS.items():
@@ -183,15 +191,20 @@ def first_bad_line(location: Location) -> str:
 
 
 @contextmanager
-def decompression_errors(location: Location) -> Iterator[None]:
-    """Turn the errors of the decompressors for a damaged file into a ``UserError``."""
+def damage_errors(
+    location: Location,
+    errors: tuple[type[Exception], ...] = DECOMPRESSION_ERRORS,
+    problem: str = "is damaged or truncated",
+) -> Iterator[None]:
+    """Turn the errors that a reader raises for a damaged file into a ``UserError``."""
     try:
         yield
-    except DECOMPRESSION_ERRORS as error:
-        # An error number comes from the operating system, such as a full disk.
-        if not is_compressed(location) or getattr(error, "errno", None) is not None:
+    except errors as error:
+        # Readers raise an OSError without a number for damaged data. One with a number comes from the operating system,
+        # such as a full disk, and one of a remote file may come from the connection.
+        if isinstance(error, OSError) and (error.errno is not None or is_remote(location)):
             raise
-        raise UserError(f"{location} is damaged or truncated ({in_short(error)}); get the file again.") from None
+        raise UserError(f"{location} {problem} ({in_short(error)}); get the file again.") from None
 
 
 @contextmanager
@@ -215,6 +228,12 @@ def in_short(error: Exception) -> str:
     """Return the type and the first line of another library's exception."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def first_names(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first names of files or fields for a message, and how many more there are."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return strip_control_chars(", ".join(names[:limit]) + more)
 
 
 # --- rows ---
@@ -246,26 +265,20 @@ def read_rows(
         ".json": _json_rows,
         ".csv": _csv_rows,
         ".tsv": _csv_rows,
+        ".parquet": partial(_parquet_rows, columns=columns, row_groups=row_groups),
     }
     with connection_errors(location):
-        if suffix(location) == ".parquet":
-            yield from _parquet_rows(location, columns, row_groups)
-        else:
-            yield from readers[suffix(location)](location)
+        yield from readers[suffix(location)](location)
 
 
 def _json_lines(location: Location) -> Iterator[tuple[str, Any]]:
     # A lone carriage return is white space in JSON and ends no line.
     with open_text(location, newline="\n") as file:
-        yield from _decode_lines(file)
-
-
-def _decode_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        # Concatenated files have byte order marks in the middle.
-        line = line.lstrip("\ufeff").strip()
-        if line:
-            yield f"line {number}", _decode_line(line)
+        for number, line in enumerate(file, 1):
+            # Concatenated files have byte order marks in the middle.
+            line = line.lstrip("\ufeff").strip()
+            if line:
+                yield f"line {number}", _decode_line(line)
 
 
 def _decode_line(line: str) -> Any:
@@ -291,7 +304,7 @@ def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             # More than one value: the file holds a row on each line.
-            yield from _decode_lines(text.split("\n"))
+            yield from _json_lines(location)
             return
         raise UserError(
             f"{location}, line {error.lineno}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); "
@@ -310,15 +323,17 @@ def _json_rows(location: Location) -> Iterator[tuple[str, Any]]:
 def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:
     # Python's own limit for a cell is 131,072 characters.
     csv.field_size_limit(MAX_CSV_FIELD)
-    header: list[str] | None = None
     with open_text(location) as file:
         # strict: otherwise the reader accepts a quote that is never closed, and the rest of the file is one cell.
-        lines = csv.reader(file, delimiter="\t" if suffix(location) == ".tsv" else ",", strict=True)
+        lines = csv.reader(file, delimiter=DELIMITERS[suffix(location)], strict=True)
+        header = _csv_header(location, lines)
         while True:
             # Named before the row is read: a quoted cell may span many lines.
             place = f"line {lines.line_num + 1}"
             try:
-                cells = next(lines, None)
+                cells = next(lines)
+            except StopIteration:
+                return
             except csv.Error as error:
                 if "end of data" in str(error):
                     # All rows after the quote would be one cell, so this is no single bad row.
@@ -328,16 +343,16 @@ def _csv_rows(location: Location) -> Iterator[tuple[str, Any]]:
                     ) from None
                 yield place, BadRow(f"not a row of a {suffix(location)} file ({error})")
                 continue
-            if cells is None:
-                return
-            if header is None:
-                header = _checked_header(location, cells)
             # An empty line has no cells.
-            elif cells:
+            if cells:
                 yield place, _csv_row(header, cells)
 
 
-def _checked_header(location: Location, names: list[str]) -> list[str]:
+def _csv_header(location: Location, lines: Iterator[list[str]]) -> list[str]:
+    try:
+        names = next(lines, [])
+    except csv.Error as error:
+        raise UserError(f"{location}, line 1: the names of the columns cannot be read ({error}).") from None
     if problem := undecoded("".join(names)):
         raise UserError(f"{location}, line 1: {problem}.")
     repeated = [name for name in names if names.count(name) > 1]
@@ -361,34 +376,30 @@ def open_parquet(location: Location) -> Any:
     Raises:
         UserError: the file is not parquet.
     """
-    import pyarrow
-    import pyarrow.parquet
+    from pyarrow.parquet import ParquetFile
 
-    try:
-        return pyarrow.parquet.ParquetFile(open_file(location), buffer_size=BUFFER_BYTES)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{location} cannot be read as parquet ({in_short(error)}); get the file again.") from None
+    with _parquet_errors(location):
+        return ParquetFile(open_file(location), buffer_size=BUFFER_BYTES)
+
+
+def _parquet_errors(location: Location) -> AbstractContextManager[None]:
+    import pyarrow
+
+    return damage_errors(location, (pyarrow.ArrowException, OSError), "cannot be read as parquet")
 
 
 def _parquet_rows(
     location: Location, columns: Sequence[str] | None, row_groups: range | None
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    import pyarrow
-
-    with open_parquet(location) as file:
-        groups = range(file.num_row_groups) if row_groups is None else row_groups
+    with open_parquet(location) as file, _parquet_errors(location):
+        groups = range(file.num_row_groups)
+        if row_groups is not None:
+            groups = groups[row_groups.start : row_groups.stop]
         # Rows are counted from the beginning of the file, for messages.
-        number = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
-        try:
-            for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
-                for row in _batch_rows(batch):
-                    number += 1
-                    yield f"row {number}", row
-        except (pyarrow.ArrowException, OSError) as error:
-            # pyarrow raises an OSError without a number for damaged data. One with a number is the system's.
-            if isinstance(error, OSError) and (is_remote(location) or error.errno is not None):
-                raise
-            raise UserError(f"{location} cannot be read as parquet ({in_short(error)}); get the file again.") from None
+        first = 1 + sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
+        batches = file.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns)
+        for number, row in enumerate(chain.from_iterable(map(_batch_rows, batches)), first):
+            yield f"row {number}", row
 
 
 def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | BadRow]:

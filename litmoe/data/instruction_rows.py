@@ -276,7 +276,7 @@ def _role(name: str, fields: dict[str, Any], place: str) -> str:
 
 def _check(messages: list[Message]) -> None:
     """Raise ``ValueError`` unless the messages alternate, end with an answer, and have texts."""
-    problem = problem_with(messages, last="assistant") if messages else "no messages"
+    problem = problem_with(messages, last="assistant")
     if problem:
         raise ValueError(problem)
     for number, message in enumerate(messages, 1):

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice
@@ -20,9 +20,9 @@ from litmoe.checksummed_json import known_fields, read_checksummed, write_checks
 from litmoe.cli import UserError, command, nearest, quoted, strip_control_chars
 from litmoe.data import manifest
 from litmoe.data.conversations import Message
-from litmoe.data.corpora import DEFAULT_VAL_FRACTION, split_names
+from litmoe.data.corpora import DEFAULT_VAL_FRACTION, files_by_split, listed
 from litmoe.data.documents import split_of
-from litmoe.data.files import METADATA_FILES, ROW_SUFFIXES, Location, read_rows, suffix, visible_files
+from litmoe.data.files import METADATA_FILES, ROW_SUFFIXES, Location, first_names, read_rows, suffix, visible_files
 from litmoe.data.hub import HUB_NAME, Dataset
 from litmoe.data.instruction_rows import Row, conversation_of
 from litmoe.data.manifest import SPLITS, FileRecord
@@ -38,8 +38,8 @@ LOCK = ".prepare.lock"
 STORIES = "stories"
 # 1.1 million training tokens: an epoch takes two CPU cores a minute or two.
 STORY_REQUESTS = 6000
-# Files, fields or reasons that a message names.
-MAX_NAMES = 5
+# Reasons why rows are left out that a message names.
+MAX_REASONS = 5
 ROW_FILE = f"{', '.join(ROW_SUFFIXES)} file"
 
 
@@ -100,13 +100,6 @@ class Instructions:
         return "\n".join([f"{train:,} training conversations, {val:,} for validation.", *self.notes])
 
 
-class Note(NamedTuple):
-    """How many files, rows or fields were left out or changed; not reported if there are none."""
-
-    number: int
-    what: str
-
-
 class Source(NamedTuple):
     """Where the rows come from."""
 
@@ -116,12 +109,12 @@ class Source(NamedTuple):
     """``Instructions.location``"""
     has_val: bool
     """Whether it has validation rows of its own. Otherwise all rows are split by hash."""
-    files: dict[str, list[Location]]
+    files: Mapping[str, Sequence[Location]]
     """The files of each split"""
     records: tuple[FileRecord, ...]
     """The same files as ``instructions.json`` stores them"""
-    notes: tuple[Note, ...] = ()
-    """On files that are used for validation, or not at all"""
+    notes: dict[str, int]
+    """What is used for validation, or not at all, and how many files"""
 
     def rows(self) -> Iterator[tuple[str, str, Any]]:
         """Yield the split of the file, the place and the content of each row."""
@@ -156,8 +149,8 @@ def prepare_instructions(args: InstructArgs) -> Instructions:
     if problems and not args.skip_broken:
         raise UserError(_first_problems(problems))
     rows, changes = _without_repetitions(rows)
-    notes = (*source.notes, *changes, *_notes_on_problems(problems))
-    wanted = replace(wanted, notes=tuple(f"{number:,} {what}." for number, what in notes if number))
+    notes = source.notes | changes | _notes_on_problems(problems)
+    wanted = replace(wanted, notes=tuple(f"{number:,} {what}." for what, number in notes.items() if number))
     _require_rows(rows, wanted)
     # Only from here on anything is written, so a mistake in the source leaves the folder as it was.
     result = _write(args.data_dir, wanted, rows)
@@ -200,7 +193,7 @@ def _require_same(data_dir: Path, existing: Instructions, wanted: Instructions) 
 def _find_source(args: InstructArgs, existing: Instructions | None) -> Source:
     if args.instruct == STORIES:
         # The location is compared with the one in folders of 0.1.0, so its text stays the same.
-        return Source(STORIES, "story_instructions(seed=1)", False, {}, ())
+        return Source(STORIES, "story_instructions(seed=1)", False, {}, (), {})
     hub_name = HUB_NAME.fullmatch(args.instruct)
     if hub_name:
         return _hub_source(hub_name, existing)
@@ -211,27 +204,26 @@ def _hub_source(match: re.Match[str], existing: Instructions | None) -> Source:
     name = match.group()
     if existing is not None and existing.source == name:
         # The folder holds a fixed revision of the dataset, so there is nothing to ask the Hub.
-        return Source(name, existing.location, existing.val_fraction is None, {}, existing.source_files)
+        return Source(name, existing.location, existing.val_fraction is None, {}, existing.source_files, {})
     opened = Dataset(match["path"], match["config"], flag="--instruct").find()
     records = tuple(chain.from_iterable(opened.records.values()))
-    return Source(name, opened.location, "val" in opened.files, opened.files, records)
+    return Source(name, opened.location, "val" in opened.files, opened.files, records, {})
 
 
 def _local_source(args: InstructArgs, existing: Instructions | None) -> Source:
     path = Path(args.instruct)
     outputs = [(args.data_dir / name).resolve() for name in OUTPUTS]
     _check_path(path, args.data_dir, outputs)
+    folder, splits = path.parent, {"train": [path], "val": []}
+    notes: dict[str, int] = {}
     if path.is_dir():
         # The prepared conversations may be in a folder inside the source, and are no source themselves.
         folder, files = path, [file for file in visible_files(path) if file.resolve() not in outputs]
-        train, val, notes = _sort_files(folder, files)
-    else:
-        folder, train, val, notes = path.parent, [path], [], []
+        splits, notes = _sort_files(folder, files)
     # The checksums of unchanged files are known from the last time.
     known = existing.source_files if existing is not None else ()
-    records = manifest.refresh([*train, *val], folder, known)
-    by_split: dict[str, list[Location]] = {"train": [*train], "val": [*val]}
-    return Source("files", str(path.resolve()), bool(val), by_split, records, tuple(notes))
+    records = manifest.refresh(chain.from_iterable(splits.values()), folder, known)
+    return Source("files", str(path.resolve()), bool(splits["val"]), splits, records, notes)
 
 
 def _check_path(path: Path, data_dir: Path, outputs: list[Path]) -> None:
@@ -249,38 +241,24 @@ def _check_path(path: Path, data_dir: Path, outputs: list[Path]) -> None:
         raise UserError(f"--instruct {path}: files of it in {data_dir} would be replaced; choose another --data_dir.")
 
 
-def _sort_files(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path], list[Note]]:
-    """Return the files to train on, those for validation, and notes on the files that are not for training."""
-    by_split: dict[str | None, list[Path]] = {"train": [], "val": [], "test": [], None: []}
-    for file, split in split_names(folder, [*filter(_has_rows, files)]).items():
-        by_split[split].append(file)
-
+def _sort_files(folder: Path, files: list[Path]) -> tuple[dict[str, list[Path]], dict[str, int]]:
+    """Return the files of each split, and notes on the files that are not for training."""
+    by_split = files_by_split(folder, [*filter(_has_rows, files)])
     # Without a file that is named train, those without a split in their name are the training data.
     train, val = by_split["train"] or by_split[None], by_split["val"]
-    unused = _names(sorted({*files} - {*train, *val}), folder)
+    unused = sorted({*files} - {*train, *val})
     if not train:
-        raise UserError(
-            f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {unused or 'no files'}."
-        )
-    notes = [
-        Note(len(val), f"files are used for validation: {_names(val, folder)}"),
-        Note(len(files) - len(train) - len(val), f"files are not used, because of name (test data) or type: {unused}"),
-    ]
-    return train, val, notes
+        content = listed(folder, unused) or "no files"
+        raise UserError(f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {content}.")
+    notes = {
+        f"files are used for validation: {listed(folder, val)}": len(val),
+        f"files are not used, because of name (test data) or type: {listed(folder, unused)}": len(unused),
+    }
+    return {"train": train, "val": val}, notes
 
 
 def _has_rows(file: Path) -> bool:
     return suffix(file) in ROW_SUFFIXES and file.name not in (MANIFEST, *METADATA_FILES)
-
-
-def _names(files: list[Path], folder: Path) -> str:
-    return _first_of([file.relative_to(folder).as_posix() for file in files])
-
-
-def _first_of(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    return strip_control_chars(", ".join(names[:MAX_NAMES]) + more)
 
 
 # --- reading the rows ---
@@ -298,10 +276,10 @@ def _read_rows(source: Source, val_fraction: float) -> tuple[dict[str, list[Row]
             row = conversation_of(value)
         except ValueError as error:
             problems[place] = strip_control_chars(str(error))
-            continue
-        # The hash of the question alone: a row keeps its split when rows are added or removed.
-        split = file_split if source.has_val else split_of(_first_question(row), val_fraction)
-        rows[split].append(row)
+        else:
+            # The hash of the question alone: a row keeps its split when rows are added or removed.
+            split = file_split if source.has_val else split_of(_first_question(row), val_fraction)
+            rows[split].append(row)
     return rows, problems
 
 
@@ -319,10 +297,10 @@ def _first_question(row: Row) -> str:
     return next(message["content"] for message in row.messages if message["role"] == "user").strip()
 
 
-def _notes_on_problems(problems: dict[str, str]) -> list[Note]:
-    reasons = Counter(problems.values()).most_common(MAX_NAMES)
-    total = Note(len(problems), "rows that cannot be used are left out")
-    return [total, *(Note(number, f"of these: {reason}") for reason, number in reasons)]
+def _notes_on_problems(problems: dict[str, str]) -> dict[str, int]:
+    reasons = Counter(problems.values()).most_common(MAX_REASONS)
+    total = {"rows that cannot be used are left out": len(problems)}
+    return total | {f"of these: {reason}": number for reason, number in reasons}
 
 
 def _first_problems(problems: dict[str, str]) -> str:
@@ -332,22 +310,21 @@ def _first_problems(problems: dict[str, str]) -> str:
     return "\n".join([*lines, "Correct them, or leave out such rows: --skip_broken"])
 
 
-def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[Note]]:
+def _without_repetitions(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], dict[str, int]]:
     """Return the rows to keep, and notes on what was left out or changed."""
     # The first message of a validation conversation must not occur in training: with another answer to a question that
     # was trained on, the validation loss would say little about new questions.
     val_questions = {_first_question(row) for row in rows["val"]}
     train = [row for row in rows["train"] if _first_question(row) not in val_questions]
     kept = {"train": _unique(train), "val": _unique(rows["val"])}
-    all_kept = [*kept["train"], *kept["val"]]
-    unwrapped = sum(row.unwrapped for row in all_kept)
-    unused = sorted(set().union(*(row.unused for row in all_kept)))
-    notes = [
-        Note(len(train) + len(rows["val"]) - len(all_kept), "duplicates are left out"),
-        Note(len(rows["train"]) - len(train), "that begin like a validation conversation are left out of training"),
-        Note(unwrapped, "prompts were taken out of a template; finetuning applies its own"),
-        Note(len(unused), f"fields are not used: {_first_of(unused)}"),
-    ]
+    all_kept = kept["train"] + kept["val"]
+    unused = sorted({name for row in all_kept for name in row.unused})
+    notes = {
+        "duplicates are left out": len(train) + len(rows["val"]) - len(all_kept),
+        "that begin like a validation conversation are left out of training": len(rows["train"]) - len(train),
+        "prompts were taken out of a template; finetuning applies its own": sum(row.unwrapped for row in all_kept),
+        f"fields are not used: {first_names(unused)}": len(unused),
+    }
     return kept, notes
 
 
@@ -415,16 +392,16 @@ def read(data_dir: Path) -> Instructions:
     try:
         metadata = _parse(read_checksummed(data_dir / MANIFEST))
     except FileNotFoundError:
-        state = f"holds no {MANIFEST}" if data_dir.is_dir() else "does not exist"
-        raise UserError(f"{data_dir} {state}; expected prepared instructions. Make them: `{prepare}`") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{data_dir / MANIFEST} does not exist; expected prepared instructions. Make them: `{prepare}`"
+        ) from None
+    except manifest.UNREADABLE as error:
         raise UserError(
             f"{data_dir / MANIFEST} cannot be read ({error}). Make it again: `{prepare} --overwrite`"
         ) from None
 
     # Checksums and not times: damage on the disk changes no time.
-    paths = [data_dir / f"{split}.jsonl" for split in SPLITS]
-    files = [manifest.record(path, data_dir) for path in paths if path.is_file()]
+    files = [manifest.record(path, data_dir) for path in data_dir.glob("*.jsonl") if path.name in OUTPUTS]
     changes = manifest.changed_files([split.file for split in metadata.splits.values()], files)
     if changes:
         raise UserError(

@@ -7,9 +7,9 @@ import torch or LitGPT.
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cache
 from pathlib import Path, PureWindowsPath
@@ -26,8 +26,9 @@ FILES = "files"
 """Recorded name of the corpus of ``--source PATH``."""
 TEXT = "text"
 """Recorded name of the text that the user put into DATA_DIR/train and DATA_DIR/val."""
-QUIET_SECONDS = 5
-"""Verifying the checksums is reported only if it takes longer."""
+DEFAULT_TOKENIZER_DIR = Path("data/tokenizer")
+QUIET_TOKENS = 1 << 30
+"""Verifying the checksums of more tokens takes seconds and is reported."""
 # Raised for JSON that is missing, corrupt, or of another program.
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -55,6 +56,11 @@ class Source:
     """``text_fingerprint`` of the text files."""
     path_sha256: str | None = None
     """Of the path of ``--source PATH``, to tell two folders with one name apart. The path itself is private."""
+
+    @property
+    def flag(self) -> str | None:
+        """The value of ``--source``; None for text in place, which needs none."""
+        return {TEXT: None, FILES: self.location}.get(self.name, self.name)
 
 
 @dataclass(frozen=True)
@@ -156,20 +162,17 @@ def read(data_dir: Path) -> Manifest | None:
     """
     path = manifest_path(data_dir)
     try:
-        # Read alone first: a newer format may lack fields that this version expects.
-        version = read_json(path)["format"]
-        manifest = read_file(path)
-        # Inside of the try: in a file of another program, the format may be no number.
-        is_newer = version > FORMAT
+        values = read_checksummed(path)
+        version = values["format"]
+        # A newer format may lack fields that this version expects.
+        manifest = _from_dict(values) if version <= FORMAT else None
     except UNREADABLE:
         return None
-    if is_newer:
+    if manifest is None:
         raise UserError(
             f"{path} has format {version}, but this version of the project knows only {FORMAT}. Use the newer version "
             "that made these tokens, or another --data_dir."
         )
-    if manifest is None or manifest.format != FORMAT:
-        return None
     # Sizes only, because this is asked often. ``verify`` compares the checksums.
     complete = all(_chunk_tokens(tokens_dir(data_dir, name)) == split.tokens for name, split in manifest.splits.items())
     return manifest if complete else None
@@ -178,41 +181,32 @@ def read(data_dir: Path) -> Manifest | None:
 def read_file(path: Path) -> Manifest | None:
     """Return the manifest in a file, such as the copy in a checkpoint; None if it cannot be read."""
     try:
-        return from_dict(read_checksummed(path))
+        return _from_dict(read_checksummed(path))
     except UNREADABLE:
         return None
 
 
-def from_dict(values: dict[str, Any]) -> Manifest:
-    """Return the manifest in the result of ``json.load``. Unknown fields, of newer versions, are ignored."""
+def _from_dict(values: dict[str, Any]) -> Manifest:
+    # Unknown fields, of newer versions, are ignored.
     parts = {
-        "source": Source(**_fields(Source, values["source"])),
-        "tokenizer": TokenizerRecord(**_fields(TokenizerRecord, values["tokenizer"])),
-        "settings": Settings(**_fields(Settings, values["settings"])),
+        "source": Source(**known_fields(Source, values["source"])),
+        "tokenizer": TokenizerRecord(**known_fields(TokenizerRecord, values["tokenizer"])),
+        "settings": Settings(**known_fields(Settings, values["settings"])),
         "splits": {name: _split(values["splits"][name]) for name in SPLITS},
     }
     return Manifest(**{**known_fields(Manifest, values), **parts})
 
 
 def _split(values: dict[str, Any]) -> Split:
+    text = tuple(FileRecord(**known_fields(FileRecord, entry)) for entry in values["text"])
+    # 0.1.0 called dropped duplicates "held_out".
+    renamed = {"dropped_duplicates": values.get("held_out", 0)}
+    split = Split(**{**renamed, **known_fields(Split, values), "text": text})
     # Checked when the manifest is read, so that no later step can leave the folder: datasets of W&B and copied folders
     # come from elsewhere.
-    text = _records(values["text"])
-    for name in (*(record.path for record in text), *values.get("files", {})):
-        if not lies_inside(name):
-            raise ValueError(f"{name!r} is outside of the data folder")
-    return Split(**{**_fields(Split, values), "text": text})
-
-
-def _records(entries: list[dict[str, Any]]) -> tuple[FileRecord, ...]:
-    return tuple(FileRecord(**_fields(FileRecord, entry)) for entry in entries)
-
-
-def _fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    # 0.1.0 called dropped duplicates "held_out".
-    if "held_out" in values:
-        values = {**values, "dropped_duplicates": values["held_out"]}
-    return known_fields(kind, values)
+    if not all(map(lies_inside, [*contents(text), *split.files])):
+        raise ValueError("a file is outside of the data folder")
+    return split
 
 
 def write_file(path: Path, manifest: Manifest) -> None:
@@ -242,14 +236,6 @@ def _chunk_tokens(folder: Path) -> int:
         return -1
 
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Put ``new`` in the place of ``old``. Windows cannot rename over a folder, so the old one is deleted first."""
-    if old.exists():
-        # A kill between the two steps leaves neither folder, so the caller deletes the manifest before.
-        shutil.rmtree(old)
-    os.replace(new, old)
-
-
 # --- checks before the tokens are used ---
 
 
@@ -277,13 +263,11 @@ def checked_manifest(data_dir: Path) -> Manifest:
         UserError: the tokens are missing, incomplete or stale.
     """
     manifest = complete_manifest(data_dir)
-    files = [path for split in SPLITS for path in text_files(data_dir / split)]
+    files = text_in_place(data_dir)
     # The text of another source is not in this folder, and may be on another machine.
     if manifest.source.name != TEXT or not files:
         return manifest
-    # Without validation text both splits were made from the same files.
-    recorded = {record.path: record for record in manifest.text}.values()
-    changes = changed_files(recorded, refresh(files, data_dir, recorded))
+    changes = changed_files(manifest.text, refresh(files, data_dir, manifest.text))
     if changes:
         raise UserError(
             f"the text of {data_dir} changed since it was tokenized ({'; '.join(changes[:3])}). Tokenize it again: "
@@ -292,68 +276,59 @@ def checked_manifest(data_dir: Path) -> Manifest:
     return manifest
 
 
-def verify(data_dir: Path, splits: Collection[str] = SPLITS) -> None:
-    """Compare the tokens of ``splits`` with the checksums in the manifest.
+def text_in_place(data_dir: Path) -> list[Path]:
+    """Return the text files in DATA_DIR/train and DATA_DIR/val."""
+    return [*text_files(data_dir / "train"), *text_files(data_dir / "val")]
+
+
+def verify(data_dir: Path) -> None:
+    """Compare the tokens with the checksums in the manifest.
 
     Raises:
         UserError: a file is damaged.
     """
     manifest = read(data_dir)
     assert manifest is not None, "the caller has read the manifest"
-    # Sizes do not show a flipped bit, so the contents are compared.
-    damaged = _damaged_files(data_dir, manifest, splits)
-    if damaged:
-        paths = [str(path) for path, _ in damaged[:3]]
+    tokens = sum(split.tokens for split in manifest.splits.values())
+    if tokens > QUIET_TOKENS:
+        print(f"Verifying the checksums of {tokens:,} tokens ...", flush=True)
+    expected = {
+        tokens_dir(data_dir, name) / file: sha256
+        for name, split in manifest.splits.items()
+        for file, sha256 in split.files.items()
+    }
+    # Sizes do not show a flipped bit, so the contents are compared. Hashing releases Python's lock, so threads use all
+    # cores.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        damages = [damage for damage in threads.map(_damage, expected, expected.values()) if damage]
+    if damages:
         raise UserError(
-            f"damaged since it was made: {', '.join(paths)} ({damaged[0][1]}). Remove {tokens_dir(data_dir)} and make "
-            f"the tokens again: {command_to_repeat(data_dir, manifest)}. (A dataset of W&B: remove {data_dir}; it is "
-            "downloaded again.)"
+            f"damaged since it was made: {', '.join(damages[:3])}. Remove {tokens_dir(data_dir)} and make the tokens "
+            f"again: {command_to_repeat(data_dir, manifest)}. (A dataset of W&B: remove {data_dir}; it is downloaded "
+            "again.)"
         )
 
 
-def _damaged_files(data_dir: Path, manifest: Manifest, splits: Collection[str]) -> list[tuple[Path, str]]:
-    """Return the files that differ from their checksum or cannot be read, each with the reason."""
-    expected = {tokens_dir(data_dir, s) / name: sha for s in splits for name, sha in manifest.splits[s].files.items()}
-    damaged = []
-    for path, digest in _hash_in_threads(expected).items():
-        if error := digest.exception():
-            damaged.append((path, f"it can't be read: {error}"))
-        elif digest.result() != expected[path]:
-            damaged.append((path, f"its checksum differs from {manifest_path(data_dir)}"))
-    return damaged
-
-
-def _hash_in_threads(paths: Collection[Path]) -> dict[Path, Future[str]]:
-    """Return the SHA-256 of each file, or the error of reading it, as a future that is done."""
-    # Hashing releases Python's lock, so threads use all cores.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        sums = {path: threads.submit(file_sha256, path) for path in paths}
-        try:
-            if wait(sums.values(), QUIET_SECONDS).not_done:
-                size = sum(path.stat().st_size for path in paths if path.exists())
-                print(f"Verifying checksums of {size / 1e9:,.1f} GB of tokens ...", flush=True)
-            wait(sums.values())
-        except KeyboardInterrupt:
-            # Otherwise leaving the block would wait for all files that are still queued.
-            threads.shutdown(cancel_futures=True)
-            raise
-    return sums
+def _damage(path: Path, sha256: str) -> str | None:
+    """Name a file that differs from its checksum, with the reason; None for an undamaged one."""
+    try:
+        same = file_sha256(path) == sha256
+    except OSError as error:
+        return f"{path} (it can't be read: {error})"
+    return None if same else f"{path} (its checksum differs from the manifest's)"
 
 
 def flags_to_repeat(manifest: Manifest) -> dict[str, Any]:
     """Return the flags of ``prepare_data.py`` that decide which text becomes which documents."""
-    flags = {name: value for name, value in asdict(manifest.settings).items() if value not in (None, False)}
+    flags = asdict(manifest.settings) | {"source": manifest.source.flag}
     # An empty value on the command line means no separator.
-    if flags.get("document_separator") == "":
+    if flags["document_separator"] == "":
         flags["document_separator"] = r"\n"
-    # Text in place is what a call without --source uses.
-    if manifest.source.name != TEXT:
-        flags["source"] = manifest.source.location if manifest.source.name == FILES else manifest.source.name
-    return flags
+    return {name: value for name, value in flags.items() if value not in (None, False)}
 
 
 def command_to_repeat(
-    data_dir: Path, manifest: Manifest, tokenizer_dir: Path | None = None, *, overwrite: bool = False
+    data_dir: Path, manifest: Manifest, tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR, *, overwrite: bool = False
 ) -> str:
     """Return the command that makes the same tokens again after their folder was removed.
 
@@ -363,33 +338,30 @@ def command_to_repeat(
         tokenizer_dir: where their tokenizer may be, in addition to the usual places.
         overwrite: the tokens are still there.
     """
-    # The manifest does not contain the path of the tokenizer: token folders are shared.
-    places = (
-        *([tokenizer_dir] if tokenizer_dir else []),
-        Path("data/tokenizer"),
-        data_dir / "tokenizer",
-        data_dir.parent / "tokenizer",
-    )
-    # These places are only guesses; the fingerprint tells whether it is the right tokenizer.
-    same = [folder for folder in places if _has_fingerprint(folder, manifest.tokenizer.sha256)]
-    arguments: list[object] = ["--data_dir", data_dir]
-    arguments += ["--tokenizer_dir", same[0] if same else "FOLDER_OF_THEIR_TOKENIZER"]
+    # The manifest does not contain the path of the tokenizer, because token folders are shared.
+    places = (tokenizer_dir, DEFAULT_TOKENIZER_DIR, data_dir / "tokenizer", data_dir.parent / "tokenizer")
+    tokenizer = find_tokenizer(places, manifest.tokenizer.sha256) or "FOLDER_OF_THEIR_TOKENIZER"
+    arguments: list[object] = ["--data_dir", data_dir, "--tokenizer_dir", tokenizer]
     for name, value in flags_to_repeat(manifest).items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", value]
-    arguments += ["--overwrite"] if overwrite else []
+    if overwrite:
+        arguments.append("--overwrite")
+    # Where the text was, unless it is on the Hub or built in.
+    text = {TEXT: data_dir / "train", FILES: Path(manifest.source.location or "")}.get(manifest.source.name)
     first = ""
-    if manifest.source.name == TEXT and not (data_dir / "train").exists():
-        first = f"put its text back into {data_dir}, then "
-    elif manifest.source.name == FILES and not Path(str(manifest.source.location)).exists():
-        first = f"its text came from {manifest.source.location}, which is not in {Path.cwd()}; bring it back, then "
+    if text is not None and not text.exists():
+        first = f"its text came from {text}, which is not in {Path.cwd()}; bring it back, then "
     return f"{first}`{command('prepare_data.py', *arguments)}`"
 
 
-def _has_fingerprint(folder: Path, sha256: str) -> bool:
-    try:
-        return tokenizer_fingerprint(folder) == sha256
-    except UserError:
-        return False
+def find_tokenizer(places: Iterable[Path], sha256: str) -> Path | None:
+    """Return the first folder that contains the tokenizer with this fingerprint, None if there is none."""
+    for folder in places:
+        # A folder without a tokenizer, or with a broken one.
+        with suppress(UserError):
+            if tokenizer_fingerprint(folder) == sha256:
+                return folder
+    return None
 
 
 # --- fingerprints ---
@@ -430,12 +402,11 @@ def contents(records: Iterable[FileRecord]) -> dict[str, str]:
 
 def changed_files(old: Iterable[FileRecord], new: Iterable[FileRecord]) -> list[str]:
     """Name the files that differ, one phrase for each."""
-    # A file that was renamed is both gone and new: the name decides its place in the order of documents.
     before, after = contents(old), contents(new)
-    changed = [f"{path} changed" for path in before if path in after and before[path] != after[path]]
-    removed = [f"{path} was removed" for path in before if path not in after]
-    added = [f"{path} is new" for path in after if path not in before]
-    return changed + removed + added
+    different = {path for path, _ in before.items() ^ after.items()}
+    # A file that was renamed is both gone and new: the name decides its place in the order of documents.
+    states = {(True, True): "changed", (True, False): "was removed", (False, True): "is new"}
+    return [f"{path} {states[path in before, path in after]}" for path in sorted(different)]
 
 
 def text_fingerprint(records: Iterable[FileRecord]) -> str:
@@ -453,12 +424,12 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     Raises:
         UserError: the folder has no readable ``tokenizer.json``.
     """
-    path = Path(tokenizer_dir) / "tokenizer.json"
+    path = tokenizer_dir / "tokenizer.json"
     try:
         status = path.stat()
-        # Both are passed to the cached function, because they come from another file, tokenizer_config.json.
-        eos_token, bos_token = end_of_text_token(Path(tokenizer_dir)), begin_of_text_token(Path(tokenizer_dir))
-        return _tokenizer_fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino, eos_token, bos_token)
+        # The tokens are passed to the cached function, because they come from another file, tokenizer_config.json.
+        end, begin = special_tokens(tokenizer_config(tokenizer_dir))
+        return _tokenizer_fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino, end, begin)
     except OSError:
         raise UserError(
             f"no tokenizer at {tokenizer_dir}: {path.name} is missing. `uv run python prepare_data.py --tokenizer "
@@ -488,20 +459,15 @@ def fingerprint_of(tokenizer_json: dict[str, Any], eos_token: str | None, bos_to
     return hashlib.sha256(json.dumps([essence, *tokens], sort_keys=True).encode()).hexdigest()
 
 
-def end_of_text_token(tokenizer_dir: Path) -> str | None:
-    """Return the end-of-text token that ``tokenizer_config.json`` names, None if it names none."""
-    return token_text(_tokenizer_config(tokenizer_dir).get("eos_token"))
+def special_tokens(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the tokens that end and begin every text, as a ``tokenizer_config.json`` names them.
 
-
-def begin_of_text_token(tokenizer_dir: Path) -> str | None:
-    """Return the token that begins every text, None if texts begin without one.
-
-    The rule is that of ``litgpt.Tokenizer.check_if_bos_token_used``, without its folder names: ``add_bos_token`` in
-    ``tokenizer_config.json``, or else whether the class is LlamaTokenizer.
+    The begin-of-text token is None if texts begin without one. The rule is that of
+    ``litgpt.Tokenizer.check_if_bos_token_used``, without its folder names: ``add_bos_token``, or else whether the class
+    is LlamaTokenizer.
     """
-    config = _tokenizer_config(tokenizer_dir)
-    used = config.get("add_bos_token", config.get("tokenizer_class") == "LlamaTokenizer")
-    return token_text(config.get("bos_token")) if used else None
+    begins = config.get("add_bos_token", config.get("tokenizer_class") == "LlamaTokenizer")
+    return token_text(config.get("eos_token")), token_text(config.get("bos_token")) if begins else None
 
 
 def token_text(token: Any) -> Any:
@@ -509,9 +475,10 @@ def token_text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _tokenizer_config(tokenizer_dir: Path) -> dict[str, Any]:
+def tokenizer_config(tokenizer_dir: Path) -> dict[str, Any]:
+    """Return the content of ``tokenizer_config.json``, empty if it is missing or broken."""
     try:
-        # Without a readable file no token is named. ``tokenizers.load`` reports that with a fix.
+        # ``tokenizers.load`` reports what is missing, with a fix.
         config = read_json(tokenizer_dir / "tokenizer_config.json")
     except (OSError, ValueError):
         return {}

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from litmoe.data.choose_tokenizer import (
 from litmoe.data.corpora import DEFAULT_VAL_FRACTION, Corpus, HubDataset
 from litmoe.data.documents import END_OF_TEXT
 from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_files, unread_files
-from litmoe.data.manifest import FILES, SPLITS, TEXT, Manifest, Settings, Source, Split, TokenizerRecord
+from litmoe.data.manifest import FILES, SPLITS, TEXT, FileRecord, Manifest, Settings, Source, Split, TokenizerRecord
 from litmoe.data.tokenizers import TokenizerInfo
 
 if TYPE_CHECKING:
@@ -52,8 +53,14 @@ LOCK = ".prepare.lock"
 PACKAGES = ("litdata", "tokenizers", "tiktoken", "datasets", "pyarrow")
 # Flags that decide how a source is read.
 SOURCE_FLAGS = ("val_fraction", "document_separator", "text_column", "max_documents", "skip_broken", "keep_text")
-MINIMUMS = {"vocab_size": 257, "max_documents": 1, "num_workers": 0}
-"""Smallest values of flags. A vocabulary contains 256 bytes and the end-of-text token."""
+VALID_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    # 256 bytes and the end-of-text token.
+    "vocab_size": (lambda size: size >= 257, "257 or more"),
+    "max_documents": (lambda number: number >= 1, "1 or more"),
+    "num_workers": (lambda number: number >= 0, "0 or more"),
+    "val_fraction": (lambda fraction: 0 < fraction < 1, "a number between 0 and 1, such as 0.1"),
+}
+"""The valid values of flags, as a function and in words."""
 
 
 @dataclass
@@ -74,7 +81,7 @@ class PrepareArgs:
     tokenizer: str | None = None
     """A tokenizer of the Hugging Face Hub, a folder with a tokenizer.json, or `train`: a byte-level BPE trained on this
     text. Default: the one in TOKENIZER_DIR, or else gpt2."""
-    tokenizer_dir: Path = Path("data/tokenizer")
+    tokenizer_dir: Path = manifest.DEFAULT_TOKENIZER_DIR
     """Folder where the tokenizer is stored."""
     vocab_size: int | None = None
     """Number of tokens of a trained tokenizer (default 8192); a small text may give fewer."""
@@ -119,19 +126,16 @@ class PrepareArgs:
         problems = self._problems_of_values()
         source = corpora.find(self.source) if self.source is not None else None
         if isinstance(source, Path):
-            corpora.source_files(source)
             problems += self._problems_of_path(source)
         if problems:
             raise UserError("\n".join(problems))
 
     def _problems_of_values(self) -> list[str]:
         problems = []
-        for name, minimum in MINIMUMS.items():
+        for name, (is_valid, expected) in VALID_VALUES.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                problems.append(f"--{name} {value}: expected {minimum} or more.")
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            problems.append(f"--val_fraction {self.val_fraction}: expected a number between 0 and 1, such as 0.1.")
+            if value is not None and not is_valid(value):
+                problems.append(f"--{name} {value}: expected {expected}.")
         if self.separator is not None and "\n" in self.separator:
             problems.append(
                 f"--document_separator {self.document_separator!r}: expected one line; '\\n' is an empty one."
@@ -143,8 +147,8 @@ class PrepareArgs:
     def _problems_of_path(self, source: Path) -> list[str]:
         """Name why the source cannot be read into ``data_dir``: one of them is inside of the other."""
         path, data_dir = source.resolve(), self.data_dir.resolve()
-        prepared = [data_dir / name for name in (*SPLITS, "tokens")]
-        if path == data_dir or any(path.is_relative_to(folder) for folder in prepared):
+        prepared = {data_dir / "train", data_dir / "val", data_dir / "tokens"}
+        if path == data_dir or prepared.intersection([path, *path.parents]):
             return [f"--source {source} is the prepared text; leave out --source to use it."]
         if data_dir.is_relative_to(path):
             return [f"--data_dir {self.data_dir} is inside --source {source}; choose one outside of it."]
@@ -171,12 +175,14 @@ def prepare(args: PrepareArgs) -> Manifest:
         source = args.source or _source_in_place(args, previous)
         # Refuse before the source is opened: that reads its files for their checksums, which can take minutes.
         _refuse_replacing(args, source, previous)
-        corpus = _open_local(args, source, previous)
-        tokenizer = _choose_tokenizer(args, corpus, previous)
-        changes = _changes(args, source, corpus, tokenizer, previous)
+        settings = _settings(args, source)
+        corpus = _open_local(args, source, settings, previous)
+        tokenizer = _choose_tokenizer(args, settings, corpus, previous)
+        changes = _changes(args, source, settings, corpus, tokenizer, previous)
         if previous is None or changes:
             # The Hub is asked only now: an unchanged folder needs no network.
-            result = _build(args, source, corpus or _open_stream(args, source), tokenizer, changes)
+            corpus = corpus or _open_stream(args, source, settings)
+            result = _build(args, source, corpus, tokenizer, changes)
         else:
             result = previous
             _keep(args, source, tokenizer, previous)
@@ -206,26 +212,23 @@ def _source_in_place(args: PrepareArgs, previous: Manifest | None) -> str:
         UserError: the text is in a wrong place, or the tokens must be made again and their text is not there.
     """
     check_placed_text(args.data_dir)
-    has_text = any(text_files(args.data_dir / split) for split in SPLITS)
+    has_text = bool(manifest.text_in_place(args.data_dir))
     # 0.1.0 wrote the text of every source to train/ and val/, and said so in source.json.
     was_written = previous is not None and previous.source.name != TEXT and (args.data_dir / "source.json").exists()
     if has_text and not was_written:
         return IN_PLACE
     # If chunks are missing, the manifest does not count as complete, but it still names the source.
-    recorded = previous or manifest.read_file(manifest.manifest_path(args.data_dir))
+    recorded = manifest.read_file(manifest.manifest_path(args.data_dir))
     if recorded is None:
         return corpora.DEFAULT
-    if previous is None:
-        raise UserError(
-            f"the tokens of {args.data_dir} are damaged, and their text is not there. Make them again: "
-            f"{manifest.command_to_repeat(args.data_dir, recorded, args.tokenizer_dir)}"
-        )
-    if args.overwrite:
-        raise UserError(
-            f"--overwrite makes the tokens of {args.data_dir} again, but their text is not there. Name the source: "
-            f"{manifest.command_to_repeat(args.data_dir, recorded, args.tokenizer_dir, overwrite=True)}"
-        )
-    return TOKENS
+    if previous is not None and not args.overwrite:
+        return TOKENS
+    reason = "--overwrite" if previous is not None else "they are damaged"
+    command = manifest.command_to_repeat(args.data_dir, recorded, args.tokenizer_dir, overwrite=args.overwrite)
+    raise UserError(
+        f"the tokens of {args.data_dir} must be made again ({reason}), but their text is not there. Name the source: "
+        f"{command}"
+    )
 
 
 def _refuse_replacing(args: PrepareArgs, source: str, previous: Manifest | None) -> None:
@@ -233,69 +236,86 @@ def _refuse_replacing(args: PrepareArgs, source: str, previous: Manifest | None)
     if args.overwrite:
         return
     if previous is None:
-        unfinished = _read_started(args.data_dir).get("source")
-        if unfinished not in (None, _label(source)):
+        unfinished = _read_started(args.data_dir).get("source", _label(source))
+        if unfinished != _label(source):
             resume = "without --source" if unfinished == IN_PLACE else f"with --source {quoted(unfinished)}"
             raise UserError(
                 f"{args.data_dir} contains the unfinished preparation of {unfinished}. Resume it {resume}, choose "
                 "another --data_dir, or delete it with --overwrite."
             )
-    elif source != TOKENS and not _is_same(source, previous.source):
-        existing = previous.source.name
-        if previous.source.location:
-            existing += f" ({previous.source.location})"
+    elif not _is_same(source, previous.source):
         new = f"the text in {args.data_dir}" if source == IN_PLACE else f"--source {source}"
         raise UserError(
-            f"{args.data_dir} already contains the tokens of {existing}, which {new} would replace. Choose another "
-            "--data_dir, or replace them with --overwrite."
+            f"{args.data_dir} already contains the tokens of {previous.source.name} "
+            f"({previous.source.location or 'in place'}), which {new} would replace. Choose another --data_dir, or "
+            "replace them with --overwrite."
         )
 
 
+def _path(source: str) -> Path | None:
+    """Return the full path of the user's own files; None for any other source."""
+    is_name = source in (IN_PLACE, TOKENS, *corpora.CORPORA) or corpora.is_hub(source)
+    return None if is_name else Path(source).resolve()
+
+
+def _label(source: str) -> str:
+    """Return what identifies a source on this machine."""
+    # The full path: unlike the manifest, the unfinished folder is not shared, and two folders may have the same name.
+    return str(_path(source) or source)
+
+
 def _is_same(source: str, recorded: Source) -> bool:
-    if source == IN_PLACE or recorded.name == TEXT:
-        return source == IN_PLACE and recorded.name == TEXT
-    if recorded.name == FILES:
-        # 0.1.0 recorded only the name.
-        is_same_path = recorded.path_sha256 in (None, corpora.path_sha256(Path(source)))
-        return Path(source).exists() and Path(source).resolve().name == recorded.location and is_same_path
-    return source == recorded.name
+    path = _path(source)
+    if path is None:
+        return {IN_PLACE: TEXT, TOKENS: recorded.name}.get(source, source) == recorded.name
+    is_same_name = (recorded.name, recorded.location) == (FILES, path.name)
+    # 0.1.0 recorded only the name.
+    return is_same_name and recorded.path_sha256 in (None, corpora.path_sha256(path))
 
 
 def _settings(args: PrepareArgs, source: str) -> Settings:
     """Return the settings of the flags, with the defaults of a source."""
-    fraction = args.val_fraction
-    if fraction is None:
-        fraction = DEFAULT_VAL_FRACTION
-        dataset = corpora.find(source) if corpora.is_hub(source) else None
-        # The fraction of a large corpus, such as a thousandth, would be too little of its first documents.
-        if isinstance(dataset, HubDataset) and args.max_documents is None:
-            fraction = dataset.val_fraction
-    return Settings(fraction, args.separator, args.text_column, args.max_documents, args.skip_broken)
+    default = DEFAULT_VAL_FRACTION
+    dataset = corpora.find(source) if corpora.is_hub(source) else None
+    # The fraction of a large corpus, such as a thousandth, would be too little of its first documents.
+    if isinstance(dataset, HubDataset) and args.max_documents is None:
+        default = dataset.val_fraction
+    return Settings(
+        args.val_fraction or default, args.separator, args.text_column, args.max_documents, args.skip_broken
+    )
 
 
-def _open_local(args: PrepareArgs, source: str, previous: Manifest | None) -> Corpus | None:
+def _open_local(args: PrepareArgs, source: str, settings: Settings, previous: Manifest | None) -> Corpus | None:
     """Open a source on this machine; None for the Hub, which is asked only if something changed."""
     if source == TOKENS or corpora.is_hub(source):
         return None
     known = previous.text if previous is not None else []
     if source != IN_PLACE:
-        return corpora.open_local(source, _settings(args, source), known)
+        return corpora.open_local(source, settings, known)
     if args.max_documents is not None:
         raise UserError("--max_documents needs a --source; text in place is taken completely.")
-    return corpora.open_text(args.data_dir, _settings(args, source), known)
+    return corpora.open_text(args.data_dir, settings, known)
 
 
-def _choose_tokenizer(args: PrepareArgs, corpus: Corpus | None, previous: Manifest | None) -> TokenizerChoice:
+def _choose_tokenizer(
+    args: PrepareArgs, settings: Settings, corpus: Corpus | None, previous: Manifest | None
+) -> TokenizerChoice:
     # A trained tokenizer depends on the text as it is now. The manifest describes text that is not opened yet.
+    text: tuple[FileRecord, ...] = ()
     if corpus is not None:
-        return choose_tokenizer(args, corpus.records["train"], corpus.settings)
-    if previous is not None:
-        return choose_tokenizer(args, previous.splits["train"].text, previous.settings)
-    return choose_tokenizer(args, (), None)
+        text, settings = corpus.records["train"], corpus.settings
+    elif previous is not None:
+        text, settings = previous.splits["train"].text, previous.settings
+    return choose_tokenizer(args, train_origin(args, text, settings))
 
 
 def _changes(
-    args: PrepareArgs, source: str, corpus: Corpus | None, tokenizer: TokenizerChoice, previous: Manifest | None
+    args: PrepareArgs,
+    source: str,
+    settings: Settings,
+    corpus: Corpus | None,
+    tokenizer: TokenizerChoice,
+    previous: Manifest | None,
 ) -> list[str]:
     """Name what differs between the manifest and this call; nothing if the tokens are up to date.
 
@@ -310,7 +330,7 @@ def _changes(
     if source == TOKENS:
         _require_source(args, previous, changes)
         return []
-    changes += _changed_settings(previous.settings, corpus.settings if corpus else _settings(args, source))
+    changes += _changed_settings(previous.settings, settings)
     # Only local files can have changed: a Hub corpus was tokenized at a fixed commit, and stories have no files.
     if corpus is not None and corpus.generate is None:
         changes += manifest.changed_files(previous.text, corpus.all_records)
@@ -321,22 +341,21 @@ def _changes(
 
 def _require_source(args: PrepareArgs, previous: Manifest, changes: list[str]) -> None:
     """Raise ``UserError`` if finished tokens cannot be used as they are."""
-    given = [f"--{name}" for name in SOURCE_FLAGS if getattr(args, name) not in (None, False, "")]
-    if not changes and not given:
-        return
-    source = previous.source.location if previous.source.name == FILES else previous.source.name
-    where = f"put its text back into {args.data_dir}" if previous.source.name == TEXT else f"add --source {source}"
-    raise UserError(
-        f"the tokens of {args.data_dir} were made from {source}, which this call does not name. For "
-        f"{' and '.join(given + changes)} they must be made again: {where}."
-    )
+    given = [f"--{name}" for name in SOURCE_FLAGS if getattr(args, name) != getattr(PrepareArgs, name)]
+    source = previous.source.flag
+    where = f"add --source {source}" if source else f"put its text back into {args.data_dir}"
+    if given or changes:
+        raise UserError(
+            f"{args.data_dir} contains tokens without their text, and this call names no --source. For "
+            f"{' and '.join(given + changes)} they must be made again: {where}."
+        )
 
 
 def _changed_settings(old: Settings, new: Settings) -> list[str]:
+    old_values, new_values = asdict(old), asdict(new)
     # A corpus with its own validation text has no fraction, which its flags can't tell.
     if old.val_fraction is None:
-        new = replace(new, val_fraction=None)
-    old_values, new_values = asdict(old), asdict(new)
+        new_values["val_fraction"] = None
     changed = [name for name, value in new_values.items() if value != old_values[name]]
     return [f"{name} {old_values[name]!r} became {new_values[name]!r}" for name in changed]
 
@@ -351,37 +370,27 @@ def check_placed_text(data_dir: Path) -> None:
                 "Put text there, or move these files away and name a --source."
             )
     # A folder with a tokenizer has text files such as merges.txt.
-    complete = ("train", "tokenizer.json", "tokens/manifest.json")
-    misplaced = None if any((data_dir / name).exists() for name in complete) else _misplaced_text(data_dir)
-    if misplaced is not None:
-        named = corpora.split_name(misplaced.name.split(".")[0])
-        folder = data_dir / (named if named in SPLITS else "train")
-        raise UserError(
-            f"{misplaced} is not read: move it to {folder}, or name it: --source {quoted(misplaced)} --data_dir "
-            "ANOTHER."
-        )
-
-
-def _misplaced_text(data_dir: Path) -> Path | None:
-    """Return a text file, or a folder of them with the name of a split, that is next to train/ and val/."""
+    if any((data_dir / name).exists() for name in ("train", "tokenizer.json", "tokens/manifest.json")):
+        return
     for path in sorted(data_dir.glob("*")):
-        # A .md or .json may be a description of the data.
-        if is_readable(path) and path.suffix not in (".md", ".json"):
-            return path
-        is_split = path.is_dir() and path.name not in SPLITS and corpora.split_name(path.name) in SPLITS
-        if is_split and text_files(path):
-            return path
-    return None
+        if _is_misplaced_text(path):
+            folder = "val" if corpora.split_name(path.name.split(".")[0]) == "val" else "train"
+            raise UserError(
+                f"{path} is not read: move it to {data_dir / folder}, or name it: --source {quoted(path)} --data_dir "
+                "ANOTHER."
+            )
+
+
+def _is_misplaced_text(path: Path) -> bool:
+    """Return whether a path next to train/ and val/ is a text file, or a folder of them with the name of a split."""
+    if path.is_dir():
+        is_split = path.name not in SPLITS and corpora.split_name(path.name) in SPLITS
+        return is_split and bool(text_files(path))
+    # A .md or .json may be a description of the data.
+    return is_readable(path) and path.suffix not in (".md", ".json")
 
 
 # --- building ---
-
-
-def _label(source: str) -> str:
-    """Return what identifies a source on this machine."""
-    is_path = source not in (IN_PLACE, TOKENS, *corpora.CORPORA) and not corpora.is_hub(source)
-    # The full path: unlike the manifest, the unfinished folder is not shared, and two folders may have the same name.
-    return str(Path(source).resolve()) if is_path else source
 
 
 def _read_started(data_dir: Path) -> dict[str, Any]:
@@ -392,20 +401,21 @@ def _read_started(data_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def _open_stream(args: PrepareArgs, source: str) -> Corpus:
+def _open_stream(args: PrepareArgs, source: str, settings: Settings) -> Corpus:
     """Open a Hub corpus. An interrupted call is resumed with the same revision of the dataset."""
     started = _read_started(args.data_dir)
     # Finished units must come from the same commit as the rest, or documents could be missing or doubled.
     revision = started.get("revision") if started.get("source") == source else None
-    return corpora.open_hub(source, _settings(args, source), revision)
+    return corpora.open_hub(source, settings, revision)
 
 
 def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerChoice, changes: list[str]) -> Manifest:
     """Tokenize a corpus with the right tokenizer, and move both into place."""
     started = time.perf_counter()
-    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-    print(f"Tokenizing {args.data_dir if source == IN_PLACE else source}: {'; '.join(changes[:3])}{more}")
-    print("".join(f"{note}\n" for note in corpus.notes), end="")
+    reason = shorten("; ".join(changes), 300, placeholder=" ...")
+    print(f"Tokenizing {args.data_dir if source == IN_PLACE else source}: {reason}")
+    for note in corpus.notes:
+        print(note)
     building = manifest.tokens_dir(args.data_dir) / BUILDING
     try:
         building.mkdir(parents=True, exist_ok=True)
@@ -418,12 +428,11 @@ def _build(args: PrepareArgs, source: str, corpus: Corpus, tokenizer: TokenizerC
         write_json(building / "started.json", started_by)
         info = _prepare_tokenizer(args, corpus, tokenizer, building / "tokenizer")
         result = _tokenize(args, corpus, info, building)
-    # Must come before its base class: finished units are kept, so a lost connection does not lose hours of work.
-    except Unfinished:
-        raise
-    except UserError:
-        # The same mistake would stop the next call too, so there is nothing to resume.
-        shutil.rmtree(building, ignore_errors=True)
+    except UserError as error:
+        # A lost connection does not lose finished units. Another mistake would stop the next call too, so there is
+        # nothing to resume.
+        if not isinstance(error, Unfinished):
+            shutil.rmtree(building, ignore_errors=True)
         raise
     except KeyboardInterrupt:
         print("\nStopped. Finished parts are kept; run the same command again to resume.")
@@ -440,25 +449,19 @@ def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerCh
     """Return the tokenizer for the corpus: the existing one, or a new one in ``folder``."""
     files, origin = tokenizer.files, tokenizer.origin
     if args.tokenizer == TRAIN:
-        # A stream was opened only now, so its text may not be what the tokenizer in place was trained on.
+        # A stream is opened only now, so its text may not be what the tokenizer in place was trained on.
         origin = train_origin(args, corpus.records["train"], corpus.settings)
-        if tokenizers.origin(folder) == origin:
-            files = tokenizers.from_folder(folder)  # of an interrupted call
-        elif args.overwrite or tokenizers.origin(args.tokenizer_dir) != origin:
+        if args.overwrite or tokenizers.origin(args.tokenizer_dir) != origin:
             files = train_tokenizer(corpus, origin["vocab_size"])
-    if files is None:
-        # One of an interrupted call with other flags must not be installed with these tokens.
-        shutil.rmtree(folder, ignore_errors=True)
-        info = tokenizers.load(args.tokenizer_dir)
-    else:
+    # One of an interrupted call with other flags must not be installed with these tokens.
+    shutil.rmtree(folder, ignore_errors=True)
+    if files is not None:
         tokenizers.install(files, origin, folder)
-        info = tokenizers.load(folder)
+    info = tokenizers.load(folder if files is not None else args.tokenizer_dir)
     begins = f"begins with {info.bos_token!r}, id {info.bos_id}, and " if info.bos_token else ""
-    inferred = " (the tokenizer does not name it, but no other token is possible)" if files and files.inferred else ""
     print(
         f"Tokenizer in {args.tokenizer_dir} ({info.name}): {info.vocab_size:,} tokens, so a model needs a "
-        f"padded_vocab_size of that or more. Each document {begins}ends with {info.eos_token!r}, id {info.eos_id}"
-        f"{inferred}."
+        f"padded_vocab_size of that or more. Each document {begins}ends with {info.eos_token!r}, id {info.eos_id}."
     )
     return info
 
@@ -552,7 +555,10 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
     # What a killed call has moved already is not found again.
     for name in (*SPLITS, "text"):
         for folder_of_results in building.glob(f"*/{name}/"):
-            manifest.replace_folder(folder_of_results, folder / name)
+            # Windows cannot rename over a folder. A kill between the two steps is harmless, because the manifest is
+            # deleted already.
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(folder_of_results, folder / name)
     if not finished.keeps_text:
         shutil.rmtree(folder / "text", ignore_errors=True)
     # Last: from here on the tokens count as complete.
@@ -599,13 +605,11 @@ def locked(data_dir: Path) -> Iterator[None]:
     """Lock a folder that is being prepared. Folders that the call made and left empty are removed afterwards."""
     from filelock import FileLock, Timeout
 
-    parents = (data_dir, *data_dir.parents)
-    for folder in parents:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--data_dir {data_dir}: {folder} is a file; expected a folder.")
-    # Only folders that this call makes are removed again if it is refused.
-    made = [folder for folder in parents if not folder.exists()]
-    data_dir.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--data_dir {data_dir}: it, or a folder above it, is a file; expected a folder.") from None
     if not os.access(data_dir, os.W_OK):
         # Prepared tokens can be used from a read-only folder.
         yield
@@ -621,27 +625,19 @@ def locked(data_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _unlock(lock, data_dir, made)
+        with suppress(OSError):  # not empty, or not there
+            (data_dir / "tokens").rmdir()
+        if made and os.listdir(data_dir) == [LOCK]:
+            _remove_unused(lock, made)
+        lock.release()
 
 
-def _unlock(lock: "FileLock", data_dir: Path, made: list[Path]) -> None:
-    """Release the lock. If the call left nothing in ``data_dir``, remove the folders that it made."""
-    with suppress(OSError):  # not empty, or not there
-        (data_dir / "tokens").rmdir()
-    is_unused = bool(made) and [entry.name for entry in data_dir.iterdir()] == [LOCK]
+def _remove_unused(lock: "FileLock", made: list[Path]) -> None:
+    """Remove the folders that a call made and left empty, unless another process has come to use them."""
     # POSIX must delete the lock file before another process locks it; Windows cannot delete an open file.
-    if is_unused and os.name != "nt":
-        (data_dir / LOCK).unlink()
-    lock.release()
-    if is_unused:
-        _remove_folders(data_dir, made)
-
-
-def _remove_folders(data_dir: Path, made: list[Path]) -> None:
-    """Remove the empty folders that a failed call made, unless another process has come to use them."""
+    if os.name == "nt":
+        lock.release()
     with suppress(OSError):
-        # Elsewhere it was deleted before; a lock that is there now belongs to another process.
-        if os.name == "nt":
-            (data_dir / LOCK).unlink(missing_ok=True)
+        Path(lock.lock_file).unlink()
         for folder in made:
             folder.rmdir()

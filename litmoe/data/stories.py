@@ -11,6 +11,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, TypeVar
@@ -121,17 +122,13 @@ def story_requests(number: int, val_fraction: float, seed: int = 1) -> Iterator[
     corpus = set(stories_until(SAMPLE_BYTES))
     # A seed outside the usual range, so that requests are independent of the choices within the stories.
     random = Random(seed + (1 << 32)).random
-    for story in generate(seed):
-        if number <= 0:
-            return
-        # A model may have been pretrained on the corpus and would know the answer by heart.
-        if story.text in corpus:
-            continue
+    # A model may have been pretrained on the corpus and would know the answer by heart.
+    new_stories = (story for story in generate(seed) if story.text not in corpus)
+    for story in islice(new_stories, number):
         split = split_of(f"{story.hero['hero']} {story.scene.name}", val_fraction)
         request = _request_for(story, random, is_training=split == "train")
         names = [story.hero["hero"], story.scene.slots["pal"]]
         yield StoryRequest(split, request, story.text, [name for name in names if f" {name}" in request])
-        number -= 1
 
 
 def _request_for(story: Story, random: Callable[[], float], is_training: bool) -> str:

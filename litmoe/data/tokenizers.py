@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from litmoe.checksummed_json import write_json
+from litmoe.checksummed_json import read_json, write_json
 from litmoe.cli import UserError, quoted
 from litmoe.data.documents import END_OF_TEXT
 from litmoe.data.files import in_short
-from litmoe.data.manifest import (
-    begin_of_text_token,
-    end_of_text_token,
-    fingerprint_of,
-    token_text,
-    tokenizer_fingerprint,
-)
+from litmoe.data.manifest import fingerprint_of, special_tokens, token_text, tokenizer_config, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -35,8 +29,9 @@ DOCUMENT_BREAK = "\ufdd0\ufdd1\ufdd0"
 """Ends each document of those that are encoded in one call. Unicode reserves these characters for internal use."""
 ORIGIN = "prepared_from"
 """Key in tokenizer_config.json: what prepare_data.py made the folder from."""
-# Copied if they exist, in addition to tokenizer.json and tokenizer_config.json.
+# Copied if they exist.
 OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES)
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")
 # The pattern of the ByteLevel pre-tokenizer in tokenizers. tokenizer.json does not contain it, and tiktoken needs it.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -57,14 +52,11 @@ class TokenizerFiles:
     """``tokenizer_config.json``, with the end-of-text token."""
     others: dict[str, str]
     """File name to text."""
-    inferred: bool
-    """The end-of-text token was not named and had to be inferred."""
 
     @cached_property
     def sha256(self) -> str:
         """What ``manifest.tokenizer_fingerprint`` returns for the folder."""
-        bos_token = self.config["bos_token"] if self.config.get("add_bos_token") else None
-        return fingerprint_of(self.tokenizer, self.config["eos_token"], bos_token)
+        return fingerprint_of(self.tokenizer, *special_tokens(self.config))
 
 
 @dataclass(frozen=True)
@@ -96,61 +88,34 @@ def from_folder(folder: Path, name: str | None = None) -> TokenizerFiles:
     Raises:
         UserError: the tokenizer is missing or broken, or its end-of-text token is unclear.
     """
+    name = name or str(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"no tokenizer in {folder}: tokenizer.json is missing. Name another folder or a tokenizer of the Hub "
+            f"no tokenizer in {name}: tokenizer.json is missing. Name another folder or a tokenizer of the Hub "
             "(--tokenizer gpt2), train one on your text (--tokenizer train), or convert an older tokenizer with "
             "transformers: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)."
         )
     tokenizer = _read_json(folder / "tokenizer.json")
     config = folder / "tokenizer_config.json"
     others = {file: (folder / file).read_text("utf-8") for file in OPTIONAL_FILES if (folder / file).is_file()}
-    return _completed(tokenizer, _read_json(config) if config.is_file() else {}, others, name or str(folder))
+    return _completed(tokenizer, _read_json(config) if config.is_file() else {}, others, name)
 
 
 def from_hub(name: str) -> TokenizerFiles:
     """Download a tokenizer from the Hugging Face Hub, or read it from the Hub's cache without a network.
 
     Raises:
-        UserError: the name is unknown, or there is neither a network nor a cached copy.
+        UserError: the Hub has no such tokenizer or gives it only to users who accept its terms, or there is neither a
+            network nor a cached copy.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    problem = _connection_problem(name)
-    paths: dict[str, str] = {}
-    # File by file, because only tokenizer.json is required. Without a network the cache may hold them.
-    for file in ("tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES):
-        try:
-            paths[file] = huggingface_hub.hf_hub_download(name, file, local_files_only=problem is not None)
-        except EntryNotFoundError:  # also LocalEntryNotFoundError
-            continue
-        except Exception as error:
-            raise UserError(
-                f"the tokenizer {name!r} could not be downloaded ({in_short(error)}).\n{OFFLINE_WAYS}"
-            ) from None
-    if not paths and problem is not None:
-        raise UserError(
-            f"the tokenizer {name!r} is not available from the Hugging Face Hub ({problem}).\n{OFFLINE_WAYS}"
-        )
-    if "tokenizer.json" not in paths:
-        raise UserError(f"{name!r} on the Hub has no tokenizer.json; name another one.")
-    return from_folder(Path(next(iter(paths.values()))).parent, name)
-
-
-def _connection_problem(name: str) -> str | None:
-    """Return why the Hub can't be reached; None if it has this tokenizer.
-
-    Raises:
-        UserError: the Hub has no such tokenizer, or gives it only to users who accept its terms.
-    """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        # One short request first: without a network, a download would retry for a long time.
+        # A short request first: without a network, a download would wait for minutes.
         huggingface_hub.HfApi().model_info(name, timeout=10)
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(FILES))
     except GatedRepoError:
         raise UserError(f"the tokenizer {name!r} is gated: accept its terms on the Hub and `hf auth login`.") from None
     except (RepositoryNotFoundError, HFValidationError):
@@ -159,8 +124,14 @@ def _connection_problem(name: str) -> str | None:
             "as gpt2, a folder with a tokenizer.json, or the word train."
         ) from None
     except Exception as error:  # the transport raises many kinds of errors without a network
-        return in_short(error)
-    return None
+        cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
+        if not isinstance(cached, str):
+            raise UserError(
+                f"the tokenizer {name!r} is not available from the Hugging Face Hub ({in_short(error)}).\n"
+                f"{OFFLINE_WAYS}"
+            ) from None
+        folder = str(Path(cached).parent)
+    return from_folder(Path(folder), name)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
@@ -185,70 +156,47 @@ def train(texts: Iterable[str], vocab_size: int) -> TokenizerFiles:
 def _completed(
     tokenizer: dict[str, Any], config: dict[str, Any], others: dict[str, str], origin: str
 ) -> TokenizerFiles:
-    """Add what LitGPT and transformers need: the end-of-text token, a class, no truncation."""
+    """Add what LitGPT and transformers need: the tokens around texts, a class, no truncation."""
     # A limit that an earlier use of the tokenizer left behind would cut every document.
     tokenizer = {key: None if key in ("truncation", "padding") else value for key, value in tokenizer.items()}
     # The library knows which tokens exist, also those that are only in its template.
     parsed = _parse(tokenizer, origin)
-    named = token_text(config.get("eos_token"))
-    eos = named if named is not None else _infer_end_of_text(tokenizer, others, origin)
-    if parsed.token_to_id(eos) is None:
-        raise UserError(
-            f"the tokenizer of {origin} has no token {eos!r}, which its tokenizer_config.json names as eos_token; name "
-            "the token that ends a text there."
-        )
-    config = _completed_config(config, eos, _token_before_texts(tokenizer))
-    if config.get("add_bos_token") and parsed.token_to_id(config["bos_token"]) is None:
-        raise UserError(
-            f"the tokenizer of {origin} has no token {config['bos_token']!r}, which its tokenizer_config.json puts "
-            "before each text (bos_token, add_bos_token); name the token that begins a text there, or "
-            'set "add_bos_token": false.'
-        )
-    return TokenizerFiles(tokenizer, config, others, inferred=named is None)
-
-
-def _completed_config(config: dict[str, Any], eos: str, begin_token: str | None) -> dict[str, Any]:
-    """Add to ``tokenizer_config.json`` the tokens around texts and a class.
-
-    Args:
-        config: as it was given.
-        eos: the token that ends a text.
-        begin_token: the token that the template of ``tokenizer.json`` puts before each text; None without one.
-    """
+    # A null counts as missing: LitGPT would take it for False.
+    named = {key: value for key, value in config.items() if value is not None}
+    eos = token_text(named.get("eos_token")) or _infer_end_of_text(parsed, others, origin)
+    template = _token_before_texts(parsed)
     # LitGPT's TextFiles fails without a bos_token. Whether texts begin with it is decided below.
-    defaults = {"bos_token": begin_token or eos, "tokenizer_class": "PreTrainedTokenizerFast"}
-    given = {key: value for key, value in config.items() if value is not None and key != ORIGIN}
-    config = defaults | given | {"eos_token": eos}
-    config["bos_token"] = token_text(config["bos_token"])
+    config = {"bos_token": template or eos, "tokenizer_class": "PreTrainedTokenizerFast"} | named
+    config |= {"eos_token": eos, "bos_token": token_text(config["bos_token"])}
     # LitGPT does not read the template, so the rule is written out.
-    if config.get("add_bos_token", begin_token is not None or config["tokenizer_class"] == "LlamaTokenizer"):
-        config["add_bos_token"] = True
-    return config
+    config.setdefault("add_bos_token", template is not None or config["tokenizer_class"] == "LlamaTokenizer")
+    places = ("ends a text (eos_token)", "begins a text (bos_token; or set add_bos_token to false)")
+    for token, place in zip(special_tokens(config), places, strict=True):
+        if token is not None and parsed.token_to_id(token) is None:
+            raise UserError(
+                f"the tokenizer of {origin} has no token {token!r}; name the token that {place} in its "
+                "tokenizer_config.json."
+            )
+    return TokenizerFiles(tokenizer, config, others)
 
 
-def _token_before_texts(tokenizer: dict[str, Any]) -> str | None:
+def _token_before_texts(tokenizer: Any) -> str | None:
     """Return the token that the template of a ``tokenizer.json`` puts before each text: ``<s>`` of ``<s> $A``."""
-    processor = tokenizer.get("post_processor") or {}
-    for step in processor.get("processors", [processor]):
-        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
-            return str(step["cls"][0])
-        first = (step.get("single") or [{}])[0]
-        if step.get("type") == "TemplateProcessing" and "SpecialToken" in first:
-            return str(step["special_tokens"][first["SpecialToken"]["id"]]["tokens"][0])
-    return None
+    encoding = tokenizer.encode("a")
+    is_added = encoding.special_tokens_mask[:1] == [1]
+    return encoding.tokens[0] if is_added else None
 
 
-def _infer_end_of_text(tokenizer: dict[str, Any], others: dict[str, str], origin: str) -> str:
+def _infer_end_of_text(tokenizer: Any, others: dict[str, str], origin: str) -> str:
     """Return the token that can end a text: where generation ends, the one with a usual name, or the only one."""
-    special = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or [] if token.get("special")}
+    special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     # TypeError: a list of ids, as Llama 3 has, does not say which one ends a text.
     with suppress(KeyError, ValueError, TypeError):
         return special[json.loads(others["generation_config.json"])["eos_token_id"]]
     # Prefer a usual name, because special tokens are also used for padding and chat.
-    usual = [content for content in special.values() if content in END_OF_TEXT_NAMES]
-    for candidates in (usual, list(special.values())):
-        if len(candidates) == 1:
-            return candidates[0]
+    candidates = {*special.values()}.intersection(END_OF_TEXT_NAMES) or special.values()
+    if len(candidates) == 1:
+        return next(iter(candidates))
     raise UserError(
         f"the tokenizer of {origin} does not say which token ends a text, and its special tokens "
         f"({', '.join(map(repr, special.values())) or 'none'}) do not make it clear. Add a tokenizer_config.json "
@@ -267,7 +215,7 @@ def _parse(tokenizer_json: dict[str, Any], origin: str) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is broken ({error}); download it again.") from None
     if not isinstance(values, dict):
@@ -285,12 +233,11 @@ def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
-    try:
-        is_new = json.loads(path.read_text(encoding="utf-8")) != files.tokenizer
-    except (OSError, ValueError):
-        is_new = True
+    existing = None
+    with suppress(OSError, ValueError):
+        existing = read_json(path)
     # With a new config the old tokenizer.json would look like the new tokenizer.
-    if is_new:
+    if existing != files.tokenizer:
         path.unlink(missing_ok=True)
     for file in OPTIONAL_FILES:
         if file in files.others:
@@ -298,31 +245,24 @@ def install(files: TokenizerFiles, origin: dict[str, Any], folder: Path) -> None
         else:
             (folder / file).unlink(missing_ok=True)
     write_json(folder / "tokenizer_config.json", {**files.config, ORIGIN: {**origin, "sha256": files.sha256}})
-    if is_new:
-        write_json(path, files.tokenizer)
+    write_json(path, files.tokenizer)
 
 
 def origin(folder: Path) -> dict[str, Any]:
     """Return what ``prepare_data.py`` made the folder from; empty for a folder from elsewhere or a changed one."""
     try:
         # A tokenizer that was edited since has another fingerprint, so where it came from does not count.
-        noted = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[ORIGIN])
+        noted = dict(tokenizer_config(folder)[ORIGIN])
         return noted if noted.pop("sha256") == tokenizer_fingerprint(folder) else {}
-    except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
+    except (ValueError, KeyError, TypeError):  # a UserError is a ValueError
         return {}
 
 
 def is_complete(folder: Path) -> bool:
     """Return whether ``tokenizer_config.json`` says what LitGPT needs: a class and the tokens around texts."""
-    path = folder / "tokenizer_config.json"
-    config = _read_json(path) if path.is_file() else {}
-    if token_text(config.get("eos_token")) is None or config.get("tokenizer_class") is None:
-        return False
-    if "add_bos_token" not in config and config["tokenizer_class"] != "LlamaTokenizer":
-        return _token_before_texts(_read_json(folder / "tokenizer.json")) is None
-    # null is unclear: LitGPT takes it for False, although a missing line means True for LlamaTokenizer.
-    adds = config.get("add_bos_token", True)
-    return adds is False or (bool(adds) and token_text(config.get("bos_token")) is not None)
+    # `from_folder` adds what is missing. What it adds changes no id if the fingerprint stays the same.
+    has_class = tokenizer_config(folder).get("tokenizer_class") is not None
+    return has_class and tokenizer_fingerprint(folder) == from_folder(folder).sha256
 
 
 def load(folder: Path) -> TokenizerInfo:
@@ -331,34 +271,21 @@ def load(folder: Path) -> TokenizerInfo:
     Raises:
         UserError: the tokenizer is missing, broken or incomplete.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    sha256 = tokenizer_fingerprint(folder)
+    if not is_complete(folder):
         raise UserError(
-            f"no tokenizer at {folder}: tokenizer.json is missing. `uv run python prepare_data.py --tokenizer "
-            f"NAME|FOLDER|train --tokenizer_dir {quoted(folder)}` puts one there."
-        )
-    values = _read_json(path)
-    tokenizer = _parse(values, str(folder))
-    # Both come from tokenizer_config.json, as LitGPT reads them.
-    eos_token = end_of_text_token(folder)
-    eos_id = tokenizer.token_to_id(eos_token) if eos_token is not None else None
-    if eos_token is None or eos_id is None:
-        raise UserError(
-            f"the tokenizer at {folder} lacks the end-of-text token {eos_token!r} of its tokenizer_config.json; "
-            f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it if the token is clear."
-        )
-    bos_token = begin_of_text_token(folder)
-    bos_id = tokenizer.token_to_id(bos_token) if bos_token is not None else None
-    if not is_complete(folder) or (bos_token is not None and bos_id is None):
-        raise UserError(
-            f"the tokenizer at {folder} does not say which token begins a text (tokenizer_class, add_bos_token and "
-            f"bos_token in tokenizer_config.json, against {_token_before_texts(values)!r} in the template); "
+            f"the tokenizer at {folder} does not say which token begins a text and which one ends it (tokenizer_class, "
+            "add_bos_token, bos_token and eos_token in tokenizer_config.json); "
             f"`--tokenizer {quoted(folder)} --tokenizer_dir ANOTHER` completes it."
         )
+    tokenizer = _parse(_read_json(folder / "tokenizer.json"), str(folder))
+    eos_token, bos_token = special_tokens(tokenizer_config(folder))
+    # `is_complete` has checked that the vocabulary contains both.
+    eos_id = tokenizer.token_to_id(eos_token)
+    bos_id = tokenizer.token_to_id(bos_token) if bos_token is not None else None
     # Ids may have gaps: a model needs a row for the largest one.
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     name = str(origin(folder).get("name", folder))
-    sha256 = tokenizer_fingerprint(folder)
     return TokenizerInfo(folder, name, sha256, vocab_size, eos_token, eos_id, bos_token, bos_id)
 
 
@@ -375,7 +302,7 @@ def litgpt_tokenizer(folder: Path) -> "Tokenizer":
 
     tokenizer = Tokenizer(folder)
     if tokenizer.backend == "huggingface":
-        tokenizer.use_bos = begin_of_text_token(folder) is not None
+        tokenizer.use_bos = special_tokens(tokenizer_config(folder))[1] is not None
         tokenizer.processor.no_truncation()
         tokenizer.processor.no_padding()
     return tokenizer
@@ -428,7 +355,7 @@ class Encoder:
         if fast:
             import tiktoken
 
-            bpe = byte_level_bpe(json.loads(tokenizer_json.read_text(encoding="utf-8")))
+            bpe = byte_level_bpe(read_json(tokenizer_json))
             assert bpe is not None, "the caller has checked that tiktoken can encode it"
             pattern, ranks = bpe
             special = {DOCUMENT_BREAK: eos_id}
@@ -480,8 +407,7 @@ class Encoder:
 
 def agrees_with_tiktoken(tokenizer_json: Path, sample: list[str]) -> bool:
     """Return whether tiktoken gives exactly this tokenizer's ids: possible for its kind, and true for ``sample``."""
-    values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
-    if byte_level_bpe(values) is None:
+    if byte_level_bpe(read_json(tokenizer_json)) is None:
         return False
     # Any id outside of the vocabulary serves between the texts.
     end = 1 << 30
@@ -505,51 +431,43 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     """Return the id of each token by its bytes; None if tiktoken would merge in another order."""
     vocab: dict[str, int] = model["vocab"]
     to_byte = {character: byte for byte, character in byte_characters().items()}
+    # "a b" in older files, ["a", "b"] in newer ones.
+    merged = ["".join(merge).replace(" ", "") for merge in model["merges"]]
     # tiktoken ends the process for a byte without a token.
-    if not vocab.keys() >= to_byte.keys():
+    if not vocab.keys() >= {*to_byte, *merged} or not to_byte.keys() >= {*"".join(merged)}:
         return None
-    ranks = {bytes([byte]): vocab[character] for character, byte in to_byte.items()}
-    last = -1
-    for merge in model["merges"]:
-        token = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
-        rank = vocab.get(token, -1)
-        # tiktoken merges in the order of the ids.
-        if rank <= last or not to_byte.keys() >= set(token):
-            return None
-        last = rank
-        ranks[bytes(map(to_byte.__getitem__, token))] = rank
-    return ranks
+    # tiktoken merges in the order of the ids.
+    ids = [vocab[token] for token in merged]
+    if ids != sorted(set(ids)):
+        return None
+    return {bytes(map(to_byte.__getitem__, token)): vocab[token] for token in (*to_byte, *merged)}
 
 
 def _is_plain_bpe(tokenizer_json: dict[str, Any]) -> bool:
     """Return whether a tokenizer is a BPE without anything that tiktoken does not have."""
-    model = tokenizer_json.get("model") or {}
+    model = tokenizer_json["model"]
     extras = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    if model.get("type") != "BPE" or any(model.get(name) for name in extras):
+    if model.get("type") != "BPE" or tokenizer_json.get("normalizer") is not None:
         return False
     # Added tokens that are not special are found in the text before it is divided.
-    added = tokenizer_json.get("added_tokens") or []
-    return tokenizer_json.get("normalizer") is None and all(token.get("special") for token in added)
+    added = tokenizer_json.get("added_tokens", [])
+    return not any(map(model.get, extras)) and all(token.get("special") for token in added)
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str | None:
     """Return the regular expression of a byte-level pre-tokenizer; None if it does anything else."""
-    if pre_tokenizer.get("type") == "ByteLevel":
-        # GPT-2's kind divides by a pattern of its own.
-        return GPT2_PATTERN if _is_byte_level(pre_tokenizer, use_regex=True) else None
-    steps = pre_tokenizer.get("pretokenizers", [])
-    if len(steps) != 2:
+    *splits, level = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    if level.get("type") != "ByteLevel" or level.get("add_prefix_space"):
         return None
-    # GPT-4's and Llama 3's kind: a pattern, then bytes.
-    split, level = steps
-    # Isolated keeps every match as a piece of its own, as tiktoken does.
-    isolates = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
-    return split["pattern"].get("Regex") if isolates and _is_byte_level(level, use_regex=False) else None
-
-
-def _is_byte_level(step: dict[str, Any], *, use_regex: bool) -> bool:
-    is_plain = step["type"] == "ByteLevel" and not step.get("add_prefix_space")
-    return is_plain and bool(step.get("use_regex", True)) is use_regex
+    # GPT-2's kind divides by a pattern of its own. Older files lack use_regex.
+    has_pattern = level.get("use_regex", True)
+    if not splits:
+        return GPT2_PATTERN if has_pattern else None
+    # GPT-4's and Llama 3's kind: a pattern, then bytes. Isolated keeps every match as a piece of its own, as tiktoken
+    # does.
+    wanted = {"type": "Split", "behavior": "Isolated", "invert": False}
+    isolates = {"invert": False, **splits[0]}.items() >= wanted.items()
+    return splits[0]["pattern"].get("Regex") if isolates and not has_pattern and len(splits) == 1 else None
 
 
 def byte_characters() -> dict[int, str]:

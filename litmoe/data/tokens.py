@@ -11,10 +11,12 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
+from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +26,7 @@ from litmoe.checksummed_json import read_json, write_json
 from litmoe.data import manifest
 from litmoe.data.corpora import Corpus
 from litmoe.data.documents import END_OF_TEXT, Batch, Counts, Rules, Unit, UnitEnd, read_unit
-from litmoe.data.files import Unfinished, is_remote
+from litmoe.data.files import Unfinished
 from litmoe.data.manifest import SPLITS
 
 # The last tokens of a chunk that fill no window are not used, so chunks are long. litdata's own reader shuffles chunks,
@@ -81,9 +83,10 @@ def tokenize_corpus(
     """
     if num_workers is None:
         num_workers = _available_cores()
-    limit = corpus.settings.max_documents
-    contents = {split: manifest.contents(records) for split, records in corpus.records.items()}
-    for cut in (False, True):
+
+    def tokenize(cut: bool) -> tuple[UnitStore, list[UnitRecord]]:
+        limit = corpus.settings.max_documents
+        contents = {split: manifest.contents(records) for split, records in corpus.records.items()}
         rules = replace(corpus.rules, cut=cut)
         # Everything that decides the bytes of a unit: if it changes, units are made again. The number of threads
         # is not among them, because results are written in order.
@@ -91,21 +94,20 @@ def tokenize_corpus(
         # Both attempts have a folder, so that a restarted call does not repeat the first one.
         store = UnitStore(folder / ("cut" if cut else "units"), sha256(values.encode()).hexdigest())
         groups = corpus.unit_groups()
-        records = process_units(groups, rules, encode, store, num_workers, limit, keep_text, Progress(corpus))
-        documents = totals_of(records).documents
-        # With no document at all, cutting does not help.
-        if rules.val_fraction is None or len({bool(number) for number in documents.values()}) == 1:
-            if not cut:
-                # Of an interrupted call, when the corpus had fewer documents. Only one folder may have results.
-                shutil.rmtree(folder / "cut", ignore_errors=True)
-            break
-        if not cut:
-            number = sum(documents.values())
-            print(
-                f"{number} document{'s' if number != 1 else ''}: too few to split by document, so the last "
-                f"{100 * rules.val_fraction:g}% of each becomes validation text."
-            )
-    return store, records
+        return store, process_units(groups, rules, encode, store, num_workers, limit, keep_text, Progress(corpus))
+
+    store, records = tokenize(cut=False)
+    documents = totals_of(records).documents
+    if "val" in corpus.files or all(documents.values()) or not any(documents.values()):
+        # Of an interrupted call, when the corpus had fewer documents. Only one folder may have results.
+        shutil.rmtree(folder / "cut", ignore_errors=True)
+        return store, records
+    number = sum(documents.values())
+    print(
+        f"{number} document{'s' if number != 1 else ''}: too few to split by document, so the last "
+        f"{100 * corpus.rules.val_fraction:g}% of each becomes validation text."
+    )
+    return tokenize(cut=True)
 
 
 def _available_cores() -> int:
@@ -167,14 +169,11 @@ class UnitStore:
 
     def __init__(self, folder: Path, inputs: str) -> None:
         self.folder = folder
-        try:
-            resumes = read_json(folder / "inputs.json") == inputs
-        except (OSError, ValueError):
-            resumes = False
-        if not resumes:
+        marker = folder / "inputs"
+        if not marker.is_file() or marker.read_bytes() != inputs.encode():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            write_json(folder / "inputs.json", inputs)
+            marker.write_bytes(inputs.encode())
         elif any(folder.glob("0*.json")):
             print("Resuming an interrupted preparation.")
 
@@ -184,14 +183,11 @@ class UnitStore:
 
     def read(self, number: int) -> UnitRecord | None:
         """Return the record of a finished unit, None if the unit must be processed."""
-        try:
-            values = read_json(self.folder / f"{number:06}.json")
-            record = UnitRecord(Counts(**values["counts"]), values["sizes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        # After a power failure a record may have outlived its data.
-        complete = all(self._size(number, name) == size for name, size in record.sizes.items())
-        return record if complete else None
+        for record in self._read_records(f"{number:06}.json"):
+            # After a power failure a record may have outlived its data.
+            if all(self._size(number, name) == size for name, size in record.sizes.items()):
+                return record
+        return None
 
     def _size(self, number: int, name: str) -> int:
         path = self.part(number, name)
@@ -200,20 +196,26 @@ class UnitStore:
     def write(self, number: int, counts: Counts) -> UnitRecord:
         """Write the record of a unit after its data."""
         record = UnitRecord(counts, {name: self._size(number, name) for name in PARTS})
-        write_json(self.folder / f"{number:06}.json", asdict(record))
+        self._write_records(f"{number:06}.json", [record])
         return record
 
     def finish(self, records: list[UnitRecord]) -> None:
         """Note that all units are finished. From now on their data may be consumed."""
-        write_json(self.folder / "complete.json", [asdict(record) for record in records])
+        self._write_records("complete.json", records)
 
-    def finished(self) -> list[UnitRecord] | None:
-        """Return the records of all units, None if some are missing."""
+    def finished(self) -> list[UnitRecord]:
+        """Return the records of all units, none if some are missing."""
+        return self._read_records("complete.json")
+
+    def _write_records(self, name: str, records: list[UnitRecord]) -> None:
+        write_json(self.folder / name, [asdict(record) for record in records])
+
+    def _read_records(self, name: str) -> list[UnitRecord]:
+        """Return the records in a file, none if it is missing, damaged or of another version."""
         try:
-            values = read_json(self.folder / "complete.json")
-            return [UnitRecord(Counts(**entry["counts"]), entry["sizes"]) for entry in values]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            return [UnitRecord(Counts(**entry["counts"]), entry["sizes"]) for entry in read_json(self.folder / name)]
+        except manifest.UNREADABLE:
+            return []
 
 
 def process_units(
@@ -247,16 +249,16 @@ def process_units(
         Unfinished: the connection to the Hub was lost.
     """
     finished = store.finished()
-    if finished is not None:
+    if finished:
         # Their data may be in chunks already.
         return finished
-    records: list[UnitRecord] = []
+    # By number: a unit that is read again may end after later units that were finished.
+    records: dict[int, UnitRecord] = {}
     items = _unfinished_items(groups, rules, store, max_documents, records, progress)
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers)) if num_workers else None
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         open_parts: dict[str, BinaryIO] = {}
         # A limit on the batches in advance keeps memory constant, however fast the reader is.
-        for item, data in _encode_in_order(items, encode, pool, 2 * num_workers):
+        for item, data in _encode_in_order(items, encode, pool if num_workers else None, 2 * num_workers):
             if isinstance(item, Batch):
                 parts = {item.split: data}
                 if keep_text:
@@ -269,10 +271,11 @@ def process_units(
             else:
                 # The record comes after the data, so a unit with a record is complete.
                 _close(open_parts)
-                records.append(store.write(item.unit.number, item.counts))
+                records[item.unit.number] = store.write(item.unit.number, item.counts)
             progress.add(item)
-    store.finish(records)
-    return records
+    finished = [records[number] for number in sorted(records)]
+    store.finish(finished)
+    return finished
 
 
 def _close(parts: dict[str, BinaryIO]) -> None:
@@ -289,72 +292,71 @@ def _unfinished_items(
     rules: Rules,
     store: UnitStore,
     max_documents: int | None,
-    records: list[UnitRecord],
+    records: dict[int, UnitRecord],
     progress: Progress,
 ) -> Iterator[Batch | UnitEnd]:
-    """Yield the batches and ends of units without a record; append the records of the others.
-
-    Units finish in order, so all finished ones come before the first unfinished one.
-    """
+    """Yield the batches and ends of units without a record; add the records of the others to ``records``."""
     val_hashes: set[int] = set()
     for units in groups:
-        left = max_documents
+        left = max_documents or inf
         for unit in units:
             record = store.read(unit.number)
             if record is not None:
                 counts = record.counts
                 val_hashes.update(counts.hashes)
-                records.append(record)
+                records[unit.number] = record
                 progress.skip(unit)
             else:
-                # Parts of an interrupted call; a split without documents writes none.
-                for name in PARTS:
-                    store.part(unit.number, name).unlink(missing_ok=True)
+                # Part files of an interrupted call are overwritten: the same unit writes the same files.
                 for item in _read_with_retries(unit, rules, val_hashes, left):
                     if isinstance(item, UnitEnd):
                         counts = item.counts
                     yield item
-            if left is not None:
-                left -= counts.read
-                # Stop here: asking for the next unit would open the next file.
-                if left == 0:
-                    break
+            left -= counts.read
+            # Stop here: asking for the next unit would open the next file.
+            if left == 0:
+                break
 
 
-def _read_with_retries(unit: Unit, rules: Rules, val_hashes: set[int], limit: int | None) -> Iterator[Batch | UnitEnd]:
+def _read_with_retries(unit: Unit, rules: Rules, val_hashes: set[int], limit: float) -> Iterator[Batch | UnitEnd]:
     """Read a unit; if the connection to the Hub is lost, read it again and skip what was already given out."""
     given = 0
-    # None: the last attempt, after which the error is raised.
-    for wait in (*RETRY_SECONDS, None):
+    for wait in RETRY_SECONDS:
         try:
             # Reading a unit again gives the same batches.
-            for number, item in enumerate(read_unit(unit, rules, val_hashes, limit)):
-                if number >= given:
-                    given += 1
-                    yield item
+            for item in islice(read_unit(unit, rules, val_hashes, limit), given, None):
+                given += 1
+                yield item
             return
         except Unfinished:
-            if wait is None or not is_remote(unit.files[0]):
-                raise
             time.sleep(wait)
+    yield from islice(read_unit(unit, rules, val_hashes, limit), given, None)
 
 
 def _encode_in_order(
     items: Iterable[Batch | UnitEnd], encode: Callable[[list[str]], bytes], pool: ThreadPoolExecutor | None, ahead: int
 ) -> Iterator[tuple[Batch | UnitEnd, bytes]]:
     """Yield each item with the encoded bytes of a batch, at most ``ahead`` batches encoded in advance."""
-    waiting: deque[tuple[Batch | UnitEnd, Future[bytes] | None]] = deque()
+    waiting: deque[tuple[Batch | UnitEnd, Callable[[], bytes]]] = deque()
     for item in items:
-        if pool is None:
-            yield item, encode(item.texts) if isinstance(item, Batch) else b""
-            continue
         # The end of a unit waits in the same queue, behind its batches.
-        waiting.append((item, pool.submit(encode, item.texts) if isinstance(item, Batch) else None))
+        waiting.append((item, _start_encoding(item, encode, pool)))
         if len(waiting) > ahead:
-            first, future = waiting.popleft()
-            yield first, future.result() if future else b""
-    for item, future in waiting:
-        yield item, future.result() if future else b""
+            first, result = waiting.popleft()
+            yield first, result()
+    for item, result in waiting:
+        yield item, result()
+
+
+def _start_encoding(
+    item: Batch | UnitEnd, encode: Callable[[list[str]], bytes], pool: ThreadPoolExecutor | None
+) -> Callable[[], bytes]:
+    """Return a function that returns the encoded bytes; without a pool it encodes when it is called."""
+    if isinstance(item, UnitEnd):
+        return bytes
+    if pool is None:
+        return partial(encode, item.texts)
+    return pool.submit(encode, item.texts).result
 
 
 def totals_of(records: list[UnitRecord]) -> Counts:

@@ -19,8 +19,8 @@ from litmoe.data import instructions
 from litmoe.data.conversations import DEFAULT_STYLE, encode_conversation, is_tuned, load_prompt_style, prompt_style
 from litmoe.data.sft_data import IGNORE_INDEX, EncodedConversations, collate, longer_context
 from litmoe.evaluation.common import ModelOptions, Result, as_table, load_model, with_progress
-from litmoe.forward import hidden_states, logits_of
 from litmoe.inference.generate import check_finite
+from litmoe.layers import hidden_states, logits_of
 
 _BATCH_SIZE = 8
 

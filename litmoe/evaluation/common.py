@@ -16,8 +16,8 @@ from rich.text import Text
 
 from litmoe import checkpoints
 from litmoe.cli import UserError, strip_control_chars
-from litmoe.forward import hidden_states, logits_of
 from litmoe.inference.generate import check_finite, supports_bf16
+from litmoe.layers import hidden_states, logits_of
 
 Precision = Literal["auto", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
 

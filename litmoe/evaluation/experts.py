@@ -33,8 +33,8 @@ from litmoe.cli import UserError
 from litmoe.data.tokenizers import text_ids
 from litmoe.evaluation.common import ModelOptions, Result, as_table, load_model
 from litmoe.evaluation.loss import open_validation
-from litmoe.forward import hidden_states
 from litmoe.inference.text_stream import TextStream
+from litmoe.layers import hidden_states
 
 SEEN = 20  # a token must occur this often to be listed
 TOKENS = 5  # tokens listed for an expert

@@ -1,6 +1,6 @@
 """Decoding: a batch of texts with KV caches that grow together, one token per step.
 
-A step is the same forward as in training (``litmoe.forward``) with the caches of the attention layers. On a CPU most of
+A step is the same forward as in training (``litmoe.layers``) with the caches of the attention layers. On a CPU most of
 its time is Python, and on a GPU the launching of kernels; there a CUDA graph replays it. ``torch.compile`` is not used,
 because it would delay the first token.
 
@@ -22,8 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from custom_moe import MoE
 from custom_moe.router import TopKRouter
-from litmoe.forward import hidden_states, logits_of
-from litmoe.layers import CausalSelfAttention, KVCache, RMSNorm
+from litmoe.layers import CausalSelfAttention, KVCache, RMSNorm, hidden_states, logits_of
 
 _MIN_GRAPH_STEPS = 16
 """Steps for which recording a CUDA graph is worth it: the recording takes as long as a few steps"""

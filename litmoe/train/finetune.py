@@ -12,7 +12,7 @@ import litgpt.finetune.lora
 import litgpt.lora
 import torch
 from litgpt import GPT, Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from custom_moe.litgpt import LoRAExperts, LoRARouter
 from litmoe import checkpoints
@@ -37,7 +37,7 @@ from litmoe.train.preflight import (
     find_checkpoint,
     find_moved_data,
 )
-from litmoe.train.resume import refusal
+from litmoe.train.resume import described_changes, refusal
 from litmoe.train.run import run_training
 from litmoe.train.state import Finetuning
 
@@ -92,18 +92,10 @@ def check_same_tuning(folder: Path, settings: FinetuneSettings) -> None:
         problem = f"{folder} is from a pretraining run, which finetuning can't resume"
         raise refusal(folder, settings, problem, "Resume a finetuning run")
     # The prompt style is a setting of the data.
-    saved |= saved["data"].get("init_args", {})
-    present = {"prompt_style": settings.data.prompt_style}
-    # Without LoRA before and now, its other settings have no effect.
-    if saved["lora_r"] or settings.lora_r:
-        present |= {name: getattr(settings, name) for name in LORA_FIELDS}
-    changed = []
-    for name, value in present.items():
-        # Older versions did not have all of these settings.
-        if name in saved and saved[name] != value:
-            changed.append(f"{name} was {saved[name]} and is now {value}")
-    if changed:
-        problem = f"{folder} can't be resumed with other settings: {'; '.join(changed)}"
+    saved |= saved["data"]["init_args"]
+    changes = described_changes(saved, {"prompt_style": settings.data.prompt_style, **lora_fields(settings)})
+    if changes:
+        problem = f"{folder} can't be resumed with other settings: {'; '.join(changes.values())}"
         raise refusal(folder, settings, problem, "Resume with the old ones")
 
 
@@ -159,8 +151,6 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     use_expandable_segments(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
-    # The loggers drop what was logged after this step, because these steps are taken again.
-    resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
     module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full
     arguments: dict[str, Any] = {
         "checkpoint_dir": settings.checkpoint_dir,
@@ -178,13 +168,11 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
         "seed": settings.seed,
     }
     if settings.lora_r:
-        arguments |= {name: getattr(settings, name) for name in LORA_FIELDS}
+        arguments |= lora_fields(settings)
     patched = patched_finetuning(
         module,
         main=partial(main, run=run, resume_from=resume_from, precision_note=note),
-        choose_logger=logger_factory(
-            settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
-        ),
+        choose_logger=logger_factory(settings, resume_from),
         strategy=partial(make_strategy, settings, precision),
         router=settings.moe.router,
     )
@@ -250,21 +238,20 @@ def _build_lora_model(fabric: L.Fabric, settings: FinetuneSettings, resume_from:
     weights = checkpoints.load_weights(settings.checkpoint_dir)
     # All parameters are loaded or drawn by load_base_weights.
     with fabric.init_module(empty_init=True):
-        gpt = litgpt.lora.GPT(lora_config(settings))
+        gpt = litgpt.lora.GPT(litgpt.lora.Config(**asdict(settings.model) | lora_fields(settings)))
     # Tied embeddings stay tied, unless LoRA changes the head only.
     settings.train.tie_embeddings = checkpoints.is_tied(weights) and not settings.lora_head
     if settings.train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.linear.weight
     load_base_weights(gpt, weights)
     if resume_from is not None:
-        load_lora_weights(gpt, checkpoints.load_lora_weights(resume_from))
+        _load_part(gpt, checkpoints.load_lora_weights(resume_from), are_lora=True)
     return gpt
 
 
-def lora_config(settings: FinetuneSettings) -> litgpt.lora.Config:
-    """Return the checkpoint's config with the LoRA fields of the run."""
-    fields = {name: getattr(settings, name) for name in LORA_FIELDS}
-    return litgpt.lora.Config(**asdict(settings.model) | fields)
+def lora_fields(settings: FinetuneSettings) -> dict[str, Any]:
+    """Return the LoRA settings of a run, in LitGPT's names."""
+    return {name: getattr(settings, name) for name in LORA_FIELDS}
 
 
 def load_base_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:
@@ -273,11 +260,7 @@ def load_base_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:
     Raises:
         RuntimeError: the weights belong to another model.
     """
-    # Only the LoRA parameters may be missing in the checkpoint.
-    missing, unexpected = gpt.load_state_dict(weights, strict=False)
-    wrong = [key for key in missing if not litgpt.lora.lora_filter(key, None)] + unexpected
-    if wrong:
-        raise RuntimeError(f"the checkpoint's weights do not fit the model: {', '.join(wrong[:5])}")
+    _load_part(gpt, weights, are_lora=False)
     # The model was built without initial values.
     for module in gpt.modules():
         if isinstance(module, litgpt.lora.LoRALinear):
@@ -287,16 +270,16 @@ def load_base_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:
     litgpt.lora.mark_only_lora_as_trainable(gpt)
 
 
-def load_lora_weights(gpt: GPT, lora_weights: dict[str, Tensor]) -> None:
-    """Load the LoRA parameters that ``divide_weights`` returned.
+def _load_part(gpt: GPT, weights: dict[str, Tensor], *, are_lora: bool) -> None:
+    """Load all LoRA parameters of a model (as ``divide_weights`` returned them), or all others.
 
     Raises:
-        RuntimeError: they belong to other LoRA settings.
+        RuntimeError: the weights belong to another model, or to other LoRA settings.
     """
-    missing, unexpected = gpt.load_state_dict(lora_weights, strict=False)
-    wrong = [key for key in missing if litgpt.lora.lora_filter(key, None)] + unexpected
+    missing, unexpected = gpt.load_state_dict(weights, strict=False)
+    wrong = [key for key in missing if litgpt.lora.lora_filter(key, None) == are_lora] + unexpected
     if wrong:
-        raise RuntimeError(f"the LoRA weights do not fit the model: {', '.join(wrong[:5])}")
+        raise RuntimeError(f"the weights do not fit the model (LoRA: {are_lora}): {', '.join(wrong[:5])}")
 
 
 @torch.no_grad()
@@ -310,22 +293,29 @@ def divide_weights(gpt: GPT) -> tuple[dict[str, Tensor], dict[str, Tensor] | Non
         # Full finetuning has nothing to merge.
         return state, None
     modules = dict(gpt.named_modules())
-    lora = {key: value for key, value in state.items() if litgpt.lora.lora_filter(key, value)}
-    # LoRALinear wraps the original layer as its attribute `linear`.
-    weights = {key.replace(".linear.", "."): value for key, value in state.items() if key not in lora}
+    weights: dict[str, Tensor] = {}
+    lora: dict[str, Tensor] = {}
+    for key, value in state.items():
+        layer, _, attribute = key.partition(".linear.")
+        if litgpt.lora.lora_filter(key, value):
+            lora[key] = value
+        elif isinstance(modules.get(layer), litgpt.lora.LoRALinear):
+            # It wraps the original layer as its attribute `linear`.
+            weights[f"{layer}.{attribute}"] = value
+        else:
+            weights[key] = value
     for key in lora:
         name, _, attribute = key.rpartition(".")
         # One update for each pair of A and B.
         if attribute != "lora_B":
             continue
-        module = modules.get(name)
+        # The state dict names the experts' layers one by one, but the parameters belong to the stacked experts, two
+        # levels above.
+        module: Any = modules.get(name) or modules[name.rsplit(".", 2)[0]]
         if isinstance(module, litgpt.lora.LoRALinear):
             update = module.get_lora_AB()
         else:
-            # A router, or one layer of one expert. The state dict names the experts' layers one by one, but the
-            # parameters belong to the stacked experts, two levels above.
-            owner: nn.Module = module or modules[name.rsplit(".", 2)[0]]
-            update = owner.scaling * (lora[key] @ lora[f"{name}.lora_A"])
+            update = module.scaling * (lora[key] @ lora[f"{name}.lora_A"])
         # Not in place: the tensor belongs to the model, whose base weights must not change.
         weights[f"{name}.weight"] = weights[f"{name}.weight"] + update
     return weights, lora

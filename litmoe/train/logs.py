@@ -1,13 +1,14 @@
 """Loggers of a run: the CSV file that every run has, TensorBoard, W&B, and the terminal."""
 
 import csv
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from lightning.fabric.loggers import Logger, TensorBoardLogger
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from litmoe import checkpoints
 from litmoe.cli import UserError, strip_control_chars
+from litmoe.config import RunSettings
 
 METRICS_FILE = "metrics.csv"
 RUN_CONFIG = "run_config.yaml"
@@ -47,13 +49,10 @@ class MetricsCSV(Logger):
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
-        self._resume_step = resume_step
-        # The header of the file, as this process wrote it. Empty until then, so that the first write rewrites the file:
-        #
-        #   _columns    resume_step   the file contains           the next write
-        #   empty       None          another run, or no file     replaces it
-        #   empty       a step        rows of earlier processes   keeps those up to that step
-        #   not empty   any           rows of this process too    appends, or rewrites all rows with new columns
+        # A rewrite keeps the rows up to this step. The steps after a checkpoint are taken again, and log their rows
+        # again. None keeps nothing: the file belongs to the run that --overwrite removes.
+        self._keep_until: float | None = resume_step
+        # The header of the file, as this process wrote it. Empty until then, so that the first write rewrites the file.
         self._columns: list[str] = []
         # Bytes of the file up to the last complete row, to remove what a full disk cut off.
         self._size = 0
@@ -137,28 +136,23 @@ class MetricsCSV(Logger):
         finally:
             partial.unlink(missing_ok=True)
         self._columns = columns
+        # From now on all rows are those of this run.
+        self._keep_until = math.inf
 
     def _read_earlier_rows(self, names: list[str]) -> tuple[list[str], list[dict[str, str]]]:
-        """Return the columns and readable rows of the file; those of an earlier process up to the resumed step.
+        """Return the columns and the readable rows of the file that are kept.
 
         If something is damaged, other than a row that a kill cut off, a copy of the file is kept.
         """
-        # This process has written the file, so its rows are those of this run up to now.
-        is_own_file = bool(self._columns)
-        is_continued = is_own_file or self._resume_step is not None
-        # The first write of a new run: what is there belongs to the run that --overwrite removes.
-        if not is_continued or not self.path.is_file():
+        keep_until = self._keep_until
+        if keep_until is None or not self.path.is_file():
             return [], []
         # Bytes and not text, so that a copy of a damaged file is exact.
         content = self.path.read_bytes()
-        table = _read_table(content.decode("utf-8-sig", errors="replace"), numeric={*COLUMNS, *names})
+        table = _read_table(content.decode("utf-8-sig", errors="surrogateescape"), numeric={*COLUMNS, *names})
         if table.damage:
             print(f"{self.path} is damaged: {table.damage}. A copy of it is kept: {_keep_copy(self.path, content)}")
-        rows = table.rows
-        # The steps after the checkpoint are taken again, and log their rows again.
-        if not is_own_file:
-            rows = [row for row in rows if int(row["step"]) <= (self._resume_step or 0)]
-        return table.columns, rows
+        return table.columns, [row for row in table.rows if int(row["step"]) <= keep_until]
 
 
 class _Table(NamedTuple):
@@ -174,14 +168,14 @@ def _read_table(text: str, numeric: Collection[str]) -> _Table:
     Args:
         numeric: columns with cells that must be numbers or empty.
     """
-    header, *lines = text.splitlines() or [""]
+    complete_lines, _, last_line = text.rpartition("\n")
+    header, *lines = complete_lines.splitlines() or [""]
     columns = _cells(header)
-    if "\n" not in text or not _are_column_names(columns):
+    if "step" not in columns or len(set(columns)) < len(columns):
         return _Table([], [], "its first line has no column names")
-    # A kill can leave a part of the last row, which ends without a line break.
-    is_cut_off = bool(lines) and not text.endswith("\n") and lines[-1].isprintable()
-    if is_cut_off and _parse_row(lines[-1], columns, numeric) is None:
-        lines.pop()
+    # A row without a line break was cut off by a kill. It counts if only the line break is missing.
+    if _parse_row(last_line, columns, numeric) is not None:
+        lines.append(last_line)
     rows: list[dict[str, str]] = []
     last_step = 0
     for line in lines:
@@ -194,11 +188,6 @@ def _read_table(text: str, numeric: Collection[str]) -> _Table:
     return _Table(columns, rows, f"{unreadable} rows can't be read" if unreadable else "")
 
 
-def _are_column_names(cells: list[str]) -> bool:
-    is_unique = len(set(cells)) == len(cells)
-    return is_unique and "step" in cells and "" not in cells
-
-
 def _parse_row(line: str, columns: list[str], numeric: Collection[str]) -> dict[str, str] | None:
     """Return the cells of a line by column; None if one is missing or is not the number that it should be."""
     cells = _cells(line)
@@ -207,21 +196,17 @@ def _parse_row(line: str, columns: list[str], numeric: Collection[str]) -> dict[
     row = dict(zip(columns, cells, strict=True))
     try:
         for name in numeric:
-            if row.get(name):
-                float(row[name])
-        return row if int(row["step"]) >= 0 else None
+            float(row.get(name) or 0)
+        int(row["step"])
     except ValueError:
         return None
+    return row
 
 
 def _cells(line: str) -> list[str]:
     """Return the cells of a line; an empty list if it has characters that no CSV file of ours has."""
-    if not line.isprintable() or "\ufffd" in line:
-        return []
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:
-        return []
+    # Bytes that are no UTF-8 are not printable either.
+    return next(csv.reader([line]), []) if line.isprintable() else []
 
 
 def _keep_copy(path: Path, content: bytes) -> Path:
@@ -251,60 +236,54 @@ class Loggers(Logger):
         self._refused: list[Logger] = []
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        for logger in self.loggers:
-            with self._tolerate_full_disk(logger):
-                logger.log_metrics(dict(metrics), step)
+        self._for_each(lambda logger: logger.log_metrics(dict(metrics), step))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        for logger in self.loggers:
-            logger.log_hyperparams(params)
+        self._for_each(lambda logger: logger.log_hyperparams(params))
 
     @rank_zero_only
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Sends a generated text to the loggers that show texts."""
-        for logger in self.loggers:
-            with self._tolerate_full_disk(logger):
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text(name, text, step)
-                elif isinstance(logger, WandbLogger):
-                    logger.log_text(name, columns=["step", "text"], data=[[str(step), text]], step=step)
+        """Send a generated text to the loggers that show texts."""
+
+        def log(logger: Logger) -> None:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(name, text, step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_text(name, columns=["step", "text"], data=[[str(step), text]], step=step)
+
+        self._for_each(log)
 
     def save(self) -> None:
-        for logger in self.loggers:
-            with self._tolerate_full_disk(logger):
-                logger.save()
+        self._for_each(lambda logger: logger.save())
 
     def finalize(self, status: str) -> None:
+        self._for_each(lambda logger: logger.finalize(status))
+
+    def _for_each(self, log: Callable[[Logger], None]) -> None:
+        """Call ``log`` with each logger. If one can't write, the run continues: the CSV file has all of its numbers."""
         for logger in self.loggers:
-            with self._tolerate_full_disk(logger):
-                logger.finalize(status)
-
-    @contextmanager
-    def _tolerate_full_disk(self, logger: Logger) -> Iterator[None]:
-        """Continue the run if a logger can't write. The CSV file has all of its numbers."""
-        try:
-            yield
-        except OSError as error:
-            if logger not in self._refused:
-                self._refused.append(logger)
-                name, why = type(logger).__name__, error.strerror or error
-                print(f"warning: {name} can't write: {why}. The run continues; {METRICS_FILE} has all numbers.")
+            try:
+                log(logger)
+            except OSError as error:
+                if logger not in self._refused:
+                    self._refused.append(logger)
+                    name, why = type(logger).__name__, error.strerror or error
+                    print(f"warning: {name} can't write: {why}. The run continues; {METRICS_FILE} has all numbers.")
 
 
-def logger_factory(names: Iterable[str], *, run_name: str | None, resume_step: int | None) -> Callable[..., Loggers]:
-    """Return a replacement of ``litgpt.utils.choose_logger`` that makes the CSV file and the loggers named."""
+def logger_factory(settings: RunSettings, resume_from: Path | None) -> Callable[..., Loggers]:
+    """Return a replacement of ``litgpt.utils.choose_logger``: it makes the CSV file and the loggers of the settings."""
+    names = settings.loggers or [settings.logger_name]
+    # The loggers drop what was logged after this step, because these steps are taken again.
+    resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
 
-    def choose_logger(
-        logger_name: str, out_dir: Path, name: str, log_args: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Loggers:
+    def choose_logger(logger_name: str, out_dir: Path, name: str, log_args: dict[str, Any], **kwargs: Any) -> Loggers:
         # The CSV file comes first and always: other loggers may miss rows, for example on a full disk.
         loggers: list[Logger] = [MetricsCSV(out_dir / METRICS_FILE, resume_step)]
-        # A logger that is named twice is made once.
-        for wanted in dict.fromkeys(names):
-            if wanted == "tensorboard":
-                loggers.append(_tensorboard(out_dir, resume_step))
-            elif wanted == "wandb":
-                loggers.append(_wandb(out_dir, name, run_name, log_args or {}, resumed=resume_step is not None))
+        if "tensorboard" in names:
+            loggers.append(_tensorboard(out_dir, resume_step))
+        if "wandb" in names:
+            loggers.append(_wandb(out_dir, name, settings.run_name, log_args, resumed=resume_step is not None))
         return Loggers(loggers)
 
     return choose_logger
@@ -334,9 +313,10 @@ def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, A
     else:
         run_id = uuid.uuid4().hex[:8]
     logger = WandbLogger(
-        project=log_args.get("project") or os.environ.get("WANDB_PROJECT") or name,
-        name=run_name or log_args.get("run") or os.environ.get("WANDB_RUN_NAME"),
-        group=log_args.get("group") or os.environ.get("WANDB_RUN_GROUP"),
+        project=log_args["project"] or os.environ.get("WANDB_PROJECT", name),
+        name=run_name or log_args["run"] or os.environ.get("WANDB_RUN_NAME"),
+        # W&B itself reads WANDB_RUN_GROUP.
+        group=log_args["group"],
         id=run_id,
         # Continues the W&B run with this id, or starts one if there is none.
         resume="allow",
@@ -388,9 +368,7 @@ class RunDisplay:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def print(self, text: str) -> None:
@@ -400,20 +378,25 @@ class RunDisplay:
 
     def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:
         """Show that ``step`` steps are done, and the numbers of ``row`` unless it is empty."""
+        self._progress.update(self._task, completed=step)
         if not row:
-            self._progress.update(self._task, completed=step)
             return
-        parts = [f"{row['total_tokens']:,} tokens", f"loss {row['train_loss']:.3f}"]
-        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-        if "mfu" in row:
-            parts.append(f"MFU {row['mfu']:.1%}")
-        if dead := sum(value for name, value in row.items() if name.startswith("dead_experts/")):
-            parts.append(f"dead experts {dead:.0f}")
-        self._progress.update(self._task, completed=step, numbers=" | ".join(parts))
+        numbers = " | ".join(_shown_numbers(row))
+        self._progress.update(self._task, numbers=numbers)
         if not self._shown:
-            minutes, seconds = divmod(int(seconds_left), 60)
-            left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
-            self.print(f"step {step}/{self._steps} | {' | '.join(parts)} | {left}")
+            left = timedelta(seconds=int(seconds_left))
+            self.print(f"step {step}/{self._steps} | {numbers} | {left} left")
+
+
+def _shown_numbers(row: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{row['total_tokens']:,} tokens"
+    yield f"loss {row['train_loss']:.3f}"
+    yield f"{row['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in row:
+        yield f"MFU {row['mfu']:.1%}"
+    dead = sum(value for name, value in row.items() if name.startswith("dead_experts/"))
+    if dead:
+        yield f"dead experts {dead:.0f}"
 
 
 def run_files(out_dir: Path) -> list[Path]:

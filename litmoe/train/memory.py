@@ -186,10 +186,9 @@ class _Ledger(TorchDispatchMode):
 
     def add(self, part: str, *tensors: Any) -> None:
         """Move tensors to a part."""
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                for storage in get_untyped_storages(tensor):
-                    self._count(part, storage)
+        for tensor in _tensors(tensors):
+            for storage in get_untyped_storages(tensor):
+                self._count(part, storage)
 
     def _count(self, part: str, storage: torch.UntypedStorage) -> None:
         key = id(storage)
@@ -216,9 +215,8 @@ class _Ledger(TorchDispatchMode):
                 results = _run_loop(_LOOP_OPERATORS[func], args)
         else:
             results = func(*args, **kwargs)
-        for result in tree_leaves(results):
-            if isinstance(result, Tensor):
-                self._count_new(self._part_of(func, args, result), result)
+        for result in _tensors(results):
+            self._count_new(self._part_of(func, args, result), result)
         if self._is_for_cpu and "sum" in func.__name__ and kwargs.get("dtype"):
             # On a CPU a sum in a wider type first casts its input, below the level of the dispatcher. The same cast is
             # made here to count it; its result is freed at once.
@@ -243,6 +241,10 @@ class _Ledger(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
             return "workspace"
         return self.part
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 # _init_fn is the decorated Python function, and _opoverload is what the dispatcher passes as `func`.

@@ -96,9 +96,8 @@ class MetricAccumulator:
             # 0.1.0 saved a list of the first five fields.
             saved = dict(zip(Losses._fields[:5], saved, strict=True))
         # A checkpoint of another version may lack a field. The first mean after the resume is then too small.
-        missing = {name: torch.zeros_like(saved["cross_entropy"]) for name in Losses._fields if name not in saved}
-        values = {name: value.to(device) for name, value in (saved | missing).items() if name in Losses._fields}
-        sums = Losses(**values)
+        zero = torch.zeros_like(saved["cross_entropy"])
+        sums = Losses(*(saved.get(name, zero).to(device) for name in Losses._fields))
         # Convert to micro batches of this run. An example: 10 micro batches of 8 sequences on each of 2 ranks are 160
         # sequences. One rank with micro batches of 4 needs 40 for them, so 1 old micro batch equals 2 * 2 = 4 present
         # ones: `micro_batches` and the sums of losses (means over a micro batch) are multiplied by 4. Expert counts are

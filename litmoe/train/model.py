@@ -1,7 +1,7 @@
 """GPT with its losses: the training loop calls the forward of ``PretrainingModel``. Also finds where a NaN began."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ from custom_moe import (
     router_z_loss,
 )
 from custom_moe.experts import compute_dtype
-from litmoe.forward import Recomputed, hidden_states, logits_of, run_block
+from litmoe.config import Recomputed
+from litmoe.layers import hidden_states, logits_of, run_block
 from litmoe.train.cross_entropy import IGNORE_INDEX, linear_cross_entropy, loss_of_rows
-from litmoe.train.optimizers import parameter_groups
+from litmoe.train.optimizers import parameter_uses
 
 
 class Batch(NamedTuple):
@@ -112,7 +113,7 @@ class PretrainingModel(nn.Module):
             positions = torch.arange(input_ids.size(1), device=lengths.device)
             mask_N = (positions < lengths.unsqueeze(1)).flatten()  # (B, T) -> (B * T,)
         x, routers = hidden_states(self.gpt, input_ids, recomputed=self.recomputed, run=self._run_block)  # (B, T, C)
-        balances: list[Balance] = []
+        balances: list[tuple[Tensor, ...]] = []
         for router in routers:
             if router is not None:
                 # Dense blocks have no row in last_counts.
@@ -136,7 +137,7 @@ class PretrainingModel(nn.Module):
         # LoRA's layer has the output layer inside.
         head = getattr(self.gpt.lm_head, "linear", self.gpt.lm_head)
         # A trained LoRA head (r > 0) adds a second product, which the fused loss does not compute.
-        is_matrix = isinstance(head, nn.Linear) and head.bias is None and not getattr(self.gpt.lm_head, "r", 0)
+        is_matrix = head.bias is None and not getattr(self.gpt.lm_head, "r", 0)
         # In fp16 all logits are computed, because the fused loss makes gradients before a scaler has scaled the loss.
         if is_matrix and self.gpt.config.final_logit_softcapping is None and compute_dtype(x) != torch.float16:
             x_NC = self._norm(self.gpt.transformer.ln_f, x).flatten(0, 1)
@@ -145,18 +146,8 @@ class PretrainingModel(nn.Module):
         return loss
 
 
-class Balance(NamedTuple):
-    """The part of ``Losses`` that belongs to one MoE layer."""
-
-    load_balancing: Tensor
-    z_loss: Tensor
-    router_confidence: Tensor
-    expert_counts: Tensor
-    """``(n_expert,)``"""
-
-
-def balance_of(router: RouterOutput, mask_N: Tensor | None, last_counts_E: Tensor | None) -> Balance:
-    """Return the balance losses and statistics of one router.
+def balance_of(router: RouterOutput, mask_N: Tensor | None, last_counts_E: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the part of ``Losses`` that belongs to one MoE layer: all but the cross-entropy, in the same order.
 
     Args:
         mask_N: false for padding; None: no padding.
@@ -165,7 +156,7 @@ def balance_of(router: RouterOutput, mask_N: Tensor | None, last_counts_E: Tenso
     counts_E = assignment_counts(router, mask_N)
     load_E = expert_load(counts_E if last_counts_E is None else last_counts_E)
     score = router.score_function
-    return Balance(
+    return (
         load_balancing_loss(router.logits, score_function=score, mask_N=mask_N, load_E=load_E),
         router_z_loss(router.logits, mask_N),
         router_confidence(router.logits, score, mask_N),
@@ -199,9 +190,7 @@ def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -
     if not precision.endswith("mixed") or recomputed != "none":
         return {}
     # The weights of matrix products are those that decay. Embeddings are only looked up, and routers compute in fp32.
-    decayed = (group["params"] for group in parameter_groups(model) if "weight_decay" not in group)
-    matrices = {id(parameter) for parameters in decayed for parameter in parameters}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in matrices}
+    return {f"{use.path}.{use.name}": use.parameter for use in parameter_uses(model) if use.decays}
 
 
 def cast_matrices(matrices: dict[str, nn.Parameter], precision: str) -> dict[str, Tensor]:
@@ -280,8 +269,7 @@ def find_first_nonfinite(
     if fabric.world_size > 1:
         results: list[Any] = [None] * fabric.world_size
         torch.distributed.all_gather_object(results, result)
-        described = [f"{text} (process {rank})" for rank, text in enumerate(results) if text]
-        result = described[0] if described else None
+        result = next((f"{text} (process {rank})" for rank, text in enumerate(results) if text), None)
     return result or _NOT_FOUND
 
 
@@ -315,16 +303,10 @@ def _nonfinite_outputs(gpt: GPT) -> Iterator[list[str]]:
         if not all(_is_finite(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
             names.append(name)
 
-    handles = []
-    for name, module in gpt.named_modules():
-        # Containers are not called, and the output of the model itself is that of its last layer.
-        if not isinstance(module, GPT | nn.ModuleDict | nn.ModuleList):
-            handles.append(module.register_forward_hook(partial(check, name)))
-    try:
+    with ExitStack() as hooks:
+        for name, module in gpt.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(check, name)))
         yield names
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_finite(tensor: Tensor) -> bool:

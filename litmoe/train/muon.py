@@ -5,7 +5,8 @@ gradient: all its singular values become nearly 1. ``torch.optim.Muon`` accepts 
 can train neither a complete model nor stacked experts. For a single matrix both give the same (tested).
 """
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from custom_moe.experts import Experts
-from litmoe.train.optimizers import ParameterUse, parameter_uses
+from litmoe.train.optimizers import ParameterUse, parameter_uses, without_empty_groups
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz step, steepest at 0: singular values end between about 0.7 and 1.2"""
@@ -54,7 +55,7 @@ class Muon(torch.optim.Optimizer):
         The gate and up projections of an expert are stacked in one parameter, and so are queries, keys and values,
         which train better separately (https://kellerjordan.github.io/posts/muon/).
         """
-        by_parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        by_parts: defaultdict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
         for_adamw: list[nn.Parameter] = []
         not_decayed: list[nn.Parameter] = []
         for use in parameter_uses(model):
@@ -64,14 +65,13 @@ class Muon(torch.optim.Optimizer):
                 # Its rows belong to tokens, not to a hidden layer; Jordan et al. leave it to AdamW as well.
                 for_adamw.append(use.parameter)
             else:
-                by_parts.setdefault(_stacked_parts(model, use), []).append(use.parameter)
+                by_parts[_stacked_parts(model, use)].append(use.parameter)
         # Muon's groups come first, because the learning-rate schedule follows the rate of the first group.
-        groups: list[dict[str, Any]] = []
-        for parts in sorted(by_parts, reverse=True):
-            groups.append({"params": by_parts[parts], "parts": parts})
-        groups.append({"params": for_adamw})
-        groups.append({"params": not_decayed, "weight_decay": 0.0})
-        return [group for group in groups if group["params"]]
+        return without_empty_groups(
+            *({"params": by_parts[parts], "parts": parts} for parts in sorted(by_parts, reverse=True)),
+            {"params": for_adamw},
+            {"params": not_decayed, "weight_decay": 0.0},
+        )
 
     def __init__(
         self,
@@ -84,13 +84,16 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1.0e-8,
         fused: bool | None = None,
     ) -> None:
-        # Written with `not`, so that NaN is refused too.
-        if not (lr > 0 and adamw_lr > 0):
-            raise ValueError(f"lr is {lr} and adamw_lr {adamw_lr}; expected rates above 0")
-        if not all(0 <= beta < 1 for beta in (momentum, *betas)):
-            raise ValueError(f"momentum is {momentum} and betas {betas}; expected numbers from 0 to below 1")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
+        checks = {
+            f"lr is {lr} and adamw_lr {adamw_lr}; expected rates above 0": lr > 0 and adamw_lr > 0,
+            f"momentum is {momentum} and betas {betas}; expected numbers from 0 to below 1": all(
+                0 <= beta < 1 for beta in (momentum, *betas)
+            ),
+            f"weight_decay is {weight_decay}; expected 0 or more": weight_decay >= 0,
+        }
+        for problem, is_fine in checks.items():
+            if not is_fine:
+                raise ValueError(problem)
         groups = [{**group, "lr": lr if group.get("parts") else adamw_lr} for group in params]
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
         super().__init__(groups, {**defaults, "parts": None})
@@ -117,23 +120,16 @@ class Muon(torch.optim.Optimizer):
         return flops
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self) -> None:  # type: ignore[override]  # without a closure
         """Update all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["parts"]:
-                self._update_by_muon(parameters, group)
-            elif any(parameter.dtype == torch.bfloat16 for parameter in parameters):
-                # One after the other, because each needs copies in fp32.
-                for parameter in parameters:
-                    self._update_by_adamw([parameter], group)
-            else:
-                self._update_by_adamw(parameters, group)
-        return loss
+            update = self._update_by_muon if group["parts"] else self._update_by_adamw
+            # One after the other, because each parameter in bf16 needs copies in fp32.
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    weight = _wide(parameter)
+                    update(weight, _wide(parameter.grad), self.state[parameter], group)
+                    self._store(weight, parameter)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the moments of bf16 parameters in fp32: torch would cast them to bf16."""
@@ -163,49 +159,37 @@ class Muon(torch.optim.Optimizer):
         generator.manual_seed((state["updates"] * len(parameters) + number) % 2**32)
         parameter.copy_(stochastically_rounded(weight, generator))
 
-    def _update_by_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        lr, momentum, parts = group["lr"], group["momentum"], group["parts"]
-        for parameter in parameters:
-            assert parameter.grad is not None
-            weight, gradient, state = _wide(parameter), _wide(parameter.grad), self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            # An average of gradients, as in torch.optim.Muon: m = momentum * m + (1 - momentum) * gradient.
-            average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-            direction = gradient.lerp(average, momentum)  # Nesterov
-            weight.mul_(1 - lr * group["weight_decay"])
-            # Each of the stacked matrices is orthogonalized on its own.
-            heights = matrix_heights(parameter, parts)
-            for matrix, update in zip(weight.split(heights, -2), direction.split(heights, -2), strict=True):
-                scale = max(1.0, matrix.size(-2) / matrix.size(-1)) ** 0.5
-                matrix.add_(orthogonalized(update), alpha=-lr * scale)
-            self._store(weight, parameter)
+    @staticmethod
+    def _update_by_muon(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        # An average of gradients, as in torch.optim.Muon: m = momentum * m + (1 - momentum) * gradient.
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        direction = gradient.lerp(average, momentum)  # Nesterov
+        weight.mul_(1 - lr * group["weight_decay"])
+        # Each of the stacked matrices is orthogonalized on its own.
+        heights = matrix_heights(weight, group["parts"])
+        for matrix, update in zip(weight.split(heights, -2), direction.split(heights, -2), strict=True):
+            scale = max(1.0, matrix.size(-2) / matrix.size(-1)) ** 0.5
+            matrix.add_(orthogonalized(update), alpha=-lr * scale)
 
-    def _update_by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        weights = [_wide(parameter) for parameter in parameters]
-        gradients, averages, squares, steps = [], [], [], []
-        for parameter, weight in zip(parameters, weights, strict=True):
-            assert parameter.grad is not None
-            state = self.state[parameter]
-            if not state:
-                # The fused kernel counts steps on the device.
-                state["step"] = torch.tensor(0.0, device=parameter.device if group["fused"] else "cpu")
-                state["exp_avg"] = torch.zeros_like(weight)
-                state["exp_avg_sq"] = torch.zeros_like(weight)
-            gradients.append(_wide(parameter.grad))
-            averages.append(state["exp_avg"])
-            squares.append(state["exp_avg_sq"])
-            steps.append(state["step"])
+    @staticmethod
+    def _update_by_adamw(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            # The fused kernel counts steps on the device.
+            state["step"] = torch.tensor(0.0, device=weight.device if group["fused"] else "cpu")
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
         adamw(
-            weights,
-            gradients,
-            averages,
-            squares,
+            [weight],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
             # No max_exp_avg_sqs: only AMSGrad has them.
             [],
-            steps,
-            # None and not False: then torch may update many tensors at once (foreach).
-            fused=group["fused"] or None,
+            [state["step"]],
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -214,8 +198,6 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for weight, parameter in zip(weights, parameters, strict=True):
-            self._store(weight, parameter)
 
 
 def _stacked_parts(model: nn.Module, use: ParameterUse) -> tuple[int, ...]:

@@ -18,9 +18,11 @@ import torch
 from litgpt.utils import instantiate_torch_optimizer
 from torch import Tensor, nn
 
-from custom_moe import MoE
 from litmoe.cli import UserError
 from litmoe.hardware import missing_for_compile
+
+# torch's own Muon takes matrices only.
+REPLACEMENTS = {"torch.optim.Muon": "; litmoe.train.muon.Muon trains complete models"}
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,18 @@ def parameter_uses(model: nn.Module) -> Iterator[ParameterUse]:
     Weight decay applies to matrices. It does not apply to norms, biases, embeddings (also not to an output head that is
     tied to them) and routers.
     """
-    # By id, because a router may be a module of any class.
-    # With the modules inside a router of the user's own.
-    routers = {id(part) for module in model.modules() if isinstance(module, MoE) for part in module.gate.modules()}
-    seen: set[int] = set()
+    seen: set[nn.Parameter] = set()
     # Embeddings first, so that a matrix shared with the output head counts as an embedding.
     modules = sorted(model.named_modules(), key=lambda item: not isinstance(item[1], nn.Embedding))
     for path, module in modules:
+        # Routers are called `gate` in LitGPT's models. One of the user's own may have modules inside.
+        is_exempt = isinstance(module, nn.Embedding) or "gate" in path.split(".")
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            # Stacked biases of experts have two dimensions.
-            is_vector = parameter.ndim < 2 or name.endswith("bias")
-            decays = not (is_vector or isinstance(module, nn.Embedding) or id(module) in routers)
-            yield ParameterUse(parameter, name, module, path, decays)
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                # Stacked biases of experts have two dimensions.
+                is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
+                yield ParameterUse(parameter, name, module, path, decays=is_matrix and not is_exempt)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -99,7 +98,11 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     uses = list(parameter_uses(model))
     decayed = [use.parameter for use in uses if use.decays]
     not_decayed = [use.parameter for use in uses if not use.decays]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+    return without_empty_groups({"params": decayed}, {"params": not_decayed, "weight_decay": 0.0})
+
+
+def without_empty_groups(*groups: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the groups that have parameters: a model may have none of a kind."""
     return [group for group in groups if group["params"]]
 
 
@@ -122,12 +125,9 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
     try:
         result: torch.optim.Optimizer = instantiate_torch_optimizer(specification, groups, fused=fused)
     except (TypeError, ValueError) as error:
-        hint = ""
-        if optimizer["class_path"] == "torch.optim.Muon":
-            # torch's own Muon takes matrices only.
-            hint = "; litmoe.train.muon.Muon trains complete models"
-        message = f"the optimizer {optimizer['class_path']} rejects these settings or this model: {error}{hint}"
-        raise UserError(message) from None
+        class_path = optimizer["class_path"]
+        hint = REPLACEMENTS.get(class_path, "")
+        raise UserError(f"the optimizer {class_path} rejects these settings or this model: {error}{hint}") from None
     # The schedule scales these rates.
     for group in result.param_groups:
         group["initial_lr"] = float(group["lr"])
@@ -187,19 +187,18 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     Raises:
         UserError: the state belongs to other parameters.
     """
-    current = optimizer.state_dict()["param_groups"]
-    # torch compares the same numbers, but its message has no fix.
-    if [len(group["params"]) for group in current] != [len(group["params"]) for group in state["param_groups"]]:
+    # `initial_lr` is added by `make_optimizer`.
+    names_of_settings = {*optimizer.defaults, "initial_lr"}
+    groups = []
+    try:
+        for group, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
+            settings = {name: group[name] for name in group.keys() & names_of_settings}
+            # Later ones win: entries that an older version did not save, the checkpoint, the settings of this run.
+            groups.append({**group, **saved, **settings})
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    except ValueError:
+        # Another number of groups, or of parameters in a group.
         raise UserError(
             "the checkpoint's optimizer state belongs to another set of parameters; resume with the model and the"
             " optimizer that the run was started with."
-        )
-    groups = []
-    for group, saved in zip(current, state["param_groups"], strict=True):
-        # `initial_lr` is added by the schedule.
-        settings = {
-            name: group[name] for name in group if name in optimizer.defaults or name in ("params", "initial_lr")
-        }
-        # Later ones win: entries that an older version did not save, the checkpoint, the settings of this run.
-        groups.append({**group, **saved, **settings})
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        ) from None

@@ -1,10 +1,11 @@
 """``run_train.py --plan``: memory and duration of a run before it starts, and what to change if it does not fit."""
 
+import argparse
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from typing import Any
 
@@ -60,22 +61,13 @@ class PlannedRun:
             devices = 1
         return devices * num_nodes
 
-    @property
-    def optimizer_name(self) -> str:
-        """The class of the optimizer, without its module."""
-        return str(self.run.optimizer["class_path"]).rpartition(".")[2]
-
-    @property
-    def counts_update(self) -> bool:
-        """Whether the optimizer's update takes a noticeable part of a step."""
-        return optimizer_traits(self.run.optimizer).update_flops is not None
-
     def model_flops(self) -> float:
         """Operations of forward and backward of a step, over all devices."""
         settings = self.run.settings
         per_token = training_flops_per_token(settings.model, self.context)
         return self.step_tokens * per_token * RECOMPUTATION[settings.activation_checkpointing]
 
+    @cached_property
     def update_flops(self) -> float:
         """Operations of the optimizer's update of a step, over all devices; 0 if they are negligible."""
         traits = optimizer_traits(self.run.optimizer)
@@ -141,7 +133,7 @@ def show_plan(argv: Sequence[str]) -> None:
     settings = planned.run.settings
     print(describe_size(settings.model, planned.context, tie_embeddings=bool(settings.train.tie_embeddings)))
     print(_describe_length(planned))
-    if planned.counts_update:
+    if planned.update_flops:
         print(_describe_update(planned))
     place = f"the CPU ({torch.get_num_threads()} threads)" if gpu is None else f"{gpu.name} ({gpu.memory:.0f} GiB)"
     print(f"On {place} in {planned.precision}{note}, without torch.compile:\n")
@@ -159,15 +151,11 @@ def show_plan(argv: Sequence[str]) -> None:
 
 def _split_off_plan(arguments: list[str]) -> tuple[list[str], str | None]:
     """Return the other arguments, and the name of the GPU if one is given."""
-    # Both `--plan GPU` and `--plan=GPU` work.
-    names = [argument.partition("=")[0] for argument in arguments]
-    index = names.index("--plan")
-    # Removed before parsing: it is no setting of the run.
-    before, after = arguments[:index], arguments[index + 1 :]
-    name = arguments[index].partition("=")[2]
-    if not name and after and not after[0].startswith("-"):
-        name, after = after[0], after[1:]
-    return before + after, name or None
+    # `--plan` is no setting of the run, so it has a parser of its own.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plan", nargs="?")
+    known, other_arguments = parser.parse_known_args(arguments)
+    return other_arguments, known.plan or None
 
 
 def _find_gpu(name: str) -> GPUSpec:
@@ -222,11 +210,12 @@ def _describe_length(planned: PlannedRun) -> str:
 
 
 def _describe_update(planned: PlannedRun) -> str:
-    update = planned.update_flops()
+    update = planned.update_flops
     share = update / (planned.model_flops() + update)
     where = f" on {planned.devices} devices" if planned.devices > 1 else ""
+    optimizer_name = planned.run.optimizer["class_path"].rpartition(".")[2]
     return (
-        f"{planned.optimizer_name}'s update adds {format_flops(update)} to each step{where}, {share:.0%} of the step's"
+        f"{optimizer_name}'s update adds {format_flops(update)} to each step{where}, {share:.0%} of the step's"
         " operations. A larger global batch reduces that share."
     )
 
@@ -270,7 +259,7 @@ def _describe_time(planned: PlannedRun) -> str:
         return _describe_speed(planned, _measure_cpu_peak(), "measured on this CPU just now", devices=1)
     if gpu.peak is None:
         return "The speed of this GPU is unknown, so there is no estimate of the time."
-    if planned.counts_update and gpu.capability < (8, 0):
+    if planned.update_flops and gpu.capability < (8, 0):
         return "There is no estimate of the time for this optimizer on a GPU without bf16: its update uses fp32 there."
     return _describe_speed(planned, gpu.peak, "from NVIDIA's product pages", planned.devices)
 
@@ -278,7 +267,7 @@ def _describe_time(planned: PlannedRun) -> str:
 def _describe_speed(planned: PlannedRun, peak: float, source: str, devices: int) -> str:
     settings = planned.run.settings
     share = SHARE_OF_PEAK["mixture" if settings.model.mlp_class_name == "LLaMAMoE" else "dense"]
-    seconds = (planned.model_flops() + planned.update_flops()) / (peak * share * devices)
+    seconds = (planned.model_flops() + planned.update_flops) / (peak * share * devices)
     rate = planned.step_tokens / seconds
 
     where = f" on {devices} GPUs" if devices > 1 else ""
@@ -287,7 +276,7 @@ def _describe_speed(planned: PlannedRun, peak: float, source: str, devices: int)
     counted = ["forward", "backward"]
     if settings.activation_checkpointing != "none":
         counted.append("recomputed activations")
-    if planned.counts_update:
+    if planned.update_flops:
         counted.append("the optimizer's update")
     return (
         f"Estimated: {rate:,.0f} tokens/s{where}{duration}. That is {share:.0%} of {peak / 1e12:,.3g} TFLOP/s"
@@ -342,7 +331,7 @@ def _ways_to_fit(flags: list[str], gpu: GPUSpec) -> Iterator[str]:
         return _plan([*flags, *changed_flags], gpu)[0].memory()
 
     changes: list[_Change] = []
-    for change in _possible_changes(_plan(flags, gpu)[0]):
+    for change in _possible_changes(_plan(flags, gpu)[0], gpu):
         changes.append(change)
         memory = memory_with(_flags_of(changes))
         yield f"  {_format_bytes(memory.peak):>12}   {' '.join(change.flags)}\n{'':17}{change.cost}"
@@ -354,7 +343,8 @@ def _ways_to_fit(flags: list[str], gpu: GPUSpec) -> Iterator[str]:
         return
     # The last change may make earlier ones unnecessary. Drop the most expensive ones first.
     for change in reversed(changes[:-1]):
-        fewer = [kept for kept in changes if kept is not change]
+        fewer = changes.copy()
+        fewer.remove(change)
         if _fits(memory_with(_flags_of(fewer)), gpu):
             changes = fewer
     final_flags = [*flags, *_flags_of(changes)]
@@ -363,9 +353,9 @@ def _ways_to_fit(flags: list[str], gpu: GPUSpec) -> Iterator[str]:
     yield _describe_time(_plan(final_flags, gpu)[0])
 
 
-def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
+def _possible_changes(planned: PlannedRun, gpu: GPUSpec) -> Iterator[_Change]:
     """Yield changes from the cheapest to the most expensive; a later one of a setting replaces an earlier one."""
-    settings, optimizer, gpu = planned.run.settings, planned.run.optimizer, planned.gpu
+    settings, optimizer = planned.run.settings, planned.run.optimizer
     micro_batch = settings.train.micro_batch_size
     # Largest first, because small micro batches are slower. Divisors, so that the global batch stays the same.
     for size in range(micro_batch - 1, 0, -1):
@@ -374,14 +364,14 @@ def _possible_changes(planned: PlannedRun) -> Iterator[_Change]:
             yield _Change(("--micro_batch_size", str(size)), cost)
     # Recomputation keeps the results and costs time.
     checkpointing = settings.activation_checkpointing
-    if checkpointing == "none" and settings.model.mlp_class_name == "LLaMAMoE":
-        cost = "the same result; the experts are computed once more, about +20%"
+    if checkpointing == "none":
+        cost = "the same result; the feed-forwards are computed once more, about +20%"
         yield _Change(("--activation_checkpointing", "moe"), cost)
     if checkpointing != "block":
         cost = "the same result; each block is computed once more, about +33%"
         yield _Change(("--activation_checkpointing", "block"), cost)
     # The 8-bit optimizer compiles its step, which needs bf16.
-    if not optimizer_traits(optimizer).compiles_step and gpu is not None and gpu.capability >= (8, 0):
+    if gpu.capability >= (8, 0) and not optimizer_traits(optimizer).compiles_step:
         cost = "16-bit weights with stochastic rounding, 8-bit moments: a similar loss, not the same"
         yield _Change(_eight_bit_flags(optimizer), cost)
     # Everything from here on changes the result.

@@ -2,6 +2,7 @@
 
 import glob
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     settings = run.settings
     # What can fail in seconds comes first, because tokenizing can take hours.
     resume_from = find_checkpoint(settings)
-    # `auto` starts a new run, which has stricter checks.
-    if settings.resume and resume_from is None:
+    if resume_from is None:
+        # `--resume auto` may start a new run, which has stricter checks.
         check(replace(settings, resume=False), run.optimizer)
     _check_start(settings, resume_from)
     if settings.eval.hellaswag is not None and main_process():
@@ -83,15 +84,16 @@ def prepare_data(settings: RunSettings) -> None:
         return
     data_dir = settings.data.data_dir
     manifest = read_manifest(data_dir)
+    has_text = bool(text_files(data_dir / "train"))
     flags: dict[str, Any]
     if manifest is not None:
-        has_text = bool(text_files(data_dir / "train"))
-        if manifest.source.name != "sample" and not (manifest.source.name == TEXT and has_text):
-            # The source is elsewhere, or its text was removed to save space. The tokens are used as they are.
+        # Other sources are elsewhere, or their text was removed to save space. Their tokens are used as they are.
+        sources_at_hand = ("sample", TEXT) if has_text else ("sample",)
+        if manifest.source.name not in sources_at_hand:
             return
         # Existing tokens keep their settings.
         flags = flags_to_repeat(manifest)
-    elif text_files(data_dir / "train"):
+    elif has_text:
         # No source: the text in the folder itself.
         flags = {"source": None}
     else:
@@ -218,19 +220,21 @@ def _print_once(line: str) -> None:
 
 def check_unoccupied(settings: RunSettings) -> None:
     """Raise ``UserError`` if ``out_dir`` holds another run that must not be deleted."""
-    out_dir, initial = settings.out_dir, settings.initial_checkpoint_dir or settings.upcycle
-    _check_not_in_checkpoint(out_dir)
-    # A settings file alone is not worth protecting.
-    occupied = [path for path in run_files(out_dir) if path.name == METRICS_FILE or path.is_dir()]
-    if not occupied or not main_process():
+    _check_not_in_checkpoint(settings.out_dir)
+    if not main_process():
+        # Rank 0 of this run may have written there already.
         return
-    if not settings.overwrite:
+    # A settings file alone is not worth protecting.
+    occupied = [path for path in run_files(settings.out_dir) if path.name == METRICS_FILE or path.is_dir()]
+    if occupied and not settings.overwrite:
+        names = ", ".join(path.name for path in occupied[:4])
         raise UserError(
-            f"{out_dir} holds a run already ({', '.join(path.name for path in occupied[:4])}). Continue it with"
-            " --resume auto, put this one elsewhere with --out_dir, or delete the old one with --overwrite."
+            f"{settings.out_dir} holds a run already ({names}). Continue it with --resume auto, put this one elsewhere"
+            " with --out_dir, or delete the old one with --overwrite."
         )
-    if initial is not None and initial.resolve().is_relative_to(out_dir.resolve()):
-        raise UserError(f"--overwrite would delete {initial}, which this run starts from; choose another --out_dir.")
+    start = settings.initial_checkpoint_dir or settings.upcycle
+    if start is not None and any(start.resolve().is_relative_to(path.resolve()) for path in occupied):
+        raise UserError(f"--overwrite would delete {start}, which this run starts from; choose another --out_dir.")
 
 
 def _check_not_in_checkpoint(out_dir: Path) -> None:
@@ -295,33 +299,34 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
     Raises:
         UserError: they are not nearby, and there is nothing to make them from.
     """
-    data, tokenizer_dir = run.settings.data, run.settings.tokenizer_dir
-    saved = resume_from / checkpoints.MANIFEST
-    if not isinstance(data, TokenizedText) or not saved.is_file() or manifest_path(data.data_dir).is_file():
+    data = run.settings.data
+    if not isinstance(data, TokenizedText):
         return run
-    if text_files(data.data_dir / "train"):
-        # The tokens can be made again.
+    if manifest_path(data.data_dir).is_file() or text_files(data.data_dir / "train"):
+        # The tokens are in their place, or can be made again there.
         return run
-    provenance = tokens_provenance(saved, *SPLITS)
+    provenance = tokens_provenance(resume_from / checkpoints.MANIFEST, *SPLITS)
 
     def has_same_tokens(folder: Path) -> bool:
         manifest = read_manifest(folder)
         return manifest is not None and manifest.made_from(*SPLITS) == provenance
 
     data_dir = find_moved_data(data.data_dir, has_same_tokens)
-    if data_dir is None and run.settings.prepare.source is not None:
-        return run
     if data_dir is None:
+        if run.settings.prepare.source is not None:
+            # The tokens can be made from the source.
+            return run
         raise UserError(
             f"{resume_from} was trained on tokens in {data.data_dir}, which does not exist. No folder next to it, next"
             " to its parent or in data/ contains the same tokens. Give their place:"
             " --data.init_args.train_data_path FOLDER/train --data.init_args.val_data_path FOLDER/val"
         )
     # The tokenizer was usually moved together with the data.
+    tokenizer_dir = run.settings.tokenizer_dir
     for folder in (tokenizer_dir, data_dir / tokenizer_dir.name, data_dir.parent / tokenizer_dir.name):
-        if (folder / "tokenizer.json").is_file() and tokenizer_fingerprint(folder) == provenance[0]:
-            tokenizer_dir = folder
-            break
+        with suppress(UserError):
+            if tokenizer_fingerprint(folder) == provenance[0]:
+                return _with_data(run, data_dir, folder)
     return _with_data(run, data_dir, tokenizer_dir)
 
 
@@ -340,14 +345,11 @@ def find_moved_data(old: Path, is_same: Callable[[Path], bool]) -> Path | None:
         *sorted(Path("data").glob("*")),
     ]
     for folder in candidates:
-        try:
-            found = is_same(folder)
-        except (OSError, UserError):
-            # Not a data folder, or one of a newer version.
-            continue
-        if found:
-            _print_once(f"The data of {old} is in {folder} now and is used from there.")
-            return folder
+        # Errors mean: not a data folder, or one of a newer version.
+        with suppress(OSError, UserError):
+            if is_same(folder):
+                _print_once(f"The data of {old} is in {folder} now and is used from there.")
+                return folder
     return None
 
 

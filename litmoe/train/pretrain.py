@@ -46,13 +46,9 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir
-    # The loggers drop what was logged after this step, because these steps are taken again.
-    resume_step = checkpoints.read_metadata(resume_from).step if resume_from else None
     patched = patched_pretraining(
         main=partial(main, run=run, resume_from=resume_from, precision_note=note),
-        choose_logger=logger_factory(
-            settings.loggers or [settings.logger_name], run_name=settings.run_name, resume_step=resume_step
-        ),
+        choose_logger=logger_factory(settings, resume_from),
         strategy=partial(make_strategy, settings, precision),
         summary=f"Settings    {out_dir / RUN_CONFIG}",
         router=settings.moe.router,

@@ -34,8 +34,7 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     check_same_optimizer(folder, run)
     state = checkpoints.load_training_state(folder)
     changes = check_same_batches(folder, state["layout"], batch_layout(fabric, run), run)
-    if run.finetuning is not None:
-        check_same_provenance(fabric, folder, state.get("made_from", {}), run.finetuning.provenance, run.settings)
+    check_same_provenance(fabric, folder, state.get("made_from", {}), run)
     check_same_tokens(folder, run.settings)
     # After all checks, so that a refused checkpoint changes nothing.
     load_training_state(fabric, run, state)
@@ -75,34 +74,34 @@ def check_same_batches(folder: Path, saved: dict[str, int], present: dict[str, i
     Raises:
         UserError: batches would differ in another way.
     """
+    changes = described_changes(saved, present)
     # The position of our own loaders does not depend on how a batch is divided.
-    accepts_other_division = isinstance(stateful_loader(run.train_dataloader), TrainLoader)
-    accepted, refused = [], []
-    for name, value in present.items():
-        if name not in saved or saved[name] == value:
-            # Older versions did not save every entry.
-            continue
-        description = f"{name} was {saved[name]} and is now {value}"
-        if accepts_other_division and name in ("devices", "micro_batch_size"):
-            accepted.append(description)
-        else:
-            refused.append(description)
-    if refused:
-        problem = f"{folder} can't be resumed with other batches: {'; '.join(refused)}"
+    accepted: list[str] = []
+    if isinstance(stateful_loader(run.train_dataloader), TrainLoader):
+        accepted = [changes.pop(name) for name in ("devices", "micro_batch_size") if name in changes]
+    if changes:
+        problem = f"{folder} can't be resumed with other batches: {'; '.join(changes.values())}"
         raise refusal(folder, run.settings, problem, "Resume with the old values")
     return accepted
 
 
-def check_same_provenance(
-    fabric: L.Fabric, folder: Path, saved: dict[str, str], present: dict[str, str], settings: RunSettings
-) -> None:
+def described_changes(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str]:
+    """Return a description of each value that differs. Values that an older version did not save are not compared."""
+    changes = {}
+    for name, value in present.items():
+        if name in saved and saved[name] != value:
+            changes[name] = f"{name} was {saved[name]} and is now {value}"
+    return changes
+
+
+def check_same_provenance(fabric: L.Fabric, folder: Path, saved: dict[str, str], run: TrainingRun) -> None:
     """Raise ``UserError`` if an input of the run (the conversations, the base checkpoint) changed."""
-    for name, fingerprint in present.items():
+    for name, fingerprint in run.provenance.items():
         if name not in saved:
             # An older version did not record this input.
             fabric.print(f"{folder} has no record of {name}, so changes there can't be detected.")
         elif saved[name] != fingerprint:
-            raise refusal(folder, settings, f"{name} changed since {folder} was saved", "Restore the old version")
+            raise refusal(folder, run.settings, f"{name} changed since {folder} was saved", "Restore the old version")
 
 
 def check_same_tokens(folder: Path, settings: RunSettings) -> None:
@@ -131,9 +130,8 @@ def check_same_on_all_machines(fabric: L.Fabric, run: TrainingRun) -> None:
     own: dict[str, Any] = {
         "the step that it starts from": run.progress.step,
         "the tokens": tokens_provenance(path, *SPLITS) if path else None,
+        **run.provenance,
     }
-    if run.finetuning is not None:
-        own |= run.finetuning.provenance
     # Every rank gets the values of all, so that all raise the same error.
     by_rank: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(by_rank, own)

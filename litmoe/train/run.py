@@ -90,11 +90,11 @@ def run_training(
     _prepare_out_dir(fabric, run, resume_from)
     run.loggers.log_hyperparams(run.hyperparameters)
     lines = [
-        *describe_run(gpt, parsed, run),
+        *_describe_run(run),
         _describe_hardware(fabric, compiled, experts_backend),
         precision_note,
         compile_note,
-        *_notes(fabric, gpt, parsed, run),
+        *_notes(fabric, run),
     ]
     for line in filter(None, lines):
         fabric.print(line)
@@ -236,13 +236,13 @@ def _prepare_out_dir(fabric: L.Fabric, run: TrainingRun, resume_from: Path | Non
     out_dir.mkdir(parents=True, exist_ok=True)
     # A killed save may have left the newest checkpoint under a hidden name.
     checkpoints.finish_interrupted_saves(out_dir)
-    is_own_checkpoint = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
-    if settings.overwrite and not is_own_checkpoint:
-        # Here and not earlier: a mistake found by then would have destroyed the old run for nothing.
-        remove_run(out_dir)
-    elif settings.overwrite and resume_from is not None and resume_from.exists():
-        # If it does not exist, it was an interrupted save that has just got its final name. Nothing is newer then.
-        checkpoints.remove_newer(resume_from)
+    if settings.overwrite:
+        if resume_from is None or resume_from.resolve().parent != out_dir.resolve():
+            # Here and not earlier: a mistake found by then would have destroyed the old run for nothing.
+            remove_run(out_dir)
+        elif resume_from.exists():
+            # If it does not exist, it was an interrupted save that has just got its final name. Nothing is newer then.
+            checkpoints.remove_newer(resume_from)
     # Replaced in one operation, so that a killed run leaves the old file or the new one.
     partial_file = out_dir / f".{RUN_CONFIG}.partial"
     partial_file.write_text(yaml.safe_dump(run.hyperparameters, sort_keys=False), encoding="utf-8")
@@ -286,21 +286,23 @@ def _save_final(fabric: L.Fabric, run: TrainingRun, ending: Ending) -> None:
     is_missing = fabric.global_rank == 0 and run.writer.saved != folder
     if any_rank(fabric, is_missing)[0]:
         save_checkpoint(fabric, run, folder, last=True)
+        # A rank that ends early would look like a lost one.
+        fabric.barrier()
 
 
 # --- What is printed
 
 
-def describe_run(gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str]:
+def _describe_run(run: TrainingRun) -> Iterator[str]:
     """Yield the size of the run, as ``run_train.py --plan`` prints it."""
-    train, plan = parsed.settings.train, run.plan
-    is_finetuning = run.finetuning is not None
-    yield describe_size(gpt.config, None if is_finetuning else gpt.max_seq_length, bool(train.tie_embeddings))
-    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
-    if parsed.settings.uses_lora:
+    gpt, train, plan = run.gpt, run.settings.train, run.plan
+    # Conversations differ in length.
+    seq_length = None if run.settings.is_finetuning else gpt.max_seq_length
+    yield describe_size(gpt.config, seq_length, bool(train.tie_embeddings))
+    if run.settings.uses_lora:
+        trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
         yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
-    if is_finetuning:
-        # Conversations differ in length.
+    if run.settings.is_finetuning:
         size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
     else:
         step_tokens = plan.accumulation * plan.tokens_per_micro_batch
@@ -322,18 +324,18 @@ def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | 
     return f"On {device} in {fabric._precision.precision}, {'compiled' if compiled else 'not compiled'}{experts}."
 
 
-def _notes(fabric: L.Fabric, gpt: GPT, parsed: ParsedRun, run: TrainingRun) -> Iterator[str | None]:
+def _notes(fabric: L.Fabric, run: TrainingRun) -> Iterator[str | None]:
     """Yield what the user should know about the settings before the run starts."""
-    settings = parsed.settings
-    yield rounding_note(parsed.optimizer, fabric._precision.precision, sharded=run.sharded)
+    settings = run.settings
+    yield rounding_note(run.hyperparameters["optimizer"], fabric._precision.precision, sharded=run.sharded)
     if run.plan.warmup_steps < (settings.train.lr_warmup_steps or 0):
         steps = run.plan.warmup_steps
         yield f"The run is shorter than its warm-up (train.lr_warmup_steps), so the warm-up ends at step {steps:,}."
     if run.sharded:
         yield "Sharded by FSDP: no samples are written during training."
-    routers = [parameter for layer in moe_layers(gpt) for parameter in layer.gate.parameters()]
+    routers = [parameter for layer in moe_layers(run.gpt) for parameter in layer.gate.parameters()]
     if any(parameter.requires_grad for parameter in routers):
-        yield constant_weights_note(gpt.config)
+        yield constant_weights_note(run.gpt.config)
     if settings.is_finetuning:
         yield settings.data.summary()
 

@@ -5,10 +5,10 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -42,8 +42,8 @@ class CheckpointWriter:
     def __init__(self, settings: CheckpointSettings, warn: Callable[[str], None]) -> None:
         self._settings = settings
         self._warn = warn
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self._save: Future[None] | None = None
         self._last_save = time.monotonic()
         self.saved: Path | None = None
         """The last checkpoint that was written completely"""
@@ -51,7 +51,8 @@ class CheckpointWriter:
     def is_due(self) -> bool:
         """Return whether the last save is written and began ``every_minutes`` ago or earlier."""
         minutes = self._settings.every_minutes
-        if minutes is None or self._is_writing():
+        is_writing = self._save is not None and not self._save.done()
+        if minutes is None or is_writing:
             return False
         return time.monotonic() - self._last_save >= 60 * minutes
 
@@ -69,10 +70,7 @@ class CheckpointWriter:
         # Training changes the tensors while they are written.
         if copy:
             content = copy_to_cpu(content)
-        # A daemon, so that a second Ctrl-C ends the process at once. A partial save is never taken for a checkpoint.
-        self._thread = threading.Thread(target=self._write, args=(folder, content), name=f"writes {folder.name}")
-        self._thread.daemon = True
-        self._thread.start()
+        self._save = self._thread.submit(self._write, folder, content)
 
     def write_now(self, folder: Path, content: dict[str, Any]) -> None:
         """Write ``content`` before returning, without a copy.
@@ -82,9 +80,6 @@ class CheckpointWriter:
         """
         self.report_failure(wait=True)
         self._write(folder, content)
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
 
     def report_failure(self, *, wait: bool = False) -> None:
         """Warn if the last save failed because of the disk; raise any other error.
@@ -92,16 +87,14 @@ class CheckpointWriter:
         Args:
             wait: for a save in progress. Without it, a save in progress counts as successful.
         """
-        if self._thread is None or (self._is_writing() and not wait):
+        if self._save is None or not (wait or self._save.done()):
             return
-        self._thread.join()
-        failure = self._failure
-        self._thread, self._failure = None, None
-        if isinstance(failure, UserError):
+        save, self._save = self._save, None
+        try:
+            save.result()
+        except UserError as error:
             # A full disk; there may be space for the next checkpoint.
-            self._warn(f"warning: {failure} The run continues without this checkpoint.")
-        elif failure is not None:
-            raise failure
+            self._warn(f"warning: {error} The run continues without this checkpoint.")
 
     def remove_old(self, newest: Path) -> None:
         """Remove the checkpoints that need not be kept next to ``newest``, which is complete."""
@@ -111,18 +104,11 @@ class CheckpointWriter:
             # Another process has one of its files open (Windows, NFS).
             self._warn(f"warning: an old checkpoint in {newest.parent} could not be removed: {error}")
 
-    def _is_writing(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def _write(self, folder: Path, content: dict[str, Any]) -> None:
-        try:
-            checkpoints.save(folder, **content)
-            self.saved = folder
-            # Last: nothing is deleted before its successor is complete.
-            self.remove_old(folder)
-        except BaseException as error:
-            # `report_failure` shows or raises it in the training thread.
-            self._failure = error
+        checkpoints.save(folder, **content)
+        self.saved = folder
+        # Last: nothing is deleted before its successor is complete.
+        self.remove_old(folder)
 
 
 def copy_to_cpu(value: Any) -> Any:
@@ -161,13 +147,9 @@ class StopSignals:
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is not threading.main_thread():
-            # Only the main thread may set handlers.
-            return self
         for number in STOP_SIGNALS:
             # nohup ignores SIGHUP, so that the run survives a closed terminal.
-            is_hangup = number == getattr(signal, "SIGHUP", None)
-            if is_hangup and signal.getsignal(number) is signal.SIG_IGN:
+            if number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
@@ -274,47 +256,44 @@ def locked(out_dir: Path) -> Iterator[None]:
     # The lock of the system ends with its process, also after SIGKILL. The file with the holder is for messages, and
     # for machines that do not see the lock.
     lock, holder_file = FileLock(out_dir / LOCK), out_dir / HOLDER
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(_in_use(out_dir)) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise UserError(
-                f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with --out_dir."
-            ) from None
-        # A run on such a disk (some network disks) is still useful, so it only warns.
-        print(f"warning: {out_dir} has no file locks ({error.strerror}). Do not start a second run there.")
-    try:
+    with ExitStack() as cleanup:
+        # Runs last: a run that could not start leaves nothing behind.
+        cleanup.callback(_remove_empty, new_folders)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(_in_use(out_dir)) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(
+                    f"can't write to {out_dir} ({error.strerror}); choose a folder that can be written to with"
+                    " --out_dir."
+                ) from None
+            # A run on such a disk (some network disks) is still useful, so it only warns.
+            print(f"warning: {out_dir} has no file locks ({error.strerror}). Do not start a second run there.")
+        cleanup.callback(lock.release)
+        # Once released, the file may belong to another run, so it is deleted before. Windows can't delete open files;
+        # there `release` deletes it.
+        cleanup.callback(_delete, lock.lock_file)
         this_process = _this_process()
         if holder_file.exists():
             _take_over(out_dir, this_process)
         write_json(holder_file, asdict(this_process))
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                holder_file.unlink()
-    finally:
-        _release(lock, out_dir)
-        # A run that could not start leaves nothing behind. Folders with files are not removed.
-        with suppress(OSError):
-            for folder in new_folders:
-                folder.rmdir()
+        cleanup.callback(_delete, holder_file)
+        yield
 
 
-def _release(lock: FileLock, out_dir: Path) -> None:
-    # Once released, the file may belong to another run, so it is deleted before. Windows can't delete open files.
-    lock_file = out_dir / LOCK
-    if os.name == "nt":
-        lock.release()
-        with suppress(OSError):
-            lock_file.unlink()
-    else:
-        with suppress(OSError):
-            lock_file.unlink()
-        lock.release()
+def _delete(path: str | Path) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    # Stops at the first folder with files.
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _this_process() -> Holder:

@@ -6,7 +6,6 @@ weights are a file of their own, which every LitGPT command reads.
 
 import random
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +119,11 @@ class TrainingRun:
     """Taken after each step; None before the first one and during an update, when nothing may be saved"""
 
     @property
+    def provenance(self) -> dict[str, str]:
+        """Fingerprints of the inputs of finetuning; a resumed run must have the same. Empty for pretraining."""
+        return self.finetuning.provenance if self.finetuning else {}
+
+    @property
     def gpt(self) -> GPT:
         """LitGPT's model inside the wrappers of Fabric and the strategy."""
         return self.model.module.gpt
@@ -145,7 +149,7 @@ def training_state(fabric: L.Fabric, run: TrainingRun, optimizer_state: dict[str
     return {
         "progress": asdict(run.progress),
         "layout": batch_layout(fabric, run),
-        "made_from": run.finetuning.provenance if run.finetuning else {},
+        "made_from": run.provenance,
         "optimizer": optimizer_state,
         "scaler": scaler.state_dict() if scaler else {},
         "expert_counts": run.expert_counts,
@@ -158,8 +162,7 @@ def training_state(fabric: L.Fabric, run: TrainingRun, optimizer_state: dict[str
 def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any]) -> None:
     """Restore what ``training_state`` returned, also on another number of ranks or with another micro batch.
 
-    The order matters: the plan needs the progress and the position in the data, and random states come last. Entries
-    that older versions did not save keep the values of a new run.
+    The order matters: the plan needs the progress and the position in the data, and random states come last.
     """
     saved_layout, layout = state["layout"], batch_layout(fabric, run)
     # 0.1.0 did not save evaluated_step. Its checkpoints contain a row if the evaluation of their step is missing.
@@ -178,9 +181,8 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
     scaler = scaler_of(fabric)
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    if "expert_counts" in state:
-        # In place, so that the counts stay on the device of the run.
-        run.expert_counts.copy_(state["expert_counts"])
+    # In place, so that the counts stay on the device of the run.
+    run.expert_counts.copy_(state["expert_counts"])
 
     # The position in the data, and the length of the run from there.
     loader = stateful_loader(run.train_dataloader)
@@ -194,13 +196,12 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
     )
     # The sums since the last log line count micro batches of the old size on the old number of ranks. The ratios
     # convert them to those of this run.
-    if "interval" in state:
-        run.metrics.load_state_dict(
-            state["interval"],
-            fabric.device,
-            rank_ratio=saved_layout["devices"] / layout["devices"],
-            micro_batch_ratio=saved_layout["micro_batch_size"] / layout["micro_batch_size"],
-        )
+    run.metrics.load_state_dict(
+        state["interval"],
+        fabric.device,
+        rank_ratio=saved_layout["devices"] / layout["devices"],
+        micro_batch_ratio=saved_layout["micro_batch_size"] / layout["micro_batch_size"],
+    )
     # Last: a random number drawn after this line would shift all that follow.
     load_random_state(state["random"], fabric.device)
 
@@ -232,39 +233,40 @@ def random_state(device: torch.device) -> dict[str, Any]:
 def load_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Restore what ``random_state`` returned."""
     torch.set_rng_state(state["torch"])
-    if "python" in state:
-        version, keys, gauss = state["python"]
-        random.setstate((version, tuple(keys), gauss))
-        np.random.set_state(tuple(state["numpy"]))
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
     if device.type == "cuda" and state["cuda"]:
         # Every rank takes the state of rank 0: an optimizer that rounds stochastically must round alike on all.
         torch.cuda.set_rng_state(state["cuda"][0], device)
 
 
-def save_checkpoint(fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: bool = False) -> None:
-    """Save the last complete step. Every rank must call this; rank 0 writes.
+def save_checkpoint(
+    fabric: L.Fabric, run: TrainingRun, folder: Path, *, last: bool = False, on_all_ranks: bool = True
+) -> None:
+    """Save the last complete step. Rank 0 writes.
 
     Args:
         last: write before returning and raise a failure, because the run ends. Otherwise write in the background.
+        on_all_ranks: every rank calls this at the same step. Otherwise the sums of the metrics are those of rank 0.
     """
     assert run.snapshot is not None, "a save during an update"
-    _average_sums(fabric, run.snapshot)
-    if fabric.global_rank == 0:
-        fabric.print(f"Saving {folder}")
-        # Metrics up to this step must be on disk before the checkpoint.
-        run.loggers.save()
-        content = checkpoint_content(fabric, run)
-        if last:
-            run.writer.write_now(folder, content)
-        else:
-            # Gathered tensors are copies already.
-            run.writer.write(folder, content, copy=not run.sharded)
-    elif run.sharded:
-        # Sends the shards of this rank to rank 0.
-        checkpoint_content(fabric, run)
-    # A rank that ends early would look like a lost one.
+    if on_all_ranks:
+        _average_sums(fabric, run.snapshot)
+    if fabric.global_rank != 0:
+        if run.sharded:
+            # Sends the shards of this rank to rank 0.
+            checkpoint_content(fabric, run)
+        return
+    fabric.print(f"Saving {folder}")
+    # Metrics up to this step must be on disk before the checkpoint.
+    run.loggers.save()
+    content = checkpoint_content(fabric, run)
     if last:
-        fabric.barrier()
+        run.writer.write_now(folder, content)
+    else:
+        # Gathered tensors are copies already.
+        run.writer.write(folder, content, copy=not run.sharded)
 
 
 def _average_sums(fabric: L.Fabric, snapshot: Snapshot) -> None:
@@ -275,7 +277,7 @@ def _average_sums(fabric: L.Fabric, snapshot: Snapshot) -> None:
 
 
 def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool = False) -> None:
-    """Save the last complete step after an error in the loop, unless it is saved already.
+    """Save the last complete step after an error in the loop.
 
     Never raises: the error that ended the run is the one to show.
 
@@ -285,24 +287,16 @@ def save_after_error(fabric: L.Fabric, run: TrainingRun, *, on_all_ranks: bool =
     """
     # A step, never final/: an unfinished run must not look finished.
     folder = run.settings.out_dir / f"step-{run.progress.step:08d}"
-    # A sharded model can't be gathered if only this rank failed.
-    can_save = run.snapshot is not None and run.progress.step > 0 and (on_all_ranks or not run.sharded)
+    # There is no snapshot before the first step and during an update. One rank alone can't gather a sharded model.
+    can_save = run.snapshot is not None and (on_all_ranks or not run.sharded)
     try:
-        if on_all_ranks and run.snapshot is not None:
-            _average_sums(fabric, run.snapshot)
-        content = checkpoint_content(fabric, run) if can_save else None
-        if fabric.global_rank == 0:
-            # The save in progress may be the last one.
-            run.writer.report_failure(wait=True)
-            if content is not None and run.writer.saved != folder:
-                # As in `save_checkpoint`: a resumed run writes no row for steps before its checkpoint.
-                run.loggers.save()
-                run.writer.write_now(folder, content)
-                fabric.print(f"Saved {folder}")
+        # The save in progress may be the last one.
+        run.writer.report_failure(wait=True)
+        # Only rank 0 knows what was written, and ranks that save together must all take part.
+        if can_save and (on_all_ranks or run.writer.saved != folder):
+            save_checkpoint(fabric, run, folder, last=True, on_all_ranks=on_all_ranks)
     except Exception as error:
-        # The terminal may be closed.
-        with suppress(OSError):
-            fabric.print(f"warning: {error}")
+        fabric.print(f"warning: {error}")
     if on_all_ranks:
         fabric.barrier()
 

@@ -67,6 +67,9 @@ def test_parquet_rows_and_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
     assert values(path) == ROWS
     assert list(read_rows(path, ["text"], range(1, 2))) == [("row 3", {"text": ROWS[2]["text"]})]
+    # A part of a data set may be empty, and has no row group then.
+    pq.ParquetWriter(path, pa.schema({"text": pa.string()})).close()
+    assert list(read_rows(path, ["text"], range(1))) == []
 
 
 def test_json_may_hold_one_object(tmp_path: Path) -> None:
@@ -129,6 +132,7 @@ def test_broken_csv_row_is_one_bad_row(tmp_path: Path, rows: str, reason: str) -
     [
         ("a.csv", 'id,text\n1,a\n2,"b\n3,c\n', "line 3: a quote that opens here is never closed"),
         ("a.csv", "text,text\n1,a\n", "several columns are called 'text'"),
+        ("a.csv", '"id"x,text\n1,a\n', "line 1: the names of the columns cannot be read"),
         ("a.json", '[{"a": 1},\n\n{]', r"line 3: not JSON"),
         ("a.json", "{\n", "not JSON"),
         ("a.jsonl", "Once upon a time".encode("utf-16-le"), "NUL.*UTF-16"),

@@ -8,7 +8,8 @@ import torch
 from litdata.streaming import TokensLoader
 from litdata.streaming.writer import BinaryWriter
 
-from litmoe.data import documents, tokens
+from litmoe.data import corpora, documents, tokens
+from litmoe.data.manifest import Settings
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
@@ -28,6 +29,26 @@ def test_chunks_are_litdatas_bytes(tmp_path: Path, dtype: str, monkeypatch: pyte
         for folder in (tmp_path / "units/train", tmp_path / "expected")
     )
     assert written == expected and len(written) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_lost_unit_keeps_its_place(tmp_path: Path, num_workers: int) -> None:
+    """After a power failure a unit in the middle may be lost. The units after it are finished."""
+    settings = Settings(None, None, None, None)
+    progress = tokens.Progress(corpora.Corpus("text", "", {"train": []}, {"train": ()}, settings))
+    units = [documents.Unit(i, "train", (), 0, generate=lambda i=i: iter(["x" * (i + 1)])) for i in range(9)]
+
+    def process() -> list[int]:
+        store = tokens.UnitStore(tmp_path / "units", "inputs")
+        records = tokens.process_units(
+            [units], documents.Rules(), lambda texts: texts[0].encode(), store, num_workers, None, False, progress
+        )
+        return [record.sizes["train"] for record in records]
+
+    assert process() == list(range(1, 10))
+    for name in ("complete.json", "000003.train", "000004.json"):
+        (tmp_path / "units" / name).unlink()
+    assert process() == list(range(1, 10))
 
 
 def test_dtype_holds_every_id() -> None:

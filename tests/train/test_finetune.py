@@ -12,15 +12,18 @@ import litgpt.lora
 import litgpt.prompts
 import pytest
 import torch
-from litgpt import GPT, Tokenizer
+from litgpt import GPT, Config, Tokenizer
 from litgpt.scripts.merge_lora import merge_lora
 
 import finetune
+from custom_moe import use_custom_moe
+from custom_moe.router import TopKRouter
 from litmoe import checkpoints
 from litmoe.cli import UserError, exit_with_message
 from litmoe.data.conversations import encode_conversation, load_prompt_style
 from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
 from litmoe.finetune_config import parse_finetuning
+from litmoe.train.finetune import divide_weights
 from litmoe.train.saving import locked
 from tests.helpers import column, save_tiny, tiny_gpt
 
@@ -109,6 +112,21 @@ def test_lora_updates_are_read_by_litgpt(tune, base, tmp_path):
     litgpts = litgpts.get("model", litgpts)
     for name, weight in torch.load(tmp_path / "ours.pth", weights_only=True).items():
         torch.testing.assert_close(litgpts[name], weight, msg=name)
+
+
+class RouterWithLinear(TopKRouter):
+    """A router with a layer that has the name of the one inside LitGPT's LoRA layers."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = torch.nn.Linear(config.n_embd, config.n_expert)
+
+
+def test_merged_weights_have_the_keys_of_the_model(moe_fields):
+    with use_custom_moe(router=RouterWithLinear):
+        expected = GPT(Config(**moe_fields)).state_dict()
+        gpt = litgpt.lora.GPT(litgpt.lora.Config(**moe_fields, lora_r=2, lora_query=True, lora_mlp=True))
+    assert divide_weights(gpt)[0].keys() == expected.keys()
 
 
 def test_tied_embeddings_stay_tied(tune, tmp_path, moe_fields, tokenizer_dir):

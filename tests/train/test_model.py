@@ -14,10 +14,9 @@ from torch.func import functional_call
 from custom_moe import MoE, expert_counts, expert_load, load_balancing_loss, use_custom_moe
 from custom_moe.backends import Hardware
 from custom_moe.experts import sum_rows
-from litmoe.config import MoESettings
-from litmoe.forward import Recomputed, _embedded, hidden_states
+from litmoe.config import MoESettings, Recomputed
 from litmoe.hardware import compiler_settings
-from litmoe.layers import use_fast_layers
+from litmoe.layers import _embedded, hidden_states, use_fast_layers
 from litmoe.train.loop import total_loss
 from litmoe.train.model import (
     PretrainingModel,

@@ -343,6 +343,14 @@ def test_failed_start_deletes_nothing(train, trained_copy):
     assert checkpoints.read_metadata(out / "final").step == 12
 
 
+def test_overwrite_keeps_runs_in_other_folders(train, trained, tmp_path):
+    """The start of a run may be in a folder below ``out_dir`` that ``--overwrite`` does not delete."""
+    start = shutil.copytree(trained, tmp_path / "out" / "first") / "final"
+    train("--train.max_steps", "1")
+    train("--overwrite", "--initial_checkpoint_dir", str(start), "--train.max_steps", "1")
+    assert checkpoints.read_metadata(start).step == 12
+
+
 def test_resume_rejects_folder_of_another_run(train, trained, trained_copy):
     with pytest.raises(UserError, match="holds a run already"):
         train("--resume", str(trained / "step-00000004"))
