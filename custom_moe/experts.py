@@ -405,17 +405,15 @@ class Experts(nn.Module):
         """Return LitGPT's key -> (name of the stacked parameter, this key's part of it), in LitGPT's order."""
         stacked = {name: parameter.unbind(0) for name, parameter in self.named_parameters(recurse=False)}
         views: dict[str, tuple[str, Tensor]] = {}
+        # fc_1 is above fc_2: the two are one product.
+        places = (("fc_1", "fc", 2, 0), ("fc_2", "fc", 2, 1), ("proj", "proj", 1, 0))
         for expert in range(self.fc_weight.size(0)):
-            for layer, stacked_layer in (("fc_1", "fc"), ("fc_2", "fc"), ("proj", "proj")):
+            for layer, stacked_layer, parts, part in places:
                 for kind in self._KINDS:
                     name = f"{stacked_layer}_{kind}"
-                    if name not in stacked:
-                        continue
-                    view = stacked[name][expert]
-                    if layer != "proj":  # fc_1 above fc_2: the two are one product
-                        gate, up = view.chunk(2)
-                        view = gate if layer == "fc_1" else up
-                    views[f"{prefix}{expert}.{layer}.{kind}"] = (name, view)
+                    if name in stacked:
+                        view = stacked[name][expert].chunk(parts)[part]
+                        views[f"{prefix}{expert}.{layer}.{kind}"] = (name, view)
         return views
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -56,24 +56,29 @@ def choose_tokenizer(args: "PrepareArgs", trained: dict[str, Any]) -> TokenizerC
         return _existing(folder) if tokenizers.is_complete(folder) else _new(str(folder))
     if args.overwrite:
         return _new(name)
+    choice = _without_replacing(folder, name, trained)
+    if choice is None:
+        existing = tokenizers.origin(folder).get("name", "of unknown origin")
+        raise UserError(
+            f"{folder} already contains another tokenizer ({existing}), which --tokenizer {name} would replace. Choose "
+            "another --tokenizer_dir, leave out --tokenizer to use the existing one, or replace it with --overwrite."
+        )
+    return choice
+
+
+def _without_replacing(folder: Path, name: str, trained: dict[str, Any]) -> TokenizerChoice | None:
+    """Return the tokenizer of this name if ``folder`` has it already, or an earlier state of it; None otherwise."""
     origin = tokenizers.origin(folder)
     if name == TRAIN:
         if origin == trained:
             return _existing(folder)
         # A tokenizer trained on the text of another folder may be in use by other data and models.
-        if (origin.get("name"), origin.get("data_dir")) == (TRAIN, trained["data_dir"]):
-            return _new(name)
-    else:
-        # The Hub is not asked again for a tokenizer with this name.
-        if origin == {"name": name} and not Path(name).is_dir():
-            return _existing(folder)
-        if _new(name).sha256 == manifest.tokenizer_fingerprint(folder):
-            return _existing(folder)
-    raise UserError(
-        f"{folder} already contains another tokenizer ({origin.get('name', 'of unknown origin')}), which --tokenizer "
-        f"{name} would replace. Choose another --tokenizer_dir, leave out --tokenizer to use the existing one, or "
-        "replace it with --overwrite."
-    )
+        is_earlier = (origin.get("name"), origin.get("data_dir")) == (TRAIN, trained["data_dir"])
+        return _new(name) if is_earlier else None
+    # The Hub is not asked again for a tokenizer with this name.
+    if origin == {"name": name} and not Path(name).is_dir():
+        return _existing(folder)
+    return _existing(folder) if _new(name).sha256 == manifest.tokenizer_fingerprint(folder) else None
 
 
 def _existing(folder: Path) -> TokenizerChoice:

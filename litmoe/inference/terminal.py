@@ -37,8 +37,6 @@ class Terminal:
         self.say(describe(self.chat.model))
         if not self.chat.is_tuned:
             self.say(NOT_TUNED)
-        if self.interactive:
-            self.say(HINT)
         # A pipe is read line by line: prompt_toolkit would need a terminal.
         for line in self._typed_lines() if self.interactive else sys.stdin:
             try:
@@ -191,6 +189,7 @@ class Terminal:
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
         from prompt_toolkit.output import create_output
 
+        self.say(HINT)
         keys = KeyBindings()
 
         # With multiline=True, Enter alone would start a new line instead of sending the question.

@@ -20,7 +20,7 @@ from litmoe.data.text_data import TokenizedText
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
-from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, run_files
+from litmoe.train.logs import RUN_CONFIG, run_files
 from litmoe.train.resume import refusal, tokens_provenance
 from litmoe.train.saving import main_process
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
@@ -225,15 +225,15 @@ def check_unoccupied(settings: RunSettings) -> None:
         # Rank 0 of this run may have written there already.
         return
     # A settings file alone is not worth protecting.
-    occupied = [path for path in run_files(settings.out_dir) if path.name == METRICS_FILE or path.is_dir()]
-    if occupied and not settings.overwrite:
-        names = ", ".join(path.name for path in occupied[:4])
+    old_run = {path.resolve() for path in run_files(settings.out_dir) if path.name != RUN_CONFIG}
+    if old_run and not settings.overwrite:
+        names = ", ".join(sorted(path.name for path in old_run)[:4])
         raise UserError(
             f"{settings.out_dir} holds a run already ({names}). Continue it with --resume auto, put this one elsewhere"
             " with --out_dir, or delete the old one with --overwrite."
         )
     start = settings.initial_checkpoint_dir or settings.upcycle
-    if start is not None and any(start.resolve().is_relative_to(path.resolve()) for path in occupied):
+    if start is not None and old_run.intersection([start.resolve(), *start.resolve().parents]):
         raise UserError(f"--overwrite would delete {start}, which this run starts from; choose another --out_dir.")
 
 

@@ -296,17 +296,18 @@ def _save_final(fabric: L.Fabric, run: TrainingRun, ending: Ending) -> None:
 def _describe_run(run: TrainingRun) -> Iterator[str]:
     """Yield the size of the run, as ``run_train.py --plan`` prints it."""
     gpt, train, plan = run.gpt, run.settings.train, run.plan
-    # Conversations differ in length.
-    seq_length = None if run.settings.is_finetuning else gpt.max_seq_length
+    if run.settings.is_finetuning:
+        # Conversations differ in length.
+        seq_length = None
+        size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
+    else:
+        seq_length = gpt.max_seq_length
+        step_tokens = plan.accumulation * plan.tokens_per_micro_batch
+        size = f"{plan.steps:,} steps of {step_tokens:,} tokens, {plan.tokens:,} tokens in all"
     yield describe_size(gpt.config, seq_length, bool(train.tie_embeddings))
     if run.settings.uses_lora:
         trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
         yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
-    if run.settings.is_finetuning:
-        size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
-    else:
-        step_tokens = plan.accumulation * plan.tokens_per_micro_batch
-        size = f"{plan.steps:,} steps of {step_tokens:,} tokens, {plan.tokens:,} tokens in all"
     limit = f" or after {train.max_time:g} s" if train.max_time else ""
     yield f"{size}, {plan.epochs:.2f} epochs; limited by {plan.ended_by}{limit}."
 

@@ -220,7 +220,7 @@ def test_resume_rejects_other_prompt_style(tune):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--data_dir", "nowhere"), "nowhere does not exist"),
+        (("--data_dir", "nowhere"), "nowhere.instructions.json does not exist"),
         (("--prompt_style", "alpacca"), "did you mean alpaca"),
         (("--train.max_tokens", "1000"), "train.max_tokens counts tokens of a text"),
         (("--lora_r", "4", "--lora_query", "false", "--lora_value", "false"), "no part of the model gets LoRA"),
