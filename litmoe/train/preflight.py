@@ -20,7 +20,7 @@ from litmoe.data.text_data import TokenizedText
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
 from litmoe.inference.generate import check_sampling, encode_prompt
-from litmoe.train.logs import RUN_CONFIG, run_files
+from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, run_files
 from litmoe.train.resume import refusal, tokens_provenance
 from litmoe.train.saving import main_process
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
@@ -225,7 +225,8 @@ def check_unoccupied(settings: RunSettings) -> None:
         # Rank 0 of this run may have written there already.
         return
     # A settings file alone is not worth protecting.
-    old_run = {path.resolve() for path in run_files(settings.out_dir) if path.name != RUN_CONFIG}
+    files = run_files(settings.out_dir)
+    old_run = {path.resolve() for path in files if path.name == METRICS_FILE or path.is_dir()}
     if old_run and not settings.overwrite:
         names = ", ".join(sorted(path.name for path in old_run)[:4])
         raise UserError(
