@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import yaml
 
 from litmoe.checksummed_json import file_sha256, known_fields, read_checksummed, write_checksummed
-from litmoe.cli import DISK_FULL, UserError, quoted
+from litmoe.cli import DISK_FULL, UserError, quoted, read_yaml
 from litmoe.hf_config import converted_by_litgpt, huggingface_config, without_counterpart
 
 # Functions import torch and litgpt when they need them: that takes seconds, and a wrong path is reported before.
@@ -688,8 +688,6 @@ def load_hyperparameters(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: they are missing or damaged.
     """
-    from litmoe.config import read_yaml
-
     path = as_folder(folder) / HYPERPARAMETERS
     _verify_file(path)
     return read_yaml(path)

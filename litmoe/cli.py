@@ -1,8 +1,9 @@
-"""Shared by all command-line scripts: one parser, one kind of user error, one spelling of flags."""
+"""Shared by all command-line scripts: one parser, one kind of user error, one spelling of flags, one YAML reader."""
 
 import difflib
 import errno
 import io
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 # EFBIG: a limit on the size of a file. EDQUOT, an exceeded quota, is not defined on every system.
@@ -159,6 +161,27 @@ def current_class_path(text: str) -> str:
     # Checkpoints and run files of 0.1.0 contain these paths.
     text = re.sub(r"\brecipe\.data\.(module\.)?", "litmoe.data.", text)
     return re.sub(r"\brecipe\.training\.", "litmoe.train.", text)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file, with the class paths of today's modules.
+
+    Raises:
+        UserError: there is no such file, or it is no mapping in YAML.
+    """
+    if not path.is_file():
+        raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones are in configs/.")
+    try:
+        # safe_load builds no objects from tags, which could run code of a stranger.
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        json.dumps(content, default=str, skipkeys=True)  # rejects anchors that contain themselves, an endless structure
+    except OSError:
+        raise
+    except Exception as error:  # not only YAML's own errors: 2026-99-99, `!!int x` and ten thousand `[` raise others
+        raise UserError(f"{path} is not valid YAML: {str(error)[:500] or type(error).__name__}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
+    return with_current_class_paths(content)
 
 
 def with_current_class_paths(settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ need only the first of two passes (``check_quickly``); the second one knows the 
 """
 
 import inspect
-import json
 import logging
 import pydoc
 import re
@@ -31,9 +30,9 @@ from litmoe.cli import (
     explain,
     known_flags,
     make_parser,
+    read_yaml,
     underscored,
     with_bare_switches,
-    with_current_class_paths,
 )
 
 # At run time only these two files of LitGPT are imported. A type checker reads the same classes in the usual way.
@@ -549,27 +548,6 @@ def _known_names(parser: ArgumentParser, run: dict[str, Any]) -> list[str]:
             # params is what the training loop gives to an optimizer, not a setting.
             names += [f"{group}.init_args.{name}" for name in parameters if name != "params"]
     return names
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file, with the class paths of today's modules.
-
-    Raises:
-        UserError: there is no such file, or it is no mapping in YAML.
-    """
-    if not path.is_file():
-        raise UserError(f"no config file at {path}; expected a YAML file. The shipped ones are in configs/.")
-    try:
-        # safe_load builds no objects from tags, which could run code of a stranger.
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        json.dumps(content, default=str, skipkeys=True)  # rejects anchors that contain themselves, an endless structure
-    except OSError:
-        raise
-    except Exception as error:  # not only YAML's own errors: 2026-99-99, `!!int x` and ten thousand `[` raise others
-        raise UserError(f"{path} is not valid YAML: {str(error)[:500] or type(error).__name__}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}; expected a YAML mapping of settings.")
-    return with_current_class_paths(content)
 
 
 def extract_files(

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from litmoe import checkpoints
 from litmoe.checksummed_json import known_fields
-from litmoe.cli import asks_for_help, make_parser, underscored
+from litmoe.cli import asks_for_help, make_parser, read_yaml, underscored
 from litmoe.config import (
     PROJECT,
     SHORT_FLAGS,
@@ -20,7 +20,6 @@ from litmoe.config import (
     check_quickly,
     extract_files,
     parse_settings,
-    read_yaml,
 )
 
 DEFAULT_FINETUNING = PROJECT / "configs" / "finetune.yaml"

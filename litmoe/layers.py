@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from custom_moe import MoEBlock, Router, RouterOutput, use_custom_moe
 from custom_moe.backends import hardware_of
 from litmoe.cli import UserError
-from litmoe.config import Recomputed
 
 
 @dataclass
@@ -259,7 +258,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def run_block(
-    block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, recomputed: Recomputed
+    block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, recomputed: str
 ) -> tuple[Tensor, RouterOutput | None]:
     """Run one transformer block of ``hidden_states``.
 
@@ -286,7 +285,7 @@ def hidden_states(
     input_ids: Tensor,
     positions: Tensor | None = None,
     mask: Tensor | None = None,
-    recomputed: Recomputed = "none",
+    recomputed: str = "none",
     run: Callable[..., tuple[Tensor, RouterOutput | None]] = run_block,
     cache_end: int | None = None,
 ) -> tuple[Tensor, list[RouterOutput | None]]:

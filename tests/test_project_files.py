@@ -1,8 +1,10 @@
-"""Check the files that GitHub and its tools read: the workflow, issue forms, versions, pre-commit."""
+"""Check the files that GitHub and its tools read, and that imports point one way."""
 
+import ast
 import re
 import shlex
 import tomllib
+from graphlib import TopologicalSorter
 
 import yaml
 
@@ -55,3 +57,18 @@ def test_versions_agree() -> None:
 def test_pre_commit_config_names_ruff() -> None:
     hooks = [hook for repo in yaml.safe_load(read(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
     assert [hook["entry"].split()[2:4] for hook in hooks] == [["ruff", "check"], ["ruff", "format"]]
+
+
+def test_imports_have_no_cycles() -> None:
+    """Imports within functions and for type checkers count as well."""
+    files = [file for package in ("custom_moe", "litmoe") for file in (PROJECT / package).rglob("*.py")]
+    modules = {".".join(file.relative_to(PROJECT).with_suffix("").parts): file for file in files}
+    imported: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        statements = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        # `from package import module` and `from package.module import name`
+        names = {f"{node.module}.{alias.name}" for node in statements for alias in node.names}
+        imported[name] = (names | {str(node.module) for node in statements}) & modules.keys()
+    assert len(imported["litmoe.train.run"]) > 5
+    # Raises CycleError with the modules of a cycle.
+    list(TopologicalSorter(imported).static_order())

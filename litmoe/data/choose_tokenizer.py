@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litmoe.cli import UserError
 from litmoe.data import manifest, tokenizers
@@ -13,9 +13,6 @@ from litmoe.data.documents import Batch, Rules, Unit, read_unit
 from litmoe.data.files import is_remote
 from litmoe.data.manifest import FileRecord, Settings
 from litmoe.data.tokenizers import TokenizerFiles
-
-if TYPE_CHECKING:
-    from litmoe.data.prepare import PrepareArgs
 
 TRAIN = "train"
 """The value of ``--tokenizer`` that trains one on the text."""
@@ -38,23 +35,24 @@ class TokenizerChoice:
     """Its fingerprint; None if it will be trained."""
 
 
-def choose_tokenizer(args: "PrepareArgs", trained: dict[str, Any]) -> TokenizerChoice:
+def choose_tokenizer(name: str | None, folder: Path, trained: dict[str, Any], *, overwrite: bool) -> TokenizerChoice:
     """Return the tokenizer for the flags, downloaded if it must be.
 
     Args:
-        args: the flags.
+        name: ``--tokenizer``.
+        folder: ``--tokenizer_dir``.
         trained: ``train_origin`` of the text, for ``--tokenizer train``.
+        overwrite: replace another tokenizer in ``folder``.
 
     Raises:
         UserError: the tokenizer does not exist, is broken, or would replace another one.
     """
-    folder, name = args.tokenizer_dir, args.tokenizer
     if not (folder / "tokenizer.json").is_file():
         return _new(name or tokenizers.DEFAULT)
     if name is None or Path(name) == folder:
         # A tokenizer.json from elsewhere may not say which tokens begin and end a text: complete it.
         return _existing(folder) if tokenizers.is_complete(folder) else _new(str(folder))
-    if args.overwrite:
+    if overwrite:
         return _new(name)
     choice = _without_replacing(folder, name, trained)
     if choice is None:
@@ -102,12 +100,14 @@ def _new(name: str) -> TokenizerChoice:
 # --- training ---
 
 
-def train_origin(args: "PrepareArgs", text: tuple[FileRecord, ...], settings: Settings) -> dict[str, Any]:
-    """Return everything that a trained tokenizer depends on; it is stored in the tokenizer's folder."""
+def train_origin(
+    vocab_size: int | None, folder: Path, data_dir: Path, text: tuple[FileRecord, ...], settings: Settings
+) -> dict[str, Any]:
+    """Return everything that a trained tokenizer depends on; it is stored in its ``folder``."""
     return {
         "name": TRAIN,
-        "vocab_size": args.vocab_size or tokenizers.DEFAULT_VOCAB_SIZE,
-        "data_dir": _relative(args.tokenizer_dir, args.data_dir),
+        "vocab_size": vocab_size or tokenizers.DEFAULT_VOCAB_SIZE,
+        "data_dir": _relative(folder, data_dir),
         "text": manifest.text_fingerprint(text),
         "settings": asdict(settings),
     }

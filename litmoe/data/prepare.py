@@ -306,7 +306,8 @@ def _choose_tokenizer(
         text, settings = corpus.records["train"], corpus.settings
     elif previous is not None:
         text, settings = previous.splits["train"].text, previous.settings
-    return choose_tokenizer(args, train_origin(args, text, settings))
+    trained = train_origin(args.vocab_size, args.tokenizer_dir, args.data_dir, text, settings)
+    return choose_tokenizer(args.tokenizer, args.tokenizer_dir, trained, overwrite=args.overwrite)
 
 
 def _changes(
@@ -450,7 +451,8 @@ def _prepare_tokenizer(args: PrepareArgs, corpus: Corpus, tokenizer: TokenizerCh
     files, origin = tokenizer.files, tokenizer.origin
     if args.tokenizer == TRAIN:
         # A stream is opened only now, so its text may not be what the tokenizer in place was trained on.
-        origin = train_origin(args, corpus.records["train"], corpus.settings)
+        text = corpus.records["train"]
+        origin = train_origin(args.vocab_size, args.tokenizer_dir, args.data_dir, text, corpus.settings)
         if args.overwrite or tokenizers.origin(args.tokenizer_dir) != origin:
             files = train_tokenizer(corpus, origin["vocab_size"])
     # One of an interrupted call with other flags must not be installed with these tokens.
