@@ -195,6 +195,9 @@ def _silu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
 class ExpertBackend:
     """Base class. A subclass implements ``multiply`` and ``weight_gradient``; the rest is built from these."""
 
+    waits_for_device = False
+    """Whether the CPU reads how many rows each expert has, so that a step cannot be recorded as a CUDA graph"""
+
     def problem(self, dtype: torch.dtype, device_type: str, hardware: Hardware, widths: tuple[int, ...]) -> str | None:
         """Return why the backend can't compute this, or None.
 
@@ -590,6 +593,8 @@ def _weight_gradient(grad_BO: Tensor, x_BC: Tensor, spans: list[Span], out: Tens
 
 class PerExpertLoop(ExpertBackend):
     """One product per expert, which also activates in buffers of its own."""
+
+    waits_for_device = True
 
     def row_multiple(self, x_NC: Tensor) -> int:
         # oneDNN, which multiplies bf16 matrices on a CPU, builds a kernel for each new number of rows: thirty times the

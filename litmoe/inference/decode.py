@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from custom_moe import MoE
+from custom_moe.backends import BACKENDS
 from custom_moe.router import TopKRouter
 from litmoe.layers import CausalSelfAttention, KVCache, RMSNorm, hidden_states, logits_of
 
@@ -256,8 +257,8 @@ def _can_be_recorded(gpt: GPT) -> bool:
             # LitGPT's own MoE asks the device for the rows of an expert.
             return False
         if isinstance(block.mlp, MoE):
-            # The loop waits for the device, and a router of the user's own may.
-            waits = block.mlp.experts.backend_on(device) == "loop" or not isinstance(block.mlp.gate, TopKRouter)
-            if waits:
+            backend = BACKENDS[block.mlp.experts.backend_on(device)]
+            # A router of the user's own may wait for the device too.
+            if backend.waits_for_device or not isinstance(block.mlp.gate, TopKRouter):
                 return False
     return True
