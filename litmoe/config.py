@@ -531,6 +531,11 @@ def read_run_file(path: Path, model_file: Path | None = None) -> dict[str, Any]:
         # A run file and its model file can be moved together.
         next_to_run_file = path.parent / run["model"]
         model_file = next_to_run_file if next_to_run_file.is_file() else Path(run["model"])
+        if not model_file.is_file():
+            raise UserError(
+                f"no config file at {run['model']}: {path} names it under `model:`, but it is neither in {path.parent}"
+                " nor in the working directory. Correct the line, or give the file with --model."
+            )
     if model_file is not None:
         run["model"] = read_yaml(model_file)
     return run

@@ -397,6 +397,8 @@ def import_router(class_path: str) -> type[Router]:
     """
     module, _, name = class_path.rpartition(".")
     expected = "expected the class path of a subclass of custom_moe.Router, such as my_routers.ExpertChoice"
+    if not module:
+        raise UserError(f"the router {class_path} can't be imported (it is only one name); {expected}.")
     try:
         router = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

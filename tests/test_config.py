@@ -288,7 +288,7 @@ def test_all_problems_are_reported_together(refusal):
         ("- a list", "expected a YAML mapping"),
         ("a: [1", "is not valid YAML"),
         ("", "holds NoneType"),
-        ("model: other.yaml", "no config file at other.yaml"),
+        ("model: other.yaml", "no config file at other.yaml: "),
     ],
 )
 def test_mistake_in_file_names_file_or_key(tmp_path, text, message):

@@ -49,7 +49,8 @@ CASES = {
 
 
 # Triton's own tests are in test_triton.py.
-every_backend = pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if name != "triton"])
+ON_ANY_DEVICE = [name for name in backends.BACKENDS if name != "triton"]
+every_backend = pytest.mark.parametrize("backend", ON_ANY_DEVICE)
 
 
 @every_backend
@@ -143,7 +144,7 @@ class MatrixProducts(TorchDispatchMode):
         self.seen: list[tuple[str, torch.dtype]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("mm", "addmm", "_grouped_mm", "loop_forward", "loop_multiply"):
+        if func.namespace == "custom_moe" or func.overloadpacket.__name__ in ("mm", "addmm", "_grouped_mm"):
             self.seen.append((func.overloadpacket.__name__, args[0].dtype))
         return func(*args, **(kwargs or {}))
 
@@ -354,7 +355,7 @@ def test_frozen_experts_get_no_gradient(dtype: torch.dtype, backend: Backend) ->
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            if func.overloadpacket.__name__ in ("loop_backward", "_grouped_mm", "loop_weight_gradient"):
+            if func.namespace == "custom_moe" or func.overloadpacket.__name__ == "_grouped_mm":
                 self.seen |= {r.shape for r in torch.utils._pytree.tree_leaves(result)}
             return result
 
@@ -393,7 +394,7 @@ def test_transposed_input() -> None:
     torch.testing.assert_close(ours(x), stock(x.contiguous()))
 
 
-@pytest.mark.parametrize("backend", [None, "grouped_mm"])
+@pytest.mark.parametrize("backend", [None, *ON_ANY_DEVICE])
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
 def test_shapes_on_the_meta_device(fields: dict, backend: Backend | None) -> None:
     config = moe_config(fields)
@@ -412,14 +413,14 @@ def test_shapes_on_the_meta_device(fields: dict, backend: Backend | None) -> Non
 def compiled_cases() -> Iterator[ParameterSet]:
     """All combinations. Half of them are quick: each pair of options is among those."""
     routers = {"softmax": {"bias": True}, "sigmoid": {**SIGMOID_FIELDS, "n_shared_expert": 1}}
-    for router, autocast, backend in itertools.product(routers, [False, True], ["loop", "grouped_mm"]):
+    for router, autocast, backend in itertools.product(routers, [False, True], ON_ANY_DEVICE):
         is_quick = (router == "sigmoid") ^ autocast ^ (backend == "grouped_mm")
         name = f"{router}-{'bf16-mixed' if autocast else 'fp32'}-{backend}"
         marks = [] if is_quick else [pytest.mark.slow]
         yield pytest.param(routers[router], autocast, backend, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("fields", "autocast", "backend"), compiled_cases())
+@pytest.mark.parametrize(("fields", "autocast", "backend"), list(compiled_cases()))
 def test_compiles_to_one_graph_for_any_routing(fields: dict, autocast: bool, backend: Backend) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

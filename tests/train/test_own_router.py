@@ -134,7 +134,7 @@ def test_plan_counts_with_the_router(run_file: Path, capsys: pytest.CaptureFixtu
             ("--moe.router", "no_such_module.Mine"),
             r"the router no_such_module\.Mine can't be imported \(No module named",
         ),
-        (("--moe.router", "Mine"), r"the router Mine can't be imported"),
+        (("--moe.router", "Mine"), r"the router Mine can't be imported \(it is only one name\)"),
         (("--moe.router", "custom_moe.router.Missing"), r"can't be imported \(module .* has no attribute 'Missing'\)"),
         (("--moe.router", "torch.nn.Linear"), r"expected the class path of a subclass of custom_moe\.Router, such as"),
         (
