@@ -260,8 +260,12 @@ def origin(folder: Path) -> dict[str, Any]:
 
 def is_complete(folder: Path) -> bool:
     """Return whether ``tokenizer_config.json`` says what LitGPT needs: a class and the tokens around texts."""
+    config = tokenizer_config(folder)
+    # `install` put it there, completed by `from_folder` and unchanged since. Parsing a vocabulary again takes a second.
+    if isinstance(config.get("add_bos_token"), bool) and origin(folder):
+        return True
     # `from_folder` adds what is missing. What it adds changes no id if the fingerprint stays the same.
-    has_class = tokenizer_config(folder).get("tokenizer_class") is not None
+    has_class = config.get("tokenizer_class") is not None
     return has_class and tokenizer_fingerprint(folder) == from_folder(folder).sha256
 
 

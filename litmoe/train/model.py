@@ -113,7 +113,7 @@ class PretrainingModel(nn.Module):
             positions = torch.arange(input_ids.size(1), device=lengths.device)
             mask_N = (positions < lengths.unsqueeze(1)).flatten()  # (B, T) -> (B * T,)
         x, routers = hidden_states(self.gpt, input_ids, recomputed=self.recomputed, run=self._run_block)  # (B, T, C)
-        balances: list[tuple[Tensor, ...]] = []
+        balances: list[Balance] = []
         for router in routers:
             if router is not None:
                 # Dense blocks have no row in last_counts.
@@ -146,8 +146,18 @@ class PretrainingModel(nn.Module):
         return loss
 
 
-def balance_of(router: RouterOutput, mask_N: Tensor | None, last_counts_E: Tensor | None) -> tuple[Tensor, ...]:
-    """Return the part of ``Losses`` that belongs to one MoE layer: all but the cross-entropy, in the same order.
+class Balance(NamedTuple):
+    """The part of ``Losses`` that belongs to one MoE layer."""
+
+    load_balancing: Tensor
+    z_loss: Tensor
+    router_confidence: Tensor
+    expert_counts: Tensor
+    """``(n_expert,)``"""
+
+
+def balance_of(router: RouterOutput, mask_N: Tensor | None, last_counts_E: Tensor | None) -> Balance:
+    """Return the balance losses and statistics of one router.
 
     Args:
         mask_N: false for padding; None: no padding.
@@ -156,7 +166,7 @@ def balance_of(router: RouterOutput, mask_N: Tensor | None, last_counts_E: Tenso
     counts_E = assignment_counts(router, mask_N)
     load_E = expert_load(counts_E if last_counts_E is None else last_counts_E)
     score = router.score_function
-    return (
+    return Balance(
         load_balancing_loss(router.logits, score_function=score, mask_N=mask_N, load_E=load_E),
         router_z_loss(router.logits, mask_N),
         router_confidence(router.logits, score, mask_N),

@@ -84,16 +84,13 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1.0e-8,
         fused: bool | None = None,
     ) -> None:
-        checks = {
-            f"lr is {lr} and adamw_lr {adamw_lr}; expected rates above 0": lr > 0 and adamw_lr > 0,
-            f"momentum is {momentum} and betas {betas}; expected numbers from 0 to below 1": all(
-                0 <= beta < 1 for beta in (momentum, *betas)
-            ),
-            f"weight_decay is {weight_decay}; expected 0 or more": weight_decay >= 0,
-        }
-        for problem, is_fine in checks.items():
-            if not is_fine:
-                raise ValueError(problem)
+        # Written with `not`, so that NaN is refused too.
+        if not (lr > 0 and adamw_lr > 0):
+            raise ValueError(f"lr is {lr} and adamw_lr {adamw_lr}; expected rates above 0")
+        if not all(0 <= beta < 1 for beta in (momentum, *betas)):
+            raise ValueError(f"momentum is {momentum} and betas {betas}; expected numbers from 0 to below 1")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
         groups = [{**group, "lr": lr if group.get("parts") else adamw_lr} for group in params]
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
         super().__init__(groups, {**defaults, "parts": None})

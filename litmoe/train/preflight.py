@@ -13,7 +13,7 @@ from litmoe import checkpoints
 from litmoe.cli import UserError, command, quoted
 from litmoe.config import ParsedRun, RunSettings
 from litmoe.data.files import text_files
-from litmoe.data.manifest import SPLITS, TEXT, flags_to_repeat, manifest_path, tokenizer_fingerprint
+from litmoe.data.manifest import SPLITS, TEXT, find_tokenizer, flags_to_repeat, manifest_path
 from litmoe.data.manifest import read as read_manifest
 from litmoe.data.prepare import PrepareArgs, check_placed_text, prepare
 from litmoe.data.text_data import TokenizedText
@@ -41,8 +41,8 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     settings = run.settings
     # What can fail in seconds comes first, because tokenizing can take hours.
     resume_from = find_checkpoint(settings)
-    if resume_from is None:
-        # `--resume auto` may start a new run, which has stricter checks.
+    # `auto` starts a new run, which has stricter checks. Any other new run was checked when its settings were read.
+    if settings.resume and resume_from is None:
         check(replace(settings, resume=False), run.optimizer)
     _check_start(settings, resume_from)
     if settings.eval.hellaswag is not None and main_process():
@@ -324,11 +324,8 @@ def _with_moved_data(run: ParsedRun, resume_from: Path) -> ParsedRun:
         )
     # The tokenizer was usually moved together with the data.
     tokenizer_dir = run.settings.tokenizer_dir
-    for folder in (tokenizer_dir, data_dir / tokenizer_dir.name, data_dir.parent / tokenizer_dir.name):
-        with suppress(UserError):
-            if tokenizer_fingerprint(folder) == provenance[0]:
-                return _with_data(run, data_dir, folder)
-    return _with_data(run, data_dir, tokenizer_dir)
+    places = (tokenizer_dir, data_dir / tokenizer_dir.name, data_dir.parent / tokenizer_dir.name)
+    return _with_data(run, data_dir, find_tokenizer(places, provenance[0]) or tokenizer_dir)
 
 
 def find_moved_data(old: Path, is_same: Callable[[Path], bool]) -> Path | None:
