@@ -250,6 +250,9 @@ class RunSettings:
     """Name of the run for W&B and in the settings that are saved"""
     compile: bool | None = None
     """torch.compile; null turns it on if there is a CUDA GPU and a compiler"""
+    document_masking: bool = False
+    """Whether tokens attend only to their own document, in training and its validation, and not to other documents of
+    the same window"""
     activation_checkpointing: Recomputed = "none"
     """What is computed twice to save memory, with the same results: nothing, complete blocks, or their experts"""
     progress: bool | None = None
@@ -260,6 +263,12 @@ class RunSettings:
     """Balance of the experts"""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     """Learning-rate curve; optimizer groups with their own rates keep their ratio to the first group"""
+    embedding_lr_factor: float = 1.0
+    """Learning rate of the input embedding, as a multiple of what the optimizer gives it; also if the output layer
+    shares the matrix"""
+    zero_init_projections: bool = False
+    """Whether the output projections of attention and feed-forward (of each expert) start at zero, so that each block
+    at first passes its input on unchanged (muP, arXiv 2203.03466, appendix D.2); otherwise as LitGPT draws them"""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     """When the run saves and which checkpoints it keeps"""
     sample: SampleSettings = field(default_factory=SampleSettings)

@@ -40,7 +40,8 @@ LORA_FIELDS = (
 
 OF_THE_CHECKPOINT: set[str] = {
     *("model", "initial_checkpoint_dir", "tokenizer_dir"),  # taken from it
-    *("upcycle", "prepare", "wandb_dataset", "wandb_artifacts_dir"),  # only for pretraining
+    # only for pretraining
+    *("upcycle", "prepare", "wandb_dataset", "wandb_artifacts_dir", "zero_init_projections", "document_masking"),
 }
 """Settings that `finetune.py` has no flags for."""
 

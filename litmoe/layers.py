@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from litgpt import GPT, Config
 from litgpt.model import do_softcapping
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from custom_moe import MoEBlock, Router, RouterOutput, use_custom_moe
 from custom_moe.backends import hardware_of
 from litmoe.cli import UserError
+from litmoe.documents import DocumentLengths, DocumentMask, attend_document_by_document, attend_within_blocks
 
 
 @dataclass
@@ -58,7 +60,7 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        mask: DocumentMask | None = None,
         input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
     ) -> Tensor:
@@ -68,7 +70,7 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
             x: ``(B, T, n_embd)``.
             cos: ``([B or 1], T, D)``.
             sin: as ``cos``.
-            mask: ``([B or 1], 1, T, S)``, True where a query sees a key; None is causal.
+            mask: ``([B or 1], 1, T, S)``, True where a query sees a key, or another ``DocumentMask``; None is causal.
             input_pos: positions of the tokens in the cache, ``(T,)`` or ``(B, T)``; needs ``self.kv_cache``.
             input_pos_maxp1: the largest position plus 1: how much of the cache is used; None for all of it.
 
@@ -81,6 +83,11 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
 
         (B, T, _), H, G, D = x.shape, self.config.n_head, self.config.n_query_groups, self.config.head_size
         heads = rotate(self._heads(x), cos, sin, H + G)  # (B, T, H + 2G, D)
+        # mscale: YaRN's correction for stretched contexts, else 1
+        scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or D)
+        if isinstance(mask, DocumentLengths):
+            y = attend_document_by_document(heads, H, G, mask, scale)
+            return self._project(y, T)
         q, k, v = heads.transpose(1, 2).split_with_sizes((H, G, G), dim=1)  # (B, heads, T, D)
         if input_pos is not None:
             k, v = self._update_cache(input_pos, input_pos_maxp1, k, v)  # (B, G, S, D)
@@ -89,9 +96,9 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
                 # attention without one is faster.
                 mask = None
 
-        # mscale: YaRN's correction for stretched contexts, else 1
-        scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or D)
-        if T == 1:
+        if isinstance(mask, BlockMask):
+            y = attend_within_blocks(q, k, v, mask, scale)
+        elif T == 1:
             # The query heads of a group see the same keys, so they can take the place of the time.
             q = q.reshape(B, G, H // G, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -103,7 +110,11 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
             )
             y = y.transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
-        result = self.proj(y.reshape(B, T, H * D))
+        return self._project(y, T)
+
+    def _project(self, y: Tensor, T: int) -> Tensor:
+        """Apply the output projection to the results of the heads: ``(B, T, H, D)``; if T is 1, ``(B, G, -1, D)``."""
+        result: Tensor = self.proj(y.reshape(y.size(0), T, -1))
         return result
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -258,7 +269,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def run_block(
-    block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, recomputed: str
+    block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: DocumentMask | None, recomputed: str
 ) -> tuple[Tensor, RouterOutput | None]:
     """Run one transformer block of ``hidden_states``.
 
@@ -284,7 +295,7 @@ def hidden_states(
     gpt: GPT,
     input_ids: Tensor,
     positions: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: DocumentMask | None = None,
     recomputed: str = "none",
     run: Callable[..., tuple[Tensor, RouterOutput | None]] = run_block,
     cache_end: int | None = None,
@@ -295,7 +306,7 @@ def hidden_states(
         gpt: LitGPT's model.
         input_ids: ``(B, T)``.
         positions: ``(T,)`` or ``(B, T)``; 0 to T - 1 if None.
-        mask: ``([B or 1], 1, T, S)``, True where a token sees another; causal if None.
+        mask: ``([B or 1], 1, T, S)``, True where a token sees another, or another ``DocumentMask``; causal if None.
         recomputed: what is computed again in the backward pass: nothing, each block, or each block's feed-forward.
             The blocks must be ``MoEBlock``s then.
         run: ``run_block``, possibly compiled.
@@ -330,7 +341,7 @@ def hidden_states(
         if cache_end is None:
             x, router = run(block, x, block_cos, block_sin, mask, recomputed)
         else:
-            assert positions is not None
+            assert positions is not None and isinstance(mask, Tensor | None)
             x, router = run_cached_block(block, x, block_cos, block_sin, mask, positions, cache_end)
         routers.append(router)
     return x, routers

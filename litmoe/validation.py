@@ -44,6 +44,7 @@ RULES = (
     Rule("model.routed_scaling_factor", lambda value: 0 < value < math.inf, "more than 0, such as 1.0"),
     Rule("moe.bias_update_rate", lambda value: value >= 0, "0 for none, or a small step such as 0.001"),
     Rule("train.max_norm", lambda value: value > 0, "more than 0, or null for no clipping"),
+    Rule("embedding_lr_factor", lambda value: 0 < value < math.inf, "more than 0, such as 10"),
     Rule("schedule.decay_fraction", lambda value: 0 < value <= 1, "a fraction above 0 and at most 1, such as 0.2"),
     Rule("checkpoint.every_minutes", lambda value: 0 < value < math.inf, "more than 0, or null"),
     # If one of two is damaged, the other one is left.
@@ -77,6 +78,7 @@ def check(settings: RunSettings, optimizer: dict[str, Any]) -> None:
         *_check_model(settings.model),
         *_check_router_learns(settings),
         *_check_moe(settings),
+        *_check_document_masking(settings),
         *_check_batches(settings),
         *_check_sharding(settings, optimizer),
         *_check_schedule(settings),
@@ -117,6 +119,14 @@ def _check_paths(settings: RunSettings) -> Iterator[str]:
 
 
 # --- Model
+
+
+def _check_document_masking(settings: RunSettings) -> Iterator[str]:
+    if settings.document_masking and settings.model.sliding_window_size is not None:
+        yield (
+            "document_masking has no effect in layers with a sliding window (sliding_window_size), whose attention"
+            " LitGPT computes with a mask of its own; expected one of the two."
+        )
 
 
 def _check_model(config: Config) -> Iterator[str]:

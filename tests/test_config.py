@@ -215,6 +215,8 @@ def test_flags_have_help_texts():
         (["--schedule.decay_fraction", "0.5"], "--schedule.name wsd"),
         (["--schedule.name", "linear"], "schedule.name"),
         (["--optimizer.init_args.lr", "0.0"], "the optimizer's lr is 0.0"),
+        (["--embedding_lr_factor", "0"], "embedding_lr_factor is 0.0; expected more than 0"),
+        (["--document_masking", "true", "--model.sliding_window_size", "16"], "document_masking has no effect"),
         (["--train.log_interval", "0"], "train.log_interval is 0"),
         (["--log.teamspace", "x"], "log.teamspace belongs to a logger that is not offered"),
         (["--log.project", "x"], "log.project is only used by W&B"),

@@ -24,6 +24,7 @@ from custom_moe import (
 )
 from custom_moe.experts import compute_dtype
 from litmoe.config import Recomputed
+from litmoe.documents import DocumentMask, document_mask, number_documents
 from litmoe.layers import hidden_states, logits_of, run_block
 from litmoe.train.cross_entropy import IGNORE_INDEX, linear_cross_entropy, loss_of_rows
 from litmoe.train.optimizers import parameter_uses
@@ -38,6 +39,8 @@ class Batch(NamedTuple):
     """``(B, T)``: the ids one position ahead, or ``IGNORE_INDEX``"""
     lengths: Tensor | None = None
     """``(B,)``: inputs of each row that are no padding; None for rows without padding"""
+    documents: Tensor | None = None
+    """``(B, T)``: tokens attend to those of their row with the same number; None: to all tokens before them"""
 
 
 def as_batch(batch: Tensor | tuple[Tensor, ...], seq_length: int) -> Batch:
@@ -74,6 +77,8 @@ class PretrainingModel(nn.Module):
         recomputed: what the backward computes again instead of keeping it.
         compiler: ``torch.compile`` with its options; None: nothing is compiled. It compiles the expensive functions,
             each once for all layers: compiling the complete model would unroll all layers, which takes far longer.
+        document_end: the token that ends a document, for attention within documents; None: attention to all tokens of
+            a row.
     """
 
     def __init__(
@@ -81,12 +86,15 @@ class PretrainingModel(nn.Module):
         gpt: GPT,
         recomputed: Recomputed = "none",
         compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        document_end: int | None = None,
     ) -> None:
         super().__init__()
         self.gpt = gpt
         self.recomputed: Recomputed = recomputed
+        self.document_end = document_end
         self.loss_on: str | None = None
         """Choose block sizes of the loss for this type of device; None: for the device of the model"""
+        self._is_compiled = compiler is not None
         compiled = compiler or (lambda part: part)
         self._run_block = compiled(run_block)
         self._balance_of = compiled(balance_of)
@@ -99,12 +107,14 @@ class PretrainingModel(nn.Module):
         input_ids: Tensor,
         targets: Tensor,
         lengths: Tensor | None = None,
+        documents: Tensor | None = None,
         last_counts: Tensor | None = None,
     ) -> Losses:
         """Return the losses of a ``Batch``, given by its fields.
 
         Args:
-            input_ids, targets, lengths: see ``Batch``. Padding follows the tokens of a row, which do not attend to it.
+            input_ids, targets, lengths, documents: see ``Batch``. Padding follows the tokens of a row, which do not
+                attend to it.
             last_counts: ``(MoE layers, n_expert)``, the load for the load-balancing loss; None: that of this batch.
         """
         # Padding is computed like other tokens, but does not count as load.
@@ -112,7 +122,10 @@ class PretrainingModel(nn.Module):
         if lengths is not None:
             positions = torch.arange(input_ids.size(1), device=lengths.device)
             mask_N = (positions < lengths.unsqueeze(1)).flatten()  # (B, T) -> (B * T,)
-        x, routers = hidden_states(self.gpt, input_ids, recomputed=self.recomputed, run=self._run_block)  # (B, T, C)
+        mask = self._document_mask(input_ids, documents)
+        x, routers = hidden_states(  # (B, T, C)
+            self.gpt, input_ids, mask=mask, recomputed=self.recomputed, run=self._run_block
+        )
         balances: list[Balance] = []
         for router in routers:
             if router is not None:
@@ -128,6 +141,15 @@ class PretrainingModel(nn.Module):
             return Losses(cross_entropy, zero, zero, zero.new_zeros(0), no_counts)
         balancing, z_losses, confidences, counts = (torch.stack(column) for column in zip(*balances, strict=True))
         return Losses(cross_entropy, balancing.mean(), z_losses.mean(), confidences, counts)
+
+    def _document_mask(self, input_ids: Tensor, documents: Tensor | None) -> DocumentMask | None:
+        if documents is None and self.document_end is not None:
+            documents = number_documents(input_ids, self.document_end)
+        if documents is None:
+            return None
+        # LitGPT computes some kinds of attention itself.
+        is_fast = all(getattr(block.attn, "is_fast", False) for block in self.gpt.transformer.h)
+        return document_mask(documents, compiled=self._is_compiled, needs_tensor=not is_fast)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of hidden states ``(B, T, C)``.

@@ -106,12 +106,15 @@ def without_empty_groups(*groups: dict[str, Any]) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+def make_optimizer(
+    optimizer: dict[str, Any], model: nn.Module, *, fused: bool, embedding_lr_factor: float = 1.0
+) -> torch.optim.Optimizer:
     """Return the optimizer of a run file over the model's parameter groups.
 
     Args:
         optimizer: ``class_path`` and ``init_args``, as ``litgpt.utils.instantiate_torch_optimizer`` takes them.
         fused: use the fused kernel if the optimizer has one.
+        embedding_lr_factor: learning rate of the input embedding, as a multiple of what its group has.
 
     Raises:
         UserError: the optimizer rejects its arguments or these parameters.
@@ -122,6 +125,7 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
     # jsonargparse lists all arguments of the class; null means its own default.
     specification["init_args"] = {name: value for name, value in init_args.items() if value is not None}
     groups = optimizer_traits(optimizer).parameter_groups(model)
+    groups = with_own_embedding_rate(groups, model, embedding_lr_factor)
     try:
         result: torch.optim.Optimizer = instantiate_torch_optimizer(specification, groups, fused=fused)
     except (TypeError, ValueError) as error:
@@ -130,7 +134,20 @@ def make_optimizer(optimizer: dict[str, Any], model: nn.Module, *, fused: bool) 
         raise UserError(f"the optimizer {class_path} rejects these settings or this model: {error}{hint}") from None
     # The schedule scales these rates.
     for group in result.param_groups:
-        group["initial_lr"] = float(group["lr"])
+        group["initial_lr"] = float(group["lr"]) * group.pop("lr_factor", 1.0)
+    return result
+
+
+def with_own_embedding_rate(groups: list[dict[str, Any]], model: nn.Module, factor: float) -> list[dict[str, Any]]:
+    """Move the input embedding into a group of its own with ``lr_factor``, unless the factor is 1."""
+    if factor == 1:
+        return groups
+    embeddings = {use.parameter for use in parameter_uses(model) if isinstance(use.module, nn.Embedding)}
+    result = []
+    for group in groups:
+        own = [parameter for parameter in group["params"] if parameter in embeddings]
+        rest = [parameter for parameter in group["params"] if parameter not in embeddings]
+        result += without_empty_groups({**group, "params": rest}, {**group, "params": own, "lr_factor": factor})
     return result
 
 

@@ -105,6 +105,8 @@ def main(
     litgpt.pretrain.initialize_weights(fabric, gpt, n_layer=config.n_layer, n_embd=config.n_embd)
     # After LitGPT's initialization, which it corrects.
     scale_gelu_projections(gpt)
+    if run.settings.zero_init_projections:
+        zero_projections(gpt)
     # After the initialization, so that the shared matrix has the values of the output layer.
     if train.tie_embeddings:
         gpt.transformer.wte.weight = gpt.lm_head.weight
@@ -138,3 +140,13 @@ def scale_gelu_projections(gpt: GPT) -> None:
     for module in gpt.modules():
         if isinstance(module, GptNeoxMLP):
             nn.init.normal_(module.proj.weight, std=1 / math.sqrt(gpt.config.n_embd) / gpt.config.n_layer)
+
+
+@torch.no_grad()
+def zero_projections(gpt: GPT) -> None:
+    """Set the output projections of attention and feed-forward to zero, with their biases."""
+    for name, parameter in gpt.transformer.h.named_parameters():
+        # 0.attn.proj.weight, 0.mlp.proj.weight, 0.mlp.experts.proj_weight, 0.mlp.shared_experts.proj.weight, and biases
+        *_, module, own_name = name.split(".")
+        if module == "proj" or own_name.startswith("proj_"):
+            parameter.zero_()

@@ -189,14 +189,17 @@ def _build_run(
     # fullgraph: fail on graph breaks instead of silently running eager.
     compiler = partial(torch.compile, fullgraph=True) if compiled else None
     # Before the optimizer is made, because FSDP replaces the parameters.
-    model = fabric.setup(PretrainingModel(gpt, settings.activation_checkpointing, compiler))
+    document_end = tokenizer.eos_id if settings.document_masking and tokenizer else None
+    model = fabric.setup(PretrainingModel(gpt, settings.activation_checkpointing, compiler, document_end))
     # bf16-true rounded the rotary embeddings along with the weights. Generation has them in fp32.
     gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
 
     check_optimizer(parsed.optimizer, fabric.device.type)
     # Fused optimizers unscale gradients themselves, so Fabric could not clip them under a gradient scaler.
     fused = fabric.device.type in ("cpu", "cuda") and scaler_of(fabric) is None
-    optimizer = fabric.setup_optimizers(make_optimizer(parsed.optimizer, model, fused=fused))
+    optimizer = fabric.setup_optimizers(
+        make_optimizer(parsed.optimizer, model, fused=fused, embedding_lr_factor=settings.embedding_lr_factor)
+    )
     train_dataloader, val_dataloader = make_dataloaders(fabric, parsed, data, tokenizer, gpt.max_seq_length)
     # FSDP casts parameters on its own.
     cast_once = {} if sharded else matrices_to_cast(model, precision, settings.activation_checkpointing)

@@ -56,6 +56,31 @@ def test_tied_head_counts_as_embedding(moe_fields):
     assert not any(p is gpt.lm_head.weight for p in decayed["params"])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("class_path", ["torch.optim.AdamW", "litmoe.train.muon.Muon"])
+def test_input_embedding_has_its_own_rate(moe_fields, class_path, tied):
+    gpt = build(moe_fields)
+    if tied:
+        gpt.transformer.wte.weight = gpt.lm_head.weight
+    settings = {"class_path": class_path, "init_args": {"lr": 1.0e-3}}
+    plain = make_optimizer(settings, gpt, fused=False)
+    scaled = make_optimizer(settings, gpt, fused=False, embedding_lr_factor=10.0)
+    assert len(scaled.param_groups) == len(plain.param_groups) + 1
+
+    def rates(optimizer):
+        return {p: (g["initial_lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+
+    expected = rates(plain)
+    rate, decay = expected[gpt.transformer.wte.weight]
+    expected[gpt.transformer.wte.weight] = (rate * 10, decay)
+    assert rates(scaled) == expected
+    # The schedule scales all of them.
+    set_learning_rate(scaled, 0.5)
+    assert {p: g["lr"] for g in scaled.param_groups for p in g["params"]} == {
+        parameter: rate / 2 for parameter, (rate, _) in expected.items()
+    }
+
+
 def names_by_parts(gpt: GPT) -> dict[tuple[int, ...] | None, set[str]]:
     names = {id(p): re.sub(r"transformer\.h\.\d+\.", "", name) for name, p in gpt.named_parameters()}
     groups = Muon.parameter_groups(gpt)
@@ -176,7 +201,8 @@ def test_stochastic_rounding_keeps_small_updates(experts):
 
 def test_8_bit_adam_needs_a_compiler(experts, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    # Read from CXX when this module was imported, perhaps by another test.
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     with pytest.raises(UserError, match=r"torchao\.optim\.AdamW8bit compiles its step, but there is no C\+\+ compiler"):
         check_optimizer(EIGHT_BITS, "cpu")
     make_optimizer(EIGHT_BITS, experts, fused=False)  # a plan only looks at it

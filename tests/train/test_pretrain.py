@@ -20,7 +20,7 @@ from litmoe.data.loader import TokenWindows
 from litmoe.data.prepare import PrepareArgs, prepare
 from litmoe.train import loop
 from litmoe.train.preflight import ready
-from litmoe.train.pretrain import pretrain, scale_gelu_projections
+from litmoe.train.pretrain import pretrain, scale_gelu_projections, zero_projections
 from tests.helpers import SIGMOID_FLAGS, column, metric_rows, save_tiny, tiny_gpt, training_steps
 
 
@@ -382,6 +382,41 @@ def test_gpt2_projections_shrink_with_depth():
         assert float(block.mlp.proj.weight.std()) == pytest.approx(float(block.attn.proj.weight.std()), rel=0.05)
         assert float(block.mlp.fc.weight.std()) == pytest.approx((2 / 5 / 128) ** 0.5, rel=0.05)
         assert not block.mlp.proj.bias.any()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_shared_expert": 1, "first_k_dense_replace": 1, "intermediate_size": 48},
+        {"mlp_class_name": "GptNeoxMLP", "n_expert": 0, "intermediate_size": 48, "bias": True},
+        {"parallel_residual": True, "shared_attention_norm": True},
+    ],
+    ids=["shared experts, a dense layer", "GPT-2", "parallel"],
+)
+def test_blocks_without_projections_pass_their_input_on(moe_fields, changes):
+    gpt = tiny_gpt(moe_fields | changes)
+    zero_projections(gpt)
+    tokens = torch.randint(0, 90, (2, 16))
+    with torch.no_grad():
+        x = gpt.transformer.wte(tokens)
+        torch.testing.assert_close(gpt(tokens), gpt.lm_head(gpt.transformer.ln_f(x)))
+    others = [p for name, p in gpt.named_parameters() if "proj" not in name and p.ndim > 1]
+    assert all(p.any() for p in others)
+
+
+def test_recipe_of_the_run_reaches_the_model(train):
+    """Zero projections: the first loss is that of embedding and output layer alone. Masked documents: another loss."""
+    flags = ("--train.max_steps", "3", "--train.log_interval", "1", "--overwrite")
+    settings = {
+        "plain": (),
+        "zero": ("--zero_init_projections", "true"),
+        "rate": ("--zero_init_projections", "true", "--embedding_lr_factor", "20"),
+        "masked": ("--document_masking", "true"),
+    }
+    losses = {name: column(train(*flags, *added), "train_loss") for name, added in settings.items()}
+    assert losses["zero"][0] == losses["rate"][0] != losses["plain"][0]
+    assert losses["zero"][1] != losses["rate"][1]
+    assert losses["masked"][0] != losses["plain"][0]
 
 
 @pytest.mark.slow
