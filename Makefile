@@ -75,7 +75,7 @@ bench: venv ## Run the benchmarks that need no GPU (about an hour on 2 cores) an
 	$(QUICKSTART); \
 	measure python benchmarks/generation.py; \
 	measure python benchmarks/data.py prepare --repeat 1; \
-	measure python benchmarks/moe_vs_dense.py; \
+	measure python benchmarks/learning.py; \
 	measure python benchmarks/ablations.py; \
 	measure python benchmarks/memory.py; \
 	$(REPORT)
@@ -88,7 +88,7 @@ bench-gpu: venv ## Check layer and generation on this machine's GPU, then measur
 	$(QUICKSTART); \
 	measure python benchmarks/generation.py --device cuda; \
 	measure python benchmarks/generation.py --device cuda --model configs/models/moe-200m.yaml; \
-	measure python benchmarks/moe_vs_dense.py --device cuda; \
+	measure python benchmarks/learning.py --device cuda --minutes 0.5; \
 	$(REPORT)
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them

@@ -24,7 +24,7 @@ from benchmarks.common import Row, make_table, with_verdict
 from benchmarks.runs import NOTHING_ELSE, Corpus, RunFailed, difference, find_corpus, score, seed_flags, train
 
 CONFIG = "configs/quickstart.yaml"
-MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 0.02, "adamw_lr": 2.0e-3, "weight_decay": 0.1}}
+MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 2.0e-3, "weight_decay": 0.1}}
 
 
 class Choice(NamedTuple):

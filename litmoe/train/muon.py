@@ -20,6 +20,8 @@ from litmoe.train.optimizers import ParameterUse, parameter_uses, without_empty_
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz step, steepest at 0: singular values end between about 0.7 and 1.2"""
 ITERATIONS = 5
+RMS_OF_ADAMW = 0.2
+"""Root mean square of AdamW's updates, relative to its learning rate"""
 MOMENTS = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
@@ -37,11 +39,11 @@ class Muon(torch.optim.Optimizer):
         params: groups as ``parameter_groups`` makes them. ``parts`` are the relative heights of the matrices that are
             stacked in a parameter: ``(1,)`` one matrix, ``(1, 1)`` two of equal height. A parameter of three dimensions
             is a batch of such.
-        lr: Muon's; the update of a matrix is scaled by ``sqrt(max(1, rows / columns))``, as Jordan et al. do, so that
-            it changes the layer's output alike at any width (https://jeremybernste.in/writing/deriving-muon).
+        lr: of both. The update of a matrix is scaled by ``0.2 * sqrt(max(rows, columns))``, which gives it the root
+            mean square that AdamW's updates usually have, so AdamW's rate fits it (Moonlight, arXiv 2502.16982, eq. 4).
         momentum: Nesterov's.
         weight_decay: of both, decoupled; of the groups that have none of their own.
-        adamw_lr, betas, eps: AdamW's.
+        betas, eps: AdamW's.
         fused: torch's fused kernel for AdamW.
     """
 
@@ -66,7 +68,6 @@ class Muon(torch.optim.Optimizer):
                 for_adamw.append(use.parameter)
             else:
                 by_parts[_stacked_parts(model, use)].append(use.parameter)
-        # Muon's groups come first, because the learning-rate schedule follows the rate of the first group.
         return without_empty_groups(
             *({"params": by_parts[parts], "parts": parts} for parts in sorted(by_parts, reverse=True)),
             {"params": for_adamw},
@@ -76,24 +77,22 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
-        lr: float = 0.02,
+        lr: float = 2.0e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
-        adamw_lr: float = 2.0e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1.0e-8,
         fused: bool | None = None,
     ) -> None:
         # Written with `not`, so that NaN is refused too.
-        if not (lr > 0 and adamw_lr > 0):
-            raise ValueError(f"lr is {lr} and adamw_lr {adamw_lr}; expected rates above 0")
+        if not lr > 0:
+            raise ValueError(f"lr is {lr}; expected a rate above 0")
         if not all(0 <= beta < 1 for beta in (momentum, *betas)):
             raise ValueError(f"momentum is {momentum} and betas {betas}; expected numbers from 0 to below 1")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
-        groups = [{**group, "lr": lr if group.get("parts") else adamw_lr} for group in params]
-        defaults = {"momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
-        super().__init__(groups, {**defaults, "parts": None})
+        rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, {**rates, "fused": fused, "parts": None})
 
     @staticmethod
     def update_flops(groups: Iterable[dict[str, Any]]) -> int:
@@ -168,7 +167,7 @@ class Muon(torch.optim.Optimizer):
         # Each of the stacked matrices is orthogonalized on its own.
         heights = matrix_heights(weight, group["parts"])
         for matrix, update in zip(weight.split(heights, -2), direction.split(heights, -2), strict=True):
-            scale = max(1.0, matrix.size(-2) / matrix.size(-1)) ** 0.5
+            scale = RMS_OF_ADAMW * max(matrix.size(-2), matrix.size(-1)) ** 0.5
             matrix.add_(orthogonalized(update), alpha=-lr * scale)
 
     @staticmethod

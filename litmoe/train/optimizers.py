@@ -175,8 +175,7 @@ def rounding_note(optimizer: dict[str, Any], precision: str, *, sharded: bool = 
         return None
     alternatives = (
         " --optimizer torchao.optim.AdamW8bit --optimizer.init_args.bf16_stochastic_round true, or --optimizer"
-        " litmoe.train.muon.Muon --optimizer.init_args.lr 0.02, rounds stochastically, which keeps small steps on"
-        " average."
+        " litmoe.train.muon.Muon, rounds stochastically, which keeps small steps on average."
     )
     return (
         f"warning: in {precision}, {optimizer['class_path']} loses weight decay and small steps: each update is rounded"

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
-from typing import Any
 
 import torch
 from litgpt import GPT
@@ -373,27 +372,14 @@ def _possible_changes(planned: PlannedRun, gpu: GPUSpec) -> Iterator[_Change]:
     # The 8-bit optimizer compiles its step, which needs bf16.
     if gpu.capability >= (8, 0) and not optimizer_traits(optimizer).compiles_step:
         cost = "16-bit weights with stochastic rounding, 8-bit moments: a similar loss, not the same"
-        yield _Change(_eight_bit_flags(optimizer), cost)
+        # Weights in 16 bits need stochastic rounding: an update is often smaller than half of their precision.
+        flags = ("--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit")
+        yield _Change((*flags, "--optimizer.init_args.bf16_stochastic_round", "true"), cost)
     # Everything from here on changes the result.
     for size in _halves(planned.context, minimum=256):
         yield _Change(("--max_seq_length", str(size)), "a shorter context, so a different model")
     for size in _halves(settings.model.n_layer, minimum=1):
         yield _Change(("--model.n_layer", str(size)), "a smaller model")
-
-
-def _eight_bit_flags(optimizer: dict[str, Any]) -> tuple[str, ...]:
-    """Return the flags of 8-bit Adam in place of another optimizer, with the same learning rate."""
-    # Weights in 16 bits need stochastic rounding: an update is often smaller than half of their precision.
-    flags = ["--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit"]
-    flags += ["--optimizer.init_args.bf16_stochastic_round", "true"]
-    arguments = optimizer.get("init_args") or {}
-    # An optimizer that uses Adam for some parameters has another rate for its own; Adam's is the one to keep.
-    if "adamw_lr" in arguments:
-        flags += ["--optimizer.init_args.lr", str(arguments["adamw_lr"])]
-        flags += ["--optimizer.init_args.weight_decay", str(arguments["weight_decay"])]
-        # Without spaces, so that the list is one argument of the command.
-        flags += ["--optimizer.init_args.betas", str(arguments["betas"]).replace(" ", "")]
-    return tuple(flags)
 
 
 def _halves(number: int, minimum: int) -> list[int]:

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import ablations, data, generation, memory, moe_layer, moe_peers, moe_vs_dense, report, train_step
+from benchmarks import ablations, data, generation, learning, memory, moe_layer, moe_peers, report, train_step
 from benchmarks.common import Spread, earlier_rows, spread
 from benchmarks.runs import Corpus, Point, Run, RunFailed, train, validation_curve
 
-SCRIPTS = ["ablations", "data", "generation", "memory", "moe_layer", "moe_vs_dense", "train_step"]
+SCRIPTS = ["ablations", "data", "generation", "memory", "learning", "moe_layer", "train_step"]
 TINY_MODEL = ("--model.n_layer=2", "--model.n_embd=32", "--model.moe_intermediate_size=16", "--model.block_size=32")
 TINY_SIZE = (32, 48, 4, 2)
 EAGER_LAYERS = tuple(name for name in moe_peers.layer_builders(TINY_SIZE) if "compiled" not in name)
@@ -77,8 +77,6 @@ def test_tables_match_the_numbers_in_the_results() -> None:
         "generation_cpu": generation.add_table,
         "memory": memory.add_table,
         "moe_layer_cpu": moe_layer.add_table,
-        "moe_vs_dense_cpu": moe_vs_dense.add_table,
-        "moe_vs_dense_long_cpu": moe_vs_dense.add_table,
         "train_step_cpu": train_step.add_table,
     }
     results = report.load_results(report.RESULTS)
@@ -128,13 +126,48 @@ def test_train_step_compares_with_the_better_stock() -> None:
     assert train_step.summarize(rounds)["times_stock"]["tokens_per_second"] == [1, 2, 3]
 
 
-def test_differences_pair_runs_of_the_same_seed() -> None:
-    def run(model: str, seed: int, score: float) -> dict[str, Any]:
-        return {"model": model, "seed": seed, "bits_per_byte": score}
+def learning_result(mixture: list[float], twin: list[float]) -> dict[str, Any]:
+    """Two seeds whose validations are at 1, 2, ... seconds; the twin is twice as fast."""
+    curves = {"mixture": (1000, mixture), "dense twin": (2000, twin)}
+    rows = [
+        {
+            "model": model,
+            "seed": seed,
+            "max_tokens": speed * len(scores),
+            "bits_per_byte": scores[-1] + seed,
+            "curve": [[speed * (index + 1), 9.9, score + seed] for index, score in enumerate(scores)],
+        }
+        for seed in (0, 1)
+        for model, (speed, scores) in curves.items()
+    ]
+    speeds = {model: float(speed) for model, (speed, _) in curves.items()}
+    return {"models": dict.fromkeys(curves), "minutes": 0.05, "tokens_per_second": speeds, "equal_seconds": rows}
 
-    runs = [run("MoE", 0, 1.0), run("MoE", 1, 1.2), run("dense", 1, 1.4), run("dense", 0, 1.1)]
-    assert moe_vs_dense.differences(runs)["difference"]["mean"] == pytest.approx(-0.15)
-    assert moe_vs_dense.differences(runs[:2]) == {}
+
+@pytest.mark.parametrize(
+    ("mixture", "twin", "seconds"),
+    [
+        ([3.0, 2.0, 1.0], [2.0, 2.5, 1.5], 1 + 1 / 1.5),
+        ([3.0, 2.0, 1.0], [3.5, 2.5, 1.5], 1.0),
+        ([1.0, 1.0, 1.0], [2.0, 2.0, 1.0], None),
+    ],
+    ids=["crosses", "always below", "not below at the end"],
+)
+def test_crossing_of_mixture_and_twin(mixture: list[float], twin: list[float], seconds: float | None) -> None:
+    result = learning_result(mixture, twin)
+    assert learning.crossing(result) == (seconds and pytest.approx(seconds, abs=0.1))
+    learning.add_table(result)
+    assert result["table"][1][3] == f"{mixture[-1] + 0.5:.4f} ± 0.7071"
+    assert f"{mixture[-1] - twin[-1]:+.4f} ± 0.0000" in result["table"][1][4]
+
+
+def test_learning_is_drawn_alike(tmp_path: Path) -> None:
+    result = learning_result([3.0, 2.0, 1.0], [2.0, 2.5, 1.5]) | {"seeds": 2, "hardware": {"cpu": "x", "gpu": None}}
+    files = []
+    for name in ("a.svg", "b.svg"):
+        learning.draw(result, tmp_path / name)
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
 
 
 def test_earlier_rows_of_other_versions_are_dropped(tmp_path: Path) -> None:
@@ -254,21 +287,45 @@ def test_train_step_losses_are_similar(corpus: Corpus) -> None:
     assert len(steps["table"]) == 1 + 3 and len(steps["headline"]) == 1
 
 
+# A checkout of a peer has its interface, without its model.
+PEER = """
+import torch
+from torch import nn
+class GPTConfig:
+    def __init__(self, **fields): self.__dict__ |= fields
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+    def configure_optimizers(self, weight_decay, rate, betas, device):
+        return torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=weight_decay)
+    def forward(self, x, y):
+        logits = self.head(self.wte(x))
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+"""
+
+
 @pytest.mark.slow
-def test_moe_is_compared_with_its_dense_twin(corpus: Corpus) -> None:
-    preset = moe_vs_dense.Preset(
-        "configs/quickstart.yaml",
-        "configs/models/quickstart-dense-twin.yaml",
-        4096,
-        (1e-3, math.nan),
-        ("--model.n_layer=2", "--model.block_size=32", "--train.lr_warmup_steps=2"),
-    )
-    saved: list[str] = []
-    result = moe_vs_dense.compare(preset, 1, corpus, lambda result: saved.append(json.dumps(result)))
-    assert len(saved) == 5 and json.loads(saved[-1]) == json.loads(json.dumps(result))
-    assert [math.isnan(row["learning_rate"]) for row in result["failed"]] == [True, True]
-    assert len(result["equal_tokens"]["runs"]) == len(result["equal_seconds"]["runs"]) == 2
-    assert f"{result['equal_seconds']['difference']['mean']:+.4f}" in result["table"][2][3]
+def test_models_learn_for_equal_seconds_and_tokens(corpus: Corpus, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "model.py").write_text(PEER, encoding="utf-8")
+    monkeypatch.setitem(learning.PRESETS, "cpu", learning.PRESETS["cpu"]._replace(speed_tokens=2048))
+    monkeypatch.setattr(learning, "find_corpus", lambda data_dir: corpus)
+    output, plot = tmp_path / "result.json", tmp_path / "plot.svg"
+    flags = ["--minutes", "0.005", "--seeds", "1", "--rounds", "1", "--nanogpt", str(tmp_path)]
+    flags += ["--rates", "1", "nan", "--output", str(output), "--plot", str(plot)]
+    flags += ["--model.n_layer=2", "--model.block_size=32", "--train.lr_warmup_steps=2"]
+    monkeypatch.setattr(sys, "argv", ["learning.py", *flags])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    learning.main()
+    result = json.loads(output.read_text(encoding="utf-8"))
+    models = ["mixture", "dense twin", "nanoGPT"]
+    assert list(result["models"]) == models and result["rates"] == dict.fromkeys(models, 1.0)
+    for equal in ("equal_seconds", "equal_tokens"):
+        assert [row["model"] for row in result[equal]] == models
+        assert all(row["tokens"] == row["max_tokens"] and row["bits_per_byte"] > 0 for row in result[equal])
+    assert len({row["tokens"] for row in result["equal_tokens"]}) == 1
+    assert plot.read_text(encoding="utf-8").count("<svg") == 1
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from tests.chaos.helpers import (
 from tests.chaos.processes import Death, Life
 from tests.helpers import SIGMOID_FLAGS, write_tune_file
 
-MUON = ("--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.lr", "0.02")
+MUON = ("--optimizer", "litmoe.train.muon.Muon")
 A_ROUND = 20
 """How often a run is killed before it may finish and is compared"""
 

@@ -116,14 +116,14 @@ def test_changes_to_fit(shown) -> None:
 
 @pytest.mark.slow
 def test_8_bit_adam_replaces_muon(shown) -> None:
-    """It gets the learning rate of Muon's own Adam."""
+    """It gets the learning rate of Muon, which is Adam's."""
     large = ("--model.n_embd=1024", "--model.padded_vocab_size=50257", "--model.vocab_size=50257")
-    muon = ("--optimizer=litmoe.train.muon.Muon", "--optimizer.init_args.lr=0.02", "--micro-batch-size=3")
+    muon = ("--optimizer=litmoe.train.muon.Muon", "--optimizer.init_args.lr=0.003", "--micro-batch-size=3")
     text = shown(*large, *muon, "--global-batch-size=6", "--model.moe_intermediate_size=16384", "--plan=rtx3050-laptop")
     command = next(line for line in text.splitlines() if "uv run" in line)
     run = parse_run(command.split("run_train.py ")[1].split())
     assert run.optimizer["class_path"] == "torchao.optim.AdamW8bit"
-    assert run.optimizer["init_args"]["lr"] == 2.0e-3
+    assert run.optimizer["init_args"]["lr"] == 3.0e-3
     assert "  --micro_batch_size 1\n" in text, "a divisor of 3"
 
 

@@ -25,7 +25,7 @@ SMALL = (
 )
 EVERY_STEP = ("--train.save_interval", "1", "--checkpoint.keep_last", "null")
 MUON = (
-    *("--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.adamw_lr", "1.0e-3"),
+    *("--optimizer", "litmoe.train.muon.Muon", "--optimizer.init_args.lr", "1.0e-3"),
     *("--schedule.name", "wsd", "--schedule.decay_fraction", "0.5"),
 )
 BIASES = (*SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01", "--moe.load_balancing_loss", "0.0")

@@ -1,0 +1,367 @@
+"""What does a model learn in the same time? A mixture of experts, its dense twin, nanoGPT and nanochat.
+
+    uv run python benchmarks/learning.py                        # mixture and twin on the built-in stories
+    uv run python benchmarks/learning.py --data-dir data/novels --nanogpt ../nanoGPT --nanochat ../nanochat
+    uv run python benchmarks/learning.py --minutes 15 --seeds 3 --data-dir data/novels \\
+      --output benchmarks/results/learning_15_minutes_cpu.json --plot docs/learning.svg
+    uv run python benchmarks/learning.py --device cuda --minutes 0.5 ...        # MoE-200M and models of its width
+
+All models have the same depth, width, heads, context, batch and vocabulary. The feed-forward of the twin is as wide as
+the experts that work on one token. Ours are complete runs of run_train.py; the peers are checkouts of their
+repositories, trained by learning_peers.py. A seed decides the weights and the order of the windows, which is the same
+for all models, and differences are formed between runs of the same seed.
+
+1. Speed: all models take turns in short runs, each alone on the machine with all its cores.
+2. With several ``--rates``: one run per model and factor on its learning rates, at the tokens of step 3 divided by 6.
+3. Equal seconds: each run has as many tokens as its model processes in the given minutes, and a complete schedule. On a
+   CPU several runs of one thread share the cores. That does not change what they learn, only how long you wait.
+4. Equal tokens: the other models with as many tokens as the mixture.
+
+Seconds are those of the training steps. The result file is written after each run.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import pairwise, product
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import common
+from benchmarks.common import Row, make_table, spread, with_verdict
+from benchmarks.runs import NOTHING_ELSE, Corpus, RunFailed, difference, find_corpus, score, seed_flags, train
+from litmoe.config import parse_run
+from litmoe.flops import count_parameters
+
+OURS = ("mixture", "dense twin")
+PEERS = {"nanoGPT": "nanogpt", "nanochat": "nanochat"}
+VALIDATIONS = 8  # per run
+
+
+class Preset(NamedTuple):
+    """The comparison on a device."""
+
+    config: str  # run file of the mixture
+    dense: str  # model file of its twin
+    speed_tokens: int  # of a short run
+    rates: dict[str, float]  # factors on a peer's learning rates, the best of a grid for this batch
+    flags: tuple[str, ...] = ()
+
+
+PRESETS = {
+    "cpu": Preset(
+        "configs/quickstart.yaml",
+        "configs/models/quickstart-dense-twin.yaml",
+        60_000,
+        {"nanoGPT": 4.0, "nanochat": 10.0},
+    ),
+    "cuda": Preset(
+        "configs/runs/tinystories-moe-200m.yaml",
+        "configs/models/moe-200m-dense-twin.yaml",
+        2_000_000,
+        {"nanoGPT": 1.0, "nanochat": 4.0},
+        # The run file is made for 60 times as many tokens.
+        ("--train.lr_warmup_steps=50", "--train.micro_batch_size=32"),
+    ),
+}
+
+
+class Task(NamedTuple):
+    """One training run."""
+
+    model: str
+    tokens: int
+    seed: int = 0
+    rate: float = 1.0  # a factor on the model's own learning rates
+    validations: int = VALIDATIONS
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__, "learning_DEVICE", runs=True)
+    parser.add_argument("--nanogpt", type=Path, metavar="CHECKOUT", help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--nanochat", type=Path, metavar="CHECKOUT", help="a checkout of karpathy/nanochat")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training per run")
+    parser.add_argument("--seeds", type=int, choices=(1, *common.T_95), default=2, metavar="N")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="factors on the learning rates to try")
+    parser.add_argument("--rounds", type=int, default=3, help="of the speed measurement")
+    parser.add_argument("--equal", nargs="+", choices=("seconds", "tokens"), default=["seconds", "tokens"])
+    parser.add_argument("--config", help="run file of the mixture")
+    parser.add_argument("--dense", help="model file of its twin")
+    parser.add_argument("--plot", type=Path, help="draw the losses over time into this .svg or .png file")
+    args, other_flags = parser.parse_known_args()
+    result = common.start(args, "torch", "litgpt", "lightning")
+    preset = PRESETS[args.device]
+    preset = preset._replace(
+        # The flags of a preset belong to its run file.
+        flags=(*(() if args.config else preset.flags), *other_flags),
+        config=args.config or preset.config,
+        dense=args.dense or preset.dense,
+    )
+    checkouts = {name: path for name, path in (("nanoGPT", args.nanogpt), ("nanochat", args.nanochat)) if path}
+    trainer = Trainer(preset, args.device, find_corpus(args.data_dir), checkouts)
+    result |= {"minutes": args.minutes, "seeds": args.seeds, "run_file": preset.config, "flags": preset.flags}
+    result |= trainer.describe()
+
+    def save() -> None:
+        add_table(result)
+        common.write_result(result, args.output)
+
+    compare(args, trainer, result, save)
+    common.print_table(result)
+    if args.plot:
+        draw(result, args.plot)
+
+
+def compare(args: argparse.Namespace, trainer: "Trainer", result: Row, save: Callable[[], None]) -> None:
+    """Fill ``result``, and call ``save`` after each run."""
+    models = list(result["models"])
+    rounds = []
+    for _ in range(args.rounds):
+        rounds.append({model: trainer.speed(model) for model in models})
+        print("  tokens/s: " + ", ".join(f"{model} {speed:,.0f}" for model, speed in rounds[-1].items()), flush=True)
+    # Relative to the mixture within a round, because the speed of a shared machine changes.
+    base = statistics.median(speeds["mixture"] for speeds in rounds)
+    ratios = {model: statistics.median(speeds[model] / speeds["mixture"] for speeds in rounds) for model in models}
+    speeds = {model: base * ratio for model, ratio in ratios.items()}
+    result["tokens_per_second"], result["speed_rounds"] = speeds, rounds
+    tokens = {model: trainer.whole_steps(speeds[model] * 60 * args.minutes) for model in models}
+
+    # Learning rates
+    result["grid"] = []
+    rates = dict.fromkeys(models, args.rates[0])
+    if len(args.rates) > 1:
+        grid = [
+            Task(model, trainer.whole_steps(tokens[model] / 6), 0, rate, 1)
+            for rate, model in product(args.rates, models)
+        ]
+        trainer.run_all(grid, result["grid"], save)
+        for model in models:
+            own = [row for row in result["grid"] if row["model"] == model and "bits_per_byte" in row]
+            rates[model] = min(own, key=lambda row: row["bits_per_byte"])["rate"]
+    result["rates"] = rates
+
+    seeds = range(args.seeds)
+    for equal in args.equal:
+        budget = tokens if equal == "seconds" else dict.fromkeys(models, tokens["mixture"])
+        result[f"equal_{equal}"] = []
+        # The mixture has the same tokens in both.
+        if equal == "tokens" and "equal_seconds" in result:
+            result["equal_tokens"] += [row for row in result["equal_seconds"] if row["model"] == "mixture"]
+        done = {(row["model"], row["seed"]) for row in result[f"equal_{equal}"]}
+        tasks = [Task(model, budget[model], seed, rates[model]) for seed, model in product(seeds, models)]
+        tasks = [task for task in tasks if (task.model, task.seed) not in done]
+        trainer.run_all(tasks, result[f"equal_{equal}"], save)
+
+
+class Trainer:
+    """Trains any of the models on one corpus."""
+
+    def __init__(self, preset: Preset, device: str, corpus: Corpus, checkouts: dict[str, Path]) -> None:
+        self.preset, self.device, self.corpus, self.checkouts = preset, device, corpus, checkouts
+        self.flags = {"mixture": [], "dense twin": [f"--model={preset.dense}"]}
+        runs = {model: parse_run(["--config", preset.config, *self.flags[model], *preset.flags]) for model in OURS}
+        self.sizes = {}
+        for model, run in runs.items():
+            tied = bool(run.settings.train.tie_embeddings)
+            self.sizes[model] = count_parameters(run.settings.model, tie_embeddings=tied)._asdict()
+        run = runs["mixture"]
+        self.train, self.config, self.optimizer = run.settings.train, run.settings.model, run.optimizer["init_args"]
+        self.context = self.train.max_seq_length or self.config.block_size
+        # Each run is one thread if there is more than one core, and one process on a GPU.
+        self.at_once = max(1, os.cpu_count() or 1) if device == "cpu" else 1
+
+    def describe(self) -> Row:
+        models: Row = dict(self.sizes)
+        for peer, checkout in self.checkouts.items():
+            commit = common.output_of(["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"])
+            models[peer] = {"commit": commit, "rates": self.preset.rates[peer]}
+        return {"models": models, "context": self.context, "batch": self.train.global_batch_size}
+
+    def whole_steps(self, tokens: float) -> int:
+        """Round a number of tokens to complete optimizer steps."""
+        step = self.train.global_batch_size * self.context
+        return max(1, round(tokens / step)) * step
+
+    def speed(self, model: str) -> float:
+        """Return the tokens per second of a short run that has the machine for itself."""
+        tokens = self.whole_steps(self.preset.speed_tokens)
+        if model in OURS:
+            return train(
+                [*self.run_flags(Task(model, tokens, validations=1)), "--train.log_interval=5"]
+            ).tokens_per_second
+        # The second of two halves: the first one compiles.
+        (first_tokens, first, _), (last_tokens, last, _) = self.train_peer(Task(model, tokens, validations=2), None)
+        return (last_tokens - first_tokens) / (last - first)
+
+    def run_all(self, tasks: Sequence[Task], rows: list[Row], save: Callable[[], None]) -> None:
+        """Run all tasks, append their results to ``rows``, and save after each one."""
+        with ThreadPoolExecutor(self.at_once) as pool:
+            futures = [pool.submit(self.run, task) for task in tasks]
+            for future in as_completed(futures):
+                rows.append(future.result())
+                row = rows[-1]
+                print(
+                    f"  {row['model']}, seed {row['seed']}: {row.get('bits_per_byte', row.get('status'))}", flush=True
+                )
+                # In an order that does not depend on who was faster.
+                rows.sort(
+                    key=lambda row: (row["seed"], list(self.describe()["models"]).index(row["model"]), row["rate"])
+                )
+                save()
+
+    def run(self, task: Task) -> Row:
+        """Train once; a failure is a result, too."""
+        row: Row = {"model": task.model, "seed": task.seed, "rate": task.rate, "max_tokens": task.tokens}
+        try:
+            if task.model in OURS:
+                threads = {"OMP_NUM_THREADS": "1"} if self.at_once > 1 else {}
+                return row | score(train(self.run_flags(task), environment=threads).rows, self.corpus)
+            points = self.train_peer(task, 1 if self.at_once > 1 else None)
+            curve = [[tokens, seconds, round(self.corpus.bits_per_byte(loss), 5)] for tokens, seconds, loss in points]
+            return row | {"bits_per_byte": curve[-1][2], "tokens": curve[-1][0], "curve": curve}
+        except RunFailed as error:  # for example a learning rate that is too high
+            return row | {"status": str(error)}
+
+    def run_flags(self, task: Task) -> list[str]:
+        """Return the flags of run_train.py."""
+        steps = task.tokens // (self.train.global_batch_size * self.context)
+        # One log line per validation, so that each validation has the tokens and seconds of its step.
+        interval = max(1, steps // task.validations)
+        rate, least = self.optimizer["lr"] * task.rate, self.train.min_lr * task.rate
+        return [
+            *("--config", self.preset.config, *self.flags[task.model], *self.preset.flags, *self.corpus.flags),
+            *(*seed_flags(task.seed), f"--train.max_tokens={task.tokens}", "--train.max_steps=null"),
+            *(f"--optimizer.init_args.lr={rate}", f"--train.min_lr={least}", "--eval.max_iters=1000000"),
+            *(f"--eval.interval={interval}", f"--train.log_interval={interval}", *NOTHING_ELSE),
+        ]
+
+    def train_peer(self, task: Task, threads: int | None) -> list[tuple[int, float, float]]:
+        """Train a peer; return the tokens, seconds and loss of each validation."""
+        checkout = self.checkouts[task.model].resolve()
+        command = [
+            *(sys.executable, "benchmarks/learning_peers.py", PEERS[task.model], str(checkout)),
+            *("--data-dir", str(self.corpus.data_dir), "--tokens", str(task.tokens), "--seed", str(task.seed)),
+            *("--rate", str(self.preset.rates[task.model] * task.rate), "--validations", str(task.validations)),
+            *("--device", self.device, "--context", str(self.context)),
+            *(
+                "--batch-size",
+                str(self.train.global_batch_size),
+                "--micro-batch-size",
+                str(self.train.micro_batch_size),
+            ),
+            *("--vocab-size", str(self.config.padded_vocab_size), "--n-layer", str(self.config.n_layer)),
+            *("--n-embd", str(self.config.n_embd), "--n-head", str(self.config.n_head)),
+        ]
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+        if done.returncode:
+            raise RunFailed(done.stderr.strip().splitlines()[-1])
+        # nanochat prints lines of its own.
+        points = [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+        if not math.isfinite(points[-1][2]):
+            raise RunFailed("the loss is not finite")
+        return points
+
+
+# ------------------------------------------------------------------------------------------------------ table and plot
+
+
+def of_model(rows: Iterable[Row], model: str) -> list[Row]:
+    """Return the runs of a model that succeeded."""
+    return [row for row in rows if row["model"] == model and "bits_per_byte" in row]
+
+
+def add_table(result: Row) -> None:
+    """Add the table, and for the overview the difference between the mixture and its twin."""
+    heads = ("", "tokens/s", "tokens", "bits per byte", "minus the dense twin", "at the mixture's tokens")
+    seconds, tokens = result.get("equal_seconds", []), result.get("equal_tokens", [])
+    rows = []
+    for model in result["models"]:
+        runs = of_model(seconds, model)
+        change = difference(runs, of_model(seconds, "dense twin")) if model != "dense twin" else {}
+        rows.append(
+            [
+                f"ours, {model}" if model in OURS else f"{model} {result['models'][model]['commit'][:7]}",
+                f"{result['tokens_per_second'][model]:,.0f}" if "tokens_per_second" in result else "",
+                f"{runs[0]['max_tokens'] / 1e6:.2f} M" if runs else "",
+                describe_scores(runs),
+                with_verdict(change["difference"]) if change else "",
+                describe_scores(of_model(tokens, model)),
+            ]
+        )
+    result["table"] = make_table(heads, rows)
+    change = difference(of_model(seconds, "mixture"), of_model(seconds, "dense twin"))
+    if change:
+        result["crossing_seconds"] = crossing(result)
+        text = f"bits per byte {with_verdict(change['difference'])}"
+        result["headline"] = [[f"mixture against its dense twin, {result['minutes']:g} minutes", text]]
+
+
+def describe_scores(runs: Sequence[Row]) -> str:
+    """Return the mean of the runs and the deviation of one."""
+    if not runs:
+        return ""
+    scores = spread([run["bits_per_byte"] for run in runs])
+    return f"{scores.mean:.4f}" + (f" ± {scores.deviation:.4f}" if len(runs) > 1 else "")
+
+
+def mean_curve(result: Row, model: str) -> tuple[list[float], list[float]]:
+    """Return seconds at the measured speed and mean bits per byte of the runs at equal seconds."""
+    curves = [run["curve"] for run in of_model(result["equal_seconds"], model)]
+    # A run that validates before its first step has a point at 0 tokens.
+    points = list(zip(*([point for point in curve if point[0]] for curve in curves), strict=True))
+    speed = result["tokens_per_second"][model]
+    return [same[0][0] / speed for same in points], [statistics.mean(point[2] for point in same) for same in points]
+
+
+def crossing(result: Row) -> float | None:
+    """Return after how many seconds the mixture stays below its twin; None if it does not at the end."""
+    (seconds, own), (_, twin) = (mean_curve(result, model) for model in OURS)
+    gaps = [(second, mine - other) for second, mine, other in zip(seconds, own, twin, strict=True)]
+    if gaps[-1][1] >= 0:
+        return None
+    # From the end back to the last point at which it was not below.
+    for (start, before), (end, after) in reversed(list(pairwise(gaps))):
+        if before >= 0:
+            return round(start + (end - start) * before / (before - after), 1)
+    return round(gaps[0][0], 1)
+
+
+def draw(result: Row, path: Path) -> None:
+    """Draw bits per byte over seconds of training."""
+    from matplotlib import rc_context
+
+    # Not pyplot, which has global state and may open windows.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    lowest = []
+    for model in result["models"]:
+        seconds, scores = mean_curve(result, model)
+        lowest += scores[-1:]
+        style = "-" if model in OURS else "--"
+        axes.plot([second / 60 for second in seconds], scores, style, marker=".", label=f"{model}: {scores[-1]:.3f}")
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("bits per byte of validation text")
+    # The first minutes would hide the differences at the end.
+    axes.set_ylim(min(lowest) - 0.05, max(lowest) + 0.45)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(f"{result['hardware']['gpu'] or result['hardware']['cpu']}, mean of {result['seeds']} seeds")
+    # A fixed salt and no date: the same result gives the same file.
+    with rc_context({"svg.hashsalt": "learning"}):
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+if __name__ == "__main__":
+    main()
