@@ -1,4 +1,5 @@
-"""Attention within documents: windows of text hold the end of one document and the beginning of the next.
+"""Attention within documents: windows of text hold the end of one document and the beginning of the next, and rows of
+packed conversations hold several.
 
 Each token then attends only to earlier tokens of its own document. Rotary positions need not restart: attention depends
 on the distance between two positions alone. What computes it depends on the device, see ``document_mask``.
@@ -36,7 +37,9 @@ def number_documents(input_ids: Tensor, document_end: int) -> Tensor:
     return is_end.cumsum(1, dtype=torch.int32) - is_end
 
 
-def document_mask(documents: Tensor, *, compiled: bool, needs_tensor: bool = False) -> DocumentMask:
+def document_mask(
+    documents: Tensor, *, compiled: bool, needs_tensor: bool = False, is_added: bool = False
+) -> DocumentMask:
     """Return the fastest mask for a device.
 
     Not compiled on a CPU, the documents of a batch are computed one by one: their attention together needs fewer
@@ -46,7 +49,9 @@ def document_mask(documents: Tensor, *, compiled: bool, needs_tensor: bool = Fal
     Args:
         documents: ``(B, T)``, numbers that differ between neighbouring documents of a row.
         compiled: whether the attention is compiled.
-        needs_tensor: whether LitGPT's own attention gets the mask. It adds it to the scores.
+        needs_tensor: whether LitGPT's own attention gets the mask.
+        is_added: whether that attention adds the mask to the scores, as it does for capped ones. The mask is then 0 and
+            -inf. Otherwise it is boolean, because kernels for bf16 do not take an fp32 mask.
     """
     if not needs_tensor and not compiled and documents.device.type == "cpu":
         return DocumentLengths(_lengths(documents))
@@ -56,7 +61,7 @@ def document_mask(documents: Tensor, *, compiled: bool, needs_tensor: bool = Fal
     causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
     # (B, 1, T, 1) == (B, 1, 1, T)
     mask = causal & (documents[:, None, :, None] == documents[:, None, None, :])
-    if not needs_tensor:
+    if not is_added:
         return mask
     return torch.zeros(B, 1, T, T, device=documents.device).masked_fill_(~mask, float("-inf"))
 

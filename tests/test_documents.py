@@ -37,7 +37,7 @@ def test_a_document_includes_its_end():
 def mask_of_kind(kind: str, numbers: Tensor):
     if kind == "blocks":
         return documents._block_mask(numbers)
-    return document_mask(numbers, compiled=kind == "tensor", needs_tensor=kind == "scores")
+    return document_mask(numbers, compiled=kind == "tensor", needs_tensor=kind == "scores", is_added=kind == "scores")
 
 
 @pytest.mark.parametrize("kind", ["lengths", "tensor", "blocks"])
@@ -86,6 +86,9 @@ class TestGradients:
         gpt, tokens = build(moe_fields, **changes), packed(33)
         assert not any(block.attn.is_fast for block in gpt.transformer.h)
         model = PretrainingModel(gpt, document_end=END)
+        # Only what is added to the scores may be fp32 where they are bf16.
+        mask = model._document_mask(tokens, None)
+        assert isinstance(mask, Tensor) and mask.is_floating_point() == ("attention_logit_softcapping" in changes)
         before, _ = self.step(gpt, tokens)
         # Another first document changes nothing in the second one.
         changed = tokens.clone()

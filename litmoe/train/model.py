@@ -149,7 +149,8 @@ class PretrainingModel(nn.Module):
             return None
         # LitGPT computes some kinds of attention itself.
         is_fast = all(getattr(block.attn, "is_fast", False) for block in self.gpt.transformer.h)
-        return document_mask(documents, compiled=self._is_compiled, needs_tensor=not is_fast)
+        is_added = self.gpt.config.attention_logit_softcapping is not None
+        return document_mask(documents, compiled=self._is_compiled, needs_tensor=not is_fast, is_added=is_added)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of hidden states ``(B, T, C)``.
