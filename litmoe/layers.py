@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import litgpt.lora
 import litgpt.model
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,10 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
         if end is None:
             return k_cache, v_cache
         return k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end)
+
+
+class LoRACausalSelfAttention(CausalSelfAttention, litgpt.lora.CausalSelfAttention):
+    """``litgpt.lora.CausalSelfAttention`` with the computation above: the layers with updates are LitGPT's."""
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 can't trace comparing capabilities
@@ -371,16 +376,23 @@ def logits_of(gpt: GPT, x: Tensor) -> Tensor:
 
 @contextmanager
 def use_fast_layers() -> Iterator[None]:
-    """Make ``litgpt.GPT(config)`` build with the layers above; checkpoints stay the same. May be nested."""
-    replacements = {"CausalSelfAttention": CausalSelfAttention, "RMSNorm": RMSNorm}
-    originals = {name: getattr(litgpt.model, name) for name in replacements}
+    """Make ``litgpt.GPT(config)`` and ``litgpt.lora.GPT(config)`` build with the layers above.
+
+    Checkpoints stay the same. The contexts may be nested.
+    """
+    replacements: list[tuple[Any, str, Any]] = [
+        (litgpt.model, "CausalSelfAttention", CausalSelfAttention),
+        (litgpt.model, "RMSNorm", RMSNorm),
+        (litgpt.lora, "CausalSelfAttention", LoRACausalSelfAttention),
+    ]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
     try:
-        for name, layer in replacements.items():
-            setattr(litgpt.model, name, layer)
+        for module, name, layer in replacements:
+            setattr(module, name, layer)
         yield
     finally:
-        for name, layer in originals.items():
-            setattr(litgpt.model, name, layer)
+        for module, name, original in originals:
+            setattr(module, name, original)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The attention and norm of litmoe/layers.py equal LitGPT's, in output and every gradient."""
 
+import litgpt.lora
 import litgpt.model
 import pytest
 import torch
 from litgpt import GPT, Config
 
 import litmoe.layers
-from litmoe.layers import CausalSelfAttention, RMSNorm, use_fast_layers
+from litmoe.layers import CausalSelfAttention, LoRACausalSelfAttention, RMSNorm, use_fast_layers
 
 B, T = 2, 13
 USUAL = dict(block_size=32, n_layer=1, n_embd=48, n_head=6, padded_vocab_size=32, rotary_percentage=1.0, bias=False)
@@ -155,6 +156,24 @@ def test_use_fast_layers_builds_and_restores():
     stock.load_state_dict(ours.state_dict())
     tokens = torch.randint(0, 32, (B, T))
     torch.testing.assert_close(ours(tokens), stock(tokens))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_lora_attention_equals_litgpt(name):
+    parts = {"lora_query": True, "lora_key": True, "lora_projection": True}
+    fields = {**USUAL, "mlp_class_name": "LLaMAMLP", "intermediate_size": 64, **ATTENTIONS[name], **parts}
+    config = litgpt.lora.Config(**fields, lora_r=2, lora_dropout=0.0)
+    with use_fast_layers():
+        ours = litgpt.lora.GPT(config)
+    stock = litgpt.lora.GPT(config)
+    assert type(ours.transformer.h[0].attn) is LoRACausalSelfAttention
+    assert type(stock.transformer.h[0].attn) is litgpt.lora.CausalSelfAttention
+    torch.manual_seed(0)
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(stock.state_dict())
+    cos, sin = stock.cos[:T].unsqueeze(0), stock.sin[:T].unsqueeze(0)
+    assert_same(stock.transformer.h[0].attn, ours.transformer.h[0].attn, torch.randn(B, T, 48), cos, sin)
 
 
 @pytest.mark.parametrize("name", ["no groups", "grouped queries", "normed heads", "biases", "a quarter rotated"])

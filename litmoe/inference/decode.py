@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from custom_moe import MoE
 from custom_moe.backends import BACKENDS
 from custom_moe.router import TopKRouter
-from litmoe.layers import CausalSelfAttention, KVCache, RMSNorm, hidden_states, logits_of
+from litmoe.layers import CausalSelfAttention, KVCache, LoRACausalSelfAttention, RMSNorm, hidden_states, logits_of
 
 _MIN_GRAPH_STEPS = 16
 """Steps for which recording a CUDA graph is worth it: the recording takes as long as a few steps"""
@@ -253,6 +253,9 @@ def _can_be_recorded(gpt: GPT) -> bool:
     if device.type != "cuda" or torch.is_autocast_enabled("cuda") or not _is_usual(gpt):
         return False
     for block in gpt.transformer.h:
+        if isinstance(block.attn, LoRACausalSelfAttention):
+            # LitGPT's LoRA layers copy indices to the device.
+            return False
         if isinstance(block.mlp, LLaMAMoE):
             # LitGPT's own MoE asks the device for the rows of an expert.
             return False
