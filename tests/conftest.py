@@ -206,6 +206,14 @@ def base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
 
 
 @pytest.fixture
+def roomy_base(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> Path:
+    """A checkpoint to tune with a context for several of the ``instructions``; in that of ``base`` no two fit."""
+    from tests.helpers import save_tiny, tiny_gpt
+
+    return save_tiny(tmp_path / "roomy", tiny_gpt({**moe_fields, "block_size": 144}), tokenizer_dir)
+
+
+@pytest.fixture
 def tune(tmp_path: Path, base: Path, instructions: Path) -> Callable[..., Path]:
     """``tune("--flag", "value")`` does what ``finetune.py`` does and returns the ``out_dir``."""
     from tests.helpers import tune_here, write_tune_file

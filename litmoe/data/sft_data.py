@@ -1,4 +1,4 @@
-"""Prepared conversations as a LitGPT data module: padded micro batches with the answers as targets."""
+"""Prepared conversations as a LitGPT data module: packed micro batches with the answers as targets."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,22 +16,27 @@ from litmoe.cli import UserError
 from litmoe.data import instructions
 from litmoe.data.conversations import DEFAULT_STYLE, EncodedConversation, encode_conversation, prompt_style
 from litmoe.data.loader import MicroBatches, TokenLoader, TrainLoader, even_batches, rank_and_world_size
+from litmoe.data.packing import one_per_row, pack
 
 # A target without loss, as in PyTorch's cross-entropy and in LitGPT's finetuning.
 IGNORE_INDEX = -100
-# Micro batches are padded to a multiple of it: few different shapes, and matrices that fill a GPU's tiles.
-LENGTH_MULTIPLE = 8
 
 
 class Conversations(NamedTuple):
-    """A micro batch."""
+    """A micro batch: rows of conversations one after the other, padded at the end with the end-of-text token.
+
+    The fields are those of ``litmoe.train.model.Batch``.
+    """
 
     input_ids: Tensor
-    """``(B, T)`` int64, padded at the end with the end-of-text token"""
+    """``(B, T)`` int64"""
     targets: Tensor
     """``(B, T)`` int64, one position ahead; ``IGNORE_INDEX`` if the next token does not belong to an answer"""
     lengths: Tensor
-    """``(B,)`` int64: the inputs that are not padding"""
+    """``(B,)`` int64: the inputs of each row that are not padding"""
+    documents: Tensor | None
+    """``(B, T)`` int64: the number of each token's conversation in the micro batch, and for padding the number of
+    conversations; None if row i is conversation i"""
 
 
 @dataclass
@@ -94,22 +99,38 @@ class EncodedConversations(Dataset[tuple[Tensor, Tensor]]):
         return self._ids[tokens].long(), self._is_answer[tokens]
 
 
-def collate(items: list[tuple[Tensor, Tensor]], pad_id: int, max_seq_length: int) -> Conversations:
-    """Pad items of ``EncodedConversations`` to a micro batch; ``max_seq_length`` limits its width, -1 does not."""
-    lengths = torch.tensor([len(ids) - 1 for ids, _ in items])
-    # Rounded up: the longest conversation with its padding.
-    width = -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    # The model has no positions beyond the context, so rounding must not pass it.
-    if max_seq_length > 0:
-        width = min(width, max_seq_length)
-    # Padding comes after the text, so causal attention never reads it, and it has no target.
-    input_ids = torch.full((len(items), width), pad_id)
-    targets = torch.full((len(items), width), IGNORE_INDEX)
-    for row, (ids, is_answer) in enumerate(items):
-        # The target of an input is the token after it, so the last token is no input and the first no target.
-        input_ids[row, : lengths[row]] = ids[:-1]
-        targets[row, : lengths[row]] = ids[1:].masked_fill(~is_answer[1:], IGNORE_INDEX)
-    return Conversations(input_ids, targets, lengths)
+def collate(
+    items: list[tuple[Tensor, Tensor]], pad_id: int, max_seq_length: int, packed: bool = False
+) -> Conversations:
+    """Make a micro batch of items of ``EncodedConversations``.
+
+    Args:
+        items: the conversations.
+        pad_id: the token of the padding.
+        max_seq_length: the longest row; -1: the longest conversation is.
+        packed: put several conversations into a row, which the model must keep apart by ``documents``.
+    """
+    lengths = [len(ids) - 1 for ids, _ in items]
+    context = max_seq_length if max_seq_length > 0 else max(lengths)
+    rows, length = pack(lengths, context) if packed else one_per_row(lengths, context)
+    # Padding comes after the conversations of a row, so causal attention never reads it, and it has no target.
+    input_ids = torch.full((len(rows), length), pad_id)
+    targets = torch.full((len(rows), length), IGNORE_INDEX)
+    documents = torch.full((len(rows), length), len(items))
+    for row, indices in enumerate(rows):
+        start = 0
+        for index in indices:
+            ids, is_answer = items[index]
+            place = slice(start, start + lengths[index])
+            # The target of an input is the token after it, so the last token is no input and the first no target.
+            input_ids[row, place] = ids[:-1]
+            targets[row, place] = ids[1:].masked_fill(~is_answer[1:], IGNORE_INDEX)
+            documents[row, place] = index
+            start = place.stop
+    row_sizes = torch.tensor([sum(lengths[index] for index in indices) for indices in rows])
+    # Causal attention without a mask is faster.
+    is_one_per_row = len(rows) == len(items)
+    return Conversations(input_ids, targets, row_sizes, None if is_one_per_row else documents)
 
 
 def longer_context(context: int, block_size: int | None = None) -> str:
@@ -130,7 +151,8 @@ class InstructionData(DataModule):
     """Micro batches (``Conversations``) of the folder that ``prepare_data.py --instruct`` made.
 
     Training conversations are shuffled by the seed, differently in each epoch. Validation reads each conversation once,
-    on any number of devices, so its loss is the mean over every answer token.
+    on any number of devices, so its loss is the mean over every answer token. The conversations of a micro batch are
+    packed into few rows (``litmoe.data.packing``).
     """
 
     data_dir: Path = Path("data/instruct")
@@ -144,6 +166,9 @@ class InstructionData(DataModule):
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
     max_seq_length: int = field(default=-1, init=False, repr=False)
+    # Set by finetuning.
+    packed: bool = field(default=True, init=False, repr=False)
+    """False for models whose attention cannot keep the conversations of a row apart: one conversation per row."""
 
     def __post_init__(self) -> None:
         # A dataclass does not call the constructor of its base class.
@@ -238,7 +263,8 @@ class InstructionData(DataModule):
 
     def _collate(self) -> partial[Conversations]:
         assert self.tokenizer is not None
-        return partial(collate, pad_id=self.tokenizer.eos_id, max_seq_length=self.max_seq_length)
+        pad_id = self.tokenizer.eos_id
+        return partial(collate, pad_id=pad_id, max_seq_length=self.max_seq_length, packed=self.packed)
 
     def _require(self, split: str, needed: int, world_size: int) -> None:
         """Raise ``UserError`` if a split has fewer conversations than needed."""

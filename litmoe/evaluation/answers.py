@@ -129,10 +129,10 @@ def _sum_loss(
     nats, tokens = 0.0, 0
     for start in with_progress(indices[::batch_size]):
         batch = [encoded[index] for index in indices[start : start + batch_size]]
-        input_ids, targets, _ = collate(batch, padding, context)
-        logits_BTV = logits_of(gpt, hidden_states(gpt, input_ids.to(device))[0])
+        rows = collate(batch, padding, context)
+        logits_BTV = logits_of(gpt, hidden_states(gpt, rows.input_ids.to(device))[0])
         # Tokens of prompts and padding are IGNORE_INDEX in the targets.
-        targets = targets.flatten().to(device)
+        targets = rows.targets.flatten().to(device)
         # A sum and not a mean, because batches have different numbers of answer tokens.
         loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
         nats += float(loss)

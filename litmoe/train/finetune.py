@@ -195,6 +195,8 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     else:
         gpt = _build_model(fabric, settings, resume_from or folder)
     gpt.max_seq_length = settings.train.max_seq_length or settings.model.block_size
+    # LitGPT's attention with a sliding window ignores masks.
+    data.packed = gpt.config.sliding_window_size is None
 
     tokenizer = litgpt_tokenizer(folder)
     # A resumed run must see the same conversations, and with LoRA the same base weights.

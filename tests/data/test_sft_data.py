@@ -16,6 +16,7 @@ from litmoe.cli import UserError
 from litmoe.data import InstructionData
 from litmoe.data.conversations import DEFAULT_STYLE, EncodedConversation, encode_conversation, prompt_style
 from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
+from litmoe.data.packing import row_length, row_lengths
 from litmoe.data.sft_data import Conversations
 from tests.data.instruction_helpers import jsonl, turn
 from tests.data.token_helpers import endless, take
@@ -46,13 +47,20 @@ def module(
     return data
 
 
+def unpack(batch: Conversations) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The inputs and targets of each conversation without padding."""
+    if batch.documents is None:
+        fields = zip(batch.input_ids, batch.targets, batch.lengths, strict=True)
+        return [(ids[:length], targets[:length]) for ids, targets, length in fields]
+    places = [batch.documents == number for number in range(int(batch.documents.max()) + 1)]
+    conversations = [(batch.input_ids[place], batch.targets[place]) for place in places]
+    # The highest number is that of the padding, if there is any.
+    return conversations[:-1] if (conversations[-1][1] < 0).all() else conversations
+
+
 def rows(batches: Iterable[Conversations]) -> list[tuple[int, ...]]:
     """The inputs of each conversation without padding."""
-    return [
-        tuple(ids[:length].tolist())
-        for batch in batches
-        for ids, length in zip(batch.input_ids, batch.lengths, strict=True)
-    ]
+    return [tuple(ids.tolist()) for batch in batches for ids, _ in unpack(batch)]
 
 
 def encoded_conversations(folder: Path, split: str, tokenizer: Tokenizer) -> list[EncodedConversation]:
@@ -72,14 +80,15 @@ def test_targets_are_the_answers(prepared: Path, tokenizer: Tokenizer, style: st
     data = module(prepared, tokenizer, batch_size=7, style=style)
     messages = iter(conversations(prepared, "val"))
     for batch in data.val_dataloader():
-        assert {tensor.dtype for tensor in batch} == {torch.int64}
-        for ids, targets, length in zip(*batch, strict=True):
+        assert {tensor.dtype for tensor in batch if tensor is not None} == {torch.int64}
+        for ids, targets in unpack(batch):
             answers = [message["content"] for message in next(messages) if message["role"] == "assistant"]
             text = tokenizer.processor.decode(targets[targets >= 0].tolist(), skip_special_tokens=False)
             assert text == "".join(f"{answer}<|endoftext|>" for answer in answers)
-            ahead = torch.cat((ids[1:length], torch.tensor([tokenizer.eos_id])))
-            has_loss = targets[:length] >= 0
-            assert targets[:length][has_loss].equal(ahead[has_loss])
+            ahead = torch.cat((ids[1:], torch.tensor([tokenizer.eos_id])))
+            has_loss = targets >= 0
+            assert targets[has_loss].equal(ahead[has_loss])
+        for ids, targets, length in zip(batch.input_ids, batch.targets, batch.lengths, strict=True):
             assert (targets[length:] == -100).all() and (ids[length:] == tokenizer.eos_id).all()
     assert next(messages, None) is None
 
@@ -98,14 +107,28 @@ def test_single_turn_equals_litgpt(prepared: Path, tokenizer: Tokenizer) -> None
         assert batch.targets[0, : batch.lengths[0]].equal(sample["labels"][1:])
 
 
-def test_padding_is_short(prepared: Path, tokenizer: Tokenizer) -> None:
-    widths = set()
+def test_conversations_are_packed(prepared: Path, tokenizer: Tokenizer) -> None:
+    shapes = set()
     for batch in module(prepared, tokenizer, max_seq_length=1000).train_dataloader():
-        width = batch.input_ids.shape[1]
-        assert batch.targets.shape == batch.input_ids.shape == (4, width)
-        assert width % 8 == 0 and width - 8 < batch.lengths.max() <= width
-        widths.add(width)
-    assert len(widths) > 1
+        (B, T), lengths = batch.input_ids.shape, [len(row) for row in rows([batch])]
+        assert len(lengths) == 4 and sum(lengths) == batch.lengths.sum()
+        # All would fit into one row.
+        assert row_length(sum(lengths), 1000) >= B * T and T in row_lengths(1, 1000)
+        assert batch.targets.shape == batch.documents.shape == (B, T)
+        for row, length in enumerate(batch.lengths.tolist()):
+            assert (batch.documents[row, length:] == 4).all() and (batch.documents[row, :length] < 4).all()
+        shapes.add((B, T))
+    assert len(shapes) > 1
+
+
+def test_models_without_masks_get_one_conversation_per_row(prepared: Path, tokenizer: Tokenizer) -> None:
+    data = module(prepared, tokenizer, max_seq_length=1000)
+    packed = list(data.train_dataloader())
+    data.packed = False
+    for batch, other in zip(data.train_dataloader(), packed, strict=True):
+        assert batch.documents is None
+        assert batch.input_ids.shape == (4, row_length(int(batch.lengths.max()), 1000))
+        assert rows([batch]) == rows([other])
 
 
 def test_long_conversations_are_cut(prepared: Path, tokenizer: Tokenizer) -> None:
@@ -161,7 +184,7 @@ def test_validation_reads_each_conversation_once(prepared: Path, tokenizer: Toke
         batches = list(loader)
         assert rows(batches) == inputs(prepared, "val", tokenizer)
         assert len(batches) == len(loader) == -(-30 // batch_size)
-        assert max(len(batch.lengths) for batch in batches) <= batch_size
+        assert max(len(unpack(batch)) for batch in batches) <= batch_size
 
 
 def test_each_epoch_has_its_own_order(prepared: Path, tokenizer: Tokenizer) -> None:

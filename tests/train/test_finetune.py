@@ -48,9 +48,9 @@ def answer_loss(folder: Path, data_dir: Path, split: str = "val", style: str = "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--lora_r", "4", "--lora_dropout", "0")], ids=["full", "lora"])
-def test_compiled_run_equals_eager_run(tune, tmp_path, flags):
-    """For any lengths: a graph for each length would raise after some steps."""
-    flags = (*flags, "--train.max_steps", "24")
+def test_compiled_run_equals_eager_run(tune, roomy_base, tmp_path, flags):
+    """For any numbers and lengths of rows: a graph for each shape would raise after some steps."""
+    flags = ("--checkpoint_dir", str(roomy_base), *flags, "--train.max_steps", "24", "--micro-batch-size", "4")
     plain, compiled = (
         tune("--out_dir", str(tmp_path / value), "--compile", value, *flags) for value in ("false", "true")
     )
@@ -81,6 +81,34 @@ def test_step_loss_is_mean_over_answer_tokens(tune, tmp_path):
     for name in ("train_loss", "grad_norm"):
         assert column(accumulated, name) == pytest.approx(column(at_once, name), rel=1e-5)
     assert column(accumulated, "total_tokens") == column(at_once, "total_tokens")
+
+
+LORA_ALL = ("--lora_r", "4", "--lora_mlp", "true", "--lora_dropout", "0")
+
+
+@pytest.mark.parametrize("flags", [(), LORA_ALL], ids=["full", "lora"])
+def test_packed_run_equals_one_by_one(tune, roomy_base, instructions, tmp_path, flags):
+    """Micro batches of 4 are packed, and micro batches of 1 cannot be.
+
+    Without the losses of the routers, which are means over the micro batches and not over tokens.
+    """
+    flags = ("--checkpoint_dir", str(roomy_base), "--train.max_steps", "6", *flags)
+    flags += ("--moe.load_balancing_loss", "0.0", "--moe.z_loss", "0.0")
+    packed, alone = (tune(*flags, "--out_dir", str(tmp_path / n), "--micro-batch-size", n) for n in ("4", "1"))
+    for name in ("train_loss", "grad_norm", "val_loss"):
+        assert column(packed, name) == pytest.approx(column(alone, name), rel=1e-4)
+    assert column(packed, "total_tokens") == column(alone, "total_tokens")
+    assert column(packed, "val_loss")[-1] == pytest.approx(answer_loss(packed / "final", instructions), rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_r", "4")], ids=["full", "lora"])
+def test_sliding_windows_get_one_conversation_per_row(tune, tmp_path, moe_fields, tokenizer_dir, instructions, flags):
+    """LitGPT's attention with a window ignores masks, so a packed row would mix conversations."""
+    fields = {**moe_fields, "block_size": 144, "sliding_window_size": 40, "sliding_window_indices": [1, 0]}
+    base = save_tiny(tmp_path / "windows", tiny_gpt(fields), tokenizer_dir)
+    out = tune("--checkpoint_dir", str(base), "--micro-batch-size", "4", "--train.max_steps", "2", *flags)
+    assert column(out, "val_loss")[0] == pytest.approx(answer_loss(base, instructions), rel=1e-5)
+    assert column(out, "val_loss")[-1] == pytest.approx(answer_loss(out / "final", instructions), rel=1e-5)
 
 
 def test_warns_of_constant_routers(tune, tmp_path, moe_fields, tokenizer_dir, capsys):
@@ -279,11 +307,12 @@ def test_finetuning_keeps_the_trained_context(tmp_path, moe_fields, tokenizer_di
     [(), ("--lora_r", "4", "--lora_mlp", "true"), ("--strategy", "fsdp")],
     ids=["full", "lora", "full by fsdp"],
 )
-def test_two_processes_equal_one(tune, base, tmp_path, flags):
-    flags = ("--lora_dropout", "0.0", *flags)
+def test_two_processes_equal_one(tune, roomy_base, tmp_path, flags):
+    """With both conversations of a micro batch in one row."""
+    flags = ("--checkpoint_dir", str(roomy_base), "--lora_dropout", "0.0", *flags)
     one = tune(*flags, "--out_dir", str(tmp_path / "one"))
     door = Path(__file__).resolve().parents[2] / "finetune.py"
-    command = [sys.executable, str(door), str(base), "--config", str(tmp_path / "finetune.yaml"), *flags]
+    command = [sys.executable, str(door), "--config", str(tmp_path / "finetune.yaml"), *flags]
     two = tmp_path / "two"
     subprocess.run([*command, "--devices", "2", "--out_dir", str(two)], check=True, timeout=280)
     for name in ("train_loss", "val_loss", "total_tokens", "load_balancing_loss"):

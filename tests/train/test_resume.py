@@ -43,6 +43,7 @@ SLOW_CASES = {
 }
 TUNING = {
     "LoRA with dropout": ("--lora_r", "4", "--lora_mlp", "true", "--lora_dropout", "0.2"),
+    "several conversations per row": ("--micro-batch-size", "4"),
     "all weights": (),
     "LoRA, Muon": ("--lora_r", "4", "--lora_dropout", "0.2", *MUON),
     "selection biases": ("--moe.bias_update_rate", "0.01"),
@@ -99,6 +100,9 @@ def tune_case(
 ) -> Call:
     """``tune`` as one of ``TUNING``."""
     flags = TUNING[request.param]
+    if request.param == "several conversations per row":
+        roomy = tiny_gpt(moe_fields | {"block_size": 144})
+        flags += ("--checkpoint_dir", str(save_tiny(tmp_path / "other", roomy, tokenizer_dir)))
     if request.param == "selection biases":
         sigmoid = {"n_expert_groups": 2, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": True}
         gpt = tiny_gpt(moe_fields | {"block_size": 48} | sigmoid)
@@ -106,7 +110,7 @@ def tune_case(
     return lambda *more: tune(*flags, *more)
 
 
-@pytest.mark.parametrize("tune_case", ["LoRA with dropout", *slow(list(TUNING)[1:])], indirect=True)
+@pytest.mark.parametrize("tune_case", [*list(TUNING)[:2], *slow(list(TUNING)[2:])], indirect=True)
 def test_resume_finetuning_twice(tune_case: Call, tmp_path: Path) -> None:
     resumed_twice(tune_case, tmp_path, "--train.save_interval", "3", stops=(3, 6))
 
