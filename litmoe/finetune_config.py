@@ -51,7 +51,7 @@ class FinetuneSettings(RunSettings):
     """All settings of `finetune.py`; the LoRA fields are those of `litgpt.finetune.lora.setup`."""
 
     compile: bool | None = False
-    """torch.compile; conversations of all lengths share their graphs"""
+    """torch.compile; rows of all numbers and lengths share their graphs"""
     checkpoint_dir: Path = Path("checkpoints")
     """The checkpoint that is tuned; model and tokenizer are its own. `checkpoints`: the newest one there"""
     lora_r: int = 0
