@@ -91,13 +91,14 @@ def nanochat(args: argparse.Namespace, steps: int) -> Peer:
     model: Any = build(args.n_layer, args.n_embd, args.n_head)
     model.to_empty(device=args.device)
     model.init_weights()
-    # The rates by batch size, and the weight decay by batch size and length of the run
+    # The rates by batch size. The weight decay also by the compute-optimal length of a run, relative to depth 12.
     batch_ratio = args.batch_size * args.context / 2**19
     scale = math.sqrt(batch_ratio) * args.rate
-    reference: Any = build(12, 768, 6)
-    ratio = 12 * sum(reference.num_scaling_params()[name] for name in ("transformer_matrices", "lm_head"))
-    tokens = steps * args.batch_size * args.context
-    weight_decay = 0.28 * math.sqrt(batch_ratio) * ratio / tokens
+    own, reference = (
+        sum(sized.num_scaling_params()[part] for part in ("transformer_matrices", "lm_head"))
+        for sized in (model, build(12, 768, 6))
+    )
+    weight_decay = 0.28 * math.sqrt(batch_ratio) * reference / own
     optimizer = model.setup_optimizer(
         unembedding_lr=0.008 * scale,
         embedding_lr=0.3 * scale,

@@ -4,10 +4,11 @@ import pytest
 import torch
 from litgpt import GPT, Config
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from litmoe import documents
 from litmoe.documents import DocumentLengths, document_mask, number_documents
-from litmoe.layers import hidden_states, use_our_layers
+from litmoe.layers import hidden_states, run_block, use_our_layers
 from litmoe.train.model import PretrainingModel
 
 END = 7
@@ -116,3 +117,20 @@ def test_without_masking_documents_see_each_other(moe_fields):
         x, y = hidden_states(gpt, tokens)[0], hidden_states(gpt, changed)[0]
     assert isinstance(gpt.lm_head, nn.Linear)
     assert not torch.allclose(x[2, 4:], y[2, 4:])
+
+
+def test_compiled_blocks_serve_all_masks(moe_fields):
+    """FlexAttention is traced without a graph break, and another batch needs no other graph."""
+    gpt = build(moe_fields)
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(run_block, fullgraph=True, backend=counter)
+    graphs, results = [], []
+    for roll in (0, 5, 11):
+        tokens = packed().roll(roll, dims=1)
+        numbers = number_documents(tokens, END)
+        with torch.no_grad():
+            masks = [documents._block_mask(numbers), document_mask(numbers, compiled=True)]
+            results.append(hidden_states(gpt, tokens, mask=masks[0], run=run)[0])
+            graphs.append(counter.frame_count)
+            torch.testing.assert_close(results[-1], hidden_states(gpt, tokens, mask=masks[1])[0], rtol=1e-4, atol=1e-5)
+    assert graphs == [graphs[0]] * 3
