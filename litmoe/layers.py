@@ -28,7 +28,13 @@ from torch.utils.checkpoint import checkpoint
 from custom_moe import MoEBlock, Router, RouterOutput, use_custom_moe
 from custom_moe.backends import hardware_of
 from litmoe.cli import UserError
-from litmoe.documents import DocumentLengths, DocumentMask, attend_document_by_document, attend_within_blocks
+from litmoe.documents import (
+    DocumentLengths,
+    DocumentMask,
+    attend_document_by_document,
+    attend_within_blocks,
+    document_mask,
+)
 
 
 @dataclass
@@ -350,6 +356,20 @@ def hidden_states(
             x, router = run_cached_block(block, x, block_cos, block_sin, mask, positions, cache_end)
         routers.append(router)
     return x, routers
+
+
+def mask_for(gpt: GPT, documents: Tensor, *, compiled: bool = False) -> DocumentMask:
+    """Return the mask with which ``hidden_states`` computes attention within documents.
+
+    Args:
+        gpt: LitGPT's model.
+        documents: ``(B, T)``, as ``document_mask`` takes them.
+        compiled: whether the blocks are compiled.
+    """
+    # LitGPT computes some kinds of attention itself.
+    is_fast = all(getattr(block.attn, "is_fast", False) for block in gpt.transformer.h)
+    is_added = gpt.config.attention_logit_softcapping is not None
+    return document_mask(documents, compiled=compiled, needs_tensor=not is_fast, is_added=is_added)
 
 
 def _embedded(wte: nn.Module, input_ids: Tensor) -> Tensor:

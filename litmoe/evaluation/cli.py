@@ -15,6 +15,7 @@ _USED_BY = {
     "data_dir": ("the loss", "--experts"),
     "max_iters": ("the loss", "--experts"),
     "batch_size": ("the loss", "--experts"),
+    "document_masking": ("the loss",),
     "tasks_dir": ("--tasks",),
     "limit": ("--hellaswag", "--tasks"),
     "num_fewshot": ("--tasks",),
@@ -29,6 +30,7 @@ def main(
     max_iters: int | None = None,
     batch_size: int | None = None,
     max_seq_length: int | None = None,
+    document_masking: bool | None = None,
     hellaswag: str | None = None,
     tasks: str | None = None,
     tasks_dir: Path | None = None,
@@ -49,6 +51,8 @@ def main(
         max_iters: Maximum number of batches. Default: all.
         batch_size: Windows in a batch. Default: as many as give 2^28 logits; 8 for conversations.
         max_seq_length: Tokens in a window. Default: as many as in training.
+        document_masking: Whether tokens attend only to their own document, not to others in the window. Default: as in
+            training.
         hellaswag: Score HellaSwag: a file in its JSONL format, or a name on the Hub (Rowan/hellaswag).
         tasks: Score tasks or groups of lm-eval, separated by commas. Their data is downloaded from the Hub.
         tasks_dir: Folder of your own tasks in the YAML of lm-eval. Tasks can run code: use only folders you trust.
@@ -64,7 +68,8 @@ def main(
     text_flags: dict[str, Any] = {"data_dir": data_dir, "max_iters": max_iters, "batch_size": batch_size}
     task_flags: dict[str, Any] = {"tasks_dir": tasks_dir, "limit": limit, "num_fewshot": num_fewshot}
     # Mistakes in the flags come before the slow imports.
-    evaluation = _selected_evaluation(selected, text_flags | task_flags | {"plot": plot})
+    other_flags = {"plot": plot, "document_masking": document_masking}
+    evaluation = _selected_evaluation(selected, text_flags | task_flags | other_flags)
     _check_values(text_flags | task_flags | {"max_seq_length": max_seq_length}, json_file, plot)
     folder = find_checkpoint(checkpoint, router)
 
@@ -89,8 +94,15 @@ def main(
 
         # A finetuned checkpoint is evaluated on its answers, unless the user names a corpus.
         conversations = answers.find_conversations(folder, data_dir)
-        module = loss if conversations is None else answers
-        result = module.evaluate(folder, **text_flags | {"data_dir": conversations or data_dir}, **options)
+        if conversations is None:
+            module = loss
+            text_flags["document_masking"] = document_masking
+        else:
+            if document_masking is not None:
+                raise UserError("--document_masking has no effect on conversations, which never attend to each other.")
+            module = answers
+            text_flags["data_dir"] = conversations
+        result = module.evaluate(folder, **text_flags, **options)
     # Before the heat map, so that an error there loses no numbers.
     _write(result, module, json_file)
     if plot is not None:

@@ -10,6 +10,8 @@ token of the previous window, and the very first one from the end-of-text token.
 - ``bits_per_byte``: the sum of the same in bits, divided by the UTF-8 bytes of the documents. It can be compared
   between tokenizers; the loss can't.
 
+With ``document_masking`` a token sees only the tokens of its own document in its window, as in a training with it.
+
 With ``max_iters``, the bytes are those of all documents times the share of the tokens that were read.
 """
 
@@ -33,8 +35,10 @@ from litmoe.cli import UserError, quoted
 from litmoe.data import manifest
 from litmoe.data.loader import token_chunks
 from litmoe.data.manifest import Manifest, Split, checked_manifest
+from litmoe.documents import number_documents
 from litmoe.evaluation.common import ModelOptions, Result, as_table, load_model, with_progress
 from litmoe.inference.generate import check_finite
+from litmoe.layers import hidden_states, logits_of, mask_for
 
 _LOGITS = 1 << 28  # logits of a batch, 1 GiB in fp32: decides the batch size
 
@@ -52,6 +56,7 @@ class Evaluation(Result):
     bytes: int
     context: int  # tokens in a window
     windows: int
+    document_masking: bool
     seconds: float
 
 
@@ -62,6 +67,7 @@ class ValidationText(NamedTuple):
     same_data: bool | None
     split: Split
     context: int
+    document_end: int | None  # the token that ends a document, for attention within documents
     # Token ids, each ``(B, T + 1)``, with a progress bar. All but the first token of a row are to be predicted.
     batches: Iterator[Tensor]
 
@@ -72,6 +78,7 @@ def evaluate(
     *,
     max_iters: int | None = None,
     batch_size: int | None = None,
+    document_masking: bool | None = None,
     **options: Unpack[ModelOptions],
 ) -> Evaluation:
     """Evaluate a checkpoint on the validation text of a prepared corpus and show a progress bar on stderr.
@@ -81,6 +88,7 @@ def evaluate(
         data_dir: prepared corpus; the one of training if None.
         max_iters: maximum number of batches.
         batch_size: windows in a batch; as many as give 2^28 logits if None.
+        document_masking: whether tokens attend only to their own document; as in training if None.
         options: see `load_model`; ``max_seq_length`` is the number of tokens in a window.
 
     Raises:
@@ -88,10 +96,12 @@ def evaluate(
             context is longer than that of the model, or the loss is not finite.
     """
     text = open_validation(folder, data_dir, max_iters, batch_size, options.get("max_seq_length"))
+    if document_masking is None:
+        document_masking = bool(checkpoints.setting(checkpoints.load_hyperparameters(folder), "document_masking"))
     model = load_model(folder, **options)
     start = time.perf_counter()
     with model.autocast:
-        nats, tokens, n_windows = sum_loss(model.gpt, text.batches)
+        nats, tokens, n_windows = sum_loss(model.gpt, text.batches, text.document_end if document_masking else None)
     check_finite(torch.tensor(nats))
     loss = nats / tokens
     # All bytes, or with max_iters the share of the tokens that were read.
@@ -107,6 +117,7 @@ def evaluate(
         bytes=n_bytes,
         context=text.context,
         windows=n_windows,
+        document_masking=document_masking,
         seconds=time.perf_counter() - start,
     )
 
@@ -135,7 +146,8 @@ def open_validation(
     if max_iters is not None:
         n_batches = min(n_batches, max_iters)
     batches = batched(windows(read_tokens(data_dir, "val"), context, data.tokenizer.eos_id), batch_size)
-    return ValidationText(data_dir, same_data, split, context, with_progress(islice(batches, max_iters), n_batches))
+    batches = with_progress(islice(batches, max_iters), n_batches)
+    return ValidationText(data_dir, same_data, split, context, data.tokenizer.eos_id, batches)
 
 
 def table(result: Evaluation) -> Table:
@@ -148,6 +160,8 @@ def table(result: Evaluation) -> Table:
         "tokens": f"{result.tokens:,} ({result.bytes:,} bytes of text)",
         "windows": f"{result.windows:,} of {result.context:,} tokens, not overlapping",
     }
+    if result.document_masking:
+        rows["windows"] += ", each document by itself"
     if result.same_data is False:
         rows["note"] = "this checkpoint was trained on other data"
     return as_table(result, rows, f", {result.tokens / result.seconds:,.0f} tokens/s")
@@ -157,12 +171,13 @@ def table(result: Evaluation) -> Table:
 
 
 @torch.inference_mode()
-def sum_loss(gpt: GPT, batches: Iterable[Tensor]) -> tuple[float, int, int]:
+def sum_loss(gpt: GPT, batches: Iterable[Tensor], document_end: int | None = None) -> tuple[float, int, int]:
     """Sum the negative log-probability of all tokens but the first one of each row.
 
     Args:
         gpt: model.
         batches: token ids, each ``(B, T + 1)``.
+        document_end: the token that ends a document, for attention within documents; None: to all tokens before.
 
     Returns:
         The sum in nats, the number of predicted tokens, and the number of rows.
@@ -173,7 +188,9 @@ def sum_loss(gpt: GPT, batches: Iterable[Tensor]) -> tuple[float, int, int]:
     tokens, rows = 0, 0
     for batch in batches:
         ids = batch.to(device)
-        logits_BTV = gpt(ids[:, :-1])
+        inputs = ids[:, :-1]
+        mask = None if document_end is None else mask_for(gpt, number_documents(inputs, document_end))
+        logits_BTV = logits_of(gpt, hidden_states(gpt, inputs, mask=mask)[0])
         targets = ids[:, 1:].flatten()
         losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, reduction="none")
         nats += losses.double().sum().cpu()

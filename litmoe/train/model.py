@@ -24,8 +24,8 @@ from custom_moe import (
 )
 from custom_moe.experts import compute_dtype
 from litmoe.config import Recomputed
-from litmoe.documents import DocumentMask, document_mask, number_documents
-from litmoe.layers import hidden_states, logits_of, run_block
+from litmoe.documents import DocumentMask, number_documents
+from litmoe.layers import hidden_states, logits_of, mask_for, run_block
 from litmoe.train.cross_entropy import IGNORE_INDEX, linear_cross_entropy, loss_of_rows
 from litmoe.train.optimizers import parameter_uses
 
@@ -145,12 +145,7 @@ class PretrainingModel(nn.Module):
     def _document_mask(self, input_ids: Tensor, documents: Tensor | None) -> DocumentMask | None:
         if documents is None and self.document_end is not None:
             documents = number_documents(input_ids, self.document_end)
-        if documents is None:
-            return None
-        # LitGPT computes some kinds of attention itself.
-        is_fast = all(getattr(block.attn, "is_fast", False) for block in self.gpt.transformer.h)
-        is_added = self.gpt.config.attention_logit_softcapping is not None
-        return document_mask(documents, compiled=self._is_compiled, needs_tensor=not is_fast, is_added=is_added)
+        return None if documents is None else mask_for(self.gpt, documents, compiled=self._is_compiled)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of hidden states ``(B, T, C)``.

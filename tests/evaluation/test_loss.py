@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from litgpt import GPT, Tokenizer
 
 from litmoe import checkpoints
@@ -46,9 +48,10 @@ def checkpoint(tmp_path: Path, gpt: GPT, corpus: Path) -> Path:
     return save_trained(tmp_path / "checkpoints" / "final", gpt, corpus)
 
 
-def save_trained(folder: Path, gpt: GPT, corpus: Path, **train: int) -> Path:
+def save_trained(folder: Path, gpt: GPT, corpus: Path, document_masking: bool = False, **train: int) -> Path:
     paths = {"train_data_path": str(corpus / "train"), "val_data_path": str(corpus / "val")}
     settings = {"data": {"class_path": "litmoe.data.TokenizedText", "init_args": paths}, "train": train}
+    settings["document_masking"] = document_masking
     return save_tiny(
         folder,
         gpt,
@@ -122,6 +125,27 @@ def test_batch_size_does_not_change_the_loss(gpt: GPT, checkpoint: Path) -> None
     results = [evaluate(checkpoint, max_seq_length=16, batch_size=size, **CPU_FP32) for size in (1, 4, None)]
     assert len({(result.tokens, result.windows) for result in results}) == 1
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6) == pytest.approx(results[2].loss, rel=1e-6)
+
+
+def test_documents_by_themselves(gpt: GPT, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    masked = evaluate(checkpoint, document_masking=True, **CPU_FP32)
+    end = manifest.checked_manifest(corpus).tokenizer.eos_id
+    nats = 0.0
+    for window in windows(read_tokens(corpus, "val"), 64, end):
+        inputs, targets = window[:-1], window[1:]
+        # A document ends with the end-of-text token.
+        ends = [0, *((inputs == end).nonzero().flatten() + 1).tolist(), len(inputs)]
+        for start, stop in pairwise(ends):
+            if start < stop:
+                with torch.no_grad():
+                    logits = gpt(inputs[None, start:stop])[0]
+                nats += float(F.cross_entropy(logits, targets[start:stop], reduction="sum"))
+    assert masked.loss * masked.tokens == pytest.approx(nats, rel=1e-5)
+    assert masked.loss != pytest.approx(evaluate(checkpoint, **CPU_FP32).loss, rel=1e-4)
+    # Without the flag as in training.
+    trained = save_trained(tmp_path / "masked", gpt, corpus, document_masking=True)
+    assert evaluate(trained, **CPU_FP32).loss == masked.loss
+    assert not evaluate(trained, document_masking=False, **CPU_FP32).document_masking
 
 
 def test_max_iters_counts_what_was_read(checkpoint: Path, corpus: Path) -> None:
