@@ -167,7 +167,8 @@ class Trainer:
 
     def __init__(self, preset: Preset, device: str, corpus: Corpus, checkouts: dict[str, Path]) -> None:
         self.preset, self.device, self.corpus, self.checkouts = preset, device, corpus, checkouts
-        self.flags = {"mixture": [], "dense twin": [f"--model={preset.dense}"]}
+        # The twin has no routers to balance.
+        self.flags = {"mixture": [], "dense twin": [f"--model={preset.dense}", "--moe.bias_update_rate=0"]}
         runs = {model: parse_run(["--config", preset.config, *self.flags[model], *preset.flags]) for model in OURS}
         self.sizes = {}
         for model, run in runs.items():
