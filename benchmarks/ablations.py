@@ -1,6 +1,6 @@
 """What is each default of the quickstart worth? Every choice against its alternative, three seeds each, on a CPU.
 
-    uv run python benchmarks/ablations.py                       # 10 to 20 minutes
+    uv run python benchmarks/ablations.py                       # half an hour
     uv run python benchmarks/ablations.py --only default Muon   # some rows; the others of an earlier run are kept
 
 All runs are runs of run_train.py with configs/quickstart.yaml and a few flags, the same number of tokens and the
@@ -24,7 +24,7 @@ from benchmarks.common import Row, make_table, with_verdict
 from benchmarks.runs import NOTHING_ELSE, Corpus, RunFailed, difference, find_corpus, score, seed_flags, train
 
 CONFIG = "configs/quickstart.yaml"
-MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 2.0e-3, "weight_decay": 0.1}}
+MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 4.0e-3, "weight_decay": 0.1}}
 
 
 class Choice(NamedTuple):
@@ -39,30 +39,37 @@ LOW_MEMORY = (
     "--precision=bf16-true",
     "--activation_checkpointing=block",
     "--optimizer=torchao.optim.AdamW8bit",
-    "--optimizer.init_args.lr=2.0e-3",
+    "--optimizer.init_args.lr=4.0e-3",
     "--optimizer.init_args.betas=[0.9, 0.95]",
     "--optimizer.init_args.weight_decay=0.1",
 )
 STOCHASTIC = "--optimizer.init_args.bf16_stochastic_round=true"
-# A sigmoid router, with a bias per expert that is changed after each step instead of a loss (DeepSeek-V3).
-SELECTION_BIAS = (
-    "--model.n_expert_groups=2",
-    "--model.n_topk_groups=2",
-    "--model.n_topk_scores_per_group=2",
-    "--model.norm_topk_prob=true",
-    "--moe.load_balancing_loss=0",
-    "--moe.bias_update_rate=0.001",
+# Mixtral's router and balance: softmax over the best 2 of 8, and two losses.
+SOFTMAX = (
+    *("--model.n_shared_expert=0", "--model.n_expert_per_token=2", "--model.routed_scaling_factor=1.0"),
+    *("--model.n_expert_groups=null", "--model.n_topk_groups=null", "--model.n_topk_scores_per_group=null"),
+    *("--moe.bias_update_rate=0", "--moe.load_balancing_loss=0.01"),
 )
-# As many active parameters in four times as many experts.
-FINE_EXPERTS = ("--model.n_expert=32", "--model.n_expert_per_token=8", "--model.moe_intermediate_size=48")
+NARROW_LAYERS = (
+    *("--model.n_layer=4", "--model.n_embd=128", "--model.n_head=4", "--model.n_query_groups=2"),
+    "--model.moe_intermediate_size=192",
+)
 CHOICES = {
-    "default": Choice("softmax router with both balance losses, AdamW, 8 experts top-2, no QK-norm"),
-    "selection bias": Choice("balance", SELECTION_BIAS),
-    "no balancing": Choice("balance", ("--moe.load_balancing_loss=0", "--moe.z_loss=0")),
-    "AdamW at a higher rate": Choice("rate", ("--optimizer.init_args.lr=0.008",)),
+    "default": Choice("shared expert, best of 8 by a sigmoid router with bias balancing, 3 layers, AdamW"),
+    "softmax router, 2 of 8, no shared expert": Choice("experts", SOFTMAX),
+    "best of 16": Choice("experts", ("--model.n_expert=16",)),
+    "first layer dense": Choice("experts", ("--model.first_k_dense_replace=1", "--model.intermediate_size=480")),
+    "no balancing": Choice("balance", ("--moe.bias_update_rate=0", "--moe.z_loss=0")),
+    "4 layers of width 128": Choice("layers", NARROW_LAYERS),
+    "tied embeddings": Choice("embedding", ("--train.tie_embeddings=true",)),
+    "embedding at the rate of all": Choice("embedding", ("--embedding_lr_factor=1",)),
+    "LitGPT's initial projections": Choice("initial weights", ("--zero_init_projections=false",)),
+    "cosine": Choice("schedule", ("--schedule.name=cosine", "--schedule.decay_fraction=0.2")),
+    "half the rate": Choice("rate", ("--optimizer.init_args.lr=2.0e-3",)),
+    "twice the rate": Choice("rate", ("--optimizer.init_args.lr=8.0e-3",)),
     "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",)),
-    "32 experts, top-8": Choice("experts", FINE_EXPERTS),
     "QK-norm": Choice("attention", ("--model.norm_qk=true",)),
+    "document masking": Choice("attention", ("--document_masking=true",)),
     "bf16, 8-bit Adam, stochastic rounding": Choice("memory", (*LOW_MEMORY, STOCHASTIC)),
     "bf16, 8-bit Adam, rounding to nearest": Choice("memory", LOW_MEMORY),
 }

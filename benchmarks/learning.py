@@ -11,10 +11,11 @@ the experts that work on one token. Ours are complete runs of run_train.py; the 
 repositories, trained by learning_peers.py. A seed decides the weights and the order of the windows, which is the same
 for all models, and differences are formed between runs of the same seed.
 
-1. Speed: all models take turns in short runs, each alone on the machine with all its cores.
+On a CPU each run has one thread, so that seconds are those of one core, and several runs share the machine.
+
+1. Speed: all models take turns in short runs.
 2. With several ``--rates``: one run per model and factor on its learning rates, at the tokens of step 3 divided by 6.
-3. Equal seconds: each run has as many tokens as its model processes in the given minutes, and a complete schedule. On a
-   CPU several runs of one thread share the cores. That does not change what they learn, only how long you wait.
+3. Equal seconds: each run has as many tokens as its model processes in the given minutes, and a complete schedule.
 4. Equal tokens: the other models with as many tokens as the mixture.
 
 Seconds are those of the training steps. The result file is written after each run.
@@ -177,8 +178,9 @@ class Trainer:
         run = runs["mixture"]
         self.train, self.config, self.optimizer = run.settings.train, run.settings.model, run.optimizer["init_args"]
         self.context = self.train.max_seq_length or self.config.block_size
-        # Each run is one thread if there is more than one core, and one process on a GPU.
-        self.at_once = max(1, os.cpu_count() or 1) if device == "cpu" else 1
+        # Runs at the same time: one per core, or one on a GPU.
+        self.at_once = (os.cpu_count() or 1) if device == "cpu" else 1
+        self.environment = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
 
     def describe(self) -> Row:
         models: Row = dict(self.sizes)
@@ -200,7 +202,7 @@ class Trainer:
                 [*self.run_flags(Task(model, tokens, validations=1)), "--train.log_interval=5"]
             ).tokens_per_second
         # The second of two halves: the first one compiles.
-        (first_tokens, first, _), (last_tokens, last, _) = self.train_peer(Task(model, tokens, validations=2), None)
+        (first_tokens, first, _), (last_tokens, last, _) = self.train_peer(Task(model, tokens, validations=2))
         return (last_tokens - first_tokens) / (last - first)
 
     def run_all(self, tasks: Sequence[Task], rows: list[Row], save: Callable[[], None]) -> None:
@@ -224,9 +226,8 @@ class Trainer:
         row: Row = {"model": task.model, "seed": task.seed, "rate": task.rate, "max_tokens": task.tokens}
         try:
             if task.model in OURS:
-                threads = {"OMP_NUM_THREADS": "1"} if self.at_once > 1 else {}
-                return row | score(train(self.run_flags(task), environment=threads).rows, self.corpus)
-            points = self.train_peer(task, 1 if self.at_once > 1 else None)
+                return row | score(train(self.run_flags(task), environment=self.environment).rows, self.corpus)
+            points = self.train_peer(task)
             curve = [[tokens, seconds, round(self.corpus.bits_per_byte(loss), 5)] for tokens, seconds, loss in points]
             return row | {"bits_per_byte": curve[-1][2], "tokens": curve[-1][0], "curve": curve}
         except RunFailed as error:  # for example a learning rate that is too high
@@ -245,7 +246,7 @@ class Trainer:
             *(f"--eval.interval={interval}", f"--train.log_interval={interval}", *NOTHING_ELSE),
         ]
 
-    def train_peer(self, task: Task, threads: int | None) -> list[tuple[int, float, float]]:
+    def train_peer(self, task: Task) -> list[tuple[int, float, float]]:
         """Train a peer; return the tokens, seconds and loss of each validation."""
         checkout = self.checkouts[task.model].resolve()
         command = [
@@ -262,7 +263,7 @@ class Trainer:
             *("--vocab-size", str(self.config.padded_vocab_size), "--n-layer", str(self.config.n_layer)),
             *("--n-embd", str(self.config.n_embd), "--n-head", str(self.config.n_head)),
         ]
-        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        environment = os.environ | self.environment
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
             raise RunFailed(done.stderr.strip().splitlines()[-1])

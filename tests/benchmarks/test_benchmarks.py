@@ -330,7 +330,7 @@ def test_models_learn_for_equal_seconds_and_tokens(corpus: Corpus, tmp_path: Pat
 
 @pytest.mark.slow
 def test_ablation_row_has_all_seeds(corpus: Corpus) -> None:
-    flags = (*ablations.SELECTION_BIAS, "--train.max_seq_length=32")  # the tiny corpus has no longer windows
+    flags = (*ablations.SOFTMAX, "--train.max_seq_length=32")  # the tiny corpus has no longer windows
     row = ablations.measure(ablations.Choice("balance", flags), 2048, 1, corpus)
     assert row["status"] == "measured", row
     rows = {"default": row, "same": dict(row)}
