@@ -71,6 +71,7 @@ REPORT := measure python benchmarks/report.py; \
 bench: venv ## Run the benchmarks that need no GPU (about an hour on 2 cores) and update the tables in the documents
 	@$(MEASURE); \
 	measure python benchmarks/train_step.py; \
+	measure python benchmarks/step_profile.py; \
 	measure python benchmarks/moe_layer.py --device cpu; \
 	$(QUICKSTART); \
 	measure python benchmarks/generation.py; \

@@ -10,12 +10,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from litgpt import Config
 
-from benchmarks import ablations, data, generation, learning, memory, moe_layer, moe_peers, report, train_step
+from benchmarks import (
+    ablations,
+    data,
+    generation,
+    learning,
+    memory,
+    moe_layer,
+    moe_peers,
+    report,
+    step_profile,
+    train_step,
+)
 from benchmarks.common import Spread, earlier_rows, spread
 from benchmarks.runs import Corpus, Point, Run, RunFailed, train, validation_curve
 
-SCRIPTS = ["ablations", "data", "generation", "memory", "learning", "moe_layer", "train_step"]
+SCRIPTS = ["ablations", "data", "generation", "memory", "learning", "moe_layer", "step_profile", "train_step"]
 TINY_MODEL = ("--model.n_layer=2", "--model.n_embd=32", "--model.moe_intermediate_size=16", "--model.block_size=32")
 TINY_SIZE = (32, 48, 4, 2)
 EAGER_LAYERS = tuple(name for name in moe_peers.layer_builders(TINY_SIZE) if "compiled" not in name)
@@ -176,6 +188,14 @@ def test_earlier_rows_of_other_versions_are_dropped(tmp_path: Path) -> None:
     path.write_text(json.dumps(result), encoding="utf-8")
     assert earlier_rows(path, result, "rows") == {"x": {"commit": "abc"}}
     assert earlier_rows(path, {**result, "versions": {"torch": "3"}}, "rows") == {}
+
+
+def test_step_profile_counts_every_operator(moe_fields: dict) -> None:
+    result = step_profile.measure(Config(**moe_fields), "cpu", batch=2, steps=2)
+    assert all(result["milliseconds"][kind] > 0 for kind in step_profile.KINDS)
+    assert sum(result["milliseconds"].values()) >= sum(result["operators"].values()) - 0.01
+    assert step_profile.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert step_profile.kind_of("aten::index_select") == "gather, sort and scatter"
 
 
 # ------------------------------------------------------------------------------------------------------------ the layer

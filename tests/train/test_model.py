@@ -343,7 +343,7 @@ def test_balance_loss_alone_evens_the_load(load):
     before = model(input_ids, targets).load_balancing.item()
     counts = None if load == "its own" else even_counts(model.gpt, input_ids.device)
     for _ in range(40):
-        losses = model(input_ids, targets, None, counts)
+        losses = model(input_ids, targets, last_counts=counts)
         counts = counts if counts is None else losses.expert_counts
         optimizer.zero_grad()
         losses.load_balancing.backward()
@@ -358,7 +358,7 @@ def test_layer_is_compiled_once(name, compiler):
     model, compiled = PretrainingModel(gpt), PretrainingModel(gpt, compiler=compiler)
     counts = even_counts(gpt, torch.device("cpu"))
     for _ in range(3):
-        found, expected = (module(*batch(), None, counts) for module in (compiled, model))
+        found, expected = (module(*batch(), last_counts=counts) for module in (compiled, model))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
         counts = found.expert_counts

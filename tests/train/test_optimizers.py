@@ -3,6 +3,7 @@ import re
 import litgpt.lora
 import pytest
 import torch
+import torch._inductor.config
 from litgpt import GPT, Config
 from torch import nn
 
@@ -201,9 +202,10 @@ def test_stochastic_rounding_keeps_small_updates(experts):
 
 def test_8_bit_adam_needs_a_compiler(experts, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    # Read from CXX when this module was imported, perhaps by another test.
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    with pytest.raises(UserError, match=r"torchao\.optim\.AdamW8bit compiles its step, but there is no C\+\+ compiler"):
+    # CXX is read when this module is imported, perhaps by another test.
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    message = r"torchao\.optim\.AdamW8bit compiles its step, but there is no C\+\+ compiler"
+    with no_compiler, pytest.raises(UserError, match=message):
         check_optimizer(EIGHT_BITS, "cpu")
     make_optimizer(EIGHT_BITS, experts, fused=False)  # a plan only looks at it
 

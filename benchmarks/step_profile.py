@@ -1,0 +1,107 @@
+"""Where does the time of a training step go? The operators of a step, with torch's profiler.
+
+    uv run python benchmarks/step_profile.py                                           # the quickstart on a CPU
+    uv run python benchmarks/step_profile.py --model configs/models/quickstart-dense-twin.yaml --output twin.json
+
+One step is forward, backward, clipping and AdamW of one micro batch of random tokens, on one core as in learning.py,
+or on a GPU.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from litgpt import GPT, Config
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import common
+from litmoe.layers import use_our_layers
+from litmoe.train.model import PretrainingModel
+
+# Operators by what they do; the first that fits counts.
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "cutlass"),
+    "attention": ("scaled_dot_product", "flash", "fmha"),
+    "optimizer and clipping": ("adam", "vector_norm", "foreach"),
+    "activations and softmax": ("silu", "exp", "softmax", "sigmoid"),
+    "gather, sort and scatter": ("index", "gather", "sort", "topk", "searchsorted", "embedding", "scatter"),
+    "copies, sums and products of elements": (
+        *("aten::mul", "aten::add", "aten::sum", "aten::copy", "aten::cat", "aten::fill", "aten::zero"),
+        *("aten::sub", "aten::div", "aten::mean", "aten::pow", "aten::rsqrt", "elementwise", "reduce"),
+    ),
+}
+OTHER = "Python, views and everything else"
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__, "step_profile_DEVICE")
+    parser.add_argument("--model", default="configs/models/quickstart.yaml", help="model file")
+    parser.add_argument("--batch", type=int, default=4, help="windows in a step")
+    parser.add_argument("--steps", type=int, default=10)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    result = common.start(args, "torch", "litgpt")
+    result |= {"model": args.model, "batch": args.batch}
+    result |= measure(Config.from_file(ROOT / args.model), args.device, args.batch, args.steps)
+    result["table"] = table(result)
+    common.write_result(result, args.output)
+    common.print_table(result)
+
+
+def measure(config: Config, device: str, batch: int, steps: int) -> common.Row:
+    """Return milliseconds per step by kind of operator, and the ten operators that take the most."""
+    with torch.device(device), use_our_layers():
+        gpt = GPT(config)
+    model = PretrainingModel(gpt)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-3, fused=True)
+    tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1), device=device)
+
+    def step() -> None:
+        losses = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        losses.cross_entropy.backward()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(5):  # warm-up
+        step()
+    activities = [ProfilerActivity.CPU] if device == "cpu" else [ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step()
+    kinds: dict[str, float] = dict.fromkeys([*KINDS, OTHER], 0.0)
+    operators: dict[str, float] = {}
+    for event in profiler.key_averages():
+        milliseconds = self_time(event, device) / 1e3 / steps
+        kinds[kind_of(event.key)] += milliseconds
+        operators[event.key] = round(milliseconds, 3)
+    largest = sorted(operators.items(), key=lambda item: -item[1])[:10]
+    return {"steps": steps, "milliseconds": kinds, "operators": dict(largest)}
+
+
+def self_time(event: Any, device: str) -> float:
+    """Return microseconds without those of the operators that it calls."""
+    return float(event.self_cpu_time_total if device == "cpu" else event.self_device_time_total)
+
+
+def kind_of(operator: str) -> str:
+    name = operator.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
+
+
+def table(result: common.Row) -> common.Table:
+    total = sum(result["milliseconds"].values())
+    rows = [
+        [kind, f"{milliseconds:.1f}", f"{milliseconds / total:.0%}"]
+        for kind, milliseconds in result["milliseconds"].items()
+    ]
+    return common.make_table(("", "ms per step", "share"), [*rows, ["all", f"{total:.1f}", ""]])
+
+
+if __name__ == "__main__":
+    main()
