@@ -284,7 +284,7 @@ def of_model(rows: Iterable[Row], model: str) -> list[Row]:
 
 def add_table(result: Row) -> None:
     """Add the table, and for the overview the difference between the mixture and its twin."""
-    heads = ("", "tokens/s", "tokens", "bits per byte", "minus the dense twin", "at the mixture's tokens")
+    heads = ("", "tokens/s", "tokens", "bits per byte", "seeds", "minus the dense twin", "at the mixture's tokens")
     seconds, tokens = result.get("equal_seconds", []), result.get("equal_tokens", [])
     rows = []
     for model in result["models"]:
@@ -296,7 +296,8 @@ def add_table(result: Row) -> None:
                 f"{result['tokens_per_second'][model]:,.0f}" if "tokens_per_second" in result else "",
                 f"{runs[0]['max_tokens'] / 1e6:.2f} M" if runs else "",
                 describe_scores(runs),
-                with_verdict(change["difference"]) if change else "",
+                len(runs),
+                describe_difference(change),
                 describe_scores(of_model(tokens, model)),
             ]
         )
@@ -304,8 +305,16 @@ def add_table(result: Row) -> None:
     change = difference(of_model(seconds, "mixture"), of_model(seconds, "dense twin"))
     if change:
         result["crossing_seconds"] = crossing(result)
-        text = f"bits per byte {with_verdict(change['difference'])}"
+        text = f"bits per byte {describe_difference(change)}"
         result["headline"] = [[f"mixture against its dense twin, {result['minutes']:g} minutes", text]]
+
+
+def describe_difference(change: Row) -> str:
+    if not change:
+        return ""
+    # One pair says nothing about the noise.
+    alone = f"{change['difference']['mean']:+.4f} (one seed)"
+    return with_verdict(change["difference"]) if change["difference"]["interval"] else alone
 
 
 def describe_scores(runs: Sequence[Row]) -> str:
@@ -359,7 +368,9 @@ def draw(result: Row, path: Path) -> None:
     axes.set_ylim(min(lowest) - 0.05, max(lowest) + 0.45)
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.set_title(f"{result['hardware']['gpu'] or result['hardware']['cpu']}, mean of {result['seeds']} seeds")
+    hardware = result["hardware"]
+    machine = hardware["gpu"]["name"] if hardware["gpu"] else f"one core of {hardware['cpu']}"
+    axes.set_title(f"{machine}; mean of the seeds", fontsize="medium")
     # A fixed salt and no date: the same result gives the same file.
     with rc_context({"svg.hashsalt": "learning"}):
         figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)

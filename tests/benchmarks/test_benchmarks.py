@@ -88,6 +88,7 @@ def test_tables_match_the_numbers_in_the_results() -> None:
         "data_prep": data.add_preparation_table,
         "generation_cpu": generation.add_table,
         "memory": memory.add_table,
+        "learning_cpu": learning.add_table,
         "moe_layer_cpu": moe_layer.add_table,
         "train_step_cpu": train_step.add_table,
     }
@@ -139,15 +140,16 @@ def test_train_step_compares_with_the_better_stock() -> None:
 
 
 def learning_result(mixture: list[float], twin: list[float]) -> dict[str, Any]:
-    """Two seeds whose validations are at 1, 2, ... seconds; the twin is twice as fast."""
+    """Two seeds whose validations are at 1, 2, ... seconds; the twin is twice as fast. Seed 1 is worse by 1 (1.1)."""
     curves = {"mixture": (1000, mixture), "dense twin": (2000, twin)}
+    worse = {"mixture": 1.1, "dense twin": 1.0}
     rows = [
         {
             "model": model,
             "seed": seed,
             "max_tokens": speed * len(scores),
-            "bits_per_byte": scores[-1] + seed,
-            "curve": [[speed * (index + 1), 9.9, score + seed] for index, score in enumerate(scores)],
+            "bits_per_byte": scores[-1] + seed * worse[model],
+            "curve": [[speed * (index + 1), 9.9, score + seed * worse[model]] for index, score in enumerate(scores)],
         }
         for seed in (0, 1)
         for model, (speed, scores) in curves.items()
@@ -169,8 +171,12 @@ def test_crossing_of_mixture_and_twin(mixture: list[float], twin: list[float], s
     result = learning_result(mixture, twin)
     assert learning.crossing(result) == (seconds and pytest.approx(seconds, abs=0.1))
     learning.add_table(result)
-    assert result["table"][1][3] == f"{mixture[-1] + 0.5:.4f} ± 0.7071"
-    assert f"{mixture[-1] - twin[-1]:+.4f} ± 0.0000" in result["table"][1][4]
+    assert result["table"][1][3] == f"{mixture[-1] + 0.55:.4f} ± 0.7778"
+    change = mixture[-1] - twin[-1] + 0.05
+    assert result["table"][1][5] == f"{change:+.4f} ± 0.6353: {'better' if change < -0.6353 else 'no clear difference'}"
+    result["equal_seconds"] = result["equal_seconds"][:2]
+    learning.add_table(result)
+    assert result["table"][1][5] == f"{change - 0.05:+.4f} (one seed)"
 
 
 def test_learning_is_drawn_alike(tmp_path: Path) -> None:
