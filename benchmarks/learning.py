@@ -44,7 +44,6 @@ from litmoe.config import parse_run
 from litmoe.flops import count_parameters
 
 OURS = ("mixture", "dense twin")
-PEERS = {"nanoGPT": "nanogpt", "nanochat": "nanochat"}
 VALIDATIONS = 8  # per run
 
 
@@ -54,7 +53,7 @@ class Preset(NamedTuple):
     config: str  # run file of the mixture
     dense: str  # model file of its twin
     speed_tokens: int  # of a short run
-    rates: dict[str, float]  # factors on a peer's learning rates, the best of a grid for this batch
+    rates: dict[str, float]  # factors on the peers' learning rates, which are made for much larger batches
     flags: tuple[str, ...] = ()
 
 
@@ -110,7 +109,7 @@ def main() -> None:
     checkouts = {name: path for name, path in (("nanoGPT", args.nanogpt), ("nanochat", args.nanochat)) if path}
     trainer = Trainer(preset, args.device, find_corpus(args.data_dir), checkouts)
     result |= {"minutes": args.minutes, "seeds": args.seeds, "run_file": preset.config, "flags": preset.flags}
-    result |= trainer.describe()
+    result |= {"models": trainer.models, "context": trainer.context, "batch": trainer.train.global_batch_size}
 
     def save() -> None:
         add_table(result)
@@ -150,17 +149,17 @@ def compare(args: argparse.Namespace, trainer: "Trainer", result: Row, save: Cal
             rates[model] = min(own, key=lambda row: row["bits_per_byte"])["rate"]
     result["rates"] = rates
 
-    seeds = range(args.seeds)
-    for equal in args.equal:
-        budget = tokens if equal == "seconds" else dict.fromkeys(models, tokens["mixture"])
-        result[f"equal_{equal}"] = []
+    runs = list(product(range(args.seeds), models))
+    if "seconds" in args.equal:
+        result["equal_seconds"] = []
+        tasks = [Task(model, tokens[model], seed, rates[model]) for seed, model in runs]
+        trainer.run_all(tasks, result["equal_seconds"], save)
+    if "tokens" in args.equal:
         # The mixture has the same tokens in both.
-        if equal == "tokens" and "equal_seconds" in result:
-            result["equal_tokens"] += [row for row in result["equal_seconds"] if row["model"] == "mixture"]
-        done = {(row["model"], row["seed"]) for row in result[f"equal_{equal}"]}
-        tasks = [Task(model, budget[model], seed, rates[model]) for seed, model in product(seeds, models)]
-        tasks = [task for task in tasks if (task.model, task.seed) not in done]
-        trainer.run_all(tasks, result[f"equal_{equal}"], save)
+        result["equal_tokens"] = [row for row in result.get("equal_seconds", []) if row["model"] == "mixture"]
+        done = {row["model"] for row in result["equal_tokens"]}
+        tasks = [Task(model, tokens["mixture"], seed, rates[model]) for seed, model in runs if model not in done]
+        trainer.run_all(tasks, result["equal_tokens"], save)
 
 
 class Trainer:
@@ -171,23 +170,19 @@ class Trainer:
         # The twin has no routers to balance.
         self.flags = {"mixture": [], "dense twin": [f"--model={preset.dense}", "--moe.bias_update_rate=0"]}
         runs = {model: parse_run(["--config", preset.config, *self.flags[model], *preset.flags]) for model in OURS}
-        self.sizes = {}
+        self.models: Row = {}
         for model, run in runs.items():
             tied = bool(run.settings.train.tie_embeddings)
-            self.sizes[model] = count_parameters(run.settings.model, tie_embeddings=tied)._asdict()
+            self.models[model] = count_parameters(run.settings.model, tie_embeddings=tied)._asdict()
+        for peer, checkout in checkouts.items():
+            commit = common.output_of(["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"])
+            self.models[peer] = {"commit": commit, "rates": preset.rates[peer]}
         run = runs["mixture"]
         self.train, self.config, self.optimizer = run.settings.train, run.settings.model, run.optimizer["init_args"]
         self.context = self.train.max_seq_length or self.config.block_size
         # Runs at the same time: one per core, or one on a GPU.
         self.at_once = (os.cpu_count() or 1) if device == "cpu" else 1
         self.environment = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
-
-    def describe(self) -> Row:
-        models: Row = dict(self.sizes)
-        for peer, checkout in self.checkouts.items():
-            commit = common.output_of(["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"])
-            models[peer] = {"commit": commit, "rates": self.preset.rates[peer]}
-        return {"models": models, "context": self.context, "batch": self.train.global_batch_size}
 
     def whole_steps(self, tokens: float) -> int:
         """Round a number of tokens to complete optimizer steps."""
@@ -198,27 +193,24 @@ class Trainer:
         """Return the tokens per second of a short run that has the machine for itself."""
         tokens = self.whole_steps(self.preset.speed_tokens)
         if model in OURS:
-            return train(
-                [*self.run_flags(Task(model, tokens, validations=1)), "--train.log_interval=5"]
-            ).tokens_per_second
+            flags = [*self.run_flags(Task(model, tokens, validations=1)), "--train.log_interval=5"]
+            return train(flags, environment=self.environment).tokens_per_second
         # The second of two halves: the first one compiles.
         (first_tokens, first, _), (last_tokens, last, _) = self.train_peer(Task(model, tokens, validations=2))
         return (last_tokens - first_tokens) / (last - first)
 
     def run_all(self, tasks: Sequence[Task], rows: list[Row], save: Callable[[], None]) -> None:
         """Run all tasks, append their results to ``rows``, and save after each one."""
+        order = list(self.models)
         with ThreadPoolExecutor(self.at_once) as pool:
             futures = [pool.submit(self.run, task) for task in tasks]
             for future in as_completed(futures):
-                rows.append(future.result())
-                row = rows[-1]
-                print(
-                    f"  {row['model']}, seed {row['seed']}: {row.get('bits_per_byte', row.get('status'))}", flush=True
-                )
-                # In an order that does not depend on who was faster.
-                rows.sort(
-                    key=lambda row: (row["seed"], list(self.describe()["models"]).index(row["model"]), row["rate"])
-                )
+                row = future.result()
+                score_or_error = row.get("bits_per_byte", row.get("status"))
+                print(f"  {row['model']}, seed {row['seed']}: {score_or_error}", flush=True)
+                rows.append(row)
+                # In an order that does not depend on which one was faster.
+                rows.sort(key=lambda row: (row["seed"], order.index(row["model"]), row["rate"]))
                 save()
 
     def run(self, task: Task) -> Row:
@@ -248,21 +240,24 @@ class Trainer:
 
     def train_peer(self, task: Task) -> list[tuple[int, float, float]]:
         """Train a peer; return the tokens, seconds and loss of each validation."""
-        checkout = self.checkouts[task.model].resolve()
-        command = [
-            *(sys.executable, "benchmarks/learning_peers.py", PEERS[task.model], str(checkout)),
-            *("--data-dir", str(self.corpus.data_dir), "--tokens", str(task.tokens), "--seed", str(task.seed)),
-            *("--rate", str(self.preset.rates[task.model] * task.rate), "--validations", str(task.validations)),
-            *("--device", self.device, "--context", str(self.context)),
-            *(
-                "--batch-size",
-                str(self.train.global_batch_size),
-                "--micro-batch-size",
-                str(self.train.micro_batch_size),
-            ),
-            *("--vocab-size", str(self.config.padded_vocab_size), "--n-layer", str(self.config.n_layer)),
-            *("--n-embd", str(self.config.n_embd), "--n-head", str(self.config.n_head)),
-        ]
+        flags = {
+            "data-dir": self.corpus.data_dir,
+            "tokens": task.tokens,
+            "seed": task.seed,
+            "rate": self.preset.rates[task.model] * task.rate,
+            "validations": task.validations,
+            "device": self.device,
+            "context": self.context,
+            "batch-size": self.train.global_batch_size,
+            "micro-batch-size": self.train.micro_batch_size,
+            "vocab-size": self.config.padded_vocab_size,
+            "n-layer": self.config.n_layer,
+            "n-embd": self.config.n_embd,
+            "n-head": self.config.n_head,
+        }
+        checkout = str(self.checkouts[task.model].resolve())
+        command = [sys.executable, "benchmarks/learning_peers.py", task.model.lower(), checkout]
+        command += [f"--{name}={value}" for name, value in flags.items()]
         environment = os.environ | self.environment
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
@@ -288,12 +283,12 @@ def add_table(result: Row) -> None:
     seconds, tokens = result.get("equal_seconds", []), result.get("equal_tokens", [])
     rows = []
     for model in result["models"]:
-        runs = of_model(seconds, model)
-        change = difference(runs, of_model(seconds, "dense twin")) if model != "dense twin" else {}
+        runs, twins = of_model(seconds, model), of_model(seconds, "dense twin")
+        change = difference(runs, twins) if model != "dense twin" else {}
         rows.append(
             [
                 f"ours, {model}" if model in OURS else f"{model} {result['models'][model]['commit'][:7]}",
-                f"{result['tokens_per_second'][model]:,.0f}" if "tokens_per_second" in result else "",
+                f"{result['tokens_per_second'][model]:,.0f}",
                 f"{runs[0]['max_tokens'] / 1e6:.2f} M" if runs else "",
                 describe_scores(runs),
                 len(runs),
@@ -301,12 +296,11 @@ def add_table(result: Row) -> None:
                 describe_scores(of_model(tokens, model)),
             ]
         )
+        if model == "mixture" and change:
+            result["crossing_seconds"] = crossing(result)
+            text = f"bits per byte {describe_difference(change)}"
+            result["headline"] = [[f"mixture against its dense twin, {result['minutes']:g} minutes", text]]
     result["table"] = make_table(heads, rows)
-    change = difference(of_model(seconds, "mixture"), of_model(seconds, "dense twin"))
-    if change:
-        result["crossing_seconds"] = crossing(result)
-        text = f"bits per byte {describe_difference(change)}"
-        result["headline"] = [[f"mixture against its dense twin, {result['minutes']:g} minutes", text]]
 
 
 def describe_difference(change: Row) -> str:

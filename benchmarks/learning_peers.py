@@ -3,9 +3,9 @@
     uv run python benchmarks/learning_peers.py nanochat CHECKOUT --data-dir data/stories --tokens 1000000
 
 Model, initial weights and optimizer are the peer's own code, unmodified and compiled as in its training script, whose
-schedules are computed here. Only the loop is ours: so all models see the same windows in the same order (that of
-run_train.py with the same seed), are validated on the same windows, and are timed alike. Each validation is printed as
-a line of JSON: tokens, seconds of training, nats per token.
+schedules are computed here. Only the loop is ours. So all models see the same windows in the same order (that of
+run_train.py with the same seed), are validated on the same windows, and are timed in the same way. Each validation is
+printed as a line of JSON: tokens, seconds of training, nats per token.
 
 Both scripts are made for 500,000 tokens per step. nanochat scales its rates by the batch; ``--rate`` multiplies all
 learning rates of either, so that the best one for a small batch can be searched for.
@@ -14,9 +14,10 @@ learning rates of either, so that the best one for a small batch can be searched
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from litgpt.utils import CycleIterator
 from torch import Tensor, nn
 
-from litmoe.data.loader import MicroBatches, TokenWindows, full_batches
+from litmoe.data import TokenizedText
+from litmoe.train.model import as_batch
 
 
 class Peer(NamedTuple):
@@ -160,20 +163,22 @@ def train(args: argparse.Namespace) -> Iterator[tuple[int, float, float]]:
     steps = args.tokens // (args.batch_size * args.context)
     peer = PEERS[args.peer](args, steps)
     micro_batch_size = args.micro_batch_size or args.batch_size
-    batches = micro_batches(args, micro_batch_size)
     accumulation = args.batch_size // micro_batch_size
+    data = TokenizedText(args.data_dir / "train", args.data_dir / "val", num_workers=0, seed=args.seed)
+    data.connect(batch_size=micro_batch_size, max_seq_length=args.context)
+    batches = CycleIterator(data.train_dataloader())
+    val_batches = data.val_dataloader()
     ends = [round(steps * number / args.validations) for number in range(args.validations + 1)]
     seconds = 0.0
     for begin, end in pairwise(ends):
         start = clock(args.device)
         for step in range(begin, end):
             for _ in range(accumulation):
-                windows = next(batches)
-                loss = peer.loss(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+                loss = loss_of(peer, next(batches), args)
                 (loss / accumulation).backward()
             peer.update(step)
         seconds += clock(args.device) - start
-        yield end * args.batch_size * args.context, seconds, validate(args, peer, micro_batch_size)
+        yield end * args.batch_size * args.context, seconds, validate(args, peer, val_batches)
 
 
 def clock(device: str) -> float:
@@ -183,27 +188,19 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def micro_batches(args: argparse.Namespace, size: int) -> Iterator[Tensor]:
-    """Yield windows ``(B, T + 1)`` in the order of run_train.py."""
-    windows = TokenWindows(args.data_dir, "train", args.context)
-    sampler = MicroBatches(len(windows), size, seed=args.seed)
-    while True:
-        for numbers in sampler:
-            sampler.taken += 1
-            yield torch.stack([windows[number] for number in numbers]).to(args.device)
+def loss_of(peer: Peer, windows: Tensor, args: argparse.Namespace) -> Tensor:
+    """Return the loss of windows ``(B, T + 1)``."""
+    batch = as_batch(windows.to(args.device), args.context)
+    return peer.loss(batch.input_ids, batch.targets)
 
 
 @torch.no_grad()
-def validate(args: argparse.Namespace, peer: Peer, size: int) -> float:
-    """Return the mean loss over all complete batches of the validation text."""
-    windows = TokenWindows(args.data_dir, "val", args.context)
-    losses = []
+def validate(args: argparse.Namespace, peer: Peer, batches: Iterable[Tensor]) -> float:
+    """Return the mean loss over the validation text."""
     peer.model.eval()
-    for numbers in full_batches(len(windows), size):
-        batch = torch.stack([windows[number] for number in numbers]).to(args.device)
-        losses.append(peer.loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).item())
+    losses = [loss_of(peer, windows, args).item() for windows in batches]
     peer.model.train()
-    return sum(losses) / len(losses)
+    return statistics.mean(losses)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
 from litmoe.layers import use_our_layers
-from litmoe.train.model import PretrainingModel
+from litmoe.train.model import PretrainingModel, as_batch
 
 # Operators by what they do; the first that fits counts.
 KINDS = {
@@ -62,8 +62,7 @@ def measure(config: Config, device: str, batch: int, steps: int) -> common.Row:
     tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1), device=device)
 
     def step() -> None:
-        losses = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        losses.cross_entropy.backward()
+        model(*as_batch(tokens, config.block_size)).cross_entropy.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -334,7 +334,7 @@ def _set_learning_rate(run: TrainingRun) -> float:
         steps=run.plan.steps,
         schedule=run.settings.schedule,
     )
-    # As a factor, because groups may have rates of their own, such as the AdamW groups of Muon.
+    # As a factor, because groups may have rates of their own, such as the input embedding.
     set_learning_rate(run.optimizer.optimizer, rate / peak)
     return rate
 

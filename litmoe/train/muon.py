@@ -91,8 +91,8 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"momentum is {momentum} and betas {betas}; expected numbers from 0 to below 1")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
-        rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        super().__init__(params, {**rates, "fused": fused, "parts": None})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, {**defaults, "fused": fused, "parts": None})
 
     @staticmethod
     def update_flops(groups: Iterable[dict[str, Any]]) -> int:

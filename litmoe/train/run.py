@@ -189,7 +189,10 @@ def _build_run(
     # fullgraph: fail on graph breaks instead of silently running eager.
     compiler = partial(torch.compile, fullgraph=True) if compiled else None
     # Before the optimizer is made, because FSDP replaces the parameters.
-    document_end = tokenizer.eos_id if settings.document_masking and tokenizer else None
+    document_end = None
+    if settings.document_masking:
+        assert tokenizer is not None, "pretraining always has one"
+        document_end = tokenizer.eos_id
     model = fabric.setup(PretrainingModel(gpt, settings.activation_checkpointing, compiler, document_end))
     # bf16-true rounded the rotary embeddings along with the weights. Generation has them in fp32.
     gpt.cos, gpt.sin = gpt.rope_cache(device=fabric.device)
