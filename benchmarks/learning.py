@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
 from benchmarks.common import Row, make_table, spread, with_verdict
-from benchmarks.runs import NOTHING_ELSE, Corpus, RunFailed, difference, find_corpus, score, seed_flags, train
+from benchmarks.runs import NOTHING_ELSE, Corpus, Run, RunFailed, difference, find_corpus, score, seed_flags, train
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters
 
@@ -193,8 +193,7 @@ class Trainer:
         """Return the tokens per second of a short run that has the machine for itself."""
         tokens = self.whole_steps(self.preset.speed_tokens)
         if model in OURS:
-            flags = [*self.run_flags(Task(model, tokens, validations=1)), "--train.log_interval=5"]
-            return train(flags, environment=self.environment).tokens_per_second
+            return self.train_ours(Task(model, tokens, validations=1), "--train.log_interval=5").tokens_per_second
         # The second of two halves: the first one compiles.
         (first_tokens, first, _), (last_tokens, last, _) = self.train_peer(Task(model, tokens, validations=2))
         return (last_tokens - first_tokens) / (last - first)
@@ -218,25 +217,26 @@ class Trainer:
         row: Row = {"model": task.model, "seed": task.seed, "rate": task.rate, "max_tokens": task.tokens}
         try:
             if task.model in OURS:
-                return row | score(train(self.run_flags(task), environment=self.environment).rows, self.corpus)
+                return row | score(self.train_ours(task).rows, self.corpus)
             points = self.train_peer(task)
             curve = [[tokens, seconds, round(self.corpus.bits_per_byte(loss), 5)] for tokens, seconds, loss in points]
             return row | {"bits_per_byte": curve[-1][2], "tokens": curve[-1][0], "curve": curve}
         except RunFailed as error:  # for example a learning rate that is too high
             return row | {"status": str(error)}
 
-    def run_flags(self, task: Task) -> list[str]:
-        """Return the flags of run_train.py."""
+    def train_ours(self, task: Task, *flags: str) -> Run:
+        """Train one of our models with run_train.py, and further flags."""
         steps = task.tokens // (self.train.global_batch_size * self.context)
         # One log line per validation, so that each validation has the tokens and seconds of its step.
         interval = max(1, steps // task.validations)
         rate, least = self.optimizer["lr"] * task.rate, self.train.min_lr * task.rate
-        return [
+        all_flags = [
             *("--config", self.preset.config, *self.flags[task.model], *self.preset.flags, *self.corpus.flags),
             *(*seed_flags(task.seed), f"--train.max_tokens={task.tokens}", "--train.max_steps=null"),
             *(f"--optimizer.init_args.lr={rate}", f"--train.min_lr={least}", "--eval.max_iters=1000000"),
-            *(f"--eval.interval={interval}", f"--train.log_interval={interval}", *NOTHING_ELSE),
+            *(f"--eval.interval={interval}", f"--train.log_interval={interval}", *NOTHING_ELSE, *flags),
         ]
+        return train(all_flags, environment=self.environment)
 
     def train_peer(self, task: Task) -> list[tuple[int, float, float]]:
         """Train a peer; return the tokens, seconds and loss of each validation."""
@@ -258,6 +258,7 @@ class Trainer:
         checkout = str(self.checkouts[task.model].resolve())
         command = [sys.executable, "benchmarks/learning_peers.py", task.model.lower(), checkout]
         command += [f"--{name}={value}" for name, value in flags.items()]
+        # The same number of threads as ours.
         environment = os.environ | self.environment
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:

@@ -365,7 +365,15 @@ def mask_for(gpt: GPT, documents: Tensor, *, compiled: bool = False) -> Document
         gpt: LitGPT's model.
         documents: ``(B, T)``, as ``document_mask`` takes them.
         compiled: whether the blocks are compiled.
+
+    Raises:
+        UserError: the model has sliding windows, whose attention ignores masks.
     """
+    if gpt.config.sliding_window_size is not None:
+        raise UserError(
+            "attention within documents is not possible in a model with a sliding window (sliding_window_size): LitGPT"
+            " computes its attention with a mask of its own. Use --document_masking false."
+        )
     # LitGPT computes some kinds of attention itself.
     is_fast = all(getattr(block.attn, "is_fast", False) for block in gpt.transformer.h)
     is_added = gpt.config.attention_logit_softcapping is not None

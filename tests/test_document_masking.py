@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from litmoe import documents
+from litmoe.cli import UserError
 from litmoe.documents import DocumentLengths, document_mask, number_documents
-from litmoe.layers import hidden_states, run_block, use_our_layers
+from litmoe.layers import hidden_states, mask_for, run_block, use_our_layers
 from litmoe.train.model import PretrainingModel
 
 END = 7
@@ -107,6 +108,13 @@ class TestGradients:
         halves = [self.step(gpt, half)[1] for half in tokens.split(2)]
         for whole, first, second in zip(together, *halves, strict=True):
             torch.testing.assert_close(whole, (first + second) / 2, rtol=1e-3, atol=1e-6)
+
+
+def test_sliding_windows_are_refused(moe_fields):
+    """LitGPT's attention would ignore the mask without a word."""
+    windows = {"sliding_window_size": 8, "sliding_window_indices": [1] * moe_fields["n_layer"]}
+    with pytest.raises(UserError, match="not possible in a model with a sliding window"):
+        mask_for(build(moe_fields, **windows), number_documents(packed(), END))
 
 
 def test_without_masking_documents_see_each_other(moe_fields):
