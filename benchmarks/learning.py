@@ -34,6 +34,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -331,14 +333,15 @@ def mean_curve(result: Row, model: str) -> tuple[list[float], list[float]]:
 
 def crossing(result: Row) -> float | None:
     """Return after how many seconds the mixture stays below its twin; None if it does not at the end."""
-    (seconds, own), (_, twin) = (mean_curve(result, model) for model in OURS)
-    gaps = [(second, mine - other) for second, mine, other in zip(seconds, own, twin, strict=True)]
+    (seconds, own), twin = (mean_curve(result, model) for model in OURS)
+    # The twin's validations may be at other seconds, and one more or less.
+    gaps = list(zip(seconds, own - np.interp(seconds, *twin), strict=True))
     if gaps[-1][1] >= 0:
         return None
     # From the end back to the last point at which it was not below.
     for (start, before), (end, after) in reversed(list(pairwise(gaps))):
         if before >= 0:
-            return round(start + (end - start) * before / (before - after), 1)
+            return round(float(start + (end - start) * before / (before - after)), 1)
     return round(gaps[0][0], 1)
 
 
