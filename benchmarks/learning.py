@@ -44,8 +44,11 @@ from benchmarks.common import Row, make_table, spread, with_verdict
 from benchmarks.runs import NOTHING_ELSE, Corpus, Run, RunFailed, difference, find_corpus, score, seed_flags, train
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters
+from litmoe.hardware import choose_precision
 
 OURS = ("mixture", "dense twin")
+# nanochat's documented switch; on a CPU its default is fp32
+NANOCHAT_BF16 = "nanochat in bf16"
 VALIDATIONS = 8  # per run
 
 
@@ -63,7 +66,7 @@ PRESETS = {
     "cpu": Preset(
         "configs/quickstart.yaml",
         "configs/models/quickstart-dense-twin.yaml",
-        60_000,
+        80_000,
         {"nanoGPT": 4.0, "nanochat": 10.0},
     ),
     "cuda": Preset(
@@ -94,7 +97,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="of training per run")
     parser.add_argument("--seeds", type=int, choices=(1, *common.T_95), default=2, metavar="N")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="factors on the learning rates to try")
-    parser.add_argument("--rounds", type=int, default=3, help="of the speed measurement")
+    parser.add_argument("--rounds", type=int, default=4, help="of the speed measurement")
     parser.add_argument("--equal", nargs="+", choices=("seconds", "tokens"), default=["seconds", "tokens"])
     parser.add_argument("--config", help="run file of the mixture")
     parser.add_argument("--dense", help="model file of its twin")
@@ -112,6 +115,7 @@ def main() -> None:
     trainer = Trainer(preset, args.device, find_corpus(args.data_dir), checkouts)
     result |= {"minutes": args.minutes, "seeds": args.seeds, "run_file": preset.config, "flags": preset.flags}
     result |= {"models": trainer.models, "context": trainer.context, "batch": trainer.train.global_batch_size}
+    result["precision"] = trainer.precision
 
     def save() -> None:
         add_table(result)
@@ -168,7 +172,7 @@ class Trainer:
     """Trains any of the models on one corpus."""
 
     def __init__(self, preset: Preset, device: str, corpus: Corpus, checkouts: dict[str, Path]) -> None:
-        self.preset, self.device, self.corpus, self.checkouts = preset, device, corpus, checkouts
+        self.preset, self.device, self.corpus = preset, device, corpus
         # The twin has no routers to balance.
         self.flags = {"mixture": [], "dense twin": [f"--model={preset.dense}", "--moe.bias_update_rate=0"]}
         runs = {model: parse_run(["--config", preset.config, *self.flags[model], *preset.flags]) for model in OURS}
@@ -176,10 +180,14 @@ class Trainer:
         for model, run in runs.items():
             tied = bool(run.settings.train.tie_embeddings)
             self.models[model] = count_parameters(run.settings.model, tie_embeddings=tied)._asdict()
-        for peer, checkout in checkouts.items():
-            commit = common.output_of(["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"])
-            self.models[peer] = {"commit": commit, "rates": preset.rates[peer]}
         run = runs["mixture"]
+        self.precision = choose_precision(run.settings.precision)[0]
+        self.checkouts = dict(checkouts)
+        if device == "cpu" and self.precision == "bf16-mixed" and "nanochat" in checkouts:
+            self.checkouts[NANOCHAT_BF16] = checkouts["nanochat"]
+        for peer, checkout in self.checkouts.items():
+            commit = common.output_of(["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"])
+            self.models[peer] = {"commit": commit, "rates": preset.rates[repository(peer)]}
         self.train, self.config, self.optimizer = run.settings.train, run.settings.model, run.optimizer["init_args"]
         self.context = self.train.max_seq_length or self.config.block_size
         # Runs at the same time: one per core, or one on a GPU.
@@ -246,7 +254,7 @@ class Trainer:
             "data-dir": self.corpus.data_dir,
             "tokens": task.tokens,
             "seed": task.seed,
-            "rate": self.preset.rates[task.model] * task.rate,
+            "rate": self.preset.rates[repository(task.model)] * task.rate,
             "validations": task.validations,
             "device": self.device,
             "context": self.context,
@@ -258,10 +266,12 @@ class Trainer:
             "n-head": self.config.n_head,
         }
         checkout = str(self.checkouts[task.model].resolve())
-        command = [sys.executable, "benchmarks/learning_peers.py", task.model.lower(), checkout]
+        command = [sys.executable, "benchmarks/learning_peers.py", repository(task.model).lower(), checkout]
         command += [f"--{name}={value}" for name, value in flags.items()]
         # The same number of threads as ours.
         environment = os.environ | self.environment
+        if task.model == NANOCHAT_BF16:
+            environment |= {"NANOCHAT_DTYPE": "bfloat16"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
             raise RunFailed(done.stderr.strip().splitlines()[-1])
@@ -270,6 +280,10 @@ class Trainer:
         if not math.isfinite(points[-1][2]):
             raise RunFailed("the loss is not finite")
         return points
+
+
+def repository(peer: str) -> str:
+    return peer.split()[0]
 
 
 # ------------------------------------------------------------------------------------------------------ table and plot
@@ -283,6 +297,7 @@ def of_model(rows: Iterable[Row], model: str) -> list[Row]:
 def add_table(result: Row) -> None:
     """Add the table, and for the overview the difference between the mixture and its twin."""
     heads = ("", "tokens/s", "tokens", "bits per byte", "seeds", "minus the dense twin", "at the mixture's tokens")
+    columns = len(heads) if result.get("equal_tokens") else len(heads) - 1
     seconds, tokens = result.get("equal_seconds", []), result.get("equal_tokens", [])
     rows = []
     for model in result["models"]:
@@ -290,7 +305,7 @@ def add_table(result: Row) -> None:
         change = difference(runs, twins) if model != "dense twin" else {}
         rows.append(
             [
-                f"ours, {model}" if model in OURS else f"{model} {result['models'][model]['commit'][:7]}",
+                f"ours, {model}" if model in OURS else f"{model}, {result['models'][model]['commit'][:7]}",
                 f"{result['tokens_per_second'][model]:,.0f}",
                 f"{runs[0]['max_tokens'] / 1e6:.2f} M" if runs else "",
                 describe_scores(runs),
@@ -303,7 +318,7 @@ def add_table(result: Row) -> None:
             result["crossing_seconds"] = crossing(result)
             text = f"bits per byte {describe_difference(change)}"
             result["headline"] = [[f"mixture against its dense twin, {result['minutes']:g} minutes", text]]
-    result["table"] = make_table(heads, rows)
+    result["table"] = make_table(heads[:columns], [row[:columns] for row in rows])
 
 
 def describe_difference(change: Row) -> str:

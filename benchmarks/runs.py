@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +89,7 @@ class Run:
 
     seconds: float  # of the complete command, with imports, validation and the last checkpoint
     first_log_line: tuple[int, float]  # its step, and seconds until it was printed
-    peak_bytes: int  # reserved by CUDA's allocator; on a CPU the memory of all processes
+    peak_bytes: int  # reserved by CUDA's allocator; on a CPU the memory of all processes, 0 if it was not watched
     rows: list[dict[str, float]]  # of its metrics file
     val_loss: float | None  # the last one printed, in nats per token (LitGPT's own never reaches its metrics file)
 
@@ -119,6 +120,7 @@ def train(
     script: Sequence[str] = ("run_train.py",),
     environment: Mapping[str, str] | None = None,
     limit: float | None = None,
+    watch_memory: bool = False,
 ) -> Run:
     """Run a training script to its end in a temporary output folder.
 
@@ -127,6 +129,7 @@ def train(
         script: its path from the root, and arguments before the flags.
         environment: added to the environment of this process.
         limit: seconds after which the run is killed.
+        watch_memory: measure the memory of the processes, which takes a fifth of a core.
 
     Raises:
         RunFailed: for an exit code other than 0, or a run without a log line.
@@ -146,7 +149,7 @@ def train(
         timer = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
         timer.start()
         try:
-            with peak_memory(process) as peak:
+            with peak_memory(process) if watch_memory else nullcontext({"bytes": 0}) as peak:
                 lines, first_log_line = follow_output(process, start)
                 code = process.wait()
         finally:

@@ -24,8 +24,9 @@ from litmoe.train.model import PretrainingModel, as_batch
 
 # Operators by what they do; the first that fits counts.
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "cutlass"),
-    "attention": ("scaled_dot_product", "flash", "fmha"),
+    # Only our attention on a CPU multiplies batches of matrices and takes this softmax.
+    "attention": ("scaled_dot_product", "flash", "fmha", "aten::bmm", "aten::_softmax", "causalattention"),
+    "matrix products": ("aten::mm", "aten::addmm", "gemm", "cutlass"),
     "optimizer and clipping": ("adam", "vector_norm", "foreach"),
     "activations and softmax": ("silu", "exp", "softmax", "sigmoid"),
     "gather, sort and scatter": ("index", "gather", "sort", "topk", "searchsorted", "embedding", "scatter"),

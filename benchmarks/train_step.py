@@ -138,7 +138,7 @@ def measure(case: Case, corpus: Corpus, save: Callable[[Row], None]) -> Row:
     result: Row = {
         "run_file": case.run_file,
         "flags": case.flags,
-        "precision": settings.precision,
+        "precision": choose_precision(settings.precision)[0],
         "context": context,
         "batch": settings.train.global_batch_size,
         "tokens": case.tokens,
@@ -166,7 +166,7 @@ def run_way(way: str, case: Case, corpus: Corpus) -> Row:
         script = ["benchmarks/train_step.py", "stock"]
         environment = {"TORCH_COMPILE_DISABLE": "0" if WAYS[way] else "1"}
     try:
-        run = train(flags, script=script, environment=environment, limit=SECONDS_LIMIT)
+        run = train(flags, script=script, environment=environment, limit=SECONDS_LIMIT, watch_memory=True)
         return {
             "status": "measured",
             "tokens_per_second": round(run.tokens_per_second, 1),

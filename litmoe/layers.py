@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from custom_moe import MoEBlock, Router, RouterOutput, use_custom_moe
 from custom_moe.backends import hardware_of
+from litmoe.attention import MAX_LENGTH, causal_attention_in_blocks
 from litmoe.cli import UserError
 from litmoe.documents import (
     DocumentLengths,
@@ -95,6 +96,8 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
         if isinstance(mask, DocumentLengths):
             y = attend_document_by_document(heads, H, G, mask, scale)
             return self._project(y, T)
+        if mask is None and input_pos is None and _in_blocks(heads):
+            return self._project(causal_attention_in_blocks(heads, H, G, scale), T)
         q, k, v = heads.transpose(1, 2).split_with_sizes((H, G, G), dim=1)  # (B, heads, T, D)
         if input_pos is not None:
             k, v = self._update_cache(input_pos, input_pos_maxp1, k, v)  # (B, G, S, D)
@@ -161,6 +164,16 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
 
 class LoRACausalSelfAttention(CausalSelfAttention, litgpt.lora.CausalSelfAttention):
     """``litgpt.lora.CausalSelfAttention`` with the computation above: the layers with updates are LitGPT's."""
+
+
+def _in_blocks(heads: Tensor) -> bool:
+    """Return whether attention in blocks is faster than torch's kernel: in training on a CPU.
+
+    With the lengths of prompts, which all differ, oneDNN would prepare new products in bf16 each time. The compiler
+    takes long for the blocks, and gains nothing there.
+    """
+    is_training = heads.requires_grad and not torch.compiler.is_compiling()
+    return heads.device.type == "cpu" and is_training and 1 < heads.size(1) <= MAX_LENGTH
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 can't trace comparing capabilities

@@ -453,8 +453,9 @@ def test_ddp_does_not_split_compiled_graphs(alone, compiler, recomputed):
     with compiler_settings():
         _, found, _ = _step(model, nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001), "32-true")
     assert graphs(compiler) == PARTS["moe"]
+    # By norm: the attention that is not compiled rounds other intermediate values to bf16.
     for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient, rtol=0.01, atol=1e-4)
+        assert (found[key] - gradient).norm() < 0.01 * gradient.norm(), key
 
 
 def test_cast_once_leaves_no_casts_in_graph(compiler):
