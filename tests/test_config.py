@@ -301,17 +301,25 @@ def test_mistake_in_file_names_file_or_key(tmp_path, text, message):
     assert message in str(caught.value)
 
 
-def test_precision_without_a_gpu(monkeypatch):
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_precision_without_a_gpu(monkeypatch, has_instructions):
     """Also on a machine with a GPU, if the GPU is hidden."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert choose_precision(None) == ("32-true", None)
+    monkeypatch.setattr("litmoe.hardware.cpu_multiplies_bf16", lambda: has_instructions)
     assert choose_precision("32-true") == ("32-true", None)
     precision, note = choose_precision("bf16-true")
     assert precision == "bf16-true"
     assert "no instructions for bf16" in str(note) if not cpu_has_bf16() else note is None
-    precision, note = choose_precision("bf16-mixed")
+    precision, note = choose_precision("16-mixed")
     assert precision == "32-true"
-    assert "bf16-mixed needs a GPU" in str(note)
+    assert "16-mixed needs a GPU;" in str(note)
+    precision, note = choose_precision("bf16-mixed")
+    if has_instructions:
+        assert choose_precision(None) == (precision, note) == ("bf16-mixed", None)
+    else:
+        assert choose_precision(None) == ("32-true", None)
+        assert precision == "32-true"
+        assert "bf16-mixed needs a GPU or a CPU that multiplies bf16" in str(note)
 
 
 @pytest.mark.parametrize(
