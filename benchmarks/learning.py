@@ -203,9 +203,11 @@ class Trainer:
         """Return the tokens per second of a short run that has the machine for itself."""
         tokens = self.whole_steps(self.preset.speed_tokens)
         if model in OURS:
-            return self.train_ours(Task(model, tokens, validations=1), "--train.log_interval=5").tokens_per_second
+            flags = ("--train.log_interval=5", "--eval.max_iters=1")
+            return self.train_ours(Task(model, tokens, validations=1), *flags).tokens_per_second
         # The second of two halves: the first one compiles.
-        (first_tokens, first, _), (last_tokens, last, _) = self.train_peer(Task(model, tokens, validations=2))
+        points = self.train_peer(Task(model, tokens, validations=2), {"val-batches": 1})
+        (first_tokens, first, _), (last_tokens, last, _) = points
         return (last_tokens - first_tokens) / (last - first)
 
     def run_all(self, tasks: Sequence[Task], rows: list[Row], save: Callable[[], None]) -> None:
@@ -248,8 +250,8 @@ class Trainer:
         ]
         return train(all_flags, environment=self.environment)
 
-    def train_peer(self, task: Task) -> list[tuple[int, float, float]]:
-        """Train a peer; return the tokens, seconds and loss of each validation."""
+    def train_peer(self, task: Task, more_flags: Row | None = None) -> list[tuple[int, float, float]]:
+        """Train a peer with flags of learning_peers.py; return the tokens, seconds and loss of each validation."""
         flags = {
             "data-dir": self.corpus.data_dir,
             "tokens": task.tokens,
@@ -264,6 +266,7 @@ class Trainer:
             "n-layer": self.config.n_layer,
             "n-embd": self.config.n_embd,
             "n-head": self.config.n_head,
+            **(more_flags or {}),
         }
         checkout = str(self.checkouts[task.model].resolve())
         command = [sys.executable, "benchmarks/learning_peers.py", repository(task.model).lower(), checkout]

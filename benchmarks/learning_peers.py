@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--validations", type=int, default=1)
+    parser.add_argument("--val-batches", type=int, help="micro batches in a validation (default: all)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a step")
     parser.add_argument("--micro-batch-size", type=int, help="windows in a forward pass (default: all)")
     parser.add_argument("--context", type=int, default=256)
@@ -198,7 +199,7 @@ def loss_of(peer: Peer, windows: Tensor, args: argparse.Namespace) -> Tensor:
 def validate(args: argparse.Namespace, peer: Peer, batches: Iterable[Tensor]) -> float:
     """Return the mean loss over the validation text."""
     peer.model.eval()
-    losses = [loss_of(peer, windows, args).item() for windows in batches]
+    losses = [loss_of(peer, windows, args).item() for windows in islice(batches, args.val_batches)]
     peer.model.train()
     return statistics.mean(losses)
 

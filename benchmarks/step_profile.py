@@ -4,7 +4,7 @@
     uv run python benchmarks/step_profile.py --model configs/models/quickstart-dense-twin.yaml --output twin.json
 
 One step is forward, backward, clipping and AdamW of one micro batch of random tokens, on one core as in learning.py,
-or on a GPU.
+or on a GPU. It is measured in fp32, and in the precision that a run would choose on this machine if it is another one.
 """
 
 import sys
@@ -16,11 +16,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from litgpt import GPT, Config
+from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
+from litmoe.hardware import choose_precision
 from litmoe.layers import use_our_layers
-from litmoe.train.model import PretrainingModel, as_batch
+from litmoe.train.model import PretrainingModel, as_batch, cast_matrices, matrices_to_cast
 
 # Operators by what they do; the first that fits counts.
 KINDS = {
@@ -48,22 +50,32 @@ def main() -> None:
         torch.set_num_threads(1)
     result = common.start(args, "torch", "litgpt")
     result |= {"model": args.model, "batch": args.batch}
-    result |= measure(Config.from_file(ROOT / args.model), args.device, args.batch, args.steps)
+    config = Config.from_file(ROOT / args.model)
+    # In this order, and fp32 once if it is the choice
+    result["precisions"] = {
+        precision: measure(config, precision, args.device, args.batch, args.steps)
+        for precision in dict.fromkeys(["32-true", choose_precision(None)[0]])
+    }
     result["table"] = table(result)
     common.write_result(result, args.output)
     common.print_table(result)
 
 
-def measure(config: Config, device: str, batch: int, steps: int) -> common.Row:
+def measure(config: Config, precision: str, device: str, batch: int, steps: int) -> common.Row:
     """Return milliseconds per step by kind of operator, and the ten operators that take the most."""
+    assert precision in ("32-true", "bf16-mixed"), "fp16 would need a gradient scaler"
     with torch.device(device), use_our_layers():
         gpt = GPT(config)
     model = PretrainingModel(gpt)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-3, fused=True)
     tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1), device=device)
+    matrices = matrices_to_cast(model, precision, "none")
 
     def step() -> None:
-        model(*as_batch(tokens, config.block_size)).cross_entropy.backward()
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            weights = cast_matrices(matrices, precision)
+            losses = functional_call(model, weights, tuple(as_batch(tokens, config.block_size)), tie_weights=False)
+        losses.cross_entropy.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -95,12 +107,16 @@ def kind_of(operator: str) -> str:
 
 
 def table(result: common.Row) -> common.Table:
-    total = sum(result["milliseconds"].values())
-    rows = [
-        [kind, f"{milliseconds:.1f}", f"{milliseconds / total:.0%}"]
-        for kind, milliseconds in result["milliseconds"].items()
-    ]
-    return common.make_table(("", "ms per step", "share"), [*rows, ["all", f"{total:.1f}", ""]])
+    columns = [row["milliseconds"] for row in result["precisions"].values()]
+    totals = [sum(column.values()) for column in columns]
+    rows = []
+    for kind in columns[0]:
+        pairs = zip(columns, totals, strict=True)
+        cells = [(f"{column[kind]:.1f}", f"{column[kind] / total:.0%}") for column, total in pairs]
+        rows.append([kind, *(cell for pair in cells for cell in pair)])
+    heads = [head for precision in result["precisions"] for head in (f"ms in {precision}", "share")]
+    ends = [cell for total in totals for cell in (f"{total:.1f}", "")]
+    return common.make_table(("", *heads), [*rows, ["all", *ends]])
 
 
 if __name__ == "__main__":

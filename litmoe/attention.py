@@ -4,11 +4,11 @@ torch's own kernel works through small tiles, so that no scores are kept, and co
 For rows of some hundred tokens the scores are small, and large products are faster: all query heads that share keys are
 one product, and they are kept for the backward pass.
 
-Shape suffixes: see ``layers.py``; R query heads that share a key head, M queries of one block, N = B * G. Rows of
-queries are ordered by position, then by head.
+Shape suffixes: see ``layers.py``; R query heads that share a key head, M queries and K keys of one block, N = B * G.
+Rows of queries are ordered by position, then by head.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ MAX_LENGTH = 1024
 """Longer rows would keep too many scores: their memory grows with the square of the length"""
 
 
-def causal_attention_in_blocks(heads: Tensor, n_query: int, n_key: int, scale: float) -> Tensor:
+def causal_attention_in_blocks(
+    heads: Tensor, n_query: int, n_key: int, scale: float, documents: Tensor | None = None
+) -> Tensor:
     """Compute causal attention like ``torch.nn.functional.scaled_dot_product_attention``; differentiable.
 
     Args:
@@ -27,17 +29,25 @@ def causal_attention_in_blocks(heads: Tensor, n_query: int, n_key: int, scale: f
         n_query: H.
         n_key: G.
         scale: of the scores.
+        documents: ``(B, T)``, tokens attend only to those with the same number; None: to all before them.
 
     Returns:
         ``(B, T, H, D)``
     """
-    y: Tensor = _CausalAttention.apply(heads, n_query, n_key, scale)
+    y: Tensor = _CausalAttention.apply(heads, n_query, n_key, scale, documents)
     return y
+
+
+class _Block(NamedTuple):
+    start: int
+    end: int
+    """Of the queries, and of the keys"""
+    first_key: int
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, H: int, G: int, scale: float) -> Tensor:
+    def forward(ctx: Any, heads: Tensor, H: int, G: int, scale: float, documents: Tensor | None) -> Tensor:
         B, T = heads.shape[:2]
         R = H // G
         # (B, T, H, D) -> (N, T * R, D) and (B, T, G, D) -> (N, T, D)
@@ -46,24 +56,28 @@ class _CausalAttention(torch.autograd.Function):
         # As in torch's kernel, the scores of 16-bit types are fp32, and their probabilities are rounded.
         score_type = _sum_type(heads)
         q_scores, k_scores = q.to(score_type), k.to(score_type)
+        blocks = _blocks(T, heads.dtype, documents)
         results, probabilities = [], []
         # Autocast would compute the scores in 16 bits.
         with without_autocast(heads.device.type):
-            for start, end in _blocks(T, heads.dtype):
+            for start, end, first_key in blocks:
                 rows = slice(start * R, end * R)
-                scores = torch.bmm(q_scores[:, rows], k_scores[:, :end].mT)  # (N, M * R, end)
+                scores = torch.bmm(q_scores[:, rows], k_scores[:, first_key:end].mT)  # (N, M * R, K)
+                scores_BGMRK = scores.view(B, G, end - start, R, -1)
                 # Keys before the block are visible to all of its queries.
-                within = scores.view(B * G, end - start, R, end)[..., start:]
-                within += _future(end - start, scores)
+                scores_BGMRK[..., start - first_key :] += _future(end - start, scores)
+                if documents is not None:
+                    hidden_BMK = documents[:, start:end, None] != documents[:, None, first_key:end]
+                    scores_BGMRK.masked_fill_(hidden_BMK[:, None, :, None], -torch.inf)
                 P = torch.softmax(scores, dim=-1).to(v.dtype)
-                results.append(torch.bmm(P, v[:, :end]))
+                results.append(torch.bmm(P, v[:, first_key:end]))
                 probabilities.append(P)
         ctx.save_for_backward(q, k, v, *probabilities)
-        ctx.groups, ctx.scale = G, scale
+        ctx.blocks, ctx.groups, ctx.scale = blocks, G, scale
         return _by_token(torch.cat(results, dim=1), B, T)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         q, k, v, *probabilities = ctx.saved_tensors
         B, T, H, D = dy.shape
         G, R = ctx.groups, H // ctx.groups
@@ -71,19 +85,19 @@ class _CausalAttention(torch.autograd.Function):
         # Sums over blocks, 16-bit types in fp32
         dk, dv = (torch.zeros(k.shape, dtype=_sum_type(k)) for _ in range(2))
         dq = []
-        for (start, end), P in zip(_blocks(T, q.dtype), probabilities, strict=True):
-            rows = slice(start * R, end * R)
-            dv[:, :end] += torch.bmm(P.mT, dy[:, rows])
-            dP = torch.bmm(dy[:, rows], v[:, :end].mT)
+        for (start, end, first_key), P in zip(ctx.blocks, probabilities, strict=True):
+            rows, keys = slice(start * R, end * R), slice(first_key, end)
+            dv[:, keys] += torch.bmm(P.mT, dy[:, rows])
+            dP = torch.bmm(dy[:, rows], v[:, keys].mT)
             dscores = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
-            dq.append(torch.bmm(dscores, k[:, :end]))
+            dq.append(torch.bmm(dscores, k[:, keys]))
             # The queries contain the scale already.
-            dk[:, :end] += torch.bmm(dscores.mT, q[:, rows])
+            dk[:, keys] += torch.bmm(dscores.mT, q[:, rows])
         dheads = dy.new_empty(B, T, H + 2 * G, D)
         torch.mul(_by_token(torch.cat(dq, dim=1), B, T), ctx.scale, out=dheads[:, :, :H])
         dheads[:, :, H : H + G] = _by_token(dk, B, T)
         dheads[:, :, H + G :] = _by_token(dv, B, T)
-        return dheads, None, None, None
+        return dheads, None, None, None, None
 
 
 def _sum_type(x: Tensor) -> torch.dtype:
@@ -103,10 +117,17 @@ def _by_token(heads: Tensor, B: int, T: int) -> Tensor:
     return heads.view(B, N // B, T, -1, D).transpose(1, 2).reshape(B, T, -1, D)
 
 
-def _blocks(T: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+def _blocks(T: int, dtype: torch.dtype, documents: Tensor | None) -> list[_Block]:
     """Divide the queries: smaller blocks compute fewer scores of the future, larger ones are faster per score."""
     size = 64 if dtype == torch.float32 else 128
-    return [(start, min(start + size, T)) for start in range(0, T, size)]
+    starts = range(0, T, size)
+    first_keys = [0] * len(starts)
+    if documents is not None:
+        # Where the document of a block's first query begins, in the row where it begins first. Rounded down, because
+        # oneDNN prepares a product in bf16 for each new number of keys.
+        begins = ((documents == documents[:, start : start + 1]).int().argmax(dim=1).min() for start in starts)
+        first_keys = [int(begin) // size * size for begin in begins]
+    return [_Block(start, min(start + size, T), key) for start, key in zip(starts, first_keys, strict=True)]
 
 
 def _future(M: int, like: Tensor) -> Tensor:

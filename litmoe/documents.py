@@ -20,6 +20,8 @@ class DocumentLengths(NamedTuple):
 
     lengths: list[int]
     """``(N,)``, which add up to ``B * T``"""
+    documents: Tensor
+    """``(B, T)``, the numbers that they were found from"""
 
 
 DocumentMask = Tensor | BlockMask | DocumentLengths
@@ -42,19 +44,19 @@ def document_mask(
 ) -> DocumentMask:
     """Return the fastest mask for a device.
 
-    Not compiled on a CPU, the documents of a batch are computed one by one: their attention together needs fewer
-    products than that of complete rows. Compiled on CUDA, FlexAttention leaves out blocks between documents. Elsewhere
-    it is a mask for scaled dot-product attention.
+    Not compiled on a CPU, training masks the scores of each block (``attention.py``). The documents of longer rows, and
+    of rows without gradients, are computed one by one, which needs fewer products. Compiled on CUDA, FlexAttention
+    leaves out blocks between documents. Elsewhere it is a mask for scaled dot-product attention.
 
     Args:
-        documents: ``(B, T)``, numbers that differ between neighbouring documents of a row.
+        documents: ``(B, T)``, a number of its own for each document of a row.
         compiled: whether the attention is compiled.
         needs_tensor: whether LitGPT's own attention gets the mask.
         is_added: whether that attention adds the mask to the scores, as it does for capped ones. The mask is then 0 and
             -inf. Otherwise it is boolean, because kernels for bf16 do not take an fp32 mask.
     """
     if not needs_tensor and not compiled and documents.device.type == "cpu":
-        return DocumentLengths(_lengths(documents))
+        return DocumentLengths(_lengths(documents), documents)
     if not needs_tensor and compiled and documents.device.type == "cuda":
         return _block_mask(documents)
     B, T = documents.shape

@@ -94,7 +94,10 @@ class CausalSelfAttention(litgpt.model.CausalSelfAttention):
         # mscale: YaRN's correction for stretched contexts, else 1
         scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or D)
         if isinstance(mask, DocumentLengths):
-            y = attend_document_by_document(heads, H, G, mask, scale)
+            if _in_blocks(heads):
+                y = causal_attention_in_blocks(heads, H, G, scale, mask.documents)
+            else:
+                y = attend_document_by_document(heads, H, G, mask, scale)
             return self._project(y, T)
         if mask is None and input_pos is None and _in_blocks(heads):
             return self._project(causal_attention_in_blocks(heads, H, G, scale), T)

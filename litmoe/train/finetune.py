@@ -25,7 +25,7 @@ from litmoe.data.instructions import instructions_fingerprint
 from litmoe.data.sft_data import longer_context
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.finetune_config import LORA_FIELDS, FinetuneSettings
-from litmoe.hardware import choose_precision, is_sharded, processes, use_expandable_segments
+from litmoe.hardware import choose_precision, is_sharded, keep_freed_memory, processes, use_expandable_segments
 from litmoe.inference.generate import check_sampling
 from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import logger_factory
@@ -149,6 +149,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     assert isinstance(settings, FinetuneSettings)
     # Before the first allocation on the GPU.
     use_expandable_segments(torch.cuda.is_available())
+    keep_freed_memory()
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full

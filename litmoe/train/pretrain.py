@@ -21,7 +21,7 @@ from torch import nn
 from litmoe import checkpoints
 from litmoe.config import ParsedRun
 from litmoe.data.tokenizers import litgpt_tokenizer
-from litmoe.hardware import choose_precision, is_sharded, processes, use_expandable_segments
+from litmoe.hardware import choose_precision, is_sharded, keep_freed_memory, processes, use_expandable_segments
 from litmoe.train.distributed import make_strategy, report_lost_ranks
 from litmoe.train.logs import RUN_CONFIG, logger_factory
 from litmoe.train.patches import patched_pretraining
@@ -43,6 +43,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
     settings = run.settings
     # Before the first allocation.
     use_expandable_segments(torch.cuda.is_available())
+    keep_freed_memory()
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir

@@ -198,10 +198,12 @@ def test_earlier_rows_of_other_versions_are_dropped(tmp_path: Path) -> None:
     assert earlier_rows(path, {**result, "versions": {"torch": "3"}}, "rows") == {}
 
 
-def test_step_profile_counts_every_operator(moe_fields: dict) -> None:
-    result = step_profile.measure(Config(**moe_fields), "cpu", batch=2, steps=2)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_step_profile_counts_every_operator(moe_fields: dict, precision: str) -> None:
+    result = step_profile.measure(Config(**moe_fields), precision, "cpu", batch=2, steps=2)
     assert all(result["milliseconds"][kind] > 0 for kind in step_profile.KINDS)
     assert sum(result["milliseconds"].values()) >= sum(result["operators"].values()) - 0.01
+    assert len(step_profile.table({"precisions": {precision: result}})) == 1 + len(step_profile.KINDS) + 2
     assert step_profile.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
     assert step_profile.kind_of("aten::bmm") == "attention"
     assert step_profile.kind_of("aten::_log_softmax") == "activations and softmax"
