@@ -140,7 +140,10 @@ class GroupedTopKRouter(TopKRouter):
     def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         scores_NE = logits_NE.sigmoid()
         # Detached: the choice has no gradient, only the weights have one.
-        experts_NK = self._choose_in_groups(scores_NE.detach() + self.e_score_correction_bias)
+        choice_NE = scores_NE.detach() + self.e_score_correction_bias
+        if self.config.n_topk_groups < self.config.n_expert_groups:
+            choice_NE = self._within_best_groups(choice_NE)
+        experts_NK = torch.topk(choice_NE, k=self.config.n_expert_per_token, dim=-1, sorted=False)[1]
         weights_NK = scores_NE.gather(1, experts_NK)
         if self.config.norm_topk_prob:
             # 1e-20 as in LitGPT, for scores that are all 0
@@ -148,8 +151,8 @@ class GroupedTopKRouter(TopKRouter):
         return experts_NK, weights_NK
 
     @torch.no_grad()
-    def _choose_in_groups(self, scores_NE: Tensor) -> Tensor:
-        """Return the best experts ``(N, K)`` in the ``n_topk_groups`` groups with the largest sums of best scores."""
+    def _within_best_groups(self, scores_NE: Tensor) -> Tensor:
+        """Set the scores outside of the ``n_topk_groups`` groups with the largest sums of best scores to 0."""
         config = self.config
         # G: groups, e: experts of a group. A group is as good as the sum of its best scores.
         scores_NGe = scores_NE.view(len(scores_NE), config.n_expert_groups, -1)  # (N, E) -> (N, G, e)
@@ -158,8 +161,7 @@ class GroupedTopKRouter(TopKRouter):
         allowed_NG = torch.zeros_like(group_scores_NG, dtype=torch.bool).scatter_(1, groups, True)
         # 0.0 and not -inf, as in LitGPT and transformers: a model must choose alike here and there. With a negative
         # correction bias this admits experts of other groups.
-        scores_NE = scores_NGe.masked_fill(~allowed_NG.unsqueeze(-1), 0.0).flatten(1)
-        return torch.topk(scores_NE, k=config.n_expert_per_token, dim=-1, sorted=False)[1]
+        return scores_NGe.masked_fill(~allowed_NG.unsqueeze(-1), 0.0).flatten(1)
 
     @torch.no_grad()
     def update_balance(self, counts_E: Tensor, rate: float | Tensor) -> None:
