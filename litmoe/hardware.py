@@ -112,13 +112,16 @@ def use_expandable_segments(cuda: bool) -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(cuda: bool) -> None:
     """Let glibc keep freed memory for the next step of a run on a CPU.
 
     By default it returns large pieces to the system, and the next step touches them again: thousands of page faults,
     about 3% of a small model's step. Other C libraries are left as they are.
+
+    Args:
+        cuda: whether the run uses CUDA.
     """
-    if sys.platform != "linux" or torch.cuda.is_available():
+    if sys.platform != "linux" or cuda:
         return
     with suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt

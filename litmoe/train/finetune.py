@@ -149,7 +149,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     assert isinstance(settings, FinetuneSettings)
     # Before the first allocation on the GPU.
     use_expandable_segments(torch.cuda.is_available())
-    keep_freed_memory()
+    keep_freed_memory(torch.cuda.is_available())
     precision, note = choose_precision(settings.precision)
     devices, num_nodes = processes(settings)
     module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full

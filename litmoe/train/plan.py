@@ -250,12 +250,13 @@ def _memory_table(planned: PlannedRun, memory: TrainingMemory) -> Iterator[str]:
 def _describe_time(planned: PlannedRun) -> str:
     """Return an estimate of speed and duration, or why there is none."""
     gpu = planned.gpu
-    # The data sheets list the speed in 16 bits, and the CPU is measured in fp32.
-    if (planned.precision == "32-true") != (gpu is None):
-        return f"There is no estimate of the time for {planned.precision} here."
     if gpu is None:
         # The processes of a CPU run share its cores.
-        return _describe_speed(planned, _measure_cpu_peak(), "measured on this CPU just now", devices=1)
+        peak = _measure_cpu_peak(torch.float32 if planned.precision == "32-true" else torch.bfloat16)
+        return _describe_speed(planned, peak, "measured on this CPU just now", devices=1)
+    # The data sheets list the speed in 16 bits.
+    if planned.precision == "32-true":
+        return f"There is no estimate of the time for {planned.precision} here."
     if gpu.peak is None:
         return "The speed of this GPU is unknown, so there is no estimate of the time."
     if planned.update_flops and gpu.capability < (8, 0):
@@ -284,9 +285,9 @@ def _describe_speed(planned: PlannedRun, peak: float, source: str, devices: int)
     )
 
 
-def _measure_cpu_peak() -> float:
-    """Return the FLOP/s of matrix products in fp32."""
-    x = torch.rand(1024, 1024)
+def _measure_cpu_peak(dtype: torch.dtype) -> float:
+    """Return the FLOP/s of matrix products."""
+    x = torch.rand(1024, 1024, dtype=dtype)
     # The first product starts the threads.
     x @ x
     start, n_products = time.perf_counter(), 0

@@ -1,5 +1,6 @@
 import os
 import platform
+import subprocess
 import sys
 
 import pytest
@@ -35,3 +36,33 @@ def test_setting_of_the_user_is_kept(name, monkeypatch):
     monkeypatch.setenv(name, "max_split_size_mb:64")
     use_expandable_segments(True)
     assert {n: v for n, v in os.environ.items() if n.endswith("ALLOC_CONF")} == {name: "max_split_size_mb:64"}
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from litmoe.hardware import keep_freed_memory
+
+keep_freed_memory(cuda=sys.argv[1] == "cuda")
+
+def step():
+    return [torch.ones(2**22) for _ in range(3)]  # 16 MB each
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+for _ in range(5):
+    step()
+before = page_faults()
+for _ in range(5):
+    step()
+print(page_faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to keep memory")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_freed_memory_is_kept_on_a_cpu(device):
+    """15 tensors of 4,096 pages, or of 8 huge ones."""
+    command = [sys.executable, "-c", PAGE_FAULTS, device]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (int(done.stdout) < 50) == (device == "cpu")

@@ -32,6 +32,8 @@ BIASES = (*SIGMOID_FLAGS, "--moe.bias_update_rate", "0.01", "--moe.load_balancin
 CASES = {
     "two workers, Muon, wsd": ("--data.init_args.num_workers", "2", *MUON),
     "log lines between saves": ("--train.log_interval", "3"),
+    # fp32 on a CPU that does not multiply bf16
+    "mixed precision": ("--precision", "bf16-mixed"),
 }
 SLOW_CASES = {
     "one worker": ("--data.init_args.num_workers", "1"),
