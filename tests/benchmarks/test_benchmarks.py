@@ -90,6 +90,7 @@ def test_tables_match_the_numbers_in_the_results() -> None:
         "ablations_cpu": ablations.add_table,
         "data_prep": data.add_preparation_table,
         "generation_cpu": generation.add_table,
+        "learning_cpu": learning.add_table,
         "memory": memory.add_table,
         "moe_layer_cpu": moe_layer.add_table,
         "train_step_cpu": train_step.add_table,
