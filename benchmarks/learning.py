@@ -286,6 +286,7 @@ class Trainer:
 
 
 def repository(peer: str) -> str:
+    """Return the name of a peer's repository, which may be part of several comparisons."""
     return peer.split()[0]
 
 

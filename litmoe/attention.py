@@ -1,8 +1,8 @@
 """Causal attention for training on a CPU, as matrix products of whole blocks.
 
-torch's own kernel works through small tiles, so that no scores are kept, and computes them again in the backward pass.
-For rows of some hundred tokens the scores are small, and large products are faster: all query heads that share keys are
-one product, and they are kept for the backward pass.
+torch's own kernel computes the scores in small tiles, keeps none of them, and computes them again in the backward pass.
+In rows of a few hundred tokens there are few scores. Here they are kept, and the products are large and so faster: all
+query heads that share keys are one product.
 
 Shape suffixes: see ``layers.py``; R query heads that share a key head, M queries and K keys of one block, N = B * G.
 Rows of queries are ordered by position, then by head.
@@ -82,7 +82,7 @@ class _CausalAttention(torch.autograd.Function):
         B, T, H, D = dy.shape
         G, R = ctx.groups, H // ctx.groups
         dy = _by_group(dy, G)
-        # Sums over blocks, 16-bit types in fp32
+        # Sums over blocks; those of 16-bit types are fp32
         dk, dv = (torch.zeros(k.shape, dtype=_sum_type(k)) for _ in range(2))
         dq = []
         for (start, end, first_key), P in zip(ctx.blocks, probabilities, strict=True):

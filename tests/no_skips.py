@@ -5,6 +5,7 @@ A skip is expected only for one of the reasons below, and only where that reason
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -49,6 +50,7 @@ EXPECTED: dict[str, Callable[[], bool]] = {
     "needs Windows": lambda: os.name != "nt",
     "needs Triton": lambda: importlib.util.find_spec("triton") is None,
     "needs a Chromium browser": lambda: find_browser() is None,
+    "needs glibc": lambda: platform.libc_ver()[0] != "glibc",
     "needs git": lambda: shutil.which("git") is None,
     "needs make": lambda: shutil.which("make") is None,
     "needs uv": lambda: (

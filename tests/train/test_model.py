@@ -446,16 +446,17 @@ def test_cast_once_gradients_arrive_per_layer(compiled, compiler):
 
 
 @pytest.mark.parametrize("recomputed", [pytest.param("none", marks=pytest.mark.slow), "block"])
-def test_ddp_does_not_split_compiled_graphs(alone, compiler, recomputed):
+def test_ddp_does_not_split_compiled_graphs(alone, compiler, recomputed, monkeypatch):
     """Buckets are smaller than a block, so torch would split the block or raise."""
+    # The model that is not compiled computes its attention as the compiled one does.
+    monkeypatch.setattr("litmoe.layers.MAX_LENGTH", 0)
     plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"), recomputed, compiler)
     _, expected, _ = _step(plain, plain, "32-true")
     with compiler_settings():
         _, found, _ = _step(model, nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001), "32-true")
     assert graphs(compiler) == PARTS["moe"]
-    # By norm: the attention that is not compiled rounds other intermediate values to bf16.
     for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() < 0.01 * gradient.norm(), key
+        torch.testing.assert_close(found[key], gradient, rtol=0.01, atol=1e-4)
 
 
 def test_cast_once_leaves_no_casts_in_graph(compiler):
