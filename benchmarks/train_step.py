@@ -28,6 +28,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import Row, bold_ours, gib, make_table, ranged
 from benchmarks.runs import Corpus, RunFailed, find_corpus, train
+from custom_moe.router import TopKRouter
 from litmoe.config import parse_run
 from litmoe.flops import training_flops_per_token
 from litmoe.hardware import choose_precision, processes
@@ -185,9 +186,12 @@ def pretrain_with_stock(flags: Sequence[str]) -> None:
     Args:
         flags: those of run_train.py. TORCH_COMPILE_DISABLE=1 in the environment turns LitGPT's torch.compile off.
     """
+    import litgpt.model
     import litgpt.pretrain
 
     torch.set_float32_matmul_precision("high")  # as LitGPT's command line does
+    # LitGPT never initializes the weight of this router: it is whatever the memory contained, sometimes NaN.
+    litgpt.model.GroupedTopkRouter.reset_parameters = TopKRouter.reset_parameters
     run = parse_run(flags)
     settings = run.settings
     # LitGPT parses sys.argv again at each checkpoint and would exit, because the flags are not its own.

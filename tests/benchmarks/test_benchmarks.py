@@ -316,7 +316,6 @@ def test_train_step_losses_are_similar(corpus: Corpus) -> None:
         "--zero_init_projections=false",
         "--schedule.name=cosine",
         "--schedule.decay_fraction=0.2",
-        "--precision=32-true",
     )
     case = train_step.Case("configs/quickstart.yaml", flags, micro_batch=4, tokens=60 * 128, rounds=1)
     result = train_step.measure(case, corpus, save=lambda model: None)
