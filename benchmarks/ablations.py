@@ -1,19 +1,22 @@
 """What is each default of the quickstart worth? Every choice against its alternative, three seeds each, on a CPU.
 
-    uv run python benchmarks/ablations.py                       # half an hour
-    uv run python benchmarks/ablations.py --only default Muon   # some rows; the others of an earlier run are kept
+    uv run python benchmarks/ablations.py --data-dir data/novels    # half an hour on two cores
+    uv run python benchmarks/ablations.py --only default Muon       # some rows; the others of an earlier run are kept
 
 All runs are runs of run_train.py with configs/quickstart.yaml and a few flags, the same number of tokens and the
 complete schedule. A seed decides the weights and the order of the data; differences are formed between runs of the same
-seed. The rows with 16-bit weights and 8-bit Adam train like configs/runs/tinystories-moe-200m-6gb.yaml, which fits a
-GPU of 6 GB: what do few bits cost, with stochastic rounding and without?
+seed. Each run has one thread, and as many run at the same time as there are cores. The rows with 16-bit weights and
+8-bit Adam train like configs/runs/tinystories-moe-200m-6gb.yaml, which fits a GPU of 6 GB: what do few bits cost, with
+stochastic rounding and without?
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +24,18 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
 from benchmarks.common import Row, make_table, with_verdict
-from benchmarks.runs import NOTHING_ELSE, Corpus, RunFailed, difference, find_corpus, score, seed_flags, train
+from benchmarks.runs import (
+    NOTHING_ELSE,
+    ONE_THREAD,
+    Corpus,
+    RunFailed,
+    difference,
+    find_corpus,
+    run_pool,
+    score,
+    seed_flags,
+    train,
+)
 
 CONFIG = "configs/quickstart.yaml"
 MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 4.0e-3, "weight_decay": 0.1}}
@@ -67,6 +81,12 @@ CHOICES = {
     "cosine": Choice("schedule", ("--schedule.name=cosine", "--schedule.decay_fraction=0.2")),
     "half the rate": Choice("rate", ("--optimizer.init_args.lr=2.0e-3",)),
     "twice the rate": Choice("rate", ("--optimizer.init_args.lr=8.0e-3",)),
+    "batch of 8 windows": Choice("batch", ("--train.global_batch_size=8", "--train.micro_batch_size=8")),
+    "200 steps of warm-up": Choice("schedule", ("--train.lr_warmup_steps=200",)),
+    "last rate of 10%": Choice("schedule", ("--train.min_lr=4.0e-4",)),
+    "no weight decay": Choice("optimizer", ("--optimizer.init_args.weight_decay=0",)),
+    "beta2 of 0.99": Choice("optimizer", ("--optimizer.init_args.betas=[0.9, 0.99]",)),
+    "no clipping": Choice("optimizer", ("--train.max_norm=null",)),
     "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",)),
     "QK-norm": Choice("attention", ("--model.norm_qk=true",)),
     "document masking": Choice("attention", ("--document_masking=true",)),
@@ -84,23 +104,28 @@ def main() -> None:
     result = common.start(args, "torch", "torchao", "litgpt", "lightning")
     result |= {"run_file": CONFIG, "tokens": args.tokens, "seeds": args.seeds}
     corpus, rows = find_corpus(args.data_dir), common.earlier_rows(args.output, result, "rows")
-    # The file is written after each row, so an interrupted run keeps what it has.
-    for name in args.only:
-        rows[name] = measure(CHOICES[name], args.tokens, args.seeds, corpus)
-        print(f"{name}: {rows[name].get('bits_per_byte', rows[name]['status'])}", flush=True)
-        result["rows"] = {name: rows[name] for name in CHOICES if name in rows}
-        add_differences(result["rows"])
-        add_table(result)
-        common.write_result(result, args.output)
+    with run_pool(os.cpu_count() or 1) as pool:
+        futures = {
+            name: [pool.submit(run_once, CHOICES[name].flags, seed, args.tokens, corpus) for seed in range(args.seeds)]
+            for name in args.only
+        }
+        # The file is written after each row, so an interrupted run keeps what it has.
+        for name, runs in futures.items():
+            rows[name] = collect(CHOICES[name], runs)
+            print(f"{name}: {rows[name].get('bits_per_byte', rows[name]['status'])}", flush=True)
+            result["rows"] = {name: rows[name] for name in CHOICES if name in rows}
+            add_differences(result["rows"])
+            add_table(result)
+            common.write_result(result, args.output)
     common.print_table(result)
 
 
-def measure(choice: Choice, tokens: int, seeds: int, corpus: Corpus) -> Row:
-    """Train with each seed. A failure, for example 8-bit Adam without a C++ compiler, is a result, too."""
+def collect(choice: Choice, runs: Sequence["Future[Row]"]) -> Row:
+    """Wait for the runs of a row. A failure, for example 8-bit Adam without a C++ compiler, is a result, too."""
     # All seeds or none: differences are formed between runs of the same seed.
     row: Row = {"question": choice.question, "flags": choice.flags, "status": "measured"}
     try:
-        row["runs"] = [run_once(choice.flags, seed, tokens, corpus) for seed in range(seeds)]
+        row["runs"] = [run.result() for run in runs]
     except RunFailed as error:
         return row | {"status": str(error)}
     for key in ("bits_per_byte", "tokens_per_second"):
@@ -111,8 +136,8 @@ def measure(choice: Choice, tokens: int, seeds: int, corpus: Corpus) -> Row:
 def run_once(flags: Sequence[str], seed: int, tokens: int, corpus: Corpus) -> Row:
     # One validation, after the last step.
     command = ["--config", CONFIG, *flags, *corpus.flags, *seed_flags(seed), f"--train.max_tokens={tokens}"]
-    command += [*NOTHING_ELSE, "--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=50"]
-    rows = train(command).rows
+    command += [*NOTHING_ELSE, "--train.log_interval=50", "--eval.interval=1000000000", "--eval.max_iters=1000000"]
+    rows = train(command, environment=ONE_THREAD).rows
     # The statistics of the experts at the end are in the last row of a training step.
     last = next(row for row in reversed(rows) if "train_loss" in row)
     # The busiest expert's load over the mean load, in each layer.
@@ -122,10 +147,15 @@ def run_once(flags: Sequence[str], seed: int, tokens: int, corpus: Corpus) -> Ro
 
 
 def add_differences(rows: Row) -> None:
-    """Add to each row its difference to the default's run of the same seed; below 0 is better."""
+    """Compare each row with the default's runs of the same seeds: difference of the scores, ratio of the speeds."""
     default = rows.get("default", {}).get("runs", [])
+    speeds = {run["seed"]: run["tokens_per_second"] for run in default}
     for name in rows.keys() - {"default"}:
-        rows[name] |= difference(rows[name].get("runs", []), default)
+        runs = rows[name].get("runs", [])
+        rows[name] |= difference(runs, default)
+        ratios = [run["tokens_per_second"] / speeds[run["seed"]] for run in runs if run["seed"] in speeds]
+        if ratios:
+            rows[name]["speed"] = median(ratios)
 
 
 def add_table(result: Row) -> None:
@@ -136,10 +166,9 @@ def add_table(result: Row) -> None:
             continue
         bits = row["bits_per_byte"]
         change = with_verdict(row["difference"]) if "difference" in row else ""
-        speed = f"{row['tokens_per_second']['mean']:,.0f}"
         load = f"{mean(run['busiest_expert'] for run in row['runs']):.2f}"
-        rows.append([name, f"{bits['mean']:.4f} ± {bits['deviation']:.4f}", change, speed, load])
-    heads = ("", "bits per byte", "minus the default's", "tokens/s", "busiest expert, times the mean")
+        rows.append([name, f"{bits['mean']:.4f} ± {bits['deviation']:.4f}", change, f"{row.get('speed', 1):.2f}", load])
+    heads = ("", "bits per byte", "minus the default's", "times its speed", "busiest expert, times the mean")
     result["table"] = make_table(heads, rows)
 
 

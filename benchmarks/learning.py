@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,19 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
 from benchmarks.common import Row, make_table, spread, with_verdict
-from benchmarks.runs import NOTHING_ELSE, Corpus, Run, RunFailed, difference, find_corpus, score, seed_flags, train
+from benchmarks.runs import (
+    NOTHING_ELSE,
+    ONE_THREAD,
+    Corpus,
+    Run,
+    RunFailed,
+    difference,
+    find_corpus,
+    run_pool,
+    score,
+    seed_flags,
+    train,
+)
 from litmoe.config import parse_run
 from litmoe.flops import count_parameters
 from litmoe.hardware import choose_precision
@@ -192,7 +204,7 @@ class Trainer:
         self.context = self.train.max_seq_length or self.config.block_size
         # Runs at the same time: one per core, or one on a GPU.
         self.at_once = (os.cpu_count() or 1) if device == "cpu" else 1
-        self.environment = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+        self.environment = ONE_THREAD if device == "cpu" else {}
 
     def whole_steps(self, tokens: float) -> int:
         """Round a number of tokens to complete optimizer steps."""
@@ -213,7 +225,7 @@ class Trainer:
     def run_all(self, tasks: Sequence[Task], rows: list[Row], save: Callable[[], None]) -> None:
         """Run all tasks, append their results to ``rows``, and save after each one."""
         order = list(self.models)
-        with ThreadPoolExecutor(self.at_once) as pool:
+        with run_pool(self.at_once) as pool:
             futures = [pool.submit(self.run, task) for task in tasks]
             for future in as_completed(futures):
                 row = future.result()

@@ -9,8 +9,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,19 @@ def seed_flags(seed: int) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
+
+# The environment of runs that share a CPU: one core each.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def run_pool(at_once: int) -> Iterator[ThreadPoolExecutor]:
+    """Open a pool of threads, each of which starts a run and waits for it; Ctrl-C drops the runs that wait."""
+    executor = ThreadPoolExecutor(at_once)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)

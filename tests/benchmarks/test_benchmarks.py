@@ -25,7 +25,7 @@ from benchmarks import (
     train_step,
 )
 from benchmarks.common import Spread, earlier_rows, spread
-from benchmarks.runs import Corpus, Point, Run, RunFailed, train, validation_curve
+from benchmarks.runs import Corpus, Point, Run, RunFailed, run_pool, train, validation_curve
 
 SCRIPTS = ["ablations", "data", "generation", "memory", "learning", "moe_layer", "step_profile", "train_step"]
 TINY_MODEL = (
@@ -371,8 +371,10 @@ def test_models_learn_for_equal_seconds_and_tokens(corpus: Corpus, tmp_path: Pat
 @pytest.mark.slow
 def test_ablation_row_has_all_seeds(corpus: Corpus) -> None:
     flags = (*ablations.SOFTMAX, "--train.max_seq_length=32")  # the tiny corpus has no longer windows
-    row = ablations.measure(ablations.Choice("balance", flags), 2048, 1, corpus)
-    assert row["status"] == "measured", row
+    with run_pool(1) as pool:
+        runs = [pool.submit(ablations.run_once, flags, seed, 2048, corpus) for seed in (0, 1)]
+        row = ablations.collect(ablations.Choice("balance", flags), runs)
+    assert row["status"] == "measured" and [run["seed"] for run in row["runs"]] == [0, 1]
     rows = {"default": row, "same": dict(row)}
     ablations.add_differences(rows)
-    assert rows["same"]["difference"]["mean"] == 0
+    assert rows["same"]["difference"]["mean"] == 0 and rows["same"]["speed"] == 1
