@@ -18,7 +18,8 @@ On a CPU each run has one thread, so that seconds are those of one core, and sev
 3. Equal seconds: each run has as many tokens as its model processes in the given minutes, and a complete schedule.
 4. Equal tokens: the other models with as many tokens as the mixture.
 
-Seconds are those of the training steps. The result file is written after each run.
+Seconds are those of the training steps. The result file is written after each run. ``--resume`` keeps the speeds and
+the runs of an earlier result file on the same hardware, and adds what the flags ask for.
 """
 
 import argparse
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--equal", nargs="+", choices=("seconds", "tokens"), default=["seconds", "tokens"])
     parser.add_argument("--config", help="run file of the mixture")
     parser.add_argument("--dense", help="model file of its twin")
+    parser.add_argument("--resume", action="store_true", help="keep what the result file contains")
     parser.add_argument("--plot", type=Path, help="draw the losses over time into this .svg or .png file")
     args, other_flags = parser.parse_known_args()
     result = common.start(args, "torch", "litgpt", "lightning")
@@ -128,6 +130,8 @@ def main() -> None:
     result |= {"minutes": args.minutes, "seeds": args.seeds, "run_file": preset.config, "flags": preset.flags}
     result |= {"models": trainer.models, "context": trainer.context, "batch": trainer.train.global_batch_size}
     result["precision"] = trainer.precision
+    if args.resume and args.output.exists():
+        add_earlier(result, args.output)
 
     def save() -> None:
         add_table(result)
@@ -142,42 +146,61 @@ def main() -> None:
 def compare(args: argparse.Namespace, trainer: "Trainer", result: Row, save: Callable[[], None]) -> None:
     """Fill ``result``, and call ``save`` after each run."""
     models = list(result["models"])
-    rounds = []
-    for _ in range(args.rounds):
+    rounds = result.setdefault("speed_rounds", [])
+    while len(rounds) < args.rounds:
         rounds.append({model: trainer.speed(model) for model in models})
         print("  tokens/s: " + ", ".join(f"{model} {speed:,.0f}" for model, speed in rounds[-1].items()), flush=True)
     # Relative to the mixture within a round, because the speed of a shared machine changes.
     base = statistics.median(speeds["mixture"] for speeds in rounds)
     ratios = {model: statistics.median(speeds[model] / speeds["mixture"] for speeds in rounds) for model in models}
     speeds = {model: base * ratio for model, ratio in ratios.items()}
-    result["tokens_per_second"], result["speed_rounds"] = speeds, rounds
+    result["tokens_per_second"] = speeds
     tokens = {model: trainer.whole_steps(speeds[model] * 60 * args.minutes) for model in models}
 
     # Learning rates
-    result["grid"] = []
-    rates = dict.fromkeys(models, args.rates[0])
+    rates = result.get("rates") or dict.fromkeys(models, args.rates[0])
     if len(args.rates) > 1:
         grid = [
             Task(model, trainer.whole_steps(tokens[model] / 6), 0, rate, 1)
             for rate, model in product(args.rates, models)
         ]
-        trainer.run_all(grid, result["grid"], save)
+        trainer.run_all(grid, result.setdefault("grid", []), save)
         for model in models:
             own = [row for row in result["grid"] if row["model"] == model and "bits_per_byte" in row]
             rates[model] = min(own, key=lambda row: row["bits_per_byte"])["rate"]
     result["rates"] = rates
+    for name in ("equal_seconds", "equal_tokens"):
+        # An earlier result may have runs with another rate.
+        result[name] = [row for row in result.get(name, []) if row["rate"] == rates[row["model"]]]
 
     runs = list(product(range(args.seeds), models))
     if "seconds" in args.equal:
-        result["equal_seconds"] = []
         tasks = [Task(model, tokens[model], seed, rates[model]) for seed, model in runs]
         trainer.run_all(tasks, result["equal_seconds"], save)
     if "tokens" in args.equal:
         # The mixture has the same tokens in both.
-        result["equal_tokens"] = [row for row in result.get("equal_seconds", []) if row["model"] == "mixture"]
-        done = {row["model"] for row in result["equal_tokens"]}
-        tasks = [Task(model, tokens["mixture"], seed, rates[model]) for seed, model in runs if model not in done]
-        trainer.run_all(tasks, result["equal_tokens"], save)
+        rows = result["equal_tokens"]
+        same = [row for row in result["equal_seconds"] if row["model"] == "mixture"]
+        rows += [row for row in same if row not in rows]
+        tasks = [Task(model, tokens["mixture"], seed, rates[model]) for seed, model in runs]
+        trainer.run_all(tasks, rows, save)
+
+
+def add_earlier(result: Row, path: Path) -> None:
+    """Add the speeds and runs of an earlier result file to a new one.
+
+    Exits if it was measured elsewhere or with other settings: such runs can't be compared.
+    """
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    same = ("versions", "minutes", "run_file", "models", "context", "batch", "precision")
+    different = [name for name in same if earlier[name] != json.loads(json.dumps(result[name]))]
+    if earlier["hardware"]["cpu"] != result["hardware"]["cpu"]:
+        different.append("hardware")
+    if different:
+        sys.exit(f"error: {path} differs in {', '.join(different)}; measure again without --resume.")
+    kept = ("speed_rounds", "rates", "grid", "equal_seconds", "equal_tokens")
+    result |= {name: earlier[name] for name in kept if name in earlier}
+    result["resumed"] = [*earlier.get("resumed", []), {name: earlier[name] for name in ("commit", "date", "command")}]
 
 
 class Trainer:
@@ -201,6 +224,8 @@ class Trainer:
             commit = common.output_of(["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"])
             self.models[peer] = {"commit": commit, "rates": preset.rates[repository(peer)]}
         self.train, self.config, self.optimizer = run.settings.train, run.settings.model, run.optimizer["init_args"]
+        # For the peers; ours may choose their own.
+        self.micro_batch_size = self.train.global_batch_size if run.fits_itself else self.train.micro_batch_size
         self.context = self.train.max_seq_length or self.config.block_size
         # Runs at the same time: one per core, or one on a GPU.
         self.at_once = (os.cpu_count() or 1) if device == "cpu" else 1
@@ -223,10 +248,15 @@ class Trainer:
         return (last_tokens - first_tokens) / (last - first)
 
     def run_all(self, tasks: Sequence[Task], rows: list[Row], save: Callable[[], None]) -> None:
-        """Run all tasks, append their results to ``rows``, and save after each one."""
+        """Run the tasks that have no row yet, append their results to ``rows``, and save after each one."""
         order = list(self.models)
+        done = {(row["model"], row["seed"], row["rate"], row["max_tokens"]) for row in rows}
         with run_pool(self.at_once) as pool:
-            futures = [pool.submit(self.run, task) for task in tasks]
+            futures = [
+                pool.submit(self.run, task)
+                for task in tasks
+                if (task.model, task.seed, task.rate, task.tokens) not in done
+            ]
             for future in as_completed(futures):
                 row = future.result()
                 score_or_error = row.get("bits_per_byte", row.get("status"))
@@ -273,7 +303,7 @@ class Trainer:
             "device": self.device,
             "context": self.context,
             "batch-size": self.train.global_batch_size,
-            "micro-batch-size": self.train.micro_batch_size,
+            "micro-batch-size": self.micro_batch_size,
             "vocab-size": self.config.padded_vocab_size,
             "n-layer": self.config.n_layer,
             "n-embd": self.config.n_embd,

@@ -367,6 +367,13 @@ def test_models_learn_for_equal_seconds_and_tokens(corpus: Corpus, tmp_path: Pat
     assert len({row["tokens"] for row in result["equal_tokens"]}) == 1
     assert plot.read_text(encoding="utf-8").count("<svg") == 1
 
+    monkeypatch.setattr(sys, "argv", ["learning.py", *flags, "--resume"])
+    monkeypatch.setattr(learning.Trainer, "run", None)  # everything is there already
+    learning.main()
+    again = json.loads(output.read_text(encoding="utf-8"))
+    assert again["equal_tokens"] == result["equal_tokens"] and again["table"] == result["table"]
+    assert [earlier["date"] for earlier in again["resumed"]] == [result["date"]]
+
 
 @pytest.mark.slow
 def test_ablation_row_has_all_seeds(corpus: Corpus) -> None:
