@@ -2,8 +2,8 @@
 
 uv run python run_train.py                                                # MoE-200M by train_config.yaml
 uv run python run_train.py --config configs/quickstart.yaml               # minutes on a CPU, brings its own text
-uv run python run_train.py --micro-batch-size 2 --max-seq-length 512      # what to lower when memory runs out
 uv run python run_train.py --train.max_tokens 1000000000 --optimizer.init_args.lr 6.0e-4 --model.n_layer 6
+uv run python run_train.py --hours 8                                      # as many steps as fit
 uv run python run_train.py --resume auto                                  # go on where the last one stopped
 uv run python run_train.py --upcycle checkpoints/dense/final --out_dir checkpoints/moe    # a dense model's mixture
 uv run python run_train.py --print_config                                 # what would run

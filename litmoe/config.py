@@ -39,9 +39,13 @@ from litmoe.cli import (
 if TYPE_CHECKING:
     import litgpt.args as litgpt_args
     from litgpt.config import Config
+
+    # As in LitGPT: `auto` becomes a number before anything computes with it.
+    MicroBatchSize = int
 else:
     litgpt_args = fast_imports.import_litgpt_module("args")
     Config = fast_imports.import_litgpt_module("config").Config
+    MicroBatchSize = int | Literal["auto"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Next to the package, so that scripts work in any folder.
@@ -79,8 +83,8 @@ class TrainArgs(litgpt_args.TrainArgs):
     """Optimizer steps between log lines"""
     global_batch_size: int = 64
     """Sequences in an optimizer step, over all devices"""
-    micro_batch_size: int = 4
-    """Sequences in one forward and backward of one device; lower it when memory runs out"""
+    micro_batch_size: MicroBatchSize = 4
+    """Sequences in one forward and backward of one device; auto: as many as fit into its memory (pretraining)"""
     lr_warmup_steps: int | None = 100
     """Optimizer steps with a rising learning rate"""
     lr_warmup_fraction: float | None = None
@@ -275,10 +279,22 @@ class RunSettings:
     """Text generated at each evaluation"""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
     """Where text and tokenizer come from if the folders are empty"""
+    hours: float | None = None
+    """Length of the run by the clock, with everything from start-up to the last save, in place of train.max_tokens,
+    max_steps and epochs: the run measures its speed and chooses the number of steps"""
+    minutes: float | None = None
+    """The same in minutes; with both, their sum"""
     wandb_dataset: str | None = None
     """A W&B dataset artifact to train on: `entity/project/name:alias`, or `project/name:alias` with WANDB_ENTITY"""
     wandb_artifacts_dir: Path = Path("data/wandb_artifacts")
     """Folder for W&B dataset artifacts"""
+
+    @property
+    def time_budget(self) -> float | None:
+        """Length of the run in seconds; None: it has a number of tokens, steps or epochs."""
+        if self.hours is None and self.minutes is None:
+            return None
+        return 3600 * (self.hours or 0) + 60 * (self.minutes or 0)
 
     @property
     def is_finetuning(self) -> bool:
@@ -310,6 +326,11 @@ class ParsedRun:
     """`class_path` and `init_args`"""
     resolved: dict[str, Any]
     """All settings, as they are saved with each checkpoint; a valid run file"""
+
+    @property
+    def fits_itself(self) -> bool:
+        """Whether the run chooses the size of its micro batches."""
+        return bool(self.resolved["train"]["micro_batch_size"] == "auto")
 
 
 def parse_run(argv: Sequence[str]) -> ParsedRun:

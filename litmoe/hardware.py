@@ -192,6 +192,8 @@ def missing_for_compile(device_type: str) -> str | None:
 # --- Specifications of GPUs, so that a run can be planned without one
 
 GIB = 2**30
+ALLOCATOR_OVERHEAD = 1.05
+"""Bytes that CUDA's allocator takes for each byte in use"""
 
 
 class GPUSpec(NamedTuple):
@@ -209,6 +211,11 @@ class GPUSpec(NamedTuple):
     """Whether it is in this machine"""
     has_display: bool = False
     """Whether ``taken`` includes a desktop"""
+
+    @property
+    def available(self) -> float:
+        """Bytes that tensors can take."""
+        return (self.memory - self.taken) / ALLOCATOR_OVERHEAD * GIB
 
 
 # Cores, boost clock in MHz, memory in GB, compute capability, from NVIDIA's product pages. A laptop GPU's clock is the

@@ -34,7 +34,7 @@ AT_LEAST_1 = (
     *("train.log_interval", "train.save_interval", "eval.interval", "eval.max_iters"),
 )
 # Larger limits overflow in the learning-rate schedule.
-LIMITS = ("train.max_tokens", "train.max_steps", "train.epochs", "train.max_time")
+LIMITS = ("train.max_tokens", "train.max_steps", "train.epochs", "train.max_time", "hours", "minutes")
 RULES = (
     *(Rule(name, lambda value: value >= 1, "at least 1") for name in AT_LEAST_1),
     *(Rule(name, lambda value: 0 < value <= 2**62, "more than 0, and at most 2**62") for name in LIMITS),
@@ -278,7 +278,10 @@ def _check_batches(settings: RunSettings) -> Iterator[str]:
     train, block_size = settings.train, settings.model.block_size
     if settings.num_nodes >= 1:  # else reported by its rule
         devices, num_nodes = processes(settings)
-        yield from _check_batch_sizes(train.micro_batch_size, train.global_batch_size, devices * num_nodes)
+        ranks, is_auto = devices * num_nodes, str(train.micro_batch_size) == "auto"
+        yield from _check_batch_sizes(1 if is_auto else train.micro_batch_size, train.global_batch_size, ranks)
+        if is_auto and settings.is_finetuning:
+            yield "train.micro_batch_size is auto, which only pretraining offers; --micro-batch-size 4"
     if train.max_seq_length is not None and not 1 <= train.max_seq_length <= block_size:
         # The model of a finetuned checkpoint is fixed.
         larger = "" if settings.is_finetuning else ", or a larger --model.block_size"
@@ -331,9 +334,9 @@ def _check_schedule(settings: RunSettings) -> Iterator[str]:
             f"schedule.decay_fraction is {schedule.decay_fraction}, but the schedule {schedule.name} decays during the"
             " complete run; --schedule.name wsd"
         )
-    if not (train.max_tokens or train.max_steps or train.epochs):
+    if not (train.max_tokens or train.max_steps or train.epochs or settings.time_budget):
         yield (
-            "no end is set; expected train.max_tokens, train.max_steps or train.epochs"
+            "no end is set; expected train.max_tokens, train.max_steps, train.epochs, hours or minutes"
             " (train.max_time alone gives the learning-rate schedule no length)."
         )
 

@@ -103,19 +103,21 @@ class TokenizedText(DataModule):
         """
         rank, world_size = rank_and_world_size()
         windows = self._windows("val", world_size)
+        # A short text has fewer windows than a training step.
+        batch_size = min(self.batch_size, len(windows) // world_size)
         # Without workers: starting processes takes longer than reading the windows.
-        return TokenLoader(windows, full_batches(len(windows), self.batch_size, rank, world_size))
+        return TokenLoader(windows, full_batches(len(windows), batch_size, rank, world_size))
 
     def _windows(self, split: str, world_size: int) -> TokenWindows:
-        """Return the windows of a split, which are enough for a micro batch on each device."""
-        metadata = complete_manifest(self.data_dir)
-        windows, needed = TokenWindows(self.data_dir, split, self.max_seq_length), self.batch_size * world_size
+        """Return the windows of a split, which are enough for each device: for training a micro batch, else one."""
+        metadata, batch_size = complete_manifest(self.data_dir), self.batch_size if split == "train" else 1
+        windows, needed = TokenWindows(self.data_dir, split, self.max_seq_length), batch_size * world_size
         if len(windows) >= needed:
             return windows
         larger_split = " or a larger --val_fraction" if split == "val" else ""
         devices = f"{world_size} device{'s' if world_size > 1 else ''}"
         raise UserError(
             f"{self.data_dir}: {split} has {metadata.splits[split].tokens:,} tokens, {len(windows)} windows of "
-            f"{self.max_seq_length + 1}; expected {needed} or more (micro_batch_size {self.batch_size} on {devices}). "
+            f"{self.max_seq_length + 1}; expected {needed} or more (micro_batch_size {batch_size} on {devices}). "
             f"Give more text{larger_split}, or a smaller --max-seq-length or --micro-batch-size."
         )

@@ -53,7 +53,8 @@ def make_strategy(settings: RunSettings, precision: str) -> DDPStrategy | ModelP
     # The replacement of this argument does not exist in torch 2.10.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Buffers are equal on all ranks, so broadcasting them before each forward would only cost time.
-    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
+    # Gradients as views of the buckets that are exchanged: otherwise they would be in memory twice.
+    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # --- Reductions

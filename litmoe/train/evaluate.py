@@ -3,19 +3,23 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import lightning as L
 import torch
 from litgpt import GPT, Tokenizer
+from torch import Tensor
 
 from litmoe.config import RunSettings
 from litmoe.evaluation import hellaswag
 from litmoe.inference.generate import sample_text
 from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import sum_over_ranks
+from litmoe.train.fitting import is_out_of_memory, regroup, with_less_memory
 from litmoe.train.logs import RunDisplay
-from litmoe.train.model import as_batch
+from litmoe.train.model import Batch, as_batch
 from litmoe.train.saving import StopSignals
 from litmoe.train.state import TrainingRun
 
@@ -58,9 +62,11 @@ def evaluate_and_log(
     try:
         with run.metrics.paused():
             if with_validation:
-                row |= evaluate(fabric, run, display, stop_on)
+                with run.timing.measure("validation"):
+                    row |= evaluate(fabric, run, display, stop_on)
             if with_hellaswag:
-                row |= score_hellaswag(fabric, run, display, stop_on)
+                with run.timing.measure("hellaswag"):
+                    row |= score_hellaswag(fabric, run, display, stop_on)
     except EvaluationStopped:
         # The resumed run repeats it from its beginning.
         return False
@@ -81,11 +87,11 @@ def evaluate(
     loss = validate(fabric, run, _until_signal(stop_on, run.val_dataloader))
     # exp overflows above 709.
     perplexity = math.exp(min(loss, 700))
-    display.print(f"step {step}/{run.plan.steps} | val loss {loss:.4f}, perplexity {perplexity:.2f}")
+    display.print(f"step {step}/{run.plan.steps_text()} | val loss {loss:.4f}, perplexity {perplexity:.2f}")
     # One sample of rank 0 is enough. The others wait, so that they do not time out in the next exchange.
     text = write_sample(fabric, run) if fabric.global_rank == 0 else None
     if text is not None:
-        display.print(f"step {step}/{run.plan.steps} | sample: {text}")
+        display.print(f"step {step}/{run.plan.steps_text()} | sample: {text}")
         run.loggers.log_text("sample", text, step)
     fabric.barrier()
     return {"val_loss": loss, "val_perplexity": perplexity}
@@ -107,8 +113,9 @@ def score_hellaswag(
         # Questions of other ranks have the score 0.
         scores = sum_over_ranks(fabric, scores).cpu()
     score = hellaswag.accuracy(run.questions.questions, scores)
+    step = run.progress.step
     display.print(
-        f"step {run.progress.step}/{run.plan.steps} | hellaswag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}"
+        f"step {step}/{run.plan.steps_text()} | hellaswag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}"
         f" ({score.protocol}, {score.questions:,} questions, {time.perf_counter() - start:,.0f} s)"
     )
     return {"hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm}
@@ -125,13 +132,11 @@ def validate(fabric: L.Fabric, run: TrainingRun, batches: Iterable[Any]) -> floa
     max_iters = math.ceil(run.settings.eval.max_iters / fabric.world_size)
     run.model.eval()
     losses, tokens = [], []
-    for index, batch in enumerate(batches):
-        if index >= max_iters:
-            break
-        micro_batch = as_batch(batch, run.gpt.max_seq_length)
-        # Tensors stay on the device, so that the CPU does not wait for each batch.
-        losses.append(run.model(*micro_batch).cross_entropy)
-        tokens.append((micro_batch.targets != IGNORE_INDEX).sum())
+    used = (as_batch(batch, run.gpt.max_seq_length) for batch in islice(batches, max_iters))
+    for part in regroup(used, run.rows):
+        for loss, n_targets in with_less_memory(fabric, run, partial(_validation_losses, run, part)):
+            losses.append(loss)
+            tokens.append(n_targets)
     run.model.train()
     # Weighted by tokens, because batches of conversations have different numbers of targets.
     loss_B = torch.stack(losses)
@@ -140,21 +145,33 @@ def validate(fabric: L.Fabric, run: TrainingRun, batches: Iterable[Any]) -> floa
     return float(total_loss / total_tokens)
 
 
+def _validation_losses(run: TrainingRun, micro_batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Return the mean loss and the number of targets of each part. They stay on the device, so nothing waits for it."""
+    parts = regroup([micro_batch], run.rows)
+    return [(run.model(*part).cross_entropy, (part.targets != IGNORE_INDEX).sum()) for part in parts]
+
+
 def write_sample(fabric: L.Fabric, run: TrainingRun) -> str | None:
     """Generate the sample text. The mode of the model and all random states stay as they are."""
     sample = run.settings.sample
     if run.tokenizer is None or run.sample_prompt is None:
         return None
-    with fabric.autocast():
-        texts = sample_text(
-            run.gpt,
-            run.tokenizer,
-            run.sample_prompt,
-            max_new_tokens=run.settings.eval.max_new_tokens or sample.max_new_tokens,
-            temperature=sample.temperature,
-            top_k=sample.top_k,
-            seed=sample.seed,
-        )
+    try:
+        with fabric.autocast():
+            texts = sample_text(
+                run.gpt,
+                run.tokenizer,
+                run.sample_prompt,
+                max_new_tokens=run.settings.eval.max_new_tokens or sample.max_new_tokens,
+                temperature=sample.temperature,
+                top_k=sample.top_k,
+                seed=sample.seed,
+            )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # The run is worth more than its sample.
+        return "(none: out of memory)"
     return texts[0]
 
 

@@ -343,7 +343,7 @@ class RunDisplay:
     Use as a context manager. Only the rank with ``enabled`` prints.
     """
 
-    def __init__(self, *, enabled: bool, bar: bool | None, steps: int, first_step: int) -> None:
+    def __init__(self, *, enabled: bool, bar: bool | None, steps: int | None, first_step: int) -> None:
         self._enabled = enabled
         self._steps = steps
         # soft_wrap: Rich would break long lines, also in a file.
@@ -376,6 +376,11 @@ class RunDisplay:
         # No markup: Rich would read brackets in a sample as its own tags.
         self.console.print(strip_control_chars(text), markup=False)
 
+    def set_steps(self, steps: int) -> None:
+        """Set the length of the run, which was unknown."""
+        self._steps = steps
+        self._progress.update(self._task, total=steps)
+
     def step(self, step: int, row: Mapping[str, Any], seconds_left: float) -> None:
         """Show that ``step`` steps are done, and the numbers of ``row`` unless it is empty."""
         self._progress.update(self._task, completed=step)
@@ -385,7 +390,7 @@ class RunDisplay:
         self._progress.update(self._task, numbers=numbers)
         if not self._shown:
             left = timedelta(seconds=int(seconds_left))
-            self.print(f"step {step}/{self._steps} | {numbers} | {left} left")
+            self.print(f"step {step}/{self._steps or '?'} | {numbers} | {left} left")
 
 
 def _shown_numbers(row: Mapping[str, Any]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from litmoe.config import MoESettings
 from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import any_rank, sum_over_ranks
 from litmoe.train.evaluate import evaluate_and_log, evaluations_due
+from litmoe.train.fitting import regroup, with_less_memory
 from litmoe.train.logs import RunDisplay
 from litmoe.train.metrics import MetricAccumulator, training_row
 from litmoe.train.model import (
@@ -35,7 +36,17 @@ from litmoe.train.model import (
 from litmoe.train.optimizers import set_learning_rate
 from litmoe.train.saving import StopSignals
 from litmoe.train.schedule import learning_rate
-from litmoe.train.state import Progress, TrainingRun, save_after_error, save_checkpoint, scaler_of, take_snapshot
+from litmoe.train.state import (
+    Progress,
+    TrainingRun,
+    checkpoint_bytes,
+    plan_from,
+    save_after_error,
+    save_checkpoint,
+    scaler_of,
+    take_snapshot,
+)
+from litmoe.train.timing import seconds_since_start
 
 Ending = Literal["finished", "out of time", "stopped"]
 
@@ -49,6 +60,8 @@ class Requests(NamedTuple):
     """``train.max_time`` is used up"""
     save: bool
     """A checkpoint is due by the clock"""
+    choose: bool
+    """A run with a time budget has measured its speed"""
 
 
 class StepResult(NamedTuple):
@@ -81,6 +94,11 @@ class _Session:
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the complete run: earlier sessions, and this one from the start of its command."""
+        return self.earlier_seconds + seconds_since_start()
+
 
 def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: RunDisplay) -> Ending:
     """Train from ``run.progress`` to the end of ``run.plan``.
@@ -91,7 +109,7 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
     Raises:
         NonFiniteError: a loss or gradient is not finite.
     """
-    plan, progress = run.plan, run.progress
+    progress = run.progress
     session = _Session(progress)
     # Starts the next epoch when one ends.
     batches = CycleIterator(run.train_dataloader)
@@ -102,9 +120,11 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
     # Not earlier: an evaluation is no training time.
     run.metrics.start_clock()
     session.loop_start = time.perf_counter()
-    while progress.step < plan.steps:
+    # Not a local plan: a time budget becomes a number of steps on the way.
+    while progress.step < run.plan.steps:
+        step_start = time.perf_counter()
         # The last step may have fewer micro batches.
-        taken = [next(batches) for _ in range(plan.micro_batches_in(progress.step))]
+        taken = [next(batches) for _ in range(run.plan.micro_batches_in(progress.step))]
         micro_batches = [as_batch(batch, run.gpt.max_seq_length) for batch in taken]
         result = train_step(fabric, run, micro_batches, partial(_own_requests, fabric, run, signals, session))
 
@@ -116,11 +136,14 @@ def train(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, display: Run
         # Before the snapshot: a step that is saved must not be logged again by the resumed run.
         log_step(fabric, run, result, display, session)
         run.snapshot = take_snapshot(fabric, run)
+        run.timing.add_step(time.perf_counter() - step_start)
 
         # A stop request does not wait for an evaluation, which can take minutes.
         ending = _ending_of(fabric, run, signals, result.requests)
         if ending is not None:
             return ending
+        if result.requests.choose and not _choose_length(fabric, run, display, signals, session):
+            return "stopped"
         if not _evaluate_if_due(fabric, run, display, signals):
             return "stopped"
         # After the evaluation, so that the checkpoint says that it was done.
@@ -143,26 +166,17 @@ def train_step(
     """
     settings, model, optimizer = run.settings, run.model, run.optimizer
     rate = _set_learning_rate(run)
-    weights, tokens = micro_batch_weights(fabric, micro_batches)
 
     # Forward and backward. The sums stay on the device: reading one would make the CPU wait for it.
+    all_losses, tokens = with_less_memory(
+        fabric, run, partial(_accumulate_gradients, fabric, run, micro_batches), undo=optimizer.zero_grad
+    )
     expert_counts = torch.zeros_like(run.expert_counts)
     step_loss = torch.zeros((), device=fabric.device)
-    # Once for all micro batches.
-    cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
-    for index, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
-        is_accumulating = index < len(micro_batches) - 1
-        # FSDP shards gradients after each micro batch, so there is nothing to postpone.
-        with fabric.no_backward_sync(model, enabled=is_accumulating and not run.sharded):
-            # The load of the step before, so that it is the same for all micro batches and ranks.
-            losses: Losses = functional_call(model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
-            losses = losses._replace(cross_entropy=losses.cross_entropy * weight)
-            fabric.backward(total_loss(losses, settings.moe) / len(micro_batches))
+    for losses in all_losses:
         run.metrics.add(losses)
         expert_counts += losses.expert_counts
-        step_loss += losses.cross_entropy.detach()
-    # Free the 16-bit copies before the update, which needs memory of its own.
-    del cast_parameters
+        step_loss += losses.cross_entropy
     run.metrics.tokens += tokens
 
     # Clip. Without max_norm the norm is still measured: clipping at infinity changes nothing.
@@ -189,6 +203,27 @@ def train_step(
     optimizer.zero_grad()
     update_expert_balance(fabric, run, expert_counts, norm)
     return StepResult(tokens, rate, norm, Requests(*requests))
+
+
+def _accumulate_gradients(
+    fabric: L.Fabric, run: TrainingRun, micro_batches: Sequence[Batch]
+) -> tuple[list[Losses], int]:
+    """Do forward and backward of each micro batch. Return their losses, and the tokens of the step over all ranks."""
+    batches = list(regroup(micro_batches, run.rows))
+    weights, tokens = micro_batch_weights(fabric, batches)
+    all_losses = []
+    # Once for all micro batches; freed before the update, which needs memory of its own.
+    cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
+    for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+        is_accumulating = index < len(batches) - 1
+        # FSDP shards gradients after each micro batch, so there is nothing to postpone.
+        with fabric.no_backward_sync(run.model, enabled=is_accumulating and not run.sharded):
+            # The load of the step before, so that it is the same for all micro batches and ranks.
+            losses: Losses = functional_call(run.model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
+            losses = losses._replace(cross_entropy=losses.cross_entropy * weight)
+            fabric.backward(total_loss(losses, run.settings.moe) / len(batches))
+        all_losses.append(Losses(*(value.detach() for value in losses)))
+    return all_losses, tokens
 
 
 def total_loss(losses: Losses, moe: MoESettings) -> Tensor:
@@ -221,8 +256,9 @@ def micro_batch_weights(fabric: L.Fabric, batches: Sequence[Batch]) -> tuple[lis
     The loss of a step is the mean over its target tokens. Micro batches of conversations have different numbers of
     targets, so a mean of their means would weight tokens of short answers more.
     """
-    if batches[0].lengths is None:  # windows of text: equally many targets
-        return [1.0] * len(batches), sum(batch.input_ids.numel() for batch in batches) * fabric.world_size
+    if batches[0].lengths is None:  # windows of text, each with equally many targets; all ranks have equally many
+        sizes = [batch.input_ids.numel() for batch in batches]
+        return [size * len(sizes) / sum(sizes) for size in sizes], sum(sizes) * fabric.world_size
     targets = [int((batch.targets != IGNORE_INDEX).sum()) for batch in batches]
     tokens = sum(int(batch.lengths.sum()) for batch in batches if batch.lengths is not None)
     # Gradients are averaged over all micro batches of all ranks, so the weights must have the mean 1 there.
@@ -235,7 +271,7 @@ def log_step(fabric: L.Fabric, run: TrainingRun, result: StepResult, display: Ru
     """Show the step. At a log interval also log the means since the last log line, and start the next interval."""
     progress, plan = run.progress, run.plan
     session_steps = progress.step - session.first_step
-    seconds_left = session.seconds / session_steps * (plan.steps - progress.step)
+    seconds_left = _seconds_left(run, session)
     is_due = progress.step % run.settings.train.log_interval == 0 or progress.step == plan.steps
     # Compilation takes longer than many steps and would spoil the throughput of the first log line.
     is_compilation_step = run.compiled and session_steps == 1
@@ -264,13 +300,57 @@ def log_step(fabric: L.Fabric, run: TrainingRun, result: StepResult, display: Ru
 
 
 def _own_requests(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, session: _Session) -> Requests:
-    max_time = run.settings.train.max_time or math.inf
+    max_time, budget = run.settings.train.max_time or math.inf, run.settings.time_budget
+    is_main = fabric.global_rank == 0
     return Requests(
         stop=signals.received is not None,
         end=session.seconds >= max_time,
-        # Only rank 0 writes, so its clock decides.
-        save=fabric.global_rank == 0 and run.writer.is_due(),
+        # Only rank 0 writes and chooses, so its clock decides.
+        save=is_main and run.writer.is_due(),
+        choose=is_main
+        and budget is not None
+        and not run.plan.is_known
+        and run.timing.is_measured(budget, session.elapsed),
     )
+
+
+def _choose_length(
+    fabric: L.Fabric, run: TrainingRun, display: RunDisplay, signals: StopSignals, session: _Session
+) -> bool:
+    """Choose the steps of a run with a time budget, after its speed was measured. Returns False if a signal came.
+
+    The number is saved with each checkpoint, so a resumed run keeps it.
+    """
+    # An evaluation now tells how long the others will take.
+    if not evaluate_and_log(fabric, run, display, signals):
+        return False
+    budget, progress, timing = run.settings.time_budget, run.progress, run.timing
+    assert budget is not None
+    at_the_end = timing.at_the_end(run.settings.eval, checkpoint_bytes(run))
+    seconds_left = budget - session.elapsed - at_the_end
+    steps = progress.step + max(1, round(seconds_left / timing.per_step(run.settings.eval)))
+    # All ranks end after the same step.
+    progress.chosen_steps, progress.chosen_for = fabric.broadcast(steps), budget
+    run.plan = plan_from(run.settings, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, progress)
+    display.set_steps(run.plan.steps)
+    display.print(
+        f"{run.plan.steps:,} steps ({run.plan.tokens:,} tokens, {run.plan.epochs:.2f} epochs) fit into"
+        f" {budget / 60:g} minutes: {timing.seconds_per_step:.3g} s per step, {at_the_end:.3g} s at the end,"
+        f" {session.elapsed:,.0f} s so far."
+    )
+    return True
+
+
+def _seconds_left(run: TrainingRun, session: _Session) -> float:
+    """Return an estimate with evaluations and the last save."""
+    if not run.plan.is_known:
+        assert run.settings.time_budget is not None
+        return max(0, run.settings.time_budget - session.elapsed)
+    steps = run.plan.steps - run.progress.step
+    if not run.timing.steps:
+        return session.seconds / (run.progress.step - session.first_step) * steps
+    settings = run.settings.eval
+    return run.timing.per_step(settings) * steps + run.timing.at_the_end(settings, checkpoint_bytes(run))
 
 
 def _ending_of(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, requests: Requests) -> Ending | None:
@@ -291,7 +371,9 @@ def _save_if_due(fabric: L.Fabric, run: TrainingRun, requests: Requests) -> None
         return
     save_interval = settings.train.save_interval
     is_interval = save_interval is not None and step % save_interval == 0
-    if requests.save or is_interval:
+    # So that a resumed run keeps the length that was chosen.
+    is_chosen = requests.choose and (save_interval or settings.checkpoint.every_minutes) is not None
+    if requests.save or is_interval or is_chosen:
         # Copying to CPU memory is no training time.
         with run.metrics.paused():
             save_checkpoint(fabric, run, settings.out_dir / f"step-{step:08d}")

@@ -7,7 +7,9 @@ on any machine. A dispatch mode sums up the living tensors at each operation, as
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from copy import copy
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -55,8 +57,8 @@ class TrainingMemory(NamedTuple):
 def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = None) -> TrainingMemory:
     """Return the memory of an optimizer step that is not the first one.
 
-    Not counted: the CUDA context (some hundred MB), gaps in the allocator, DDP's gradient buckets (as much as the
-    gradients). On a GPU ``torch.compile`` saves some of the temporary results that are counted here.
+    Not counted: the CUDA context (some hundred MB) and gaps in the allocator. On a GPU ``torch.compile`` saves some of
+    the temporary results that are counted here.
 
     Args:
         run: the parsed settings.
@@ -79,6 +81,56 @@ def training_memory(run: ParsedRun, precision: str, hardware: Hardware | None = 
         # The step was left out, so the ledger has seen no state.
         memory = memory._replace(optimizer=_torchao_state_bytes(optimizer))
     return memory
+
+
+CPU_TOKENS = 4096
+"""Tokens in one forward and backward on a CPU: more are not faster, and need more memory"""
+
+
+def rows_on_cpu(sequences: int, context: int) -> int:
+    """Return how many sequences of a step a CPU processes at a time.
+
+    Args:
+        sequences: of a step, on this process. The result divides it.
+        context: tokens of a sequence.
+    """
+    return max(size for size in divisors(sequences) if size == 1 or size * context <= CPU_TOKENS)
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors in order."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def largest_micro_batch(
+    run: ParsedRun, precision: str, hardware: Hardware | None, available: float, ranks: int
+) -> tuple[int, int]:
+    """Return how many sequences of a step fit into a device at a time, and the bytes that they need.
+
+    The number divides a device's part of the global batch. It is 1 if not even one sequence fits.
+
+    Args:
+        run, precision, hardware: as for ``training_memory``.
+        available: bytes on the device.
+        ranks: devices over all machines.
+    """
+    sizes = divisors(run.settings.train.global_batch_size // ranks)
+    peak = cache(partial(_peak_of_size, run, precision, hardware))
+    # Memory grows linearly with the size: the first two sizes predict the others, of which one is checked.
+    slope = (peak(sizes[1]) - peak(1)) / (sizes[1] - 1) if len(sizes) > 1 else 0
+    fitting = [size for size in sizes if peak(1) + slope * (size - 1) <= available]
+    while len(fitting) > 1 and peak(fitting[-1]) > available:
+        fitting.pop()
+    size = fitting[-1] if fitting else 1
+    return size, peak(size)
+
+
+def _peak_of_size(run: ParsedRun, precision: str, hardware: Hardware | None, size: int) -> int:
+    # Copies, because the settings of the run must not change.
+    train = copy(run.settings.train)
+    train.micro_batch_size = size
+    changed = replace(run, settings=replace(run.settings, train=train))
+    return training_memory(changed, precision, hardware).peak
 
 
 def _build_model(run: ParsedRun, precision: str, hardware: Hardware | None) -> PretrainingModel:

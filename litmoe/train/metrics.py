@@ -97,17 +97,28 @@ class MetricAccumulator:
             saved = dict(zip(Losses._fields[:5], saved, strict=True))
         # A checkpoint of another version may lack a field. The first mean after the resume is then too small.
         zero = torch.zeros_like(saved["cross_entropy"])
-        sums = Losses(*(saved.get(name, zero).to(device) for name in Losses._fields))
-        # Convert to micro batches of this run. An example: 10 micro batches of 8 sequences on each of 2 ranks are 160
-        # sequences. One rank with micro batches of 4 needs 40 for them, so 1 old micro batch equals 2 * 2 = 4 present
-        # ones: `micro_batches` and the sums of losses (means over a micro batch) are multiplied by 4. Expert counts are
-        # sums over sequences, so a smaller micro batch changes nothing; they are multiplied by the 2 ranks only.
-        present_per_saved = rank_ratio * micro_batch_ratio
-        if present_per_saved != 1:
-            self.micro_batches *= present_per_saved
-            expert_counts = sums.expert_counts * rank_ratio
-            sums = Losses(*(value * present_per_saved for value in sums))._replace(expert_counts=expert_counts)
-        self._sums = sums
+        self._sums = Losses(*(saved.get(name, zero).to(device) for name in Losses._fields))
+        self.convert(rank_ratio=rank_ratio, micro_batch_ratio=micro_batch_ratio)
+
+    def convert(self, *, rank_ratio: float = 1, micro_batch_ratio: float = 1) -> None:
+        """Convert the sums to another number of ranks and another size of micro batches.
+
+        An example: 10 micro batches of 8 sequences on each of 2 ranks are 160 sequences. One rank with micro batches of
+        4 needs 40 for them, so 1 old micro batch equals 2 * 2 = 4 present ones: ``micro_batches`` and the sums of
+        losses (means over a micro batch) are multiplied by 4. Expert counts are sums over sequences, so a smaller micro
+        batch changes nothing; they are multiplied by the 2 ranks only.
+
+        Args:
+            rank_ratio: old number of ranks, divided by the present one.
+            micro_batch_ratio: old size of a micro batch, divided by the present one.
+        """
+        present_per_old = rank_ratio * micro_batch_ratio
+        if self._sums is None or present_per_old == 1:
+            return
+        self.micro_batches *= present_per_old
+        expert_counts = self._sums.expert_counts * rank_ratio
+        sums = Losses(*(value * present_per_old for value in self._sums))
+        self._sums = sums._replace(expert_counts=expert_counts)
 
 
 def training_row(

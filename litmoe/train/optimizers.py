@@ -23,6 +23,12 @@ from litmoe.hardware import missing_for_compile
 
 # torch's own Muon takes matrices only.
 REPLACEMENTS = {"torch.optim.Muon": "; litmoe.train.muon.Muon trains complete models"}
+# Weights in 16 bits need stochastic rounding: an update is often smaller than half of their precision.
+EIGHT_BIT_ADAM = (
+    *("--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit"),
+    *("--optimizer.init_args.bf16_stochastic_round", "true"),
+)
+"""Flags for the optimizer that needs the least memory"""
 
 
 @dataclass(frozen=True)

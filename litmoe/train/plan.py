@@ -1,6 +1,7 @@
 """``run_train.py --plan``: memory and duration of a run before it starts, and what to change if it does not fit."""
 
 import argparse
+import csv
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,21 +13,29 @@ import torch
 from litgpt import GPT
 
 from custom_moe.backends import Hardware
-from litmoe.cli import UserError, command, nearest, underscored
+from litmoe.cli import UserError, command, nearest, read_yaml, underscored
 from litmoe.config import ParsedRun, parse_run
-from litmoe.flops import describe_size, format_flops, training_flops_per_token
-from litmoe.hardware import GIB, NAMES, GPUSpec, choose_precision, detect_gpu, gpu_by_name, processes
+from litmoe.flops import count_parameters, describe_size, format_flops, training_flops_per_token
+from litmoe.hardware import (
+    ALLOCATOR_OVERHEAD,
+    GIB,
+    NAMES,
+    GPUSpec,
+    choose_precision,
+    detect_gpu,
+    gpu_by_name,
+    processes,
+)
 from litmoe.layers import use_our_layers
-from litmoe.train.memory import TrainingMemory, training_memory
-from litmoe.train.optimizers import optimizer_traits
+from litmoe.train.logs import METRICS_FILE, RUN_CONFIG
+from litmoe.train.memory import TrainingMemory, largest_micro_batch, rows_on_cpu, training_memory
+from litmoe.train.optimizers import EIGHT_BIT_ADAM, optimizer_traits
 from litmoe.train.schedule import Plan, plan_run
 from litmoe.validation import check
 
 SHARE_OF_PEAK = {"dense": 0.30, "mixture": 0.22}
 """The assumed share of the peak FLOP/s. nanoGPT on A100s and plain PyTorch on an H100 report 30% of the data sheet's
 peak for GPT-2 124M; nanochat's mixture reached three quarters of what its dense model did."""
-ALLOCATOR_OVERHEAD = 1.05
-"""Bytes that the allocator takes for each byte in use"""
 RECOMPUTATION = {"none": 1.0, "moe": 1.2, "block": 4 / 3}
 """Factor on forward and backward with activation checkpointing"""
 
@@ -83,7 +92,7 @@ class PlannedRun:
     def length(self) -> Plan | None:
         """The steps of the run; None if they depend on the size of the data."""
         train = self.run.settings.train
-        if not (train.max_tokens or train.max_steps):
+        if self.run.settings.time_budget or not (train.max_tokens or train.max_steps):
             return None
         # The number of sequences only matters for epochs.
         return plan_run(
@@ -93,16 +102,31 @@ class PlannedRun:
             epoch_sequences=train.global_batch_size,
         )
 
+    @property
+    def _hardware(self) -> Hardware | None:
+        # As if Triton were installed, because the GPU may be in another machine.
+        return None if self.gpu is None else Hardware(self.gpu.capability, triton=True)
+
+    def fit(self) -> None:
+        """Replace ``train.micro_batch_size: auto`` by the number of sequences that the run would choose."""
+        train = self.run.settings.train
+        if self.gpu is None:
+            train.micro_batch_size = rows_on_cpu(train.global_batch_size // self.devices, self.context)
+            return
+        # The simulation needs a number in its place.
+        train.micro_batch_size = 1
+        train.micro_batch_size, _ = largest_micro_batch(
+            self.run, self.precision, self._hardware, self.gpu.available, self.devices
+        )
+
     def memory(self) -> TrainingMemory:
         """The memory of a step on one device.
 
         Raises:
             UserError: the optimizer can't run on tensors without contents.
         """
-        # As if Triton were installed, because the GPU may be in another machine.
-        hardware = None if self.gpu is None else Hardware(self.gpu.capability, triton=True)
         try:
-            return training_memory(self.run, self.precision, hardware)
+            return training_memory(self.run, self.precision, self._hardware)
         except Exception as error:
             # Optimizers of other packages can do anything.
             raise UserError(
@@ -141,6 +165,9 @@ def show_plan(argv: Sequence[str]) -> None:
         print(f"\n{_describe_time(planned)}")
     elif _fits(memory, gpu):
         print(f"\nIt fits. {_describe_time(planned)}")
+    if gpu is None or _fits(memory, gpu):
+        for line in _earlier_runs(planned):
+            print(line)
     else:
         print("\nIt does not fit. Possible changes, cheapest first; each line includes the changes above it:\n")
         for line in _ways_to_fit(flags, gpu):
@@ -181,23 +208,23 @@ def _plan(flags: Sequence[str], gpu: GPUSpec | None) -> tuple[PlannedRun, str]:
         precision, note = "16-mixed", " (it has no bf16)"
     else:
         precision, note = requested or "bf16-mixed", ""
-    return PlannedRun(run, gpu, precision), note
-
-
-def _available(gpu: GPUSpec) -> float:
-    """Bytes that tensors can take."""
-    return (gpu.memory - gpu.taken) / ALLOCATOR_OVERHEAD * GIB
+    planned = PlannedRun(run, gpu, precision)
+    if run.fits_itself:
+        planned.fit()
+    return planned, note
 
 
 def _fits(memory: TrainingMemory, gpu: GPUSpec) -> bool:
-    return memory.peak <= _available(gpu)
+    return memory.peak <= gpu.available
 
 
 # --- What is printed
 
 
 def _describe_length(planned: PlannedRun) -> str:
-    train, length = planned.run.settings.train, planned.length()
+    train, length, budget = planned.run.settings.train, planned.length(), planned.run.settings.time_budget
+    if budget is not None:
+        return f"Steps of {planned.step_tokens:,} tokens for {_format_seconds(budget)}."
     if length is None:
         return f"{train.epochs} epochs of steps of {planned.step_tokens:,} tokens. Their number depends on the data."
     flops = length.tokens * training_flops_per_token(planned.run.settings.model, planned.context)
@@ -242,7 +269,7 @@ def _memory_table(planned: PlannedRun, memory: TrainingMemory) -> Iterator[str]:
     else:
         taken = f"{gpu.taken:.1f} for CUDA"
     yield (
-        f"  {'available':<12}{_format_bytes(_available(gpu)):>12}   of {gpu.memory:.1f}: {taken},"
+        f"  {'available':<12}{_format_bytes(gpu.available):>12}   of {gpu.memory:.1f}: {taken},"
         f" {ALLOCATOR_OVERHEAD - 1:.0%} for gaps in the allocator"
     )
 
@@ -271,8 +298,10 @@ def _describe_speed(planned: PlannedRun, peak: float, source: str, devices: int)
     rate = planned.step_tokens / seconds
 
     where = f" on {devices} GPUs" if devices > 1 else ""
-    length = planned.length()
+    length, budget = planned.length(), settings.time_budget
     duration = f", {_format_seconds(length.tokens / rate)}" if length else ""
+    if budget is not None:
+        duration = f", {_describe_purchase(planned, rate * budget)} in {_format_seconds(budget)}"
     counted = ["forward", "backward"]
     if settings.activation_checkpointing != "none":
         counted.append("recomputed activations")
@@ -283,6 +312,30 @@ def _describe_speed(planned: PlannedRun, peak: float, source: str, devices: int)
         f" ({source}), a share that others\nreport for models of this size. It is not measured, and small batches"
         f" reach less. Counted: {', '.join(counted)};\nnot counted: validation, HellaSwag, samples, saving, compiling."
     )
+
+
+def _describe_purchase(planned: PlannedRun, tokens: float) -> str:
+    settings = planned.run.settings
+    active = count_parameters(settings.model, tie_embeddings=bool(settings.train.tie_embeddings)).active
+    return f"{tokens / 1e6:,.1f} M tokens ({tokens / active:,.1f} per active parameter)"
+
+
+def _earlier_runs(planned: PlannedRun) -> Iterator[str]:
+    """Yield the final losses of runs next to ``out_dir`` with the same model and data: what to expect of this one."""
+    resolved = planned.run.resolved
+    for path in sorted(planned.run.settings.out_dir.parent.glob(f"*/{RUN_CONFIG}")):
+        saved = read_yaml(path)
+        metrics, final = path.with_name(METRICS_FILE), path.with_name("final")
+        if not (metrics.is_file() and final.is_dir()):
+            continue
+        if any(saved.get(name) != resolved[name] for name in ("model", "data")):
+            continue
+        with open(metrics, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        losses = [row["val_loss"] for row in rows if row["val_loss"]]
+        tokens = [row["total_tokens"] for row in rows if row["total_tokens"]]
+        if losses and tokens:
+            yield f"Earlier: {path.parent}, validation loss {float(losses[-1]):.4f} after {int(tokens[-1]):,} tokens"
 
 
 def _measure_cpu_peak(dtype: torch.dtype) -> float:
@@ -373,9 +426,7 @@ def _possible_changes(planned: PlannedRun, gpu: GPUSpec) -> Iterator[_Change]:
     # The 8-bit optimizer compiles its step, which needs bf16.
     if gpu.capability >= (8, 0) and not optimizer_traits(optimizer).compiles_step:
         cost = "16-bit weights with stochastic rounding, 8-bit moments: a similar loss, not the same"
-        # Weights in 16 bits need stochastic rounding: an update is often smaller than half of their precision.
-        flags = ("--precision", "bf16-true", "--optimizer.class_path", "torchao.optim.AdamW8bit")
-        yield _Change((*flags, "--optimizer.init_args.bf16_stochastic_round", "true"), cost)
+        yield _Change(EIGHT_BIT_ADAM, cost)
     # Everything from here on changes the result.
     for size in _halves(planned.context, minimum=256):
         yield _Change(("--max_seq_length", str(size)), "a shorter context, so a different model")

@@ -19,12 +19,17 @@ from litmoe.data.prepare import PrepareArgs, check_placed_text, prepare
 from litmoe.data.text_data import TokenizedText
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
+from litmoe.hardware import processes
 from litmoe.inference.generate import check_sampling, encode_prompt
 from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, run_files
+from litmoe.train.memory import divisors
 from litmoe.train.resume import refusal, tokens_provenance
 from litmoe.train.saving import main_process
 from litmoe.upcycling import MOE_FIELDS, check_experts, check_same_tokenizer
 from litmoe.validation import check
+
+LOADED_AT_ONCE = 4
+"""Sequences in a micro batch of the loader if ``train.micro_batch_size`` is auto; LitGPT's default"""
 
 
 def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
@@ -39,6 +44,11 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     """
     run = _with_wandb_dataset(run)
     settings = run.settings
+    if run.fits_itself:
+        devices, num_nodes = processes(settings)
+        per_rank = settings.train.global_batch_size // (devices * num_nodes)
+        # What the loader and eval.max_iters count. A step groups them into what fits (see fitting.py).
+        settings.train.micro_batch_size = max(size for size in divisors(per_rank) if size <= LOADED_AT_ONCE)
     # What can fail in seconds comes first, because tokenizing can take hours.
     resume_from = find_checkpoint(settings)
     # `auto` starts a new run, which has stricter checks. Any other new run was checked when its settings were read.

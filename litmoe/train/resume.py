@@ -1,6 +1,7 @@
 """Resuming: the checks that a checkpoint continues this run, then ``load_training_state``."""
 
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import lightning as L
 import torch
 
 from litmoe import checkpoints
+from litmoe.checksummed_json import known_fields
 from litmoe.cli import UserError, quoted
 from litmoe.config import RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import SPLITS, read_file
+from litmoe.train.fitting import restore_measures
 from litmoe.train.schedule import Plan
 from litmoe.train.state import (
+    Measures,
     TrainingRun,
     batch_layout,
     load_training_state,
@@ -37,6 +41,7 @@ def resume_training(fabric: L.Fabric, run: TrainingRun, folder: Path) -> None:
     check_same_provenance(fabric, folder, state.get("made_from", {}), run)
     check_same_tokens(folder, run.settings)
     # After all checks, so that a refused checkpoint changes nothing.
+    restore_measures(fabric, run, Measures(**known_fields(Measures, state.get("measures", {}))))
     load_training_state(fabric, run, state)
     if changes:
         fabric.print(f"{'; '.join(changes)}: {_describe_effects(run, state['layout'])}.")
@@ -184,7 +189,8 @@ def _describe_effects(run: TrainingRun, saved: dict[str, int]) -> str:
     # A copy, because the settings of the run must not change.
     old_train = copy(train)
     old_train.micro_batch_size = saved_micro_batch
-    old_plan = plan_from(old_train, run.train_dataloader, saved["max_seq_length"], saved["devices"], run.progress)
+    old_settings = replace(run.settings, train=old_train)
+    old_plan = plan_from(old_settings, run.train_dataloader, saved["max_seq_length"], saved["devices"], run.progress)
     end, old_end = _describe_end(run.plan, is_finetuning), _describe_end(old_plan, is_finetuning)
     if end != old_end:
         effects.append(f"the run ends at {end} instead of {old_end}")

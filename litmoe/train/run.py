@@ -28,10 +28,11 @@ from litmoe.flops import describe_size, training_flops_per_token
 from litmoe.hardware import compiler_settings, is_sharded, peak_flops, should_compile
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
+from litmoe.train.fitting import choose_rows, is_out_of_memory
 from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, Loggers, RunDisplay, remove_run
 from litmoe.train.loop import Ending, train
 from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
-from litmoe.train.optimizers import check_optimizer, make_optimizer, rounding_note
+from litmoe.train.optimizers import EIGHT_BIT_ADAM, check_optimizer, make_optimizer, optimizer_traits, rounding_note
 from litmoe.train.resume import check_same_on_all_machines, resume_training
 from litmoe.train.saving import CheckpointWriter, StopSignals, tolerate_closed_stdout
 from litmoe.train.state import (
@@ -80,6 +81,9 @@ def run_training(
     # Resume.
     if resume_from:
         resume_training(fabric, run, resume_from)
+    rows_note = None
+    if parsed.fits_itself and run.measures.rows is None:
+        rows_note = choose_rows(fabric, run, parsed)
     # Also for a new run: its data may have been prepared on each machine, with other settings.
     check_same_on_all_machines(fabric, run)
     if resume_from and run.progress.step >= run.plan.steps:
@@ -94,17 +98,19 @@ def run_training(
         _describe_hardware(fabric, compiled, experts_backend),
         precision_note,
         compile_note,
+        rows_note,
         *_notes(fabric, run),
     ]
     for line in filter(None, lines):
         fabric.print(line)
     if resume_from:
-        fabric.print(f"Resuming from {resume_from}: step {run.progress.step:,} of {run.plan.steps:,}.")
+        fabric.print(f"Resuming from {resume_from}: step {run.progress.step:,} of {run.plan.steps_text(',')}.")
 
     # Train, and save the last step, whatever ends the loop.
     tokens_before, start = run.progress.tokens, time.perf_counter()
     is_main = fabric.global_rank == 0
-    display = RunDisplay(enabled=is_main, bar=settings.progress, steps=run.plan.steps, first_step=run.progress.step)
+    steps = run.plan.steps if run.plan.is_known else None
+    display = RunDisplay(enabled=is_main, bar=settings.progress, steps=steps, first_step=run.progress.step)
     # A signal during the final save must not interrupt it, so the save is inside as well.
     with StopSignals(fabric.print) as signals, compiler_settings():
         # The display ends first, so that no progress bar is drawn over the messages about the error.
@@ -116,8 +122,8 @@ def run_training(
     run.loggers.finalize("success")
     if ending == "stopped":
         fabric.print(
-            f"Stopped after step {run.progress.step:,} of {run.plan.steps:,}. The same command with --resume auto"
-            f" continues from {_final_folder(run, ending)}."
+            f"Stopped after step {run.progress.step:,} of {run.plan.steps_text(',')}. The same command with"
+            f" --resume auto continues from {_final_folder(run, ending)}."
         )
         # Rank 0 alone: launchers report the exit code of another rank as a failure.
         if is_main:
@@ -220,7 +226,7 @@ def _build_run(
         train_dataloader=train_dataloader,
         val_dataloader=val_dataloader,
         tokenizer=tokenizer,
-        plan=plan_from(settings.train, train_dataloader, gpt.max_seq_length, fabric.world_size, Progress()),
+        plan=plan_from(settings, train_dataloader, gpt.max_seq_length, fabric.world_size, Progress()),
         flops_per_token=training_flops_per_token(gpt.config, gpt.max_seq_length),
         peak_flops=_peak_flops(fabric) if has_mfu else None,
         questions=encode_hellaswag(settings, tokenizer, gpt),
@@ -266,17 +272,27 @@ def _save_after_errors(fabric: L.Fabric, run: TrainingRun) -> Iterator[None]:
         yield
     except Exception as error:
         save_after_error(fabric, run)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(
-                f"out of memory: {str(error).splitlines()[0]}\nThe same command with --plan lists what to change,"
-                " cheapest first: smaller micro batches (--micro_batch_size), recomputed activations"
-                " (--activation_checkpointing block), 8-bit Adam. --resume auto continues from the last checkpoint."
-            ) from None
+        if is_out_of_memory(error):
+            raise UserError(_advice(fabric, run, str(error).splitlines()[0])) from None
         if isinstance(error, TorchDynamoException):
             raise UserError(
                 f"torch.compile can't compile this model: {error}\nTrain it without: --compile false"
             ) from None
         raise
+
+
+def _advice(fabric: L.Fabric, run: TrainingRun, reason: str) -> str:
+    """Return the message about an out-of-memory error, with the flags that need less memory, cheapest first."""
+    context, ways = run.gpt.max_seq_length, []
+    if fabric.world_size > 1:
+        # One rank alone can't change its steps while the others wait for it.
+        ways.append("--micro_batch_size 1 --resume auto: the same result")
+        ways.append("--activation_checkpointing block --resume auto: the same result, slower")
+    if not optimizer_traits(run.hyperparameters["optimizer"]).compiles_step:
+        ways.append(f"{' '.join(EIGHT_BIT_ADAM)}: 16-bit weights and 8-bit moments")
+    ways.append(f"--max_seq_length {max(1, context // 2)}: a shorter context")
+    lines = "\n  ".join(ways)
+    return f"out of memory: {reason}\nThe same command with one of these lines needs less, see --plan:\n  {lines}"
 
 
 def _final_folder(run: TrainingRun, ending: Ending) -> Path:
@@ -305,17 +321,23 @@ def _describe_run(run: TrainingRun) -> Iterator[str]:
     if run.settings.is_finetuning:
         # Conversations differ in length.
         seq_length = None
-        size = f"{plan.steps:,} steps of {train.global_batch_size:,} conversations"
+        steps = f"steps of {train.global_batch_size:,} conversations"
     else:
         seq_length = gpt.max_seq_length
         step_tokens = plan.accumulation * plan.tokens_per_micro_batch
-        size = f"{plan.steps:,} steps of {step_tokens:,} tokens, {plan.tokens:,} tokens in all"
+        steps = f"steps of {step_tokens:,} tokens"
     yield describe_size(gpt.config, seq_length, bool(train.tie_embeddings))
     if run.settings.uses_lora:
         trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
         yield f"{trained / 1e6:,.3f} M parameters are trained (LoRA)."
     limit = f" or after {train.max_time:g} s" if train.max_time else ""
-    yield f"{size}, {plan.epochs:.2f} epochs; limited by {plan.ended_by}{limit}."
+    if not plan.is_known:
+        assert run.settings.time_budget is not None
+        minutes = run.settings.time_budget / 60
+        yield f"{steps.capitalize()} for {minutes:g} minutes{limit}; their number follows from the first ones' speed."
+        return
+    tokens = "" if run.settings.is_finetuning else f", {plan.tokens:,} tokens in all"
+    yield f"{plan.steps:,} {steps}{tokens}, {plan.epochs:.2f} epochs; limited by {plan.ended_by}{limit}."
 
 
 def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | None) -> str:
@@ -369,7 +391,7 @@ def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> 
     if run.progress.step < run.plan.steps:
         fabric.print(
             f"The time limit of {settings.train.max_time:g} s was reached at step {run.progress.step:,} of"
-            f" {run.plan.steps:,}. The same command with --resume auto continues from this step."
+            f" {run.plan.steps_text(',')}. The same command with --resume auto continues from this step."
         )
         return
     final = settings.out_dir / "final"

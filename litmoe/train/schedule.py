@@ -8,6 +8,9 @@ from litgpt.args import TrainArgs
 from litmoe.cli import UserError
 from litmoe.config import ScheduleSettings
 
+UNKNOWN = 2**40
+"""Steps of a run with a time budget before it has measured its speed: so many that the learning rate does not decay"""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -31,8 +34,17 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the complete run."""
+        """Optimizer steps of the complete run; ``UNKNOWN`` until a time budget has become a number of steps."""
         return self.first_step + math.ceil(self.micro_batches / self.accumulation)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the number of steps is known."""
+        return self.steps < UNKNOWN
+
+    def steps_text(self, form: str = "") -> str:
+        """Return the number of steps for messages, in a format such as ``,``."""
+        return format(self.steps, form) if self.is_known else "?"
 
     @property
     def tokens(self) -> int:
@@ -53,6 +65,7 @@ def plan_run(
     step: int = 0,
     tokens: int = 0,
     position: tuple[int, int] = (0, 0),
+    chosen_steps: int | None = None,
 ) -> Plan:
     """Convert ``max_tokens``, ``max_steps`` and ``epochs`` into a number of micro batches. The smallest limit wins.
 
@@ -64,6 +77,7 @@ def plan_run(
         step, tokens: optimizer steps and tokens done before. A resumed run trains on the remaining tokens, also with
             another size of micro batches.
         position: the current epoch, and the number of its sequences that were used.
+        chosen_steps: length of a run with a time budget, in place of the limits in ``train``; see ``UNKNOWN``.
 
     Raises:
         UserError: the run is shorter than one micro batch.
@@ -76,11 +90,13 @@ def plan_run(
     in_this_epoch = (epoch_sequences - used_sequences) // train.micro_batch_size
     # The number of micro batches that remain under each limit.
     limits: dict[str, int] = {}
-    if train.max_tokens:
+    if chosen_steps:
+        limits["its time"] = (chosen_steps - step) * accumulation
+    if train.max_tokens and not chosen_steps:
         limits[f"max_tokens {train.max_tokens:,}"] = (train.max_tokens - tokens) // tokens_per_micro_batch
-    if train.max_steps:
+    if train.max_steps and not chosen_steps:
         limits[f"max_steps {train.max_steps:,}"] = (train.max_steps - step) * accumulation
-    if train.epochs:
+    if train.epochs and not chosen_steps:
         limits[f"epochs {train.epochs}"] = (in_this_epoch + (train.epochs - epoch - 1) * per_epoch) // devices
     ended_by = min(limits, key=lambda name: limits[name])
     micro_batches = max(limits[ended_by], 0)

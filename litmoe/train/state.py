@@ -8,31 +8,33 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from litgpt import GPT, Tokenizer
-from litgpt.args import TrainArgs
 from litgpt.prompts import PromptStyle
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from litmoe import checkpoints
 from litmoe.checksummed_json import known_fields
 from litmoe.cli import UserError
-from litmoe.config import RunSettings
+from litmoe.config import Recomputed, RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import manifest_path
 from litmoe.evaluation.hellaswag import Encoded
 from litmoe.train.distributed import gather_state, gather_weights, mean_over_ranks, shard_state
 from litmoe.train.logs import Loggers
 from litmoe.train.metrics import MetricAccumulator
+from litmoe.train.model import PretrainingModel
 from litmoe.train.optimizers import load_optimizer_state
 from litmoe.train.saving import CheckpointWriter
-from litmoe.train.schedule import Plan, plan_run
+from litmoe.train.schedule import UNKNOWN, Plan, plan_run
+from litmoe.train.timing import Timing
 
 
 @dataclass
@@ -47,8 +49,22 @@ class Progress:
     """Complete passes over the training set"""
     seconds: float = 0.0
     """Time spent, over all sessions of a resumed run"""
+    chosen_steps: int | None = None
+    """Length of a run with a time budget, once it has measured its speed"""
+    chosen_for: float | None = None
+    """The budget of ``chosen_steps``, in seconds"""
     evaluated_step: int = 0
     """Step of the last evaluation; a resumed run makes up for one that a stop request left out"""
+
+
+@dataclass
+class Measures:
+    """What was done after out-of-memory errors; saved, so that a resumed run does not need them again."""
+
+    rows: int | None = None
+    """Sequences in one forward and backward, if fewer than ``train.micro_batch_size``"""
+    recomputed: Recomputed | None = None
+    """What is recomputed, if more than ``activation_checkpointing``"""
 
 
 @dataclass(frozen=True)
@@ -113,10 +129,18 @@ class TrainingRun:
     finetuning: Finetuning | None = None
     """None for pretraining"""
     progress: Progress = field(default_factory=Progress)
+    measures: Measures = field(default_factory=Measures)
+    timing: Timing = field(default_factory=Timing)
+    """How long steps and evaluations of this session take"""
     metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
     """Sums since the last log line"""
     snapshot: Snapshot | None = None
     """Taken after each step; None before the first one and during an update, when nothing may be saved"""
+
+    @property
+    def rows(self) -> int:
+        """Sequences in one forward and backward."""
+        return self.measures.rows or self.settings.train.micro_batch_size
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -124,9 +148,14 @@ class TrainingRun:
         return self.finetuning.provenance if self.finetuning else {}
 
     @property
+    def pretraining_model(self) -> PretrainingModel:
+        """The model inside the wrappers of Fabric and the strategy."""
+        return cast(PretrainingModel, self.model.module)
+
+    @property
     def gpt(self) -> GPT:
-        """LitGPT's model inside the wrappers of Fabric and the strategy."""
-        return self.model.module.gpt
+        """LitGPT's model inside of it."""
+        return self.pretraining_model.gpt
 
 
 def take_snapshot(fabric: L.Fabric, run: TrainingRun) -> Snapshot:
@@ -148,6 +177,7 @@ def training_state(fabric: L.Fabric, run: TrainingRun, optimizer_state: dict[str
     scaler = scaler_of(fabric)
     return {
         "progress": asdict(run.progress),
+        "measures": asdict(run.measures),
         "layout": batch_layout(fabric, run),
         "made_from": run.provenance,
         "optimizer": optimizer_state,
@@ -169,6 +199,9 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
     saved_progress = known_fields(Progress, state["progress"])
     saved_progress.setdefault("evaluated_step", state["progress"]["step"])
     run.progress = Progress(**saved_progress)
+    # With more time than before, the run chooses again.
+    if run.progress.chosen_for != run.settings.time_budget:
+        run.progress.chosen_steps = run.progress.chosen_for = None
     _load_unlogged_row(run, state)
 
     # The optimizer and what decides the next update: the scale of fp16 losses, and the load of the last step.
@@ -191,16 +224,15 @@ def load_training_state(fabric: L.Fabric, run: TrainingRun, state: dict[str, Any
         # A checkpoint at the end of an epoch continues with the next one, which no pass over the loader announces.
         run.progress.epoch = loader.batch_sampler.next_epoch
     # The steps that remain depend on the position in the data, which is now the saved one.
-    run.plan = plan_from(
-        run.settings.train, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, run.progress
-    )
+    run.plan = plan_from(run.settings, run.train_dataloader, run.gpt.max_seq_length, fabric.world_size, run.progress)
     # The sums since the last log line count micro batches of the old size on the old number of ranks. The ratios
     # convert them to those of this run.
+    saved_rows = state.get("measures", {}).get("rows") or saved_layout["micro_batch_size"]
     run.metrics.load_state_dict(
         state["interval"],
         fabric.device,
         rank_ratio=saved_layout["devices"] / layout["devices"],
-        micro_batch_ratio=saved_layout["micro_batch_size"] / layout["micro_batch_size"],
+        micro_batch_ratio=saved_rows / run.rows,
     )
     # Last: a random number drawn after this line would shift all that follow.
     load_random_state(state["random"], fabric.device)
@@ -330,9 +362,16 @@ def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def plan_from(train: TrainArgs, loader: DataLoader, seq_length: int, devices: int, progress: Progress) -> Plan:
+def checkpoint_bytes(run: TrainingRun) -> int:
+    """Return about how large a checkpoint of this run is: the weights and the state of the optimizer."""
+    # DTensors of FSDP have the size of the complete tensor.
+    tensors = [*run.gpt.parameters(), *tree_leaves(list(run.optimizer.optimizer.state.values()))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def plan_from(settings: RunSettings, loader: DataLoader, seq_length: int, devices: int, progress: Progress) -> Plan:
     """Plan a run from ``progress`` and the position of its loader."""
-    loader = stateful_loader(loader)
+    loader, train = stateful_loader(loader), settings.train
     if isinstance(loader, TrainLoader):
         sequences, position = loader.items, loader.position
     else:  # a loader of LitGPT: full micro batches on each device, and no position
@@ -346,6 +385,7 @@ def plan_from(train: TrainArgs, loader: DataLoader, seq_length: int, devices: in
         step=progress.step,
         tokens=progress.tokens,
         position=position,
+        chosen_steps=None if settings.time_budget is None else progress.chosen_steps or UNKNOWN,
     )
 
 

@@ -14,6 +14,8 @@ import run_train
 from litmoe.cli import exit_with_message
 from litmoe.config import parse_run
 from litmoe.train.memory import training_memory
+from litmoe.train.plan import show_plan
+from tests.helpers import column
 from tests.train.test_memory import ADA
 
 
@@ -95,6 +97,34 @@ def test_estimate_lists_what_it_counts(shown) -> None:
 
 def test_length_in_epochs(shown) -> None:
     assert "3 epochs of steps of 512 tokens." in shown("--plan=t4", "--train.max_tokens=null", "--train.epochs=3")
+
+
+def test_what_a_time_budget_buys(trained: Path, capsys) -> None:
+    """With the result of an earlier run of the same model on the same tokens."""
+    flags = ["--config", str(trained / "run_config.yaml"), "--out_dir", str(trained.with_name("next"))]
+    show_plan([*flags, "--plan", "rtx3060", "--precision", "bf16-mixed", "--minutes", "90"])
+    said = capsys.readouterr().out
+    assert "\nSteps of 64 tokens for 90 minutes.\n" in said
+    assert re.search(r"tokens/s, [\d,.]+ M tokens \([\d,.]+ per active parameter\) in 90 minutes\.", said)
+    loss = column(trained, "val_loss")[-1]
+    assert f"Earlier: {trained}, validation loss {loss:.4f} after 768 tokens" in said
+    show_plan([*flags, "--plan", "rtx3060", "--model.n_layer", "1"])
+    assert "Earlier" not in capsys.readouterr().out
+
+
+def test_auto_takes_what_fits(shown) -> None:
+    """More on a larger GPU, and never more than a step has."""
+    flags = ["--micro-batch-size", "auto", "--train.global_batch_size", "192", "--model.block_size", "512"]
+    flags += ["--train.max_tokens", "1000000"]
+    wide = ["--model.n_embd", "1024", "--model.moe_intermediate_size", "4096", "--plan"]
+    sizes = []
+    for gpu in ("rtx3050-laptop", "rtx3060", "h100"):
+        text = shown(*flags, *wide, gpu)
+        assert "It fits." in text
+        sizes.append(int(re.search(r"kept for the backward of (\d+) x 512 tokens", text)[1]))
+    assert sizes[0] < sizes[1] < sizes[2] == 192 and all(192 % size == 0 for size in sizes)
+    # Not even one sequence: then the other changes are listed.
+    assert "--activation_checkpointing moe" in shown(*flags, *wide, "rtx3050-laptop", "--model.n_layer", "8")
 
 
 def test_changes_to_fit(shown) -> None:

@@ -1,0 +1,170 @@
+"""Fit a step into memory: the size of the micro batches before the run, and smaller ones after an out-of-memory error.
+
+The loader's micro batches stay what they are. A step regroups them into parts of ``TrainingRun.rows`` sequences, so
+data, order and global batch do not depend on the memory, and the result is that of a run with such micro batches.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+
+from custom_moe.backends import hardware_of
+from litmoe.config import ParsedRun, Recomputed
+from litmoe.hardware import GIB, detect_gpu
+from litmoe.train.memory import divisors, largest_micro_batch, rows_on_cpu, training_memory
+from litmoe.train.model import Batch, matrices_to_cast, moe_layers
+from litmoe.train.state import Measures, TrainingRun
+
+T = TypeVar("T")
+
+
+def choose_rows(fabric: L.Fabric, run: TrainingRun, parsed: ParsedRun) -> str:
+    """Choose how many sequences a step processes at a time (``train.micro_batch_size: auto``). Every rank must call it.
+
+    Returns:
+        A line about the choice and its reason.
+    """
+    sequences = run.settings.train.global_batch_size // fabric.world_size
+    if fabric.device.type != "cuda":
+        _set_rows(run, rows_on_cpu(sequences, run.gpt.max_seq_length))
+        return f"{run.rows} of a step's {sequences} sequences at a time, because more are not faster on a CPU."
+    gpu = detect_gpu()
+    assert gpu is not None
+    precision, hardware, available = fabric._precision.precision, hardware_of(fabric.device), gpu.available
+    if run.sharded:
+        # Each rank has its part of the weights, gradients and moments, so there is room for the parts of the others.
+        complete = training_memory(parsed, precision, hardware)
+        states = complete.weights + complete.gradients + complete.optimizer
+        available += states * (1 - 1 / fabric.world_size)
+    rows, needed = largest_micro_batch(parsed, precision, hardware, available, fabric.world_size)
+    # The smallest device decides for all.
+    by_rank: list[Any] = [rows]
+    if fabric.world_size > 1:
+        by_rank = [None] * fabric.world_size
+        torch.distributed.all_gather_object(by_rank, rows)
+    _set_rows(run, min(by_rank))
+    return (
+        f"{run.rows} of a device's {sequences} sequences at a time: {rows} need {needed / GIB:.1f} GiB by the plan,"
+        f" {gpu.available / GIB:.1f} of {gpu.memory:.1f} GiB are available."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, on a GPU or on the CPU."""
+    # torch has no class of its own for the CPU's allocator.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def with_less_memory(
+    fabric: L.Fabric, run: TrainingRun, compute: Callable[[], T], undo: Callable[[], None] = lambda: None
+) -> T:
+    """Call ``compute``, and after each out-of-memory error again, with measures that need less memory.
+
+    Args:
+        compute: forward passes, and backward passes in training, that divide their batches by ``run.rows``.
+        undo: takes back what an interrupted call has done.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: there is no further measure, or the run has several ranks: the others wait
+            in the middle of the step.
+    """
+    random_states = torch.get_rng_state(), torch.cuda.get_rng_state() if fabric.device.type == "cuda" else None
+    while True:
+        try:
+            return compute()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or fabric.world_size > 1 or not _has_measure(run):
+                raise
+            reason = str(error).splitlines()[0]
+        # Not in the handler: the traceback keeps the tensors of the interrupted call.
+        undo()
+        fabric.print(f"Out of memory ({reason}): {_take_measure(fabric, run)}.")
+        # The same dropout again.
+        torch.set_rng_state(random_states[0])
+        if random_states[1] is not None:
+            torch.cuda.empty_cache()
+            torch.cuda.set_rng_state(random_states[1])
+
+
+def regroup(batches: Iterable[Batch], rows: int) -> Iterator[Batch]:
+    """Yield the sequences of some micro batches in parts of ``rows``; the last one may be smaller.
+
+    Rows of conversations are only divided, because their length differs from micro batch to micro batch.
+    """
+    waiting: list[Batch] = []
+    for batch in batches:
+        if batch.lengths is not None:
+            yield from _divide(batch, rows)
+            continue
+        waiting.append(batch)
+        if sum(len(other.input_ids) for other in waiting) >= rows:
+            *complete, rest = _divide(_join(waiting), rows)
+            yield from complete
+            waiting = [rest]
+            if len(rest.input_ids) == rows:
+                yield rest
+                waiting = []
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(*(torch.cat(fields) for fields in ([b.input_ids for b in batches], [b.targets for b in batches])))
+
+
+def _divide(batch: Batch, rows: int) -> list[Batch]:
+    if len(batch.input_ids) <= rows:
+        return [batch]
+    n_parts = -(-len(batch.input_ids) // rows)
+    columns = [[None] * n_parts if field is None else field.split(rows) for field in batch]
+    return [Batch(*fields) for fields in zip(*columns, strict=True)]
+
+
+def _set_rows(run: TrainingRun, rows: int) -> None:
+    # The sums since the last log line count the old micro batches.
+    run.metrics.convert(micro_batch_ratio=run.rows / rows)
+    run.measures.rows = rows
+
+
+def _has_measure(run: TrainingRun) -> bool:
+    return run.rows > 1 or _next_recomputation(run) is not None
+
+
+def _take_measure(fabric: L.Fabric, run: TrainingRun) -> str:
+    """Let the following steps need less memory, and return what was done. None of it changes the result."""
+    if run.compiled:
+        # Otherwise the new size would be compiled for all sizes, which is slower.
+        torch._dynamo.reset()
+    if run.rows > 1:
+        old = run.rows
+        _set_rows(run, divisors(old)[-2])
+        return f"this step again, and all others, with {run.rows} instead of {old} sequences at a time"
+    recomputed = _next_recomputation(run)
+    assert recomputed is not None
+    _recompute(fabric, run, recomputed)
+    return f"this step again, and all others, as with --activation_checkpointing {recomputed}"
+
+
+def _next_recomputation(run: TrainingRun) -> Recomputed | None:
+    present = run.pretraining_model.recomputed
+    if present == "none" and moe_layers(run.gpt):
+        return "moe"
+    return "block" if present != "block" else None
+
+
+def _recompute(fabric: L.Fabric, run: TrainingRun, recomputed: Recomputed) -> None:
+    run.measures.recomputed = run.pretraining_model.recomputed = recomputed
+    run.matrices_to_cast = matrices_to_cast(run.model, fabric._precision.precision, recomputed)
+
+
+def restore_measures(fabric: L.Fabric, run: TrainingRun, saved: Measures) -> None:
+    """Take the measures of a checkpoint. Smaller micro batches in the settings need fewer of them."""
+    sequences = run.settings.train.global_batch_size // fabric.world_size
+    if saved.rows is not None and run.rows != saved.rows and sequences % saved.rows == 0:
+        _set_rows(run, saved.rows)
+    if saved.recomputed is not None and run.settings.activation_checkpointing == "none":
+        _recompute(fabric, run, saved.recomputed)
