@@ -36,6 +36,7 @@ import yaml
 from litmoe.checksummed_json import file_sha256, known_fields, read_checksummed, write_checksummed
 from litmoe.cli import DISK_FULL, UserError, quoted, read_yaml
 from litmoe.hf_config import converted_by_litgpt, huggingface_config, without_counterpart
+from litmoe.renaming import rename
 
 # Functions import torch and litgpt when they need them: that takes seconds, and a wrong path is reported before.
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def save(
     except BaseException as error:
         # Also after Ctrl-C nothing incomplete remains, and the older checkpoint gets its name back.
         if old.exists() and not folder.exists():
-            os.rename(old, folder)
+            rename(old, folder)
         shutil.rmtree(partial, ignore_errors=True)
         cause = _os_error(error)
         if cause is None:
@@ -170,8 +171,8 @@ def _move_into_place(partial: Path, folder: Path) -> None:
         old = _hidden(folder, "old")
         if old.exists():
             shutil.rmtree(old)
-        os.rename(folder, old)
-    os.rename(partial, folder)
+        rename(folder, old)
+    rename(partial, folder)
 
 
 def _write_tensors(
@@ -388,7 +389,7 @@ def finish_interrupted_saves(out_dir: Path) -> None:
         if leftover.suffix == ".partial" and is_complete(leftover):
             _move_into_place(leftover, folder)
         elif leftover.suffix == ".old" and not folder.exists():
-            os.rename(leftover, folder)
+            rename(leftover, folder)
     for leftover in leftovers(out_dir):
         # Another process may have a file of it open (Windows, NFS). Then a later call deletes it.
         shutil.rmtree(leftover, ignore_errors=True)
@@ -445,7 +446,7 @@ def _remove(folder: Path) -> None:
     # Renamed first: if the process is killed meanwhile, the next save deletes the rest. The metadata goes before the
     # other files, so that a partly deleted folder never looks complete.
     partial = _hidden(folder, "partial")
-    os.rename(folder, partial)
+    rename(folder, partial)
     (partial / COMPLETE_FILE).unlink()
     shutil.rmtree(partial)
 

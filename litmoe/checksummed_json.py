@@ -3,11 +3,12 @@
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from litmoe.renaming import rename
 
 CHECKSUM = "sha256"
 """The key of a checksummed file that holds the checksum of all other keys."""
@@ -29,7 +30,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write to a temporary name and rename, so that a reader never gets an incomplete file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    rename(temporary, path)
 
 
 def write_checksummed(path: Path, values: dict[str, Any]) -> None:

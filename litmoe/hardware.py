@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import sys
 import sysconfig
 from contextlib import AbstractContextManager, suppress
@@ -95,6 +96,17 @@ def _choose_cpu_precision(requested: str | None) -> tuple[str, str | None]:
     if requested == "bf16-true" and not cpu_has_bf16():
         return requested, "this CPU has no instructions for bf16: 32-true is many times faster on it than bf16-true."
     return requested, None
+
+
+def missing_cuda_note() -> str | None:
+    """Return a line for the user if torch does not use an NVIDIA GPU whose driver is installed; else None."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or is_hidden or shutil.which("nvidia-smi") is None:
+        return None
+    problem = "warning: an NVIDIA driver is installed, but this run does not use the GPU:"
+    if torch.version.cuda is None:
+        return f"{problem} the installed torch is built without CUDA. Replace it (docs/windows-and-mac.md)."
+    return f"{problem} torch {torch.__version__} does not find it. Update the driver to CUDA {torch.version.cuda}."
 
 
 def use_expandable_segments(cuda: bool) -> None:

@@ -137,7 +137,7 @@ def test_kill_while_replacing(tmp_path: Path, gpt: GPT, at: int) -> None:
     final = save_tiny(tmp_path / "final", gpt, None, step=1)
 
     def killed() -> None:
-        rename, calls = os.rename, []
+        rename, calls = checkpoints.rename, []
 
         def die_at(source: Path, target: Path) -> None:
             calls.append(target)
@@ -145,7 +145,7 @@ def test_kill_while_replacing(tmp_path: Path, gpt: GPT, at: int) -> None:
                 os._exit(9)  # as a power cut would
             rename(source, target)
 
-        os.rename = die_at  # type: ignore[assignment]
+        checkpoints.rename = die_at
         save_tiny(final, gpt, None, step=2)
 
     assert exit_code_in_child(killed) == 9

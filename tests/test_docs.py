@@ -5,6 +5,7 @@ Sentences can be edited freely. Numbers that come from benchmark results are che
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from tests.test_configs import MODELS, RUNS
 
 DOCUMENTS = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 PUBLIC_FLAGS = json.loads((PROJECT / "tests" / "golden" / "surface.json").read_text(encoding="utf-8"))["flags"]
-# Flags that are newer than that file, which 0.1.0 wrote. tests/train/test_own_router.py uses them.
+# Flags that are newer than that file, which 0.1.0 wrote. Other tests use them.
 NEW_FLAGS = {
-    "run_train.py": {"--moe.router"},
-    "finetune.py": {"--moe.router"},
+    "run_train.py": {"--moe.router", "--hours", "--minutes"},
+    "finetune.py": {"--moe.router", "--hours", "--minutes"},
     "generate.py": {"--router"},
     "chat.py": {"--router"},
     "evaluate.py": {"--router"},
@@ -127,6 +128,13 @@ def test_speed_up_table_is_computed(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     exec(program, {})
     table = [line for line in rest.strip().splitlines() if line.startswith("|")]
     assert capsys.readouterr().out.splitlines() == table[2:]
+
+
+def test_torch_for_windows_is_the_pinned_one() -> None:
+    pins = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    torch = next(pin for pin in pins if pin.startswith("torch=="))
+    text = (PROJECT / "docs" / "windows-and-mac.md").read_text(encoding="utf-8")
+    assert f"uv pip install {torch} --torch-backend=auto --reinstall-package torch" in text
 
 
 def test_sizes_table_equals_the_configs() -> None:

@@ -18,6 +18,7 @@ from litmoe.cli import UserError, command, quoted
 from litmoe.data import manifest
 from litmoe.data.manifest import DEFAULT_TOKENIZER_DIR, Manifest, checked_manifest
 from litmoe.data.tokenizers import FILES as TOKENIZER_FILES
+from litmoe.renaming import rename
 
 if TYPE_CHECKING:
     import wandb
@@ -249,7 +250,7 @@ def _download(reference: Reference, artifact: "wandb.Artifact", target: Path) ->
                 # With its old time, the text counts as unchanged without reading it at each start of a run.
                 os.utime(folder / text.path, ns=(text.mtime_ns, text.mtime_ns))
         shutil.rmtree(target, ignore_errors=True)  # a damaged copy
-        os.replace(folder, target)
+        rename(folder, target)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ and other tuning libraries read too. ``instructions.json`` is written last: with
 """
 
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -27,6 +26,7 @@ from litmoe.data.hub import HUB_NAME, Dataset
 from litmoe.data.instruction_rows import Row, conversation_of
 from litmoe.data.manifest import SPLITS, FileRecord
 from litmoe.data.stories import story_requests
+from litmoe.renaming import rename
 
 # Format of the folder, since 0.1.0.
 FORMAT = 2
@@ -375,7 +375,7 @@ def _publish(data_dir: Path) -> None:
     if (building / MANIFEST).is_file():
         for name in OUTPUTS:
             if (building / name).exists():
-                os.replace(building / name, data_dir / name)
+                rename(building / name, data_dir / name)
         building.rmdir()
 
 

@@ -40,6 +40,7 @@ from litmoe.data.documents import END_OF_TEXT
 from litmoe.data.files import READABLE, Unfinished, is_readable, kinds, text_files, unread_files
 from litmoe.data.manifest import FILES, SPLITS, TEXT, FileRecord, Manifest, Settings, Source, Split, TokenizerRecord
 from litmoe.data.tokenizers import TokenizerInfo
+from litmoe.renaming import rename
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -560,11 +561,11 @@ def _publish(data_dir: Path, tokenizer_dir: Path) -> None:
             # Windows cannot rename over a folder. A kill between the two steps is harmless, because the manifest is
             # deleted already.
             shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(folder_of_results, folder / name)
+            rename(folder_of_results, folder / name)
     if not finished.keeps_text:
         shutil.rmtree(folder / "text", ignore_errors=True)
     # Last: from here on the tokens count as complete.
-    os.replace(building / "manifest.json", manifest.manifest_path(data_dir))
+    rename(building / "manifest.json", manifest.manifest_path(data_dir))
     shutil.rmtree(building)
 
 

@@ -28,6 +28,7 @@ from litmoe.data.corpora import Corpus
 from litmoe.data.documents import END_OF_TEXT, Batch, Counts, Rules, Unit, UnitEnd, read_unit
 from litmoe.data.files import Unfinished
 from litmoe.data.manifest import SPLITS
+from litmoe.renaming import rename
 
 # The last tokens of a chunk that fill no window are not used, so chunks are long. litdata's own reader shuffles chunks,
 # so there are about 16 of them if the corpus is large enough.
@@ -411,7 +412,7 @@ def write_chunks(store: UnitStore, records: list[UnitRecord], split: str, dtype:
                 _copy_range(parts, start, stop, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            rename(partial, path)
         # Only now, when the chunk is on the disk, can the parts that it was made from go.
         _delete_before(parts, stop)
         start = stop
@@ -501,4 +502,4 @@ def move_text(store: UnitStore, records: list[UnitRecord]) -> None:
             part = store.part(number, f"{split}.txt")
             # A part that an interrupted call has moved is gone from here.
             if part.exists():
-                os.replace(part, folder / split / f"{split}-{file_number:05}.txt")
+                rename(part, folder / split / f"{split}-{file_number:05}.txt")

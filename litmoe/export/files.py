@@ -1,7 +1,6 @@
 """Write an exported folder completely or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from litmoe.cli import UserError
+from litmoe.renaming import rename
 
 
 def check_free(out: Path) -> None:
@@ -34,7 +34,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         # An empty folder. Windows does not replace folders in a rename.
         if out.exists():
             out.rmdir()
-        os.rename(partial, out)
+        rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

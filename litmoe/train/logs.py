@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from litmoe import checkpoints
 from litmoe.cli import UserError, strip_control_chars
 from litmoe.config import RunSettings
+from litmoe.renaming import rename
 
 METRICS_FILE = "metrics.csv"
 RUN_CONFIG = "run_config.yaml"
@@ -132,7 +133,7 @@ class MetricsCSV(Logger):
                 file.flush()
                 # Otherwise a power cut could leave an empty file in place of all rows.
                 os.fsync(file.fileno())
-            os.replace(partial, self.path)
+            rename(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
         self._columns = columns

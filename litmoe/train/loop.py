@@ -39,7 +39,6 @@ from litmoe.train.schedule import learning_rate
 from litmoe.train.state import (
     Progress,
     TrainingRun,
-    checkpoint_bytes,
     plan_from,
     save_after_error,
     save_checkpoint,
@@ -326,7 +325,7 @@ def _choose_length(
         return False
     budget, progress, timing = run.settings.time_budget, run.progress, run.timing
     assert budget is not None
-    at_the_end = timing.at_the_end(run.settings.eval, checkpoint_bytes(run))
+    at_the_end = timing.at_the_end(run.settings.eval, run.checkpoint_bytes)
     seconds_left = budget - session.elapsed - at_the_end
     steps = progress.step + max(1, round(seconds_left / timing.per_step(run.settings.eval)))
     # All ranks end after the same step.
@@ -350,7 +349,7 @@ def _seconds_left(run: TrainingRun, session: _Session) -> float:
     if not run.timing.steps:
         return session.seconds / (run.progress.step - session.first_step) * steps
     settings = run.settings.eval
-    return run.timing.per_step(settings) * steps + run.timing.at_the_end(settings, checkpoint_bytes(run))
+    return run.timing.per_step(settings) * steps + run.timing.at_the_end(settings, run.checkpoint_bytes)
 
 
 def _ending_of(fabric: L.Fabric, run: TrainingRun, signals: StopSignals, requests: Requests) -> Ending | None:

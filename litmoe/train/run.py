@@ -1,6 +1,5 @@
 """A training run from a built model to its report: set up, resume, train, save. Used by pretraining and finetuning."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +24,8 @@ from litmoe.cli import UserError, command, strip_control_chars
 from litmoe.config import MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
 from litmoe.flops import describe_size, training_flops_per_token
-from litmoe.hardware import compiler_settings, is_sharded, peak_flops, should_compile
+from litmoe.hardware import compiler_settings, is_sharded, missing_cuda_note, peak_flops, should_compile
+from litmoe.renaming import rename
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
 from litmoe.train.fitting import choose_rows, is_out_of_memory
@@ -96,6 +96,7 @@ def run_training(
     lines = [
         *_describe_run(run),
         _describe_hardware(fabric, compiled, experts_backend),
+        missing_cuda_note(),
         precision_note,
         compile_note,
         rows_note,
@@ -258,7 +259,7 @@ def _prepare_out_dir(fabric: L.Fabric, run: TrainingRun, resume_from: Path | Non
     # Replaced in one operation, so that a killed run leaves the old file or the new one.
     partial_file = out_dir / f".{RUN_CONFIG}.partial"
     partial_file.write_text(yaml.safe_dump(run.hyperparameters, sort_keys=False), encoding="utf-8")
-    os.replace(partial_file, out_dir / RUN_CONFIG)
+    rename(partial_file, out_dir / RUN_CONFIG)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ weights are a file of their own, which every LitGPT command reads.
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -136,6 +137,13 @@ class TrainingRun:
     """Sums since the last log line"""
     snapshot: Snapshot | None = None
     """Taken after each step; None before the first one and during an update, when nothing may be saved"""
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: the weights and the state of the optimizer, which exists after a step."""
+        # DTensors of FSDP have the size of the complete tensor.
+        tensors = [*self.gpt.parameters(), *tree_leaves(list(self.optimizer.optimizer.state.values()))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
     @property
     def rows(self) -> int:
@@ -360,13 +368,6 @@ def checkpoint_content(fabric: L.Fabric, run: TrainingRun) -> dict[str, Any]:
         "manifest_path": tokens_manifest(settings),
         "training_state": training_state(fabric, run, optimizer_state),
     }
-
-
-def checkpoint_bytes(run: TrainingRun) -> int:
-    """Return about how large a checkpoint of this run is: the weights and the state of the optimizer."""
-    # DTensors of FSDP have the size of the complete tensor.
-    tensors = [*run.gpt.parameters(), *tree_leaves(list(run.optimizer.optimizer.state.values()))]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def plan_from(settings: RunSettings, loader: DataLoader, seq_length: int, devices: int, progress: Progress) -> Plan:

@@ -1,8 +1,11 @@
 """GPU specifications by the names that people and torch use."""
 
-import pytest
+import os
 
-from litmoe.hardware import NAMES, gpu_by_name, peak_flops
+import pytest
+import torch
+
+from litmoe.hardware import NAMES, gpu_by_name, missing_cuda_note, peak_flops
 
 
 @pytest.mark.parametrize("name", ["rtx3060-laptop", "RTX 3060 Laptop", "NVIDIA GeForce RTX 3060 Laptop GPU"])
@@ -50,3 +53,19 @@ def test_peak_of_the_data_sheet(name: str, teraflops: float) -> None:
 )
 def test_unknown_peak(name: str) -> None:
     assert peak_flops(name) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that sees no GPU")
+@pytest.mark.skipif(os.name == "nt", reason="writes a program for POSIX")
+@pytest.mark.parametrize(
+    ("cuda", "advice"), [(None, "is built without CUDA"), ("13.2", "Update the driver to CUDA 13.2")]
+)
+def test_driver_without_a_torch_that_uses_it(monkeypatch, tmp_path, cuda, advice) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert missing_cuda_note() is None, "no driver"
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert advice in missing_cuda_note()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert missing_cuda_note() is None, "hidden on purpose"
