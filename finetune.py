@@ -21,10 +21,12 @@ def main() -> None:
 
     run = parse_finetuning(sys.argv[1:])  # before the imports below, which take seconds
 
+    from litmoe.hardware import select_accelerator
     from litmoe.train.finetune import finetune, ready_to_finetune
     from litmoe.train.saving import locked
     from litmoe.validation import check
 
+    select_accelerator(run.settings.accelerator)
     check(run.settings, run.optimizer)
     with locked(run.settings.out_dir):
         finetune(run, resume_from=ready_to_finetune(run.settings))

@@ -27,11 +27,13 @@ def main() -> None:
         return show_plan(sys.argv[1:])
     run = parse_run(sys.argv[1:])  # before the imports below, which take seconds
 
+    from litmoe.hardware import select_accelerator
     from litmoe.train.preflight import ready
     from litmoe.train.pretrain import pretrain
     from litmoe.train.saving import locked
     from litmoe.validation import check
 
+    select_accelerator(run.settings.accelerator)
     check(run.settings, run.optimizer)
     with locked(run.settings.out_dir):
         run, resume_from = ready(run)

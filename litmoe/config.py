@@ -54,6 +54,7 @@ DEFAULT_RUN = PROJECT / "train_config.yaml"
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 Recomputed = Literal["none", "block", "moe"]
+Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 
 SHORT_FLAGS = {
     "micro_batch_size": "train.micro_batch_size",
@@ -239,6 +240,9 @@ class RunSettings:
     """Number of GPUs (or CPU processes); `auto`: all GPUs, or one CPU process"""
     num_nodes: int = 1
     """Number of machines"""
+    accelerator: Accelerator = "auto"
+    """The kind of device; auto: NVIDIA or AMD GPUs (cuda), else the CPU. mps, the GPU of a Mac, is only used on
+    request"""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several devices share the work: ddp (and auto) keeps the complete model on each; fsdp shards parameters,
     gradients and moments, for models too large for one device. Checkpoints are the same"""

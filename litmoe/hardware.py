@@ -15,7 +15,27 @@ from typing import NamedTuple
 import torch
 
 from litmoe.cli import UserError
-from litmoe.config import RunSettings
+from litmoe.config import Accelerator, RunSettings
+
+
+def select_accelerator(requested: Accelerator) -> None:
+    """Make all code that follows, LitGPT's Fabric too, use this kind of device. Call it before anything uses CUDA.
+
+    Fabric alone would choose the GPU of a Mac, which has no fp64 and is not tested.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if requested == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    is_missing = (requested == "cuda" and not torch.cuda.is_available()) or (
+        requested == "mps" and not torch.backends.mps.is_available()
+    )
+    if is_missing:
+        raise UserError(f"--accelerator is {requested}, but torch finds no such device here; --accelerator auto")
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if requested == "auto" else requested
+    # Fabric reads this variable; LitGPT leaves the choice to Fabric.
+    os.environ["LT_ACCELERATOR"] = chosen
 
 
 def processes(settings: RunSettings) -> tuple[int, int]:
@@ -70,12 +90,14 @@ def cpu_multiplies_bf16() -> bool:
     return has_instructions and cpu_has_bf16()
 
 
-def choose_precision(requested: str | None) -> tuple[str, str | None]:
+def choose_precision(requested: str | None, accelerator: Accelerator = "auto") -> tuple[str, str | None]:
     """Return the precision of the run, and a line for the user if it is not the requested one or slow here.
 
     A GPU without bf16 falls back to fp16 with a gradient scaler. A CPU that does not multiply bf16 falls back to fp32;
     ``bf16-true`` is kept if requested.
     """
+    if accelerator == "mps":
+        return requested or "32-true", None
     if not torch.cuda.is_available():
         return _choose_cpu_precision(requested)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

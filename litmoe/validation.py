@@ -313,7 +313,7 @@ def _check_sharding(settings: RunSettings, optimizer: dict[str, Any]) -> Iterato
         return
     needs_matrices = f"{optimizer['class_path']} needs complete ones; --optimizer torch.optim.AdamW, or --strategy ddp."
     scores_hellaswag = settings.eval.hellaswag is not None
-    uses_fp16 = choose_precision(settings.precision)[0] == "16-mixed"
+    uses_fp16 = choose_precision(settings.precision, settings.accelerator)[0] == "16-mixed"
     problems = (
         (not optimizer_traits(optimizer).supports_fsdp, f"shards every matrix, and {needs_matrices}"),
         (scores_hellaswag, "can't score HellaSwag during training; --eval.hellaswag null, and evaluate.py afterwards."),

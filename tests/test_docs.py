@@ -20,8 +20,8 @@ DOCUMENTS = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 PUBLIC_FLAGS = json.loads((PROJECT / "tests" / "golden" / "surface.json").read_text(encoding="utf-8"))["flags"]
 # Flags that are newer than that file, which 0.1.0 wrote. Other tests use them.
 NEW_FLAGS = {
-    "run_train.py": {"--moe.router", "--hours", "--minutes"},
-    "finetune.py": {"--moe.router", "--hours", "--minutes"},
+    "run_train.py": {"--moe.router", "--hours", "--minutes", "--accelerator"},
+    "finetune.py": {"--moe.router", "--hours", "--minutes", "--accelerator"},
     "generate.py": {"--router"},
     "chat.py": {"--router"},
     "evaluate.py": {"--router"},

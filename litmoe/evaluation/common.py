@@ -194,7 +194,7 @@ def score_continuations(gpt: GPT, rows: Sequence[Continuation]) -> list[Continua
     nats, hits = [], []
     for x_part, targets_part in zip(x_NC.split(step), targets_N.split(step), strict=True):
         logits = logits_of(gpt, x_part).float()
-        nats.append(F.cross_entropy(logits, targets_part, reduction="none").double().cpu())
+        nats.append(F.cross_entropy(logits, targets_part, reduction="none").cpu().double())
         hits.append((logits.argmax(dim=-1) == targets_part).cpu())
     nats_N = torch.cat(nats)
     check_finite(nats_N)

@@ -155,7 +155,7 @@ def count(gpt: GPT, batches: Iterable[Tensor]) -> Counts:
             pairs = (router.experts * vocab_size + ids_BT.flatten()[router.tokens]).cpu()
             assigned[layer].scatter_add_(0, pairs, torch.ones_like(pairs))
             probabilities_NE = router_probabilities(router.logits, router.score_function)
-            entropies[layer] += normalized_entropy(probabilities_NE).sum().double().cpu()
+            entropies[layer] += normalized_entropy(probabilities_NE).sum().cpu().double()
     tokens = int(seen.sum())
     return Counts(tokens, seen, assigned.view(n_layer, config.n_expert, vocab_size), (entropies / tokens).tolist())
 

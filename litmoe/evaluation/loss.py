@@ -193,7 +193,7 @@ def sum_loss(gpt: GPT, batches: Iterable[Tensor], document_end: int | None = Non
         logits_BTV = logits_of(gpt, hidden_states(gpt, inputs, mask=mask)[0])
         targets = ids[:, 1:].flatten()
         losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, reduction="none")
-        nats += losses.double().sum().cpu()
+        nats += losses.cpu().double().sum()
         tokens += targets.numel()
         rows += ids.size(0)
     return nats.item(), tokens, rows

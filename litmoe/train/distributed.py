@@ -67,7 +67,9 @@ def sum_over_ranks(fabric: L.Fabric, value: Tensor) -> Tensor:
 
 def mean_over_ranks(fabric: L.Fabric, value: Tensor) -> Tensor:
     """Return the mean of a tensor over all ranks, in floating point."""
-    value = value if value.is_floating_point() else value.double()
+    if not value.is_floating_point():
+        # Apple's GPUs have no fp64.
+        value = value.float() if value.device.type == "mps" else value.double()
     return cast(Tensor, fabric.all_reduce(value, reduce_op="mean"))
 
 

@@ -150,7 +150,7 @@ def finetune(run: ParsedRun, *, resume_from: Path | None) -> None:
     # Before the first allocation on the GPU.
     use_expandable_segments(torch.cuda.is_available())
     keep_freed_memory(torch.cuda.is_available())
-    precision, note = choose_precision(settings.precision)
+    precision, note = choose_precision(settings.precision, settings.accelerator)
     devices, num_nodes = processes(settings)
     module = litgpt.finetune.lora if settings.lora_r else litgpt.finetune.full
     arguments: dict[str, Any] = {

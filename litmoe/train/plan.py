@@ -202,7 +202,7 @@ def _plan(flags: Sequence[str], gpu: GPUSpec | None) -> tuple[PlannedRun, str]:
     requested = run.settings.precision
     # The same choice as in training; for another machine's GPU it can only depend on the compute capability.
     if gpu is None or gpu.is_local:
-        precision, other_precision = choose_precision(requested)
+        precision, other_precision = choose_precision(requested, run.settings.accelerator)
         note = f" ({requested} needs other hardware)" if other_precision else ""
     elif gpu.capability < (8, 0) and (requested is None or requested.startswith("bf16")):
         precision, note = "16-mixed", " (it has no bf16)"

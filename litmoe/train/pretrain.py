@@ -44,7 +44,7 @@ def pretrain(run: ParsedRun, *, resume_from: Path | None) -> None:
     # Before the first allocation.
     use_expandable_segments(torch.cuda.is_available())
     keep_freed_memory(torch.cuda.is_available())
-    precision, note = choose_precision(settings.precision)
+    precision, note = choose_precision(settings.precision, settings.accelerator)
     devices, num_nodes = processes(settings)
     out_dir = settings.out_dir
     patched = patched_pretraining(

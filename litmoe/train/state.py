@@ -265,6 +265,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
+        "mps": [torch.mps.get_rng_state()] if device.type == "mps" else [],
         "python": random.getstate(),
         "numpy": [algorithm, keys.tolist(), *rest],
     }
@@ -279,6 +280,8 @@ def load_random_state(state: dict[str, Any], device: torch.device) -> None:
     if device.type == "cuda" and state["cuda"]:
         # Every rank takes the state of rank 0: an optimizer that rounds stochastically must round alike on all.
         torch.cuda.set_rng_state(state["cuda"][0], device)
+    if device.type == "mps" and state.get("mps"):
+        torch.mps.set_rng_state(state["mps"][0])
 
 
 def save_checkpoint(
