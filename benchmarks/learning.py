@@ -77,7 +77,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "cpu": Preset(
-        "configs/quickstart.yaml",
+        "configs/runs/tinystories-cpu.yaml",
         "configs/models/quickstart-dense-twin.yaml",
         80_000,
         {"nanoGPT": 4.0, "nanochat": 10.0},

@@ -29,7 +29,9 @@ def choose_rows(fabric: L.Fabric, run: TrainingRun, parsed: ParsedRun) -> str:
     sequences = run.settings.train.global_batch_size // fabric.world_size
     if fabric.device.type != "cuda":
         _set_rows(run, rows_on_cpu(sequences, run.gpt.max_seq_length))
-        return f"{run.rows} of a step's {sequences} sequences at a time, because more are not faster on a CPU."
+        if run.rows == sequences:
+            return f"All {sequences} sequences of a step at a time."
+        return f"{run.rows} of a step's {sequences} sequences at a time: more are not faster on a CPU."
     gpu = detect_gpu()
     assert gpu is not None
     precision, hardware, available = fabric._precision.precision, hardware_of(fabric.device), gpu.available

@@ -88,7 +88,7 @@ def test_auto(train, tmp_path, capsys):
     expected = train("--micro-batch-size", "4", "--out_dir", str(tmp_path / "expected"), *flags)
     capsys.readouterr()
     found = train("--micro-batch-size", "auto", *flags)
-    assert "12 of a step's 12 sequences at a time" in capsys.readouterr().out
+    assert "All 12 sequences of a step at a time." in capsys.readouterr().out
     assert column(found, "total_tokens") == [192.0, 384.0, 576.0, 768.0, 960.0, 1152.0]
     for name in ("train_loss", "grad_norm", "val_loss"):
         assert column(found, name) == pytest.approx(column(expected, name), rel=1e-5), name
