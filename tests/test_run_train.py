@@ -22,7 +22,7 @@ from litmoe.cli import exit_with_message
 from litmoe.config import PROJECT, parse_run
 from litmoe.data.manifest import read as read_manifest
 from litmoe.train.preflight import prepare_data
-from tests.helpers import SIGMOID_FLAGS, assert_equal, file_contents, training_steps, untimed_rows
+from tests.helpers import SIGMOID_FLAGS, assert_equal, column, file_contents, training_steps, untimed_rows
 
 
 @pytest.fixture
@@ -111,11 +111,16 @@ def test_damaged_checkpoint(trained_copy, refusal):
     assert "lit_model.pth" in refusal("--resume", str(weights.parent))
 
 
-@pytest.mark.parametrize(("split", "size"), [("train", "50"), ("val", "10")])
-def test_split_shorter_than_a_batch(refusal, split, size):
-    message = refusal("--micro-batch-size", size, "--global-batch-size", size, "--max-seq-length", "64")
-    assert f": {split} has" in message
+def test_text_shorter_than_a_batch(refusal):
+    message = refusal("--micro-batch-size", "50", "--global-batch-size", "50", "--max-seq-length", "64")
+    assert ": train has" in message
     assert "--micro-batch-size" in message
+
+
+def test_validation_text_shorter_than_a_batch(train):
+    """7 windows are one batch."""
+    out = train("--micro-batch-size", "20", "--global-batch-size", "20", "--max-seq-length", "64")
+    assert len(column(out, "val_loss")) == 3
 
 
 def test_unknown_corpus(refusal, tmp_path):

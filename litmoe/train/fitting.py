@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from custom_moe.backends import hardware_of
 from litmoe.config import ParsedRun, Recomputed
 from litmoe.hardware import GIB, detect_gpu
+from litmoe.train.distributed import any_rank
 from litmoe.train.memory import divisors, largest_micro_batch, rows_on_cpu, training_memory
 from litmoe.train.model import Batch, matrices_to_cast, moe_layers
 from litmoe.train.state import Measures, TrainingRun
@@ -72,7 +74,7 @@ def with_less_memory(
         torch.OutOfMemoryError, RuntimeError: there is no further measure, or the run has several ranks: the others wait
             in the middle of the step.
     """
-    random_states = torch.get_rng_state(), torch.cuda.get_rng_state() if fabric.device.type == "cuda" else None
+    random_states = _random_states(fabric)
     while True:
         try:
             return compute()
@@ -83,11 +85,39 @@ def with_less_memory(
         # Not in the handler: the traceback keeps the tensors of the interrupted call.
         undo()
         fabric.print(f"Out of memory ({reason}): {_take_measure(fabric, run)}.")
-        # The same dropout again.
-        torch.set_rng_state(random_states[0])
-        if random_states[1] is not None:
-            torch.cuda.empty_cache()
-            torch.cuda.set_rng_state(random_states[1])
+        _restore_random_states(random_states)
+
+
+def rehearse(fabric: L.Fabric, run: TrainingRun, compute: Callable[[], Any], undo: Callable[[], None]) -> None:
+    """Let several ranks find measures with which a step fits, before one that they do together.
+
+    In a step the others would wait forever for a rank that ran out of memory.
+
+    Args:
+        compute: forward and backward of a part of the step, without communication.
+        undo: as for ``with_less_memory``.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: on the rank that has no further measure.
+    """
+    random_states = _random_states(fabric)
+    while True:
+        reason = ""
+        try:
+            compute()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not _has_measure(run):
+                raise
+            reason = str(error).splitlines()[0]
+        undo()
+        # All ranks take the same measures, because their gradients are sums over equal parts.
+        (is_short,) = any_rank(fabric, bool(reason))
+        if is_short:
+            measure = _take_measure(fabric, run)
+            fabric.print(f"Out of memory ({reason or 'on another device'}): {measure}.")
+        _restore_random_states(random_states)
+        if not is_short:
+            return
 
 
 def regroup(batches: Iterable[Batch], rows: int) -> Iterator[Batch]:
@@ -124,6 +154,19 @@ def _divide(batch: Batch, rows: int) -> list[Batch]:
     n_parts = -(-len(batch.input_ids) // rows)
     columns = [[None] * n_parts if field is None else field.split(rows) for field in batch]
     return [Batch(*fields) for fields in zip(*columns, strict=True)]
+
+
+def _random_states(fabric: L.Fabric) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if fabric.device.type == "cuda" else None
+
+
+def _restore_random_states(states: tuple[Tensor, Tensor | None]) -> None:
+    """Give a repeated step the same dropout, and CUDA's allocator the memory of the interrupted one."""
+    cpu, cuda = states
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_rng_state(cuda)
 
 
 def _set_rows(run: TrainingRun, rows: int) -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Literal, NamedTuple, cast
 
 import lightning as L
@@ -21,7 +22,7 @@ from litmoe.config import MoESettings
 from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import any_rank, sum_over_ranks
 from litmoe.train.evaluate import evaluate_and_log, evaluations_due
-from litmoe.train.fitting import regroup, with_less_memory
+from litmoe.train.fitting import regroup, rehearse, with_less_memory
 from litmoe.train.logs import RunDisplay
 from litmoe.train.metrics import MetricAccumulator, training_row
 from litmoe.train.model import (
@@ -166,6 +167,9 @@ def train_step(
     settings, model, optimizer = run.settings, run.model, run.optimizer
     rate = _set_learning_rate(run)
 
+    # The second step needs more memory than the first one, which has no moments yet; all others are like it.
+    if fabric.world_size > 1 and not run.sharded and run.timing.all_steps < 2:
+        rehearse(fabric, run, partial(_rehearsal, fabric, run, micro_batches), undo=optimizer.zero_grad)
     # Forward and backward. The sums stay on the device: reading one would make the CPU wait for it.
     all_losses, tokens = with_less_memory(
         fabric, run, partial(_accumulate_gradients, fabric, run, micro_batches), undo=optimizer.zero_grad
@@ -202,6 +206,16 @@ def train_step(
     optimizer.zero_grad()
     update_expert_balance(fabric, run, expert_counts, norm)
     return StepResult(tokens, rate, norm, Requests(*requests))
+
+
+def _rehearsal(fabric: L.Fabric, run: TrainingRun, micro_batches: Sequence[Batch]) -> None:
+    """Do forward and backward of the first parts of a step, without communication."""
+    with fabric.no_backward_sync(run.model):
+        # Two, because the gradients of the first one exist during the second.
+        for batch in islice(regroup(micro_batches, run.rows), 2):
+            cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
+            losses: Losses = functional_call(run.model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
+            fabric.backward(total_loss(losses, run.settings.moe))
 
 
 def _accumulate_gradients(

@@ -35,15 +35,15 @@ class Timing:
     """Their sum, with data loading and logging, without evaluation and saving"""
     evaluation: dict[str, float] = field(default_factory=dict)
     """The last validation, with its sample, and the last scores of HellaSwag"""
-    _skipped: int = 0
+    all_steps: int = 0
+    """Steps of this session"""
 
     def add_step(self, seconds: float) -> None:
         """Count a step."""
-        if self._skipped < FIRST_STEPS:
-            self._skipped += 1
-            return
-        self.steps += 1
-        self.step_seconds += seconds
+        self.all_steps += 1
+        if self.all_steps > FIRST_STEPS:
+            self.steps += 1
+            self.step_seconds += seconds
 
     @contextmanager
     def measure(self, evaluation: str) -> Iterator[None]:

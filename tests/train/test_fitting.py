@@ -1,6 +1,7 @@
 """Out-of-memory errors in a run: the step is repeated with less memory, and the result stays the same."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -194,3 +195,37 @@ def test_real_limit(stories, tokenizer_dir, moe_fields, tmp_path):
     said = run(27, "limited", enough)
     assert "with 9 instead of 27 sequences at a time" in said and said.count("Out of memory") == 1
     assert same_weights(tmp_path / "limited", tmp_path / "small")
+
+
+SHORT_RANK = """
+import os
+import torch
+from litmoe.train import loop
+
+def rehearsal(fabric, run, micro_batches):
+    enough(fabric, run, micro_batches)
+    if os.environ.get("LOCAL_RANK", "0") == "1" and run.rows > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+enough, loop._rehearsal = loop._rehearsal, rehearsal
+
+import run_train
+run_train.main()
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_devices_is_short_of_memory(train, run_file, tmp_path):
+    """Both find it out before the first step that they do together."""
+    script = tmp_path / "short_rank.py"
+    script.write_text(SHORT_RANK, encoding="utf-8")
+    flags = ["--train.global_batch_size", "8", "--micro-batch-size", "4"]
+    out = tmp_path / "short"
+    command = [sys.executable, str(script), "--config", str(run_file), *flags, "--devices", "2", "--out_dir", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Out of memory (on another device): this step again, and all others, with 2 instead of 4" in done.stdout
+    whole = train(*flags, "--out_dir", str(tmp_path / "whole"))
+    for name in ("train_loss", "grad_norm"):
+        assert column(out, name) == pytest.approx(column(whole, name), rel=1e-4), name
