@@ -183,11 +183,14 @@ def _in_blocks(heads: Tensor) -> bool:
 def _flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether a kernel takes fewer key heads than query heads: the CPU's and flash attention do.
 
-    The memory-efficient kernel, for fp32 and GPUs without flash attention, does not: torch would fall back to scores
-    of T x T.
+    The memory-efficient kernel, for fp32, GPUs without flash attention, and builds of torch without it (Windows before
+    2.15), does not: torch would fall back to scores of T x T.
     """
+    if device.type != "cuda":
+        return True
     capability = hardware_of(device).capability or (0, 0)
-    return device.type != "cuda" or (dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0))
+    is_built = torch.backends.cuda.is_flash_attention_available()
+    return is_built and dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, n_rotated: int) -> Tensor:

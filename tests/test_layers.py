@@ -6,7 +6,8 @@ import pytest
 import torch
 from litgpt import GPT, Config
 
-import litmoe.layers
+from custom_moe.backends import Hardware
+from litmoe import layers
 from litmoe.layers import CausalSelfAttention, LoRACausalSelfAttention, RMSNorm, use_fast_layers
 
 B, T = 2, 13
@@ -88,7 +89,7 @@ def test_attention_without_flash_attention(monkeypatch):
     """As on a GPU in fp32, where no kernel takes fewer key heads than query heads."""
     stock, ours, cos, sin = both_attentions("grouped queries")
     x = torch.randn(B, T, 48)
-    monkeypatch.setattr(litmoe.layers, "_flash_attention", lambda *_: False)
+    monkeypatch.setattr(layers, "_flash_attention", lambda *_: False)
     assert_same(stock, ours, x, cos, sin)
 
 
@@ -195,3 +196,11 @@ def test_kv_cache_equals_litgpt(name):
         for maxp1 in (end, None):
             results = [gpt(tokens[:, start:end], positions, maxp1) for gpt in (ours, stock)]
             torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_flash_attention_as_torch_was_built(monkeypatch):
+    monkeypatch.setattr(layers, "hardware_of", lambda device: Hardware((8, 6), triton=True))
+    for is_built in (True, False):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda built=is_built: built)
+        assert layers._flash_attention(torch.device("cuda"), torch.bfloat16) is is_built
+    assert layers._flash_attention(torch.device("cpu"), torch.float32)
