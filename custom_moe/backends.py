@@ -54,6 +54,8 @@ class Hardware(NamedTuple):
     """Whether Triton is installed and can build its kernels"""
     grouped_mm: bool = True
     """Whether torch was built with its fast grouped_mm"""
+    hip: bool = False
+    """Whether it is an AMD GPU"""
     interpreter: bool = False
     """Whether Triton interprets its kernels (TRITON_INTERPRET=1), on any device, for tests"""
 
@@ -71,7 +73,8 @@ def _find_hardware(device_type: str, index: int | None) -> Hardware:
     # ROCm builds of torch call AMD GPUs "cuda" too; their capability is not comparable.
     has_triton = problem is None
     if device_type != "cuda" or torch.version.hip:
-        return Hardware(None, has_triton, interpreter=has_triton and os.environ.get("TRITON_INTERPRET") == "1")
+        is_interpreter = has_triton and os.environ.get("TRITON_INTERPRET") == "1"
+        return Hardware(None, has_triton, hip=device_type == "cuda", interpreter=is_interpreter)
     capability = torch.cuda.get_device_capability(index)
     # On 9.x and 10.x grouped_mm is fast without Triton.
     if problem and capability >= (8, 0) and capability[0] not in (9, 10):
@@ -351,8 +354,10 @@ class TritonKernels(ExpertBackend):
     def problem(self, dtype: torch.dtype, device_type: str, hardware: Hardware, widths: tuple[int, ...]) -> str | None:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"does not compute {dtype}"
-        if hardware.capability is None and not hardware.interpreter and device_type != "meta":
-            return f"needs an NVIDIA GPU, and this is {'an AMD GPU' if device_type == 'cuda' else device_type}"
+        # On request only: nobody has run it on an AMD GPU yet.
+        is_gpu = hardware.capability is not None or hardware.hip
+        if not is_gpu and not hardware.interpreter and device_type != "meta":
+            return f"needs a GPU, and this is {device_type}"
         if not hardware.triton:
             return f"is not available: {_triton_problem()}"
         if hardware.capability is not None and hardware.capability < (8, 0):

@@ -9,7 +9,7 @@ import torch
 from litgpt import GPT, Config
 
 from custom_moe import MoE, set_backend, use_custom_moe
-from custom_moe.backends import Hardware, _find_hardware, backend_for, choose_backend, hardware_of
+from custom_moe.backends import BACKENDS, Hardware, _find_hardware, backend_for, choose_backend, hardware_of
 from custom_moe.experts import Experts
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -59,13 +59,19 @@ def test_without_rows_the_loop_is_chosen() -> None:
     [
         ("grouped_mm", BF16, ODD, r"'grouped_mm' needs widths of a multiple of 8 in torch.bfloat16, and these are"),
         ("grouped_mm", FP64, EVEN, "does not compute torch.float64"),
-        ("triton", FP32, EVEN, "needs an NVIDIA GPU, and this is cpu"),
+        ("triton", FP32, EVEN, "needs a GPU, and this is cpu"),
         ("cutlass", FP32, EVEN, "is not one of grouped_mm, triton, loop"),
     ],
 )
 def test_unavailable_backend_raises(wanted, dtype: torch.dtype, widths: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_backend(wanted, dtype, torch.device("cpu"), 42, widths)
+
+
+def test_triton_on_amd_gpus_is_used_on_request() -> None:
+    amd = Hardware(None, triton=True, hip=True)
+    assert BACKENDS["triton"].problem(BF16, "cuda", amd, EVEN) is None
+    assert backend_for(BF16, amd, EVEN) == "loop"
 
 
 def test_hardware_of_this_machine() -> None:
