@@ -63,7 +63,7 @@ def test_default_run_values():
     assert (settings.out_dir, settings.tokenizer_dir) == (Path("checkpoints"), Path("data/tokenizer"))
     assert settings.train == TrainArgs(
         global_batch_size=8,
-        micro_batch_size=1,
+        micro_batch_size="auto",
         log_interval=1,
         max_tokens=320000,
         lr_warmup_steps=5,
@@ -71,7 +71,7 @@ def test_default_run_values():
         max_norm=1.0,
         min_lr=3.0e-5,
     )
-    assert (settings.eval.interval, settings.eval.max_iters, settings.logger_name) == (10, 20, "csv")
+    assert (settings.eval.interval, settings.eval.max_iters, settings.logger_name) == (10, 5, "csv")
     assert run.optimizer["class_path"] == "torch.optim.AdamW"
     assert (run.optimizer["init_args"]["lr"], run.optimizer["init_args"]["weight_decay"]) == (3.0e-4, 0.01)
     assert settings.data.num_workers == 2

@@ -81,15 +81,18 @@ def test_ranks_share_the_windows(chunked: Path, rank: int) -> None:
     windows = windows_of(chunked, "val")
     share = [row for i, row in enumerate(windows[: len(windows) // 4 * 4]) if i // 2 % 2 == rank]
     assert rows_of(module(chunked, batch_size=2).val_dataloader()) == share
-    size = len(TokenWindows(chunked, "val", T))
+    # A short validation text is one batch for each rank.
+    (batch,) = module(chunked, batch_size=len(windows)).val_dataloader()
+    assert len(batch) == len(windows) // 2
+    size = len(TokenWindows(chunked, "train", T))
     with pytest.raises(UserError, match=rf"expected {2 * size} or more .*on 2 devices"):
-        module(chunked, batch_size=size).val_dataloader()
+        module(chunked, batch_size=size).train_dataloader()
 
 
 def test_too_few_windows(chunked: Path) -> None:
-    size = len(TokenWindows(chunked, "val", T))
+    size = len(TokenWindows(chunked, "train", T))
     (batch,) = module(chunked, batch_size=size).val_dataloader()
-    assert rows_of([batch]) == windows_of(chunked, "val")
+    assert rows_of([batch]) == windows_of(chunked, "val"), "all of a shorter text"
     with pytest.raises(UserError, match=rf"{size} windows of {T + 1}; expected {size + 1} or more"):
         module(chunked, batch_size=size + 1)
 

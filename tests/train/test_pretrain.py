@@ -335,7 +335,7 @@ def test_resume_rejects_another_split(tmp_path, stories, tokenizer_dir, run_file
 
 def test_failed_start_deletes_nothing(train, trained_copy):
     out = trained_copy
-    for mistake in (("--micro-batch-size", "100", "--global-batch-size", "100"), ("--sample.temperature", "-1")):
+    for mistake in (("--micro-batch-size", "200", "--global-batch-size", "200"), ("--sample.temperature", "-1")):
         with pytest.raises(UserError):
             train("--overwrite", *mistake)
     with pytest.raises(UserError, match="which this run starts from"):

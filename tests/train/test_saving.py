@@ -248,11 +248,17 @@ def test_failed_evaluation_keeps_its_step(train, trained, monkeypatch, tmp_path)
     assert_same_run(out, trained)
 
 
-def test_out_of_memory_message(train, monkeypatch, tmp_path):
+def test_out_of_memory(train, monkeypatch, tmp_path, capsys):
+    """The step is repeated with less, as long as there is something to do without."""
     on_step(monkeypatch, 3, lambda: torch.empty(2**50))
-    with pytest.raises(UserError, match=r"(?s)out of memory: .*--plan lists what to change.*--resume auto continues"):
-        train()
-    assert steps_in(tmp_path / "out") == ["step-00000002"]
+    train()
+    assert "can't allocate memory" in capsys.readouterr().out
+    assert steps_in(tmp_path / "out") == ["final", "step-00000004", "step-00000008"]
+    on_step(monkeypatch, 3, lambda: torch.empty(2**50))
+    flags = ("--micro-batch-size", "1", "--activation_checkpointing", "block", "--out_dir", str(tmp_path / "small"))
+    with pytest.raises(UserError, match=r"(?s)out of memory: .*needs less, see --plan:\n.*AdamW8bit"):
+        train(*flags)
+    assert steps_in(tmp_path / "small") == ["step-00000002"]
 
 
 def test_run_survives_closed_stdout(train, monkeypatch, tmp_path):
