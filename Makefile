@@ -31,7 +31,7 @@ venv: uv ## Bring .venv in line with the pins in pyproject.toml
 lock: uv ## Update the pins in pyproject.toml to the newest versions that fit, and requirements.txt with hashes
 	@"$(UV)" run --no-project --python ">=3.11" python scripts/lock.py "$(UV)"
 
-quickstart: venv ## Train a small mixture of experts on the built-in stories and read what it writes (5 minutes on 2 cores)
+quickstart: venv ## Train a small mixture of experts on the built-in stories and read what it writes (minutes on 2 cores)
 	$(RUN) python run_train.py --config configs/quickstart.yaml $(ARGS)
 
 train: venv ## Train MoE-200M by model_config.yaml and train_config.yaml; more flags by ARGS="--train.max_tokens 1000000"
