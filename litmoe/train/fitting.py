@@ -42,7 +42,11 @@ def choose_rows(fabric: L.Fabric, run: TrainingRun, parsed: ParsedRun) -> str:
         complete = training_memory(parsed, precision, hardware)
         states = complete.weights + complete.gradients + complete.optimizer
         available += states * (1 - 1 / fabric.world_size)
-    rows, needed = largest_micro_batch(parsed, precision, hardware, available, fabric.world_size)
+    try:
+        rows, needed = largest_micro_batch(parsed, precision, hardware, available, fabric.world_size)
+    except Exception:  # optimizers of other packages can do anything
+        optimizer = run.hyperparameters["optimizer"]["class_path"]
+        return f"{run.rows} sequences at a time: the memory that {optimizer} needs can't be computed in advance."
     # The smallest device decides for all.
     by_rank: list[Any] = [rows]
     if fabric.world_size > 1:
@@ -98,7 +102,7 @@ def rehearse(fabric: L.Fabric, run: TrainingRun, compute: Callable[[], Any], und
         undo: as for ``with_less_memory``.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError: on the rank that has no further measure.
+        torch.OutOfMemoryError: on all ranks, if there is no further measure.
     """
     random_states = _random_states(fabric)
     while True:
@@ -106,12 +110,14 @@ def rehearse(fabric: L.Fabric, run: TrainingRun, compute: Callable[[], Any], und
         try:
             compute()
         except RuntimeError as error:
-            if not is_out_of_memory(error) or not _has_measure(run):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
         undo()
         # All ranks take the same measures, because their gradients are sums over equal parts.
         (is_short,) = any_rank(fabric, bool(reason))
+        if is_short and not _has_measure(run):
+            raise torch.OutOfMemoryError(reason or "on another device")
         if is_short:
             measure = _take_measure(fabric, run)
             fabric.print(f"Out of memory ({reason or 'on another device'}): {measure}.")

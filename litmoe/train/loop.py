@@ -334,9 +334,10 @@ def _choose_length(
 
     The number is saved with each checkpoint, so a resumed run keeps it.
     """
-    # An evaluation now tells how long the others will take.
-    if not evaluate_and_log(fabric, run, display, signals):
-        return False
+    # An evaluation now tells how long the others will take. The first one also compiles.
+    for _ in range(2 if run.compiled and not run.timing.evaluation else 1):
+        if not evaluate_and_log(fabric, run, display, signals):
+            return False
     budget, progress, timing = run.settings.time_budget, run.progress, run.timing
     assert budget is not None
     at_the_end = timing.at_the_end(run.settings.eval, run.checkpoint_bytes)
