@@ -78,7 +78,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "cpu": Preset(
         "configs/runs/tinystories-cpu.yaml",
-        "configs/models/quickstart-dense-twin.yaml",
+        "configs/models/cpu-dense-twin.yaml",
         80_000,
         {"nanoGPT": 4.0, "nanochat": 10.0},
     ),

@@ -1,7 +1,7 @@
 """Where does the time of a training step go? The operators of a step, with torch's profiler.
 
     uv run python benchmarks/step_profile.py                                           # the quickstart on a CPU
-    uv run python benchmarks/step_profile.py --model configs/models/quickstart-dense-twin.yaml --output twin.json
+    uv run python benchmarks/step_profile.py --model configs/models/cpu-dense-twin.yaml --output twin.json
 
 One step is forward, backward, clipping and AdamW of one micro batch of random tokens, on one core as in learning.py,
 or on a GPU. It is measured in fp32, and in the precision that a run would choose on this machine if it is another one.

@@ -606,7 +606,7 @@ class PerExpertLoop(ExpertBackend):
         # time of a small product, and routing gives new numbers in each step. Few tokens, as in generation, have few
         # such numbers, and padding would be most of their work.
         padded = x_NC.device.type == "cpu" and x_NC.dtype == torch.bfloat16 and x_NC.size(0) > 64
-        return 64 if padded else 1
+        return 32 if padded else 1
 
     def multiply(self, x_NC: Tensor, weight_EOC: Tensor, ends_E: Tensor, rows_R: Tensor | None = None) -> Tensor:
         y_RO: Tensor = loop_multiply(_gather(x_NC, rows_R), weight_EOC, ends_E)

@@ -111,7 +111,7 @@ class TopKRouter(Router):
     def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's experts ``(N, K)`` int64, all different, and their weights ``(N, K)`` fp32."""
         # (N, E) -> (N, K), the largest logit first
-        top_logits_NK, experts_NK = torch.topk(logits_NE, self.config.n_expert_per_token)
+        top_logits_NK, experts_NK = largest(logits_NE, self.config.n_expert_per_token)
         # The softmax over the chosen logits is Mixtral's softmax over all, renormalized over the chosen ones.
         return experts_NK, top_logits_NK.softmax(dim=1)
 
@@ -143,7 +143,8 @@ class GroupedTopKRouter(TopKRouter):
         choice_NE = scores_NE.detach() + self.e_score_correction_bias
         if self.config.n_topk_groups < self.config.n_expert_groups:
             choice_NE = self._within_best_groups(choice_NE)
-        experts_NK = torch.topk(choice_NE, k=self.config.n_expert_per_token, dim=-1, sorted=False)[1]
+        # sorted=False as in LitGPT, so that a token's experts are added up in the same order.
+        experts_NK = largest(choice_NE, self.config.n_expert_per_token, sorted=False)[1]
         weights_NK = scores_NE.gather(1, experts_NK)
         if self.config.norm_topk_prob:
             # 1e-20 as in LitGPT, for scores that are all 0
@@ -212,6 +213,15 @@ def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float | Tensor) -> Tens
     """
     # Compared as counts * E with the total, in int64: a mean in fp32 would be rounded.
     return bias_E + rate * (counts_E.sum() - counts_E * counts_E.numel()).sign().to(bias_E.dtype)
+
+
+def largest(scores_NE: Tensor, k: int, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the values ``(N, K)`` and the indices ``(N, K)`` of each token's ``k`` largest scores, as ``torch.topk``.
+
+    A single one is found by ``max``: on a CPU ``topk`` takes ten times as long for it.
+    """
+    values_NK, experts_NK = scores_NE.max(dim=1, keepdim=True) if k == 1 else scores_NE.topk(k, dim=1, sorted=sorted)
+    return values_NK, experts_NK
 
 
 def linear_fp32(x_NC: Tensor, weight_EC: Tensor) -> Tensor:

@@ -45,16 +45,19 @@ def loss_of_rows(
     # Two index tensors pick one element of each row.
     at_target = torch.arange(len(logits_RW), device=logits_RW.device), target_R
     # 16 bits would lose the difference of large logits.
-    log_probs_RW = logits_RW.float().log_softmax(dim=1)
-    loss = -(log_probs_RW[at_target] * counted_R).sum()
+    dtype, logits_RW = logits_RW.dtype, logits_RW.float()
+    probs_RW = logits_RW.softmax(dim=1)
+    # log(sum(exp(logits))) from the largest logit and its probability, at least 1 / W: without a second exp over all.
+    log_sum_R = logits_RW.amax(dim=1) - probs_RW.amax(dim=1).log()
+    loss = ((log_sum_R - logits_RW[at_target]) * counted_R).sum()
     if not gradient:
         return loss, None
     # The gradient of a logit is its probability, minus 1 at the target.
-    probs_RW, factor_R = log_probs_RW.exp_(), counted_R * share
+    factor_R = counted_R * share
     # Subtracted in fp32, before the next line overwrites the probabilities and rounds them.
     dtarget_R = (probs_RW[at_target] - 1) * factor_R
-    dlogits_RW = probs_RW.mul_(factor_R.unsqueeze(1)).to(logits_RW.dtype)
-    dlogits_RW[at_target] = dtarget_R.to(logits_RW.dtype)
+    dlogits_RW = probs_RW.mul_(factor_R.unsqueeze(1)).to(dtype)
+    dlogits_RW[at_target] = dtarget_R.to(dtype)
     return loss, dlogits_RW
 
 
