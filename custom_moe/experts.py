@@ -185,19 +185,19 @@ class _ExpertsFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         weights_R = weights_of_rows(weights_S, Dispatch(token_R, ends_E, row_S, rows, starts_N))
-        # Under mixed precision the weights have another type than x. They are cast in each direction, because keeping
-        # the copy would take half of the weights' memory.
+        # Under mixed precision the weights may have another type than x. The copies are kept for the backward. In
+        # training that takes no memory: a layer that is recomputed has its backward at once, and otherwise the loop
+        # passes weights that are cast already.
         fc, proj = fc_EJC.to(x_NC.dtype), proj_ECI.to(x_NC.dtype)
         y_RC, h_RJ = BACKENDS[backend].forward(x_NC, weights_R, fc, proj, token_R, ends_E)
-        ctx.save_for_backward(x_NC, weights_R, h_RJ, fc_EJC, proj_ECI, token_R, ends_E, row_S, rows, starts_N)
+        ctx.save_for_backward(x_NC, weights_R, h_RJ, fc, proj, token_R, ends_E, row_S, rows, starts_N)
         ctx.backend = backend
         return sum_rows(y_RC, rows, starts_N)
 
     @staticmethod
     def backward(ctx: Any, dy_NC: Tensor) -> tuple[Tensor | None, ...]:
-        x_NC, weights_R, h_RJ, fc_EJC, proj_ECI, token_R, ends_E, row_S, rows, starts_N = ctx.saved_tensors
+        x_NC, weights_R, h_RJ, fc, proj, token_R, ends_E, row_S, rows, starts_N = ctx.saved_tensors
         _, _, need_fc, need_proj, *_ = ctx.needs_input_grad
-        fc, proj = fc_EJC.to(x_NC.dtype), proj_ECI.to(x_NC.dtype)
         dx_RC, dweights_R, dfc_EJC, dproj_ECI = BACKENDS[ctx.backend].backward(
             dy_NC, x_NC, weights_R, h_RJ, fc, proj, token_R, ends_E, need_fc, need_proj
         )

@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from custom_moe import MoE, expert_counts, expert_load, load_balancing_loss, use_custom_moe
 from custom_moe.backends import Hardware
@@ -392,6 +393,29 @@ def _step(model, module, precision):
             losses = functional_call(module, weights, (*tokens,), tie_weights=False)
         (total_loss(losses, MoESettings()) / 2).backward()
     return losses, {name: parameter.grad for name, parameter in model.named_parameters()}, weights
+
+
+class CastsOfExperts(TorchDispatchMode):
+    """Counts the casts of stacked weights to bf16: gate and up ``(E, 2I, C)``, down ``(E, C, I)``."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            self.count += tuple(result.shape) in ((4, 48, 32), (4, 32, 24))
+        return result
+
+
+@pytest.mark.parametrize(("recomputed", "casts"), [("none", 0), ("moe", 2), ("block", 2)])
+def test_experts_are_cast_once_per_computation(recomputed, casts):
+    model = PretrainingModel(build("moe"), recomputed)
+    weights = cast_matrices(matrices_to_cast(model, "bf16-mixed", recomputed), "bf16-mixed")
+    with torch.autocast("cpu", dtype=torch.bfloat16), CastsOfExperts() as counter:
+        losses = functional_call(model, weights, batch(), tie_weights=False)
+        with torch.autocast("cpu", enabled=False):
+            total_loss(losses, MoESettings()).backward()
+    assert counter.count == casts * 2 * SIZE["n_layer"]
 
 
 @pytest.mark.parametrize("name", ["moe", "pythia"])
