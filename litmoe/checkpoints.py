@@ -650,18 +650,17 @@ def load_config(folder: Path) -> "Config":
         raise UserError(f"{path} is no LitGPT model config: {type(error).__name__}: {error}.") from None
 
 
-def load_weights(folder: Path, *, mmap: bool = False) -> "dict[str, Tensor]":
+def load_weights(folder: Path) -> "dict[str, Tensor]":
     """Return the state dict in LitGPT's keys, on the CPU. Reads LitGPT's own checkpoints too (in the key ``model``).
 
-    Args:
-        folder: the checkpoint.
-        mmap: map the file instead of reading it. While the tensors exist, Windows can't replace the folder.
+    The file is mapped: its pages take no memory of the process, and the system drops them when it needs them.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     path = as_folder(folder) / WEIGHTS
-    content = _load_torch(path, mmap=mmap)
+    # While mapped tensors exist, Windows can't replace the folder.
+    content = _load_torch(path, mmap=os.name != "nt")
     # LitGPT's pretraining and finetuning wrap the state dict.
     weights: dict[str, Tensor] = content.get("model", content)
     if not isinstance(weights, dict) or not all(hasattr(value, "is_floating_point") for value in weights.values()):
@@ -793,22 +792,19 @@ def load_model(
 
     config, context = load_config(folder), context_of(folder, max_seq_length)
     router = check_router(folder, router)
-    # Mapped, the weights are in memory once. On Windows the folder could then not be replaced.
-    weights = load_weights(folder, mmap=os.name != "nt")
+    weights = load_weights(folder)
     try:
-        # Without storage: the loaded tensors become the parameters.
         with use_our_layers(router), torch.device("meta"):
             gpt = GPT(config)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"no model can be built from {as_folder(folder) / MODEL_CONFIG}: {error}.") from error
-    for name, tensor in weights.items():
-        # A router's selection bias is fp32 in any model.
-        is_selection_bias = name.endswith("e_score_correction_bias")
-        weights[name] = tensor.to(device, torch.float32 if is_selection_bias else dtype)
+    # Each tensor is copied from the file to its place. To move them first would need the device's memory twice, because
+    # the experts' are then copied once more into their stacked parameters.
+    gpt.to(dtype).to_empty(device=device)
     try:
-        gpt.load_state_dict(weights, assign=True)
+        gpt.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the weights in {as_folder(folder)} do not fit its {MODEL_CONFIG}: {error}") from None
     gpt.max_seq_length = context

@@ -5,7 +5,6 @@ the selected experts sum to 1, so at first the mixture computes the same as the 
 selects. During training, the experts become different. The config changes only in `MOE_FIELDS`.
 """
 
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -111,7 +110,7 @@ def check_experts(folder: Path, config: "Config", *, tie_embeddings: bool) -> No
 
 def _has_tied_embeddings(folder: Path) -> bool:
     # Windows can't replace a file that is mapped into memory.
-    weights = checkpoints.load_weights(folder, mmap=os.name != "nt")
+    weights = checkpoints.load_weights(folder)
     return weights["lm_head.weight"].equal(weights["transformer.wte.weight"])
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from litgpt import GPT, Config
 from litgpt.prompts import Default, load_prompt_style
 from litgpt.utils import check_valid_checkpoint_dir
+from torch.profiler import ProfilerActivity, profile
 
 from custom_moe import use_custom_moe
 from litmoe import checkpoints
@@ -62,6 +64,18 @@ def test_selection_bias_stays_fp32_in_bf16_model(tmp_path: Path, moe_fields: dic
     gate = loaded.transformer.h[1].mlp.gate
     assert gate.weight.dtype == torch.bfloat16
     assert torch.equal(gate.e_score_correction_bias, bias)
+
+
+def test_a_model_is_in_memory_once_while_it_loads(tmp_path: Path, moe_fields: dict) -> None:
+    """The file is mapped, so a device needs no more than the model: an OLMoE-7B of 13.8 GB has to load into 16 GB."""
+    folder = save_tiny(tmp_path / "final", tiny_gpt(moe_fields), None)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loaded = checkpoints.load_model(folder, torch.device("cpu"), torch.bfloat16)
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    # The profiler counts the mapped file like memory.
+    peak = max(accumulate(event.self_cpu_memory_usage for event in events)) - (folder / "lit_model.pth").stat().st_size
+    size = sum(parameter.nbytes for parameter in loaded.parameters()) + loaded.cos.nbytes + loaded.sin.nbytes
+    assert size <= peak <= 1.1 * size
 
 
 def test_litgpt_reads_the_folder(run: Path, gpt: GPT, moe_fields: dict) -> None:
