@@ -1,6 +1,6 @@
 """What is each default of the quickstart worth? Every choice against its alternative, three seeds each, on a CPU.
 
-    uv run python benchmarks/ablations.py --data-dir data/novels    # half an hour on two cores
+    uv run python benchmarks/ablations.py --data-dir data/novels    # 20 minutes on two cores
     uv run python benchmarks/ablations.py --only default Muon       # some rows; the others of an earlier run are kept
 
 All runs are runs of run_train.py with configs/quickstart.yaml and a few flags, the same number of tokens and the
@@ -74,11 +74,13 @@ CHOICES = {
     "best of 16": Choice("experts", ("--model.n_expert=16",)),
     "first layer dense": Choice("experts", ("--model.first_k_dense_replace=1", "--model.intermediate_size=480")),
     "no balancing": Choice("balance", ("--moe.bias_update_rate=0", "--moe.z_loss=0")),
+    "bias at 10 times the rate": Choice("balance", ("--moe.bias_update_rate=0.01",)),
     "4 layers of width 128": Choice("layers", NARROW_LAYERS),
     "tied embeddings": Choice("embedding", ("--train.tie_embeddings=true",)),
     "embedding at the rate of all": Choice("embedding", ("--embedding_lr_factor=1",)),
     "LitGPT's initial projections": Choice("initial weights", ("--zero_init_projections=false",)),
     "cosine": Choice("schedule", ("--schedule.name=cosine", "--schedule.decay_fraction=0.2")),
+    "decay over the last 20%": Choice("schedule", ("--schedule.decay_fraction=0.2",)),
     "half the rate": Choice("rate", ("--optimizer.init_args.lr=2.0e-3",)),
     "twice the rate": Choice("rate", ("--optimizer.init_args.lr=8.0e-3",)),
     "batch of 8 windows": Choice("batch", ("--train.global_batch_size=8", "--train.micro_batch_size=8")),
@@ -89,6 +91,7 @@ CHOICES = {
     "no clipping": Choice("optimizer", ("--train.max_norm=null",)),
     "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",)),
     "QK-norm": Choice("attention", ("--model.norm_qk=true",)),
+    "three key heads": Choice("attention", ("--model.n_query_groups=3",)),
     "document masking": Choice("attention", ("--document_masking=true",)),
     "bf16, 8-bit Adam, stochastic rounding": Choice("memory", (*LOW_MEMORY, STOCHASTIC)),
     "bf16, 8-bit Adam, rounding to nearest": Choice("memory", LOW_MEMORY),
@@ -98,7 +101,7 @@ CHOICES = {
 def main() -> None:
     parser = common.make_parser(__doc__, "ablations_cpu", runs=True)
     parser.add_argument("--only", nargs="+", choices=tuple(CHOICES), default=list(CHOICES), metavar="ROW")
-    parser.add_argument("--tokens", type=int, default=120_000, help="of each run")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of each run")
     parser.add_argument("--seeds", type=int, choices=(1, *common.T_95), default=3, metavar="N")
     args = parser.parse_args()
     result = common.start(args, "torch", "torchao", "litgpt", "lightning")

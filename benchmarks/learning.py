@@ -14,7 +14,8 @@ for all models, and differences are formed between runs of the same seed.
 On a CPU each run has one thread, so that seconds are those of one core, and several runs share the machine.
 
 1. Speed: all models take turns in short runs.
-2. With several ``--rates``: one run per model and factor on its learning rates, at the tokens of step 3 divided by 6.
+2. With several ``--rates``: one run per peer and factor on its learning rates, at the tokens of step 3 divided by 6.
+   Ours have the learning rate of the run file.
 3. Equal seconds: each run has as many tokens as its model processes in the given minutes, and a complete schedule.
 4. Equal tokens: the other models with as many tokens as the mixture.
 
@@ -99,7 +100,7 @@ class Task(NamedTuple):
     model: str
     tokens: int
     seed: int = 0
-    rate: float = 1.0  # a factor on the model's own learning rates
+    rate: float = 1.0  # a factor on a peer's learning rates
     validations: int = VALIDATIONS
 
 
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--nanochat", type=Path, metavar="CHECKOUT", help="a checkout of karpathy/nanochat")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training per run")
     parser.add_argument("--seeds", type=int, choices=(1, *common.T_95), default=2, metavar="N")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="factors on the learning rates to try")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="factors on the peers' rates to try")
     parser.add_argument("--rounds", type=int, default=4, help="of the speed measurement")
     parser.add_argument("--equal", nargs="+", choices=("seconds", "tokens"), default=["seconds", "tokens"])
     parser.add_argument("--config", help="run file of the mixture")
@@ -158,16 +159,17 @@ def compare(args: argparse.Namespace, trainer: "Trainer", result: Row, save: Cal
     tokens = {model: trainer.whole_steps(speeds[model] * 60 * args.minutes) for model in models}
 
     # Learning rates
-    rates = result.get("rates") or dict.fromkeys(models, args.rates[0])
+    peers = [model for model in models if model not in OURS]
+    earlier = result.get("rates", {})
+    rates = dict.fromkeys(models, 1.0) | {peer: earlier.get(peer, args.rates[0]) for peer in peers}
     if len(args.rates) > 1:
         grid = [
-            Task(model, trainer.whole_steps(tokens[model] / 6), 0, rate, 1)
-            for rate, model in product(args.rates, models)
+            Task(peer, trainer.whole_steps(tokens[peer] / 6), 0, rate, 1) for rate, peer in product(args.rates, peers)
         ]
         trainer.run_all(grid, result.setdefault("grid", []), save)
-        for model in models:
-            own = [row for row in result["grid"] if row["model"] == model and "bits_per_byte" in row]
-            rates[model] = min(own, key=lambda row: row["bits_per_byte"])["rate"]
+        for peer in peers:
+            own = of_model(result["grid"], peer)
+            rates[peer] = min(own, key=lambda row: row["bits_per_byte"])["rate"]
     result["rates"] = rates
     for name in ("equal_seconds", "equal_tokens"):
         # An earlier result may have runs with another rate.
@@ -223,7 +225,7 @@ class Trainer:
         for peer, checkout in self.checkouts.items():
             commit = common.output_of(["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"])
             self.models[peer] = {"commit": commit, "rates": preset.rates[repository(peer)]}
-        self.train, self.config, self.optimizer = run.settings.train, run.settings.model, run.optimizer["init_args"]
+        self.train, self.config = run.settings.train, run.settings.model
         # For the peers; ours may choose their own.
         self.micro_batch_size = self.train.global_batch_size if run.fits_itself else self.train.micro_batch_size
         self.context = self.train.max_seq_length or self.config.block_size
@@ -283,12 +285,11 @@ class Trainer:
         steps = task.tokens // (self.train.global_batch_size * self.context)
         # One log line per validation, so that each validation has the tokens and seconds of its step.
         interval = max(1, steps // task.validations)
-        rate, least = self.optimizer["lr"] * task.rate, self.train.min_lr * task.rate
         all_flags = [
             *("--config", self.preset.config, *self.flags[task.model], *self.preset.flags, *self.corpus.flags),
             *(*seed_flags(task.seed), f"--train.max_tokens={task.tokens}", "--train.max_steps=null"),
-            *(f"--optimizer.init_args.lr={rate}", f"--train.min_lr={least}", "--eval.max_iters=1000000"),
-            *(f"--eval.interval={interval}", f"--train.log_interval={interval}", *NOTHING_ELSE, *flags),
+            *("--eval.max_iters=1000000", f"--eval.interval={interval}", f"--train.log_interval={interval}"),
+            *(*NOTHING_ELSE, *flags),
         ]
         return train(all_flags, environment=self.environment)
 
