@@ -218,6 +218,7 @@ def huggingface_config(
         "max_position_embeddings": config.block_size,
         "tie_word_embeddings": tied,
         "dtype": dtype,
+        # Not the end-of-text token, whose embedding transformers would no longer train.
         "pad_token_id": None,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,

@@ -10,8 +10,9 @@ import torch
 import yaml
 from litgpt import GPT, Config
 from litgpt.scripts import convert_lit_checkpoint
+from tokenizers import Tokenizer as Library
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from litmoe import checkpoints, load
 from litmoe.cli import UserError
@@ -282,6 +283,45 @@ def test_bos_token_is_kept(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Mia")["input_ids"][0] == 0
     import_folder(tmp_path / "out", tmp_path / "back")
     assert load(tmp_path / "back", device="cpu").tokenizer.encode("Mia")[0] == 0
+
+
+def test_a_batch_gives_the_same_texts(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    """Padding needs a token, and has no effect on the texts."""
+    export(save_tiny(tmp_path / "final", wordy_gpt(moe_fields), tokenizer_dir), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["Once upon a time, Mia the cat", "The", "Hello, I am"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (tokenizer.eos_token_id, "left")
+    assert (
+        batch["attention_mask"].sum(dim=1) == torch.tensor([len(tokenizer(text)["input_ids"]) for text in texts])
+    ).all()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert model.get_input_embeddings().padding_idx is None, "the embedding of the end-of-text token can be trained"
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"do_sample": False, "max_new_tokens": 20}
+    alone = [generator(text, **settings)[0]["generated_text"] for text in texts]
+    assert [found["generated_text"] for (found,) in generator(texts, batch_size=3, **settings)] == alone
+    assert tokenizer.batch_decode(model.generate(**batch, **settings), skip_special_tokens=True) == alone
+    assert len(set(alone)) == 3 and all(len(text) > 40 for text in alone)
+
+
+@pytest.mark.parametrize("entry", ["<pad>", {"content": "<pad>", "__type": "AddedToken"}, "<missing>"])
+def test_keeps_a_pad_token_of_the_vocabulary(
+    entry: object, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path
+) -> None:
+    source = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, source)
+    library = Library.from_file(str(source / "tokenizer.json"))
+    library.add_special_tokens(["<pad>"])
+    library.save(str(source / "tokenizer.json"))
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8")) | {"pad_token": entry}
+    (source / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    sizes = {"vocab_size": library.get_vocab_size(), "padded_vocab_size": 400}
+    export(save_tiny(tmp_path / "final", tiny_gpt(moe_fields | sizes), source), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.pad_token == ("<|endoftext|>" if entry == "<missing>" else "<pad>")
+    assert len(tokenizer) == library.get_vocab_size()
 
 
 def test_a_llama_tokenizer_goes_out_and_in(tmp_path: Path, moe_fields: dict, llama_tokenizer_dir: Path) -> None:
