@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from litgpt import GPT, Config
+from litgpt import GPT, Config, Tokenizer
 from litgpt.scripts import convert_lit_checkpoint
 from tokenizers import Tokenizer as Library
 from tokenizers.processors import TemplateProcessing
@@ -18,8 +18,9 @@ from litmoe import checkpoints, load
 from litmoe.cli import UserError
 from litmoe.config import PROJECT
 from litmoe.data.tokenizers import text_ids
-from litmoe.export.huggingface import check_can_push, export
+from litmoe.export.huggingface import check_can_push, export, load_model
 from litmoe.export.importing import import_folder
+from litmoe.export.verify import same_text
 from litmoe.export.weights import from_huggingface, to_huggingface
 from litmoe.hf_config import litgpt_config, model_type_of, without_counterpart
 from tests.helpers import DENSE_FIELDS, NEOX_FIELDS, save_tiny, tiny_gpt, wordy_gpt
@@ -223,6 +224,30 @@ def test_wrong_conversion_writes_nothing(tmp_path: Path, moe_fields: dict, token
     with pytest.raises(RuntimeError, match="the logits of both models differ by"):
         export(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize(("gap", "is_accepted"), [(1e-5, True), (1e-2, False)])
+def test_a_tie_is_no_difference(
+    gap: float, is_accepted: bool, tmp_path: Path, moe_fields: dict, tokenizer_dir: Path
+) -> None:
+    """Two tokens have almost equal logits, and the two models prefer different ones."""
+    folder = save_tiny(tmp_path / "final", wordy_gpt(moe_fields), tokenizer_dir)
+    export(folder, tmp_path / "out")
+    gpt = checkpoints.load_model(folder, torch.device("cpu"), torch.float32)
+    theirs = load_model(tmp_path / "out", torch.float32)
+    tokenizer, their_tokenizer = Tokenizer(folder), AutoTokenizer.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        hidden = theirs.model(torch.tensor([text_ids(tokenizer, "Once upon a time")])).last_hidden_state[0, -1]
+        first = int((theirs.lm_head.weight @ hidden).argmax())
+        second = 300 if first != 300 else 301
+        for model, preferred in ((gpt, first), (theirs, second)):
+            model.lm_head.weight[second] = model.lm_head.weight[first]
+            model.lm_head.weight[preferred] += gap * hidden / hidden.square().sum()
+    if is_accepted:
+        assert "only up to two equally probable tokens" in same_text(gpt, tokenizer, theirs, their_tokenizer).result
+    else:
+        with pytest.raises(RuntimeError, match="both models write different texts"):
+            same_text(gpt, tokenizer, theirs, their_tokenizer)
 
 
 def test_refuses_a_missing_tokenizer(tmp_path: Path, moe_fields: dict) -> None:
