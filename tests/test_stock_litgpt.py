@@ -251,6 +251,7 @@ def test_transformers_computes_the_same(
         {"norm_qk": True},  # transformers has a counterpart, but LitGPT does not convert it
         {"name": "phi-moe"},  # LitGPT decides by the name
         {**NEOX_FIELDS, "n_query_groups": 2},
+        {**DENSE_FIELDS, "attn_bias": True},  # LitGPT would leave out the biases
     ],
 )
 def test_no_config_without_counterpart(tmp_path: Path, moe_fields: dict, changes: dict) -> None:
