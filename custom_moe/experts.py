@@ -7,7 +7,7 @@ their product and the experts' outputs; gathering and activating again is cheap 
 Shape suffixes: see ``custom_moe``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -399,6 +399,27 @@ class Experts(nn.Module):
             y_SO = add_bias(y_SO, bias_EO.to(x_S.dtype), ends_E, backend)
         return y_SO
 
+    # ------------------------------------------------------------------------------------------- as LitGPT's ModuleList
+
+    def __len__(self) -> int:
+        """Return the number of experts."""
+        return self.fc_weight.size(0)
+
+    def __getitem__(self, index: int) -> "Expert":
+        """Return an expert by itself, for code that expects LitGPT's ``ModuleList``. See `Expert`."""
+        expert = range(len(self))[index]
+        gate, up = self.fc_weight[expert].detach().chunk(2)
+        gate_bias = up_bias = proj_bias = None
+        if self.fc_bias is not None and self.proj_bias is not None:
+            gate_bias, up_bias = self.fc_bias[expert].detach().chunk(2)
+            proj_bias = self.proj_bias[expert].detach()
+        proj = self.proj_weight[expert].detach()
+        return Expert(_as_linear(gate, gate_bias), _as_linear(up, up_bias), _as_linear(proj, proj_bias))
+
+    def __iter__(self) -> Iterator["Expert"]:
+        """Yield each expert by itself."""
+        return (self[index] for index in range(len(self)))
+
     # ------------------------------------------------------------------------------------------------------ state dict
 
     def _litgpt_views(self, prefix: str) -> dict[str, tuple[str, Tensor]]:
@@ -461,3 +482,28 @@ class Experts(nn.Module):
             loaded = state_dict[keys[0]]
             storage = torch.empty_like(parameter, dtype=loaded.dtype, device=loaded.device)
             setattr(self, name, nn.Parameter(storage, requires_grad=parameter.requires_grad))
+
+
+class Expert(nn.Module):
+    """One expert with the layers of ``litgpt.model.LLaMAMLP``, to look at it or to write its weights.
+
+    The weights are views of the stacked ones: what is written to them changes the layer. They have no gradients, and
+    a replaced weight, a hook or the update of LoRA has no effect on the layer.
+    """
+
+    def __init__(self, fc_1: nn.Linear, fc_2: nn.Linear, proj: nn.Linear) -> None:
+        super().__init__()
+        self.fc_1, self.fc_2, self.proj = fc_1, fc_2, proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the SwiGLU feed-forward of ``x``."""
+        y: Tensor = self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
+        return y
+
+
+def _as_linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight_OI.size(1), weight_OI.size(0), bias=bias_O is not None, device="meta")
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    if bias_O is not None:
+        layer.bias = nn.Parameter(bias_O, requires_grad=False)
+    return layer

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+# The adapters have subclasses of LitGPT's layer. Imported later, within `use_custom_moe`, these would be subclasses of
+# the layer here for the rest of the process.
+import litgpt.adapter
+import litgpt.adapter_v2
 import litgpt.lora
 import litgpt.model
 import torch
@@ -121,6 +125,9 @@ def _expert_sizes(config: Config) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """Raise for a config that LitGPT accepts although it can't work, such as ``n_expert`` 0."""
+    # LitGPT's block makes this layer first, and then replaces it by a dense one.
+    if (config.first_k_dense_replace or 0) >= config.n_layer:
+        return
     if config.n_expert < 1:
         raise ValueError(f"mlp_class_name is LLaMAMoE but n_expert is {config.n_expert}; set n_expert to 1 or more.")
     if not 1 <= config.n_expert_per_token <= config.n_expert:

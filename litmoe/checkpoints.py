@@ -14,6 +14,8 @@ step-00000010/            or final/
     instructions.json     describes the conversations of finetuning
     complete.json         written last: step, tokens, time, versions, size and SHA-256 of every file above, its own
 ```
+
+Folders that LitGPT's own commands wrote have no ``complete.json``. They are loaded after a warning, but never resumed.
 """
 
 import errno
@@ -23,10 +25,12 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -53,6 +57,9 @@ HYPERPARAMETERS = "hyperparameters.yaml"
 MANIFEST = "manifest.json"
 INSTRUCTIONS = "instructions.json"
 COMPLETE_FILE = "complete.json"
+# What no command of LitGPT writes: files, and settings in hyperparameters.yaml.
+_OUR_FILES = (TRAINING_STATE, MANIFEST, INSTRUCTIONS)
+_OUR_SETTINGS = {"moe", "sample", "overwrite", "imported_from"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -70,6 +77,7 @@ class FileRecord:
     size: int
     """Bytes"""
     sha256: str
+    """Empty for a file that a command of LitGPT wrote"""
 
 
 @dataclass(frozen=True)
@@ -460,9 +468,11 @@ def verify(folder: Path, files: Collection[str] | None = None) -> CheckpointMeta
     Args:
         folder: the checkpoint folder, or its ``lit_model.pth``.
         files: names of the files that will be used, so that generating does not read the optimizer state; None: all.
+            For a folder of LitGPT's own commands, which has no checksums, they only have to exist.
 
     Raises:
-        UserError: not a checkpoint, incomplete or damaged. The message names the file and another checkpoint.
+        UserError: not a checkpoint, incomplete or damaged, or all files of a folder of LitGPT's own commands are
+            requested. The message names the file and another checkpoint.
     """
     folder = as_folder(folder)
     try:
@@ -486,21 +496,49 @@ def is_complete(folder: Path, files: Collection[str] | None = None) -> bool:
     return True
 
 
+def is_of_litgpt(folder: Path) -> bool:
+    """Return whether a command of LitGPT, such as `litgpt finetune_full` or `litgpt merge_lora`, wrote the folder.
+
+    Saves here write into a folder with a hidden name, and rename it when it has its metadata. So without metadata a
+    folder was written by LitGPT, or it is an incomplete copy of ours. A copy is recognized by what LitGPT never writes.
+    """
+    if (folder / COMPLETE_FILE).exists() or folder.name.startswith("."):
+        return False
+    if not (folder / WEIGHTS).is_file() or not (folder / MODEL_CONFIG).is_file():
+        return False
+    if any((folder / name).exists() for name in _OUR_FILES):
+        return False
+    # `litgpt download` writes no settings.
+    if not (folder / HYPERPARAMETERS).exists():
+        return True
+    try:
+        return not _OUR_SETTINGS & read_yaml(folder / HYPERPARAMETERS).keys()
+    except (OSError, UserError):
+        return False
+
+
 def read_metadata(folder: Path) -> CheckpointMetadata:
     """Return the metadata of a checkpoint folder, without checking its files.
+
+    For a folder of LitGPT's own commands: the sizes of its files, without checksums, and step 0.
 
     Raises:
         DamagedCheckpointError: there is none, or it can't be read.
     """
     folder = as_folder(folder)
+    if not is_of_litgpt(folder):
+        return _read_own_metadata(folder)
+    files = {path.name: FileRecord(path.stat().st_size, "") for path in folder.iterdir() if path.is_file()}
+    return CheckpointMetadata(step=0, tokens=0, time="", versions={}, files=files)
+
+
+def _read_own_metadata(folder: Path) -> CheckpointMetadata:
+    """Return the content of ``complete.json``; errors as `read_metadata`."""
     path = folder / COMPLETE_FILE
     if not folder.is_dir():
         raise DamagedCheckpointError(f"found no checkpoint at {folder}; expected a folder with {COMPLETE_FILE}.")
     if not path.is_file():
-        raise DamagedCheckpointError(
-            f"{folder} is no complete checkpoint of this project: it has no {COMPLETE_FILE} (`litgpt generate` and"
-            " `litgpt chat` read LitGPT's own checkpoints)."
-        )
+        raise DamagedCheckpointError(_without_metadata(folder))
     try:
         content = read_checksummed(path)
         files = {name: FileRecord(**known_fields(FileRecord, record)) for name, record in content["files"].items()}
@@ -516,8 +554,24 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         raise DamagedCheckpointError(f"{path} is damaged: it can't be read.") from None
 
 
+def _without_metadata(folder: Path) -> str:
+    """Return what is wrong with a folder without ``complete.json``."""
+    if is_of_litgpt(folder):
+        return f"{folder} was written by LitGPT: it has no {COMPLETE_FILE}, so it can't be verified or resumed."
+    if (folder / LORA_WEIGHTS).is_file() and not (folder / WEIGHTS).exists():
+        return (
+            f"{folder} has LoRA parameters but no {WEIGHTS}. Merge them with the weights of their base:"
+            f" `uv run litgpt merge_lora {quoted(folder)}`."
+        )
+    return (
+        f"{folder} is no complete checkpoint: it has no {COMPLETE_FILE}, and not the files of a checkpoint of LitGPT"
+        f" alone ({WEIGHTS} and {MODEL_CONFIG})."
+    )
+
+
 def _check_files(folder: Path, files: Collection[str] | None, *, checksums: bool) -> CheckpointMetadata:
-    metadata = read_metadata(folder)
+    # Without metadata, it is unknown which files belong to a complete checkpoint.
+    metadata = _read_own_metadata(folder) if files is None else read_metadata(folder)
     for name in metadata.files if files is None else files:
         path, record = folder / name, metadata.files.get(name)
         if record is None:
@@ -527,7 +581,7 @@ def _check_files(folder: Path, files: Collection[str] | None, *, checksums: bool
             # A file of another size need not be read.
             if size != record.size:
                 raise DamagedCheckpointError(f"{path} is truncated: {size:,} bytes instead of {record.size:,}.")
-            if checksums and file_sha256(path) != record.sha256:
+            if checksums and record.sha256 and file_sha256(path) != record.sha256:
                 reason = f"its checksum differs from the one in {COMPLETE_FILE}"
                 raise DamagedCheckpointError(f"{path} is damaged: {reason}.")
         except OSError as error:
@@ -556,7 +610,7 @@ def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
     damages: list[str] = []
     for folder in folders:
         try:
-            metadata = read_metadata(folder)
+            metadata = _read_own_metadata(folder)
             candidates.append((metadata.step, metadata.time, folder))
         except DamagedCheckpointError as error:
             damages.append(str(error).removesuffix("."))
@@ -574,6 +628,8 @@ def newest_undamaged(out_dir: Path) -> tuple[Path | None, list[str]]:
 def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
     """Return the checkpoint folder a script uses: ``checkpoint``, or the newest complete one under ``root``.
 
+    Prints a warning to stderr if a command of LitGPT wrote ``checkpoint``.
+
     Raises:
         UserError: ``checkpoint`` is not complete; or it is None and there is none.
     """
@@ -583,6 +639,8 @@ def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
             read_metadata(folder)
         except DamagedCheckpointError as error:
             raise UserError(f"{error} {_alternative(folder, root)}") from None
+        if is_of_litgpt(folder):
+            _warn_of_litgpt(folder)
         return folder
     last_saved = newest(root)
     if last_saved is None:
@@ -591,6 +649,16 @@ def resolve(checkpoint: Path | None, root: Path = Path("checkpoints")) -> Path:
             "Train a model first (`make quickstart`), or name the checkpoint folder."
         )
     return last_saved
+
+
+@cache
+def _warn_of_litgpt(folder: Path) -> None:
+    """Print the warning once per folder, because a script may find its checkpoint several times."""
+    print(
+        f"warning: {folder} was written by LitGPT. It has no {COMPLETE_FILE} with checksums, so damage to its files may"
+        " not be noticed.",
+        file=sys.stderr,
+    )
 
 
 def _alternative(folder: Path, root: Path | None = None) -> str:
@@ -683,12 +751,14 @@ def load_training_state(folder: Path) -> dict[str, Any]:
 
 
 def load_hyperparameters(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run that wrote the checkpoint.
+    """Return the settings of the run that wrote the checkpoint; empty for one of `litgpt download`.
 
     Raises:
         UserError: they are missing or damaged.
     """
     path = as_folder(folder) / HYPERPARAMETERS
+    if not path.exists() and is_of_litgpt(path.parent):
+        return {}
     _verify_file(path)
     return read_yaml(path)
 

@@ -5,7 +5,6 @@ need only the first of two passes (``check_quickly``); the second one knows the 
 """
 
 import inspect
-import logging
 import pydoc
 import re
 import sys
@@ -440,8 +439,6 @@ def parse_settings(
     parser: ArgumentParser, kind: type[RunSettings], run_file: Path, run: dict[str, Any], flags: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings as plain values, and as objects for the fields of ``kind``."""
-    # Importing torchao for one of its optimizers prints a message for torch's developers.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         namespace = _parse_file_and_flags(parser, run_file, run, flags)
         # Plain values before the classes are instantiated: these are saved with each checkpoint.

@@ -59,8 +59,9 @@ class _Family:
 
 _OLMO2_NORMS = {"norm_1": (False,), "norm_2": (False,), "post_attention_norm": (True,), "post_mlp_norm": (True,)}
 _FAMILIES = {
-    "llama": _Family("Llama", {"bias": (False, True), "rope_adjustments": _ANY}),
-    "qwen2": _Family("Qwen2", {"attn_bias": (True,), "rope_adjustments": _ANY}),
+    # Also for biases of queries, keys and values only, as in Qwen2: the output projection gets a zero bias. Not Qwen2,
+    # because newer versions of transformers use its own rules for the tokenizer, whatever tokenizer.json says.
+    "llama": _Family("Llama", {"bias": (False, True), "attn_bias": (False, True), "rope_adjustments": _ANY}),
     "qwen3": _Family("Qwen3", {"norm_qk": (True,), "rope_adjustments": _ANY}),
     "olmo2": _Family("Olmo2", {"norm_qk": (True,), **_OLMO2_NORMS}, free_head_size=False),
     "mixtral": _Family("Mixtral", {"rope_adjustments": _ANY}),
@@ -99,7 +100,7 @@ _LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_s
 _RULES: tuple[tuple[str, tuple[str, ...] | None, "Callable[[Config], bool]"], ...] = (
     (
         "rope_adjustments",
-        ("llama", "qwen2", "qwen3", "mixtral"),
+        ("llama", "qwen3", "mixtral"),
         lambda config: not config.rope_adjustments or set(config.rope_adjustments) == _LLAMA3_ROPE,
     ),
     ("attention_scores_scalar", None, lambda config: config.attention_scores_scalar in (None, config.head_size)),
@@ -154,10 +155,7 @@ def model_type_of(config: "Config") -> str | None:
     if config.mlp_class_name == "LLaMAMoE" and config.n_expert_groups:
         return "glm4_moe"
     qk_norm = config.norm_qk_type if config.norm_qk else None
-    model_type = _BY_QK_NORM.get((config.mlp_class_name, qk_norm))
-    if model_type == "llama" and config.attn_bias and not config.bias:
-        return "qwen2"
-    return model_type
+    return _BY_QK_NORM.get((config.mlp_class_name, qk_norm))
 
 
 def without_counterpart(config: "Config") -> list[str]:
@@ -188,7 +186,8 @@ def converted_by_litgpt(config: "Config") -> bool:
     if "falcon" in config.name or config.name.lower().startswith(("phi", "qwen2.5", "qwq", "olmo-2-", "qwen3")):
         return False
     model_type = model_type_of(config)
-    return model_type in ("mixtral", "gpt_neox") or (model_type == "llama" and not config.bias)
+    has_bias = config.bias or config.attn_bias
+    return model_type in ("mixtral", "gpt_neox") or (model_type == "llama" and not has_bias)
 
 
 # ---------------------------------------------------------------------------------------------- LitGPT -> transformers
@@ -218,6 +217,7 @@ def huggingface_config(
         "max_position_embeddings": config.block_size,
         "tie_word_embeddings": tied,
         "dtype": dtype,
+        # Not the end-of-text token, whose embedding transformers would no longer train.
         "pad_token_id": None,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -235,7 +235,7 @@ def huggingface_config(
         "rope_parameters": _rope_parameters(config),
     }
     if model_type == "llama":
-        result |= {"attention_bias": config.bias, "mlp_bias": config.bias}
+        result |= {"attention_bias": config.bias or config.attn_bias, "mlp_bias": config.bias}
     if config.mlp_class_name == "LLaMAMoE":
         result |= _moe_fields(config, model_type)
     return result
@@ -350,6 +350,10 @@ def litgpt_config(theirs: "PreTrainedConfig", name: str, vocab_size: int) -> tup
         return config, problems
     # Convert back and compare: a field that differs is one that the LitGPT config does not express.
     back = huggingface_config(config, tied=theirs.tie_word_embeddings, dtype="float32", bos_id=None, eos_id=None)
+    if theirs.model_type == "qwen2":
+        # It is exported as Llama. Qwen2 has its biases without fields for them.
+        back = {name: value for name, value in back.items() if name not in ("attention_bias", "mlp_bias")}
+        back["model_type"] = "qwen2"
     ours, given = AutoConfig.for_model(**back).to_dict(), theirs.to_dict()
     different = [key for key in sorted(ours) if key not in _WITHOUT_EFFECT and ours[key] != given.get(key)]
     return config, [f"{key}: {given.get(key)}" for key in different]
@@ -367,13 +371,15 @@ def _from_gpt_neox(theirs: "PreTrainedConfig") -> dict[str, Any]:
 
 
 def _from_llama_like(theirs: "PreTrainedConfig", rope: dict[str, Any]) -> dict[str, Any]:
-    kind = theirs.model_type
+    kind, bias = theirs.model_type, getattr(theirs, "mlp_bias", False)
+    # Without biases in the feed-forward, the one of the output projection must be zero; the import checks it.
+    has_attn_bias = kind in ("llama", "glm4_moe") and theirs.attention_bias and not bias
     fields = {
         "norm_class_name": "RMSNorm",
         "norm_eps": theirs.rms_norm_eps,
-        "bias": getattr(theirs, "mlp_bias", False),
+        "bias": bias,
         # Qwen2 always has biases on queries, keys and values, without a field for it.
-        "attn_bias": kind == "qwen2" or (kind == "glm4_moe" and theirs.attention_bias),
+        "attn_bias": kind == "qwen2" or has_attn_bias,
         "parallel_residual": False,
         "n_query_groups": theirs.num_key_value_heads,
         "head_size": getattr(theirs, "head_dim", None),

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from litgpt import GPT, Config
-from litgpt.prompts import Default, load_prompt_style
-from litgpt.utils import check_valid_checkpoint_dir
+from litgpt.prompts import Default, load_prompt_style, save_prompt_style
+from litgpt.utils import check_valid_checkpoint_dir, copy_config_files
 from torch.profiler import ProfilerActivity, profile
 
 from custom_moe import use_custom_moe
-from litmoe import checkpoints
+from litmoe import checkpoints, load
 from litmoe.checksummed_json import read_checksummed, write_checksummed
 from litmoe.cli import UserError
 from tests.helpers import save_tiny, tiny_gpt
@@ -288,19 +289,66 @@ def test_weights_file_as_checkpoint(run: Path) -> None:
     assert checkpoints.resolve(run / "step-00000001" / "lit_model.pth") == run / "step-00000001"
 
 
-def test_checkpoint_of_litgpt(tmp_path: Path, gpt: GPT) -> None:
-    """`--initial_checkpoint_dir` reads it. It has no metadata, so it can't be verified."""
-    from litgpt.utils import save_config
+@pytest.fixture
+def of_litgpt(run: Path, gpt: GPT, tmp_path: Path) -> Path:
+    """What `litgpt finetune_full` writes for a checkpoint of ours: LitGPT's own functions, its wrapped state dict."""
+    folder = tmp_path / "litgpt" / "final"
+    folder.mkdir(parents=True)
+    copy_config_files(run / "step-00000002", folder)
+    save_prompt_style("alpaca", folder)
+    settings = {"checkpoint_dir": "checkpoints/x", "data": {"class_path": "litgpt.data.JSON"}}
+    settings |= {"train": {"max_seq_length": 32}, "seed": 1}
+    (folder / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    torch.save({"model": gpt.state_dict()}, folder / "lit_model.pth")
+    return folder
 
-    save_config(gpt.config, tmp_path)
-    torch.save({"model": gpt.state_dict()}, tmp_path / "lit_model.pth")
-    assert checkpoints.load_weights(tmp_path).keys() == gpt.state_dict().keys()
-    assert checkpoints.load_config(tmp_path) == gpt.config
-    with pytest.raises(UserError, match="litgpt generate"):
-        checkpoints.verify(tmp_path)
-    truncate(tmp_path / "lit_model.pth")
+
+def test_reads_a_checkpoint_of_litgpt(of_litgpt: Path, gpt: GPT, tmp_path: Path, run: Path, capsys) -> None:
+    """With one warning on stderr. It can't be resumed or verified, and is not found by itself."""
+    model = load(of_litgpt, device="cpu")
+    assert model.gpt.max_seq_length == 32
+    ids = torch.arange(30).view(2, 15)
+    torch.testing.assert_close(model.gpt(ids), gpt(ids))
+    assert checkpoints.resolve(of_litgpt / "lit_model.pth") == of_litgpt
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: ") == 1 and f"{of_litgpt} was written by LitGPT" in captured.err
+    assert captured.out == ""
+    assert checkpoints.read_metadata(of_litgpt).step == 0
+    with pytest.raises(UserError, match="can't be verified or resumed"):
+        checkpoints.verify(of_litgpt)
+    assert checkpoints.newest(tmp_path) == run / "step-00000002"
+    assert "can't be verified or resumed" in checkpoints.newest_undamaged(of_litgpt.parent)[1][0]
+
+
+def test_finds_a_truncated_file_of_litgpt(of_litgpt: Path) -> None:
+    (of_litgpt / "hyperparameters.yaml").unlink()  # as in a folder of `litgpt download`
+    assert checkpoints.load_hyperparameters(of_litgpt) == {}
+    assert checkpoints.context_of(of_litgpt) == 64
+    truncate(of_litgpt / "lit_model.pth")
     with pytest.raises(UserError, match="damaged"):
-        checkpoints.load_weights(tmp_path)
+        load(of_litgpt, device="cpu")
+
+
+def test_lora_parameters_alone_name_the_merge(of_litgpt: Path) -> None:
+    (of_litgpt / "lit_model.pth").rename(of_litgpt / "lit_model.pth.lora")
+    with pytest.raises(UserError, match="uv run litgpt merge_lora"):
+        checkpoints.resolve(of_litgpt)
+
+
+@pytest.mark.parametrize("left", ["training_state.pth", "manifest.json", "hyperparameters.yaml", "a hidden name"])
+def test_refuses_an_incomplete_copy_of_ours(left: str, tmp_path: Path, gpt: GPT, tokenizer_dir: Path) -> None:
+    """Each of these shows that LitGPT did not write the folder; all others are removed."""
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
+    settings = {"moe": {"backend": "auto"}, "sample": {}}
+    files = {"manifest_path": tmp_path / "manifest.json", "hyperparameters": settings}
+    folder = save_tiny(tmp_path / "run" / "final", gpt, tokenizer_dir, **files)
+    for name in {"training_state.pth", "manifest.json", "hyperparameters.yaml", "complete.json"} - {left}:
+        (folder / name).unlink()
+    if left == "a hidden name":
+        assert checkpoints.is_of_litgpt(folder)
+        folder = folder.rename(tmp_path / "run" / ".final.partial")
+    with pytest.raises(UserError, match=r"no complete checkpoint: it has no complete\.json"):
+        checkpoints.resolve(folder, tmp_path)
 
 
 # --- Find

@@ -21,7 +21,10 @@ import torch
 from litgpt import GPT, Config
 
 from litmoe import checkpoints, load
+from litmoe.cli import UserError
+from litmoe.config import PROJECT
 from litmoe.data.conversations import prompt_style
+from litmoe.export.huggingface import export
 from tests.helpers import (
     DENSE_FIELDS,
     NEOX_FIELDS,
@@ -122,6 +125,25 @@ def test_finetune_full(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) ->
     tuned = checkpoints.load_weights(tmp_path / "finetuned" / "final")
     assert tuned.keys() == gpt.state_dict().keys()
     assert any(not torch.equal(tuned[name], tensor) for name, tensor in gpt.state_dict().items())
+    assert load(tmp_path / "finetuned" / "final", device="cpu").generate("Once", max_new_tokens=4).startswith("Once")
+
+
+@pytest.mark.slow
+def test_reads_what_litgpt_merges(tmp_path: Path, moe_fields: dict, tokenizer_dir: Path) -> None:
+    """`litgpt finetune_lora` merges its weights at the end as `litgpt merge_lora` does."""
+    gpt = tiny_gpt(moe_fields | {"block_size": 256})
+    folder = save_tiny(tmp_path / "final", gpt, tokenizer_dir)
+    litgpt("finetune_lora", str(folder), *litgpt_finetuning_flags(tmp_path), cwd=tmp_path)
+    tuned = tmp_path / "finetuned" / "final"
+    command = [sys.executable, str(PROJECT / "generate.py"), str(tuned), "--prompt=Once", "--max_new_tokens=4"]
+    shown = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=280, check=True)
+    assert shown.stderr.count(f"warning: {tuned} was written by LitGPT") == 1
+    assert shown.stdout.startswith("Once")
+    assert dict(export(tuned, tmp_path / "out")).keys() >= {"logits", "greedy text", "chat template"}
+    assert "exported by LitMoE" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    (tuned / "lit_model.pth").unlink()
+    with pytest.raises(UserError, match="uv run litgpt merge_lora"):
+        load(tuned, device="cpu")
 
 
 @pytest.mark.slow
@@ -229,6 +251,7 @@ def test_transformers_computes_the_same(
         {"norm_qk": True},  # transformers has a counterpart, but LitGPT does not convert it
         {"name": "phi-moe"},  # LitGPT decides by the name
         {**NEOX_FIELDS, "n_query_groups": 2},
+        {**DENSE_FIELDS, "attn_bias": True},  # LitGPT would leave out the biases
     ],
 )
 def test_no_config_without_counterpart(tmp_path: Path, moe_fields: dict, changes: dict) -> None:

@@ -1,11 +1,12 @@
 """Command line of evaluate.py. Modules that import torch are imported when they are used: ``--help`` must be fast."""
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from litmoe.cli import UserError
 from litmoe.inference.console import find_checkpoint
@@ -73,51 +74,56 @@ def main(
     _check_values(text_flags | task_flags | {"max_seq_length": max_seq_length}, json_file, plot)
     folder = find_checkpoint(checkpoint, router)
 
-    # Each import takes seconds, so only the module in use is imported.
-    options = {"max_seq_length": max_seq_length, "device": device, "precision": precision, "router": router}
-    module: ModuleType
-    if evaluation == "--hellaswag":
-        from litmoe.evaluation import hellaswag as module
+    # Libraries print messages, as lm-eval does about its error bars. Only the JSON belongs on stdout.
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        # Each import takes seconds, so only the module in use is imported.
+        options = {"max_seq_length": max_seq_length, "device": device, "precision": precision, "router": router}
+        module: ModuleType
+        if evaluation == "--hellaswag":
+            from litmoe.evaluation import hellaswag as module
 
-        result = module.evaluate(folder, hellaswag, limit=limit, **options)
-    elif evaluation == "--tasks":
-        from litmoe.evaluation import tasks as module
+            result = module.evaluate(folder, hellaswag, limit=limit, **options)
+        elif evaluation == "--tasks":
+            from litmoe.evaluation import tasks as module
 
-        names = [name.strip() for name in str(tasks).split(",")]
-        result = module.evaluate(folder, names, **task_flags, **options)
-    elif evaluation == "--experts":
-        from litmoe.evaluation import experts as module
+            names = [name.strip() for name in str(tasks).split(",")]
+            result = module.evaluate(folder, names, **task_flags, **options)
+        elif evaluation == "--experts":
+            from litmoe.evaluation import experts as module
 
-        result = module.evaluate(folder, **text_flags, **options)
-    else:
-        from litmoe.evaluation import answers, loss
-
-        # A finetuned checkpoint is evaluated on its answers, unless the user names a corpus.
-        conversations = answers.find_conversations(folder, data_dir)
-        if conversations is None:
-            module = loss
-            text_flags["document_masking"] = document_masking
+            result = module.evaluate(folder, **text_flags, **options)
         else:
-            if document_masking is not None:
-                raise UserError("--document_masking has no effect on conversations, which never attend to each other.")
-            module = answers
-            text_flags["data_dir"] = conversations
-        result = module.evaluate(folder, **text_flags, **options)
-    # Before the heat map, so that an error there loses no numbers.
-    _write(result, module, json_file)
-    if plot is not None:
-        module.draw(result, plot)
-        print(f"Heat map: {plot}", file=sys.stderr)
+            from litmoe.evaluation import answers, loss
+
+            # A finetuned checkpoint is evaluated on its answers, unless the user names a corpus.
+            conversations = answers.find_conversations(folder, data_dir)
+            if conversations is None:
+                module = loss
+                text_flags["document_masking"] = document_masking
+            else:
+                if document_masking is not None:
+                    raise UserError(
+                        "--document_masking has no effect on conversations, which never attend to each other."
+                    )
+                module = answers
+                text_flags["data_dir"] = conversations
+            result = module.evaluate(folder, **text_flags, **options)
+        # Before the heat map, so that an error there loses no numbers.
+        _write(result, module, json_file, stdout)
+        if plot is not None:
+            module.draw(result, plot)
+            print(f"Heat map: {plot}", file=sys.stderr)
 
 
-def _write(result: Any, module: ModuleType, json_file: Path | None) -> None:
+def _write(result: Any, module: ModuleType, json_file: Path | None, stdout: TextIO) -> None:
     """Print the table to stderr and the JSON to stdout."""
     from rich.console import Console
 
     Console(stderr=True).print(module.table(result))
     # The table is for people, the JSON for programs, so `> result.json` contains only JSON.
     text = json.dumps(asdict(result), indent=2)
-    print(text)
+    print(text, file=stdout)
     if json_file is not None:
         # The same bytes on every system.
         json_file.write_text(text + "\n", encoding="utf-8", newline="\n")

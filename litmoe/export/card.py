@@ -93,12 +93,18 @@ def model_card(
         title=title,
         kind=kind,
         size=size,
-        origin="imported into" if imported else "trained with",
+        origin=_origin(folder, imported),
         architecture=described["architectures"][0],
         table=f"| | |\n|---|---|\n{table}",
         call=call.format(new=new_tokens(config)),
         limits=limits,
     )
+
+
+def _origin(folder: Path, imported: str | None) -> str:
+    if imported:
+        return "imported into"
+    return "exported by" if checkpoints.is_of_litgpt(folder) else "trained with"
 
 
 def _model_rows(config: Config, described: dict[str, Any], total: int, active: int) -> dict[str, str]:

@@ -71,6 +71,9 @@ def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | Non
         if tokenizer.use_bos:
             bos = f"{{{{- {_literal(bos_token)} }}}}"
     before_user, after_user, before_system, after_system, after_first_user = map(_literal, parts)
+    # The tag marks the answers for return_assistant_tokens_mask of transformers and assistant_only_loss of TRL. Other
+    # programs skip or remove it, as llama.cpp and huggingface.js do, so no white space may be next to it.
+    answer = "{% generation %}{{- message['content'] + eos_token }}{% endgeneration %}"
     # {%- removes the line break before it, so that none of this text gets into the prompt.
     return f"""\
 {{%- if messages[0]['role'] == 'system' %}}
@@ -79,8 +82,7 @@ def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | Non
 {{%- set system, turns = none, messages %}}
 {{%- endif %}}{bos}
 {{%- for message in turns %}}
-{{%- if message['role'] == 'assistant' %}}
-{{{{- message['content'] + eos_token }}}}
+{{%- if message['role'] == 'assistant' %}}{answer}
 {{%- elif loop.first and system is not none %}}
 {{{{- {before_system} + system + {after_system} + message['content'] + {after_first_user} }}}}
 {{%- else %}}

@@ -190,17 +190,37 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, style: Promp
     for name, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if id is not None:
             settings[name] = tokenizer.processor.id_to_token(id)
+    pad_id = _pad_id(settings.pop("pad_token", None), tokenizer)
+    if pad_id is not None:
+        # On the left, because a continuation must follow its prompt directly.
+        settings |= {"pad_token": tokenizer.processor.id_to_token(pad_id), "padding_side": "left"}
     # The class that uses tokenizer.json as it is; the class of a model family would change parts of it.
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {"model_max_length": config.block_size, "add_bos_token": tokenizer.use_bos}
     write_json(out / "tokenizer_config.json", settings)
-    checks = _write_generation_config(out, tokenizer, style, config)
+    checks = _write_generation_config(out, tokenizer, style, config, pad_id)
     if is_tuned(style):
         checks.append(_write_chat_template(out, tokenizer, style, settings.get("bos_token")))
     return checks
 
 
-def _write_generation_config(out: Path, tokenizer: Tokenizer, style: PromptStyle, config: Config) -> list[Check]:
+def _pad_id(pad_token: Any, tokenizer: Tokenizer) -> int | None:
+    """Return the token that fills up a batch: the tokenizer's own, else the end-of-text token.
+
+    The attention mask hides it, so its embedding has no effect. A new token would change how a text that contains its
+    name is tokenized. config.json names no pad token: transformers would stop training its input embedding, which is
+    that of the end-of-text token.
+    """
+    # An entry of tokenizer_config.json: a name, or a dictionary with the name.
+    name = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
+    own_id = tokenizer.processor.token_to_id(name) if isinstance(name, str) else None
+    pad_id: int | None = tokenizer.eos_id if own_id is None else own_id
+    return pad_id
+
+
+def _write_generation_config(
+    out: Path, tokenizer: Tokenizer, style: PromptStyle, config: Config, pad_id: int | None
+) -> list[Check]:
     sequences = stop_sequences(style, tokenizer)
     # generation_config.json can express only single tokens.
     stop_ids = [sequence[0] for sequence in sequences if len(sequence) == 1]
@@ -208,7 +228,7 @@ def _write_generation_config(out: Path, tokenizer: Tokenizer, style: PromptStyle
     settings = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,
-        "pad_token_id": tokenizer.eos_id,
+        "pad_token_id": pad_id,
         # The defaults of generate.py
         "do_sample": True,
         "temperature": 0.8,

@@ -54,6 +54,7 @@ def import_folder(source: Path, out: Path) -> list[Check]:
         tokenizer = tokenizers.litgpt_tokenizer(tokenizer_dir)
         checks = [same_tokens(tokenizer, their_tokenizer, may_end=True)]
         model = _load_weights(source)
+        _check_output_biases(model, config, source)
         weights = from_huggingface(model.state_dict(), config)
         gpt = litgpt_model(weights, config)
         # The saved weights keep their dtype: float() makes new tensors unless they are fp32 already.
@@ -127,6 +128,18 @@ def _load_weights(source: Path) -> Any:
     except Exception as error:
         # Each format has its own errors for a damaged file.
         raise UserError(f"the weights in {source} can't be read: {in_short(error)}. Download them again.") from error
+
+
+def _check_output_biases(model: Any, config: Config, source: Path) -> None:
+    """Raise UserError for an output projection with a bias, if LitGPT has one only for queries, keys and values."""
+    if config.bias:
+        return
+    for name, parameter in model.named_parameters():
+        if name.endswith(".o_proj.bias") and parameter.any():
+            raise UserError(
+                f"LitGPT can't compute the same as {source}, so nothing was written. Without counterpart: {name}, a"
+                " bias of attention's output projection without biases in the feed-forward."
+            )
 
 
 def _save_bos_token(theirs: Any, path: Path) -> None:

@@ -65,11 +65,22 @@ def to_huggingface(weights: dict[str, Tensor], config: Config, *, tied: bool) ->
             # Copies, because safetensors needs one storage per tensor.
             parts = [part.clone() for part in tensor.split(_qkv_rows(config))]
         result.update(zip(names, parts, strict=True))
+    if model_type == "llama" and config.attn_bias and not config.bias:
+        result |= _zero_output_biases(result)
     if model_type == "mixtral":
         result = {_replace(name, _MIXTRAL): tensor for name, tensor in result.items()}
     if model_type == "glm4_moe" and not config.n_shared_expert:
         result |= _empty_shared_experts(result, config.n_embd)
     return result
+
+
+def _zero_output_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return zero biases of the output projections, which Llama has if queries, keys and values have biases."""
+    return {
+        name.replace(".o_proj.weight", ".o_proj.bias"): weight.new_zeros(weight.size(0))
+        for name, weight in weights.items()
+        if name.endswith(".o_proj.weight")
+    }
 
 
 def _empty_shared_experts(weights: dict[str, Tensor], n_embd: int) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from custom_moe.litgpt import LoRAExperts, LoRARouter
 from litmoe import checkpoints
+from litmoe.checksummed_json import file_sha256
 from litmoe.cli import UserError
 from litmoe.config import ParsedRun, RunSettings
 from litmoe.data import InstructionData, conversations
@@ -203,9 +204,9 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
     # A resumed run must see the same conversations, and with LoRA the same base weights.
     provenance = {"the conversations": instructions_fingerprint(data.data_dir)}
     if settings.uses_lora:
-        provenance["the checkpoint that it starts from"] = (
-            checkpoints.read_metadata(folder).files[checkpoints.WEIGHTS].sha256
-        )
+        sha256 = checkpoints.read_metadata(folder).files[checkpoints.WEIGHTS].sha256
+        # A checkpoint of LitGPT has no checksums.
+        provenance["the checkpoint that it starts from"] = sha256 or file_sha256(folder / checkpoints.WEIGHTS)
     run_training(
         fabric,
         gpt,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.fabric.loggers import Logger, TensorBoardLogger
+from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
@@ -226,6 +227,26 @@ def _keep_copy(path: Path, content: bytes) -> Path:
     return copy
 
 
+class TensorBoard(TensorBoardLogger):
+    """Lightning's logger, without its chart of a constant ``hp_metric``, and with texts that keep their lines."""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Log the settings of the run, which TensorBoard lists next to the last ``val_loss``."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = self._sanitize_params(_flatten_dict(params))
+        # TensorBoard lists runs only if they name a metric. The value given here is not written.
+        for summary in hparams(settings, {"val_loss": 0.0}):
+            self.experiment._get_file_writer().add_summary(summary)
+
+    @rank_zero_only
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Log a text as a code block, because TensorBoard renders Markdown, in which line breaks are spaces."""
+        block = "\n".join(f"    {line}" for line in text.splitlines())
+        self.experiment.add_text(name, block, step)
+
+
 class Loggers(Logger):
     """Several loggers as one, because ``litgpt.pretrain.setup`` takes one."""
 
@@ -247,8 +268,8 @@ class Loggers(Logger):
         """Send a generated text to the loggers that show texts."""
 
         def log(logger: Logger) -> None:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(name, text, step)
+            if isinstance(logger, TensorBoard):
+                logger.log_text(name, text, step)
             elif isinstance(logger, WandbLogger):
                 logger.log_text(name, columns=["step", "text"], data=[[str(step), text]], step=step)
 
@@ -294,7 +315,7 @@ def _tensorboard(out_dir: Path, resume_step: int | None) -> Logger:
     # Steps after the checkpoint are taken again.
     purge = None if resume_step is None else resume_step + 1
     # No version, so that a resumed run writes into the same folder.
-    return TensorBoardLogger(root_dir=out_dir / "logs", name="tensorboard", version="", purge_step=purge)
+    return TensorBoard(root_dir=out_dir / "logs", name="tensorboard", version="", purge_step=purge)
 
 
 def _wandb(out_dir: Path, name: str, run_name: str | None, log_args: dict[str, Any], *, resumed: bool) -> Logger:

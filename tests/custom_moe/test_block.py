@@ -1,5 +1,8 @@
 """The block equals LitGPT's, and the context manager replaces and restores LitGPT's names."""
 
+import subprocess
+import sys
+
 import litgpt.model
 import pytest
 import torch
@@ -7,6 +10,8 @@ from litgpt import GPT, Config
 from litgpt.model import Block, LLaMAMLP, LLaMAMoE
 
 from custom_moe import MoE, MoEBlock, use_custom_moe
+from litmoe.config import PROJECT
+from tests.helpers import moe_config, moe_pair
 
 BLOCKS = {
     "sequential": {},
@@ -15,6 +20,7 @@ BLOCKS = {
     "post norms": {"post_attention_norm": True, "post_mlp_norm": True},
     "no first norms": {"norm_1": False, "norm_2": False, "post_attention_norm": True, "post_mlp_norm": True},
     "dense first layer": {"first_k_dense_replace": 1, "intermediate_size": 40},
+    "only dense layers": {"first_k_dense_replace": 2, "intermediate_size": 40, "n_expert": 0, "n_expert_per_token": 0},
     "dense model": {"mlp_class_name": "GptNeoxMLP", "n_expert": 0, "bias": True, "norm_class_name": "LayerNorm"},
 }
 
@@ -109,3 +115,38 @@ def test_changed_litgpt_raises(monkeypatch: pytest.MonkeyPatch, moe_fields: dict
         assert (litgpt.model.LLaMAMoE, litgpt.model.Block) == (LLaMAMoE, Block)
     with use_custom_moe():
         GPT(Config(**moe_fields))
+
+
+def test_adapters_keep_litgpts_layer(moe_fields: dict) -> None:
+    """In a fresh process, where nothing but this package has imported the adapters."""
+    code = f"""
+from custom_moe import use_custom_moe
+with use_custom_moe():
+    import litgpt.adapter_v2 as adapter
+import torch, litgpt.model
+assert adapter.LLaMAMoE.__mro__[1] is litgpt.model.LLaMAMoE
+assert adapter.Block.__mro__[1] is litgpt.model.Block
+gpt = adapter.GPT(adapter.Config(**{moe_fields!r}))
+assert gpt(torch.arange(9)[None]).isfinite().all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, encoding="utf-8", timeout=280)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_are_a_list(bias: bool) -> None:
+    """As LitGPT's ``ModuleList``, for code that looks at single experts."""
+    config = moe_config({"bias": bias})
+    ours, stock = moe_pair(config)
+    x = torch.randn(5, 32)
+    assert len(ours.experts) == len(stock.experts) == len(list(ours.experts)) == 4
+    for expert, expected in zip(ours.experts, stock.experts, strict=True):
+        assert expert.state_dict().keys() == expected.state_dict().keys()
+        torch.testing.assert_close(expert(x), expected(x))
+        assert repr(expert.fc_1) == repr(expected.fc_1)
+    assert torch.equal(ours.experts[-1].proj.weight, ours.experts[3].proj.weight)
+    with pytest.raises(IndexError):
+        ours.experts[4]
+    torch.nn.init.constant_(ours.experts[1].fc_2.weight, 0.5)
+    assert (ours.state_dict()["experts.1.fc_2.weight"] == 0.5).all(), "a view, not a copy"
+    assert list(ours.experts.parameters()) == [p for p in ours.experts._parameters.values() if p is not None]

@@ -162,6 +162,14 @@ def test_uses_the_context_of_training(tmp_path: Path, gpt: GPT, corpus: Path, ch
         evaluate(checkpoint, max_seq_length=65, **CPU_FP32)
 
 
+def test_reads_a_checkpoint_of_litgpt(checkpoint: Path, corpus: Path) -> None:
+    expected = evaluate(checkpoint, corpus, **CPU_FP32)
+    for name in ("complete.json", "training_state.pth", "manifest.json"):
+        (checkpoint / name).unlink()
+    result = evaluate(checkpoint, corpus, **CPU_FP32)
+    assert (result.loss, result.step, result.same_data) == (expected.loss, 0, None)
+
+
 def test_half_precision_is_close(checkpoint: Path) -> None:
     exact = evaluate(checkpoint, **CPU_FP32).loss
     assert evaluate(checkpoint, device="cpu", precision="bf16-true").loss == pytest.approx(exact, rel=0.02)

@@ -255,6 +255,21 @@ def test_script(checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pyt
         assert part in captured.err
 
 
+def test_only_json_reaches_stdout(checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """lm-eval prints a line for each metric whose error bar it bootstraps."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    task = yaml.safe_load((folder / "places.yaml").read_text(encoding="utf-8"))
+    del task["doc_to_choice"], task["tag"]
+    task |= {"task": "endings", "output_type": "loglikelihood", "doc_to_target": " {{choices[right]}}"}
+    task |= {"metric_list": [{"metric": "perplexity"}]}
+    (folder / "endings.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    flags = [str(checkpoint), "--tasks=endings", f"--tasks_dir={folder}", "--device=cpu"]
+    run_cli(load_script("evaluate").main, flags, optional_positional="checkpoint")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["scores"][0]["metric"] == "perplexity"
+    assert "bootstrapping for stddev" in captured.err
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -1,15 +1,17 @@
 """With the chat template, transformers gives the same tokens as chat and finetuning here."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 from litgpt import Tokenizer
 from litgpt.prompts import Default, prompt_styles, save_prompt_style
 from transformers import AutoTokenizer
 
-from litmoe.data.conversations import encode_prompt
+from litmoe.data.conversations import Message, encode_conversation, encode_prompt
 from litmoe.export.chat_template import chat_template, differing
 from litmoe.export.huggingface import export
 from tests.helpers import save_tiny, tiny_gpt
@@ -48,6 +50,45 @@ def test_every_style_of_litgpt(folder: Path) -> None:
             found = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
             assert found == encode_prompt(turns, ours, style()), name
     assert without == WITHOUT_TEMPLATE
+
+
+def test_template_marks_the_answers(folder: Path) -> None:
+    """For return_assistant_tokens_mask of transformers: the same tokens as the targets of finetuning here."""
+    ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    messages: list[Message] = [{"role": "system", "content": "Be kind."}]
+    for question, answer in (("Hello?", "Yes."), ("Who is Mia?", "Mia is a cat.\n\nShe lives here. ")):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    marked = []
+    for name, style in prompt_styles.items():
+        theirs.chat_template = chat_template(style(), ours, theirs.bos_token)
+        expected = encode_conversation(messages, ours, style())
+        if theirs.chat_template is None:
+            continue
+        found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        if found["input_ids"] == expected.input_ids:
+            assert found["assistant_masks"] == list(map(int, expected.is_answer)), name
+            marked.append(name)
+    assert len(marked) > 20
+
+
+@pytest.mark.parametrize("name", ["phi-2", "llama3"])
+def test_template_without_the_generation_tag(name: str, folder: Path) -> None:
+    """Programs that do not know the tag remove it; with or without trim_blocks, the text is the same."""
+    theirs = AutoTokenizer.from_pretrained(folder)
+    template = chat_template(prompt_styles[name](), Tokenizer(folder), theirs.bos_token)
+    assert template is not None
+    removed = re.sub(r"\{%\s*(?:end)?generation\s*%\}", "", template)
+    assert removed != template
+    messages: list[Message] = [
+        {"role": "user", "content": " One\n"},
+        {"role": "assistant", "content": " 1\n "},
+        {"role": "user", "content": "Two"},
+    ]
+    theirs.chat_template = template
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for trim in (False, True):
+        environment = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim)
+        assert environment.from_string(removed).render(messages=messages, eos_token=theirs.eos_token) == expected
 
 
 def test_base_model_has_no_template(folder: Path) -> None:

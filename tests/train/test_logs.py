@@ -1,8 +1,13 @@
 import csv
+import html
+import re
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from litmoe.train.logs import COLUMNS, Loggers, MetricsCSV, RunDisplay
+from litmoe.train.logs import COLUMNS, Loggers, MetricsCSV, RunDisplay, TensorBoard
 
 
 def read(path):
@@ -167,3 +172,47 @@ def test_terminal_line_shows_dead_experts(capsys, dead, text):
     row |= {f"dead_experts/layer_{layer}": count for layer, count in enumerate(dead)}
     RunDisplay(enabled=True, bar=False, steps=9, first_step=0).step(4, row, 61)
     assert capsys.readouterr().out == f"step 4/9 | 4,096 tokens | loss 1.500 | 1,000 tokens/s{text} | 0:01:01 left\n"
+
+
+# --- TensorBoard
+
+
+def board(tmp_path):
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    return found
+
+
+def tensorboard(tmp_path):
+    return TensorBoard(root_dir=tmp_path, name="tensorboard", version="")
+
+
+def test_settings_add_no_chart(tmp_path):
+    logger = tensorboard(tmp_path)
+    logger.log_hyperparams({"train": {"max_steps": 3}, "resume": None})
+    logger.log_metrics({"val_loss": 0.5}, 1)
+    logger.finalize("success")
+    shown = board(tmp_path)
+    assert shown.Tags()["scalars"] == ["val_loss"]
+    assert [event.value for event in shown.Scalars("val_loss")] == [0.5]
+    content = shown.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["train/max_steps"].number_value == 3
+    experiment = shown.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    assert [info.name.tag for info in HParamsPluginData.FromString(experiment).experiment.metric_infos] == ["val_loss"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["The fox\nsat down.\n\n  *Why?* <b> & #1\n# No\n- one\n```\ncode", "One line with `x` and [a](b)", "  a\n\n\nb"],
+)
+def test_text_keeps_its_lines(text, tmp_path):
+    """As TensorBoard shows it: rendered as Markdown."""
+    logger = tensorboard(tmp_path)
+    Loggers([logger]).log_text("sample", text, 2)
+    logger.finalize("success")
+    (event,) = board(tmp_path).Tensors("sample/text_summary")
+    shown = markdown_to_safe_html(event.tensor_proto.string_val[0].decode())
+    block = re.fullmatch(r"<pre><code>(.*)\n</code></pre>", shown, re.DOTALL)
+    assert block is not None, shown
+    assert html.unescape(block[1]) == text

@@ -230,6 +230,7 @@ def test_several_loggers(train):
     board = EventAccumulator(str(out / "logs" / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("train_loss")] == list(range(1, 15))
+    assert "hp_metric" not in board.Tags()["scalars"]
 
 
 @pytest.mark.slow
