@@ -62,7 +62,7 @@ def random_gpt(fields: dict) -> GPT:
     return gpt
 
 
-def train_on(gpt: GPT, tokenizer_dir: Path, texts: list[str], steps: int = 150) -> GPT:
+def train_on(gpt: GPT, tokenizer_dir: Path, texts: list[str], steps: int = 100) -> GPT:
     """Train until the model knows most words of the texts."""
     encode = Library.from_file(str(tokenizer_dir / "tokenizer.json")).encode_batch
     ids = torch.tensor([id for encoding in encode(texts) for id in (*encoding.ids, 0)])
