@@ -16,7 +16,7 @@ _USER, _SYSTEM = "\x02user\x03", "\x02system\x03"
 """Placeholders that no prompt style contains"""
 
 # With what a template could change: quotes, braces, line breaks, and spaces at both ends.
-_TEST_CONVERSATIONS: list[list[Message]] = [
+TEST_CONVERSATIONS: list[list[Message]] = [
     [{"role": "user", "content": "Write a story about a cat named Mia."}],
     [{"role": "user", "content": "  Is {{ this }} \\ \"one\" 'line'?\nNo: {% two %}.\n"}],
     [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}],
@@ -36,7 +36,7 @@ _TEST_CONVERSATIONS: list[list[Message]] = [
 ]
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """The fixed texts of a prompt style."""
 
     before_user: str
@@ -57,19 +57,13 @@ def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | Non
         tokenizer: of the checkpoint.
         bos_token: begin-of-text token, which comes before a conversation if the tokenizer adds it.
     """
-    parts = _parts_of(style) if is_tuned(style) else None
+    parts = parts_of(style, bos_token) if is_tuned(style) else None
     if parts is None:
         return None
     bos = ""
-    if bos_token:
-        # Some styles contain the token. LitGPT's tokenizer removes it there, and adds it if the tokenizer uses one.
-        parts = parts._replace(
-            before_user=parts.before_user.removeprefix(bos_token),
-            before_system=parts.before_system.removeprefix(bos_token),
-        )
-        # Once before the conversation, not before each turn.
-        if tokenizer.use_bos:
-            bos = f"{{{{- {_literal(bos_token)} }}}}"
+    # Once before the conversation, not before each turn.
+    if bos_token and tokenizer.use_bos:
+        bos = f"{{{{- {_literal(bos_token)} }}}}"
     before_user, after_user, before_system, after_system, after_first_user = map(_literal, parts)
     # The tag marks the answers for return_assistant_tokens_mask of transformers and assistant_only_loss of TRL. Other
     # programs skip or remove it, as llama.cpp and huggingface.js do, so no white space may be next to it.
@@ -92,7 +86,21 @@ def chat_template(style: PromptStyle, tokenizer: Tokenizer, bos_token: str | Non
 """
 
 
-def _parts_of(style: PromptStyle) -> _Parts | None:
+def parts_of(style: PromptStyle, bos_token: str | None) -> Parts | None:
+    """Return the fixed texts of a style, without a begin-of-text token; None if it has no such texts.
+
+    Some styles contain that token. LitGPT's tokenizer removes it there, and adds it if the tokenizer uses one.
+    """
+    parts = _with_all_tokens(style)
+    if parts is None or not bos_token:
+        return parts
+    return parts._replace(
+        before_user=parts.before_user.removeprefix(bos_token),
+        before_system=parts.before_system.removeprefix(bos_token),
+    )
+
+
+def _with_all_tokens(style: PromptStyle) -> Parts | None:
     # Fixed texts around the placeholder can be copied into a template. Everything else can't.
     user_only = style.apply(_USER)
     if user_only.count(_USER) != 1:
@@ -101,7 +109,7 @@ def _parts_of(style: PromptStyle) -> _Parts | None:
     with_system = style.apply(_USER, sys_prompt=_SYSTEM)
     if with_system == user_only:
         # The style has no place for a system message: it is put above the first question.
-        return _Parts(before_user, after_user, before_user, "\n\n", after_user)
+        return Parts(before_user, after_user, before_user, "\n\n", after_user)
     if with_system.count(_SYSTEM) != 1 or with_system.count(_USER) != 1:
         return None
     before_system, rest = with_system.split(_SYSTEM)
@@ -109,12 +117,12 @@ def _parts_of(style: PromptStyle) -> _Parts | None:
     if _USER not in rest:
         return None
     after_system, after_first_user = rest.split(_USER)
-    return _Parts(before_user, after_user, before_system, after_system, after_first_user)
+    return Parts(before_user, after_user, before_system, after_system, after_first_user)
 
 
 def differing(theirs: Any, tokenizer: Tokenizer, style: PromptStyle) -> list[Message] | None:
     """Return the first test conversation with other tokens in transformers; None if all are equal."""
-    for messages in _TEST_CONVERSATIONS:
+    for messages in TEST_CONVERSATIONS:
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if ids != encode_prompt(messages, tokenizer, style):
             return messages
@@ -122,4 +130,5 @@ def differing(theirs: Any, tokenizer: Tokenizer, style: PromptStyle) -> list[Mes
 
 
 def _literal(text: str) -> str:
-    return json.dumps(text)  # a literal of Jinja, as of Python
+    # A literal of Jinja, as of Python. llama.cpp's Jinja does not know \u, so letters other than ASCII are kept.
+    return json.dumps(text, ensure_ascii=False)

@@ -1,5 +1,9 @@
-"""Command line of export_hf.py. Modules that import torch are imported when they are used: ``--help`` must be fast."""
+"""Command lines of export_hf.py and export_gguf.py.
 
+Modules that import torch are imported when they are used: ``--help`` must be fast.
+"""
+
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +48,26 @@ def import_folder(hf_folder: Path, out: Path) -> None:
     note = constant_weights_note(load_config(out))
     if note:
         print(note)
+
+
+def export_gguf(checkpoint: Path, out: Path, quantize: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16") -> None:
+    """Export a checkpoint to a GGUF file for llama.cpp, Ollama and LM Studio, with a Modelfile for Ollama.
+
+    Args:
+        checkpoint: Checkpoint folder.
+        out: File to write, FOLDER/NAME.gguf; it must not exist.
+        quantize: Type of the matrices; q8_0 has 8.5 bits per weight, q4_0 has 4.5. For K-quants such as Q4_K_M run
+            llama.cpp's own tool on an f32 or f16 file: `llama-quantize NAME.gguf OUT.gguf Q4_K_M`.
+    """
+    from litmoe.cli import quoted
+    from litmoe.export import gguf  # takes seconds
+
+    exported = gguf.export(checkpoint, out, quantization=quantize)
+    _print_checks(exported.checks, out)
+    # Ollama allows these characters in the name of a model.
+    name = re.sub(r"[^a-z0-9._-]+", "-", out.stem.lower()).strip(".-_") or "model"
+    print(f"Ollama      ollama create {name} -f {quoted(exported.modelfile)}")
+    print(f"            ollama run {name}")
 
 
 def _print_checks(checks: "list[Check]", out: Path) -> None:

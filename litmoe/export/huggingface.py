@@ -91,7 +91,7 @@ def export(checkpoint: Path, out: Path, *, dtype: Dtype | None = None, title: st
     with atomic_folder(out) as partial:
         weights = {name: _cast(name, tensor, dtype) for name, tensor in checkpoints.load_weights(folder).items()}
         described = _write_model(weights, config, tokenizer, partial)
-        checks = _write_tokenizer(folder, partial, tokenizer, style, config)
+        checks = write_tokenizer(folder, partial, tokenizer, style, config)
         card = model_card(
             folder,
             config,
@@ -179,8 +179,19 @@ def load_model(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, style: PromptStyle, config: Config) -> list[Check]:
-    """Write tokenizer, generation config and chat template."""
+def write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer, style: PromptStyle, config: Config) -> list[Check]:
+    """Write tokenizer, generation config and, if it gives the same tokens as finetuning, the chat template.
+
+    Args:
+        folder: checkpoint folder.
+        out: folder to write.
+        tokenizer: of the checkpoint.
+        style: of the checkpoint.
+        config: of the model, for the length of a generated text.
+
+    Returns:
+        What transformers does with the chat template and at the end of an answer; empty for a base model.
+    """
     write_json(out / "tokenizer.json", _with_litgpts_bos(folder / "tokenizer.json", tokenizer))
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
