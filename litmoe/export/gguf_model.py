@@ -21,8 +21,6 @@ from litmoe.hf_config import model_type_of, without_counterpart
 _ARCHITECTURES = {
     "llama": "llama",
     "mixtral": "llama",
-    # Biases of queries, keys and values are optional in "llama".
-    "qwen2": "llama",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
     "olmo2": "olmo2",
