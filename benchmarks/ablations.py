@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     result = common.start(args, "torch", "torchao", "litgpt", "lightning")
     result |= {"run_file": CONFIG, "tokens": args.tokens, "seeds": args.seeds}
-    corpus, rows = find_corpus(args.data_dir), common.earlier_rows(args.output, result, "rows")
+    corpus, rows = find_corpus(args.data_dir), common.earlier_rows(args.output, result, "rows", ("run_file", "tokens"))
     with run_pool(os.cpu_count() or 1) as pool:
         futures = {
             name: [pool.submit(run_once, CHOICES[name].flags, seed, args.tokens, corpus) for seed in range(args.seeds)]

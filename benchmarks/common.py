@@ -139,10 +139,11 @@ def write_result(result: Row, path: Path) -> None:
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
-def earlier_rows(path: Path, result: Row, key: str) -> Row:
+def earlier_rows(path: Path, result: Row, key: str, settings: Sequence[str] = ()) -> Row:
     """Return the rows of an earlier result file, so that a run of a few rows keeps the others.
 
-    Rows of other hardware or other versions are dropped, because they can't be compared.
+    Rows of other hardware, other versions or other ``settings`` (keys of the file) are dropped, because they can't be
+    compared.
     """
     if not path.exists():
         return {}
@@ -150,7 +151,8 @@ def earlier_rows(path: Path, result: Row, key: str) -> Row:
     earlier = json.loads(path.read_text(encoding="utf-8"))
     same_cpu = earlier["hardware"]["cpu"] == result["hardware"]["cpu"]
     same_gpu = earlier["hardware"].get("gpu") == result["hardware"]["gpu"]
-    if not (same_cpu and same_gpu and earlier["versions"] == result["versions"]):
+    same_settings = all(earlier[name] == result[name] for name in ("versions", *settings))
+    if not (same_cpu and same_gpu and same_settings):
         return {}
     return {name: {"commit": earlier["commit"], **row} for name, row in earlier[key].items()}
 

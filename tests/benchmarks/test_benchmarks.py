@@ -191,12 +191,14 @@ def test_learning_is_drawn_alike(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-def test_earlier_rows_of_other_versions_are_dropped(tmp_path: Path) -> None:
+def test_earlier_rows_that_cannot_be_compared_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     result = {"commit": "abc", "hardware": {"cpu": "a", "gpu": None}, "versions": {"torch": "2"}, "rows": {"x": {}}}
     path.write_text(json.dumps(result), encoding="utf-8")
     assert earlier_rows(path, result, "rows") == {"x": {"commit": "abc"}}
     assert earlier_rows(path, {**result, "versions": {"torch": "3"}}, "rows") == {}
+    assert earlier_rows(path, result, "rows", ["commit"]) == {"x": {"commit": "abc"}}
+    assert earlier_rows(path, {**result, "commit": "def"}, "rows", ["commit"]) == {}
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
