@@ -354,7 +354,7 @@ class TritonKernels(ExpertBackend):
     def problem(self, dtype: torch.dtype, device_type: str, hardware: Hardware, widths: tuple[int, ...]) -> str | None:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"does not compute {dtype}"
-        # On request only: nobody has run it on an AMD GPU yet.
+        # AMD GPUs on request only: the kernels were not run on one yet.
         is_gpu = hardware.capability is not None or hardware.hip
         if not is_gpu and not hardware.interpreter and device_type != "meta":
             return f"needs a GPU, and this is {device_type}"

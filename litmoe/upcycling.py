@@ -109,7 +109,6 @@ def check_experts(folder: Path, config: "Config", *, tie_embeddings: bool) -> No
 
 
 def _has_tied_embeddings(folder: Path) -> bool:
-    # Windows can't replace a file that is mapped into memory.
     weights = checkpoints.load_weights(folder)
     return weights["lm_head.weight"].equal(weights["transformer.wte.weight"])
 

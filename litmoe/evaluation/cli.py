@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from litmoe.cli import UserError
 from litmoe.inference.console import find_checkpoint
@@ -75,7 +75,6 @@ def main(
     folder = find_checkpoint(checkpoint, router)
 
     # Libraries print messages, as lm-eval does about its error bars. Only the JSON belongs on stdout.
-    stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         # Each import takes seconds, so only the module in use is imported.
         options = {"max_seq_length": max_seq_length, "device": device, "precision": precision, "router": router}
@@ -109,21 +108,21 @@ def main(
                 module = answers
                 text_flags["data_dir"] = conversations
             result = module.evaluate(folder, **text_flags, **options)
-        # Before the heat map, so that an error there loses no numbers.
-        _write(result, module, json_file, stdout)
-        if plot is not None:
-            module.draw(result, plot)
-            print(f"Heat map: {plot}", file=sys.stderr)
+    # Before the heat map, so that an error there loses no numbers.
+    _write(result, module, json_file)
+    if plot is not None:
+        module.draw(result, plot)
+        print(f"Heat map: {plot}", file=sys.stderr)
 
 
-def _write(result: Any, module: ModuleType, json_file: Path | None, stdout: TextIO) -> None:
+def _write(result: Any, module: ModuleType, json_file: Path | None) -> None:
     """Print the table to stderr and the JSON to stdout."""
     from rich.console import Console
 
     Console(stderr=True).print(module.table(result))
     # The table is for people, the JSON for programs, so `> result.json` contains only JSON.
     text = json.dumps(asdict(result), indent=2)
-    print(text, file=stdout)
+    print(text)
     if json_file is not None:
         # The same bytes on every system.
         json_file.write_text(text + "\n", encoding="utf-8", newline="\n")

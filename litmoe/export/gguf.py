@@ -6,7 +6,6 @@ also runs it, and its greedy text is compared.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +32,7 @@ from litmoe.export.gguf_model import (
     problems_in_llama_cpp,
 )
 from litmoe.export.gguf_vocabulary import add_vocabulary, read_tokenizer
-from litmoe.export.huggingface import litgpt_model, write_tokenizer
+from litmoe.export.huggingface import litgpt_model, read_config, write_tokenizer
 from litmoe.export.modelfile import FIRST_LINE, modelfile
 from litmoe.export.verify import PROMPTS, Check
 from litmoe.hf_config import without_counterpart
@@ -154,14 +153,10 @@ def _atomic_file(out: Path) -> Iterator[Path]:
 
 def _read_checkpoint(checkpoint: Path) -> _Source:
     folder = checkpoints.resolve(checkpoint)
-    # The context of training: the model was never trained on longer sequences.
-    config = replace(checkpoints.load_config(folder), block_size=checkpoints.context_of(folder))
-    problems = problems_in_llama_cpp(config)
-    router = checkpoints.recorded_router(folder)
-    if router is not None:
-        problems.append(f"the router {router} (moe.router of its run)")
+    config, router_problems = read_config(folder)
+    problems = problems_in_llama_cpp(config) + router_problems
     if problems:
-        if router is None and not without_counterpart(config):
+        if not router_problems and not without_counterpart(config):
             fix = f"transformers can: `uv run python export_hf.py {quoted(folder)} exported`."
         else:
             fix = f"generate.py and chat.py can: `uv run python generate.py {quoted(folder)}`."

@@ -69,12 +69,8 @@ def export(checkpoint: Path, out: Path, *, dtype: Dtype | None = None, title: st
         RuntimeError: the two models do not compute the same; ``out`` is not written.
     """
     folder = checkpoints.resolve(checkpoint)
-    # The context of training: the model was never trained on longer sequences.
-    config = replace(checkpoints.load_config(folder), block_size=checkpoints.context_of(folder))
-    problems = without_counterpart(config)
-    router = checkpoints.recorded_router(folder)
-    if router is not None:
-        problems.append(f"the router {router} (moe.router of its run)")
+    config, router_problems = read_config(folder)
+    problems = without_counterpart(config) + router_problems
     if problems:
         raise UserError(
             f"transformers has no model that computes the same as {folder}, so nothing was written. It has no"
@@ -174,6 +170,14 @@ def load_model(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
     if wrong:
         raise RuntimeError(f"the weights in {folder} do not fit the transformers model: {wrong}")
     return model.eval()
+
+
+def read_config(folder: Path) -> tuple[Config, list[str]]:
+    """Return the config of a checkpoint at its length of training, and its own router as a reason against an export."""
+    # The model was never trained on longer sequences.
+    config = replace(checkpoints.load_config(folder), block_size=checkpoints.context_of(folder))
+    router = checkpoints.recorded_router(folder)
+    return config, [] if router is None else [f"the router {router} (moe.router of its run)"]
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer

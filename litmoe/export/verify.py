@@ -73,9 +73,9 @@ def same_text(gpt: GPT, tokenizer: Tokenizer, theirs: Any, their_tokenizer: Any)
         streamed = "".join(map(stream.push, our_ids[len(prompt_ids) :].tolist())) + stream.flush()
         our_text = their_tokenizer.decode(prompt_ids, skip_special_tokens=True) + streamed
         # Of the same ids, because the text after a tie may be another one.
-        their_text = their_tokenizer.decode(our_ids, skip_special_tokens=True)
+        decoded = their_tokenizer.decode(our_ids, skip_special_tokens=True)
         # Bytes that are not characters are decoded depending on later bytes, which a stream can't know.
-        same_decoding = "\ufffd" in their_text or our_text == their_text
+        same_decoding = "\ufffd" in decoded or our_text == decoded
         same_ids = our_ids.tolist() == their_ids.tolist()
         is_tie = not same_ids and _differ_by_a_tie(gpt, our_ids, their_ids)
         if not same_decoding or not (same_ids or is_tie):
@@ -97,7 +97,7 @@ def _differ_by_a_tie(gpt: GPT, our_ids: Tensor, their_ids: Tensor) -> bool:
     length = min(len(our_ids), len(their_ids))
     different = (our_ids[:length] != their_ids[:length]).nonzero()
     if len(different) == 0:
-        # One text ends where the other goes on.
+        # One text is the beginning of the other.
         return False
     position = int(different[0])
     logits = gpt(our_ids[None, :position])[0, -1]

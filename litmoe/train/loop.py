@@ -211,9 +211,9 @@ def train_step(
 def _rehearsal(fabric: L.Fabric, run: TrainingRun, micro_batches: Sequence[Batch]) -> None:
     """Do forward and backward of the first parts of a step, without communication."""
     with fabric.no_backward_sync(run.model):
+        cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
         # Two, because the gradients of the first one exist during the second.
         for batch in islice(regroup(micro_batches, run.rows), 2):
-            cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
             losses: Losses = functional_call(run.model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
             fabric.backward(total_loss(losses, run.settings.moe))
 
