@@ -1,5 +1,6 @@
 """Each shipped model and run: its comment is true, it can be built, and it trains."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from litgpt import GPT, Config
 
+from benchmarks.ablations import CHOICES
 from custom_moe import MoE, use_custom_moe
 from litmoe.config import PROJECT, parse_run
 from litmoe.data.corpora import CORPORA
@@ -118,6 +120,17 @@ def test_run_comments_are_true(path: Path) -> None:
     if rate := re.search(r"\(([\d.]+) h on one GPU that reaches (\d+) TFLOP/s\)", text):
         assert float(rate[1]) == round(flops / (float(rate[2]) * 1e12) / 3600, 1)
     assert "Not run here" in text or "Measured" in text
+
+
+def test_rows_named_by_the_quickstart_are_measured() -> None:
+    """The comment behind a default names a row of benchmarks/ablations.py, and the committed table has it."""
+    table = json.loads((PROJECT / "benchmarks/results/ablations_cpu.json").read_text(encoding="utf-8"))["rows"]
+    for name in ("configs/quickstart.yaml", "configs/models/quickstart.yaml"):
+        comments = re.findall(r"# .*\brows? (\".*)", (PROJECT / name).read_text(encoding="utf-8"))
+        rows = [row for line in comments for row in re.findall(r'"([^"]+)"', line)]
+        assert rows
+        for row in rows:
+            assert table[row]["flags"] == list(CHOICES[row].flags)
 
 
 def test_gpt2_run_values() -> None:
