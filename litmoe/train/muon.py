@@ -28,7 +28,8 @@ MOMENTS = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 class Muon(torch.optim.Optimizer):
     """Muon for groups with ``parts``, which say how their parameters divide into matrices; AdamW for the others.
 
-    All ranks of a run compute the same updates from the same gradients.
+    The ranks of a run divide the orthogonalization among themselves, matrix by matrix, and send each other the results.
+    All else they compute alike from the same gradients, so all have the complete state.
 
     Parameters in bf16 (precision bf16-true) are updated in fp32, with moments in fp32, and rounded stochastically: bf16
     has 8 bits, so rounding to the nearest would drop every change of less than 0.2% of a weight, such as weight decay.
@@ -98,7 +99,7 @@ class Muon(torch.optim.Optimizer):
     def update_flops(groups: Iterable[dict[str, Any]]) -> int:
         """Return the floating-point operations of Newton-Schulz in one step, two for each multiply-add.
 
-        They do not depend on the batch, and each device of a run does all of them.
+        They do not depend on the batch. The devices of a run divide them among themselves.
 
         Args:
             groups: as ``parameter_groups`` returns them; parameters on the meta device are enough.
@@ -119,13 +120,35 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # without a closure
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            update = self._update_by_muon if group["parts"] else self._update_by_adamw
-            # One after the other, because each parameter in bf16 needs copies in fp32.
-            for parameter in group["params"]:
-                if parameter.grad is not None:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["parts"]:
+                self._step_by_muon(parameters, group)
+            else:
+                # One after the other, because each parameter in bf16 needs copies in fp32.
+                for parameter in parameters:
                     weight = _wide(parameter)
-                    update(weight, _wide(parameter.grad), self.state[parameter], group)
+                    self._update_by_adamw(weight, _wide(parameter.grad), self.state[parameter], group)
                     self._store(weight, parameter)
+
+    def _step_by_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices. Every rank must call it with the same parameters."""
+        ranks, rank = 1, 0
+        if torch.distributed.is_initialized():
+            ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        # One parameter for each rank at a time. Those of one shape take equally long, so they are neighbors.
+        parameters = sorted(parameters, key=lambda parameter: parameter.shape)
+        for start in range(0, len(parameters), ranks):
+            by_owner = parameters[start : start + ranks]
+            directions = [self._direction(parameter, group) for parameter in by_owner]
+            if rank < len(by_owner):
+                directions[rank] = orthogonalized_parts(directions[rank], group["parts"])
+            for owner, (parameter, direction) in enumerate(zip(by_owner, directions, strict=True)):
+                if ranks > 1:
+                    torch.distributed.broadcast(direction, owner)
+                weight = _wide(parameter)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(direction, alpha=-group["lr"])
+                self._store(weight, parameter)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the moments of bf16 parameters in fp32: torch would cast them to bf16."""
@@ -155,20 +178,15 @@ class Muon(torch.optim.Optimizer):
         generator.manual_seed((state["updates"] * len(parameters) + number) % 2**32)
         parameter.copy_(stochastically_rounded(weight, generator))
 
-    @staticmethod
-    def _update_by_muon(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        lr, momentum = group["lr"], group["momentum"]
+    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Add the gradient of a parameter to its momentum, and return the direction before it is orthogonalized."""
+        assert parameter.grad is not None
+        gradient, state = _wide(parameter.grad), self.state[parameter]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
+            state["momentum_buffer"] = torch.zeros_like(gradient)
         # An average of gradients, as in torch.optim.Muon: m = momentum * m + (1 - momentum) * gradient.
-        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        direction = gradient.lerp(average, momentum)  # Nesterov
-        weight.mul_(1 - lr * group["weight_decay"])
-        # Each of the stacked matrices is orthogonalized on its own.
-        heights = matrix_heights(weight, group["parts"])
-        for matrix, update in zip(weight.split(heights, -2), direction.split(heights, -2), strict=True):
-            scale = RMS_OF_ADAMW * max(matrix.size(-2), matrix.size(-1)) ** 0.5
-            matrix.add_(orthogonalized(update), alpha=-lr * scale)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(average, group["momentum"])  # Nesterov
 
     @staticmethod
     def _update_by_adamw(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -227,6 +245,15 @@ def matrix_heights(parameter: Tensor, parts: tuple[int, ...]) -> list[int]:
     """Return the number of rows of each matrix that is stacked in a parameter."""
     rows = parameter.size(-2)
     return [rows * part // sum(parts) for part in parts]
+
+
+def orthogonalized_parts(direction: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """Return the update of a parameter for a learning rate of 1: each stacked matrix is orthogonalized on its own."""
+    updates = []
+    for matrix in direction.split(matrix_heights(direction, parts), -2):
+        scale = RMS_OF_ADAMW * max(matrix.size(-2), matrix.size(-1)) ** 0.5
+        updates.append(orthogonalized(matrix).to(direction.dtype) * scale)
+    return torch.cat(updates, -2)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

@@ -86,8 +86,7 @@ class PlannedRun:
             gpt = GPT(self.run.settings.model)
         if self.run.settings.train.tie_embeddings:
             gpt.transformer.wte.weight = gpt.lm_head.weight
-        # Each device does the complete update.
-        return traits.update_flops(traits.parameter_groups(gpt)) * self.devices
+        return traits.update_flops(traits.parameter_groups(gpt))
 
     def length(self) -> Plan | None:
         """The steps of the run; None if they depend on the size of the data."""
@@ -238,10 +237,9 @@ def _describe_length(planned: PlannedRun) -> str:
 def _describe_update(planned: PlannedRun) -> str:
     update = planned.update_flops
     share = update / (planned.model_flops() + update)
-    where = f" on {planned.devices} devices" if planned.devices > 1 else ""
     optimizer_name = planned.run.optimizer["class_path"].rpartition(".")[2]
     return (
-        f"{optimizer_name}'s update adds {format_flops(update)} to each step{where}, {share:.0%} of the step's"
+        f"{optimizer_name}'s update adds {format_flops(update)} to each step, {share:.0%} of the step's"
         " operations. A larger global batch reduces that share."
     )
 

@@ -1,11 +1,12 @@
 """Muon equals torch's for single matrices, and AdamW for all other parameters."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from litgpt import GPT, Config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_moe import use_custom_moe
@@ -66,6 +67,32 @@ def test_stacked_update_equals_single_updates(parts: tuple[int, ...], in_bf16: N
     steps(Muon([{"params": [stacked], "parts": parts}], lr=0.02), [stacked])
     steps(torch.optim.Muon(single, **AS_OURS), single)
     torch.testing.assert_close(stacked.reshape(-1, 16), torch.cat(single), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_share_the_update(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Two ranks end with the same bits as one alone: weights and moments."""
+    alone = two_steps(dtype)
+    torch.multiprocessing.spawn(save_two_steps, (dtype, tmp_path), nprocs=2)
+    for rank in (0, 1):
+        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for tensor, expected in zip(shared, alone, strict=True):
+            assert torch.equal(tensor, expected)
+
+
+def two_steps(dtype: torch.dtype) -> list[Tensor]:
+    """Return weights and moments of three parameters with matrices, of two shapes, and one without."""
+    weights = [nn.Parameter(matrix(*shape).to(dtype)) for shape in ((2, 16, 8), (8, 8), (2, 16, 8), (4,))]
+    optimizer = Muon([{"params": weights[:3], "parts": (1, 1)}, {"params": weights[3:]}], lr=0.02)
+    steps(optimizer, weights, count=2)
+    moments = [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
+    return [weight.detach() for weight in weights] + moments
+
+
+def save_two_steps(rank: int, dtype: torch.dtype, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=2)
+    torch.save(two_steps(dtype), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_singular_values_end_near_one_in_fp32_too() -> None:

@@ -84,8 +84,9 @@ def test_time_includes_the_update_of_muon(shown) -> None:
     assert rate == pytest.approx(without * (1 - share), rel=0.01)
     large_batch, faster = plan("--global-batch-size", "64")
     assert large_batch < share and faster > rate
-    # Each device does the complete update, so its share grows with the number of devices.
-    assert plan("--devices", "2")[0] > share
+    # The devices divide the update among themselves.
+    two_devices, faster = plan("--devices", "2")
+    assert two_devices == share and faster == pytest.approx(2 * rate, rel=0.01)
     assert "no estimate of the time for this optimizer" in shown("--plan", "t4", *muon)
 
 
