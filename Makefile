@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help environment uv venv lock quickstart train ddp-train tensorboard test test-slow chaos check lint types bench \
-        bench-gpu gpu-status kill-gpu gpu-hot clean
+        gpu-report gpu-status kill-gpu gpu-hot clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -81,16 +81,9 @@ bench: venv ## Run the benchmarks that need no GPU (about an hour on 2 cores) an
 	measure python benchmarks/memory.py; \
 	$(REPORT)
 
-bench-gpu: venv ## Check layer and generation on this machine's GPU, then measure, the most important first
-	@$(MEASURE); \
-	measure pytest tests/custom_moe tests/inference; \
-	measure python benchmarks/train_step.py --device cuda; \
-	measure --with liger-kernel==0.8.5 python benchmarks/moe_layer.py --device cuda; \
-	$(QUICKSTART); \
-	measure python benchmarks/generation.py --device cuda; \
-	measure python benchmarks/generation.py --device cuda --model configs/models/moe-200m.yaml; \
-	measure python benchmarks/learning.py --device cuda --minutes 0.5; \
-	$(REPORT)
+gpu-report: venv ## Check and measure everything on this machine's GPU, the most important first: make gpu-report MINUTES=12
+	$(RUN) python benchmarks/gpu_report.py --minutes "$(or $(MINUTES),12)" $(ARGS)
+	$(RUN) python benchmarks/report.py
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them
 	@$(RUN) python scripts/gpu.py status

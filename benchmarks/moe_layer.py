@@ -61,13 +61,17 @@ class Case(NamedTuple):
 
 
 def main() -> None:
-    args = common.make_parser(__doc__, "moe_layer_DEVICE").parse_args()
+    parser = common.make_parser(__doc__, "moe_layer_DEVICE")
+    parser.add_argument("--quick", action="store_true", help="two sizes, nothing compiled, for a few GPU minutes")
+    args = parser.parse_args()
     result = common.start(args, *PACKAGES)
     if args.device == "cpu":
         keep_freed_memory()
         cases, seconds = cpu_cases(), 0.1
     else:
         cases, seconds = gpu_cases(), 0.03
+    if args.quick:
+        cases = quick_cases(args.device)
     common.print_table(run(result, cases, args.output, seconds))
 
 
@@ -110,6 +114,13 @@ def gpu_cases() -> list[Case]:
     # Few tokens per expert, and many.
     few_and_many = product((2048, 65536), SIZES)
     return cases + [Case(size, tokens, "bf16", EAGER_LAYERS, rounds=15) for tokens, size in few_and_many]
+
+
+def quick_cases(device: str) -> list[Case]:
+    """Return MoE-200M's layer and one of many small experts for a GPU, two small layers for a CPU."""
+    if device == "cuda":
+        return [Case(size, 16384, "bf16", EAGER_LAYERS, rounds=15) for size in SIZES[:2]]
+    return [Case(size, 2048, "fp32", EAGER_LAYERS, rounds=3) for size in (SIZES[3], quickstart_size())]
 
 
 def run(result: Row, cases: list[Case], output: Path, seconds: float) -> Row:

@@ -135,8 +135,9 @@ def train(
     environment: Mapping[str, str] | None = None,
     limit: float | None = None,
     watch_memory: bool = False,
+    out_dir: Path | None = None,
 ) -> Run:
-    """Run a training script to its end in a temporary output folder.
+    """Run a training script to its end.
 
     Args:
         flags: of the script, without --out_dir.
@@ -144,12 +145,13 @@ def train(
         environment: added to the environment of this process.
         limit: seconds after which the run is killed.
         watch_memory: measure the memory of the processes, which takes a fifth of a core.
+        out_dir: output folder; None: a temporary one.
 
     Raises:
         RunFailed: for an exit code other than 0, or a run without a log line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        out_dir = Path(folder, "run")
+        out_dir = out_dir or Path(folder, "run")
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, *script, *flags, "--out_dir", str(out_dir)],

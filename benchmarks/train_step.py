@@ -62,23 +62,25 @@ class Case(NamedTuple):
     rounds: int
 
 
-def gpu_case(run_file: str, context: int, model: str | None = None) -> Case:
+def gpu_case(run_file: str, context: int, model: str | None = None, more_flags: tuple[str, ...] = ()) -> Case:
     """Return a case of 65,536 tokens per step, in two micro batches."""
     # Enough tokens to fill an H200, and a micro batch whose fp32 logits fit into its memory for both sides.
     batch = 65536 // context
     flags = [f"--train.max_seq_length={context}", f"--train.global_batch_size={batch}"]
     if model:
         flags.append(f"--model=configs/models/{model}.yaml")
-    return Case(f"configs/runs/{run_file}.yaml", tuple(flags), batch // 2, 80 * 65536, rounds=2)
+    return Case(f"configs/runs/{run_file}.yaml", (*flags, *more_flags), batch // 2, 80 * 65536, rounds=2)
 
 
 QUICKSTART = Case("configs/quickstart.yaml", (), micro_batch=4, tokens=150_000, rounds=3)
+MUON = ('--optimizer={"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 4.0e-3, "weight_decay": 0.1}}',)
 CASES = {
-    "cpu": {"quickstart": QUICKSTART},
+    "cpu": {"quickstart": QUICKSTART, "quickstart-muon": QUICKSTART._replace(flags=MUON)},
     "cuda": {  # the most important one first
         "moe-200m": gpu_case("tinystories-moe-200m", 2048),
         "gpt2-124m": gpu_case("openwebtext-gpt2-124m", 1024),
         "moe-200m-dense-twin": gpu_case("tinystories-moe-200m", 2048, "moe-200m-dense-twin"),
+        "moe-200m-muon": gpu_case("tinystories-moe-200m", 2048, more_flags=MUON),
         "moe-fine-32": gpu_case("tinystories-moe-200m", 2048, "moe-fine-32"),
         "quickstart": QUICKSTART,
     },
@@ -91,6 +93,7 @@ def main() -> None:
         return
     parser = common.make_parser(__doc__, "train_step_DEVICE", runs=True)
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="some of the device's models (default: all)")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="sides (default: all)")
     parser.add_argument("--quick", action="store_true", help="one round with a quarter of the tokens")
     args = parser.parse_args()
     cases = CASES[args.device]
@@ -101,7 +104,8 @@ def main() -> None:
     result |= {"peaks": {"measured": matmul_peak(args.device)}, "same_on_both_sides": SAME_ON_BOTH_SIDES}
     result["models"] = common.earlier_rows(args.output, result, "models")
     corpus = find_corpus(args.data_dir)
-    for name in args.models or cases:
+    # Muon is measured where it is asked for.
+    for name in args.models or [name for name in cases if not name.endswith("-muon")]:
         case = cases[name]
         # For a few GPU minutes: the same comparison with fewer tokens.
         if args.quick:
@@ -114,7 +118,7 @@ def main() -> None:
             common.write_result(result, args.output)
 
         print(f"{name}: {case.tokens:,} tokens", flush=True)
-        measure(case, corpus, save)
+        measure(case, args.ways, corpus, save)
     common.print_table(result)
 
 
@@ -132,8 +136,8 @@ def matmul_peak(device: str) -> float | None:
     return max(rates)
 
 
-def measure(case: Case, corpus: Corpus, save: Callable[[Row], None]) -> Row:
-    """Let all ways take turns. ``save`` receives the result after each round."""
+def measure(case: Case, ways: Sequence[str], corpus: Corpus, save: Callable[[Row], None]) -> Row:
+    """Let the ways take turns. ``save`` receives the result after each round."""
     settings = parse_run(["--config", str(ROOT / case.run_file), *case.flags]).settings
     context = settings.train.max_seq_length or settings.model.block_size
     result: Row = {
@@ -144,11 +148,11 @@ def measure(case: Case, corpus: Corpus, save: Callable[[Row], None]) -> Row:
         "batch": settings.train.global_batch_size,
         "tokens": case.tokens,
         "flops_per_token": {"causal": training_flops_per_token(settings.model, context)},
-        "ways": WAYS,
+        "ways": {way: WAYS[way] for way in ways},
         "rounds": [],
     }
     for _ in range(case.rounds):
-        result["rounds"].append({way: run_way(way, case, corpus) for way in WAYS})
+        result["rounds"].append({way: run_way(way, case, corpus) for way in ways})
         result["summary"] = summarize(result["rounds"])
         print("  " + "; ".join(f"{name} {row}" for name, row in result["rounds"][-1].items()), flush=True)
         save(result)
@@ -249,8 +253,9 @@ def ratios_to_stock(rounds: list[Row], summary: Row, number: str, best: Callable
 
     Stock's eager and compiled runs compete: the one that is better by the median of the number is the opponent.
     """
-    medians = {way: summary[way][number][1] for way in ("stock", "stock compiled") if number in summary[way]}
-    if not medians:
+    ran = [way for way in summary if number in summary[way]]
+    medians = {way: summary[way][number][1] for way in ran if way != "ours"}
+    if "ours" not in ran or not medians:
         return []
     stock = best(medians, key=medians.get)
     both = [row for row in rounds if number in row["ours"] and number in row[stock]]

@@ -27,7 +27,8 @@ from benchmarks import (
 from benchmarks.common import Spread, earlier_rows, spread
 from benchmarks.runs import Corpus, Point, Run, RunFailed, run_pool, train, validation_curve
 
-SCRIPTS = ["ablations", "data", "generation", "memory", "learning", "moe_layer", "step_profile", "train_step"]
+SCRIPTS = ["ablations", "data", "generation", "gpu_checks", "gpu_memory", "gpu_report", "learning", "loss", "memory"]
+SCRIPTS += ["moe_layer", "step_profile", "train_step"]
 TINY_MODEL = (
     *("--model.n_layer=2", "--model.n_embd=32", "--model.n_head=2", "--model.block_size=32"),
     "--model.moe_intermediate_size=16",
@@ -320,7 +321,7 @@ def test_train_step_losses_are_similar(corpus: Corpus) -> None:
         "--schedule.decay_fraction=0.2",
     )
     case = train_step.Case("configs/quickstart.yaml", flags, micro_batch=4, tokens=60 * 128, rounds=1)
-    result = train_step.measure(case, corpus, save=lambda model: None)
+    result = train_step.measure(case, list(train_step.WAYS), corpus, save=lambda model: None)
     (row,) = result["rounds"]
     assert [side["status"] for side in row.values()] == ["measured"] * 3, row
     assert row["ours"]["val_loss"] == pytest.approx(row["stock"]["val_loss"], rel=0.1)

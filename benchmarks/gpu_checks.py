@@ -1,0 +1,157 @@
+"""Is everything that runs on a GPU right? The checks that come before any measurement.
+
+    uv run python benchmarks/gpu_checks.py --device cuda     # a minute
+    uv run python benchmarks/gpu_checks.py --device cpu      # the same code without a GPU
+
+1. The layer with each of its backends against LitGPT's, output and all gradients, in fp32 and bf16.
+2. The losses and gradients of a compiled training step against those of an eager one.
+3. A run that was resumed in the middle against the same run without a break.
+4. Generated tokens (by a CUDA graph on a GPU) against a forward pass without a cache.
+
+Exits with 1 if a check fails.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from litgpt import GPT, Config
+from torch import Tensor
+
+from benchmarks import common
+from benchmarks.common import Row, make_table
+from benchmarks.moe_layer import BOUNDS, Case, measure, quickstart_size
+from benchmarks.moe_peers import Size
+from benchmarks.runs import NOTHING_ELSE, Corpus, RunFailed, find_corpus, train
+from litmoe.checkpoints import load_weights
+from litmoe.hardware import compiler_settings
+from litmoe.inference.generate import generate_tokens
+from litmoe.layers import use_our_layers
+from litmoe.train.model import PretrainingModel, as_batch
+
+MODEL = ROOT / "configs/models/quickstart.yaml"
+BACKENDS = ("LitGPT", "ours", "ours: grouped_mm", "ours: triton", "ours: loop", "ours compiled")
+LAYERS: list[Size] = [(256, 256, 32, 4), quickstart_size()]
+STEPS, BREAK = 8, 4  # of the resumed run
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__, "gpu_checks_DEVICE", runs=True)
+    args = parser.parse_args()
+    result = common.start(args, "torch", "litgpt", "triton")
+    result["checks"] = []
+    for name, deviation, bound in checks(args.device, find_corpus(args.data_dir)):
+        # `<=` is false for NaN.
+        status = "passed" if isinstance(deviation, float) and deviation <= bound else "failed"
+        result["checks"].append({"check": name, "deviation": deviation, "bound": bound, "status": status})
+        print(f"{status}: {name} ({deviation})", flush=True)
+        add_table(result)
+        common.write_result(result, args.output)
+    failed = [row["check"] for row in result["checks"] if row["status"] != "passed"]
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(result['checks'])} checks failed: {'; '.join(failed)}")
+
+
+def checks(device: str, corpus: Corpus) -> Iterator[tuple[str, float | str, float]]:
+    """Yield each check with its largest relative deviation, or the reason why it has none, and the allowed one."""
+    for precision in BOUNDS:
+        for size in LAYERS:
+            yield from check_layer(device, size, precision)
+    # fp32 sums in another order; bf16 rounds what the compiler keeps exact.
+    for precision, bound in (("fp32", 1e-4), ("bf16", 2e-2)):
+        yield f"compiled step, {precision}", check_compiled_step(device, precision == "bf16"), bound
+    # On a CPU the weights are identical bits. On a GPU some sums of gradients have no fixed order.
+    yield "resumed run", check_resume(corpus), 0.0 if device == "cpu" else 1e-2
+    for rows in (1, 16):
+        yield f"generation, {rows} rows", check_generation(device, rows), 1e-4
+
+
+def check_layer(device: str, size: Size, precision: str) -> Iterator[tuple[str, float | str, float]]:
+    """Compare each backend with LitGPT's layer in fp32. Backends that this machine can't run are left out."""
+    case = Case(size, 2048, precision, BACKENDS, rounds=1)
+    for layer, row in measure(case, device, seconds=0)["layers"].items():
+        if row["status"] == "needs a GPU":
+            continue
+        deviation = max(row["deviation"].values()) if "deviation" in row else row["status"]
+        yield f"layer {size}, {layer}, {precision}", deviation, BOUNDS[precision]
+
+
+def check_compiled_step(device: str, autocast: bool) -> float:
+    """Return the deviation of the loss and of the gradients of a compiled step from those of an eager one."""
+    torch.manual_seed(0)
+    config = Config.from_file(MODEL)
+    with torch.device(device), use_our_layers():
+        gpt = GPT(config)
+    tokens = torch.randint(config.vocab_size, (4, config.block_size + 1), device=device)
+
+    def step(model: PretrainingModel) -> tuple[Tensor, Tensor]:
+        gpt.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            losses = model(*as_batch(tokens, config.block_size))
+        losses.cross_entropy.backward()
+        # Together: in bf16 the gradients of a router alone are little more than rounding.
+        gradient = torch.cat([parameter.grad.flatten() for parameter in gpt.parameters() if parameter.grad is not None])
+        return losses.cross_entropy.detach(), gradient
+
+    eager = step(PretrainingModel(gpt))
+    with compiler_settings():
+        compiled = step(PretrainingModel(gpt, compiler=partial(torch.compile, fullgraph=True)))
+    return max(deviation(ours, exact) for ours, exact in zip(compiled, eager, strict=True))
+
+
+def check_resume(corpus: Corpus) -> float | str:
+    """Return the deviation of the weights after a run that was resumed from those after one without a break."""
+    config = Config.from_file(MODEL)
+    tokens = STEPS * 4 * config.block_size
+    flags = ["--config=configs/quickstart.yaml", *corpus.flags, f"--train.max_tokens={tokens}", "--eval.max_iters=1"]
+    flags += ["--train.lr_warmup_steps=2", "--train.log_interval=1", *NOTHING_ELSE]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, second = Path(folder, "whole"), Path(folder, "second")
+        try:
+            train([*flags, f"--train.save_interval={BREAK}"], out_dir=whole)
+            train([*flags, f"--resume={whole / f'step-{BREAK:08d}'}"], out_dir=second)
+        except RunFailed as error:
+            return str(error)
+        exact, resumed = (load_weights(run / "final") for run in (whole, second))
+        return max(deviation(resumed[name], tensor) for name, tensor in exact.items())
+
+
+def check_generation(device: str, rows: int) -> float:
+    """Return how far generated tokens are from the most probable ones of a forward pass without a cache.
+
+    Other sums may flip a close choice, so the difference of the two logits is compared: 0 for the same token.
+    """
+    torch.manual_seed(0)
+    config = Config.from_file(MODEL)
+    with torch.device(device), use_our_layers():
+        gpt = GPT(config).eval()
+    prompts = torch.randint(config.vocab_size, (rows, 16), device=device)
+    with torch.no_grad():
+        new = torch.stack(list(generate_tokens(gpt, list(prompts), max_new_tokens=64, temperature=0.0)), dim=1)
+        logits = gpt(torch.cat([prompts, new], dim=1))[:, prompts.size(1) - 1 : -1, : config.vocab_size].float()
+    chosen = logits.gather(2, new.unsqueeze(2)).squeeze(2)
+    return float(((logits.amax(dim=2) - chosen) / logits.std()).max())
+
+
+def deviation(actual: Tensor, exact: Tensor) -> float:
+    """Return the relative deviation in the Frobenius norm."""
+    return float((actual.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-20))
+
+
+def add_table(result: Row) -> None:
+    rows = []
+    for row in result["checks"]:
+        number = row["deviation"]
+        rows.append([row["check"], f"{number:.1e}" if isinstance(number, float) else number, f"{row['bound']:.0e}"])
+        rows[-1].append(row["status"])
+    result["table"] = make_table(("check", "deviation", "allowed", ""), rows)
+
+
+if __name__ == "__main__":
+    main()
