@@ -54,9 +54,9 @@ def choose_tile(dtype: torch.dtype, capability: tuple[int, int], aligned: bool =
         aligned: whether all widths are multiples of 16.
         tf32: whether fp32 is computed in TF32.
     """
-    # Two programs must fit on a multiprocessor, so that one computes while the other begins or ends. An accumulator of
-    # 128 x 128 takes a quarter of the registers. Shared memory is 100 kB on consumer GPUs (8.6, 8.9, 12.x), 164 kB on
-    # 8.0, and 228 kB on 9.0 and 10.x.
+    # Two programs should fit on a multiprocessor, so that one computes while the other begins or ends
+    # (benchmarks/triton_resources.py shows them). An accumulator of 128 x 128 takes a quarter of the registers. Shared
+    # memory is 100 kB on consumer GPUs (8.6, 8.9, 12.x), 164 kB on 8.0, and 228 kB on 9.0 and 10.x.
     if not aligned:
         # Each number is read on its own then: its address needs registers too, and two bytes can't be copied ahead.
         return Tile(64, 64, 16 if dtype == torch.float32 else 32, 4, 1)

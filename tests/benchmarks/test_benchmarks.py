@@ -28,7 +28,7 @@ from benchmarks.common import Spread, earlier_rows, spread
 from benchmarks.runs import Corpus, Point, Run, RunFailed, run_pool, train, validation_curve
 
 SCRIPTS = ["ablations", "data", "generation", "gpu_checks", "gpu_memory", "gpu_report", "learning", "loss", "memory"]
-SCRIPTS += ["moe_layer", "step_profile", "train_step"]
+SCRIPTS += ["moe_layer", "step_profile", "train_step", "triton_resources"]
 TINY_MODEL = (
     *("--model.n_layer=2", "--model.n_embd=32", "--model.n_head=2", "--model.block_size=32"),
     "--model.moe_intermediate_size=16",
