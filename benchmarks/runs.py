@@ -180,7 +180,8 @@ def train(
             print("\n".join(lines[-30:]), file=sys.stderr)
             last_line = [f"exit code {code}", *lines][-1][:200]
             raise RunFailed(last_line if code != 0 else "the run printed no line about a step")
-        reserved_gib = last_number(r"Peak memory ([\d.]+) GiB", lines)
+        # On a CPU the run prints the memory of its main process, which is not that of all.
+        reserved_gib = last_number(r"Peak memory +([\d.]+) GiB(?! of RAM)", lines)
         return Run(
             seconds=seconds,
             first_log_line=first_log_line,

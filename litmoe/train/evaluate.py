@@ -72,6 +72,9 @@ def evaluate_and_log(
         return False
     if row:
         fabric.log_dict({**row, "time": round(run.progress.seconds, 3)}, step=run.progress.step)
+    with run.metrics.paused():
+        run.report.write_if_due()
+    run.timing.evaluation["report"] = run.report.seconds
     # Saved with the next checkpoint, so that a resumed run does not log this evaluation again.
     run.progress.evaluated_step = run.progress.step
     return True
@@ -85,6 +88,7 @@ def evaluate(
         return {}
     step = run.progress.step
     loss = validate(fabric, run, _until_signal(stop_on, run.val_dataloader))
+    run.val_loss = loss
     # exp overflows above 709.
     perplexity = math.exp(min(loss, 700))
     display.print(f"step {step}/{run.plan.steps_text()} | val loss {loss:.4f}, perplexity {perplexity:.2f}")
@@ -93,6 +97,7 @@ def evaluate(
     if text is not None:
         display.print(f"step {step}/{run.plan.steps_text()} | sample: {text}")
         run.loggers.log_text("sample", text, step)
+        run.report.journal.sample(step, text)
     fabric.barrier()
     return {"val_loss": loss, "val_perplexity": perplexity}
 

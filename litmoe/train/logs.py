@@ -22,10 +22,8 @@ from litmoe import checkpoints
 from litmoe.cli import UserError, strip_control_chars
 from litmoe.config import RunSettings
 from litmoe.renaming import rename
+from litmoe.run_files import JOURNAL_FILE, METRICS_FILE, REPORT_FILE, RUN_CONFIG
 
-METRICS_FILE = "metrics.csv"
-RUN_CONFIG = "run_config.yaml"
-"""The settings of a run, in ``out_dir``"""
 COLUMNS = (
     *("step", "train_loss", "val_loss", "learning_rate", "epoch", "time", "iter_tokens", "total_tokens"),
     *("tokens_per_second", "mfu", "grad_norm", "load_balancing_loss", "z_loss", "val_perplexity"),
@@ -427,11 +425,11 @@ def _shown_numbers(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def run_files(out_dir: Path) -> list[Path]:
-    """Return the files and folders that a run writes in ``out_dir``: checkpoints, metrics, logs.
+    """Return the files and folders that a run writes in ``out_dir``: checkpoints, metrics, logs, report.
 
     W&B's folder is not included, because it can contain offline runs that were not uploaded yet.
     """
-    fixed = [out_dir / name for name in (METRICS_FILE, "logs", "final", RUN_CONFIG)]
+    fixed = [out_dir / name for name in (METRICS_FILE, "logs", "final", RUN_CONFIG, JOURNAL_FILE, REPORT_FILE)]
     existing = [path for path in fixed if path.exists()]
     return [*sorted(out_dir.glob("step-*")), *existing, *checkpoints.leftovers(out_dir)]
 

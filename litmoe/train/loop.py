@@ -35,6 +35,7 @@ from litmoe.train.model import (
     update_selection_biases,
 )
 from litmoe.train.optimizers import set_learning_rate
+from litmoe.train.reporting import record_state
 from litmoe.train.saving import StopSignals
 from litmoe.train.schedule import learning_rate
 from litmoe.train.state import (
@@ -308,6 +309,8 @@ def log_step(fabric: L.Fabric, run: TrainingRun, result: StepResult, display: Ru
         peak_flops=run.peak_flops,
     )
     run.metrics = MetricAccumulator()
+    run.train_loss = row["train_loss"]
+    record_state(fabric, run, seconds_left)
     display.step(progress.step, row, seconds_left)
     fabric.log_dict({**row, "time": round(progress.seconds, 3)}, step=progress.step)
 

@@ -27,7 +27,7 @@ from litmoe.hardware import (
     processes,
 )
 from litmoe.layers import use_our_layers
-from litmoe.train.logs import METRICS_FILE, RUN_CONFIG
+from litmoe.run_files import METRICS_FILE, RUN_CONFIG
 from litmoe.train.memory import TrainingMemory, largest_micro_batch, rows_on_cpu, training_memory
 from litmoe.train.optimizers import EIGHT_BIT_ADAM, optimizer_traits
 from litmoe.train.schedule import Plan, plan_run

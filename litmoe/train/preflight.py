@@ -21,7 +21,8 @@ from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.evaluation.hellaswag import read_questions
 from litmoe.hardware import processes
 from litmoe.inference.generate import check_sampling, encode_prompt
-from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, run_files
+from litmoe.run_files import METRICS_FILE, RUN_CONFIG
+from litmoe.train.logs import run_files
 from litmoe.train.memory import divisors
 from litmoe.train.resume import refusal, tokens_provenance
 from litmoe.train.saving import main_process

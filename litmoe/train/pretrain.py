@@ -22,8 +22,9 @@ from litmoe import checkpoints
 from litmoe.config import ParsedRun
 from litmoe.data.tokenizers import litgpt_tokenizer
 from litmoe.hardware import choose_precision, is_sharded, keep_freed_memory, processes, use_expandable_segments
+from litmoe.run_files import RUN_CONFIG
 from litmoe.train.distributed import make_strategy, report_lost_ranks
-from litmoe.train.logs import RUN_CONFIG, logger_factory
+from litmoe.train.logs import logger_factory
 from litmoe.train.patches import patched_pretraining
 from litmoe.train.run import run_training
 from litmoe.upcycling import upcycle

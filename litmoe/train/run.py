@@ -20,19 +20,22 @@ from torch.utils.data import DataLoader
 
 from custom_moe import set_backend
 from litmoe import checkpoints
-from litmoe.cli import UserError, command, strip_control_chars
+from litmoe.cli import UserError
 from litmoe.config import MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
 from litmoe.flops import describe_size, training_flops_per_token
 from litmoe.hardware import compiler_settings, is_sharded, missing_cuda_note, peak_flops, should_compile
 from litmoe.renaming import rename
+from litmoe.report.live import RunReport
+from litmoe.run_files import RUN_CONFIG
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
 from litmoe.train.fitting import choose_rows, is_out_of_memory
-from litmoe.train.logs import METRICS_FILE, RUN_CONFIG, Loggers, RunDisplay, remove_run
+from litmoe.train.logs import Loggers, RunDisplay, remove_run
 from litmoe.train.loop import Ending, train
 from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
 from litmoe.train.optimizers import EIGHT_BIT_ADAM, check_optimizer, make_optimizer, optimizer_traits, rounding_note
+from litmoe.train.reporting import describe_session, end_table
 from litmoe.train.resume import check_same_on_all_machines, resume_training
 from litmoe.train.saving import CheckpointWriter, StopSignals, tolerate_closed_stdout
 from litmoe.train.state import (
@@ -102,8 +105,10 @@ def run_training(
         rows_note,
         *_notes(fabric, run),
     ]
-    for line in filter(None, lines):
+    notes = [line for line in lines if line]
+    for line in notes:
         fabric.print(line)
+    run.report.journal.start(run.progress.step, describe_session(run, notes), resumed=resume_from is not None)
     if resume_from:
         fabric.print(f"Resuming from {resume_from}: step {run.progress.step:,} of {run.plan.steps_text(',')}.")
 
@@ -118,9 +123,12 @@ def run_training(
         with _save_after_errors(fabric, run), display:
             ending = train(fabric, run, signals, display)
         _save_final(fabric, run, ending)
+    seconds = time.perf_counter() - start
 
     # Report.
     run.loggers.finalize("success")
+    run.report.journal.end(run.progress.step, ending)
+    run.report.write()
     if ending == "stopped":
         fabric.print(
             f"Stopped after step {run.progress.step:,} of {run.plan.steps_text(',')}. The same command with"
@@ -130,7 +138,13 @@ def run_training(
         if is_main:
             sys.exit(signals.exit_code)
         return
-    _report(fabric, run, time.perf_counter() - start, run.progress.tokens - tokens_before)
+    for line in end_table(fabric, run, seconds, run.progress.tokens - tokens_before):
+        fabric.print(line)
+    if ending == "out of time":
+        fabric.print(
+            f"The time limit of {settings.train.max_time:g} s was reached at step {run.progress.step:,} of"
+            f" {run.plan.steps_text(',')}. The same command with --resume auto continues from this step."
+        )
 
 
 def choose_experts_backend(fabric: L.Fabric, gpt: GPT, moe: MoESettings) -> str | None:
@@ -234,6 +248,7 @@ def _build_run(
         expert_counts=even_counts(gpt, fabric.device),
         matrices_to_cast=cast_once,
         writer=CheckpointWriter(settings.checkpoint, fabric.print),
+        report=RunReport(settings.out_dir, enabled=fabric.global_rank == 0),
     )
 
 
@@ -273,6 +288,7 @@ def _save_after_errors(fabric: L.Fabric, run: TrainingRun) -> Iterator[None]:
         yield
     except Exception as error:
         save_after_error(fabric, run)
+        run.report.write()
         if is_out_of_memory(error):
             raise UserError(_advice(fabric, run, str(error).splitlines()[0])) from None
         if isinstance(error, TorchDynamoException):
@@ -381,30 +397,6 @@ def _report_finished(fabric: L.Fabric, run: TrainingRun, resume_from: Path) -> N
         checkpoints.finish_interrupted_saves(out_dir)
         if resume_from.exists():
             run.writer.remove_old(resume_from)
-
-
-def _report(fabric: L.Fabric, run: TrainingRun, seconds: float, tokens: int) -> None:
-    """Print what was done in this session, where the results are, and the commands to use them."""
-    settings = run.settings
-    fabric.print(f"{tokens:,} tokens in {seconds:,.0f} s, {tokens / seconds:,.0f} tokens/s with validation and saving.")
-    if fabric.device.type == "cuda":
-        fabric.print(f"Peak memory {torch.cuda.max_memory_reserved(fabric.device) / 2**30:.2f} GiB.")
-    if run.progress.step < run.plan.steps:
-        fabric.print(
-            f"The time limit of {settings.train.max_time:g} s was reached at step {run.progress.step:,} of"
-            f" {run.plan.steps_text(',')}. The same command with --resume auto continues from this step."
-        )
-        return
-    final = settings.out_dir / "final"
-    fabric.print(f"Checkpoint  {final}")
-    fabric.print(f"Metrics     {settings.out_dir / METRICS_FILE}")
-    own_router = [] if settings.moe.router is None else ["--router", settings.moe.router]
-    if not settings.is_finetuning:
-        prompt = settings.sample.prompt or "Once upon a time"
-        write = command("generate.py", final, "--prompt", prompt, *own_router)
-        fabric.print(f"Write       {strip_control_chars(write)}")
-        fabric.print(f"Evaluate    {command('evaluate.py', final, *own_router)}")
-    fabric.print(f"Chat        {command('chat.py', final, *own_router)}")
 
 
 def _peak_flops(fabric: L.Fabric) -> float | None:

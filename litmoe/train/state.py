@@ -28,6 +28,7 @@ from litmoe.config import Recomputed, RunSettings
 from litmoe.data.loader import TrainLoader
 from litmoe.data.manifest import manifest_path
 from litmoe.evaluation.hellaswag import Encoded
+from litmoe.report.live import RunReport
 from litmoe.train.distributed import gather_state, gather_weights, mean_over_ranks, shard_state
 from litmoe.train.logs import Loggers
 from litmoe.train.metrics import MetricAccumulator
@@ -125,6 +126,8 @@ class TrainingRun:
     """Parameters that are cast once per step in mixed precision, by name"""
     writer: CheckpointWriter
     """Writes this run's checkpoints on rank 0"""
+    report: RunReport
+    """Kept up to date on rank 0"""
     sample_prompt: str | None = None
     """The prompt of the sample at each evaluation; None for no samples"""
     finetuning: Finetuning | None = None
@@ -135,6 +138,10 @@ class TrainingRun:
     """How long steps and evaluations of this session take"""
     metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
     """Sums since the last log line"""
+    train_loss: float | None = None
+    """Of the last log line of this session"""
+    val_loss: float | None = None
+    """Of the last validation of this session"""
     snapshot: Snapshot | None = None
     """Taken after each step; None before the first one and during an update, when nothing may be saved"""
 

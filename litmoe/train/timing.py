@@ -34,7 +34,8 @@ class Timing:
     step_seconds: float = 0.0
     """Their sum, with data loading and logging, without evaluation and saving"""
     evaluation: dict[str, float] = field(default_factory=dict)
-    """The last validation, with its sample, and the last scores of HellaSwag"""
+    """The last validation with its sample, the last scores of HellaSwag, and the last report. Reports between the
+    steps take so little time that only the one at the end counts"""
     all_steps: int = 0
     """Steps of this session"""
 
