@@ -8,6 +8,8 @@ from litmoe.run_files import JOURNAL_FILE, REPORT_FILE
 
 SHARE = 0.02
 """The largest share of the time that goes into the report. Evaluations that follow each other faster leave it out"""
+FIRST = 10.0
+"""Seconds before the first report: runs that take less write it at their end only"""
 
 
 class RunReport:
@@ -24,11 +26,11 @@ class RunReport:
         self.seconds = 0.0
         """That the last writing took, without the imports of the first one"""
         self._enabled = enabled
-        self._next_write = 0.0
+        self._next_write = time.perf_counter() + FIRST
         self._has_warned = False
 
     def write_if_due(self) -> None:
-        """Write the page again, unless the last writing was just before."""
+        """Write the page, unless the run has just begun or the last writing was just before."""
         if time.perf_counter() >= self._next_write:
             self.write()
 

@@ -4,7 +4,6 @@ import time
 
 import pytest
 
-import litmoe.report.page  # noqa: F401  imported at the first evaluation otherwise, which takes a part of these seconds
 from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.config import EvalArgs, ScheduleSettings
