@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import yaml
-from pyarrow import csv
 
 from litmoe import checkpoints
 from litmoe.checkpoints import CheckpointMetadata
@@ -130,6 +128,10 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 def _read_numbers(path: Path) -> dict[str, np.ndarray]:
     """Return the columns of ``COLUMNS`` as floats, NaN where a cell is empty or damaged."""
+    # Training imports this module at its start, and needs pyarrow only when it writes a report.
+    import pyarrow as pa
+    from pyarrow import csv
+
     try:
         table = csv.read_csv(
             path,
