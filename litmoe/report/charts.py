@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from bokeh.embed import json_item
 from bokeh.models import (
+    BasicTicker,
     ColumnDataSource,
     FixedTicker,
     HoverTool,
@@ -163,7 +164,7 @@ def _figure(**options: Any) -> figure:
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
     plot.min_border_right = 12
     # Few enough for a phone.
-    plot.xaxis.ticker.desired_num_ticks = 4
+    plot.xaxis.ticker = BasicTicker(desired_num_ticks=4)
     plot.axis.axis_line_color = None
     plot.axis.major_tick_line_color = plot.axis.minor_tick_line_color = None
     plot.axis.major_label_text_font = "system-ui, sans-serif"
