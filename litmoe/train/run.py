@@ -129,6 +129,8 @@ def run_training(
     run.loggers.finalize("success")
     run.report.journal.end(run.progress.step, ending)
     run.report.write()
+    # A rank that ends while rank 0 writes would look like a lost one.
+    fabric.barrier()
     if ending == "stopped":
         fabric.print(
             f"Stopped after step {run.progress.step:,} of {run.plan.steps_text(',')}. The same command with"
