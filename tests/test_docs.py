@@ -23,7 +23,7 @@ NEW_FLAGS = {
     "run_train.py": {"--moe.router", "--hours", "--minutes", "--accelerator"},
     "finetune.py": {"--moe.router", "--hours", "--minutes", "--accelerator"},
     "generate.py": {"--router"},
-    "chat.py": {"--router"},
+    "chat.py": {"--router", "--serve"},
     "evaluate.py": {"--router"},
 }
 # Keys below these depend on the class that a run chooses, so --help does not list them.

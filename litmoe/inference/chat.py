@@ -27,6 +27,7 @@ NOT_TUNED = (
     "This is a base model: it continues your text and does not remember earlier messages."
     " To get a model that answers, finetune it: `uv run python finetune.py`."
 )
+NO_SYSTEM_MESSAGE = "this is a base model, which does not use a system message. Finetune it first."
 
 
 class Chat:
@@ -64,8 +65,8 @@ class Chat:
     @system.setter
     def system(self, text: str) -> None:
         if text and not self.is_tuned:
-            raise UserError("this is a base model, which does not use a system message. Finetune it first.")
-        self._system = _encodable(text)
+            raise UserError(NO_SYSTEM_MESSAGE)
+        self._system = encodable(text)
 
     def ask(self, question: str, **sampling: Unpack[Sampling]) -> "Reply":
         """Return the answer, which is generated during iteration.
@@ -77,7 +78,7 @@ class Chat:
         """
         # Check the settings now. The generator of the answer would raise only when the iteration starts.
         check_sampling(**sampling)
-        question = _encodable(question)
+        question = encodable(question)
         if not question.strip():
             raise UserError("the question is empty.")
         prompt, forgotten = self._encode(question, sampling.get("max_new_tokens", 256))
@@ -214,6 +215,6 @@ def describe(model: Model) -> str:
     return f"{config.name}: {size}, step {checkpoints.read_metadata(model.folder).step:,}"
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Replace half surrogate pairs, which terminals and JSON may contain and UTF-8 can't encode, by ``?``."""
     return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -13,6 +13,7 @@ HOST, PORT = "127.0.0.1", 7860
 def main(
     checkpoint: Path | None = None,
     web: bool = False,
+    serve: bool = False,
     compare: Path | None = None,
     temperature: float = 0.8,
     top_k: int | None = 50,
@@ -26,11 +27,12 @@ def main(
     precision: Literal["auto", "32-true", "bf16-true", "16-true"] = "auto",
     router: str | None = None,
 ) -> None:
-    """Chat with a trained model, in the terminal or, with --web, on a web page.
+    """Chat with a trained model: in the terminal, with --web on a web page, with --serve from clients of OpenAI's API.
 
     Args:
         checkpoint: Checkpoint folder. Default: the newest complete one under checkpoints/.
         web: Serve a web page.
+        serve: Serve OpenAI's API. The sampling flags apply to requests that do not have these settings.
         compare: With --web, a second checkpoint that answers the same questions next to the first.
         temperature: Below 1, probable tokens become more probable. 0 always takes the most probable token.
         top_k: Sample only from this many most probable tokens; null for all tokens.
@@ -38,16 +40,18 @@ def main(
         max_new_tokens: Maximum number of tokens in an answer.
         seed: The same seed gives the same answers to the same questions; null for different answers each time.
         max_seq_length: Tokens of conversation and answer together. Default: as many as in training.
-        host: With --web, the address to serve. With 0.0.0.0, everyone on the network can use the page.
-        port: With --web, the port; 0 for any free port.
+        host: With --web or --serve, the address. With 0.0.0.0, everyone on the network can use the model.
+        port: With --web or --serve, the port; 0 for any free port.
         device: cpu, cuda, cuda:1, mps. auto takes a GPU if there is one.
         precision: Type of the weights. auto is bf16-true on a GPU with bf16 support, else 32-true.
         router: Class path of the --moe.router that the checkpoint was trained with, to import its code.
     """
     if compare is not None and not web:
         raise UserError("--compare needs the web page: add --web.")
-    if (host, port) != (HOST, PORT) and not web:
-        raise UserError("--host and --port need the web page: add --web.")
+    if web and serve:
+        raise UserError("--web and --serve are two servers: start each with a --port of its own.")
+    if (host, port) != (HOST, PORT) and not (web or serve):
+        raise UserError("--host and --port need a server: add --web for the page, or --serve for OpenAI's API.")
     # All checks come before the slow imports.
     folders = [find_checkpoint(checkpoint, router)]
     if compare is not None:
@@ -60,13 +64,22 @@ def main(
     check_sampling(**sampling)
     if seed is not None:
         check_seed(seed)
-    if web:
-        from litmoe.inference.web import listen, serve
+    if serve:
+        from litmoe.inference import server
+        from litmoe.inference.http import listen
 
-        # Open the port first: it may fail, and loading the models takes longer.
+        # Open the port first: it may fail, and loading the model takes longer.
+        with listen(host, port) as sock:
+            model = load(folders[0], device, precision, max_seq_length, router)
+            server.serve(model, sampling, seed, sock)
+        return
+    if web:
+        from litmoe.inference import web as page
+        from litmoe.inference.http import listen
+
         with listen(host, port) as sock:
             models = [load(folder, device, precision, max_seq_length, router) for folder in folders]
-            serve(models, sampling, seed, sock)
+            page.serve(models, sampling, seed, sock)
         return
 
     from litmoe.inference.chat import Chat

@@ -122,3 +122,32 @@ class StopSequences:
             if self.held[-size:] == sequence[:size]:
                 return size
         return 0
+
+
+class StopStrings:
+    """Detect strings that end one sample in its text, and hold back text that may be the beginning of one."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings = strings
+        self.held = ""  # text that is held back
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Add text; a string may begin in one call and end in a later one.
+
+        Returns:
+            The text that is certain now, and whether the sample has ended.
+        """
+        text = self.held + text
+        found = [start for string in self.strings if (start := text.find(string)) >= 0]
+        if found:
+            return text[: min(found)], True
+        hold = max((self._overlap(text, string) for string in self.strings), default=0)
+        split = len(text) - hold
+        self.held = text[split:]
+        return text[:split], False
+
+    @staticmethod
+    def _overlap(text: str, string: str) -> int:
+        """Return the length of the longest end of the text that the string begins with."""
+        longest = min(len(text), len(string) - 1)
+        return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)

@@ -6,9 +6,7 @@ a content policy forbids the browser to load anything from elsewhere.
 """
 
 import html
-import ipaddress
 import socket
-import sys
 import time
 from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
@@ -16,13 +14,13 @@ from typing import Any
 
 import fastapi
 import gradio as gr
-import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from litmoe.cli import UserError
 from litmoe.data.conversations import Message
 from litmoe.inference.chat import NOT_TUNED, Chat, Reply, describe
 from litmoe.inference.generate import Model, Sampling
+from litmoe.inference.http import run, url_of
 
 QUESTIONS = (
     "Write a story about a mole named Milo who is afraid of the dark.",
@@ -49,35 +47,9 @@ Conversations = list[list[Message]]  # one conversation for each column
 # -------------------------------------------------------------------------------------------------------------- server
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open the address of the page.
-
-    Raises:
-        UserError: the address can't be used.
-    """
-    if not 0 <= port < 2**16:
-        raise UserError(f"--port is {port}; expected 0 (any free port) to 65535.")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        # Opened here and not by uvicorn, so that a used port is reported before the models are loaded.
-        return socket.create_server((host, port), family=family)
-    except (OSError, ValueError) as error:  # ValueError: the host has a NUL character or an empty label
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot serve on {host}, port {port}: {reason}. Use another --port (0 for any free port) or --host."
-        ) from None
-
-
 def serve(models: Sequence[Model], sampling: Sampling, seed: int | None, sock: socket.socket) -> None:
-    """Serve the page at an address from `listen` until Ctrl-C."""
-    host, port = sock.getsockname()[:2]
-    if not _is_loopback(host):
-        print(f"Warning: everyone on the network can use the models at {host}. There is no password.", file=sys.stderr)
-    # One second, because an open page keeps its connection until the server closes it.
-    config = uvicorn.Config(make_app(models, sampling, seed), log_level="warning", timeout_graceful_shutdown=1)
-    url_host = f"[{host}]" if ":" in host else host
-    print(f"Open http://{url_host}:{port} in a browser. Ctrl-C stops the server.", flush=True)
-    uvicorn.Server(config).run(sockets=[sock])
+    """Serve the page at an address from `http.listen` until Ctrl-C."""
+    run(make_app(models, sampling, seed), sock, f"Open {url_of(sock)} in a browser.")
 
 
 def make_app(models: Sequence[Model], sampling: Sampling, seed: int | None) -> fastapi.FastAPI:
@@ -120,13 +92,6 @@ class _ContentPolicy:
             await send(message)
 
         await self.app(scope, receive, with_policy)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # ---------------------------------------------------------------------------------------------------------------- page

@@ -23,6 +23,7 @@ from litmoe.config import PROJECT
 from litmoe.data.conversations import Message
 from litmoe.inference.chat import Chat
 from litmoe.inference.generate import Model, Sampling, load
+from litmoe.inference.http import is_loopback, listen
 from tests.helpers import load_script, save_tiny, tiny_gpt
 from tests.no_skips import find_browser
 
@@ -142,22 +143,18 @@ def test_sliders_reach_the_given_settings() -> None:
 
 
 def test_serves_only_this_computer_by_default() -> None:
-    from litmoe.inference.web import listen
-
     defaults = {name: found.default for name, found in inspect.signature(load_script("chat").main).parameters.items()}
     with listen(defaults["host"], 0) as sock:
         assert sock.getsockname()[0] == "127.0.0.1"
 
 
 def test_refuses_a_used_port() -> None:
-    from litmoe.inference.web import _is_loopback, listen
-
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"Use another --port"):
         listen("127.0.0.1", taken.getsockname()[1])
     for port in (-1, 65536):
         with pytest.raises(UserError, match=f"--port is {port}; expected 0"):
             listen("127.0.0.1", port)
-    assert [_is_loopback(host) for host in ("localhost", "::1", "127.0.0.1", "0.0.0.0", "::", "example.com")] == [
+    assert [is_loopback(host) for host in ("localhost", "::1", "127.0.0.1", "0.0.0.0", "::", "example.com")] == [
         *[True] * 3,
         *[False] * 3,
     ]
