@@ -58,13 +58,16 @@ LOSS_FIELDS = ("weight", "loss", "train")  # of a message: whether it counts in 
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 # These fields change the meaning of an answer. Ignoring them would train on something else than the row says.
-NO_TOOLS = "tool calls are not supported"
-NO_PREFERENCES = "preference data is not supported; write the preferred answer as 'response' and remove the other"
+NO_TOOLS = "tool calls are not supported. Leave such rows out, or write calls and results as text into the messages"
+NO_PREFERENCES = (
+    "preference data is not supported. Keep the preferred answer: rename 'chosen' to 'messages' if it is a list of "
+    "messages, or else to 'response', and remove 'rejected'"
+)
 NO_MEDIA = "only text is supported"
 NO_WEIGHTS = "every answer is trained on, weights and masks are not supported: remove the field or the row"
 UNSUPPORTED = {
     **dict.fromkeys(("tools", "tool_calls", "tool_call_id", "functions", "function_call", "function_calls"), NO_TOOLS),
-    **dict.fromkeys(("chosen", "rejected"), NO_PREFERENCES),
+    **dict.fromkeys(("chosen", "rejected", "chosen_response", "rejected_response"), NO_PREFERENCES),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), NO_MEDIA),
 }
 
@@ -167,6 +170,9 @@ def _refuse_unsupported(fields: dict[str, Any], what: str) -> None:
         # Some data sets store their lists as JSON text.
         if fields.get(name, "") not in ("", "[]", "{}"):
             raise ValueError(f"{what} {name!r}: {reason}")
+    # TRL's rows for KTO: an answer and whether it is a good one.
+    if fields.get("label") is False:
+        raise ValueError(f"{what} 'label' is false: this answer is not preferred. Remove the row")
 
 
 def _take_turns(fields: dict[str, Any]) -> list[Any]:

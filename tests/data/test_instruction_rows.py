@@ -109,7 +109,12 @@ def test_unused_fields_are_reported(row: Any, unused: str) -> None:
             {"messages": [{"role": "tool", "content": "1"}]},
             "message 1 has the role 'tool'; tool calls are not supported",
         ),
+        ({"messages": MIA, "tools": [{"name": "f"}]}, "write calls and results as text into the messages"),
         ({"chosen": "Human: Who?", "rejected": "Human: Who?"}, "'chosen': preference data is not supported"),
+        ({"chosen": MIA, "rejected": MIA}, "rename 'chosen' to 'messages' if it is a list of messages"),
+        ({"prompt": "Who?", "chosen": "Mia.", "rejected": "Tom."}, "or else to 'response', and remove 'rejected'"),
+        ({"prompt": "Who?", "rejected_response": "Tom."}, "'rejected_response': preference data is not supported"),
+        ({"prompt": "Who?", "completion": "Tom.", "label": False}, "'label' is false: this answer is not preferred"),
         ({"image": "mia.jpg", "conversations": HERMES}, "'image': only text is supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, MIA[1]]},
