@@ -25,6 +25,7 @@ NEW_FLAGS = {
     "generate.py": {"--router"},
     "chat.py": {"--router", "--serve"},
     "evaluate.py": {"--router"},
+    "prepare_data.py": {"--extensions"},
 }
 # Keys below these depend on the class that a run chooses, so --help does not list them.
 OPEN_FLAGS = ("--optimizer.", "--data.")

@@ -104,12 +104,16 @@ def train_origin(
     vocab_size: int | None, folder: Path, data_dir: Path, text: tuple[FileRecord, ...], settings: Settings
 ) -> dict[str, Any]:
     """Return everything that a trained tokenizer depends on; it is stored in its ``folder``."""
+    values = asdict(settings)
+    # Tokenizers of 0.1.0 were stored without this setting.
+    if settings.extensions is None:
+        del values["extensions"]
     return {
         "name": TRAIN,
         "vocab_size": vocab_size or tokenizers.DEFAULT_VOCAB_SIZE,
         "data_dir": _relative(folder, data_dir),
         "text": manifest.text_fingerprint(text),
-        "settings": asdict(settings),
+        "settings": values,
     }
 
 

@@ -22,15 +22,18 @@ from litmoe.data.files import (
     COMPRESSED_TO_TEXT,
     READABLE,
     Location,
+    code_files,
     connection_errors,
     first_names,
     is_compressed,
     is_readable,
+    is_text,
     kinds,
     open_parquet,
     suffix,
     text_files,
     unread_files,
+    visible_files,
 )
 from litmoe.data.hub import HUB_NAME, Dataset
 from litmoe.data.manifest import FILES, TEXT, FileRecord, Settings
@@ -181,6 +184,7 @@ class Corpus:
             # document decides its split, so its copies are in the same one.
             drop_duplicates="val" in self.files and self.name != TEXT,
             articles=self.articles,
+            as_text=bool(self.settings.extensions),
         )
 
     @property
@@ -207,7 +211,9 @@ class Corpus:
         # Without validation files both splits come from the same units, by the hash of each document.
         unit_split = split if "val" in self.files else None
         for files, size in self._file_groups(split):
-            if len(files) > 1 or suffix(files[0]) != ".parquet" or self.articles:
+            # A compressed .parquet would be decompressed for each of its units.
+            has_row_groups = suffix(files[0]) == ".parquet" and not is_compressed(files[0])
+            if len(files) > 1 or not has_row_groups or self.articles:
                 yield Unit(next(numbers), unit_split, files, size)
                 continue
             # A .parquet is opened only when its first unit is asked for.
@@ -267,7 +273,7 @@ def open_local(source: str, settings: Settings, known: Sequence[FileRecord] = ()
     # Records hold paths relative to the source, so the source can be moved.
     base = entry.parent if entry.is_file() else entry
     # Only the name of the path is stored: token folders are shared.
-    corpus = _open_files(FILES, entry.resolve().name, source_files(entry), base, settings, known)
+    corpus = _open_files(FILES, entry.resolve().name, source_files(entry, settings.extensions), base, settings, known)
     return replace(corpus, path_sha256=path_sha256(entry))
 
 
@@ -345,17 +351,23 @@ class SourceFiles(NamedTuple):
     """Left out, since other files are named train."""
     unread: Sequence[Path] = ()
     """Files of formats that are not read."""
+    undecodable: Sequence[Path] = ()
+    """Left out: files with one of the endings of ``--extensions`` that are no text."""
 
     def notes(self, folder: Path) -> tuple[str, ...]:
         """Return a sentence for each group of files that is not training text."""
-        number = f"{len(self.unread):,} file{'s' if len(self.unread) > 1 else ''}"
         groups = {
             "Validation text, by name": self.val,
             "Left out as test text, by name": self.test,
             "Left out, named neither train nor validation": self.unnamed,
-            f"Not read: {number} ({kinds(self.unread)})": self.unread,
+            f"Not read: {_number(self.unread)} ({kinds(self.unread)})": self.unread,
+            f"Left out, no UTF-8 text: {_number(self.undecodable)}": self.undecodable,
         }
         return tuple(f"{what}: {listed(folder, paths)}" for what, paths in groups.items() if paths)
+
+
+def _number(paths: Sequence[Path]) -> str:
+    return f"{len(paths):,} file{'s' if len(paths) > 1 else ''}"
 
 
 def listed(folder: Path, paths: Sequence[Path]) -> str:
@@ -435,12 +447,32 @@ def sort_files(folder: Path) -> SourceFiles:
     return SourceFiles(train, val, test, unnamed, unread)
 
 
-def source_files(path: Path) -> SourceFiles:
-    """Return the user's files by split.
+def sort_code(folder: Path, extensions: Sequence[str]) -> SourceFiles:
+    """Return the files of a folder of source code. Their names say nothing about splits: train.py is code.
+
+    Raises:
+        UserError: there is no text with one of the endings.
+    """
+    files = code_files(folder, extensions)
+    taken = [path for path in files if is_text(path)]
+    others = sorted({*visible_files(folder)} - {*files})
+    if not taken:
+        content = kinds(others) or "no other files"
+        raise UserError(
+            f"--source {folder}: no text file ends in {' or '.join(extensions)} there (it has {content}). Correct "
+            "--extensions."
+        )
+    return SourceFiles(taken, unread=others, undecodable=sorted({*files} - {*taken}))
+
+
+def source_files(path: Path, extensions: str | None = None) -> SourceFiles:
+    """Return the user's files by split; with ``Settings.extensions`` the source code in a folder.
 
     Raises:
         UserError: there is no file to read.
     """
+    if extensions is not None:
+        return sort_code(path, extensions.split(","))
     if path.is_dir():
         return sort_files(path)
     if not is_readable(path):

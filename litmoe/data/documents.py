@@ -2,10 +2,11 @@
 
 The text of a document is kept exactly, including white space at its ends. These rules apply:
 
-- .txt and .md: a line ``<|endoftext|>`` separates two documents. The line end before the separator and its own line end
-  belong to the separator. A file without a separator is one document. Line ends become ``\\n``.
-- .jsonl, .json, .csv, .tsv and .parquet: a row is a document with its line ends unchanged. A line ``<|endoftext|>``
-  inside a row also separates documents.
+- .txt, .md and files of --extensions: a line ``<|endoftext|>`` separates two documents. The line end before the
+  separator and its own line end belong to the separator. A file without a separator is one document. Line ends become
+  ``\\n``.
+- .jsonl, .json, .csv, .tsv, .parquet and .arrow: a row is a document with its line ends unchanged. A line
+  ``<|endoftext|>`` inside a row also separates documents.
 - WikiText stores articles as rows of single lines; an article is one document.
 - Documents that are empty or only white space are left out and counted.
 """
@@ -23,12 +24,11 @@ from litmoe.data.files import (
     TEXT_SUFFIXES,
     BadRow,
     Location,
-    connection_errors,
     first_bad_line,
     first_names,
-    open_parquet,
     open_text,
     read_rows,
+    read_schema,
     suffix,
     undecoded,
 )
@@ -41,6 +41,8 @@ BATCH_CHARACTERS = 1 << 20
 HASHED_BYTES = 1 << 16
 # Types of pyarrow.
 PARQUET_TEXTS = ("string", "large_string", "string_view")
+# Fields of rows that are no documents.
+CONVERSATION_FIELDS = ("messages", "conversations", "conversation", "instruction", "prompt", "question", "chosen")
 # WikiText: ` = Title = ` begins an article, ` = = Section = = ` does not.
 ARTICLE_HEADING = re.compile(r" = (?!= )(?:.*[^=] )?= \s*")
 
@@ -62,6 +64,8 @@ class Rules:
     need no check in units without one, because its hash decides their split."""
     articles: bool = False
     """Rows are lines of WikiText articles."""
+    as_text: bool = False
+    """Every file is text, whatever the ending of its name."""
     cut: bool = False
     """Split each document instead of the corpus: its end becomes validation text."""
 
@@ -196,7 +200,7 @@ def _texts(unit: Unit, rules: Rules, counts: Counts) -> Iterator[str]:
         yield from _articles(chain.from_iterable(rows))
     else:
         for file in unit.files:
-            if suffix(file) in TEXT_SUFFIXES:
+            if rules.as_text or suffix(file) in TEXT_SUFFIXES:
                 yield from _text_file_documents(file, rules)
             else:
                 for text in _row_texts(file, unit.row_groups, rules, counts):
@@ -290,9 +294,8 @@ def _text_of(row: Any, column: str) -> str:
 
 def _text_column(location: Location, wanted: str | None) -> str:
     """Return the field that holds the text: the wanted one, or else ``text`` or the only one with text."""
-    if suffix(location) == ".parquet":
-        with connection_errors(location):
-            return _parquet_text_column(location, wanted)
+    if suffix(location) in (".parquet", ".arrow"):
+        return _schema_text_column(location, wanted)
     # The only column of a .csv is not taken as the text: its first line may be text instead of names.
     if wanted is not None or suffix(location) in DELIMITERS:
         return wanted or "text"
@@ -303,14 +306,13 @@ def _text_column(location: Location, wanted: str | None) -> str:
     return "text"
 
 
-def _parquet_text_column(location: Location, wanted: str | None) -> str:
-    """Return the column of a .parquet file that holds the text; only the footer of the file is read.
+def _schema_text_column(location: Location, wanted: str | None) -> str:
+    """Return the column of a .parquet or .arrow file that holds the text.
 
     Raises:
         UserError: there is no such column, or it does not hold text.
     """
-    with open_parquet(location) as file:
-        types = {column.name: column.type for column in file.schema_arrow}
+    types = {column.name: column.type for column in read_schema(location)}
     texts = [name for name, kind in types.items() if _is_text(kind)]
     column = wanted or _text_field(location, types, texts)
     if column in texts:
@@ -338,9 +340,11 @@ def _text_field(location: Location, fields: Collection[str], texts: list[str]) -
         return "text"
     if len(texts) == 1:
         return texts[0]
+    hint = " Conversations and instructions are prepared with --instruct instead of --source."
     raise UserError(
         f"{location}: expected a field 'text', or one field with text; found {len(texts)} with text ({_names(texts)}) "
         f"among {_names(fields)}. --text_column NAME selects one."
+        + (hint if set(CONVERSATION_FIELDS).intersection(fields) else "")
     )
 
 

@@ -15,6 +15,8 @@ import io
 import json
 import lzma
 import re
+import shutil
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,21 +35,25 @@ HUB = "hf://"
 COMPRESSED_TO_TEXT = 3
 """About how many bytes of text a byte of a compressed file gives."""
 TEXT_SUFFIXES = (".txt", ".md")
-ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-READABLE = ".txt, .md, .jsonl, .json, .csv, .tsv (each also as .gz, .bz2, .xz or .zst) or .parquet"
+READABLE = ".txt, .md, .jsonl, .json, .csv, .tsv, .parquet or .arrow (each also as .gz, .bz2, .xz or .zst)"
 # Operating systems leave these in folders, in addition to names that begin with a dot.
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 # The datasets library writes these next to the rows, and litdata (LitGPT's TextFiles) an index.json next to its chunks.
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "index.json")
 # A cloned Hub dataset has these next to the rows.
 DESCRIPTIONS = ("readme.md", "license.md", "license.txt")
+# Folders of a source tree with code of others, or code that programs wrote.
+DEPENDENCIES = ("node_modules", "site-packages", "__pycache__")
 # On the Hub every block is one request.
 BUFFER_BYTES = 8 << 20
 # The csv module stores its limit in a C long, which has 32 bits on Windows.
 MAX_CSV_FIELD = 2**31 - 1
 # Rows that exist as Python objects at the same time, to limit the memory.
-PARQUET_ROWS = 256
+BATCH_ROWS = 256
+# The file format of Arrow begins with these bytes, the streaming format does not.
+ARROW_MARK = b"ARROW1\0\0"
 # UTF-32 comes first: its little-endian mark begins with the one of UTF-16.
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -242,15 +248,15 @@ def first_names(names: Sequence[str], limit: int = 5) -> str:
 def read_rows(
     location: Location, columns: Sequence[str] | None = None, row_groups: range | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a .jsonl, .json, .csv, .tsv or .parquet file with the place of each.
+    """Yield the rows of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file with the place of each.
 
     - .jsonl: the JSON value on each line.
     - .json: the elements of a list, or the value on each line, or the only object of the file.
-    - .csv, .tsv and .parquet: a dictionary from column to value.
+    - .csv, .tsv, .parquet and .arrow: a dictionary from column to value.
 
     Args:
         location: a plain, compressed or remote file.
-        columns: for .parquet, read only these.
+        columns: for .parquet and .arrow, read only these.
         row_groups: for .parquet, read only these, such as ``range(0, 4)``.
 
     Yields:
@@ -266,6 +272,7 @@ def read_rows(
         ".csv": _csv_rows,
         ".tsv": _csv_rows,
         ".parquet": partial(_parquet_rows, columns=columns, row_groups=row_groups),
+        ".arrow": partial(_arrow_rows, columns=columns),
     }
     with connection_errors(location):
         yield from readers[suffix(location)](location)
@@ -378,26 +385,78 @@ def open_parquet(location: Location) -> Any:
     """
     from pyarrow.parquet import ParquetFile
 
-    with _parquet_errors(location):
-        return ParquetFile(open_file(location), buffer_size=BUFFER_BYTES)
+    file = _decompressed(location) if is_compressed(location) else open_file(location)
+    with _arrow_errors(location, "parquet"):
+        return ParquetFile(file, buffer_size=BUFFER_BYTES)
 
 
-def _parquet_errors(location: Location) -> AbstractContextManager[None]:
+def _decompressed(location: Location) -> BinaryIO:
+    """Return a temporary copy: parquet is read from its end, which a compressed stream does not allow."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - removed when it is closed
+    with open_file(location) as file, damage_errors(location):
+        shutil.copyfileobj(file, copy, BUFFER_BYTES)
+    copy.seek(0)
+    return copy
+
+
+def open_arrow(location: Location) -> Any:
+    """Open a ``pyarrow.ipc.RecordBatchStreamReader`` of an Arrow file of either format.
+
+    Raises:
+        UserError: the file is not Arrow.
+    """
     import pyarrow
 
-    return damage_errors(location, (pyarrow.ArrowException, OSError), "cannot be read as parquet")
+    file = io.BufferedReader(open_file(location), BUFFER_BYTES)  # type: ignore[type-var]
+    with damage_errors(location), _arrow_errors(location, "arrow"):
+        # The file format is the streaming format between this mark and an index, which is not needed.
+        if file.peek(len(ARROW_MARK)).startswith(ARROW_MARK):
+            file.read(len(ARROW_MARK))
+        return pyarrow.ipc.open_stream(file)
+
+
+def read_schema(location: Location) -> Any:
+    """Return the ``pyarrow.Schema`` of a .parquet or .arrow file; of an uncompressed one, only the schema is read.
+
+    Raises:
+        UserError: the file cannot be read.
+        Unfinished: the connection to the Hub was lost.
+    """
+    with connection_errors(location):
+        if suffix(location) == ".arrow":
+            return open_arrow(location).schema
+        with open_parquet(location) as file:
+            return file.schema_arrow
+
+
+def _arrow_errors(location: Location, kind: str) -> AbstractContextManager[None]:
+    import pyarrow
+
+    return damage_errors(location, (pyarrow.ArrowException, OSError), f"cannot be read as {kind}")
+
+
+def _arrow_rows(location: Location, columns: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    number = 0
+    with open_arrow(location) as batches, damage_errors(location), _arrow_errors(location, "arrow"):
+        for batch in batches:
+            if columns is not None:
+                batch = batch.select(columns)
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                for row in _batch_rows(batch.slice(start, BATCH_ROWS)):
+                    number += 1
+                    yield f"row {number}", row
 
 
 def _parquet_rows(
     location: Location, columns: Sequence[str] | None, row_groups: range | None
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    with open_parquet(location) as file, _parquet_errors(location):
+    with open_parquet(location) as file, _arrow_errors(location, "parquet"):
         groups = range(file.num_row_groups)
         if row_groups is not None:
             groups = groups[row_groups.start : row_groups.stop]
         # Rows are counted from the beginning of the file, for messages.
         first = 1 + sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
-        batches = file.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns)
+        batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=columns)
         for number, row in enumerate(chain.from_iterable(map(_batch_rows, batches)), first):
             yield f"row {number}", row
 
@@ -459,10 +518,30 @@ def visible_files(folder: Path) -> list[Path]:
 def is_readable(path: Path) -> bool:
     """Return whether a file has one of the formats of ``READABLE``, by its name."""
     is_known = suffix(path) in (*TEXT_SUFFIXES, *ROW_SUFFIXES)
-    # Parquet is read from its end, which a compressed stream does not allow.
-    if suffix(path) == ".parquet" and is_compressed(path):
-        is_known = False
     return is_known and path.name not in METADATA_FILES and path.is_file()
+
+
+def code_files(folder: Path, extensions: Sequence[str]) -> list[Path]:
+    """Return the files below ``folder`` with one of these endings in a fixed order.
+
+    Hidden files and those in folders of ``DEPENDENCIES`` are left out.
+    """
+    return [
+        path
+        for path in visible_files(folder)
+        if suffix(path) in extensions
+        and path.is_file()
+        and not set(DEPENDENCIES).intersection(path.relative_to(folder).parts[:-1])
+    ]
+
+
+def is_text(path: Path) -> bool:
+    """Return whether a file can be decoded; the complete file is read."""
+    try:
+        with open_text(path) as file:
+            return not any(undecoded(block) for block in iter(partial(file.read, BUFFER_BYTES), ""))
+    except UserError:
+        return False
 
 
 def kinds(paths: Iterable[Path]) -> str:

@@ -21,7 +21,16 @@ from litmoe.data import manifest
 from litmoe.data.conversations import Message
 from litmoe.data.corpora import DEFAULT_VAL_FRACTION, files_by_split, listed
 from litmoe.data.documents import split_of
-from litmoe.data.files import METADATA_FILES, ROW_SUFFIXES, Location, first_names, read_rows, suffix, visible_files
+from litmoe.data.files import (
+    METADATA_FILES,
+    ROW_SUFFIXES,
+    Location,
+    first_names,
+    kinds,
+    read_rows,
+    suffix,
+    visible_files,
+)
 from litmoe.data.hub import HUB_NAME, Dataset
 from litmoe.data.instruction_rows import Row, conversation_of
 from litmoe.data.manifest import SPLITS, FileRecord
@@ -48,12 +57,12 @@ class InstructArgs:
     """Turns instructions and their answers into the conversations that finetune.py trains on."""
 
     instruct: str = STORIES
-    """The source: a .json, .jsonl, .parquet, .csv or .tsv file (also as .gz, .bz2, .xz or .zst), a folder of such
-    files, `hf:ORG/NAME[:CONFIG]` for a dataset of the Hugging Face Hub, or `stories`, 6,000 requests for stories of the
-    built-in corpus. In a folder, files and sub-folders called train and val (or valid, validation, dev) keep their
-    split, test is left out, and without a val all are split. A row is Alpaca's (instruction, input, output, history),
-    Dolly's (instruction, context, response), a pair (prompt and response or completion, question and answer, ...), or a
-    chat (messages, conversations or conversation, with a system message in it or next to it)."""
+    """The source: a .json, .jsonl, .parquet, .arrow, .csv or .tsv file (also as .gz, .bz2, .xz or .zst), a folder of
+    such files, `hf:ORG/NAME[:CONFIG]` for a dataset of the Hugging Face Hub, or `stories`, 6,000 requests for stories
+    of the built-in corpus. In a folder, files and sub-folders called train and val (or valid, validation, dev) keep
+    their split, test is left out, and without a val all are split. A row is Alpaca's (instruction, input, output,
+    history), Dolly's (instruction, context, response), a pair (prompt and response or completion, question and answer,
+    ...), or a chat (messages, conversations or conversation, with a system message in it or next to it)."""
     data_dir: Path = Path("data/instruct")
     """Folder for train.jsonl, val.jsonl and instructions.json."""
     val_fraction: float = DEFAULT_VAL_FRACTION
@@ -247,12 +256,15 @@ def _sort_files(folder: Path, files: list[Path]) -> tuple[dict[str, list[Path]],
     # Without a file that is named train, those without a split in their name are the training data.
     train, val = by_split["train"] or by_split[None], by_split["val"]
     unused = sorted({*files} - {*train, *val})
+    by_name = [file for file in unused if _has_rows(file)]
+    by_type = [file for file in unused if not _has_rows(file)]
     if not train:
         content = listed(folder, unused) or "no files"
         raise UserError(f"--instruct {folder}: expected a {ROW_FILE} to train on in that folder. It has {content}.")
     notes = {
         f"files are used for validation: {listed(folder, val)}": len(val),
-        f"files are not used, because of name (test data) or type: {listed(folder, unused)}": len(unused),
+        f"files are not used, because of their names (test data): {listed(folder, by_name)}": len(by_name),
+        f"files are not read ({kinds(by_type)}): {listed(folder, by_type)}": len(by_type),
     }
     return {"train": train, "val": val}, notes
 

@@ -87,6 +87,8 @@ class Settings:
     text_column: str | None
     max_documents: int | None
     skip_broken: bool = False
+    extensions: str | None = None
+    """Endings of the files that are read as text, such as ``.c,.py``; None for the known formats."""
 
 
 @dataclass(frozen=True)

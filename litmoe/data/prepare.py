@@ -53,7 +53,9 @@ BUILDING = ".building"
 LOCK = ".prepare.lock"
 PACKAGES = ("litdata", "tokenizers", "tiktoken", "datasets", "pyarrow")
 # Flags that decide how a source is read.
-SOURCE_FLAGS = ("val_fraction", "document_separator", "text_column", "max_documents", "skip_broken", "keep_text")
+SOURCE_FLAGS = (
+    *("val_fraction", "document_separator", "text_column", "max_documents", "skip_broken", "extensions", "keep_text"),
+)
 VALID_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     # 256 bytes and the end-of-text token.
     "vocab_size": (lambda size: size >= 257, "257 or more"),
@@ -72,11 +74,12 @@ class PrepareArgs:
     """
 
     source: str | None = None
-    """Where the text comes from: a file (.txt, .md, .jsonl, .json, .csv, .tsv, each also as .gz, .bz2, .xz or .zst, or
-    .parquet); a folder of such files (files named val, valid, validation or dev are validation text, files named test
-    are left out); `sample` (built-in stories, no network); a corpus of the Hugging Face Hub by name (`tinystories`,
-    `shakespeare`, `wikitext-103`, `openwebtext`, `fineweb-edu`); or `hf:ORG/NAME[:CONFIG]`, any dataset of the Hub with
-    a column of text. Default: the text in DATA_DIR/train and DATA_DIR/val, or else tinystories."""
+    """Where the text comes from: a file (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet or .arrow, each also as .gz,
+    .bz2, .xz or .zst); a folder of such files (files named val, valid, validation or dev are validation text, files
+    named test are left out); a folder of source code with --extensions; `sample` (built-in stories, no network); a
+    corpus of the Hugging Face Hub by name (`tinystories`, `shakespeare`, `wikitext-103`, `openwebtext`, `fineweb-edu`);
+    or `hf:ORG/NAME[:CONFIG]`, any dataset of the Hub with a column of text. Default: the text in DATA_DIR/train and
+    DATA_DIR/val, or else tinystories."""
     data_dir: Path = Path("data/custom_text")
     """Folder of the corpus: text in train/ and val/, tokens in tokens/."""
     tokenizer: str | None = None
@@ -93,8 +96,11 @@ class PrepareArgs:
     """A line of a .txt that ends a document, in addition to the line <|endoftext|>; '\\n' is an empty line. Without
     such a line a file is one document."""
     text_column: str | None = None
-    """Field of a .jsonl or .json, or column of a .parquet, .csv or .tsv, that holds the text. Default: `text`, or the
-    only one with text (a .csv or .tsv must have a column `text` then)."""
+    """Field of a .jsonl or .json, or column of a .parquet, .arrow, .csv or .tsv, that holds the text. Default: `text`,
+    or the only one with text (a .csv or .tsv must have a column `text` then)."""
+    extensions: str | None = None
+    """Endings of the files to read from a folder, such as `.py,.c`: each file is a document, whatever its format.
+    Hidden files and those in node_modules, site-packages and __pycache__ are left out, and binary files."""
     max_documents: int | None = None
     """Take at most this many documents from the beginning of the source (for a quick try)."""
     skip_broken: bool = False
@@ -122,12 +128,20 @@ class PrepareArgs:
             return None
         return given if given.strip("\n") else ""
 
+    @property
+    def endings(self) -> str | None:
+        """Return ``extensions`` in one spelling, so that ``py, .C`` is ``.c,.py``; None for none."""
+        names = {name.strip().lower().removeprefix(".") for name in (self.extensions or "").split(",")} - {""}
+        return ",".join(f".{name}" for name in sorted(names)) or None
+
     def check(self) -> None:
         """Raise one ``UserError`` with all problems that are visible before anything is read."""
         problems = self._problems_of_values()
         source = corpora.find(self.source) if self.source is not None else None
         if isinstance(source, Path):
             problems += self._problems_of_path(source)
+        if self.extensions is not None and not (isinstance(source, Path) and source.is_dir()):
+            problems.append("--extensions needs a folder: --source FOLDER.")
         if problems:
             raise UserError("\n".join(problems))
 
@@ -141,6 +155,8 @@ class PrepareArgs:
             problems.append(
                 f"--document_separator {self.document_separator!r}: expected one line; '\\n' is an empty one."
             )
+        if self.extensions is not None and not self.endings:
+            problems.append(f"--extensions {self.extensions!r}: expected endings such as .py,.c")
         if self.vocab_size is not None and self.tokenizer != TRAIN:
             problems.append("--vocab_size needs --tokenizer train; other tokenizers have a fixed size.")
         return problems
@@ -282,7 +298,12 @@ def _settings(args: PrepareArgs, source: str) -> Settings:
     if isinstance(dataset, HubDataset) and args.max_documents is None:
         default = dataset.val_fraction
     return Settings(
-        args.val_fraction or default, args.separator, args.text_column, args.max_documents, args.skip_broken
+        args.val_fraction or default,
+        args.separator,
+        args.text_column,
+        args.max_documents,
+        args.skip_broken,
+        args.endings,
     )
 
 

@@ -7,13 +7,15 @@ import io
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
 from litmoe.cli import UserError
-from litmoe.data.files import BadRow, read_rows, text_files, unread_files
+from litmoe.data.files import BadRow, code_files, is_text, read_rows, text_files, unread_files
 from tests.data.text_helpers import lay
 
 COMPRESS = {
@@ -70,6 +72,32 @@ def test_parquet_rows_and_row_groups(tmp_path: Path) -> None:
     # A part of a data set may be empty, and has no row group then.
     pq.ParquetWriter(path, pa.schema({"text": pa.string()})).close()
     assert list(read_rows(path, ["text"], range(1))) == []
+
+
+def test_compressed_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=2)
+    for name, compress in COMPRESS.items():
+        path = write(tmp_path / f"a.parquet.{name}", compress((tmp_path / "a.parquet").read_bytes()))
+        assert values(path) == ROWS
+        assert list(read_rows(path, ["text"], range(1, 2))) == [("row 3", {"text": ROWS[2]["text"]})]
+        with pytest.raises(UserError, match="is damaged or truncated"):
+            values(write(path, path.read_bytes()[:-20]))
+    assert text_files(tmp_path) == sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write_format", [ipc.new_file, ipc.new_stream], ids=["file", "stream"])
+def test_arrow_of_both_formats(tmp_path: Path, write_format: Any) -> None:
+    # Repeated texts are stored as a dictionary, which is a message of its own in the file.
+    table = pa.Table.from_pylist(ROWS * 200).append_column("kind", pa.array(["a", "b", "a"] * 200).dictionary_encode())
+    with write_format(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=500)
+    data = (tmp_path / "a.arrow").read_bytes()
+    expected = [{**row, "kind": kind} for row, kind in zip(ROWS, "aba", strict=True)] * 200
+    for name, compress in {"": bytes, **{f".{name}": compress for name, compress in COMPRESS.items()}}.items():
+        assert values(write(tmp_path / f"a.arrow{name}", compress(data))) == expected
+    assert list(read_rows(tmp_path / "a.arrow", ["text"]))[-1] == ("row 600", {"text": ROWS[2]["text"]})
+    with pytest.raises(UserError, match=r"a\.arrow cannot be read as arrow"):
+        values(write(tmp_path / "a.arrow", data[: len(data) // 2]))
 
 
 def test_json_may_hold_one_object(tmp_path: Path) -> None:
@@ -138,6 +166,8 @@ def test_broken_csv_row_is_one_bad_row(tmp_path: Path, rows: str, reason: str) -
         ("a.jsonl", "Once upon a time".encode("utf-16-le"), "NUL.*UTF-16"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16")[:-1], "broken UTF-16"),
         ("a.parquet", b"PAR1 but not really PAR1", "cannot be read as parquet"),
+        ("a.arrow", b"", "cannot be read as arrow"),
+        ("a.arrow", b"ARROW1 but not really", "cannot be read as arrow"),
     ],
 )
 def test_unreadable_file_is_named(tmp_path: Path, name: str, data: str | bytes, message: str) -> None:
@@ -168,3 +198,32 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     }
     # A README alone is text.
     assert len(text_files(lay(tmp_path / "alone", ["README.md"]))) == 1
+
+
+def test_code_files(tmp_path: Path) -> None:
+    wanted = ["a.py", "src/b.PY", "src/c.c", "tests/test_d.py", "train.py"]
+    others = [
+        "e.txt",
+        ".git/f.py",
+        "node_modules/g.py",
+        "src/__pycache__/h.py",
+        "venv/lib/site-packages/i.py",
+        "Makefile",
+    ]
+    assert code_files(lay(tmp_path, wanted + others), [".c", ".py"]) == [tmp_path / name for name in wanted]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"print('caf\xc3\xa9')", True),
+        ("x = 1".encode("utf-16"), True),
+        (b"", True),
+        (b"# caf\xe9", False),
+        (b"\x7fELF\x00\x00\x00\x00\x00", False),
+        (b"x = 1\n" * 10**6 + b"\xff", False),
+        ("x".encode("utf-16")[:-1], False),
+    ],
+)
+def test_is_text(tmp_path: Path, data: bytes, expected: bool) -> None:
+    assert is_text(write(tmp_path / "a.py", data)) == expected

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 from litgpt.prompts import Alpaca
@@ -62,8 +63,10 @@ def test_files_of_all_kinds_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "in/b.CSV.gz").write_bytes(gzip.compress("".join(cells).encode("utf-16")))
     (tmp_path / "in/c.jsonl.xz").write_bytes(lzma.compress(jsonl(tmp_path / "c", pairs(20, start=40)).read_bytes()))
     pq.write_table(table, tmp_path / "in/d.parquet")
+    with ipc.new_stream(tmp_path / "in/e.arrow", (table := pa.Table.from_pylist(pairs(20, start=80))).schema) as writer:
+        writer.write_table(table)
     prepare(tmp_path / "in", tmp_path / "data")
-    expected = [turn(row["prompt"], row["response"]) for row in pairs(80)]
+    expected = [turn(row["prompt"], row["response"]) for row in pairs(100)]
     assert sorted(both(tmp_path / "data"), key=str) == sorted(expected, key=str)
 
 
@@ -106,7 +109,7 @@ def test_broken_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("a.json", b'[{"prompt": 1},\n\n{]', "a.json, line 3: not JSON"),
         ("a.json", b'{"version": 2, "data": [{"prompt": "Who?"}]}', "row 1: the fields 'version', 'data'; expected"),
         ("a.parquet", b"PAR1 not", "a.parquet cannot be read as parquet"),
-        ("a.txt", b"Who?", "expected a .jsonl, .json, .csv, .tsv, .parquet file"),
+        ("a.txt", b"Who?", "expected a .jsonl, .json, .csv, .tsv, .parquet, .arrow file"),
         ("a.jsonl", b"", "no conversation for train among 0"),
     ],
 )
@@ -203,7 +206,8 @@ def test_folder_without_validation_is_split(tmp_path: Path, capsys: pytest.Captu
     for _ in range(2):  # the prepared folder inside is no source
         assert prepare(tmp_path / "in", tmp_path / "in/data").val_fraction == 0.1
         output = capsys.readouterr().out
-        assert "README.md" in output and "dataset_info.json" in output and "test.jsonl" in output
+        assert "1 files are not used, because of their names (test data): test.jsonl." in output
+        assert "2 files are not read (.md 1, .json 1): README.md, dataset_info.json." in output
     assert len(both(tmp_path / "in/data")) == 60
     os.remove(tmp_path / "in/a.jsonl"), os.remove(tmp_path / "in/b.json")
     with pytest.raises(UserError, match=r"file to train on.* It has .*test\.jsonl"):

@@ -266,6 +266,44 @@ def test_files_that_are_not_read_are_reported(tmp_path: Path, run: Callable, cap
     assert f"{message}train/c.pdf, train/d.PDF, train/noending" in capsys.readouterr().out
 
 
+def test_source_code(tmp_path: Path, run: Callable, capsys) -> None:
+    names = ["train.py", "tests/test_a.py", "b.c", *(f"src/{number}.py" for number in range(20))]
+    folder = lay(tmp_path / "own", [*names, "README.md", "node_modules/d.py", ".git/e.py", "f.ipynb"])
+    (folder / "image.py").write_bytes(b"\x89PNG\x00\x00\x00\x00\xff")
+    (folder / "latin.c").write_bytes(b"// caf\xe9")
+    for extensions in (".py,.c", "c, PY"):
+        found = run(source=str(folder), extensions=extensions)
+        assert found.settings.extensions == ".c,.py"
+        assert both(tmp_path / "data") == sorted(names)
+    output = capsys.readouterr().out
+    assert "Not read: 3 files (.md 1, .ipynb 1, .py 1): README.md, f.ipynb, node_modules/d.py" in output
+    assert "Left out, no UTF-8 text: 2 files: image.py, latin.c" in output
+    assert NOTHING_TO_DO in output
+    assert "--extensions .c,.py" in manifest.command_to_repeat(tmp_path / "data", found)
+    run(source=str(folder), extensions=".py")
+    assert "extensions '.c,.py' became '.py'" in capsys.readouterr().out
+
+
+def test_saved_datasets(tmp_path: Path, run: Callable, stories: list[str], capsys) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = {"train": stories[:100], "validation": stories[100:], "test": stories[:3]}
+    DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()}).save_to_disk(
+        tmp_path / "own", num_shards={"train": 2, "validation": 1, "test": 1}
+    )
+    run(source=str(tmp_path / "own"))
+    assert decoded(tmp_path / "data", "train") == stories[:100]
+    assert decoded(tmp_path / "data", "val") == stories[100:]
+    assert "Left out as test text, by name: test/data-00000-of-00001.arrow" in capsys.readouterr().out
+
+
+def test_compressed_parquet_with_row_groups(tmp_path: Path, run: Callable, stories: list[str]) -> None:
+    pq.write_table(pa.table({"text": stories}), tmp_path / "x.parquet", row_group_size=20)
+    (tmp_path / "x.parquet.gz").write_bytes(gzip.compress((tmp_path / "x.parquet").read_bytes()))
+    run(source=str(tmp_path / "x.parquet.gz"))
+    assert both(tmp_path / "data") == sorted(stories)
+
+
 @pytest.mark.parametrize("given", ["\\n", "\n"])
 def test_empty_line_as_separator(tmp_path: Path, run: Callable, stories: list[str], given: str) -> None:
     (tmp_path / "x.txt").write_text("\n\n".join(stories))
@@ -497,6 +535,19 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], dict[str, bytes], str]]:
         "documents": ({"max_documents": 0}, {}, "expected 1 or more"),
         "documents in place": ({"max_documents": 5}, {"data/train/x.txt": b"a"}, "--max_documents needs a --source"),
         "workers": ({"num_workers": -1}, {}, "expected 0 or more"),
+        "code in a file": ({**own, "extensions": ".py"}, {"x.txt": b"text"}, "--extensions needs a folder"),
+        "code in place": ({"extensions": ".py"}, {"data/train/x.txt": b"text"}, "--extensions needs a folder"),
+        "no extensions": ({"source": "{}/own", "extensions": ","}, {"own/x.py": b"x"}, "expected endings such as .py"),
+        "no code": (
+            {"source": "{}/own", "extensions": ".py"},
+            {"own/x.c": b"x"},
+            r"no text file ends in \.py there \(it has \.c 1\)",
+        ),
+        "conversations": (
+            {"source": "{}/x.jsonl"},
+            {"x.jsonl": b'{"prompt": "Who?", "chosen": "Mia", "rejected": "Tom"}'},
+            "prepared with --instruct",
+        ),
     }
 
 
