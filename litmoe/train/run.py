@@ -363,7 +363,8 @@ def _describe_hardware(fabric: L.Fabric, compiled: bool, experts_backend: str | 
     if fabric.device.type == "cuda":
         device = torch.cuda.get_device_name(fabric.device)
     elif fabric.device.type == "cpu":
-        device = f"the CPU ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        device = f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
     else:
         device = f"the {fabric.device.type} device"
     if fabric.world_size > 1:
