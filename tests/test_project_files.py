@@ -34,7 +34,7 @@ def test_workflow_pins_and_shell() -> None:
 
 def test_issue_forms_are_valid() -> None:
     forms = sorted((PROJECT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
-    assert [form.name for form in forms] == ["bug.yml", "config.yml", "feature.yml"]
+    assert [form.name for form in forms] == ["bug.yml", "config.yml", "feature.yml", "gpu.yml"]
     for form in forms:
         content = yaml.safe_load(form.read_text(encoding="utf-8"))
         if form.name == "config.yml":

@@ -283,8 +283,9 @@ def test_page_in_a_browser(trained_copy: Path, scheme: str, width: int) -> None:
         write_report([trained_copy], trained_copy / REPORT_FILE)
         tab.goto((trained_copy / REPORT_FILE).as_uri())
         tab.wait_for_function("Bokeh.documents.length == 7 && Bokeh.documents.every((page) => page.is_idle)")
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        ink = tab.evaluate("Bokeh.documents[0].roots()[0].below[0].major_label_text_color")
-        assert ink == {"light": "#646b75", "dark": "#99a1ac"}[scheme]
+        # The page colors the charts after all of them exist.
+        ink = {"light": "#646b75", "dark": "#99a1ac"}[scheme]
+        tab.wait_for_function(f"Bokeh.documents[0].roots()[0].below[0].major_label_text_color == '{ink}'")
+        tab.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
         browser.close()
     assert problems == []
