@@ -44,7 +44,8 @@ class MoE(nn.Module):
         router: makes the router; by default the one that the config describes.
 
     Raises:
-        ValueError: the config has no experts, or more experts per token than experts.
+        ValueError: the config has no experts (if LitGPT's block would not replace the layer by a dense one), or more
+            experts per token than experts.
     """
 
     def __init__(self, config: Config, backend: str | None = None, router: MakeRouter = router_for) -> None:
@@ -125,8 +126,8 @@ def _expert_sizes(config: Config) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """Raise for a config that LitGPT accepts although it can't work, such as ``n_expert`` 0."""
-    # LitGPT's block makes this layer first, and then replaces it by a dense one.
-    if (config.first_k_dense_replace or 0) >= config.n_layer:
+    # LitGPT's block makes this layer first, and then replaces it by a dense one. MoEBlock checks those that stay.
+    if config.first_k_dense_replace and config.n_expert == 0:
         return
     if config.n_expert < 1:
         raise ValueError(f"mlp_class_name is LLaMAMoE but n_expert is {config.n_expert}; set n_expert to 1 or more.")
@@ -153,6 +154,8 @@ class MoEBlock(litgpt.model.Block):  # type: ignore[misc]  # litgpt is not typed
         if isinstance(self.mlp, _StockMoE):
             # It would return no router output, and the balance losses would silently be zero.
             raise TypeError("this block has LitGPT's own LLaMAMoE; build it within `with use_custom_moe():`.")
+        if isinstance(self.mlp, MoE) and config.n_expert == 0:
+            raise ValueError(f"layer {block_idx} is a mixture of experts but n_expert is 0; set n_expert to 1 or more.")
 
     def forward(
         self,

@@ -56,6 +56,17 @@ def test_block_equals_litgpt(moe_fields: dict, fields: dict) -> None:
         assert isinstance(block.mlp, LLaMAMLP) == (index < (config.first_k_dense_replace or 0))
 
 
+def test_dense_block_of_a_config_without_experts(moe_fields: dict) -> None:
+    """LitGPT's own block makes a MoE layer before it replaces it; a layer that stays is refused."""
+    without_experts = {"n_layer": 3, "n_expert": 0, "n_expert_per_token": 0, "intermediate_size": 40}
+    config = Config(**{**moe_fields, **without_experts, "first_k_dense_replace": 1})
+    stock_block = litgpt.model.Block
+    with use_custom_moe():
+        assert isinstance(stock_block(config, 0).mlp, LLaMAMLP) and isinstance(MoEBlock(config, 0).mlp, LLaMAMLP)
+        with pytest.raises(ValueError, match="layer 1 is a mixture of experts but n_expert is 0"):
+            GPT(config)
+
+
 def test_kv_cache_decoding_equals_litgpt(moe_fields: dict) -> None:
     config = Config(**moe_fields)
     with use_custom_moe():
