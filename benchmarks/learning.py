@@ -364,7 +364,8 @@ def add_table(result: Row) -> None:
         if model == "mixture" and change:
             result["crossing_seconds"] = crossing(result)
             text = f"bits per byte {describe_difference(change)}"
-            result["headline"] = [[f"mixture against its dense twin, {result['minutes']:g} minutes", text]]
+            what = f"mixture against its dense twin, {result['minutes']:g} minutes in {result['precision']}"
+            result["headline"] = [[what, text]]
     result["table"] = make_table(heads[:columns], [row[:columns] for row in rows])
 
 
