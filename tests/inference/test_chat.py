@@ -364,7 +364,7 @@ def test_script_errors_are_one_line(
         (["nowhere"], "found no checkpoint at nowhere"),
         ([folder, "--compare", folder], "--compare needs the web page: add --web"),
         ([folder, "--temperature", "-1"], "temperature is -1"),
-        ([folder, "--port", "7000"], "--host and --port need the web page: add --web"),
+        ([folder, "--port", "7000"], "--host and --port need a server: add --web for the page, or --serve"),
         ([folder, "--web", "--port", "99999"], "--port is 99999"),
         ([folder, "--seed", str(2**64)], "at most 64 bits"),
         ([folder, "--device", "warp"], "warp"),

@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -267,6 +269,14 @@ def test_plotting_library_is_imported_late() -> None:
 # --- In a browser
 
 
+def wait_until(tab: Any, condition: str) -> None:
+    """Wait for a JavaScript condition. (Playwright's own function evaluates it in the page, which its policy forbids.)"""
+    deadline = time.monotonic() + 60
+    while not tab.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.1)
+
+
 @pytest.mark.skipif(find_browser() is None, reason="needs a Chromium browser")
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
 def test_page_in_a_browser(trained_copy: Path, scheme: str, width: int) -> None:
@@ -282,10 +292,10 @@ def test_page_in_a_browser(trained_copy: Path, scheme: str, width: int) -> None:
         tab.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
         write_report([trained_copy], trained_copy / REPORT_FILE)
         tab.goto((trained_copy / REPORT_FILE).as_uri())
-        tab.wait_for_function("Bokeh.documents.length == 7 && Bokeh.documents.every((page) => page.is_idle)")
+        wait_until(tab, "Bokeh.documents.length == 7 && Bokeh.documents.every((page) => page.is_idle)")
         # The page colors the charts after all of them exist.
         ink = {"light": "#646b75", "dark": "#99a1ac"}[scheme]
-        tab.wait_for_function(f"Bokeh.documents[0].roots()[0].below[0].major_label_text_color == '{ink}'")
-        tab.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
+        wait_until(tab, f"Bokeh.documents[0].roots()[0].below[0].major_label_text_color == '{ink}'")
+        wait_until(tab, f"document.documentElement.scrollWidth <= {width}")
         browser.close()
     assert problems == []
