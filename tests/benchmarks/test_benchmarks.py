@@ -159,7 +159,13 @@ def learning_result(mixture: list[float], twin: list[float]) -> dict[str, Any]:
         for model, (speed, scores) in curves.items()
     ]
     speeds = {model: float(speed) for model, (speed, _) in curves.items()}
-    return {"models": dict.fromkeys(curves), "minutes": 0.05, "tokens_per_second": speeds, "equal_seconds": rows}
+    return {
+        "models": dict.fromkeys(curves),
+        "minutes": 0.05,
+        "precision": "32-true",
+        "tokens_per_second": speeds,
+        "equal_seconds": rows,
+    }
 
 
 @pytest.mark.parametrize(

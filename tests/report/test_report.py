@@ -270,7 +270,7 @@ def test_plotting_library_is_imported_late() -> None:
 
 
 def wait_until(tab: Any, condition: str) -> None:
-    """Wait for a JavaScript condition. (Playwright's own function evaluates it in the page, which its policy forbids.)"""
+    """Wait for a JavaScript condition. Playwright's own function would need the page to allow eval."""
     deadline = time.monotonic() + 60
     while not tab.evaluate(condition):
         assert time.monotonic() < deadline, condition
