@@ -3,9 +3,9 @@
     uv run python benchmarks/gpu_memory.py --device cuda
     uv run python benchmarks/gpu_memory.py --device cpu     # rehearsal: the quickstart alone
 
-Each run trains a few steps. The prediction (litmoe/train/memory.py) is without compilation, and so are the runs, but
-for the one of a user: it is compiled. "6 GB" limits the process to 6 GiB of the GPU, as on an RTX 3060 laptop, and lets
-the run choose its micro batch.
+Each run trains a few steps. The prediction (litmoe/train/memory.py) is for a run that is not compiled, and so are the
+runs, except the one that says so. "6 GB" limits the process to 6 GiB of the GPU, as on an RTX 3060 laptop, and lets the
+run choose its micro batch.
 """
 
 import os
