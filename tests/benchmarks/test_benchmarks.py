@@ -306,7 +306,8 @@ def test_generation_counts_tokens_after_the_first(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_failed_run_reports_its_error(corpus: Corpus) -> None:
     with pytest.raises(RunFailed, match="global_batch_size 3"):
-        train(["--config", "configs/quickstart.yaml", *corpus.flags, "--train.global_batch_size=3"])
+        sizes = ["--train.global_batch_size=3", "--train.micro_batch_size=2"]
+        train(["--config", "configs/quickstart.yaml", *corpus.flags, *sizes])
 
 
 @pytest.mark.slow
@@ -358,12 +359,12 @@ class GPT(nn.Module):
 @pytest.mark.slow
 def test_models_learn_for_equal_seconds_and_tokens(corpus: Corpus, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "model.py").write_text(PEER, encoding="utf-8")
-    monkeypatch.setitem(learning.PRESETS, "cpu", learning.PRESETS["cpu"]._replace(speed_tokens=2048))
+    monkeypatch.setitem(learning.PRESETS, "cpu", learning.PRESETS["cpu"]._replace(speed_tokens=16_384))
     monkeypatch.setattr(learning, "find_corpus", lambda data_dir: corpus)
     output, plot = tmp_path / "result.json", tmp_path / "plot.svg"
     flags = ["--minutes", "0.005", "--seeds", "1", "--rounds", "1", "--nanogpt", str(tmp_path)]
     flags += ["--rates", "1", "nan", "--output", str(output), "--plot", str(plot)]
-    flags += ["--model.n_layer=2", "--model.block_size=32", "--train.lr_warmup_steps=2"]
+    flags += ["--model.n_layer=2", "--model.block_size=32", "--train.max_seq_length=32", "--train.lr_warmup_steps=2"]
     monkeypatch.setattr(sys, "argv", ["learning.py", *flags])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     learning.main()
