@@ -139,6 +139,7 @@ def main() -> None:
         common.write_result(result, args.output)
 
     compare(args, trainer, result, save)
+    save()  # also if an earlier file had all runs
     common.print_table(result)
     if args.plot:
         draw(result, args.plot)

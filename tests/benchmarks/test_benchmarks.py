@@ -363,7 +363,7 @@ def test_models_learn_for_equal_seconds_and_tokens(corpus: Corpus, tmp_path: Pat
     monkeypatch.setattr(learning, "find_corpus", lambda data_dir: corpus)
     output, plot = tmp_path / "result.json", tmp_path / "plot.svg"
     flags = ["--minutes", "0.005", "--seeds", "1", "--rounds", "1", "--nanogpt", str(tmp_path)]
-    flags += ["--rates", "1", "nan", "--output", str(output), "--plot", str(plot)]
+    flags += ["--rates", "1", "1e30", "--output", str(output), "--plot", str(plot)]
     flags += ["--model.n_layer=2", "--model.block_size=32", "--train.max_seq_length=32", "--train.lr_warmup_steps=2"]
     monkeypatch.setattr(sys, "argv", ["learning.py", *flags])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
