@@ -1,7 +1,7 @@
 """Export a checkpoint to one GGUF file that llama.cpp, Ollama and LM Studio run, with a Modelfile for Ollama.
 
-    uv run python export_gguf.py checkpoints/final exported/my-model.gguf
-    uv run python export_gguf.py checkpoints/final exported/my-model.gguf --quantize q8_0
+    uv run python export_gguf.py checkpoints/final gguf/my-model.gguf
+    uv run python export_gguf.py checkpoints/final gguf/my-model.gguf --quantize q8_0
 
 The file is compared with the checkpoint before it is complete, also in llama.cpp if xllamacpp is installed.
 """

@@ -80,16 +80,16 @@ def test_readme_session(quickstart: Quickstart) -> None:
     folder, checkpoint = quickstart.folder, "checkpoints/quickstart/final"
     assert f"uv run python generate.py {checkpoint} --prompt 'Once upon a time'" in quickstart.output
     export, create, ask = blocks("README.md", "Quickstart")[-1]
-    assert create == "ollama create story -f exported/Modelfile" and ask == 'ollama run story "Once upon a time"'
+    assert create == "ollama create story -f gguf/Modelfile" and ask == 'ollama run story "Once upon a time"'
     run(export, folder)
 
     story = run(f"uv run python generate.py {checkpoint} --prompt 'Once upon a time' --temperature 0", folder)
     assert len(story.split()) > 40
     # What the Modelfile tells Ollama: the file, the prompt without a template, the context.
-    modelfile = (folder / "exported" / "Modelfile").read_text(encoding="utf-8")
+    modelfile = (folder / "gguf" / "Modelfile").read_text(encoding="utf-8")
     told = re.search(r'FROM ./(.+)\nTEMPLATE """\{\{ \.Prompt \}\}"""\nPARAMETER num_ctx (\d+)\n', modelfile)
     assert told is not None
-    llama = LlamaCpp(folder / "exported" / told[1], int(told[2]))
+    llama = LlamaCpp(folder / "gguf" / told[1], int(told[2]))
     prompt = llama.tokenize("Once upon a time")
     ids = prompt + llama.generate(prompt, 256)
     tokenizer = load(folder / checkpoint, device="cpu").tokenizer
