@@ -290,7 +290,9 @@ def _save_after_errors(fabric: L.Fabric, run: TrainingRun) -> Iterator[None]:
         yield
     except Exception as error:
         save_after_error(fabric, run)
-        run.report.write()
+        # If another rank is lost, the launcher soon kills this one, and the message must come before.
+        if fabric.world_size == 1:
+            run.report.write()
         if is_out_of_memory(error):
             raise UserError(_advice(fabric, run, str(error).splitlines()[0])) from None
         if isinstance(error, TorchDynamoException):
