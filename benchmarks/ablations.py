@@ -10,7 +10,6 @@ seed. Each run has one thread, and as many run at the same time as there are cor
 stochastic rounding and without?
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import common
 from benchmarks.common import Row, make_table, with_verdict
 from benchmarks.runs import (
+    MUON,
     NOTHING_ELSE,
     ONE_THREAD,
     Corpus,
@@ -38,7 +38,6 @@ from benchmarks.runs import (
 )
 
 CONFIG = "configs/quickstart.yaml"
-MUON = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 4.0e-3, "weight_decay": 0.1}}
 
 
 class Choice(NamedTuple):
@@ -89,7 +88,7 @@ CHOICES = {
     "no weight decay": Choice("optimizer", ("--optimizer.init_args.weight_decay=0",)),
     "beta2 of 0.99": Choice("optimizer", ("--optimizer.init_args.betas=[0.9, 0.99]",)),
     "no clipping": Choice("optimizer", ("--train.max_norm=null",)),
-    "Muon": Choice("optimizer", (f"--optimizer={json.dumps(MUON)}",)),
+    "Muon": Choice("optimizer", (MUON,)),
     "QK-norm": Choice("attention", ("--model.norm_qk=true",)),
     "three key heads": Choice("attention", ("--model.n_query_groups=3",)),
     "document masking": Choice("attention", ("--document_masking=true",)),

@@ -8,8 +8,8 @@ runs, except the one that says so. "6 GB" limits the process to 6 GiB of the GPU
 run choose its micro batch.
 """
 
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ from litmoe.hardware import choose_precision
 from litmoe.train.memory import training_memory
 
 STEPS = 4
-LIMIT_GIB = "LITMOE_BENCHMARK_GIB"  # environment variable of a run with limited memory
 
 
 class Case(NamedTuple):
@@ -55,8 +54,8 @@ CASES = {
 
 
 def main() -> None:
-    if LIMIT_GIB in os.environ:
-        train_with_limit(float(os.environ[LIMIT_GIB]))
+    if sys.argv[1:2] == ["limited"]:
+        train_with_limit(float(sys.argv[2]), sys.argv[3:])
         return
     parser = common.make_parser(__doc__, "gpu_memory_DEVICE", runs=True)
     args = parser.parse_args()
@@ -71,13 +70,13 @@ def main() -> None:
     common.print_table(result)
 
 
-def train_with_limit(limit_gib: float) -> None:
-    """Run run_train.py with the flags of this process, with a part of the GPU's memory."""
+def train_with_limit(limit_gib: float, flags: Sequence[str]) -> None:
+    """Run run_train.py with a part of the GPU's memory."""
     import runpy
 
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(limit_gib * 2**30 / total)
-    sys.argv[0] = str(ROOT / "run_train.py")
+    sys.argv = [str(ROOT / "run_train.py"), *flags]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -91,11 +90,11 @@ def measure(case: Case, device: str, corpus: Corpus) -> Row:
     flags += [f"--train.max_tokens={steps}", "--train.max_steps=null", "--train.lr_warmup_steps=1"]
     flags += ["--train.log_interval=1", "--eval.max_iters=1"]
     row: Row = {"run_file": case.run_file, "flags": case.flags, "limit_gib": case.limit_gib}
-    script, environment = ["run_train.py"], {}
+    script = ["run_train.py"]
     if case.limit_gib:
-        script, environment = ["benchmarks/gpu_memory.py"], {LIMIT_GIB: str(case.limit_gib)}
+        script = ["benchmarks/gpu_memory.py", "limited", str(case.limit_gib)]
     try:
-        measured = train(flags, script=script, environment=environment, watch_memory=device == "cpu")
+        measured = train(flags, script=script, watch_memory=device == "cpu")
     except RunFailed as error:
         return row | {"status": str(error)}
     row |= {"status": "measured", "peak_bytes": measured.peak_bytes}

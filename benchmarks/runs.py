@@ -76,6 +76,10 @@ def find_corpus(data_dir: Path | None) -> Corpus:
 NOTHING_ELSE = ("--train.save_interval=null", "--checkpoint.every_minutes=null", "--sample.prompt=null")
 
 
+# Muon at the rate of the quickstart's AdamW
+MUON = '--optimizer={"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 0.004, "weight_decay": 0.1}}'
+
+
 def seed_flags(seed: int) -> list[str]:
     """Return the flags that decide the initial weights and the order of the data."""
     return [f"--seed={seed}", f"--data.init_args.seed={seed}"]

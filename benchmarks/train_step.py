@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Row, bold_ours, gib, make_table, ranged
-from benchmarks.runs import Corpus, RunFailed, find_corpus, train
+from benchmarks.runs import MUON, Corpus, RunFailed, find_corpus, train
 from custom_moe.router import TopKRouter
 from litmoe.config import parse_run
 from litmoe.flops import training_flops_per_token
@@ -60,27 +60,28 @@ class Case(NamedTuple):
     micro_batch: int  # sequences per forward pass on both sides; gradients are accumulated to the same batch
     tokens: int
     rounds: int
+    on_request: bool = False  # measured only if --models names it
 
 
-def gpu_case(run_file: str, context: int, model: str | None = None, more_flags: tuple[str, ...] = ()) -> Case:
+def gpu_case(run_file: str, context: int, model: str | None = None) -> Case:
     """Return a case of 65,536 tokens per step, in two micro batches."""
     # Enough tokens to fill an H200, and a micro batch whose fp32 logits fit into its memory for both sides.
     batch = 65536 // context
     flags = [f"--train.max_seq_length={context}", f"--train.global_batch_size={batch}"]
     if model:
         flags.append(f"--model=configs/models/{model}.yaml")
-    return Case(f"configs/runs/{run_file}.yaml", (*flags, *more_flags), batch // 2, 80 * 65536, rounds=2)
+    return Case(f"configs/runs/{run_file}.yaml", tuple(flags), batch // 2, 80 * 65536, rounds=2)
 
 
 QUICKSTART = Case("configs/quickstart.yaml", (), micro_batch=4, tokens=150_000, rounds=3)
-MUON = ('--optimizer={"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 4.0e-3, "weight_decay": 0.1}}',)
+MOE_200M = gpu_case("tinystories-moe-200m", 2048)
 CASES = {
-    "cpu": {"quickstart": QUICKSTART, "quickstart-muon": QUICKSTART._replace(flags=MUON)},
+    "cpu": {"quickstart": QUICKSTART, "quickstart-muon": QUICKSTART._replace(flags=(MUON,), on_request=True)},
     "cuda": {  # the most important one first
-        "moe-200m": gpu_case("tinystories-moe-200m", 2048),
+        "moe-200m": MOE_200M,
         "gpt2-124m": gpu_case("openwebtext-gpt2-124m", 1024),
         "moe-200m-dense-twin": gpu_case("tinystories-moe-200m", 2048, "moe-200m-dense-twin"),
-        "moe-200m-muon": gpu_case("tinystories-moe-200m", 2048, more_flags=MUON),
+        "moe-200m-muon": MOE_200M._replace(flags=(*MOE_200M.flags, MUON), on_request=True),
         "moe-fine-32": gpu_case("tinystories-moe-200m", 2048, "moe-fine-32"),
         "quickstart": QUICKSTART,
     },
@@ -104,8 +105,7 @@ def main() -> None:
     result |= {"peaks": {"measured": matmul_peak(args.device)}, "same_on_both_sides": SAME_ON_BOTH_SIDES}
     result["models"] = common.earlier_rows(args.output, result, "models")
     corpus = find_corpus(args.data_dir)
-    # Muon is measured where it is asked for.
-    for name in args.models or [name for name in cases if not name.endswith("-muon")]:
+    for name in args.models or [name for name, case in cases.items() if not case.on_request]:
         case = cases[name]
         # For a few GPU minutes: the same comparison with fewer tokens.
         if args.quick:

@@ -17,7 +17,7 @@ from litmoe.export.llama_cpp import LlamaCpp
 from litmoe.inference.generate import load
 
 UV = shutil.which("uv") or shutil.which("uv", path=str(PROJECT / ".uv" / "bin"))
-# Stands in for uv: the packages are installed, so `uv sync` does nothing and `uv run` is this environment.
+# Replaces uv: the packages are installed, so `uv sync` does nothing and `uv run` is this environment.
 FAKE_UV = f'#!/bin/sh\ncase "$1" in run) shift 2; exec {shlex.quote(sys.executable)} "$@";; esac\n'
 TRAINING = "uv run python run_train.py --config configs/quickstart.yaml"
 

@@ -64,22 +64,21 @@ def main(
     check_sampling(**sampling)
     if seed is not None:
         check_seed(seed)
-    if serve:
-        from litmoe.inference import server
+    if web or serve:
         from litmoe.inference.http import listen
 
-        # Open the port first: it may fail, and loading the model takes longer.
-        with listen(host, port) as sock:
-            model = load(folders[0], device, precision, max_seq_length, router)
-            server.serve(model, sampling, seed, sock)
-        return
-    if web:
-        from litmoe.inference import web as page
-        from litmoe.inference.http import listen
-
+        # Open the port first: it may fail, and loading the models takes longer.
         with listen(host, port) as sock:
             models = [load(folder, device, precision, max_seq_length, router) for folder in folders]
-            page.serve(models, sampling, seed, sock)
+            # Only one of the two imports, because Gradio takes seconds.
+            if web:
+                from litmoe.inference import web as page
+
+                page.serve(models, sampling, seed, sock)
+            else:
+                from litmoe.inference import server
+
+                server.serve(models[0], sampling, seed, sock)
         return
 
     from litmoe.inference.chat import Chat

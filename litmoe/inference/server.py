@@ -240,7 +240,7 @@ class Service:
                 text += piece.text
                 if piece.end is not None:
                     return JSONResponse(job.answer(text, piece))
-        return Response(status_code=499)  # the client has hung up, so nobody reads this
+        return Response(status_code=499)  # the client has disconnected, so this is not sent
 
     async def _events(self, job: Job) -> AsyncGenerator[str, None]:
         """Yield the events of a stream."""

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from litmoe import checkpoints
 from litmoe.cli import UserError, strip_control_chars
 from litmoe.config import RunSettings
-from litmoe.renaming import rename
-from litmoe.run_files import JOURNAL_FILE, METRICS_FILE, REPORT_FILE, RUN_CONFIG
+from litmoe.run_files import JOURNAL_FILE, METRICS_FILE, REPORT_FILE, RUN_CONFIG, write_atomically
 
 COLUMNS = (
     *("step", "train_loss", "val_loss", "learning_rate", "epoch", "time", "iter_tokens", "total_tokens"),
@@ -122,19 +122,11 @@ class MetricsCSV(Logger):
         columns, earlier_rows = self._read_earlier_rows(names)
         # Columns of the file keep their places, and new ones follow. dict.fromkeys drops repeated names.
         columns = list(dict.fromkeys((*columns, *COLUMNS, *names)))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        try:
-            with open(partial, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows([*earlier_rows, *rows])
-                file.flush()
-                # Otherwise a power cut could leave an empty file in place of all rows.
-                os.fsync(file.fileno())
-            rename(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows([*earlier_rows, *rows])
+        write_atomically(self.path, text.getvalue())
         self._columns = columns
         # From now on all rows are those of this run.
         self._keep_until = math.inf

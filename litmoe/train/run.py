@@ -25,9 +25,8 @@ from litmoe.config import MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
 from litmoe.flops import describe_size, training_flops_per_token
 from litmoe.hardware import compiler_settings, is_sharded, missing_cuda_note, peak_flops, should_compile
-from litmoe.renaming import rename
 from litmoe.report.live import RunReport
-from litmoe.run_files import RUN_CONFIG
+from litmoe.run_files import RUN_CONFIG, write_atomically
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
 from litmoe.train.fitting import choose_rows, is_out_of_memory
@@ -273,10 +272,7 @@ def _prepare_out_dir(fabric: L.Fabric, run: TrainingRun, resume_from: Path | Non
         elif resume_from.exists():
             # If it does not exist, it was an interrupted save that has just got its final name. Nothing is newer then.
             checkpoints.remove_newer(resume_from)
-    # Replaced in one operation, so that a killed run leaves the old file or the new one.
-    partial_file = out_dir / f".{RUN_CONFIG}.partial"
-    partial_file.write_text(yaml.safe_dump(run.hyperparameters, sort_keys=False), encoding="utf-8")
-    rename(partial_file, out_dir / RUN_CONFIG)
+    write_atomically(out_dir / RUN_CONFIG, yaml.safe_dump(run.hyperparameters, sort_keys=False))
 
 
 @contextmanager
