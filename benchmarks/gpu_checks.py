@@ -5,8 +5,10 @@
 
 1. The layer with each of its backends against LitGPT's, output and all gradients, in fp32 and bf16.
 2. The losses and gradients of a compiled training step against those of an eager one.
-3. A run that was resumed in the middle against the same run without a break.
-4. Generated tokens (by a CUDA graph on a GPU) against a forward pass without a cache.
+3. Gradients of several micro batches, with weights that are cast once, against those of autocast.
+4. A step whose gradient is not finite: the device skips it.
+5. A run that was resumed in the middle against the same run without a break.
+6. Generated tokens (by a CUDA graph on a GPU) against a forward pass without a cache.
 
 Exits with 1 if a check fails.
 """
@@ -20,9 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import lightning as L
 import torch
 from litgpt import GPT, Config
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from benchmarks import common
 from benchmarks.common import Row, make_table
@@ -33,7 +37,8 @@ from litmoe.checkpoints import load_weights
 from litmoe.hardware import compiler_settings
 from litmoe.inference.generate import generate_tokens
 from litmoe.layers import use_our_layers
-from litmoe.train.model import PretrainingModel, as_batch
+from litmoe.train.model import CastMatrices, PretrainingModel, as_batch, matrices_to_cast
+from litmoe.train.optimizers import step_unless
 
 MODEL = ROOT / "configs/models/quickstart.yaml"
 BACKENDS = ("LitGPT", "ours", "ours: grouped_mm", "ours: triton", "ours: loop", "ours compiled")
@@ -66,6 +71,8 @@ def checks(device: str, corpus: Corpus) -> Iterator[tuple[str, float | str, floa
     # fp32 sums in another order; bf16 rounds what the compiler keeps exact.
     for precision, bound in (("fp32", 1e-4), ("bf16", 2e-2)):
         yield f"compiled step, {precision}", check_compiled_step(device, precision == "bf16"), bound
+    yield "cast once, two micro batches", check_cast_once(device), 1e-2
+    yield "step with NaN is skipped", check_skipped_step(device), 0.0
     # On a CPU the weights are identical bits. On a GPU some sums of gradients have no fixed order.
     yield "resumed run", check_resume(corpus), 0.0 if device == "cpu" else 1e-2
     for rows in (1, 16):
@@ -82,27 +89,72 @@ def check_layer(device: str, size: Size, precision: str) -> Iterator[tuple[str, 
         yield f"layer {size}, {layer}, {precision}", deviation, BOUNDS[precision]
 
 
+def build_model(device: str) -> PretrainingModel:
+    """Return the quickstart's model with the weights of a fixed seed."""
+    torch.manual_seed(0)
+    with torch.device(device), use_our_layers():
+        return PretrainingModel(GPT(Config.from_file(MODEL)))
+
+
+def random_tokens(device: str) -> Tensor:
+    """Return windows of the quickstart's context: ``(4, T + 1)``."""
+    config = Config.from_file(MODEL)
+    return torch.randint(config.vocab_size, (4, config.block_size + 1), device=device)
+
+
+def flat_gradient(model: nn.Module) -> Tensor:
+    """Return all gradients together: in bf16 those of a router alone are little more than rounding."""
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
 def check_compiled_step(device: str, autocast: bool) -> float:
     """Return the deviation of the loss and of the gradients of a compiled step from those of an eager one."""
-    torch.manual_seed(0)
-    config = Config.from_file(MODEL)
-    with torch.device(device), use_our_layers():
-        gpt = GPT(config)
-    tokens = torch.randint(config.vocab_size, (4, config.block_size + 1), device=device)
+    eager_model, tokens = build_model(device), random_tokens(device)
 
     def step(model: PretrainingModel) -> tuple[Tensor, Tensor]:
-        gpt.zero_grad()
+        model.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            losses = model(*as_batch(tokens, config.block_size))
+            losses = model(*as_batch(tokens, tokens.size(1) - 1))
         losses.cross_entropy.backward()
-        # Together: in bf16 the gradients of a router alone are little more than rounding.
-        gradient = torch.cat([parameter.grad.flatten() for parameter in gpt.parameters() if parameter.grad is not None])
-        return losses.cross_entropy.detach(), gradient
+        return losses.cross_entropy.detach(), flat_gradient(model)
 
-    eager = step(PretrainingModel(gpt))
+    eager = step(eager_model)
     with compiler_settings():
-        compiled = step(PretrainingModel(gpt, compiler=partial(torch.compile, fullgraph=True)))
+        compiled = step(PretrainingModel(eager_model.gpt, compiler=partial(torch.compile, fullgraph=True)))
     return max(deviation(ours, exact) for ours, exact in zip(compiled, eager, strict=True))
+
+
+def check_cast_once(device: str) -> float:
+    """Return the deviation of the gradients of two micro batches, which are added in place, from those of autocast."""
+    model, tokens = build_model(device), random_tokens(device)
+
+    def gradient(precision: str) -> Tensor:
+        model.zero_grad()
+        cast = CastMatrices(matrices_to_cast(model, precision, "none"), precision)
+        for part in tokens.chunk(2):
+            with torch.autocast(device, torch.bfloat16):
+                losses = functional_call(model, cast.weights, (*as_batch(part, part.size(1) - 1),), tie_weights=False)
+            losses.cross_entropy.backward()
+        return flat_gradient(model)
+
+    # Without "mixed" in its name nothing is cast once.
+    return deviation(gradient("bf16-mixed"), gradient("32-true"))
+
+
+def check_skipped_step(device: str) -> float:
+    """Return the largest change of a weight by a step with NaN as gradient."""
+    fabric = L.Fabric(accelerator="gpu" if device == "cuda" else device, devices=1)
+    model = build_model(device)
+    adamw = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = fabric.setup_optimizers(adamw)
+    for is_finite in (True, False):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1.0 if is_finite else torch.nan)
+        step_unless(optimizer, torch.tensor(not is_finite, device=device))
+    return max(
+        float((parameter - earlier).abs().max()) for parameter, earlier in zip(model.parameters(), before, strict=True)
+    )
 
 
 def check_resume(corpus: Corpus) -> float | str:

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map_only
 from litmoe.cli import UserError
 from litmoe.config import RunSettings
 from litmoe.hardware import is_sharded, processes
+from litmoe.train.model import moe_layers
 
 
 def make_strategy(settings: RunSettings, precision: str) -> DDPStrategy | ModelParallelStrategy:
@@ -100,7 +101,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, precision: str) -> nn.Module:
     # Activations between blocks, embedding and output layer keep their type; gradients are summed in fp32.
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = mixed if precision == "bf16-mixed" else MixedPrecisionPolicy()
+    # Nothing changes the output of a block or router in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     gpt = cast(GPT, model.gpt)
+    for layer in moe_layers(gpt):
+        # Routers compute in fp32, so their weights are not rounded to bf16. They are small enough to stay gathered.
+        fully_shard(layer.gate, mesh=data_parallel, reshard_after_forward=False)
     for block in gpt.transformer.h:
         fully_shard(block, mesh=data_parallel, mp_policy=policy)
     fully_shard(model, mesh=data_parallel)

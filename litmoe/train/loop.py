@@ -27,14 +27,14 @@ from litmoe.train.logs import RunDisplay
 from litmoe.train.metrics import MetricAccumulator, training_row
 from litmoe.train.model import (
     Batch,
+    CastMatrices,
     Losses,
     as_batch,
-    cast_matrices,
     find_first_nonfinite,
     find_nonfinite_weights,
     update_selection_biases,
 )
-from litmoe.train.optimizers import set_learning_rate
+from litmoe.train.optimizers import can_skip_step, set_learning_rate, step_unless
 from litmoe.train.reporting import record_state
 from litmoe.train.saving import StopSignals
 from litmoe.train.schedule import learning_rate
@@ -188,11 +188,9 @@ def train_step(
     norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm, error_if_nonfinite=False)
     norm = cast(Tensor, norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    # Check. With a GradScaler, infinite gradients are expected while it adjusts its scale, so check the loss instead.
+    # With a GradScaler, infinite gradients are expected while it adjusts its scale, so check the loss instead.
     checked = norm if scaler_of(fabric) is None else step_loss
-    # This exchange makes the CPU wait for the device, so the requests go along. A request of one rank becomes one of
-    # all: ranks that save or stop after different steps would wait for each other forever.
-    is_bad, *requests = any_rank(fabric, ~torch.isfinite(checked), *own_requests())
+    is_bad, requests = _update_if_finite(fabric, run, checked, own_requests())
     if is_bad:
         # The search for the cause computes new gradients.
         optimizer.zero_grad()
@@ -200,22 +198,18 @@ def train_step(
         # The snapshot is still that of the step before. All ranks raise, so all can take part in the save.
         save_after_error(fabric, run, on_all_ranks=True)
         raise NonFiniteError(message)
-
-    # Update. An error in the middle leaves weights of no step, so nothing can be saved until it is complete.
-    run.snapshot = None
-    optimizer.step()
     optimizer.zero_grad()
     update_expert_balance(fabric, run, expert_counts, norm)
-    return StepResult(tokens, rate, norm, Requests(*requests))
+    return StepResult(tokens, rate, norm, requests)
 
 
 def _rehearsal(fabric: L.Fabric, run: TrainingRun, micro_batches: Sequence[Batch]) -> None:
     """Do forward and backward of the first parts of a step, without communication."""
     with fabric.no_backward_sync(run.model):
-        cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
+        cast = CastMatrices(run.matrices_to_cast, fabric._precision.precision)
         # Two, because the gradients of the first one exist during the second.
         for batch in islice(regroup(micro_batches, run.rows), 2):
-            losses: Losses = functional_call(run.model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
+            losses: Losses = functional_call(run.model, cast.weights, (*batch, run.expert_counts), tie_weights=False)
             fabric.backward(total_loss(losses, run.settings.moe))
 
 
@@ -227,17 +221,62 @@ def _accumulate_gradients(
     weights, tokens = micro_batch_weights(fabric, batches)
     all_losses = []
     # Once for all micro batches; freed before the update, which needs memory of its own.
-    cast_parameters = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
+    cast = CastMatrices(run.matrices_to_cast, fabric._precision.precision)
     for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
         is_accumulating = index < len(batches) - 1
+        cast.adds_in_place = is_accumulating or fabric.world_size == 1
         # FSDP shards gradients after each micro batch, so there is nothing to postpone.
         with fabric.no_backward_sync(run.model, enabled=is_accumulating and not run.sharded):
             # The load of the step before, so that it is the same for all micro batches and ranks.
-            losses: Losses = functional_call(run.model, cast_parameters, (*batch, run.expert_counts), tie_weights=False)
+            losses: Losses = functional_call(run.model, cast.weights, (*batch, run.expert_counts), tie_weights=False)
             losses = losses._replace(cross_entropy=losses.cross_entropy * weight)
             fabric.backward(total_loss(losses, run.settings.moe) / len(batches))
         all_losses.append(Losses(*(value.detach() for value in losses)))
     return all_losses, tokens
+
+
+def _update_if_finite(
+    fabric: L.Fabric, run: TrainingRun, checked: Tensor, own_requests: Requests
+) -> tuple[bool, Requests]:
+    """Update the weights if ``checked`` is finite on all ranks, and collect the requests of all ranks.
+
+    Returns:
+        Whether it is not finite on some rank, in which case nothing was changed, and the requests.
+    """
+    is_bad, snapshot = ~torch.isfinite(checked), run.snapshot
+    # An error in the middle of an update leaves weights of no step, so nothing can be saved until it is complete.
+    if fabric.world_size == 1 and can_skip_step(run.optimizer.optimizer) and not run.sharded:
+        # The flag is on its way before the update, so the CPU reads it while the GPU is updating, and launches the next
+        # forward before the GPU runs out of work.
+        read_flag = _start_reading(is_bad)
+        run.snapshot = None
+        step_unless(run.optimizer, is_bad)
+        if read_flag():
+            run.snapshot = snapshot
+            return True, own_requests
+        return False, own_requests
+    # This exchange makes the CPU wait for the device, so the requests go along. A request of one rank becomes one of
+    # all: ranks that save or stop after different steps would wait for each other forever.
+    is_bad_anywhere, *requests = any_rank(fabric, is_bad, *own_requests)
+    if not is_bad_anywhere:
+        run.snapshot = None
+        run.optimizer.step()
+    return is_bad_anywhere, Requests(*requests)
+
+
+def _start_reading(flag: Tensor) -> Callable[[], bool]:
+    """Return a function that returns the flag. The CPU then waits only for what the device had to do before now."""
+    if not flag.is_cuda:
+        return lambda: bool(flag)
+    on_cpu = flag.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> bool:
+        copied.synchronize()
+        return bool(on_cpu)
+
+    return read
 
 
 def total_loss(losses: Losses, moe: MoESettings) -> Tensor:

@@ -28,7 +28,7 @@ from custom_moe.backends import Hardware
 from litmoe.config import ParsedRun
 from litmoe.layers import use_our_layers
 from litmoe.train.cross_entropy import computed_columns
-from litmoe.train.model import PretrainingModel, cast_matrices, matrices_to_cast
+from litmoe.train.model import CastMatrices, PretrainingModel, matrices_to_cast
 from litmoe.train.optimizers import make_optimizer, optimizer_traits
 
 
@@ -192,7 +192,7 @@ def _simulate_step(
 
         ledger.part = "activations"
         with _fabric_precision(precision).forward_context():
-            weights = cast_matrices(matrices_to_cast(model, precision, checkpointing), precision)
+            weights = CastMatrices(matrices_to_cast(model, precision, checkpointing), precision).weights
             losses = functional_call(model, weights, (tokens, tokens), tie_weights=False)
         loss = losses.cross_entropy + losses.load_balancing + losses.z_loss
         ledger.part = "workspace"
@@ -269,11 +269,14 @@ class _Ledger(TorchDispatchMode):
             results = func(*args, **kwargs)
         for result in _tensors(results):
             self._count_new(self._part_of(func, args, result), result)
-        if self._is_for_cpu and "sum" in func.__name__ and kwargs.get("dtype"):
+        if self._is_for_cpu:
             # On a CPU a sum in a wider type first casts its input, below the level of the dispatcher. The same cast is
             # made here to count it; its result is freed at once.
             with self:
-                args[0].to(kwargs["dtype"])
+                if "sum" in func.__name__ and kwargs.get("dtype"):
+                    args[0].to(kwargs["dtype"])
+                elif func is torch.ops.aten.add_.Tensor:
+                    args[1].to(args[0].dtype)
         # After each operation and not only at the end of a pass: the peak can be at any of them.
         if self._total > self._peak:
             self.reset_peak()

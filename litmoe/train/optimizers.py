@@ -15,6 +15,7 @@ from pydoc import locate
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.wrappers import _FabricOptimizer
 from litgpt.utils import instantiate_torch_optimizer
 from torch import Tensor, nn
 
@@ -199,6 +200,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def can_skip_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether ``step_unless`` works: with torch's fused optimizers, which have it for gradient scalers."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def step_unless(optimizer: _FabricOptimizer, skip: Tensor) -> None:
+    """Do the optimizer's step, unless a flag on the device is set. The CPU does not wait for the flag."""
+    own = optimizer.optimizer
+    # The attributes through which torch.amp.GradScaler tells a fused optimizer the same.
+    own.grad_scale, own.found_inf = None, skip.float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del own.grad_scale, own.found_inf  # type: ignore[attr-defined]
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from litmoe.hardware import compiler_settings
 from litmoe.layers import _embedded, hidden_states, use_fast_layers
 from litmoe.train.loop import total_loss
 from litmoe.train.model import (
+    CastMatrices,
     PretrainingModel,
-    cast_matrices,
     even_counts,
     matrices_to_cast,
     update_selection_biases,
@@ -383,11 +383,13 @@ def test_compiled_gradients_under_autocast(name, compiler):
         assert error < 0.01, f"{key}: the compiler may leave out roundings to bf16, and no more ({error:.2g})"
 
 
-def _step(model, module, precision):
-    """The gradients of a step of two micro batches."""
+def _step(model, module, precision, exchange=False):
+    """The gradients of a step of two micro batches. With ``exchange`` DDP averages those of the last one."""
     model.zero_grad()
-    weights = cast_matrices(matrices_to_cast(module, precision, "none"), precision)
+    cast = CastMatrices(matrices_to_cast(module, precision, "none"), precision)
+    weights = cast.weights
     for part in range(2):
+        cast.adds_in_place = part == 0 or not exchange
         tokens = [tensor[part : part + 1] for tensor in batch()]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses = functional_call(module, weights, (*tokens,), tie_weights=False)
@@ -410,7 +412,7 @@ class CastsOfExperts(TorchDispatchMode):
 @pytest.mark.parametrize(("recomputed", "casts"), [("none", 0), ("moe", 2), ("block", 2)])
 def test_experts_are_cast_once_per_computation(recomputed, casts):
     model = PretrainingModel(build("moe"), recomputed)
-    weights = cast_matrices(matrices_to_cast(model, "bf16-mixed", recomputed), "bf16-mixed")
+    weights = CastMatrices(matrices_to_cast(model, "bf16-mixed", recomputed), "bf16-mixed").weights
     with torch.autocast("cpu", dtype=torch.bfloat16), CastsOfExperts() as counter:
         losses = functional_call(model, weights, batch(), tie_weights=False)
         with torch.autocast("cpu", enabled=False):
@@ -451,7 +453,7 @@ def test_cast_once_works_with_ddp(alone):
     """DDP's hooks wait for gradients of the parameters themselves."""
     plain, model = PretrainingModel(build("moe")), PretrainingModel(build("moe"))
     _, expected, _ = _step(plain, plain, "32-true")
-    _, found, weights = _step(model, nn.parallel.DistributedDataParallel(model), "bf16-mixed")
+    _, found, weights = _step(model, nn.parallel.DistributedDataParallel(model), "bf16-mixed", exchange=True)
     assert len(weights) == 1 + 3 * 4, "the output layer; two of attention and two of the experts in each block"
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, rtol=0.01, atol=1e-4)
@@ -463,7 +465,7 @@ def test_cast_once_gradients_arrive_per_layer(compiled, compiler):
     model, came = PretrainingModel(build("moe"), compiler=compiler if compiled else None), []
     for name, parameter in model.gpt.transformer.h.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
-    _step(model, model, "bf16-mixed")
+    _step(model, model, "bf16-mixed", exchange=True)
     came = came[len(came) // 2 :]  # of the last micro batch
     assert came.index("2.attn.qkv.weight") < came.index("1.norm_1.weight")
     assert came.index("1.mlp.experts.fc_weight") < came.index("0.norm_1.weight"), came

@@ -1,11 +1,14 @@
 import re
+from copy import deepcopy
 
+import lightning as L
 import litgpt.lora
 import pytest
 import torch
 import torch._inductor.config
 from litgpt import GPT, Config
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from custom_moe import use_custom_moe
 from custom_moe.experts import Experts
@@ -13,6 +16,7 @@ from custom_moe.router import TopKRouter
 from litmoe.cli import UserError
 from litmoe.train.muon import Muon
 from litmoe.train.optimizers import (
+    can_skip_step,
     check_optimizer,
     load_optimizer_state,
     make_optimizer,
@@ -21,6 +25,7 @@ from litmoe.train.optimizers import (
     parameter_uses,
     rounding_note,
     set_learning_rate,
+    step_unless,
 )
 
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3, "weight_decay": 0.1, "fused": None}}
@@ -283,3 +288,32 @@ def test_modules_inside_a_router_do_not_decay(moe_fields):
     _, not_decayed = parameter_groups(gpt)
     extra = [parameter for name, parameter in gpt.named_parameters() if ".gate.extra." in name]
     assert extra and all(any(parameter is other for other in not_decayed["params"]) for parameter in extra)
+
+
+def test_step_unless(moe_fields):
+    """A skipped step changes neither weights nor moments nor the counter of steps."""
+    gpt, fabric = build(moe_fields), L.Fabric(accelerator="cpu", devices=1)
+    optimizer = fabric.setup_optimizers(make_optimizer(ADAMW, gpt, fused=True))
+    assert can_skip_step(optimizer.optimizer)
+
+    def step(skip):
+        for parameter in gpt.parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan if skip else 0.1)
+        before = deepcopy((gpt.state_dict(), optimizer.state_dict()["state"]))
+        step_unless(optimizer, torch.tensor(skip))
+        return before, (gpt.state_dict(), optimizer.state_dict()["state"])
+
+    def equal(one, other):
+        pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+        return [torch.equal(left, right) for left, right in pairs]
+
+    step(False)
+    assert all(equal(*step(True)))
+    assert not any(equal(*step(False)))
+    optimizer.step()  # the flag does not stay
+
+
+def test_only_fused_steps_can_be_skipped(moe_fields):
+    muon = {"class_path": "litmoe.train.muon.Muon", "init_args": {"lr": 1.0e-3}}
+    assert not can_skip_step(make_optimizer(ADAMW, build(moe_fields), fused=False))
+    assert not can_skip_step(make_optimizer(muon, build(moe_fields), fused=True))

@@ -127,11 +127,12 @@ def test_each_process_keeps_only_its_part():
 
 
 def test_mixed_precision_equals_autocast(mesh):
-    """Activations between blocks, embedding and output layer stay in fp32, and gradients are summed in fp32."""
+    """Activations between blocks, embedding, routers and output layer stay in fp32; gradients are summed in fp32."""
     plain, sharded = build("moe"), shard(build("moe"), mesh, precision="bf16-mixed")
     seen: dict[str, torch.dtype] = {}
     block = sharded.gpt.transformer.h[1]
     block.attn.register_forward_pre_hook(lambda module, _: seen.update(weights=module.qkv.weight.dtype))
+    block.mlp.gate.register_forward_pre_hook(lambda module, _: seen.update(router=module.weight.dtype))
     block.register_forward_pre_hook(lambda _, inputs: seen.update(activations=inputs[0].dtype))
     sharded.gpt.transformer.wte.register_forward_hook(lambda module, *_: seen.update(embedding=module.weight.dtype))
     tokens = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -142,7 +143,8 @@ def test_mixed_precision_equals_autocast(mesh):
             losses = model(tokens[:, :-1], tokens[:, 1:])
         losses.cross_entropy.backward()
         found.append(losses.cross_entropy.detach())
-    assert seen == {"weights": torch.bfloat16, "activations": torch.float32, "embedding": torch.float32}
+    kept = dict.fromkeys(["activations", "embedding", "router"], torch.float32)
+    assert seen == {"weights": torch.bfloat16, **kept}
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
     for one, other in zip(plain.parameters(), sharded.parameters(), strict=True):
         assert one.grad is not None and isinstance(other.grad, DTensor)
