@@ -37,7 +37,7 @@ from litmoe.checkpoints import load_weights
 from litmoe.hardware import compiler_settings
 from litmoe.inference.generate import generate_tokens
 from litmoe.layers import use_our_layers
-from litmoe.train.model import CastMatrices, PretrainingModel, as_batch, matrices_to_cast
+from litmoe.train.model import PretrainingModel, as_batch, cast_matrices, matrices_to_cast
 from litmoe.train.optimizers import step_unless
 
 MODEL = ROOT / "configs/models/quickstart.yaml"
@@ -130,10 +130,10 @@ def check_cast_once(device: str) -> float:
 
     def gradient(precision: str) -> Tensor:
         model.zero_grad()
-        cast = CastMatrices(matrices_to_cast(model, precision, "none"), precision)
+        weights = cast_matrices(matrices_to_cast(model, precision, "none"), precision)
         for part in tokens.chunk(2):
             with torch.autocast(device, torch.bfloat16):
-                losses = functional_call(model, cast.weights, (*as_batch(part, part.size(1) - 1),), tie_weights=False)
+                losses = functional_call(model, weights, (*as_batch(part, part.size(1) - 1),), tie_weights=False)
             losses.cross_entropy.backward()
         return flat_gradient(model)
 
@@ -153,7 +153,8 @@ def check_skipped_step(device: str) -> float:
             parameter.grad = torch.full_like(parameter, 1.0 if is_finite else torch.nan)
         step_unless(optimizer, torch.tensor(not is_finite, device=device))
     return max(
-        float((parameter - earlier).abs().max()) for parameter, earlier in zip(model.parameters(), before, strict=True)
+        float((parameter.detach() - earlier).abs().max())
+        for parameter, earlier in zip(model.parameters(), before, strict=True)
     )
 
 

@@ -75,7 +75,7 @@ def losses(device: str) -> dict[str, Loss]:
         try:
             ones = torch.ones(128, 128, device=device)
             _add_by_addmm(ones, ones.bfloat16(), ones.bfloat16())
-        except (NotImplementedError, RuntimeError) as error:
+        except RuntimeError as error:
             print(f"this torch can't sum within the product: {error}", file=sys.stderr)
         else:
             ways["ours, compiled, summed by addmm"] = partial(summed_by_addmm, loss_of_rows=compiled)

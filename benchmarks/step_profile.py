@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import common
 from litmoe.hardware import choose_precision
 from litmoe.layers import use_our_layers
-from litmoe.train.model import CastMatrices, PretrainingModel, as_batch, matrices_to_cast
+from litmoe.train.model import PretrainingModel, as_batch, cast_matrices, matrices_to_cast
 
 # Operators by what they do; the first that fits counts.
 KINDS = {
@@ -79,7 +79,7 @@ def measure(config: Config, precision: str, device: str, batch: int, steps: int)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            weights = CastMatrices(matrices, precision).weights
+            weights = cast_matrices(matrices, precision)
             losses = functional_call(model, weights, tuple(as_batch(tokens, config.block_size)), tie_weights=False)
         losses.cross_entropy.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)

@@ -26,10 +26,11 @@ from litmoe.train.fitting import regroup, rehearse, with_less_memory
 from litmoe.train.logs import RunDisplay
 from litmoe.train.metrics import MetricAccumulator, training_row
 from litmoe.train.model import (
+    Accumulation,
     Batch,
-    CastMatrices,
     Losses,
     as_batch,
+    cast_matrices,
     find_first_nonfinite,
     find_nonfinite_weights,
     update_selection_biases,
@@ -206,10 +207,10 @@ def train_step(
 def _rehearsal(fabric: L.Fabric, run: TrainingRun, micro_batches: Sequence[Batch]) -> None:
     """Do forward and backward of the first parts of a step, without communication."""
     with fabric.no_backward_sync(run.model):
-        cast = CastMatrices(run.matrices_to_cast, fabric._precision.precision)
+        weights = cast_matrices(run.matrices_to_cast, fabric._precision.precision)
         # Two, because the gradients of the first one exist during the second.
         for batch in islice(regroup(micro_batches, run.rows), 2):
-            losses: Losses = functional_call(run.model, cast.weights, (*batch, run.expert_counts), tie_weights=False)
+            losses: Losses = functional_call(run.model, weights, (*batch, run.expert_counts), tie_weights=False)
             fabric.backward(total_loss(losses, run.settings.moe))
 
 
@@ -221,14 +222,15 @@ def _accumulate_gradients(
     weights, tokens = micro_batch_weights(fabric, batches)
     all_losses = []
     # Once for all micro batches; freed before the update, which needs memory of its own.
-    cast = CastMatrices(run.matrices_to_cast, fabric._precision.precision)
+    accumulation = Accumulation()
+    cast_weights = cast_matrices(run.matrices_to_cast, fabric._precision.precision, accumulation)
     for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
         is_accumulating = index < len(batches) - 1
-        cast.adds_in_place = is_accumulating or fabric.world_size == 1
+        accumulation.in_place = is_accumulating or fabric.world_size == 1
         # FSDP shards gradients after each micro batch, so there is nothing to postpone.
         with fabric.no_backward_sync(run.model, enabled=is_accumulating and not run.sharded):
             # The load of the step before, so that it is the same for all micro batches and ranks.
-            losses: Losses = functional_call(run.model, cast.weights, (*batch, run.expert_counts), tie_weights=False)
+            losses: Losses = functional_call(run.model, cast_weights, (*batch, run.expert_counts), tie_weights=False)
             losses = losses._replace(cross_entropy=losses.cross_entropy * weight)
             fabric.backward(total_loss(losses, run.settings.moe) / len(batches))
         all_losses.append(Losses(*(value.detach() for value in losses)))

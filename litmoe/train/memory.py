@@ -28,7 +28,7 @@ from custom_moe.backends import Hardware
 from litmoe.config import ParsedRun
 from litmoe.layers import use_our_layers
 from litmoe.train.cross_entropy import computed_columns
-from litmoe.train.model import CastMatrices, PretrainingModel, matrices_to_cast
+from litmoe.train.model import PretrainingModel, cast_matrices, matrices_to_cast
 from litmoe.train.optimizers import make_optimizer, optimizer_traits
 
 
@@ -192,7 +192,7 @@ def _simulate_step(
 
         ledger.part = "activations"
         with _fabric_precision(precision).forward_context():
-            weights = CastMatrices(matrices_to_cast(model, precision, checkpointing), precision).weights
+            weights = cast_matrices(matrices_to_cast(model, precision, checkpointing), precision)
             losses = functional_call(model, weights, (tokens, tokens), tie_weights=False)
         loss = losses.cross_entropy + losses.load_balancing + losses.z_loss
         ledger.part = "workspace"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -207,7 +208,7 @@ def _cross_entropy_of_logits(gpt: GPT, x: Tensor, targets: Tensor) -> Tensor:
 
 
 def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -> dict[str, nn.Parameter]:
-    """Return the parameters that ``CastMatrices`` casts in mixed precision, by name.
+    """Return the parameters that ``cast_matrices`` casts in mixed precision, by name.
 
     None if activations are recomputed, because the backward then uses the parameters themselves.
 
@@ -221,8 +222,18 @@ def matrices_to_cast(model: nn.Module, precision: str, recomputed: Recomputed) -
     return {f"{use.path}.{use.name}": use.parameter for use in parameter_uses(model) if use.decays}
 
 
-class CastMatrices:
-    """Matrices in 16 bits for ``functional_call``, cast once for all micro batches of a step.
+@dataclass
+class Accumulation:
+    """How gradients of cast matrices reach their parameters; may change from one micro batch to the next."""
+
+    in_place: bool = True
+    """Whether the backward adds to ``parameter.grad`` itself. DDP only exchanges what autograd adds"""
+
+
+def cast_matrices(
+    matrices: dict[str, nn.Parameter], precision: str, accumulation: Accumulation | None = None
+) -> dict[str, Tensor]:
+    """Cast matrices to 16 bits for ``functional_call``, once for all micro batches of a step.
 
     Autocast would cast them in each micro batch, and the experts' in forward and backward. Gradients flow through the
     cast.
@@ -230,32 +241,31 @@ class CastMatrices:
     Args:
         matrices: parameters by name.
         precision: in Fabric's names, such as ``bf16-mixed``.
+        accumulation: None: in place.
     """
-
-    def __init__(self, matrices: dict[str, nn.Parameter], precision: str) -> None:
-        dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
-        self.adds_in_place = True
-        """Whether a backward may add to ``parameter.grad`` itself. DDP only exchanges what autograd adds"""
-        self.weights: dict[str, Tensor] = {
-            name: _Cast.apply(parameter, dtype, self) for name, parameter in matrices.items()
-        }
-        for weight in self.weights.values():
-            # Autograd runs nodes in reverse order of their creation. The casts were created before all blocks, so they
-            # would run last, and DDP would exchange no gradient before. The node with the highest number runs first.
-            assert weight.grad_fn is not None
-            weight.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]  # missing in torch's stubs
+    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    accumulation = accumulation or Accumulation()
+    weights: dict[str, Tensor] = {
+        name: _Cast.apply(parameter, dtype, accumulation) for name, parameter in matrices.items()
+    }
+    for weight in weights.values():
+        # Autograd runs nodes in reverse order of their creation. The casts were created before all blocks, so they
+        # would run last, and DDP would exchange no gradient before. The node with the highest number runs first.
+        assert weight.grad_fn is not None
+        weight.grad_fn._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]  # missing in torch's stubs
+    return weights
 
 
 class _Cast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: nn.Parameter, dtype: torch.dtype, owner: CastMatrices) -> Tensor:
-        ctx.parameter, ctx.owner = parameter, owner
+    def forward(ctx: Any, parameter: nn.Parameter, dtype: torch.dtype, accumulation: Accumulation) -> Tensor:
+        ctx.parameter, ctx.accumulation = parameter, accumulation
         return parameter.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         total = ctx.parameter.grad
-        if total is None or not ctx.owner.adds_in_place:
+        if total is None or not ctx.accumulation.in_place:
             return grad.to(ctx.parameter.dtype), None, None
         # A GPU converts while it adds. Autograd would write the converted gradient and read it again: 8 of 20 bytes of
         # memory traffic per parameter and micro batch.

@@ -14,7 +14,7 @@ from custom_moe.backends import Hardware
 from litmoe.config import ParsedRun, parse_run
 from litmoe.layers import use_fast_layers
 from litmoe.train.memory import training_memory
-from litmoe.train.model import CastMatrices, PretrainingModel, matrices_to_cast
+from litmoe.train.model import PretrainingModel, cast_matrices, matrices_to_cast
 from litmoe.train.optimizers import make_optimizer
 
 KINDS = {
@@ -49,7 +49,7 @@ def allocated(run: ParsedRun, precision: str) -> int:
 
     def step() -> None:
         matrices = matrices_to_cast(model, precision, run.settings.activation_checkpointing)
-        weights = CastMatrices(matrices, precision).weights
+        weights = cast_matrices(matrices, precision)
         for _ in range(train.gradient_accumulation_iters(1)):
             with fabric.autocast():
                 losses = functional_call(model, weights, (tokens, tokens), tie_weights=False)

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,8 +22,9 @@ from litmoe.hardware import compiler_settings
 from litmoe.layers import _embedded, hidden_states, use_fast_layers
 from litmoe.train.loop import total_loss
 from litmoe.train.model import (
-    CastMatrices,
+    Accumulation,
     PretrainingModel,
+    cast_matrices,
     even_counts,
     matrices_to_cast,
     update_selection_biases,
@@ -386,10 +389,10 @@ def test_compiled_gradients_under_autocast(name, compiler):
 def _step(model, module, precision, exchange=False):
     """The gradients of a step of two micro batches. With ``exchange`` DDP averages those of the last one."""
     model.zero_grad()
-    cast = CastMatrices(matrices_to_cast(module, precision, "none"), precision)
-    weights = cast.weights
+    accumulation = Accumulation()
+    weights = cast_matrices(matrices_to_cast(module, precision, "none"), precision, accumulation)
     for part in range(2):
-        cast.adds_in_place = part == 0 or not exchange
+        accumulation.in_place = part == 0 or not exchange
         tokens = [tensor[part : part + 1] for tensor in batch()]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses = functional_call(module, weights, (*tokens,), tie_weights=False)
@@ -412,7 +415,7 @@ class CastsOfExperts(TorchDispatchMode):
 @pytest.mark.parametrize(("recomputed", "casts"), [("none", 0), ("moe", 2), ("block", 2)])
 def test_experts_are_cast_once_per_computation(recomputed, casts):
     model = PretrainingModel(build("moe"), recomputed)
-    weights = CastMatrices(matrices_to_cast(model, "bf16-mixed", recomputed), "bf16-mixed").weights
+    weights = cast_matrices(matrices_to_cast(model, "bf16-mixed", recomputed), "bf16-mixed")
     with torch.autocast("cpu", dtype=torch.bfloat16), CastsOfExperts() as counter:
         losses = functional_call(model, weights, batch(), tie_weights=False)
         with torch.autocast("cpu", enabled=False):
@@ -439,6 +442,19 @@ def test_cast_once_gradients_equal_autocast(name, tied):
             torch.testing.assert_close(gradients_once[key], gradient, rtol=0.01, atol=1e-4)
         else:
             assert torch.equal(gradients_once[key], gradient), key
+
+
+def test_cast_weights_are_freed_at_once():
+    """Not when Python looks for cycles: the update needs their memory."""
+    model = PretrainingModel(build("moe"))
+    gc.disable()
+    try:
+        *_, weights = _step(model, model, "bf16-mixed")
+        references = [weakref.ref(weight) for weight in weights.values()]
+        del weights, _
+        assert not any(reference() is not None for reference in references)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture
