@@ -180,14 +180,12 @@ def check_generation(device: str, rows: int) -> float:
 
     Other sums may flip a close choice, so the difference of the two logits is compared: 0 for the same token.
     """
-    torch.manual_seed(0)
-    config = Config.from_file(MODEL)
-    with torch.device(device), use_our_layers():
-        gpt = GPT(config).eval()
-    prompts = torch.randint(config.vocab_size, (rows, 16), device=device)
+    gpt = build_model(device).gpt.eval()
+    vocab_size = gpt.config.vocab_size
+    prompts = torch.randint(vocab_size, (rows, 16), device=device)
     with torch.no_grad():
         new = torch.stack(list(generate_tokens(gpt, list(prompts), max_new_tokens=64, temperature=0.0)), dim=1)
-        logits = gpt(torch.cat([prompts, new], dim=1))[:, prompts.size(1) - 1 : -1, : config.vocab_size].float()
+        logits = gpt(torch.cat([prompts, new], dim=1))[:, prompts.size(1) - 1 : -1, :vocab_size].float()
     chosen = logits.gather(2, new.unsqueeze(2)).squeeze(2)
     return float(((logits.amax(dim=2) - chosen) / logits.std()).max())
 

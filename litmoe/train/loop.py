@@ -245,18 +245,18 @@ def _update_if_finite(
     Returns:
         Whether it is not finite on some rank, in which case nothing was changed, and the requests.
     """
-    is_bad, snapshot = ~torch.isfinite(checked), run.snapshot
-    # An error in the middle of an update leaves weights of no step, so nothing can be saved until it is complete.
+    is_bad = ~torch.isfinite(checked)
+    # An error in the middle of an update leaves weights of no step. So there is no snapshot, and no save, during it.
     if fabric.world_size == 1 and can_skip_step(run.optimizer.optimizer) and not run.sharded:
         # The flag is on its way before the update, so the CPU reads it while the GPU is updating, and launches the next
         # forward before the GPU runs out of work.
         read_flag = _start_reading(is_bad)
-        run.snapshot = None
+        snapshot, run.snapshot = run.snapshot, None
         step_unless(run.optimizer, is_bad)
-        if read_flag():
+        is_skipped = read_flag()
+        if is_skipped:
             run.snapshot = snapshot
-            return True, own_requests
-        return False, own_requests
+        return is_skipped, own_requests
     # This exchange makes the CPU wait for the device, so the requests go along. A request of one rank becomes one of
     # all: ranks that save or stop after different steps would wait for each other forever.
     is_bad_anywhere, *requests = any_rank(fabric, is_bad, *own_requests)
@@ -267,7 +267,7 @@ def _update_if_finite(
 
 
 def _start_reading(flag: Tensor) -> Callable[[], bool]:
-    """Return a function that returns the flag. The CPU then waits only for what the device had to do before now."""
+    """Return a function that returns the flag. It waits for the device's work up to now, not for later work."""
     if not flag.is_cuda:
         return lambda: bool(flag)
     on_cpu = flag.to("cpu", non_blocking=True)

@@ -1,12 +1,9 @@
 """The memory computed from the settings, compared with what a real step allocates."""
 
-from collections.abc import Callable
-
 import lightning as L
 import pytest
 import torch
 from litgpt import GPT
-from torch import nn
 from torch.func import functional_call
 
 from custom_moe import use_custom_moe
@@ -47,6 +44,8 @@ def allocated(run: ParsedRun, precision: str) -> int:
     optimizer = make_optimizer(run.optimizer, model, fused=True)
     tokens = torch.randint(64, (train.micro_batch_size, train.max_seq_length))
 
+    # oneDNN would cast the factors of bf16 products to fp32 on CPUs without bf16, which the plan does not count.
+    @torch.backends.mkldnn.flags(enabled=False)
     def step() -> None:
         matrices = matrices_to_cast(model, precision, run.settings.activation_checkpointing)
         weights = cast_matrices(matrices, precision)
@@ -59,12 +58,6 @@ def allocated(run: ParsedRun, precision: str) -> int:
         optimizer.step()
         optimizer.zero_grad()
 
-    # oneDNN would cast the factors of bf16 products to fp32 on CPUs without bf16, which the plan does not count.
-    with torch.backends.mkldnn.flags(enabled=False):
-        return _peak_of_second(step, model, optimizer)
-
-
-def _peak_of_second(step: Callable[[], None], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     step()
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     persistent = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *state))
