@@ -73,8 +73,12 @@ def test_is_as_exact_as_torch(dtype, T, H, G):
         assert all(value.dtype == dtype for value in values)
         return [float((value - right).norm() / right.norm()) for value, right in zip(values, exact, strict=True)]
 
+    # The products of some processors add up the rows of a block one by one (torch's kernel has smaller tiles). A sum of
+    # random numbers of both signs then has a relative error of about a third of this.
+    rows = min(T, 64) * H // G
+    one_by_one = rows**0.5 * 2**-24
     for ours, torchs in zip(*map(errors, FUNCTIONS), strict=True):
-        assert ours < 1.3 * torchs + 1e-7
+        assert ours < 1.3 * torchs + one_by_one / 2
 
 
 def test_only_training_on_a_cpu_takes_it():

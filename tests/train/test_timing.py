@@ -1,5 +1,6 @@
 """Runs with a time budget: ``--hours`` and ``--minutes``."""
 
+import signal
 import time
 
 import pytest
@@ -12,7 +13,8 @@ from litmoe.train.schedule import UNKNOWN, learning_rate
 from litmoe.train.timing import FIRST_STEPS, Timing
 from tests.helpers import column, training_steps
 
-WSD = ("--schedule.name", "wsd")
+# A slow machine chooses the length in step 14 of 15, and a rate that should have decayed before that can't be set back.
+WSD = ("--schedule.name", "wsd", "--schedule.decay_fraction", "0.05")
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +40,18 @@ def test_run_with_a_budget_equals_one_of_the_chosen_length(train, capsys):
         assert column(out, name) == column(same_length, name)
 
 
-def test_resumed_run_keeps_its_length(train):
-    out = train("--minutes", "0.05", *WSD, "--train.max_time", "1")
+def test_resumed_run_keeps_its_length(train, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    choose_length = loop._choose_length
+
+    def choose_and_stop(*run):
+        assert choose_length(*run)
+        signal.raise_signal(signal.SIGTERM)
+        return False
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(loop, "_choose_length", choose_and_stop)
+        train("--minutes", "0.05", *WSD)
     last = checkpoints.newest(out)
     steps = chosen_steps(last)
     assert steps > checkpoints.read_metadata(last).step
