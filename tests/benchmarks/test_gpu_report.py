@@ -94,6 +94,7 @@ def closure(root: str) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = report(monkeypatch, tmp_path, "--minutes", "60")
     assert set(parts) == {part.name for part in gpu_report.PARTS if part.rehearsal}
