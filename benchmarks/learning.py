@@ -3,7 +3,7 @@
     uv run python benchmarks/learning.py                        # mixture and twin on the built-in stories
     uv run python benchmarks/learning.py --data-dir data/novels --nanogpt ../nanoGPT --nanochat ../nanochat
     uv run python benchmarks/learning.py --minutes 15 --seeds 3 --data-dir data/novels \\
-      --output benchmarks/results/learning_15_minutes_cpu.json --plot docs/learning.svg
+      --output benchmarks/results/learning_15_minutes_cpu.json --plot docs/learning_15_minutes.svg
     uv run python benchmarks/learning.py --device cuda --minutes 0.5 ...        # MoE-200M and models of its width
 
 All models have the same depth, width, heads, context, batch and vocabulary. The feed-forward of the twin is as wide as
@@ -129,6 +129,7 @@ def main() -> None:
     checkouts = {name: path for name, path in (("nanoGPT", args.nanogpt), ("nanochat", args.nanochat)) if path}
     trainer = Trainer(preset, args.device, find_corpus(args.data_dir), checkouts)
     result |= {"minutes": args.minutes, "seeds": args.seeds, "run_file": preset.config, "flags": preset.flags}
+    result["corpus"] = trainer.corpus.fingerprint
     result |= {"models": trainer.models, "context": trainer.context, "batch": trainer.train.global_batch_size}
     result["precision"] = trainer.precision
     if args.resume and args.output.exists():
@@ -170,6 +171,8 @@ def compare(args: argparse.Namespace, trainer: "Trainer", result: Row, save: Cal
         trainer.run_all(grid, result.setdefault("grid", []), save)
         for peer in peers:
             own = of_model(result["grid"], peer)
+            if not own:
+                sys.exit(f"error: no run of {peer} succeeded: {[row['status'] for row in result['grid']]}")
             rates[peer] = min(own, key=lambda row: row["bits_per_byte"])["rate"]
     result["rates"] = rates
     for name in ("equal_seconds", "equal_tokens"):
@@ -195,8 +198,8 @@ def add_earlier(result: Row, path: Path) -> None:
     Exits if it was measured elsewhere or with other settings: such runs can't be compared.
     """
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    same = ("versions", "minutes", "run_file", "models", "context", "batch", "precision")
-    different = [name for name in same if earlier[name] != json.loads(json.dumps(result[name]))]
+    same = ("versions", "minutes", "run_file", "flags", "corpus", "models", "context", "batch", "precision")
+    different = [name for name in same if earlier.get(name) != json.loads(json.dumps(result[name]))]
     if earlier["hardware"]["cpu"] != result["hardware"]["cpu"]:
         different.append("hardware")
     if different:
@@ -228,7 +231,8 @@ class Trainer:
             self.models[peer] = {"commit": commit, "rates": preset.rates[repository(peer)]}
         self.train, self.config = run.settings.train, run.settings.model
         # For the peers; ours may choose their own.
-        self.micro_batch_size = self.train.global_batch_size if run.fits_itself else self.train.micro_batch_size
+        is_auto = run.has_auto_micro_batch
+        self.micro_batch_size = self.train.global_batch_size if is_auto else self.train.micro_batch_size
         self.context = self.train.max_seq_length or self.config.block_size
         # Runs at the same time: one per core, or one on a GPU.
         self.at_once = (os.cpu_count() or 1) if device == "cpu" else 1
@@ -421,6 +425,8 @@ def draw(result: Row, path: Path) -> None:
     lowest = []
     for model in result["models"]:
         seconds, scores = mean_curve(result, model)
+        if not scores:  # all of its runs failed
+            continue
         lowest += scores[-1:]
         style = "-" if model in OURS else "--"
         axes.plot([second / 60 for second in seconds], scores, style, marker=".", label=f"{model}: {scores[-1]:.3f}")

@@ -1,6 +1,7 @@
 """Start training runs as commands in processes of their own, watch them, and read their metrics."""
 
 import csv
+import hashlib
 import math
 import os
 import re
@@ -39,6 +40,13 @@ class Corpus:
         """The flags of run_train.py that select this corpus."""
         paths = [f"--data.init_args.{split}_data_path={self.data_dir / split}" for split in ("train", "val")]
         return [*paths, f"--tokenizer_dir={self.tokenizer_dir}"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokens, wherever they are."""
+        metadata = manifest.read(self.data_dir)
+        assert metadata is not None
+        return hashlib.sha256(repr(metadata.made_from("train", "val")).encode()).hexdigest()[:12]
 
     def bits_per_byte(self, loss: float) -> float:
         """Convert a validation loss in nats per token."""

@@ -25,7 +25,7 @@ Shape suffixes (``x_NC`` has the shape ``(N, C)``), in all files:
 ``C`` width of the layer's input and output, ``n_embd``; in kernels any input width
 ``E`` experts, ``n_expert``
 ``K`` experts per token, ``n_expert_per_token`` (only inside top-k routers)
-``S`` assignments of a token to an expert, sorted by expert
+``S`` assignments of a token to an expert; sorted by expert unless it says otherwise
 ``R`` rows that the experts compute: the assignments, and padding where a backend needs it
 ``I`` hidden width of an expert
 ``J`` ``2 * I``: the gate projection above the up projection

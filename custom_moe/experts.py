@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from custom_moe.backends import BACKENDS, choose_backend, swiglu
+from custom_moe.backends import BACKENDS, backend_for, choose_backend, hardware_of, swiglu
 from custom_moe.router import RouterOutput
 
 
@@ -370,9 +370,24 @@ class Experts(nn.Module):
         """
         return self._choose_backend(compute_dtype(self.fc_weight.new_empty(0, device=device)), device, 1)
 
+    def waits_for_device(self, device: torch.device) -> bool:
+        """Return whether the CPU waits for the device, so that a step can't be recorded as a CUDA graph.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        backend = self.backend_on(device)
+        dtype = compute_dtype(self.fc_weight.new_empty(0, device=device))
+        # On request grouped_mm also runs where torch has no fast kernel for it, only a loop.
+        is_slow_kernel = backend == "grouped_mm" and backend != backend_for(dtype, hardware_of(device), self._widths)
+        return BACKENDS[backend].waits_for_device or is_slow_kernel
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        return self.fc_weight.size(2), self.proj_weight.size(2)
+
     def _choose_backend(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
-        widths = (self.fc_weight.size(2), self.proj_weight.size(2))
-        return choose_backend(self.backend, dtype, device, rows, widths)
+        return choose_backend(self.backend, dtype, device, rows, self._widths)
 
     def _feed_forward(self, x_NC: Tensor, router: RouterOutput, backend: str) -> Tensor:
         if self.fc_bias is not None:

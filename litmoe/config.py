@@ -331,7 +331,7 @@ class ParsedRun:
     """All settings, as they are saved with each checkpoint; a valid run file"""
 
     @property
-    def fits_itself(self) -> bool:
+    def has_auto_micro_batch(self) -> bool:
         """Whether the run chooses the size of its micro batches."""
         return bool(self.resolved["train"]["micro_batch_size"] == "auto")
 

@@ -38,6 +38,13 @@ def select_accelerator(requested: Accelerator) -> None:
     os.environ["LT_ACCELERATOR"] = chosen
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, on any device."""
+    # torch has no class of its own for the allocators of CPUs and Apple's GPUs.
+    messages = ("can't allocate memory", "not enough memory: you tried to allocate", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
+
+
 def processes(settings: RunSettings) -> tuple[int, int]:
     """Return (devices per machine, machines): what torchrun started, or else what the settings ask for.
 

@@ -147,7 +147,7 @@ def test_gpt2_run_values() -> None:
         assert run.optimizer["init_args"]["weight_decay"] == 0.1
         assert (evaluation.interval, train.save_interval, train.tie_embeddings) == (250, 5000, True)
         assert sample.prompt == "Hello, I'm a language model,"
-        assert run.fits_itself
+        assert run.has_auto_micro_batch
 
 
 @pytest.mark.parametrize("path", RUNS, ids=by_name)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from custom_moe import MoE
-from custom_moe.backends import BACKENDS
 from custom_moe.router import TopKRouter
 from litmoe.layers import CausalSelfAttention, KVCache, LoRACausalSelfAttention, RMSNorm, hidden_states, logits_of
 
@@ -259,9 +258,9 @@ def _can_be_recorded(gpt: GPT) -> bool:
         if isinstance(block.mlp, LLaMAMoE):
             # LitGPT's own MoE asks the device for the rows of an expert.
             return False
-        if isinstance(block.mlp, MoE):
-            backend = BACKENDS[block.mlp.experts.backend_on(device)]
-            # A router of the user's own may wait for the device too.
-            if backend.waits_for_device or not isinstance(block.mlp.gate, TopKRouter):
-                return False
+        # A router of the user's own may wait for the device too.
+        if isinstance(block.mlp, MoE) and (
+            block.mlp.experts.waits_for_device(device) or not isinstance(block.mlp.gate, TopKRouter)
+        ):
+            return False
     return True

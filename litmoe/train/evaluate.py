@@ -14,10 +14,11 @@ from torch import Tensor
 
 from litmoe.config import RunSettings
 from litmoe.evaluation import hellaswag
+from litmoe.hardware import is_out_of_memory
 from litmoe.inference.generate import sample_text
 from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import sum_over_ranks
-from litmoe.train.fitting import is_out_of_memory, regroup, with_less_memory
+from litmoe.train.fitting import regroup, with_less_memory
 from litmoe.train.logs import RunDisplay
 from litmoe.train.model import Batch, as_batch
 from litmoe.train.saving import StopSignals
@@ -56,8 +57,7 @@ def evaluate_and_log(
         stops, because ranks do not learn of each other's signals in time; and neither before the first step nor after
         the last one, where no resumed run would evaluate.
     """
-    can_resume = 0 < run.progress.step < run.plan.steps
-    stop_on = signals if can_resume and fabric.world_size == 1 else None
+    stop_on = _stopping(fabric, run, signals)
     row: dict[str, float] = {}
     try:
         with run.metrics.paused():
@@ -78,6 +78,30 @@ def evaluate_and_log(
     # Saved with the next checkpoint, so that a resumed run does not log this evaluation again.
     run.progress.evaluated_step = run.progress.step
     return True
+
+
+def compile_evaluation(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> bool:
+    """Evaluate without measuring or logging: the first evaluation of a compiled run takes longer than all others.
+
+    Returns:
+        As ``evaluate_and_log``.
+    """
+    if run.val_dataloader is None:
+        return True
+    try:
+        with run.metrics.paused():
+            validate(fabric, run, _until_signal(_stopping(fabric, run, signals), run.val_dataloader))
+            if fabric.global_rank == 0:
+                write_sample(fabric, run)
+            fabric.barrier()
+    except EvaluationStopped:
+        return False
+    return True
+
+
+def _stopping(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> StopSignals | None:
+    can_resume = 0 < run.progress.step < run.plan.steps
+    return signals if can_resume and fabric.world_size == 1 else None
 
 
 def evaluate(

@@ -216,7 +216,7 @@ def main(fabric: L.Fabric, *_: Any, run: ParsedRun, resume_from: Path | None, pr
         resume_from=resume_from,
         precision_note=precision_note,
         sample_prompt=question(settings, tokenizer),
-        finetuning=Finetuning(prompt_style(data.prompt_style), provenance, data.manifest_path, divide_weights),
+        finetuning=Finetuning(prompt_style(data.prompt_style), provenance, data.manifest_path, merge_weights),
     )
 
 
@@ -275,7 +275,7 @@ def load_base_weights(gpt: GPT, weights: dict[str, Tensor]) -> None:
 
 
 def _load_part(gpt: GPT, weights: dict[str, Tensor], *, are_lora: bool) -> None:
-    """Load all LoRA parameters of a model (as ``divide_weights`` returned them), or all others.
+    """Load all LoRA parameters of a model (as ``merge_weights`` returned them), or all others.
 
     Raises:
         RuntimeError: the weights belong to another model, or to other LoRA settings.
@@ -287,7 +287,7 @@ def _load_part(gpt: GPT, weights: dict[str, Tensor], *, are_lora: bool) -> None:
 
 
 @torch.no_grad()
-def divide_weights(gpt: GPT) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+def merge_weights(gpt: GPT) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Return the weights of the model without LoRA, with the updates merged, and the LoRA parameters or None.
 
     Both have LitGPT's keys. Like ``litgpt merge_lora``, but from a model in memory, which does not change.

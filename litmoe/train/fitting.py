@@ -9,15 +9,14 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from custom_moe.backends import hardware_of
 from litmoe.config import ParsedRun, Recomputed
-from litmoe.hardware import GIB, detect_gpu
+from litmoe.hardware import GIB, detect_gpu, is_out_of_memory
 from litmoe.train.distributed import any_rank
 from litmoe.train.memory import divisors, largest_micro_batch, rows_on_cpu, training_memory
 from litmoe.train.model import Batch, matrices_to_cast, moe_layers
-from litmoe.train.state import Measures, TrainingRun
+from litmoe.train.state import Measures, TrainingRun, load_random_state, random_state
 
 T = TypeVar("T")
 
@@ -37,12 +36,12 @@ def choose_rows(fabric: L.Fabric, run: TrainingRun, parsed: ParsedRun) -> str:
     gpu = detect_gpu()
     assert gpu is not None
     precision, hardware, available = fabric._precision.precision, hardware_of(fabric.device), gpu.available
-    if run.sharded:
-        # Each rank has its part of the weights, gradients and moments, so there is room for the parts of the others.
-        complete = training_memory(parsed, precision, hardware)
-        states = complete.weights + complete.gradients + complete.optimizer
-        available += states * (1 - 1 / fabric.world_size)
     try:
+        if run.sharded:
+            # Each rank has its part of the weights, gradients and moments: there is room for the parts of the others.
+            complete = training_memory(parsed, precision, hardware)
+            states = complete.weights + complete.gradients + complete.optimizer
+            available += states * (1 - 1 / fabric.world_size)
         rows, needed = largest_micro_batch(parsed, precision, hardware, available, fabric.world_size)
     except Exception:  # optimizers of other packages can do anything
         optimizer = run.hyperparameters["optimizer"]["class_path"]
@@ -59,12 +58,6 @@ def choose_rows(fabric: L.Fabric, run: TrainingRun, parsed: ParsedRun) -> str:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed, on a GPU or on the CPU."""
-    # torch has no class of its own for the CPU's allocator.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def with_less_memory(
     fabric: L.Fabric, run: TrainingRun, compute: Callable[[], T], undo: Callable[[], None] = lambda: None
 ) -> T:
@@ -78,7 +71,7 @@ def with_less_memory(
         torch.OutOfMemoryError, RuntimeError: there is no further measure, or the run has several ranks: the others wait
             in the middle of the step.
     """
-    random_states = _random_states(fabric)
+    random_states = random_state(fabric.device)
     while True:
         try:
             return compute()
@@ -89,7 +82,7 @@ def with_less_memory(
         # Not in the handler: the traceback keeps the tensors of the interrupted call.
         undo()
         fabric.print(f"Out of memory ({reason}): {_take_measure(fabric, run)}.")
-        _restore_random_states(random_states)
+        _prepare_repetition(fabric, random_states)
 
 
 def rehearse(fabric: L.Fabric, run: TrainingRun, compute: Callable[[], Any], undo: Callable[[], None]) -> None:
@@ -104,7 +97,7 @@ def rehearse(fabric: L.Fabric, run: TrainingRun, compute: Callable[[], Any], und
     Raises:
         torch.OutOfMemoryError: on all ranks, if there is no further measure.
     """
-    random_states = _random_states(fabric)
+    random_states = random_state(fabric.device)
     while True:
         reason = ""
         try:
@@ -121,7 +114,7 @@ def rehearse(fabric: L.Fabric, run: TrainingRun, compute: Callable[[], Any], und
         if is_short:
             measure = _take_measure(fabric, run)
             fabric.print(f"Out of memory ({reason or 'on another device'}): {measure}.")
-        _restore_random_states(random_states)
+        _prepare_repetition(fabric, random_states)
         if not is_short:
             return
 
@@ -162,17 +155,13 @@ def _divide(batch: Batch, rows: int) -> list[Batch]:
     return [Batch(*fields) for fields in zip(*columns, strict=True)]
 
 
-def _random_states(fabric: L.Fabric) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if fabric.device.type == "cuda" else None
-
-
-def _restore_random_states(states: tuple[Tensor, Tensor | None]) -> None:
-    """Give a repeated step the same dropout, and CUDA's allocator the memory of the interrupted one."""
-    cpu, cuda = states
-    torch.set_rng_state(cpu)
-    if cuda is not None:
+def _prepare_repetition(fabric: L.Fabric, random_states: dict[str, Any]) -> None:
+    """Give a repeated step the same dropout, and the allocator the memory of the interrupted one."""
+    load_random_state(random_states, fabric.device)
+    if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.set_rng_state(cuda)
+    elif fabric.device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def _set_rows(run: TrainingRun, rows: int) -> None:
@@ -213,9 +202,10 @@ def _recompute(fabric: L.Fabric, run: TrainingRun, recomputed: Recomputed) -> No
 
 
 def restore_measures(fabric: L.Fabric, run: TrainingRun, saved: Measures) -> None:
-    """Take the measures of a checkpoint. Smaller micro batches in the settings need fewer of them."""
+    """Take the measures of a checkpoint, unless the settings need even less memory."""
     sequences = run.settings.train.global_batch_size // fabric.world_size
-    if saved.rows is not None and run.rows != saved.rows and sequences % saved.rows == 0:
+    is_auto = run.hyperparameters["train"]["micro_batch_size"] == "auto"
+    if saved.rows is not None and (is_auto or saved.rows < run.rows) and sequences % saved.rows == 0:
         _set_rows(run, saved.rows)
-    if saved.recomputed is not None and run.settings.activation_checkpointing == "none":
+    if saved.recomputed == "block" or (saved.recomputed == "moe" and run.settings.activation_checkpointing == "none"):
         _recompute(fabric, run, saved.recomputed)

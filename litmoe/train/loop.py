@@ -21,7 +21,7 @@ from litmoe.cli import UserError
 from litmoe.config import MoESettings
 from litmoe.train.cross_entropy import IGNORE_INDEX
 from litmoe.train.distributed import any_rank, sum_over_ranks
-from litmoe.train.evaluate import evaluate_and_log, evaluations_due
+from litmoe.train.evaluate import compile_evaluation, evaluate_and_log, evaluations_due
 from litmoe.train.fitting import regroup, rehearse, with_less_memory
 from litmoe.train.logs import RunDisplay
 from litmoe.train.metrics import MetricAccumulator, training_row
@@ -378,10 +378,11 @@ def _choose_length(
 
     The number is saved with each checkpoint, so a resumed run keeps it.
     """
-    # An evaluation now tells how long the others will take. The first one also compiles.
-    for _ in range(2 if run.compiled and not run.timing.evaluation else 1):
-        if not evaluate_and_log(fabric, run, display, signals):
-            return False
+    # An evaluation now tells how long the others will take, unless it is the one that compiles.
+    if run.compiled and not run.timing.evaluation and not compile_evaluation(fabric, run, signals):
+        return False
+    if not evaluate_and_log(fabric, run, display, signals):
+        return False
     budget, progress, timing = run.settings.time_budget, run.progress, run.timing
     assert budget is not None
     at_the_end = timing.at_the_end(run.settings.eval, run.checkpoint_bytes)
@@ -494,7 +495,7 @@ def _describe_nonfinite(fabric: L.Fabric, run: TrainingRun, batches: Sequence[Ba
         cause = "the layer can't be found in a sharded model"
     else:
         cause = find_first_nonfinite(
-            fabric, run.gpt, batches, lambda losses: total_loss(losses, settings.moe), settings.activation_checkpointing
+            fabric, run.pretraining_model, batches, lambda losses: total_loss(losses, settings.moe)
         )
     return (
         f"the loss or its gradient is no longer finite at step {run.progress.step + 1:,}: {cause}. The run stops before"

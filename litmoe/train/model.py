@@ -26,6 +26,7 @@ from custom_moe import (
 from custom_moe.experts import compute_dtype
 from litmoe.config import Recomputed
 from litmoe.documents import DocumentMask, number_documents
+from litmoe.hardware import is_out_of_memory
 from litmoe.layers import hidden_states, logits_of, mask_for, run_block
 from litmoe.train.cross_entropy import IGNORE_INDEX, linear_cross_entropy, loss_of_rows
 from litmoe.train.optimizers import parameter_uses
@@ -308,10 +309,9 @@ def find_nonfinite_weights(gpt: GPT) -> str | None:
 
 def find_first_nonfinite(
     fabric: L.Fabric,
-    gpt: GPT,
+    model: PretrainingModel,
     batches: Sequence[Batch],
     loss_of: Callable[[Losses], Tensor],
-    recomputed: Recomputed = "none",
 ) -> str:
     """Compute the batches of a step again until something is not finite, and describe it for an error message.
 
@@ -319,15 +319,17 @@ def find_first_nonfinite(
 
     Args:
         fabric: for autocast and communication.
-        gpt: not compiled, with zero gradients. Afterwards its gradients are undefined.
+        model: of the run, with zero gradients. Afterwards its gradients are undefined.
         batches: the micro batches of this rank.
         loss_of: combines the losses of a micro batch.
-        recomputed: the activation checkpointing of the run.
     """
+    # A compiled model would hide the outputs of its layers.
+    model = PretrainingModel(model.gpt, model.recomputed, document_end=model.document_end)
     try:
-        # Not the run's model: a compiled one would hide the outputs of its layers.
-        result = _first_nonfinite_here(fabric, PretrainingModel(gpt, recomputed), batches, loss_of)
-    except torch.OutOfMemoryError:
+        result = _first_nonfinite_here(fabric, model, batches, loss_of)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         result = "there was not enough memory to find out where"
     # All ranks raise the same error, whichever of them has the cause.
     if fabric.world_size > 1:

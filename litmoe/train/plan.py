@@ -25,6 +25,7 @@ from litmoe.hardware import (
     detect_gpu,
     gpu_by_name,
     processes,
+    select_accelerator,
 )
 from litmoe.layers import use_our_layers
 from litmoe.run_files import METRICS_FILE, RUN_CONFIG
@@ -145,6 +146,8 @@ def show_plan(argv: Sequence[str]) -> None:
     """
     flags, name = _split_off_plan(underscored(argv))
     if name is None:
+        # As in the run: without this, a plan for the CPU would find the GPU.
+        select_accelerator(parse_run(flags).settings.accelerator)
         gpu = detect_gpu()
     else:
         gpu = _find_gpu(name)
@@ -208,7 +211,7 @@ def _plan(flags: Sequence[str], gpu: GPUSpec | None) -> tuple[PlannedRun, str]:
     else:
         precision, note = requested or "bf16-mixed", ""
     planned = PlannedRun(run, gpu, precision)
-    if run.fits_itself:
+    if run.has_auto_micro_batch:
         planned.fit()
     return planned, note
 

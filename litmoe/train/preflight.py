@@ -45,7 +45,7 @@ def ready(run: ParsedRun) -> tuple[ParsedRun, Path | None]:
     """
     run = _with_wandb_dataset(run)
     settings = run.settings
-    if run.fits_itself:
+    if run.has_auto_micro_batch:
         devices, num_nodes = processes(settings)
         per_rank = settings.train.global_batch_size // (devices * num_nodes)
         # What the loader and eval.max_iters count. A step groups them into what fits (see fitting.py).

@@ -24,12 +24,19 @@ from litmoe.cli import UserError
 from litmoe.config import MoESettings, ParsedRun
 from litmoe.data.loader import TokenLoader
 from litmoe.flops import describe_size, training_flops_per_token
-from litmoe.hardware import compiler_settings, is_sharded, missing_cuda_note, peak_flops, should_compile
+from litmoe.hardware import (
+    compiler_settings,
+    is_out_of_memory,
+    is_sharded,
+    missing_cuda_note,
+    peak_flops,
+    should_compile,
+)
 from litmoe.report.live import RunReport
 from litmoe.run_files import RUN_CONFIG, write_atomically
 from litmoe.train.distributed import any_rank
 from litmoe.train.evaluate import encode_hellaswag
-from litmoe.train.fitting import choose_rows, is_out_of_memory
+from litmoe.train.fitting import choose_rows
 from litmoe.train.logs import Loggers, RunDisplay, remove_run
 from litmoe.train.loop import Ending, train
 from litmoe.train.model import PretrainingModel, even_counts, matrices_to_cast, moe_layers
@@ -84,7 +91,7 @@ def run_training(
     if resume_from:
         resume_training(fabric, run, resume_from)
     rows_note = None
-    if parsed.fits_itself and run.measures.rows is None:
+    if parsed.has_auto_micro_batch and run.measures.rows is None:
         rows_note = choose_rows(fabric, run, parsed)
     # Also for a new run: its data may have been prepared on each machine, with other settings.
     check_same_on_all_machines(fabric, run)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from litgpt import GPT, Config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from custom_moe import MoE, set_backend, use_custom_moe
+from custom_moe import MoE, backends, experts, set_backend, use_custom_moe
 from custom_moe.backends import BACKENDS, Hardware, _find_hardware, backend_for, choose_backend, hardware_of
 from custom_moe.experts import Experts
 
@@ -87,6 +88,29 @@ def test_triton_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     hardware = _find_hardware.__wrapped__("cpu", None)  # not the cached answer
     installed = importlib.util.find_spec("triton") is not None
     assert hardware.triton == (installed and sys.platform != "linux")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "backend", "waits"),
+    [
+        ((9, 0), BF16, None, False),
+        ((9, 0), BF16, "grouped_mm", False),
+        ((9, 0), FP32, "grouped_mm", True),  # torch has a kernel for bf16 only
+        ((8, 6), BF16, "grouped_mm", True),
+        ((8, 6), BF16, "triton", False),
+        ((8, 6), BF16, "loop", True),
+    ],
+    ids=str,
+)
+def test_which_backend_waits(
+    capability: tuple[int, int], dtype: torch.dtype, backend: str | None, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (backends, experts):
+        monkeypatch.setattr(module, "hardware_of", lambda device: Hardware(capability, triton=True))
+    layer = Experts(4, 64, 64, n_layer=1, bias=False).to(dtype)
+    layer.backend = backend
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer.waits_for_device(torch.device("cuda")) == waits
 
 
 def test_set_backend_changes_all_layers() -> None:

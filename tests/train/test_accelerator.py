@@ -11,6 +11,7 @@ from lightning.fabric.accelerators import MPSAccelerator
 from litmoe.cli import UserError
 from litmoe.config import PROJECT
 from litmoe.hardware import choose_precision, select_accelerator
+from litmoe.train.plan import show_plan
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without an NVIDIA GPU")
 
@@ -58,3 +59,9 @@ def test_fp64_only_on_the_cpu():
     for path in (PROJECT / "litmoe").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"(double\(\)|float64\)).*\.cpu\(\)", text), path
+
+
+def test_plan_is_for_the_chosen_device(capsys):
+    show_plan(["--config", str(PROJECT / "configs/quickstart.yaml"), "--accelerator", "cpu", "--plan"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert "\nOn the CPU (" in capsys.readouterr().out

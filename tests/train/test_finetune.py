@@ -23,7 +23,7 @@ from litmoe.cli import UserError, exit_with_message
 from litmoe.data.conversations import encode_conversation, load_prompt_style
 from litmoe.data.instructions import InstructArgs, conversations, prepare_instructions
 from litmoe.finetune_config import parse_finetuning
-from litmoe.train.finetune import divide_weights
+from litmoe.train.finetune import merge_weights
 from litmoe.train.saving import locked
 from tests.helpers import column, save_tiny, tiny_gpt
 
@@ -154,7 +154,7 @@ def test_merged_weights_have_the_keys_of_the_model(moe_fields):
     with use_custom_moe(router=RouterWithLinear):
         expected = GPT(Config(**moe_fields)).state_dict()
         gpt = litgpt.lora.GPT(litgpt.lora.Config(**moe_fields, lora_r=2, lora_query=True, lora_mlp=True))
-    assert divide_weights(gpt)[0].keys() == expected.keys()
+    assert merge_weights(gpt)[0].keys() == expected.keys()
 
 
 def test_tied_embeddings_stay_tied(tune, tmp_path, moe_fields, tokenizer_dir):

@@ -13,6 +13,7 @@ from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.config import PROJECT, parse_run
 from litmoe.data.prepare import PrepareArgs, prepare
+from litmoe.hardware import is_out_of_memory
 from litmoe.train import evaluate, loop
 from litmoe.train.fitting import regroup
 from litmoe.train.memory import training_memory
@@ -78,9 +79,35 @@ def test_resumed_run_keeps_the_measures(train, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "as with --activation_checkpointing moe." in said and "as with --activation_checkpointing block." in said
     assert checkpoints.load_training_state(whole / "final")["measures"] == {"rows": 1, "recomputed": "block"}
-    resumed = train("--resume", str(whole / "step-00000004"))
-    assert "Out of memory" not in capsys.readouterr().out
-    assert same_weights(resumed, whole)
+    # Also with settings that need a part of the measures
+    for flags in ((), ("--activation_checkpointing", "moe")):
+        resumed = train("--resume", str(whole / "step-00000004"), "--overwrite", *flags)
+        assert "Out of memory" not in capsys.readouterr().out
+        assert same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("size", ["2", "auto"])
+def test_smaller_micro_batches_when_resumed(train, tmp_path, size):
+    """The error message of several GPUs advises them: the checkpoint must not override them."""
+    flags = ("--train.global_batch_size", "8")
+    whole = train("--micro-batch-size", size, "--out_dir", str(tmp_path / "whole"), *flags)
+    resumed = train("--micro-batch-size", "1", "--resume", str(whole / "step-00000004"), *flags)
+    assert checkpoints.load_training_state(resumed / "final")["measures"]["rows"] is None
+    assert column(resumed, "train_loss") == pytest.approx(column(whole, "train_loss")[4:], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+        "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8",
+        "MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 MB, max allowed: 9.07 GB).",
+    ],
+)
+def test_errors_without_a_class_of_their_own(message):
+    """torch's messages on Linux and macOS, on Windows, and on Apple's GPUs"""
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_auto(train, tmp_path, capsys):

@@ -15,7 +15,7 @@ from litmoe import checkpoints
 from litmoe.cli import UserError
 from litmoe.train import evaluate as evaluation
 from litmoe.train import loop
-from litmoe.train.model import Batch, find_first_nonfinite, find_nonfinite_weights
+from litmoe.train.model import Batch, PretrainingModel, find_first_nonfinite, find_nonfinite_weights
 from litmoe.train.saving import StopSignals, copy_to_cpu
 from tests.helpers import assert_same_run, column, metric_rows
 
@@ -346,15 +346,29 @@ def tiny(moe_fields):
 
 def test_names_first_layer_with_nan(tiny):
     fabric, gpt, batches = tiny
-    found = find_first_nonfinite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
+    found = find_first_nonfinite(fabric, PretrainingModel(gpt), batches, lambda losses: losses.cross_entropy)
     assert found.startswith("every micro batch, and their sum on each device, is finite")
     with torch.no_grad():
         gpt.transformer.h[1].norm_1.weight.fill_(1e30)  # queries times keys overflow
-    found = find_first_nonfinite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
+    found = find_first_nonfinite(fabric, PretrainingModel(gpt), batches, lambda losses: losses.cross_entropy)
     assert found == "the first non-finite output was that of transformer.h.1.attn.proj, in micro batch 1 of 1"
     with torch.no_grad():
         gpt.transformer.h[0].norm_1.weight.fill_(float("nan"))
     assert find_nonfinite_weights(gpt) == "transformer.h.0.norm_1.weight"
+
+
+def test_search_for_nan_masks_documents(tiny):
+    fabric, gpt, batches = tiny
+    model = PretrainingModel(gpt, document_end=int(batches[0].input_ids[0, 3]))
+    computed = []
+
+    def loss_of(losses):
+        computed.append(losses.cross_entropy)
+        return losses.cross_entropy
+
+    find_first_nonfinite(fabric, model, batches, loss_of)
+    assert torch.equal(computed[0], model(*batches[0]).cross_entropy)
+    assert not torch.equal(computed[0], PretrainingModel(gpt)(*batches[0]).cross_entropy)
 
 
 def test_nan_weights_are_not_saved(train, trained, tmp_path):
@@ -391,5 +405,5 @@ def test_names_first_gradient_with_nan(tiny):
 
     gpt.transformer.h[1].attn.register_forward_hook(lambda _module, _inputs, output: Explodes.apply(output))
     gpt.zero_grad()
-    found = find_first_nonfinite(fabric, gpt, batches, lambda losses: losses.cross_entropy)
+    found = find_first_nonfinite(fabric, PretrainingModel(gpt), batches, lambda losses: losses.cross_entropy)
     assert found == "the first non-finite gradient was that of transformer.h.1.attn.proj.weight, in micro batch 1 of 1"

@@ -11,7 +11,7 @@ from litmoe.config import EvalArgs, ScheduleSettings
 from litmoe.train import loop
 from litmoe.train.schedule import UNKNOWN, learning_rate
 from litmoe.train.timing import FIRST_STEPS, Timing
-from tests.helpers import column, training_steps
+from tests.helpers import column, metric_rows, training_steps
 
 # A slow machine chooses the length in step 14 of 15, and a rate that should have decayed before that can't be set back.
 WSD = ("--schedule.name", "wsd", "--schedule.decay_fraction", "0.05")
@@ -64,6 +64,13 @@ def test_more_time_is_a_new_choice(train):
     steps = chosen_steps(out / "final")
     train("--minutes", "0.06", *WSD, "--resume", "auto")
     assert chosen_steps(out / "final") == training_steps(out)[-1] > steps
+
+
+@pytest.mark.slow
+def test_compiled_run_logs_each_evaluation_once(train):
+    out = train("--minutes", "0.5", *WSD, "--compile", "true")
+    steps = [row["step"] for row in metric_rows(out) if row["val_loss"]]
+    assert len(steps) == len(set(steps)) > 1
 
 
 def test_budget_of_tuning(tune):
