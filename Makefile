@@ -82,8 +82,9 @@ bench: venv ## Run the benchmarks that need no GPU (about an hour on 2 cores) an
 	$(REPORT)
 
 gpu-report: venv ## Check and measure everything on this machine's GPU, the most important first: make gpu-report MINUTES=12
-	$(RUN) python benchmarks/gpu_report.py --minutes "$(or $(MINUTES),12)" $(ARGS)
-	$(RUN) python benchmarks/report.py
+	@# A part that failed must not hide the tables of the others.
+	$(RUN) python benchmarks/gpu_report.py --minutes "$(or $(MINUTES),12)" $(ARGS); code=$$?; \
+	$(RUN) python benchmarks/report.py && exit $$code
 
 gpu-status: venv ## Show the GPUs, what runs on them, and what PyTorch sees of them
 	@$(RUN) python scripts/gpu.py status

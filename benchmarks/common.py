@@ -139,6 +139,12 @@ def write_result(result: Row, path: Path) -> None:
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
+def is_comparable(earlier: Row, result: Row) -> bool:
+    """Return whether two results are from the same hardware and versions. Date, commit and load may differ."""
+    machines = [(row["hardware"]["cpu"], row["hardware"].get("gpu"), row["versions"]) for row in (earlier, result)]
+    return machines[0] == machines[1]
+
+
 def earlier_rows(path: Path, result: Row, key: str, settings: Sequence[str] = ()) -> Row:
     """Return the rows of an earlier result file, so that a run of a few rows keeps the others.
 
@@ -147,12 +153,8 @@ def earlier_rows(path: Path, result: Row, key: str, settings: Sequence[str] = ()
     """
     if not path.exists():
         return {}
-    # The date and the load may differ.
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    same_cpu = earlier["hardware"]["cpu"] == result["hardware"]["cpu"]
-    same_gpu = earlier["hardware"].get("gpu") == result["hardware"]["gpu"]
-    same_settings = all(earlier[name] == result[name] for name in ("versions", *settings))
-    if not (same_cpu and same_gpu and same_settings):
+    if not is_comparable(earlier, result) or any(earlier[name] != result[name] for name in settings):
         return {}
     return {name: {"commit": earlier["commit"], **row} for name, row in earlier[key].items()}
 

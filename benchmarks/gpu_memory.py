@@ -98,7 +98,7 @@ def measure(case: Case, device: str, corpus: Corpus) -> Row:
     except RunFailed as error:
         return row | {"status": str(error)}
     row |= {"status": "measured", "peak_bytes": measured.peak_bytes}
-    if run.fits_itself:
+    if run.has_auto_micro_batch:
         return row
     precision = choose_precision(settings.precision)[0]
     hardware = hardware_of(torch.device(device)) if device == "cuda" else None

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +93,7 @@ def main() -> None:
         args.output = (RESULTS if args.device == "cuda" else RESULTS / "rehearsal") / "gpu_report.json"
     deadline = time.monotonic() + 60 * args.minutes
     report = common.start(args, "torch", "triton", "litgpt", "lightning")
-    report["parts"] = earlier_parts(args.output) if args.resume else {}
+    report["parts"] = earlier_parts(args.output, report) if args.resume else {}
     for part in PARTS:
         is_done = report["parts"].get(part.name, {}).get("status") == "done"
         is_left_out = (args.only and part.name not in args.only) or (args.device == "cpu" and not part.rehearsal)
@@ -107,12 +108,14 @@ def main() -> None:
         sys.exit("error: some parts failed; the report names them.")
 
 
-def earlier_parts(path: Path) -> Row:
-    """Return the parts of an earlier report."""
+def earlier_parts(path: Path, report: Row) -> Row:
+    """Return the parts of an earlier report, each with its commit."""
     if not path.exists():
         sys.exit(f"error: --resume found no earlier report {path}. Run without --resume.")
-    parts: Row = json.loads(path.read_text(encoding="utf-8"))["parts"]
-    return parts
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if not common.is_comparable(earlier, report):
+        sys.exit(f"error: {path} is from other hardware or other versions. Run without --resume.")
+    return {name: {"commit": earlier["commit"], **part} for name, part in earlier["parts"].items()}
 
 
 def run_part(part: Part, args: argparse.Namespace, seconds_left: float) -> Row:
@@ -148,7 +151,8 @@ def end_tree(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is not None:
         return
     for member in (*psutil.Process(process.pid).children(recursive=True), process):
-        member.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended with its parent
+            member.kill()
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -162,7 +166,11 @@ def describe(report: Row, folder: Path) -> str:
         device = f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}"
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [f"{device}; {versions}; commit {report['commit']}; {report['date'][:10]}", ""]
-    rows = [[name, part["status"], part.get("seconds", ""), part["note"]] for name, part in report["parts"].items()]
+    rows = []
+    for name, part in report["parts"].items():
+        commit = part.get("commit", report["commit"])
+        notes = [part["note"], f"commit {commit}" if commit != report["commit"] else ""]
+        rows.append([name, part["status"], part.get("seconds", ""), "; ".join(filter(None, notes))])
     lines += markdown(make_table(("part", "", "seconds", ""), rows))
     for name in dict.fromkeys(part["output"] for part in report["parts"].values() if "output" in part):
         if (folder / name).exists():

@@ -16,6 +16,7 @@ from benchmarks import (
     ablations,
     data,
     generation,
+    gpu_checks,
     learning,
     memory,
     moe_layer,
@@ -196,6 +197,33 @@ def test_learning_is_drawn_alike(tmp_path: Path) -> None:
         learning.draw(result, tmp_path / name)
         files.append((tmp_path / name).read_bytes())
     assert files[0] == files[1]
+
+
+def test_learning_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    settings = dict.fromkeys(("minutes", "run_file", "flags", "corpus", "models", "context", "batch", "precision"), 1)
+    result = {"hardware": {"cpu": "x"}, "versions": {}, "commit": "a", "date": "b", "command": "c", **settings}
+    path.write_text(json.dumps(result), encoding="utf-8")
+    learning.add_earlier(dict(result), path)
+    for name in ("flags", "corpus"):
+        with pytest.raises(SystemExit, match=f"differs in {name};"):
+            learning.add_earlier(result | {name: 2}, path)
+
+
+def test_model_whose_runs_failed_is_not_drawn(tmp_path: Path) -> None:
+    result = learning_result([3.0, 2.0, 1.0], [2.0, 2.5, 1.5]) | {"hardware": {"cpu": "x", "gpu": None}}
+    result["equal_seconds"] = [row for row in result["equal_seconds"] if row["model"] == "mixture"]
+    learning.draw(result, tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "mixture: 1.5" in drawn and "dense twin" not in drawn
+
+
+def test_failed_check_does_not_hide_the_others() -> None:
+    def fails(what: str) -> float:
+        raise TypeError(f"no\n kernel for {what}")
+
+    assert gpu_checks.attempt(fails, "fp8") == "TypeError: no kernel for fp8"
+    assert gpu_checks.attempt(float, "0.5") == 0.5
 
 
 def test_earlier_rows_that_cannot_be_compared_are_dropped(tmp_path: Path) -> None:

@@ -33,8 +33,13 @@ def test_report_of_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {name: part["status"] for name, part in parts.items()} == {"loss": "done"}
     text = (tmp_path / "gpu_report.md").read_text(encoding="utf-8")
     assert "(rehearsal)" in text and "**loss_cpu**" in text and "| **ours** |" in text
-    # Nothing is measured twice.
+    # Nothing is measured twice, and nothing comes from another machine.
     assert report(monkeypatch, tmp_path, "--only", "loss", "--resume") == parts
+    path = tmp_path / "gpu_report.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert gpu_report.earlier_parts(path, result)["loss"]["commit"] == result["commit"]
+    with pytest.raises(SystemExit, match="from other hardware or other versions"):
+        gpu_report.earlier_parts(path, result | {"versions": {"torch": "0"}})
 
 
 def test_part_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
