@@ -172,7 +172,8 @@ def compare(args: argparse.Namespace, trainer: "Trainer", result: Row, save: Cal
         for peer in peers:
             own = of_model(result["grid"], peer)
             if not own:
-                sys.exit(f"error: no run of {peer} succeeded: {[row['status'] for row in result['grid']]}")
+                reasons = {row["status"] for row in result["grid"] if row["model"] == peer}
+                sys.exit(f"error: no run of {peer} succeeded: {'; '.join(sorted(reasons))}")
             rates[peer] = min(own, key=lambda row: row["bits_per_byte"])["rate"]
     result["rates"] = rates
     for name in ("equal_seconds", "equal_tokens"):

@@ -368,7 +368,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: as ``forward``.
         """
-        return self._choose_backend(compute_dtype(self.fc_weight.new_empty(0, device=device)), device, 1)
+        return self._choose_backend(self._dtype_on(device), device, 1)
 
     def waits_for_device(self, device: torch.device) -> bool:
         """Return whether the CPU waits for the device, so that a step can't be recorded as a CUDA graph.
@@ -377,10 +377,13 @@ class Experts(nn.Module):
             ValueError: as ``forward``.
         """
         backend = self.backend_on(device)
-        dtype = compute_dtype(self.fc_weight.new_empty(0, device=device))
+        fastest = backend_for(self._dtype_on(device), hardware_of(device), self._widths)
         # On request grouped_mm also runs where torch has no fast kernel for it, only a loop.
-        is_slow_kernel = backend == "grouped_mm" and backend != backend_for(dtype, hardware_of(device), self._widths)
-        return BACKENDS[backend].waits_for_device or is_slow_kernel
+        is_loop_of_torch = backend == "grouped_mm" and fastest != backend
+        return BACKENDS[backend].waits_for_device or is_loop_of_torch
+
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        return compute_dtype(self.fc_weight.new_empty(0, device=device))
 
     @property
     def _widths(self) -> tuple[int, int]:

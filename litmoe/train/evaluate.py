@@ -100,6 +100,7 @@ def compile_evaluation(fabric: L.Fabric, run: TrainingRun, signals: StopSignals)
 
 
 def _stopping(fabric: L.Fabric, run: TrainingRun, signals: StopSignals) -> StopSignals | None:
+    """Return the signals if they may stop an evaluation, else None; see ``evaluate_and_log``."""
     can_resume = 0 < run.progress.step < run.plan.steps
     return signals if can_resume and fabric.world_size == 1 else None
 
